@@ -1,0 +1,84 @@
+"""The specification: hybrid attention in fp32, written for reading. Every fast path is tested against it.
+
+    ŷ_n = ( Σ_{i∈soft(n)} γ·exp(s_ni − c_n)·v_i + φ(q_n)ᵀ S_n ) / ( Σ_{i∈soft(n)} γ·exp(s_ni − c_n) + φ(q_n)ᵀ z_n )
+
+with s_ni = scale·q_n·k_i, c_n = max over soft(n) of s_ni, S_n = Σ φ(k_j) v_jᵀ and z_n = Σ φ(k_j) over the keys older
+than the window (Zhang et al. 2025, arXiv 2410.10254, Eq. 7; sinks are ours). Only the softmax logits are shifted by
+c_n: this is not a log-sum-exp merge of two attentions.
+
+Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F features.
+    q (B, H, T, D)   k, v (B, G, T, D)   fq (B, H, T, F)   fk (B, H or G, T, F)   gamma (H,)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lolcats.attention.spec import AttentionSpec
+
+
+def softmax_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+    """scale·q·kᵀ, optionally squashed to (−softcap, softcap) as Gemma 2 does."""
+    logits = q @ k.mT * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Parallel form: the whole (B, H, T, T) matrix of attention weights, quadratic in T."""
+    heads, length = q.shape[1], q.shape[2]
+    k, fk = (x.float().repeat_interleave(heads // x.shape[1], dim=1) for x in (k, fk))
+    n = torch.arange(length, device=q.device)[:, None]
+    i = torch.arange(length, device=q.device)[None, :]
+    sink = i < spec.softmax_sinks
+    older = ~sink & (i < spec.window_start(n)) & (i <= n)
+    soft = (i <= n) & ~older
+    weights = torch.zeros(q.shape[0], heads, length, length, device=q.device)
+    if spec.has_softmax:
+        logits = softmax_logits(q.float(), k, scale, softcap).masked_fill(~soft, -torch.inf)
+        weights = weights + gamma[:, None, None] * torch.exp(logits - logits.amax(-1, keepdim=True))
+    if spec.has_linear:
+        weights = weights + (fq.float() @ fk.mT) * older
+    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def parallel_attention(
+    q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Outputs (B, H, T, D) fp32 by the whole weight matrix."""
+    v = v.float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return attention_weights(q, k, fq, fk, gamma, spec, scale, softcap) @ v
+
+
+def recurrent_attention(
+    q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The same outputs one token at a time, from S, z, the window's keys and the sinks: constant memory in T."""
+    heads, length = q.shape[1], q.shape[2]
+    k, v, fk = (x.float().repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v, fk))
+    q, fq = q.float(), fq.float()
+    S = torch.zeros(*fk.shape[:2], fk.shape[3], v.shape[3], device=q.device)  # (B, H, F, D)
+    z = torch.zeros(*fk.shape[:2], fk.shape[3], device=q.device)  # (B, H, F)
+    folded, outputs = 0, []  # keys before `folded` are in S and z, except sinks
+    for n in range(length):
+        while folded < min(spec.window_start(n), n + 1):
+            if folded >= spec.softmax_sinks:
+                S = S + fk[:, :, folded, :, None] * v[:, :, folded, None, :]
+                z = z + fk[:, :, folded]
+            folded += 1
+        numerator, denominator = torch.zeros_like(v[:, :, n]), torch.zeros_like(v[:, :, n, :1])
+        if spec.has_softmax:
+            soft = list(range(min(spec.softmax_sinks, folded))) + list(range(folded, n + 1))
+            logits = softmax_logits(q[:, :, n : n + 1], k[:, :, soft], scale, softcap)
+            e = gamma[:, None, None] * torch.exp(logits - logits.amax(-1, keepdim=True))
+            numerator, denominator = numerator + (e @ v[:, :, soft])[:, :, 0], denominator + e.sum(-1)
+        if spec.has_linear:
+            numerator = numerator + (fq[:, :, n, None] @ S)[:, :, 0]
+            denominator = denominator + (fq[:, :, n] * z).sum(-1, keepdim=True)
+        outputs.append(numerator / denominator.clamp_min(torch.finfo(torch.float32).tiny))
+    return torch.stack(outputs, dim=2)

@@ -1,0 +1,191 @@
+"""Fixed-size state of a sequence, and the two ways to move it forward: :func:`extend` by many tokens, :func:`step` by one.
+
+Both are the same function as the parallel form. Every row of a batch has its own count of tokens seen, so padding on
+any side, prompts of different lengths and prefill in pieces need no special case.
+
+The ring buffer holds the last W = ``spec.span`` keys: position p lives in slot p mod W. A key moves into S and z when
+the window of an arriving token no longer reaches it, just before its slot is overwritten.
+
+Shapes: B batch, H query heads, G key/value heads, T new tokens, D head dim, F features, W ring slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lolcats.attention.chunked import TINY, Context, chunked_attention
+from lolcats.attention.reference import softmax_logits
+from lolcats.attention.spec import AttentionSpec
+
+KeyMap = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class AttentionState:
+    """All that a layer remembers of the tokens seen.
+
+    seen: (B,) int64, tokens so far; ring_k, ring_v: (B, G, W, D); sink_k, sink_v: (B, G, sinks, D);
+    S: (B, H or G, F, D) fp32; z: (B, H or G, F) fp32. F = 0 where the kind has no linear term.
+    """
+
+    seen: Tensor
+    ring_k: Tensor
+    ring_v: Tensor
+    sink_k: Tensor
+    sink_v: Tensor
+    S: Tensor
+    z: Tensor
+
+    @classmethod
+    def empty(cls, k: Tensor, v: Tensor, maps: int, features: int, spec: AttentionSpec) -> AttentionState:
+        """State before the first token, for keys and values like ``k``, ``v`` (B, G, *, D); ``maps``: H or G."""
+        batch, groups, _, dim = k.shape
+        zeros = lambda x, length: x.new_zeros(batch, groups, length, x.shape[3])  # noqa: E731
+        features = features if spec.has_linear else 0
+        return cls(
+            seen=torch.zeros(batch, dtype=torch.long, device=k.device),
+            ring_k=zeros(k, spec.span), ring_v=zeros(v, spec.span),
+            sink_k=zeros(k, spec.softmax_sinks), sink_v=zeros(v, spec.softmax_sinks),
+            S=torch.zeros(batch, maps, features, v.shape[3], device=k.device),
+            z=torch.zeros(batch, maps, features, device=k.device),
+        )  # fmt: skip
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> AttentionState:
+        """A state whose tensors are ``change(tensor)``: reorder, repeat, move."""
+        return AttentionState(**{f.name: change(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, f.name).nbytes for f in dataclasses.fields(self))
+
+    def ring_positions(self) -> Tensor:
+        """(B, W) position of the key in each slot; negative: nothing there yet."""
+        last, slots = self.seen[:, None] - 1, torch.arange(self.ring_k.shape[2], device=self.seen.device)
+        return last - (last - slots) % slots.numel() if slots.numel() else slots.expand(self.seen.shape[0], 0)
+
+
+def extend(
+    state: AttentionState, q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor,
+    spec: AttentionSpec, scale: float, softcap: float | None = None, mask: Tensor | None = None,
+) -> tuple[Tensor, AttentionState]:  # fmt: skip
+    """Outputs (B, H, T, D) fp32 for T new tokens, and the state after them.
+
+    The keys still in the ring and the new ones are laid out as one sequence per row, beginning at the window start of
+    the row's last token, so that the chunk grid of every row is aligned with its own first token.
+
+    Args:
+        mask: (B, T) bool, False where a token is padding (on either side, or between): skipped, output 0.
+        phi_q, phi_k: (B, G, T, D) -> features; phi_k expands to H heads by itself where maps are per query head.
+    """
+    batch, _, length, _ = q.shape
+    valid = torch.ones(batch, length, dtype=torch.bool, device=q.device) if mask is None else mask
+    start = spec.window_start(state.seen - 1).clamp_min(0).minimum(state.seen)  # (B,) first position laid out
+    old = state.ring_positions()
+    new = state.seen[:, None] + valid.cumsum(1) - 1
+    room = state.ring_k.shape[2] + length
+    index = torch.cat([old, new], 1) - start[:, None]
+    index = index.where(torch.cat([old >= start[:, None], valid], 1), room)  # `room`: a slot that is thrown away
+    rows = _scatter(torch.cat([state.ring_k, k], 2), index, room), _scatter(torch.cat([state.ring_v, v], 2), index, room)
+    new_index = index[:, old.shape[1] :]
+    queries = _scatter(q, new_index, room)
+    fq, fk = (phi_q(queries), phi_k(rows[0])) if spec.has_linear else (None, None)
+    sinks = [_sinks(x, sink, start) for x, sink in zip(rows, (state.sink_k, state.sink_v), strict=True)]
+    context = Context(start, *sinks, state.S, state.z)
+    y = chunked_attention(queries, *rows, fq, fk, gamma, spec, scale, softcap, context)
+    y = _gather(y, new_index.clamp_max(room - 1)) * valid[:, None, :, None]
+    return y, _after(state, rows, fk, sinks, start, valid.sum(1), spec)
+
+
+def step(
+    state: AttentionState, q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor,
+    spec: AttentionSpec, scale: float, softcap: float | None = None,
+) -> tuple[Tensor, AttentionState]:  # fmt: skip
+    """Output (B, H, 1, D) fp32 for one new token a row, and the state after it. Constant time and memory."""
+    state = _fold(state, k, v, phi_k, spec)
+    n, heads = state.seen, q.shape[1]  # the new token's position, (B,)
+    write = lambda buffer, x: _write(buffer, x, n % buffer.shape[2]) if buffer.shape[2] else buffer  # noqa: E731
+    ring_k, ring_v = write(state.ring_k, k), write(state.ring_v, v)
+    is_sink = (n[:, None] == torch.arange(state.sink_k.shape[2], device=n.device))[:, None, :, None]
+    sink_k, sink_v = torch.where(is_sink, k, state.sink_k), torch.where(is_sink, v, state.sink_v)
+    state = AttentionState(n + 1, ring_k, ring_v, sink_k, sink_v, state.S, state.z)
+    expand = lambda x: x.float().repeat_interleave(heads // x.shape[1], dim=1)  # noqa: E731
+    numerator = denominator = torch.zeros((), device=q.device)
+    if spec.has_softmax:
+        positions = state.ring_positions()
+        reach = positions >= spec.window_start(n)[:, None].clamp_min(spec.sinks)
+        sinks = torch.arange(spec.sinks, device=n.device) <= n[:, None]
+        keys, values = expand(torch.cat([sink_k, ring_k], 2)), expand(torch.cat([sink_v, ring_v], 2))
+        logits = softmax_logits(q.float(), keys, scale, softcap)
+        logits = logits.masked_fill(~torch.cat([sinks, reach], 1)[:, None, None], -torch.inf)
+        e = gamma.float().view(-1, 1, 1) * torch.exp(logits - logits.amax(-1, keepdim=True))
+        numerator, denominator = e @ values, e.sum(-1, keepdim=True)
+    if spec.has_linear:
+        fq = phi_q(q)
+        numerator = numerator + fq @ expand(state.S)
+        denominator = denominator + fq @ expand(state.z)[..., None]
+    return numerator / denominator.clamp_min(TINY), state
+
+
+def _fold(state: AttentionState, k: Tensor, v: Tensor, phi_k: KeyMap, spec: AttentionSpec) -> AttentionState:
+    """Move into S and z what the window of the arriving token no longer reaches."""
+    if not spec.has_linear:
+        return state
+    if spec.kind == "linear":  # no window: the new key itself
+        fk = phi_k(k)
+        return dataclasses.replace(state, S=state.S + fk.mT @ _match(v, fk), z=state.z + fk.sum(2))
+    positions, n = state.ring_positions(), state.seen[:, None]
+    leaving = (positions >= spec.window_start(n - 1).clamp_min(spec.sinks)) & (positions < spec.window_start(n))
+    if not leaving.any():
+        return state
+    fk = phi_k(state.ring_k) * leaving[:, None, :, None]
+    return dataclasses.replace(state, S=state.S + fk.mT @ _match(state.ring_v, fk), z=state.z + fk.sum(2))
+
+
+def _after(
+    state: AttentionState, rows: tuple[Tensor, Tensor], fk: Tensor | None, sinks: list[Tensor], start: Tensor,
+    added: Tensor, spec: AttentionSpec,
+) -> AttentionState:  # fmt: skip
+    """The state after a call of :func:`extend`, from its laid-out rows."""
+    after = AttentionState(state.seen + added, state.ring_k, state.ring_v, sinks[0], sinks[1], state.S, state.z)
+    if fk is not None:
+        position = start[:, None] + torch.arange(rows[0].shape[2], device=start.device)
+        end = spec.window_start(after.seen - 1).minimum(after.seen)[:, None]
+        fk = fk * ((position >= spec.softmax_sinks) & (position < end))[:, None, :, None]
+        after.S, after.z = state.S + fk.mT @ _match(rows[1], fk), state.z + fk.sum(2)
+    if spec.span:
+        index = (after.ring_positions() - start[:, None]).clamp_min(0)
+        after.ring_k, after.ring_v = _gather(rows[0], index), _gather(rows[1], index)
+    return after
+
+
+def _match(v: Tensor, fk: Tensor) -> Tensor:
+    """Values in fp32 with one head per key map: (B, G, T, D) -> (B, H or G, T, D)."""
+    return v.float().repeat_interleave(fk.shape[1] // v.shape[1], dim=1)
+
+
+def _sinks(row: Tensor, known: Tensor, start: Tensor) -> Tensor:
+    """(B, G, sinks, D): from the row where it begins at position 0, else those already known."""
+    count = known.shape[2]
+    fresh = torch.nn.functional.pad(row, (0, 0, 0, max(0, count - row.shape[2])))[:, :, :count]
+    return torch.where((start == 0)[:, None, None, None], fresh, known)
+
+
+def _write(buffer: Tensor, x: Tensor, slot: Tensor) -> Tensor:
+    """``buffer`` (B, G, W, D) with x (B, G, 1, D) in slot (B,)."""
+    return buffer.scatter(2, slot[:, None, None, None].expand_as(x), x)
+
+
+def _scatter(x: Tensor, index: Tensor, room: int) -> Tensor:
+    """(B, heads, T, D) placed at ``index`` (B, T) of ``room`` slots; index ``room`` is dropped, gaps are 0."""
+    out = x.new_zeros(*x.shape[:2], room + 1, x.shape[3])
+    return out.scatter(2, index[:, None, :, None].expand_as(x), x)[:, :, :room]
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """(B, heads, T', D) read at ``index`` (B, T) -> (B, heads, T, D)."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -1,0 +1,118 @@
+"""Base models and their tokenizers: a hub id, a local directory, or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lolcats.errors import LolcatsError
+
+EDGE = 1 << 20  # bytes hashed at each end of a large weight file
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a base model comes from. ``path`` is absolute for local ones."""
+
+    path: str
+    form: Literal["hub", "directory", "gguf"]
+    fingerprint: str
+    """Identity of the weights: sha256 of a GGUF file; of names, sizes and both ends of the files of a directory; the
+    commit of a hub model."""
+
+    @property
+    def arguments(self) -> tuple[str, dict[str, Any]]:
+        """Path and keywords that transformers' ``from_pretrained`` functions take."""
+        if self.form == "gguf":
+            return str(Path(self.path).parent), {"gguf_file": Path(self.path).name}
+        return self.path, {}
+
+
+def find_base(model: str) -> Base:
+    """Look up ``model`` without loading its weights; LolcatsError if it is neither on disk nor on the hub."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise LolcatsError(f"{model} is a file but no .gguf: give a hub id, a model directory or a GGUF file.")
+        return Base(str(path.resolve()), "gguf", _hash_file(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LolcatsError(f"{model} is a directory without config.json: no Hugging Face model.")
+        return Base(str(path.resolve()), "directory", _hash_directory(path))
+    if path.suffix == ".gguf" or path.is_absolute() or model.startswith("."):
+        raise LolcatsError(f"{model} does not exist.")
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise LolcatsError(f"No model {model!r} on disk or on the Hugging Face hub ({_first_line(error)}).") from None
+    return Base(model, "hub", f"commit {getattr(config, '_commit_hash', None)}")
+
+
+def load_model(base: Base, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The base model in evaluation mode; LolcatsError with a reason if it cannot be loaded."""
+    path, kwargs = base.arguments
+    if base.form == "gguf":
+        _need_gguf()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
+        raise LolcatsError(
+            f"Cannot load {base.path}: {_first_line(error)} Is it a complete decoder-only language model that "
+            "transformers knows?"
+        ) from error
+    if base.form == "gguf":
+        model = _plain(model)
+    return model.to(device).eval()
+
+
+def load_tokenizer(base: Base) -> Any:
+    path, kwargs = base.arguments
+    try:
+        return AutoTokenizer.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise LolcatsError(f"Cannot load the tokenizer of {base.path}: {_first_line(error)}") from error
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """A model without the marks of its GGUF file: transformers would treat it as quantized and refuse to save it."""
+    config = type(model.config).from_dict({k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    plain = type(model)._from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _need_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise LolcatsError("Reading GGUF files needs the gguf package: pip install 'lolcats[gguf]'.") from None
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return "sha256 " + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_directory(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(EDGE))
+            stream.seek(max(0, size - EDGE))
+            digest.update(stream.read(EDGE))
+    return "sha256 of ends " + digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".") + "."

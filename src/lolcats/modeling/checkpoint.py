@@ -1,0 +1,139 @@
+"""Save and load linearized models, in safetensors only.
+
+*Adapter*: feature maps, gates and LoRA beside a reference to the untouched base model.
+    DIR/config.json  DIR/feature_maps.safetensors  DIR/lora/
+*Merged*: a self-contained model directory, LoRA folded into the weights, written by ``model.save_pretrained``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from lolcats.errors import LolcatsError
+from lolcats.modeling.base import Base, find_base, load_model
+
+FEATURE_MAPS = "feature_maps.safetensors"
+LORA = "lora"
+
+
+def load(directory: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load a linearized model (adapter or merged form) in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    if not is_linearized(directory):
+        raise LolcatsError(f"{directory} holds no linearized model (config.json with model_type lolcats).")
+    return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype).to(device).eval()
+
+
+def is_linearized(path: str | Path) -> bool:
+    """Whether ``path`` is a directory with a linearized model in either form."""
+    file = Path(path) / "config.json"
+    return file.is_file() and '"model_type": "lolcats"' in file.read_text()
+
+
+def feature_map_state(model: nn.Module) -> dict[str, Tensor]:
+    """Feature maps and gates by their names in the unwrapped model."""
+    return {name.removeprefix("base_model.model."): p.detach() for name, p in model.named_parameters() if ".lolcats." in name}
+
+
+def save_feature_maps(model: nn.Module, path: Path) -> None:
+    write_tensors(feature_map_state(model), path)
+
+
+def load_feature_maps(model: nn.Module, path: Path) -> None:
+    load_strictly(feature_map_state(model), read_tensors(path), path)
+
+
+def save_adapter_config(model: PreTrainedModel, base: Base, directory: Path) -> None:
+    """Write DIR/config.json of the adapter form: the family's configuration, our record, and where the base is."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.lolcats = {**config.lolcats, "form": "adapter", "base": asdict(base)}
+    config.save_pretrained(directory)
+
+
+def load_adapter(
+    directory: str | Path, config: Any = None, dtype: torch.dtype | str = "auto", device_map: Any = None
+) -> PreTrainedModel:
+    """Base model + feature maps + LoRA (merged in memory). LolcatsError if the base has changed since."""
+    from lolcats.modeling.convert import convert_as
+
+    directory = Path(directory)
+    config = config if config is not None else AutoConfig.from_pretrained(str(directory))
+    known = Base(**config.lolcats["base"])
+    base = find_base(known.path)
+    if base.fingerprint != known.fingerprint:
+        raise LolcatsError(
+            f"{directory} was trained on {known.path} with fingerprint {known.fingerprint}, but that model now has "
+            f"{base.fingerprint}: adapters only fit their own base model."
+        )
+    dtype = config.dtype or torch.float32 if dtype in ("auto", None) else dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model = load_model(base, dtype, device_map if isinstance(device_map, str) and device_map != "auto" else "cpu")
+    convert_as(model, config.lolcats)
+    load_feature_maps(model, directory / FEATURE_MAPS)
+    return merge_lora(model, directory / LORA) if (directory / LORA).is_dir() else model
+
+
+def merge_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """Fold the LoRA saved in ``directory`` (PEFT format) into the weights of ``model``."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    wrapped = PeftModel.from_pretrained(model, str(directory))
+    saved = read_tensors(directory / "adapter_model.safetensors")
+    compare_keys(set(get_peft_model_state_dict(wrapped)), set(saved), directory)
+    return wrapped.merge_and_unload().eval()
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file so that a reader sees either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise LolcatsError(f"{path} is missing.") from None
+    except (SafetensorError, OSError) as error:
+        raise LolcatsError(f"{path} is damaged or truncated ({error}).") from None
+
+
+def load_strictly(target: dict[str, Tensor], source: dict[str, Tensor], path: Path) -> None:
+    """Copy ``source`` into the tensors of ``target``; a missing, extra or mis-shaped one is an error that names it."""
+    compare_keys(set(target), set(source), path)
+    for name, tensor in target.items():
+        if source[name].shape != tensor.shape:
+            raise LolcatsError(
+                f"{path}: tensor {name} has shape {tuple(source[name].shape)}, expected {tuple(tensor.shape)}."
+            )
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
+
+
+def compare_keys(expected: set[str], found: set[str], path: Path) -> None:
+    if missing := sorted(expected - found):
+        raise LolcatsError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all).")
+    if extra := sorted(found - expected):
+        raise LolcatsError(f"{path}: unexpected tensor {extra[0]} ({len(extra)} in all).")
+
+
+def verify_loading(info: dict[str, Any], path: Any) -> None:
+    """Turn transformers' loading report into an error: nothing may be missing, left over or reshaped."""
+    for problem in ("mismatched", "missing", "unexpected"):
+        if keys := sorted(map(str, info.get(f"{problem}_keys") or [])):
+            raise LolcatsError(f"{path}: {problem} tensor {keys[0]} ({len(keys)} in all).")

@@ -1,0 +1,101 @@
+"""The linearized subclass of each base family, made when first needed: no model code per family."""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from lolcats.errors import LolcatsError
+from lolcats.modeling.auto import MODEL_TYPE
+from lolcats.modeling.convert import install
+from lolcats.modeling.interface import IMPLEMENTATION
+
+REMOTE_CODE = "modeling_lolcats.py"
+AUTO_MAP = {
+    "AutoConfig": "modeling_lolcats.LolcatsConfig",
+    "AutoModelForCausalLM": "modeling_lolcats.LolcatsForCausalLM",
+}
+
+
+class LinearizedModel:
+    """Mixin put before the family's class: builds the extra modules, loads strictly, saves under our model type."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        install(self, config.lolcats)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers' own, for merged models and adapters; a missing or extra tensor is an error that names it."""
+        from lolcats.modeling.checkpoint import load_adapter, verify_loading
+
+        config = kwargs.get("config")
+        if config is not None and config.lolcats.get("form") == "adapter":
+            return load_adapter(path, config, kwargs.get("dtype", "auto"), kwargs.get("device_map"))
+        try:
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise LolcatsError(f"{path}: a weight file is damaged or truncated ({error}).") from None
+        verify_loading(info, path)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers' own, in safetensors, plus the file that ``trust_remote_code`` imports."""
+        self.config.auto_map = dict(AUTO_MAP)  # type: ignore[attr-defined]
+        super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
+        shim = resources.files("lolcats.modeling").joinpath("remote.py").read_text()
+        (Path(directory) / REMOTE_CODE).write_text(shim)
+
+    def set_attn_implementation(self, implementation: Any, *args: Any, **kwargs: Any) -> None:
+        if implementation != IMPLEMENTATION:
+            raise LolcatsError(
+                "The attention of a linearized model cannot be set: it would silently become softmax attention."
+            )
+
+    def get_correct_attn_implementation(self, requested: str | None, *args: Any, **kwargs: Any) -> str:
+        if requested == IMPLEMENTATION:
+            return IMPLEMENTATION
+        return super().get_correct_attn_implementation(requested, *args, **kwargs)  # type: ignore[misc]
+
+
+@functools.cache
+def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The linearized subclass of a Hugging Face model class, with its own config class."""
+    base_config = base.config_class
+    config_class = type(
+        f"Lolcats{base_config.__name__}", (base_config,), {"model_type": MODEL_TYPE, "__module__": __name__}
+    )
+    name = f"Lolcats{base.__name__}"
+    fp32 = [*(base._keep_in_fp32_modules_strict or []), "lolcats"]
+    members = {"config_class": config_class, "__module__": __name__, "_keep_in_fp32_modules_strict": fp32}
+    model_class = type(name, (LinearizedModel, base), members)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    return model_class
+
+
+def classes_for(base_model_type: str) -> tuple[Any, type[PreTrainedModel]]:
+    """Config and model class for a family by its Hugging Face model type, e.g. ``llama``."""
+    if base_model_type not in CONFIG_MAPPING:
+        raise LolcatsError(f"This model was linearized from model type {base_model_type!r}, unknown to transformers.")
+    model_class = linearized_class(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_model_type]])
+    return model_class.config_class, model_class
+
+
+def become_linearized(model: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Change the class of a loaded model and its config in place; the weights stay where they are."""
+    config = model.config
+    base_type = config.model_type
+    cls = linearized_class(type(model))
+    model.__class__ = cls
+    config.__class__ = cls.config_class
+    config.lolcats = json.loads(json.dumps(record))
+    config.base_model_type = base_type
+    config.architectures = [cls.__name__]

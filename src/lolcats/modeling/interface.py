@@ -1,0 +1,237 @@
+"""The seam to transformers: one attention function, one mask function, one cache layer, one hook.
+
+Hugging Face decoders call ``ALL_ATTENTION_FUNCTIONS[implementation](module, q, k, v, mask, ...)`` after their own
+projections, norms and RoPE, with masks from ``ALL_MASK_ATTENTION_FUNCTIONS[implementation]``. We register both under
+``lolcats``; no model file is copied or subclassed by hand.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lolcats.attention import AttentionState
+from lolcats.errors import LolcatsError
+from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention, linearized_layers
+
+IMPLEMENTATION = "lolcats"
+
+
+class MaskRequest:
+    """What the family asked of its mask, kept until a layer needs it.
+
+    Linearized layers read ``padding``; kept softmax layers and the teacher build the family's own mask, once.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self._built: dict[str, Any] = {}
+        mask, length = arguments.get("attention_mask"), arguments["q_length"]
+        self.padding: Tensor | None = None
+        if mask is not None:
+            end = int(arguments["kv_length"]) + int(arguments.get("kv_offset", 0))
+            new = mask[:, end - length : end].bool()
+            self.padding = None if new.all() else new
+
+    def build(self, implementation: str) -> Any:
+        """The mask that ``implementation`` (``sdpa``, ``eager``, ...) would have been given."""
+        if implementation not in self._built:
+            self._built[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
+        return self._built[implementation]
+
+
+def mask_function(**arguments: Any) -> MaskRequest:
+    return MaskRequest(arguments)
+
+
+def attention_function(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """One layer's attention: q (B, H, T, D), k and v (B, G, T, D) -> (B, T, H, D), weights or None."""
+    layer = module.lolcats
+    if isinstance(layer, KeptAttention) or layer.mode == "teacher":
+        return softmax_attention(module, query, key, value, attention_mask, **kwargs)
+    assert isinstance(layer, LinearizedAttention)
+    scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    padding = _padding(attention_mask)
+    if layer.mode == "transfer":
+        with torch.no_grad():
+            target, weights = softmax_attention(module, query, key, value, attention_mask, **kwargs)
+        if layer.observer is not None:
+            call = AttentionCall(query.detach(), key.detach(), value.detach(), target, scale, softcap, padding)
+            layer.observer(layer, call)
+        return target, weights
+    cache: LinearizedCacheLayer | None = getattr(key, "lolcats_cache", None)
+    if cache is None:
+        y = layer(query, key, value, scale, softcap, padding)
+    else:
+        y, cache.state = layer.advance(cache.take(layer, key, value), query, key, value, scale, softcap, padding)
+    return y.transpose(1, 2), None
+
+
+def softmax_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The base model's own attention, with the base model's own mask."""
+    implementation = module.lolcats.base_implementation
+    mask = attention_mask.build(implementation) if isinstance(attention_mask, MaskRequest) else attention_mask
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return function(module, query, key, value, mask, **kwargs)
+
+
+def _padding(mask: Any) -> Tensor | None:
+    if mask is None:
+        return None
+    if isinstance(mask, MaskRequest):
+        return mask.padding
+    raise LolcatsError(
+        "A linearized model takes a 2-D attention mask (batch, tokens) with 0 for padding; "
+        f"custom masks are not supported (got shape {tuple(mask.shape)})."
+    )
+
+
+class LinearizedCacheLayer(CacheLayerMixin):
+    """A cache layer of fixed size: holds an :class:`AttentionState` instead of all keys and values.
+
+    ``update`` returns the new keys and values as they are; the keys carry a reference to this layer, through which the
+    attention function finds and moves the state.
+    """
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.state: AttentionState | None = None
+        self.length = 0  # positions seen, padding included: what transformers counts
+        self.pending = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.pending:
+            raise RuntimeError("The keys of the last call never reached the attention function: family not supported.")
+        self.is_initialized = self.pending = True
+        self.length += key_states.shape[2]
+        key_states = key_states.view_as(key_states)
+        key_states.lolcats_cache = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def take(self, layer: LinearizedAttention, k: Tensor, v: Tensor) -> AttentionState:
+        """The state before the keys just handed to ``update``."""
+        self.pending = False
+        return layer.empty_state(k, v) if self.state is None else self.state
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        count = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.length + count, 0
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:  # the name before transformers 5.20
+        return -1
+
+    def reset(self) -> None:
+        self.state, self.length, self.pending, self.is_initialized = None, 0, False, False
+
+    def _map(self, change: Any) -> None:
+        self.state = None if self.state is None else self.state.map(change)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def crop(self, *_: Any) -> None:
+        raise LolcatsError(
+            "Tokens cannot be taken back out of a linear-attention state, so assisted and contrastive decoding do not "
+            "work with a linearized model. Use greedy decoding, sampling or beam search."
+        )
+
+    def offload(self) -> None:
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        pass
+
+
+def prepare_decoder_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of the decoder: whatever empty cache is about to be filled gets our layers.
+
+    forward, generate, pipeline and lm-eval all pass here, so none of them can end up with a growing cache.
+    """
+    config = decoder.config
+    if config._attn_implementation != IMPLEMENTATION:
+        raise LolcatsError(
+            f"The attention implementation of this linearized model was changed to {config._attn_implementation!r}, "
+            "which would silently run softmax attention. Use lolcats.override(model, mode='teacher') for that."
+        )
+    layers = {layer.geometry.layer: layer for layer in linearized_layers(decoder) if layer.mode == "student"}
+    names = list(inspect.signature(decoder.forward).parameters)
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    cache, use_cache = call.get("past_key_values"), call.get("use_cache")
+    if not layers:
+        return None
+    if cache is None:
+        _refuse_packed_positions(call)
+        if not (config.use_cache if use_cache is None else use_cache) or (decoder.training and torch.is_grad_enabled()):
+            return None
+        cache = DynamicCache(config=config.get_text_config(decoder=True))
+        args, kwargs = (), {**call, "past_key_values": cache}
+    install_cache(cache, layers)
+    return args, kwargs
+
+
+def install_cache(cache: Any, layers: dict[int, LinearizedAttention]) -> None:
+    """Put our layers into an empty ``DynamicCache`` in place; leave one that already has them alone."""
+    if not isinstance(cache, DynamicCache):
+        raise LolcatsError(
+            f"A linearized model keeps a state of fixed size and cannot use a {type(cache).__name__}: "
+            "do not set cache_implementation, or pass no cache at all."
+        )
+    have = [i for i in layers if i < len(cache.layers) and isinstance(cache.layers[i], LinearizedCacheLayer)]
+    if len(have) == len(layers):
+        return
+    if cache.get_seq_length() > 0:
+        raise LolcatsError("This cache holds keys of another model; pass an empty one, or none.")
+    template = cache.layer_class_to_replicate
+    while len(cache.layers) <= max(layers):
+        cache.layers.append(template())  # type: ignore[misc]
+    for index in layers:
+        cache.layers[index] = LinearizedCacheLayer()
+
+
+def _refuse_packed_positions(call: dict[str, Any]) -> None:
+    """Positions that start again inside a row mean packed documents to transformers: never mix them silently."""
+    positions = call.get("position_ids")
+    if positions is None or call.get("attention_mask") is not None or positions.ndim != 2:
+        return
+    if (positions[:, 1:] <= positions[:, :-1]).any():
+        raise LolcatsError("Packed rows (position_ids that start again) are not supported by linearized layers yet.")
+
+
+def register() -> None:
+    AttentionInterface.register(IMPLEMENTATION, attention_function)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
+
+
+register()

@@ -1,0 +1,143 @@
+"""What hangs on each attention module of a converted model, under the name ``lolcats``.
+
+Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, chunked_attention, extend, step
+from lolcats.attention.reference import attention_weights
+from lolcats.config import AttentionConfig
+
+Mode = Literal["student", "teacher", "transfer"]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of a layer's attention in transfer mode, everything detached: what stage 1 learns from.
+
+    q: (B, H, T, D); k, v: (B, G, T, D); target: (B, T, H, D), the softmax output; padding: (B, T) bool or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    target: Tensor
+    scale: float
+    softcap: float | None
+    padding: Tensor | None
+
+
+Observer = Callable[["LinearizedAttention", AttentionCall], None]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes of one attention layer, read from a real call: layer index, H, G, D of q and k, dim of v."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+class KeptAttention(nn.Module):
+    """A layer that stays the base model's softmax attention. No parameters; remembers the base implementation."""
+
+    def __init__(self, base_implementation: str) -> None:
+        super().__init__()
+        self.base_implementation = base_implementation
+
+
+class LinearizedAttention(nn.Module):
+    """The extra parameters of one linearized layer: feature maps φ_q, φ_k and the gate g (γ = sigmoid(g)), in fp32.
+
+    ``mode`` says what the layer outputs: ``student`` (hybrid attention), ``teacher`` (the base model's softmax
+    attention) or ``transfer`` (softmax, while ``observer`` is handed both outputs: stage 1).
+    """
+
+    def __init__(self, geometry: Geometry, config: AttentionConfig, spec: AttentionSpec, implementation: str) -> None:
+        super().__init__()
+        self.geometry, self.spec, self.base_implementation = geometry, spec, implementation
+        self.mode: Mode = "student"
+        self.observer: Observer | None = None
+        groups = geometry.heads // geometry.kv_heads
+        self.maps = geometry.kv_heads if config.key_maps == "per_kv_head" else geometry.heads
+        self.phi_q = FeatureMap(config.feature_map, geometry.heads, geometry.head_dim, config.feature_dim)
+        self.phi_k = FeatureMap(config.feature_map, self.maps, geometry.head_dim, config.feature_dim)
+        with torch.no_grad():  # φ_k starts as a copy of φ_q; heads that share a key map start from the same φ_q
+            for name, key_map in self.phi_k.named_parameters():
+                query_map = getattr(self.phi_q, name)
+                if self.maps < geometry.heads:
+                    query_map.copy_(key_map.repeat_interleave(groups, 0))
+                else:
+                    key_map.copy_(query_map)
+        self.gate = nn.Parameter(torch.full((geometry.heads,), config.gate_init))
+
+    @property
+    def gamma(self) -> Tensor:
+        """(H,) weight of the window against the linear term, in (0, 1)."""
+        return torch.sigmoid(self.gate.float())
+
+    def key_features(self, k: Tensor) -> Tensor:
+        """(B, G, T, D) -> (B, H or G, T, F)."""
+        return self.phi_k(k.repeat_interleave(self.maps // k.shape[1], dim=1))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
+                padding: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Outputs (B, H, T, D) in v's dtype for whole sequences; padding: (B, T) bool, False where padded."""
+        if padding is not None:
+            return self.advance(self.empty_state(k, v), q, k, v, scale, softcap, padding)[0]
+        fq, fk = (self.phi_q(q), self.key_features(k)) if self.spec.has_linear else (None, None)
+        return chunked_attention(q, k, v, fq, fk, self.gamma, self.spec, scale, softcap).to(v.dtype)
+
+    def advance(self, state: AttentionState, q: Tensor, k: Tensor, v: Tensor, scale: float,
+                softcap: float | None = None, padding: Tensor | None = None) -> tuple[Tensor, AttentionState]:  # fmt: skip
+        """Outputs for T new tokens behind ``state``, and the state after them."""
+        common = (self.phi_q, self.key_features, self.gamma, self.spec, scale, softcap)
+        if q.shape[2] == 1 and padding is None:
+            y, state = step(state, q, k, v, *common)
+        else:
+            y, state = extend(state, q, k, v, *common, mask=padding)
+        return y.to(v.dtype), state
+
+    def empty_state(self, k: Tensor, v: Tensor) -> AttentionState:
+        return AttentionState.empty(k, v, self.maps, self.phi_k.num_features, self.spec)
+
+    def weights(self, q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+        """(B, H, T, T) attention weights, quadratic: for the cross-entropy loss and for pictures."""
+        return attention_weights(q, k, self.phi_q(q), self.key_features(k), self.gamma, self.spec, scale, softcap)
+
+
+def linearized_layers(model: nn.Module) -> list[LinearizedAttention]:
+    """The linearized layers of a model (or PEFT wrapper) in order."""
+    return [m for m in model.modules() if isinstance(m, LinearizedAttention)]
+
+
+@contextmanager
+def override(model: nn.Module, mode: Mode | None = None, observer: Observer | None = None,
+             **spec: Any) -> Iterator[None]:  # fmt: skip
+    """For the block's duration, change the mode or fields of the spec in every linearized layer.
+
+    ``override(model, mode="teacher")`` is the base model (with the LoRA it may carry); ``override(model,
+    kind="window", sinks=0)`` is its window alone; ``kind="remote"`` its linear term alone.
+    """
+    layers = linearized_layers(model)
+    before = [(layer.mode, layer.observer, layer.spec) for layer in layers]
+    for layer in layers:
+        layer.mode, layer.observer = mode or layer.mode, observer
+        layer.spec = replace(layer.spec, **spec)
+    try:
+        yield
+    finally:
+        for layer, (old_mode, old_observer, old_spec) in zip(layers, before, strict=True):
+            layer.mode, layer.observer, layer.spec = old_mode, old_observer, old_spec
