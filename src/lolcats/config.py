@@ -59,6 +59,8 @@ class DataConfig:
     text_column: str = "text"
     split: str = "train"
     """Split of a hub data set."""
+    subset: str = ""
+    """Configuration name of a hub data set that has several."""
     sequence_length: int = 1024
     validation_rows: int = 32
     """Packed rows held out to choose the best checkpoint."""

@@ -75,7 +75,7 @@ def attention_function(
         y = layer(query, key, value, scale, softcap, padding)
     else:
         y, cache.state = layer.advance(cache.take(layer, key, value), query, key, value, scale, softcap, padding)
-    return y.transpose(1, 2), None
+    return y.transpose(1, 2).to(query.dtype), None
 
 
 def softmax_attention(

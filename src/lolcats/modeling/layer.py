@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, chunked_attention, extend, step
 from lolcats.attention.reference import attention_weights
@@ -94,21 +95,26 @@ class LinearizedAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
                 padding: Tensor | None = None) -> Tensor:  # fmt: skip
-        """Outputs (B, H, T, D) in v's dtype for whole sequences; padding: (B, T) bool, False where padded."""
+        """Outputs (B, H, T, D) fp32 for whole sequences; padding: (B, T) bool, False where padded."""
         if padding is not None:
             return self.advance(self.empty_state(k, v), q, k, v, scale, softcap, padding)[0]
+        if torch.is_grad_enabled() and q.requires_grad:
+            # Through the whole model (stage 2) the intermediates of all layers are many times q, k, v: recompute them.
+            args = (q, k, v, scale, softcap)
+            return checkpoint(self._whole, *args, use_reentrant=False, preserve_rng_state=False)
+        return self._whole(q, k, v, scale, softcap)
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         fq, fk = (self.phi_q(q), self.key_features(k)) if self.spec.has_linear else (None, None)
-        return chunked_attention(q, k, v, fq, fk, self.gamma, self.spec, scale, softcap).to(v.dtype)
+        return chunked_attention(q, k, v, fq, fk, self.gamma, self.spec, scale, softcap)
 
     def advance(self, state: AttentionState, q: Tensor, k: Tensor, v: Tensor, scale: float,
                 softcap: float | None = None, padding: Tensor | None = None) -> tuple[Tensor, AttentionState]:  # fmt: skip
-        """Outputs for T new tokens behind ``state``, and the state after them."""
+        """Outputs (B, H, T, D) fp32 for T new tokens behind ``state``, and the state after them."""
         common = (self.phi_q, self.key_features, self.gamma, self.spec, scale, softcap)
         if q.shape[2] == 1 and padding is None:
-            y, state = step(state, q, k, v, *common)
-        else:
-            y, state = extend(state, q, k, v, *common, mask=padding)
-        return y.to(v.dtype), state
+            return step(state, q, k, v, *common)
+        return extend(state, q, k, v, *common, mask=padding)
 
     def empty_state(self, k: Tensor, v: Tensor) -> AttentionState:
         return AttentionState.empty(k, v, self.maps, self.phi_k.num_features, self.spec)

@@ -1,0 +1,240 @@
+"""The command line: translates arguments, prints results, turns a user's mistake into a sentence and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lolcats.errors import Interrupted, LolcatsError
+
+app = typer.Typer(
+    name="lolcats", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Turn pretrained softmax-attention language models into linear-attention ones.",
+)  # fmt: skip
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Hub id, local model directory or .gguf file.", metavar="MODEL")]
+Directory = Annotated[Path, typer.Argument(help="A run directory or a linearized model.", metavar="DIR")]
+DataPath = Annotated[str, typer.Option("--data", help="Hub data set id or local .json, .jsonl, .parquet, .txt file.")]
+Out = Annotated[Path, typer.Option("--out", help="Directory to write; an unfinished run in it is continued.")]
+Recipe = Annotated[str, typer.Option(help="paper, default, small, or a YAML file.")]
+Sets = Annotated[list[str], typer.Option("--set", help="Change one setting: transfer.learning_rate=1e-3. Repeatable.")]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command whose user errors end in one sentence."""
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            _quiet()
+            function(*args, **kwargs)
+        except Interrupted as error:
+            _fail(f"{error} Run the same command again to continue.", 130)
+        except KeyboardInterrupt:
+            _fail("Stopped. What was finished is saved; run the same command again to continue.", 130)
+        except LolcatsError as error:
+            _fail(str(error), 2)
+        except (OSError, RuntimeError) as error:
+            if not _disk_full(error):
+                raise
+            _fail("The disk is full. Free some space and run the same command again: it continues where it stopped.", 2)
+
+    return app.command()(guarded)
+
+
+@command
+def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+              merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True) -> None:  # fmt: skip
+    """The whole job: attention transfer, LoRA, table, adapter and merged model."""
+    from lolcats.config import load_config
+    from lolcats.pipeline import linearize as run_pipeline
+
+    run = run_pipeline(model, data, out_, load_config(recipe, set_), merge)
+    _show(run)
+    out.print(f"\nAdapter: {out_}   merged model: {out_ / 'merged'}   card: {out_ / 'README.md'}", soft_wrap=True)
+
+
+@command
+def transfer(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = []) -> None:  # noqa: B006
+    """Stage 1 alone: attention transfer."""
+    from lolcats.config import load_config
+    from lolcats.pipeline import run_transfer, start
+
+    session = start(model, data, out_, load_config(recipe, set_))
+    run_transfer(session)
+    _show(session.run)
+    out.print(f"\nFeature maps: {out_}. Next: lolcats finetune {out_}", soft_wrap=True)
+
+
+@command
+def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True) -> None:
+    """Stage 2 alone: LoRA, in a run directory that attention transfer has finished."""
+    from lolcats.pipeline import finish, resume, run_finetune
+
+    session = resume(directory)
+    run_finetune(session)
+    finish(session, merge)
+    _show(session.run)
+
+
+@command
+def evaluate(model: Model, data: DataPath, recipe: Recipe = "default", set_: Sets = []) -> None:  # noqa: B006
+    """Perplexity on the test rows of a data set: the model, and each branch of it switched off."""
+    from lolcats.config import load_config
+    from lolcats.evaluation.perplexity import perplexity
+    from lolcats.modeling.layer import linearized_layers, override
+    from lolcats.pipeline import ABLATIONS
+    from lolcats.training.data import load_data
+
+    config = load_config(recipe, set_)
+    loaded, tokenizer = _load(model, config)
+    rows = load_data(data, tokenizer, config.data, config.seed).test
+    table = Table("model", "perplexity", title=f"{rows.numel():,} tokens of {data}")
+    table.add_row(model, f"{perplexity(loaded, rows):.3f}")
+    for name, change in ABLATIONS.items() if linearized_layers(loaded) else ():
+        with override(loaded, **change):
+            table.add_row(name.replace("_", " "), f"{perplexity(loaded, rows):.3f}")
+    out.print(table)
+
+
+@command
+def generate(
+    model: Model, prompt: Annotated[str, typer.Option(help="What to answer or continue.")],
+    max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Answer one prompt, streaming."""
+    from lolcats.config import load_config
+    from lolcats.inference.generate import generate as run_generate
+
+    loaded, tokenizer = _load(model, load_config("default", set_))
+    run_generate(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, stream=True)
+
+
+@command
+def chat(model: Model, max_new_tokens: int = 512, temperature: float = 0.7, top_p: float = 0.9,
+         system: str = "", set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
+    """Talk to a model in the terminal. An empty line, /exit or Ctrl-D ends; /new starts over."""
+    from lolcats.config import load_config
+    from lolcats.inference.generate import generate as run_generate
+
+    loaded, tokenizer = _load(model, load_config("default", set_))
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return
+        if text in ("", "/exit"):
+            return
+        if text == "/new":
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": text})
+        answer = run_generate(loaded, tokenizer, messages, max_new_tokens, temperature, top_p, stream=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+@command
+def export(directory: Directory, out_: Out,
+           merge: Annotated[bool, typer.Option("--merge", help="Fold LoRA into the weights.")] = False,
+           dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: as trained.")] = "auto",
+           ) -> None:  # fmt: skip
+    """Write a self-contained model directory from an adapter."""
+    from lolcats.modeling.checkpoint import load
+    from lolcats.pipeline import export_merged
+
+    if not merge:
+        raise LolcatsError("The run directory is the adapter already: copy it, or pass --merge for a full model.")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise LolcatsError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}.")
+    if out_.exists() and any(out_.iterdir()):
+        raise LolcatsError(f"{out_} is not empty; choose another --out.")
+    export_merged(load(directory, dtype), _tokenizer(str(directory)), out_)
+    out.print(f"Merged model: {out_}", soft_wrap=True)
+
+
+@command
+def info(model: Model) -> None:
+    """What a linearized model is, or how a base model would be linearized."""
+    from lolcats.modeling.info import describe
+
+    table = Table(show_header=False)
+    for name, value in describe(model).items():
+        table.add_row(name, escape(str(value)))
+    out.print(table)
+
+
+def _load(model: str, config: Any) -> tuple[Any, Any]:
+    """A linearized directory, or any base model, with its tokenizer."""
+    from lolcats.modeling.base import find_base, load_model
+    from lolcats.modeling.checkpoint import is_linearized, load
+    from lolcats.pipeline import device_and_dtype
+
+    device, dtype = device_and_dtype(config)
+    loaded = load(model, dtype, device) if is_linearized(model) else load_model(find_base(model), dtype, device)
+    return loaded, _tokenizer(model)
+
+
+def _tokenizer(model: str) -> Any:
+    from lolcats.modeling.base import find_base, load_tokenizer
+
+    return load_tokenizer(find_base(model))
+
+
+def _show(run: Any) -> None:
+    """The tables that end a run."""
+    from lolcats.report.table import memory_rows, perplexity_rows, remark
+
+    rows, length = run.record["data"]["test_rows"], run.config.data.sequence_length
+    table = Table("model", title=f"Perplexity on {rows} × {length} held-out tokens")
+    for name in ("perplexity", "against teacher"):
+        table.add_column(name, justify="right")
+    for row in perplexity_rows(run):
+        table.add_row(*row)
+    out.print(table)
+    if text := remark(run):
+        out.print(text)
+    if sizes := memory_rows(run):
+        table = Table("tokens", "teacher", "student", title="State per sequence")
+        for row in sizes:
+            table.add_row(*row)
+        out.print(table)
+    for who in ("teacher", "student"):
+        if f"sample_{who}" in run.results:
+            out.print(f"[bold]{who}[/bold]: {escape(run.results[f'sample_{who}'])}")
+
+
+def _quiet() -> None:
+    """Our own progress is enough: no loading bars or notes of transformers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _disk_full(error: BaseException) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+
+
+def _fail(message: str, code: int) -> None:
+    err.print(f"[red]{escape(message)}[/red]", soft_wrap=True)
+    sys.exit(code)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Bytes a sequence occupies while it is generated: growing cache of the teacher, fixed state of the student."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from lolcats.attention import AttentionSpec, AttentionState
+from lolcats.config import AttentionConfig, from_dict
+from lolcats.modeling.layer import linearized_layers
+
+
+def cache_bytes(model: Any, tokens: int) -> tuple[int, int]:
+    """(teacher, student) bytes for one sequence of ``tokens``, in the model's dtype (S and z are fp32).
+
+    Kept softmax layers count with their full cache on both sides, whatever window they slide.
+    """
+    record, width = model.config.lolcats, model.dtype.itemsize
+    attention = from_dict(AttentionConfig, record["attention"])
+    maps = {layer.geometry.layer: (layer.maps, layer.phi_k.num_features) for layer in linearized_layers(model)}
+    teacher = student = 0
+    for entry in record["layers"]:
+        kv = tokens * entry["kv_heads"] * (entry["head_dim"] + entry["value_dim"]) * width
+        teacher += kv
+        if entry["kind"] == "softmax":
+            student += kv
+            continue
+        spec = AttentionSpec(entry["kind"], attention.window, attention.window_size, attention.sinks)
+        k = torch.empty(1, entry["kv_heads"], 0, entry["head_dim"], dtype=model.dtype, device="meta")
+        student += AttentionState.empty(k, k, *maps[entry["layer"]], spec).nbytes
+    return teacher, student
+
+
+def readable(count: float) -> str:
+    """Bytes as a short string in binary units."""
+    power = min(4, int(math.log(max(count, 1), 1024)))
+    return f"{count / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -1,0 +1,36 @@
+"""Text in, text out, through Hugging Face's ``generate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel, TextStreamer
+
+Message = dict[str, str]
+
+
+def encode(tokenizer: Any, prompt: str | list[Message]) -> Any:
+    """Token ids of a prompt: a conversation (or a question, where the tokenizer has a chat template), else plain text."""
+    if not tokenizer.chat_template:
+        text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+        return tokenizer(text, return_tensors="pt")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: Any, prompt: str | list[Message], max_new_tokens: int = 64,
+    temperature: float = 0.0, top_p: float = 1.0, stream: bool = False,
+) -> str:  # fmt: skip
+    """The model's answer; temperature 0 is greedy; ``stream`` also prints it as it comes."""
+    inputs = encode(tokenizer, prompt).to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    output = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+        **sampling,
+    )
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

@@ -1,0 +1,67 @@
+"""What ``lolcats info`` tells about a model directory, without loading weights where it can."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lolcats.errors import LolcatsError
+from lolcats.modeling.base import find_base
+from lolcats.modeling.checkpoint import is_linearized
+
+
+def describe(model: str) -> dict[str, Any]:
+    """Facts by name: of a linearized directory from its config.json, of a base model from its configuration."""
+    if is_linearized(model):
+        return _linearized(Path(model))
+    return _base(model)
+
+
+def _linearized(directory: Path) -> dict[str, Any]:
+    config = json.loads((directory / "config.json").read_text())
+    record = config["lolcats"]
+    facts: dict[str, Any] = {
+        "form": record.get("form", "merged"),
+        "family": config["base_model_type"],
+        "layers": ", ".join(f"{n} {kind}" for kind, n in Counter(e["kind"] for e in record["layers"]).items()),
+        **record["attention"],
+    }
+    if "base" in record:
+        facts |= {"base model": record["base"]["path"], "base fingerprint": record["base"]["fingerprint"]}
+    if (directory / "run.json").is_file():
+        run = json.loads((directory / "run.json").read_text())
+        facts |= {"data": run["data"]["source"], "date": run["date"]}
+        facts |= {f"stage {name}": json.dumps(stage) for name, stage in run["stages"].items()}
+        facts |= {k: f"{v:.3f}" for k, v in run["results"].items() if k.startswith("ppl_")}
+    return facts
+
+
+def _base(model: str) -> dict[str, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lolcats.modeling.convert import probe
+
+    base = find_base(model)
+    path, kwargs = base.arguments
+    try:
+        config = AutoConfig.from_pretrained(path, **kwargs)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise LolcatsError(f"Cannot read {model}: {str(error).splitlines()[0]}") from None
+    layers = probe(empty)
+    first = layers[0].geometry
+    return {
+        "form": f"base model ({base.form})",
+        "family": config.model_type,
+        "fingerprint": base.fingerprint,
+        "parameters": f"{sum(p.numel() for p in empty.parameters()):,}",
+        "attention layers": len(layers),
+        "sliding already": sum(layer.sliding_window is not None for layer in layers),
+        "query heads, key/value heads, head dim": f"{first.heads}, {first.kv_heads}, {first.head_dim}",
+        "obstacles": next((layer.obstacle for layer in layers if layer.obstacle), None) or "none: can be linearized",
+    }

@@ -1,0 +1,248 @@
+"""The whole job in order: teacher, attention transfer, LoRA, table, export. Each part can be repeated after a kill."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lolcats.config import Config, to_yaml
+from lolcats.errors import LolcatsError
+from lolcats.evaluation.memory import cache_bytes
+from lolcats.evaluation.perplexity import perplexity
+from lolcats.inference.generate import generate
+from lolcats.modeling.base import find_base, load_model, load_tokenizer
+from lolcats.modeling.checkpoint import (
+    FEATURE_MAPS,
+    LORA,
+    load_feature_maps,
+    merge_lora,
+    save_adapter_config,
+    save_feature_maps,
+)
+from lolcats.modeling.convert import convert
+from lolcats.modeling.layer import linearized_layers, override
+from lolcats.run import Run, write_text
+from lolcats.training.data import Data, load_data
+from lolcats.training.finetune import finetune
+from lolcats.training.trainer import StageResult
+from lolcats.training.transfer import layer_errors, transfer
+
+PROMPT = "What is a good way to spend a rainy weekend? Explain your ideas."
+LENGTHS = (1024, 8192, 65536)
+ABLATIONS = {"linear_off": {"kind": "window"}, "window_off": {"kind": "remote"}}
+Say = Callable[[str], None]
+
+
+def log(message: str) -> None:
+    """Progress goes to standard error, results to standard output."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Session:
+    """A run with everything loaded that its stages need."""
+
+    run: Run
+    config: Config
+    model: PreTrainedModel
+    tokenizer: Any
+    data: Data
+    say: Say = log
+
+
+def linearize(model: str, data: str, out: Path, config: Config, merge: bool = True, say: Say = log) -> Run:
+    """Turn ``model`` into a linear-attention one with ``data``; everything it makes lies in ``out``.
+
+    Called again with the same arguments it continues where it stopped, and ends with the same weights.
+    """
+    session = start(model, data, out, config, say)
+    run_transfer(session)
+    run_finetune(session)
+    finish(session, merge)
+    return session.run
+
+
+def start(model: str, data: str, out: Path, config: Config, say: Say = log) -> Session:
+    """Load base model, tokenizer and data, measure the teacher and the untrained baselines, convert."""
+    device, dtype = device_and_dtype(config)
+    base = find_base(model)
+    tokenizer = load_tokenizer(base)
+    say(f"Reading {data}")
+    rows = load_data(data, tokenizer, config.data, config.seed)
+    run = Run.start(out, base, {**rows.summary, "fingerprint": rows.fingerprint}, config)
+    say(f"Loading {base.path} ({dtype}, {device})".replace("torch.", ""))
+    base_model = load_model(base, dtype, device)
+    torch.manual_seed(config.seed)
+    student = convert(base_model, config)
+    write_text(out / "config.yaml", to_yaml(config))
+    tokenizer.save_pretrained(out)
+    save_adapter_config(student, base, out)
+    session = Session(run, config, student, tokenizer, rows, say)
+    _baselines(session)
+    if run.stage_done("transfer"):
+        load_feature_maps(student, out / FEATURE_MAPS)
+    return session
+
+
+def resume(directory: Path, say: Say = log) -> Session:
+    """The session of an existing run directory."""
+    run = Run.open(directory)
+    return start(run.base.path, run.record["data"]["source"], directory, run.config, say)
+
+
+def run_transfer(session: Session) -> None:
+    """Stage 1, unless done: feature maps and gates, saved as ``feature_maps.safetensors``."""
+    run, model, out = session.run, session.model, session.run.directory
+    if run.stage_done("transfer"):
+        return
+    learns = any(layer.spec.has_linear for layer in linearized_layers(model))
+    if learns:
+        run.measure("layer_errors_before", lambda: layer_errors(model, session.data.validation.split(_batch(session))))
+    if learns and session.config.transfer.max_steps != 0:
+        session.say(_headline(session, "Stage 1: attention transfer", "transfer"))
+        summary = _timed(lambda: transfer(model, session.data, session.config, out))
+    else:
+        summary = {"skipped": True}
+    save_feature_maps(model, out / FEATURE_MAPS)
+    run.finish_stage("transfer", summary)
+    shutil.rmtree(out / "checkpoints" / "transfer", ignore_errors=True)
+
+
+def run_finetune(session: Session) -> None:
+    """Stage 2, unless done: LoRA, saved in ``lora/``. The session's model ends with LoRA merged into its weights."""
+    run, model, out = session.run, session.model, session.run.directory
+    if not run.stage_done("transfer"):
+        raise LolcatsError(f"{out}: attention transfer comes first (lolcats transfer).")
+    _after_transfer(session)
+    if run.stage_done("finetune"):
+        if (out / LORA).is_dir():
+            session.model = merge_lora(model, out / LORA)
+        return
+    if session.config.finetune.max_steps == 0:
+        run.finish_stage("finetune", {"skipped": True})
+        return
+    session.say(_headline(session, "Stage 2: low-rank linearizing", "finetune"))
+    wrapped: list[Any] = []
+
+    def train() -> StageResult:
+        peft_model, result = finetune(model, session.data, session.config, out)
+        wrapped.append(peft_model)
+        return result
+
+    summary = _timed(train)
+    partial = out / f"{LORA}.partial"
+    wrapped[0].peft_config["default"].base_model_name_or_path = run.base.path
+    wrapped[0].save_pretrained(partial, save_embedding_layers=False)
+    _replace_directory(partial, out / LORA)
+    if session.config.finetune.feature_map_learning_rate > 0:
+        save_feature_maps(wrapped[0], out / FEATURE_MAPS)
+    run.finish_stage("finetune", summary)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    session.model = wrapped[0].merge_and_unload().eval()
+
+
+def finish(session: Session, merge: bool = True) -> None:
+    """Measure the result, write card and picture, and the merged model if asked."""
+    from lolcats.report.card import write_card
+    from lolcats.report.picture import draw_report
+
+    run, model, out = session.run, session.model, session.run.directory
+    run.measure("ppl_student", lambda: _measured(session, "after LoRA"))
+    for name, change in ABLATIONS.items():
+        run.measure(f"ppl_{name}", lambda n=name, c=change: _measured(session, n.replace("_", " "), **c))
+    run.measure("sample_student", lambda: _sample(session))
+    run.measure("cache_bytes", lambda: {str(n): cache_bytes(model, n) for n in LENGTHS})
+    run.measure("gamma", lambda: [layer.gamma.tolist() for layer in linearized_layers(model)])
+    if merge and not (out / "merged").is_dir():
+        session.say(f"Writing {out / 'merged'}")
+        export_merged(model, session.tokenizer, out / "merged")
+    draw_report(run)
+    write_card(run)
+    if (out / "merged").is_dir():
+        shutil.copy(out / "README.md", out / "merged" / "README.md")
+
+
+def export_merged(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
+    """Write a self-contained model directory, whole or not at all."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    _replace_directory(partial, directory)
+
+
+def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that ``auto`` means here."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device != "cpu" and not getattr(torch, device).is_available():
+        raise LolcatsError(f"device: {device} is not available on this machine.")
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    return torch.device(device), getattr(torch, dtype)
+
+
+def _baselines(session: Session) -> None:
+    run, config = session.run, session.config.attention
+    sinks = config.sinks or min(4, config.window_size)
+    run.measure("ppl_teacher", lambda: _measured(session, "teacher", mode="teacher"))
+    run.measure("sample_teacher", lambda: _teacher_sample(session))
+    run.measure("ppl_window", lambda: _measured(session, "window alone", kind="window", sinks=0))
+    run.measure("baseline_sinks", lambda: sinks)
+    run.measure("ppl_window_sinks", lambda: _measured(session, "window + sinks", kind="window", sinks=sinks))
+
+
+def _after_transfer(session: Session) -> None:
+    run, model = session.run, session.model
+    run.measure("ppl_transfer", lambda: _measured(session, "after transfer"))
+    if any(layer.spec.has_linear for layer in linearized_layers(model)):
+        run.measure("layer_errors_after", lambda: layer_errors(model, session.data.validation.split(_batch(session))))
+
+
+def _measured(session: Session, label: str, mode: Any = None, **spec: Any) -> float:
+    changed = override(session.model, mode=mode, **spec) if mode or spec else nullcontext()
+    with changed:
+        value = perplexity(session.model, session.data.test, _batch(session))
+    session.say(f"  perplexity, {label}: {value:.2f}")
+    return value
+
+
+def _teacher_sample(session: Session) -> str:
+    with override(session.model, mode="teacher"):
+        return _sample(session)
+
+
+def _sample(session: Session) -> str:
+    """A greedy answer long enough to leave the window: its end is read through the linear term."""
+    return generate(session.model, session.tokenizer, PROMPT, 3 * session.config.attention.window_size)
+
+
+def _batch(session: Session) -> int:
+    return session.config.transfer.micro_batch_size
+
+
+def _headline(session: Session, title: str, stage: str) -> str:
+    config = getattr(session.config, stage)
+    length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.epochs:g} epochs"
+    return f"{title}: {length} of {config.batch_size} × {session.config.data.sequence_length} tokens"
+
+
+def _timed(stage: Callable[[], StageResult]) -> dict[str, Any]:
+    started = time.time()
+    result = asdict(stage())
+    result.pop("history")
+    return {**result, "seconds": round(time.time() - started, 1)}
+
+
+def _replace_directory(source: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    source.rename(target)

@@ -1,0 +1,78 @@
+"""README.md beside the weights: what this model is, what was measured, how to load it."""
+
+from __future__ import annotations
+
+import json
+
+from lolcats.config import to_yaml
+from lolcats.report.table import markdown, memory_rows, perplexity_rows, remark
+from lolcats.run import Run, write_text
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [lolcats, linear-attention]
+base_model: {base}
+---
+# {name}, linearized
+
+`{base}` with its softmax attention replaced by {kind} attention (window {window} of {size}, {sinks} sinks, {map} feature
+maps), made with lolcats {version} on {date}: constant memory and time per generated token.
+
+```python
+import lolcats  # registers the model type
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("DIR")
+```
+
+## Perplexity on {test_rows} held-out rows of {length} tokens
+{perplexity}
+
+{remark}
+
+## Bytes of state per sequence
+{memory}
+
+{layers}
+
+## One prompt, greedy
+- teacher: {teacher}
+- student: {student}
+
+## Provenance
+Data: `{source}`, {documents} documents, {train_rows} training rows; fingerprint {fingerprint}.
+Base weights: {base_fingerprint}. Stages: `{stages}`. Versions: `{versions}`.
+
+```yaml
+{config}```
+"""
+
+
+def write_card(run: Run) -> None:
+    """Write DIR/README.md from the run's record."""
+    record, config, results = run.record, run.config, run.results
+    attention, data = config.attention, record["data"]
+    kept = [e["layer"] for e in _layers(run) if e["kind"] == "softmax"]
+    write_text(
+        run.directory / "README.md",
+        CARD.format(
+            base=run.base.path.rsplit("/", 1)[-1] if run.base.form != "hub" else run.base.path,
+            name=run.base.path.rsplit("/", 1)[-1], kind=attention.kind, window=attention.window,
+            size=attention.window_size, sinks=attention.sinks, map=attention.feature_map,
+            version=record["versions"]["lolcats"], date=record["date"], test_rows=data["test_rows"],
+            length=config.data.sequence_length, remark=remark(run),
+            perplexity=markdown(("model", "perplexity", "against teacher"), perplexity_rows(run)),
+            memory=markdown(("tokens", "teacher", "student"), memory_rows(run)),
+            layers=f"Layers {kept} keep their softmax attention." if kept else "Every layer is linearized.",
+            teacher=json.dumps(results["sample_teacher"], ensure_ascii=False),
+            student=json.dumps(results["sample_student"], ensure_ascii=False),
+            source=data["source"].rsplit("/", 1)[-1], documents=data["documents"], train_rows=data["train_rows"],
+            fingerprint=data["fingerprint"], base_fingerprint=run.base.fingerprint,
+            stages=json.dumps(record["stages"]), versions=json.dumps(record["versions"]), config=to_yaml(config),
+        ),
+    )  # fmt: skip
+
+
+def _layers(run: Run) -> list[dict[str, object]]:
+    layers: list[dict[str, object]] = json.loads((run.directory / "config.json").read_text())["lolcats"]["layers"]
+    return layers

@@ -1,0 +1,51 @@
+"""The tables that end a run, as rows of data; terminal and model card render the same rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lolcats.evaluation.memory import readable
+from lolcats.run import Run
+
+ADAPTATION = (
+    "LoRA below the teacher is domain adaptation (the teacher never saw these data), not better attention: "
+    "compare with the teacher on other text before you conclude."
+)
+
+
+def perplexity_rows(run: Run) -> list[tuple[str, str, str]]:
+    """(model, perplexity, against the teacher) for everything measured so far."""
+    results = run.results
+    labels = {
+        "ppl_teacher": "teacher (softmax attention)",
+        "ppl_window": "window only, nothing trained",
+        "ppl_window_sinks": f"window + {results.get('baseline_sinks')} sinks, nothing trained",
+        "ppl_transfer": "after stage 1 (attention transfer)",
+        "ppl_student": "after stage 2 (LoRA)",
+        "ppl_linear_off": "  the same, its linear term off",
+        "ppl_window_off": "  the same, its window and sinks off",
+    }
+    teacher = results.get("ppl_teacher")
+    return [
+        (label, f"{results[key]:.2f}", f"{100 * (results[key] / teacher - 1):+.1f} %")
+        for key, label in labels.items()
+        if key in results
+    ]
+
+
+def memory_rows(run: Run) -> list[tuple[str, str, str]]:
+    """(tokens, teacher, student) bytes of state a sequence."""
+    sizes: dict[str, Any] = run.results.get("cache_bytes", {})
+    return [(f"{int(tokens):,}", readable(pair[0]), readable(pair[1])) for tokens, pair in sizes.items()]
+
+
+def remark(run: Run) -> str:
+    """What the reader must know to read the perplexities right; empty if nothing."""
+    results = run.results
+    below = results.get("ppl_student", float("inf")) < results.get("ppl_teacher", 0)
+    return ADAPTATION if below else ""
+
+
+def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -1,0 +1,137 @@
+"""The run directory: what a run is, how far it has come, what it measured. ``run.json`` is its one record.
+
+    DIR/run.json                identity (base model, data, configuration), versions, stages done, results
+    DIR/config.json             with feature_maps.safetensors and lora/: the adapter, loadable by from_pretrained(DIR)
+    DIR/merged/                 the self-contained model
+    DIR/metrics.jsonl           losses of both stages
+    DIR/README.md, report.png   model card and picture
+    DIR/checkpoints/            working files of an unfinished stage
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lolcats.config import Config, from_dict, to_dict
+from lolcats.errors import LolcatsError
+from lolcats.modeling.base import Base
+
+RECORD = "run.json"
+PACKAGES = ("lolcats", "torch", "transformers", "peft", "accelerate", "safetensors")
+
+
+class Run:
+    """A run directory, created or continued. Every change is written at once, so that a kill loses nothing."""
+
+    def __init__(self, directory: Path, record: dict[str, Any]) -> None:
+        self.directory, self.record = directory, record
+
+    @classmethod
+    def start(cls, directory: Path, base: Base, data: dict[str, Any], config: Config) -> Run:
+        """Create ``directory``, or continue the run it holds if base model, data and configuration are the same."""
+        identity = {"base": asdict(base), "data": data, "config": to_dict(config)}
+        if (directory / RECORD).exists():
+            run = cls.open(directory)
+            if changed := _difference(run.record, identity):
+                raise LolcatsError(
+                    f"{directory} holds another run: {changed}. Choose another --out, or repeat the command that made it."
+                )
+            return run
+        if directory.exists() and any(directory.iterdir()):
+            raise LolcatsError(f"{directory} is not empty and holds no lolcats run; choose another --out.")
+        _make(directory)
+        versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+        run = cls(directory, {**identity, "date": str(date.today()), "versions": versions, "stages": {}, "results": {}})
+        run.save()
+        return run
+
+    @classmethod
+    def open(cls, directory: Path) -> Run:
+        """The run in ``directory``."""
+        try:
+            return cls(directory, json.loads((directory / RECORD).read_text()))
+        except FileNotFoundError:
+            raise LolcatsError(f"{directory} holds no lolcats run ({RECORD} is missing).") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise LolcatsError(f"{directory / RECORD} is damaged ({error}).") from None
+
+    @property
+    def config(self) -> Config:
+        return from_dict(Config, self.record["config"])
+
+    @property
+    def base(self) -> Base:
+        return Base(**self.record["base"])
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return dict(self.record["results"])
+
+    def stage_done(self, stage: str) -> bool:
+        return stage in self.record["stages"]
+
+    def finish_stage(self, stage: str, summary: dict[str, Any]) -> None:
+        self.record["stages"][stage] = summary
+        self.save()
+
+    def measure(self, name: str, function: Callable[[], Any]) -> Any:
+        """The result called ``name``, measured now unless an earlier attempt of this run already did."""
+        if name not in self.record["results"]:
+            self.record["results"][name] = function()
+            self.save()
+        return self.record["results"][name]
+
+    def save(self) -> None:
+        write_text(self.directory / RECORD, json.dumps(self.record, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write so that a reader sees either the old file or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first thing in which two identities differ, in words; empty if none does."""
+    if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
+        return f"its base model is {old['base']['path']} ({old['base']['fingerprint']})"
+    changed = [
+        f"{section}.{key} was {before!r} and is now {after!r}"
+        for (section, key, before), (_, _, after) in zip(_flat(old["config"]), _flat(new["config"]), strict=False)
+        if before != after
+    ]
+    if changed:
+        return ", ".join(changed)
+    if old["data"]["fingerprint"] != new["data"]["fingerprint"]:
+        return f"its data were other rows ({old['data']['source']}, {old['data']['fingerprint']})"
+    return ""
+
+
+def _flat(config: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    sections = {k: v if isinstance(v, dict) else {k: v} for k, v in config.items()}
+    return [(section, key, value) for section, entries in sections.items() for key, value in entries.items()]
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / RECORD).with_suffix(".partial").touch()
+        (directory / RECORD).with_suffix(".partial").unlink()
+    except OSError as error:
+        raise LolcatsError(f"Cannot write to {directory} ({error.strerror}).") from None
+
+
+def _version(name: str) -> str:
+    return version(name)

@@ -1,0 +1,262 @@
+"""What both stages share: transformers.Trainer that saves only what it trains, keeps the best, and survives a kill.
+
+A checkpoint counts only once its ``complete`` marker is written. Checkpoints hold the trainable tensors, the optimizer,
+schedule, random state and the early-stopping count, so a resumed run equals an undisturbed one bit for bit on CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from lolcats.config import StageConfig
+from lolcats.errors import Interrupted, LolcatsError
+from lolcats.modeling.checkpoint import load_strictly, read_tensors, write_tensors
+from lolcats.training.data import Rows
+
+COMPLETE = "complete"
+TRAINABLE = "trainable.safetensors"
+BEST = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did. ``best_loss`` is the validation loss of the weights the model now has."""
+
+    steps: int
+    best_step: int
+    best_loss: float
+    history: list[dict[str, float]]
+
+
+class StageTrainer(Trainer):
+    """Trains whatever requires a gradient in ``model``. Subclasses define the loss.
+
+    Args:
+        stage: name for progress and metrics, ``transfer`` or ``finetune``.
+        directory: working directory of the stage (checkpoints, best weights); kept until the caller removes it.
+        metrics: ``metrics.jsonl`` of the run.
+    """
+
+    def __init__(self, model: nn.Module, config: StageConfig, train: Tensor, validation: Tensor, stage: str,
+                 directory: Path, metrics: Path, seed: int = 0, report_to: list[str] | None = None) -> None:  # fmt: skip
+        self.keeper = BestKeeper(config.early_stopping_patience, directory / BEST)
+        self.stage, self.directory, self.stage_config = stage, directory, config
+        super().__init__(
+            model=model,
+            args=training_arguments(config, directory, seed, next(model.parameters()).device, report_to or []),
+            train_dataset=Rows(train),
+            eval_dataset=Rows(validation),
+            callbacks=[self.keeper, MetricsFile(metrics, stage)],
+        )
+        self.model_accepts_loss_kwargs = False  # rows are of equal length: the mean over micro-batches is exact
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(StageProgress(stage))
+
+    def run(self) -> StageResult:
+        """Train, or continue from the newest complete checkpoint; the model ends with its best weights."""
+        checkpoint = newest_checkpoint(self.directory)
+        state = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
+        if not state or not self._finished(state):
+            with self.keeper.stop_on_interrupt():
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            state = {"global_step": self.state.global_step, "log_history": self.state.log_history}
+            if self.keeper.interrupted:
+                raise Interrupted(f"Stopped in {self.stage} after step {self.state.global_step}; its state is saved.")
+        else:
+            self.keeper.restore(state)
+        load_strictly(trainable(self.model), read_tensors(self.directory / BEST), self.directory / BEST)
+        return StageResult(state["global_step"], self.keeper.step, self.keeper.loss, state["log_history"])
+
+    def _finished(self, state: dict[str, Any]) -> bool:
+        saved = state["stateful_callbacks"]["BestKeeper"]["attributes"]
+        return state["global_step"] >= state["max_steps"] or 0 < self.keeper.patience <= saved["waited"]
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        (self.directory / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        write_tensors(trainable(self.model), Path(output_dir or self.directory) / TRAINABLE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        path = Path(resume_from_checkpoint) / TRAINABLE
+        load_strictly(trainable(self.model), read_tensors(path), path)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor of everything that requires a gradient."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train_only(model: nn.Module, wanted: Callable[[str], bool]) -> None:
+    """Freeze everything but the parameters whose name ``wanted`` accepts."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted(name))
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The complete checkpoint with the most steps, if any."""
+    complete = [p.parent for p in directory.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def training_arguments(
+    config: StageConfig, directory: Path, seed: int, device: torch.device, report_to: list[str]
+) -> TrainingArguments:
+    """Our settings in transformers' terms."""
+    plateau = config.schedule == "reduce_on_plateau"
+    plateau_kwargs = {
+        "factor": config.plateau_factor, "patience": config.plateau_patience, "min_lr": config.min_learning_rate,
+    }  # fmt: skip
+    return TrainingArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=config.micro_batch_size,
+        per_device_eval_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.batch_size // config.micro_batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
+        lr_scheduler_kwargs=plateau_kwargs if plateau else {},
+        warmup_steps=config.warmup_steps,
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        seed=seed,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        report_to=report_to or "none",
+    )
+
+
+class BestKeeper(TrainerCallback, ExportableState):
+    """Writes the best weights by validation loss, stops early, and stops in order on Ctrl-C or NaN."""
+
+    def __init__(self, patience: int, path: Path) -> None:
+        self.patience, self.path = patience, path
+        self.loss, self.step, self.waited, self.interrupted = math.inf, 0, 0, False
+
+    def state(self) -> dict[str, Any]:
+        attributes = {"loss": self.loss, "step": self.step, "waited": self.waited}
+        return {"args": {"patience": self.patience, "path": str(self.path)}, "attributes": attributes}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> BestKeeper:
+        keeper = cls(state["args"]["patience"], Path(state["args"]["path"]))
+        keeper.__dict__.update(state["attributes"])
+        return keeper
+
+    def restore(self, trainer_state: dict[str, Any]) -> None:
+        self.__dict__.update(trainer_state["stateful_callbacks"]["BestKeeper"]["attributes"])
+
+    @contextmanager
+    def stop_on_interrupt(self) -> Iterator[None]:
+        """First Ctrl-C: finish the step, save, stop. Second: stop at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handler(signum: int, frame: FrameType | None) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, previous)
+
+        previous = signal.signal(signal.SIGINT, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise LolcatsError(
+                f"The loss became {logs['loss']} by step {state.global_step}. The last good checkpoint is kept; "
+                "lower the learning rate, or look for broken data."
+            )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], model: Any,
+                    **kwargs: Any) -> None:  # fmt: skip
+        if metrics["eval_loss"] < self.loss:
+            self.loss, self.step, self.waited = metrics["eval_loss"], state.global_step, 0
+            write_tensors(trainable(model), self.path)
+        else:
+            self.waited += 1
+        if 0 < self.patience <= self.waited:
+            control.should_training_stop = control.should_save = True
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON object a line, for both stages; on resuming, lines after the checkpoint are dropped."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path, self.stage = path, stage
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        others = [line for line in lines if json.loads(line)["stage"] != self.stage]
+        ours = [json.dumps({"stage": self.stage, **entry}) for entry in state.log_history]
+        self.path.write_text("".join(line + "\n" for line in others + ours))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"stage": self.stage, **logs, "step": state.global_step}) + "\n")
+
+
+class StageProgress(ProgressCallback):  # type: ignore[misc]
+    """transformers' bar (steps, time left) with the stage's name and the last losses instead of printed dicts."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self.stage, self.shown = stage, {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.stage)
+            self.training_bar.update(state.global_step)
+            self.current_step = state.global_step
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        names = {"loss": "loss", "eval_loss": "validation"}
+        self.shown.update({names[k]: f"{v:.4g}" for k, v in (logs or {}).items() if k in names})
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown)

@@ -1,0 +1,100 @@
+"""Stage 1, attention transfer: every layer's linear attention learns the output of its softmax attention.
+
+The teacher's hidden states flow through the model (each layer passes its softmax output on), so no layer's loss
+reaches another layer's parameters: backward runs inside each layer's forward, and peak memory is one layer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lolcats.attention.reference import softmax_logits
+from lolcats.config import Config, TransferConfig
+from lolcats.modeling.convert import decoder
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
+from lolcats.training.data import Data
+from lolcats.training.trainer import StageResult, StageTrainer, train_only
+
+
+def transfer(model: PreTrainedModel, data: Data, config: Config, directory: Path) -> StageResult:
+    """Train the feature maps and gates of a converted model in place; everything else is frozen.
+
+    Args:
+        directory: run directory: ``metrics.jsonl`` and working files under ``checkpoints/transfer`` go there.
+    """
+    train_only(model, lambda name: ".lolcats." in name)
+    trainer = TransferTrainer(
+        model, config.transfer, data.train, data.validation, "transfer",
+        directory / "checkpoints" / "transfer", directory / "metrics.jsonl", config.seed, config.report_to,
+    )  # fmt: skip
+    return trainer.run()
+
+
+class TransferTrainer(StageTrainer):
+    """Loss: mean over layers of mse_weight · MSE(ŷ, y) (+ xent_weight · cross-entropy of attention weights)."""
+
+    stage_config: TransferConfig
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        scale = 1 / self.current_gradient_accumulation_steps
+        losses = layer_losses(model, self._prepare_inputs(inputs)["input_ids"], self.stage_config, scale)
+        return losses.mean() * scale
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        return layer_losses(model, inputs["input_ids"], self.stage_config).mean()
+
+
+def layer_losses(
+    model: PreTrainedModel, input_ids: Tensor, config: TransferConfig, backward_scale: float | None = None
+) -> Tensor:
+    """(layers,) losses of one batch (B, T) of token ids.
+
+    With ``backward_scale``, the gradient of backward_scale · mean(losses) is accumulated layer by layer on the way.
+    """
+    losses: list[Tensor] = []
+    count = len(linearized_layers(model))
+
+    def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
+        with torch.set_grad_enabled(backward_scale is not None):
+            loss = attention_loss(layer, call, config)
+            if backward_scale is not None:
+                (loss * (backward_scale / count)).backward()
+        losses.append(loss.detach())
+
+    model.eval()  # the teacher has no dropout
+    with torch.no_grad(), override(model, mode="transfer", observer=observe):
+        decoder(model)(input_ids=input_ids, use_cache=False)
+    return torch.stack(losses)
+
+
+def attention_loss(layer: LinearizedAttention, call: AttentionCall, config: TransferConfig) -> Tensor:
+    """Scalar loss of one layer on one call."""
+    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding).transpose(1, 2)
+    error = (y - call.target.float()).square().mean((2, 3))  # (B, T)
+    loss = config.mse_weight * (error.mean() if call.padding is None else error[call.padding].mean())
+    if config.xent_weight:
+        loss = loss + config.xent_weight * _weight_cross_entropy(layer, call)
+    return loss
+
+
+def _weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
+    """−Σ a·log â between softmax and hybrid attention weights, mean over queries. Causal, unpadded rows."""
+    heads, length = call.q.shape[1], call.q.shape[2]
+    k = call.k.float().repeat_interleave(heads // call.k.shape[1], dim=1)
+    logits = softmax_logits(call.q.float(), k, call.scale, call.softcap)
+    causal = torch.ones(length, length, dtype=torch.bool, device=k.device).tril()
+    a = logits.masked_fill(~causal, -torch.inf).softmax(-1)
+    predicted = layer.weights(call.q, call.k, call.scale, call.softcap)
+    return -(a * predicted.clamp_min(1e-12).log()).sum(-1).mean()
+
+
+def layer_errors(model: PreTrainedModel, rows: Iterable[Tensor]) -> list[float]:
+    """Mean squared error of each linearized layer's output over batches of token ids (B, T)."""
+    unit = TransferConfig(mse_weight=1.0)
+    return torch.stack([layer_losses(model, ids.to(model.device), unit) for ids in rows]).mean(0).tolist()
