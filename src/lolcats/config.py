@@ -225,9 +225,9 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
             return float(value)
         except (TypeError, ValueError):
             pass
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint in (bool, str) and isinstance(value, hint):
+    elif (hint is int and isinstance(value, int) and not isinstance(value, bool)) or (
+        hint in (bool, str) and isinstance(value, hint)
+    ):
         return value
     raise LolcatsError(f"{path}: expected {getattr(hint, '__name__', hint)}, got {value!r}.")
 

@@ -18,6 +18,7 @@ from lolcats.config import Config, to_yaml
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.memory import cache_bytes
 from lolcats.evaluation.perplexity import perplexity
+from lolcats.files import write_text
 from lolcats.inference.generate import generate
 from lolcats.modeling.base import find_base, load_model, load_tokenizer
 from lolcats.modeling.checkpoint import (
@@ -30,7 +31,7 @@ from lolcats.modeling.checkpoint import (
 )
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers, override
-from lolcats.run import Run, write_text
+from lolcats.run import Run
 from lolcats.training.data import Data, load_data
 from lolcats.training.finetune import finetune
 from lolcats.training.trainer import StageResult

@@ -1,17 +1,16 @@
 """The run directory: what a run is, how far it has come, what it measured. ``run.json`` is its one record.
 
-    DIR/run.json                identity (base model, data, configuration), versions, stages done, results
-    DIR/config.json             with feature_maps.safetensors and lora/: the adapter, loadable by from_pretrained(DIR)
-    DIR/merged/                 the self-contained model
-    DIR/metrics.jsonl           losses of both stages
-    DIR/README.md, report.png   model card and picture
-    DIR/checkpoints/            working files of an unfinished stage
+DIR/run.json                identity (base model, data, configuration), versions, stages done, results
+DIR/config.json             with feature_maps.safetensors and lora/: the adapter, loadable by from_pretrained(DIR)
+DIR/merged/                 the self-contained model
+DIR/metrics.jsonl           losses of both stages
+DIR/README.md, report.png   model card and picture
+DIR/checkpoints/            working files of an unfinished stage
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from typing import Any
 
 from lolcats.config import Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
+from lolcats.files import write_text
 from lolcats.modeling.base import Base
 
 RECORD = "run.json"
@@ -91,16 +91,6 @@ class Run:
 
     def save(self) -> None:
         write_text(self.directory / RECORD, json.dumps(self.record, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write so that a reader sees either the old file or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

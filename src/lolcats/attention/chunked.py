@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lolcats.attention.reference import softmax_logits
+from lolcats.attention.reference import normalize, softmax_logits
 from lolcats.attention.spec import AttentionSpec
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 class Context(NamedTuple):
@@ -70,7 +68,7 @@ def chunked_attention(
         state = (None, None) if context is None else (expand(context.S), expand(context.z))
         num, den = _linear_part(_chunks(fq, chunk), _chunks(expand(fk), chunk), vc, far, *state)
         numerator, denominator = numerator + num, denominator + den
-    return (numerator / denominator.clamp_min(TINY)).flatten(2, 3)[:, :, :length]
+    return normalize(numerator, denominator).flatten(2, 3)[:, :, :length]
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:

@@ -24,6 +24,11 @@ def softmax_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = N
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def normalize(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 where a query sees no key (kind ``remote`` at the start of a sequence)."""
+    return numerator / denominator.masked_fill(denominator == 0, 1)
+
+
 def attention_weights(
     q: Tensor, k: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
     softcap: float | None = None,
@@ -42,7 +47,7 @@ def attention_weights(
         weights = weights + gamma[:, None, None] * torch.exp(logits - logits.amax(-1, keepdim=True))
     if spec.has_linear:
         weights = weights + (fq.float() @ fk.mT) * older
-    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return normalize(weights, weights.sum(-1, keepdim=True))
 
 
 def parallel_attention(
@@ -80,5 +85,5 @@ def recurrent_attention(
         if spec.has_linear:
             numerator = numerator + (fq[:, :, n, None] @ S)[:, :, 0]
             denominator = denominator + (fq[:, :, n] * z).sum(-1, keepdim=True)
-        outputs.append(numerator / denominator.clamp_min(torch.finfo(torch.float32).tiny))
+        outputs.append(normalize(numerator, denominator))
     return torch.stack(outputs, dim=2)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lolcats.attention.chunked import TINY, Context, chunked_attention
-from lolcats.attention.reference import softmax_logits
+from lolcats.attention.chunked import Context, chunked_attention
+from lolcats.attention.reference import normalize, softmax_logits
 from lolcats.attention.spec import AttentionSpec
 
 KeyMap = Callable[[Tensor], Tensor]
@@ -90,7 +90,10 @@ def extend(
     room = state.ring_k.shape[2] + length
     index = torch.cat([old, new], 1) - start[:, None]
     index = index.where(torch.cat([old >= start[:, None], valid], 1), room)  # `room`: a slot that is thrown away
-    rows = _scatter(torch.cat([state.ring_k, k], 2), index, room), _scatter(torch.cat([state.ring_v, v], 2), index, room)
+    rows = (
+        _scatter(torch.cat([state.ring_k, k], 2), index, room),
+        _scatter(torch.cat([state.ring_v, v], 2), index, room),
+    )
     new_index = index[:, old.shape[1] :]
     queries = _scatter(q, new_index, room)
     fq, fk = (phi_q(queries), phi_k(rows[0])) if spec.has_linear else (None, None)
@@ -128,7 +131,7 @@ def step(
         fq = phi_q(q)
         numerator = numerator + fq @ expand(state.S)
         denominator = denominator + fq @ expand(state.z)[..., None]
-    return numerator / denominator.clamp_min(TINY), state
+    return normalize(numerator, denominator), state
 
 
 def _fold(state: AttentionState, k: Tensor, v: Tensor, phi_k: KeyMap, spec: AttentionSpec) -> AttentionState:

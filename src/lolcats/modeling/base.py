@@ -81,7 +81,9 @@ def load_tokenizer(base: Base) -> Any:
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
     """A model without the marks of its GGUF file: transformers would treat it as quantized and refuse to save it."""
-    config = type(model.config).from_dict({k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    config = type(model.config).from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
     plain = type(model)._from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()

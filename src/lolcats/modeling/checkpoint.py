@@ -7,25 +7,25 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from lolcats.errors import LolcatsError
+from lolcats.files import compare_keys, load_strictly, read_tensors, write_tensors
 from lolcats.modeling.base import Base, find_base, load_model
 
 FEATURE_MAPS = "feature_maps.safetensors"
 LORA = "lora"
 
 
-def load(directory: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
+def load(
+    directory: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """Load a linearized model (adapter or merged form) in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
@@ -42,7 +42,11 @@ def is_linearized(path: str | Path) -> bool:
 
 def feature_map_state(model: nn.Module) -> dict[str, Tensor]:
     """Feature maps and gates by their names in the unwrapped model."""
-    return {name.removeprefix("base_model.model."): p.detach() for name, p in model.named_parameters() if ".lolcats." in name}
+    return {
+        name.removeprefix("base_model.model."): p.detach()
+        for name, p in model.named_parameters()
+        if ".lolcats." in name
+    }
 
 
 def save_feature_maps(model: nn.Module, path: Path) -> None:
@@ -57,6 +61,7 @@ def save_adapter_config(model: PreTrainedModel, base: Base, directory: Path) -> 
     """Write DIR/config.json of the adapter form: the family's configuration, our record, and where the base is."""
     config = type(model.config).from_dict(model.config.to_dict())
     config.lolcats = {**config.lolcats, "form": "adapter", "base": asdict(base)}
+    config.dtype = model.dtype
     config.save_pretrained(directory)
 
 
@@ -91,45 +96,6 @@ def merge_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     saved = read_tensors(directory / "adapter_model.safetensors")
     compare_keys(set(get_peft_model_state_dict(wrapped)), set(saved), directory)
     return wrapped.merge_and_unload().eval()
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file so that a reader sees either the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise LolcatsError(f"{path} is missing.") from None
-    except (SafetensorError, OSError) as error:
-        raise LolcatsError(f"{path} is damaged or truncated ({error}).") from None
-
-
-def load_strictly(target: dict[str, Tensor], source: dict[str, Tensor], path: Path) -> None:
-    """Copy ``source`` into the tensors of ``target``; a missing, extra or mis-shaped one is an error that names it."""
-    compare_keys(set(target), set(source), path)
-    for name, tensor in target.items():
-        if source[name].shape != tensor.shape:
-            raise LolcatsError(
-                f"{path}: tensor {name} has shape {tuple(source[name].shape)}, expected {tuple(tensor.shape)}."
-            )
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
-
-
-def compare_keys(expected: set[str], found: set[str], path: Path) -> None:
-    if missing := sorted(expected - found):
-        raise LolcatsError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all).")
-    if extra := sorted(found - expected):
-        raise LolcatsError(f"{path}: unexpected tensor {extra[0]} ({len(extra)} in all).")
 
 
 def verify_loading(info: dict[str, Any], path: Any) -> None:

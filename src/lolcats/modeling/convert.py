@@ -104,7 +104,7 @@ def layer_kinds(config: AttentionConfig, layers: list[ProbedLayer]) -> dict[int,
             raise LolcatsError(f"attention.layers: the model has no attention layer {missing[0]} (it has {indices}).")
         chosen.update(dict.fromkeys(wanted, kind))
     mixed = any(layer.sliding_window is None for layer in layers)
-    default = {i: config.kind for i in indices}
+    default = dict.fromkeys(indices, config.kind)
     default.update({x.geometry.layer: "softmax" for x in layers if mixed and x.sliding_window is not None})
     return {**default, **chosen}
 
@@ -127,18 +127,21 @@ def probe(model: PreTrainedModel) -> list[ProbedLayer]:
     AttentionMaskInterface.register(PROBE, lambda **_: None)
     implementation, training = model.config._attn_implementation, model.training
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    failure: Exception | None = None
     try:
         model.eval()
         model.config._attn_implementation = PROBE
         model(input_ids=ids, use_cache=False)
+    except Exception as error:  # a family that computes attention itself may stumble over the unknown name in any way
+        failure = error
     finally:
         model.config._attn_implementation = implementation
         model.train(training)
-    if not calls:
+    if failure or not calls:
         raise LolcatsError(
             f"{type(model).__name__} does not call transformers' attention interface, so its attention cannot be "
             "swapped. Families such as Llama, Mistral, Qwen and Gemma do."
-        )
+        ) from failure
     names = {module: name for name, module in model.named_modules()}
     return [
         ProbedLayer(names[module], module, geometry, kwargs.get("sliding_window"), _obstacle(module, geometry, kwargs))

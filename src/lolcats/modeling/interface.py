@@ -188,17 +188,33 @@ def prepare_decoder_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict
     layers = {layer.geometry.layer: layer for layer in linearized_layers(decoder) if layer.mode == "student"}
     names = list(inspect.signature(decoder.forward).parameters)
     call = {**dict(zip(names, args, strict=False)), **kwargs}
-    cache, use_cache = call.get("past_key_values"), call.get("use_cache")
     if not layers:
         return None
-    if cache is None:
-        _refuse_packed_positions(call)
-        if not (config.use_cache if use_cache is None else use_cache) or (decoder.training and torch.is_grad_enabled()):
-            return None
-        cache = DynamicCache(config=config.get_text_config(decoder=True))
-        args, kwargs = (), {**call, "past_key_values": cache}
-    install_cache(cache, layers)
-    return args, kwargs
+    _refuse_packed_positions(call)
+    changes = _positions(call, names)
+    cache, use_cache = call.get("past_key_values"), call.get("use_cache")
+    wants_cache = (config.use_cache if use_cache is None else use_cache) and not (
+        decoder.training and torch.is_grad_enabled()
+    )
+    if cache is None and wants_cache:
+        cache = changes["past_key_values"] = DynamicCache(config=config.get_text_config(decoder=True))
+    if cache is not None:
+        install_cache(cache, layers)
+    return (), {**call, **changes}
+
+
+def _positions(call: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
+    """Positions counted from each row's first real token, where the caller gave a padding mask but no positions.
+
+    Softmax with RoPE only sees differences of positions; feature maps see the positions themselves.
+    """
+    mask, ids = call.get("attention_mask"), call.get("input_ids")
+    ids = call.get("inputs_embeds") if ids is None else ids
+    if call.get("position_ids") is not None or "position_ids" not in names or ids is None:
+        return {}
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.all():
+        return {}
+    return {"position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]}
 
 
 def install_cache(cache: Any, layers: dict[int, LinearizedAttention]) -> None:
@@ -223,7 +239,9 @@ def install_cache(cache: Any, layers: dict[int, LinearizedAttention]) -> None:
 def _refuse_packed_positions(call: dict[str, Any]) -> None:
     """Positions that start again inside a row mean packed documents to transformers: never mix them silently."""
     positions = call.get("position_ids")
-    if positions is None or call.get("attention_mask") is not None or positions.ndim != 2:
+    if positions is None or positions.ndim != 2:
+        return
+    if call.get("attention_mask") is not None or call.get("past_key_values") is not None:
         return
     if (positions[:, 1:] <= positions[:, :-1]).any():
         raise LolcatsError("Packed rows (position_ids that start again) are not supported by linearized layers yet.")

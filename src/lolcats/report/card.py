@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 from lolcats.config import to_yaml
+from lolcats.files import write_text
 from lolcats.report.table import markdown, memory_rows, perplexity_rows, remark
-from lolcats.run import Run, write_text
+from lolcats.run import Run
 
 CARD = """---
 library_name: transformers

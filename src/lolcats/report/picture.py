@@ -14,7 +14,9 @@ def draw_report(run: Run) -> None:
     try:
         import matplotlib
     except ImportError:
-        logging.getLogger(__name__).warning("No report.png: matplotlib is not installed (pip install 'lolcats[plots]').")
+        logging.getLogger(__name__).warning(
+            "No report.png: matplotlib is not installed (pip install 'lolcats[plots]')."
+        )
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -27,9 +27,9 @@ def read_records(source: str, config: DataConfig) -> tuple[list[Record], int]:
         if path.suffix not in READERS:
             raise LolcatsError(f"{source}: unknown data format; expected one of {', '.join(READERS)}.")
         records = list(READERS[path.suffix](path, skipped))
-    elif path.suffix in READERS or path.is_absolute() or source.startswith("."):
+    elif not path.is_dir() and (path.suffix in READERS or path.is_absolute() or source.startswith(".")):
         raise LolcatsError(f"Data file {source} does not exist.")
-    else:
+    else:  # a hub id, or a directory laid out as one
         records = list(_hub(source, config))
     if skipped and not config.skip_broken:
         more = f" and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""

@@ -20,16 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
 
 from lolcats.config import StageConfig
 from lolcats.errors import Interrupted, LolcatsError
-from lolcats.modeling.checkpoint import load_strictly, read_tensors, write_tensors
+from lolcats.files import load_strictly, read_tensors, write_tensors, write_text
 from lolcats.training.data import Rows
 
 COMPLETE = "complete"
 TRAINABLE = "trainable.safetensors"
 BEST = "best.safetensors"
+SCHEDULES = {
+    "reduce_on_plateau": "reduce_lr_on_plateau", "constant": "constant_with_warmup", "linear": "linear",
+    "cosine": "cosine",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,21 +73,18 @@ class StageTrainer(Trainer):
     def run(self) -> StageResult:
         """Train, or continue from the newest complete checkpoint; the model ends with its best weights."""
         checkpoint = newest_checkpoint(self.directory)
-        state = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
-        if not state or not self._finished(state):
+        state: dict[str, Any] = {}
+        if checkpoint:
+            state = json.loads((checkpoint / "trainer_state.json").read_text())
+            self.keeper.__dict__.update(json.loads((checkpoint / COMPLETE).read_text()))
+        if not state or not (self.keeper.exhausted or state["global_step"] >= state["max_steps"]):
             with self.keeper.stop_on_interrupt():
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             state = {"global_step": self.state.global_step, "log_history": self.state.log_history}
             if self.keeper.interrupted:
                 raise Interrupted(f"Stopped in {self.stage} after step {self.state.global_step}; its state is saved.")
-        else:
-            self.keeper.restore(state)
         load_strictly(trainable(self.model), read_tensors(self.directory / BEST), self.directory / BEST)
         return StageResult(state["global_step"], self.keeper.step, self.keeper.loss, state["log_history"])
-
-    def _finished(self, state: dict[str, Any]) -> bool:
-        saved = state["stateful_callbacks"]["BestKeeper"]["attributes"]
-        return state["global_step"] >= state["max_steps"] or 0 < self.keeper.patience <= saved["waited"]
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         with torch.no_grad():
@@ -93,7 +93,8 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
-        (self.directory / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+        marker = self.directory / f"checkpoint-{self.state.global_step}" / COMPLETE
+        write_text(marker, json.dumps(self.keeper.progress()))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         write_tensors(trainable(self.model), Path(output_dir or self.directory) / TRAINABLE)
@@ -138,7 +139,7 @@ def training_arguments(
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
         max_grad_norm=config.max_grad_norm,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
+        lr_scheduler_type=SCHEDULES[config.schedule],
         lr_scheduler_kwargs=plateau_kwargs if plateau else {},
         warmup_steps=config.warmup_steps,
         eval_strategy="steps",
@@ -150,7 +151,6 @@ def training_arguments(
         logging_nan_inf_filter=False,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        restore_callback_states_from_checkpoint=True,
         prediction_loss_only=True,
         remove_unused_columns=False,
         seed=seed,
@@ -160,25 +160,21 @@ def training_arguments(
     )
 
 
-class BestKeeper(TrainerCallback, ExportableState):
+class BestKeeper(TrainerCallback):
     """Writes the best weights by validation loss, stops early, and stops in order on Ctrl-C or NaN."""
 
     def __init__(self, patience: int, path: Path) -> None:
-        self.patience, self.path = patience, path
-        self.loss, self.step, self.waited, self.interrupted = math.inf, 0, 0, False
+        self.patience, self.path, self.interrupted = patience, path, False
+        self.loss, self.step, self.waited = math.inf, 0, 0
 
-    def state(self) -> dict[str, Any]:
-        attributes = {"loss": self.loss, "step": self.step, "waited": self.waited}
-        return {"args": {"patience": self.patience, "path": str(self.path)}, "attributes": attributes}
+    def progress(self) -> dict[str, float]:
+        """What a resumed stage must know."""
+        return {"loss": self.loss, "step": self.step, "waited": self.waited}
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> BestKeeper:
-        keeper = cls(state["args"]["patience"], Path(state["args"]["path"]))
-        keeper.__dict__.update(state["attributes"])
-        return keeper
-
-    def restore(self, trainer_state: dict[str, Any]) -> None:
-        self.__dict__.update(trainer_state["stateful_callbacks"]["BestKeeper"]["attributes"])
+    @property
+    def exhausted(self) -> bool:
+        """Whether the validation loss has not improved for ``patience`` evaluations."""
+        return 0 < self.patience <= self.waited
 
     @contextmanager
     def stop_on_interrupt(self) -> Iterator[None]:
@@ -217,7 +213,7 @@ class BestKeeper(TrainerCallback, ExportableState):
             write_tensors(trainable(model), self.path)
         else:
             self.waited += 1
-        if 0 < self.patience <= self.waited:
+        if self.exhausted:
             control.should_training_stop = control.should_save = True
 
 

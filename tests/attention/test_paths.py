@@ -1,0 +1,187 @@
+"""Every path against the reference: outputs and every gradient."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from lolcats.attention import (
+    AttentionSpec,
+    AttentionState,
+    FeatureMap,
+    chunked_attention,
+    extend,
+    parallel_attention,
+    recurrent_attention,
+    step,
+)
+
+B, H, G, D, F_COLUMNS = 2, 4, 2, 8, 6
+SCALE = 0.4
+LENGTHS = (1, 2, 63, 64, 65, 127, 128, 129, 1000)
+KINDS = ("hybrid", "linear", "window", "remote")
+WINDOWS = ("terraced", "sliding")
+MAPS = ("per_query_head", "per_kv_head")
+VARIANTS = list(itertools.product(KINDS, WINDOWS, (0, 4), MAPS))
+
+
+class Problem:
+    """Random inputs and feature maps of one attention layer; peaked, so that window, sinks and old keys all matter."""
+
+    def __init__(self, length: int, maps: str = "per_query_head", feature_map: str = "hedgehog", seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.q, self.k, self.v = (torch.randn(B, heads, length, D) for heads in (H, G, G))
+        self.q, self.k = 2 * self.q, 2 * self.k
+        self.groups = 1 if maps == "per_kv_head" else H // G
+        self.phi_q = FeatureMap(feature_map, H, D, F_COLUMNS)
+        self.phi_k = FeatureMap(feature_map, G * self.groups, D, F_COLUMNS)
+        self.gamma = torch.rand(H) * 0.5 + 0.05
+
+    def key_features(self, k: Tensor) -> Tensor:
+        return self.phi_k(k.repeat_interleave(self.groups, 1))
+
+    def inputs(self) -> dict[str, Tensor]:
+        fq, fk = self.phi_q(self.q).detach(), self.key_features(self.k).detach()
+        tensors = {"q": self.q, "k": self.k, "v": self.v, "fq": fq, "fk": fk, "gamma": self.gamma}
+        return {name: x.clone().requires_grad_() for name, x in tensors.items()}
+
+    def reference(self, spec: AttentionSpec, rows: slice | Tensor = slice(None), row: slice = slice(None)) -> Tensor:
+        q, k, v = (x[row, :, rows] for x in (self.q, self.k, self.v))
+        return parallel_attention(q, k, v, self.phi_q(q), self.key_features(k), self.gamma, spec, SCALE)
+
+    def empty(self, spec: AttentionSpec) -> AttentionState:
+        return AttentionState.empty(self.k, self.v, G * self.groups, self.phi_k.num_features, spec)
+
+    def move(self, state: AttentionState, spec: AttentionSpec, rows: slice, use_step: bool = False,
+             mask: Tensor | None = None) -> tuple[Tensor, AttentionState]:  # fmt: skip
+        tensors = (x[:, :, rows] for x in (self.q, self.k, self.v))
+        common = (self.phi_q, self.key_features, self.gamma, spec, SCALE)
+        return step(state, *tensors, *common) if use_step else extend(state, *tensors, *common, mask=mask)
+
+
+def compare_with_gradients(spec: AttentionSpec, problem: Problem, softcap: float | None = None) -> None:
+    expected, actual = problem.inputs(), problem.inputs()
+    y = parallel_attention(*expected.values(), spec, SCALE, softcap)
+    z = chunked_attention(*actual.values(), spec, SCALE, softcap)
+    torch.testing.assert_close(z, y, atol=2e-5, rtol=1e-4)
+    direction = torch.randn_like(y)
+    for out in (y, z):
+        out.backward(direction)
+    for name in expected:
+        if expected[name].grad is None:
+            assert actual[name].grad is None, name
+        else:
+            torch.testing.assert_close(actual[name].grad, expected[name].grad, atol=2e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("maps", MAPS)
+def test_chunked_equals_reference(length: int, window: str, sinks: int, maps: str) -> None:
+    for kind in KINDS if length < 1000 else ("hybrid", "linear"):
+        compare_with_gradients(AttentionSpec(kind, window, 64, sinks), Problem(length, maps))
+
+
+@pytest.mark.parametrize("feature_map", ["hedgehog", "t2r", "exp", "elu"])
+@pytest.mark.parametrize("maps", MAPS)
+def test_feature_maps(feature_map: str, maps: str) -> None:
+    problem = Problem(65, maps, feature_map)
+    assert (problem.phi_q(problem.q) >= 1e-12).all()
+    for window in WINDOWS:
+        compare_with_gradients(AttentionSpec("hybrid", window, 16, 4), problem)
+        compare_with_gradients(AttentionSpec("linear", window, 16, 4), problem)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 100])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_any_window_size(size: int, window: str) -> None:
+    compare_with_gradients(AttentionSpec("hybrid", window, size, min(size, 3)), Problem(67))
+
+
+def test_softcap() -> None:
+    compare_with_gradients(AttentionSpec("hybrid", "terraced", 16, 2), Problem(70), softcap=1.5)
+
+
+@pytest.mark.parametrize(("kind", "window", "sinks", "maps"), VARIANTS)
+def test_recurrent_equals_parallel(kind: str, window: str, sinks: int, maps: str) -> None:
+    problem, spec = Problem(75, maps), AttentionSpec(kind, window, 16, sinks)
+    tensors = problem.inputs().values()
+    expected = parallel_attention(*tensors, spec, SCALE)
+    torch.testing.assert_close(recurrent_attention(*tensors, spec, SCALE), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "window", "sinks", "maps"), VARIANTS)
+def test_prefill_in_pieces_and_decode(kind: str, window: str, sinks: int, maps: str) -> None:
+    length, spec = 101, AttentionSpec(kind, window, 16, sinks)
+    problem = Problem(length, maps)
+    expected = problem.reference(spec)
+    for cuts in ([0, 101], [0, 1, 101], [0, 3, 15, 16, 17, 50, 101], list(range(102)), [0, 40, *range(41, 102)]):
+        for use_step in (False, True):
+            state, outputs = problem.empty(spec), []
+            for start, stop in itertools.pairwise(cuts):
+                y, state = problem.move(state, spec, slice(start, stop), use_step and stop - start == 1)
+                outputs.append(y)
+            torch.testing.assert_close(torch.cat(outputs, 2), expected, atol=2e-5, rtol=1e-4)
+            assert (state.seen == length).all()
+
+
+@pytest.mark.parametrize(("kind", "window", "sinks", "maps"), VARIANTS)
+def test_padded_rows_equal_rows_alone(kind: str, window: str, sinks: int, maps: str) -> None:
+    """Left, right and scattered padding, whole and in pieces, then decode at different positions."""
+    length, spec = 90, AttentionSpec(kind, window, 16, sinks)
+    generator = torch.Generator().manual_seed(3)
+    for left, cut in itertools.product((0, 1, 16, 37), (90, 50, 20)):
+        problem = Problem(length, maps)
+        mask = torch.ones(B, length, dtype=torch.bool)
+        mask[0, :left] = False
+        mask[1, :80] = torch.rand(80, generator=generator) > 0.4
+        state, outputs = problem.empty(spec), []
+        for rows in (slice(0, cut), slice(cut, 85)):
+            if rows.start < rows.stop:
+                y, state = problem.move(state, spec, rows, mask=mask[:, rows])
+                outputs.append(y)
+        for n in range(max(cut, 85), length):
+            y, state = problem.move(state, spec, slice(n, n + 1), use_step=True)
+            outputs.append(y)
+        y = torch.cat(outputs, 2)
+        for b in range(B):
+            alone = problem.reference(spec, mask[b], slice(b, b + 1))
+            torch.testing.assert_close(y[b : b + 1, :, mask[b]], alone, atol=2e-5, rtol=1e-4)
+            assert (y[b, :, ~mask[b]] == 0).all()
+
+
+def test_state_has_fixed_size() -> None:
+    spec = AttentionSpec("hybrid", "terraced", 16, 4)
+    problem = Problem(400)
+    state = problem.empty(spec)
+    sizes = set()
+    for n in range(0, 400, 40):
+        _, state = problem.move(state, spec, slice(n, n + 40))
+        sizes.add(state.nbytes)
+    assert len(sizes) == 1
+
+
+def test_not_a_log_sum_exp_merge() -> None:
+    """Only window logits are shifted by their maximum: scaling q changes the share of the linear term."""
+    problem, spec = Problem(60), AttentionSpec("hybrid", "terraced", 8, 0)
+    tensors = problem.inputs()
+    base = parallel_attention(*tensors.values(), spec, SCALE)
+    shifted = {**tensors, "k": tensors["k"] + 5 * torch.ones(D)}  # moves every logit of a query by the same amount
+    assert torch.allclose(base, parallel_attention(*shifted.values(), spec, SCALE), atol=1e-4)
+
+
+def test_key_map_starts_as_copy_of_query_map() -> None:
+    from lolcats.config import AttentionConfig
+    from lolcats.modeling.layer import Geometry, LinearizedAttention
+
+    for maps in MAPS:
+        config = AttentionConfig(feature_dim=6, key_maps=maps)
+        layer = LinearizedAttention(Geometry(0, H, G, D, D), config, AttentionSpec(), "sdpa")
+        key_maps = layer.phi_k.weight.repeat_interleave(H // layer.maps, 0)
+        assert torch.equal(layer.phi_q.weight, key_maps)
+        assert layer.phi_q.weight.abs().max() <= (6 / (D * 6)) ** 0.5
+        torch.testing.assert_close(layer.gamma, torch.full((H,), 0.1), atol=1e-5, rtol=0)

@@ -1,0 +1,77 @@
+"""Recipes, overrides, and configurations that cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lolcats.config import Config, from_dict, load_config, recipe_names, to_dict, to_yaml
+from lolcats.errors import LolcatsError
+
+
+def test_shipped_recipes() -> None:
+    assert recipe_names() == ["default", "paper", "small"]
+    for name in recipe_names():
+        config = load_config(name)
+        assert from_dict(Config, yaml.safe_load(to_yaml(config))) == config
+        text = to_yaml(config)
+        assert "/" not in text, "no path and no model name in a recipe"
+        assert config.transfer.weight_decay == 0
+        assert config.transfer.max_grad_norm == 1
+
+
+def test_paper_recipe_is_the_papers_table_8() -> None:
+    config = load_config("paper")
+    a, t, f = config.attention, config.transfer, config.finetune
+    assert (a.kind, a.feature_map, a.feature_dim, a.window, a.window_size) == ("hybrid", "hedgehog", 64, "terraced", 64)
+    assert (a.sinks, a.key_maps) == (0, "per_query_head")
+    assert (t.learning_rate, t.batch_size, t.epochs, t.schedule) == (1e-2, 8, 2, "reduce_on_plateau")
+    assert (t.plateau_factor, t.plateau_patience, t.min_learning_rate, t.eval_steps) == (0.1, 10, 1e-5, 100)
+    assert (t.mse_weight, t.xent_weight, config.data.sequence_length) == (1000, 0, 1024)
+    assert (f.learning_rate, f.rank, f.alpha, f.dropout, f.epochs) == (1e-4, 8, 16, 0, 2)
+    assert f.targets == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert load_config("default").attention.sinks == 4
+
+
+def test_overrides_and_types(tmp_path: Path) -> None:
+    config = load_config("small", ["transfer.learning_rate=1e-3", "attention.layers={'7': softmax}", "seed=3"])
+    assert config.transfer.learning_rate == 1e-3
+    assert config.attention.layers == {"7": "softmax"}
+    assert config.seed == 3
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("attention: {window: sliding}\ntransfer: {learning_rate: 1e-2, max_steps: 5}\n")
+    config = load_config(str(recipe), ["attention.sinks=0"])
+    assert (config.attention.window, config.attention.sinks, config.transfer.max_steps) == ("sliding", 0, 5)
+    assert to_dict(config)["transfer"]["learning_rate"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("attention.windw=3", "Did you mean attention.window"),
+        ("nonsense=1", "Unknown configuration key nonsense"),
+        ("attention.window=round", "expected one of terraced, sliding"),
+        ("attention.window_size=big", "attention.window_size: expected int"),
+        ("attention.window_size=0", "at least 1"),
+        ("attention.sinks=65", "must not exceed"),
+        ("transfer.batch_size=7", "multiple"),
+        ("transfer.learning_rate=0", "must be positive"),
+        ("data.sequence_length=100", "below two windows"),
+        ("finetune.targets=q_proj", "expected list"),
+        ("data.skip_broken=1", "expected bool"),
+        ("attention=3", "expected a mapping"),
+        ("seed.x=3", "expected int"),
+        ("transfer.learning_rate", "expected KEY=VALUE"),
+        ("transfer.learning_rate=[", "not valid YAML"),
+    ],
+)
+def test_bad_overrides_name_the_key(override: str, message: str) -> None:
+    with pytest.raises(LolcatsError, match=message):
+        load_config("default", [override])
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(LolcatsError, match="Unknown recipe"):
+        load_config("no_such_recipe")

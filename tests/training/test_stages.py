@@ -1,0 +1,249 @@
+"""Both stages: what trains, what the loss is, that resuming changes nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+
+import lolcats
+from lolcats.config import Config, TransferConfig, load_config
+from lolcats.errors import Interrupted, LolcatsError
+from lolcats.modeling.checkpoint import feature_map_state
+from lolcats.modeling.layer import override
+from lolcats.training.data import Data
+from lolcats.training.finetune import add_lora, finetune
+from lolcats.training.trainer import BestKeeper, StageTrainer, newest_checkpoint
+from lolcats.training.transfer import attention_loss, layer_errors, layer_losses, transfer
+
+
+@pytest.fixture
+def config(settings: list[str]) -> Config:
+    return load_config("default", settings)
+
+
+@pytest.fixture
+def data() -> Data:
+    rows = torch.randint(6, 300, (40, 32), generator=torch.Generator().manual_seed(0))
+    return Data(rows[8:], rows[:4], rows[4:8], "", {})
+
+
+def converted(config: Config, family: str = "llama"):
+    model = tiny_model(family)
+    torch.manual_seed(1)
+    return lolcats.convert(model, config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exactly_what_trains(family: str, config: Config, data: Data, tmp_path: Path) -> None:
+    model = converted(config, family)
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    transfer(model, data, config, tmp_path)
+    maps = set(feature_map_state(model))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == maps
+    assert {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])} == maps
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    wrapped, _ = finetune(model, data, config, tmp_path)
+    trained = {n for n, p in wrapped.named_parameters() if p.requires_grad}
+    layers = range(model.config.num_hidden_layers)
+    assert trained == {
+        f"base_model.model.model.layers.{i}.self_attn.{p}_proj.lora_{m}.default.weight"
+        for i in layers for p in "qkvo" for m in "AB"
+    }  # fmt: skip
+    after = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in wrapped.state_dict().items()}
+    assert all(torch.equal(after[n], p) for n, p in before.items())
+
+
+def test_layer_local_backward_equals_one_backward(config: Config) -> None:
+    model = converted(config)
+    ids = torch.randint(6, 300, (3, 40))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lolcats." in name)
+    losses = layer_losses(model, ids, config.transfer, backward_scale=0.5)
+    local = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    whole = []
+    with override(model, mode="transfer", observer=lambda layer, call: whole.append((layer, call))):
+        model(ids, use_cache=False)
+    total = torch.stack([attention_loss(layer, call, config.transfer) for layer, call in whole]).mean()
+    (0.5 * total).backward()
+    torch.testing.assert_close(losses.mean(), total.detach())
+    for name, gradient in local.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
+@torch.no_grad()
+def test_transfer_loss_is_the_papers(config: Config) -> None:
+    """1000 · MSE between per-head outputs before o_proj, of the same q, k, v; layers see the teacher's states."""
+    model = converted(config)
+    ids = torch.randint(6, 300, (2, 40))
+    inputs, outputs = [], []
+    hooks = [a.o_proj.register_forward_pre_hook(lambda m, x: outputs.append(x[0])) for a in attentions(model)]
+    hooks += [l.register_forward_pre_hook(lambda m, x: inputs.append(x[0])) for l in model.model.layers]  # noqa: E741
+    with override(model, mode="teacher"):
+        model(ids, use_cache=False)
+    teacher_inputs, targets = list(inputs), list(outputs)
+    losses = layer_losses(model, ids, TransferConfig())
+    assert all(torch.equal(a, b) for a, b in zip(inputs[-2:], teacher_inputs, strict=True))
+    for hook in hooks:
+        hook.remove()
+    # The first layer's input does not depend on the attention, so the student's own output is comparable there.
+    hook = attentions(model)[0].o_proj.register_forward_pre_hook(lambda m, x: outputs.append(x[0]))
+    model(ids, use_cache=False)
+    hook.remove()
+    torch.testing.assert_close(losses[0], 1000 * (outputs[-1] - targets[0]).square().mean())
+
+
+def attentions(model) -> list:
+    return [layer.self_attn for layer in model.model.layers]
+
+
+def test_cross_entropy_of_attention_weights(config: Config) -> None:
+    model = converted(config)
+    ids = torch.randint(6, 300, (2, 40))
+    plain = layer_losses(model, ids, TransferConfig(mse_weight=0))
+    both = layer_losses(model, ids, TransferConfig(mse_weight=0, xent_weight=1.0))
+    assert (plain == 0).all()
+    assert (both > 0).all()
+    layer_losses(model, ids, TransferConfig(mse_weight=0, xent_weight=1.0), backward_scale=1.0)
+    assert model.model.layers[0].self_attn.lolcats.phi_q.weight.grad.abs().sum() > 0
+
+
+def test_transfer_learns_and_keeps_the_best(config: Config, data: Data, tmp_path: Path) -> None:
+    model = converted(config)
+    before = layer_errors(model, [data.validation])
+    result = transfer(model, data, config, tmp_path)
+    after = layer_errors(model, [data.validation])
+    assert sum(after) < sum(before)
+    assert result.best_loss == pytest.approx(1000 * sum(after) / len(after), rel=1e-4)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in lines if "loss" in e] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in lines if "eval_loss" in e] == [3, 6]
+
+
+def test_early_stopping_and_plateau(settings: list[str], data: Data, tmp_path: Path) -> None:
+    changes = ["transfer.max_steps=40", "transfer.eval_steps=1", "transfer.learning_rate=5.0",
+               "transfer.early_stopping_patience=3", "transfer.schedule=reduce_on_plateau",
+               "transfer.plateau_patience=0"]  # fmt: skip
+    config = load_config("default", [*settings, *changes])
+    result = transfer(converted(config), data, config, tmp_path)
+    assert result.steps < 40
+    assert result.best_step == result.steps - 3
+    rates = [e["learning_rate"] for e in result.history if "learning_rate" in e]
+    assert rates[-1] < rates[0]
+    # Killed after the stage's last checkpoint: running again trains no further.
+    again = transfer(converted(config), data, config, tmp_path)
+    assert (again.steps, again.best_step, again.best_loss) == (result.steps, result.best_step, result.best_loss)
+
+
+def test_gradient_accumulation_changes_nothing(settings: list[str], data: Data, tmp_path: Path) -> None:
+    states = []
+    for micro in (4, 2, 1):
+        config = load_config("default", [*settings, f"transfer.micro_batch_size={micro}"])
+        model = converted(config)
+        transfer(model, data, config, tmp_path / str(micro))
+        states.append(feature_map_state(model))
+    for name, tensor in states[0].items():
+        for other in states[1:]:
+            torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    original = BestKeeper.on_step_end
+
+    def stopping(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            signal.raise_signal(signal.SIGINT)
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(BestKeeper, "on_step_end", stopping)
+
+
+@pytest.mark.parametrize("stage", ["transfer", "finetune"])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_interrupted_stage_continues_bit_for_bit(
+    stage: str, step: int, config: Config, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(directory: Path):
+        model = converted(config)
+        if stage == "transfer":
+            return transfer(model, data, config, directory), model
+        wrapped, result = finetune(model, data, config, directory)
+        return result, wrapped
+
+    expected, undisturbed = run(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(Interrupted, match=f"Stopped in {stage} after step {step}"):
+            run(tmp_path / "b")
+    result, resumed = run(tmp_path / "b")
+    assert result.best_loss == expected.best_loss
+    assert result.best_step == expected.best_step
+    for name, tensor in undisturbed.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    keys = ("step", "loss", "eval_loss")
+    logs = [
+        [tuple(json.loads(line).get(k) for k in keys) for line in (tmp_path / d / "metrics.jsonl").open()] for d in "ab"
+    ]
+    assert [e for e in logs[1] if e[1:] != (None, None)] == [e for e in logs[0] if e[1:] != (None, None)]
+
+
+def test_unfinished_checkpoint_is_not_used(config: Config, data: Data, tmp_path: Path, monkeypatch) -> None:
+    """A kill between writing a checkpoint and marking it complete falls back to the one before."""
+    expected, reference = transfer(model := converted(config), data, config, tmp_path / "a"), model
+    original = StageTrainer._save_checkpoint
+
+    def killed(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if self.state.global_step == 4:
+            (self.directory / "checkpoint-4" / "complete").unlink()
+            (self.directory / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "_save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            transfer(converted(config), data, config, tmp_path / "b")
+    assert newest_checkpoint(tmp_path / "b" / "checkpoints" / "transfer").name == "checkpoint-2"
+    result = transfer(model := converted(config), data, config, tmp_path / "b")
+    assert result.best_loss == expected.best_loss
+    for name, tensor in feature_map_state(reference).items():
+        assert torch.equal(feature_map_state(model)[name], tensor)
+
+
+def test_nan_stops_with_the_last_good_checkpoint(settings: list[str], data: Data, tmp_path: Path) -> None:
+    config = load_config("default", [*settings, "finetune.learning_rate=1e30", "finetune.max_grad_norm=0"])
+    with pytest.raises(LolcatsError, match="loss became"):
+        finetune(converted(config), data, config, tmp_path)
+
+
+def test_merging_lora_changes_nothing(config: Config, data: Data, tmp_path: Path) -> None:
+    wrapped, _ = finetune(converted(config), data, config, tmp_path)
+    ids = torch.randint(6, 300, (2, 40))
+    wrapped.eval()
+    with torch.no_grad():
+        expected = wrapped(ids).logits
+        merged = wrapped.merge_and_unload().eval()
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert type(merged).__name__ == "LolcatsLlamaForCausalLM"
+
+
+def test_feature_maps_may_train_in_stage_two_at_their_own_rate(settings: list[str], data: Data, tmp_path: Path) -> None:
+    config = load_config("default", [*settings, "finetune.feature_map_learning_rate=1e-1"])
+    model = converted(config)
+    before = {n: p.clone() for n, p in feature_map_state(model).items()}
+    wrapped, _ = finetune(model, data, config, tmp_path)
+    after = feature_map_state(wrapped)
+    assert set(after) == set(before)
+    assert all((after[n] - p).abs().max() > 0.05 for n, p in before.items() if "weight" in n)
+
+
+def test_targets_that_do_not_exist(config: Config) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(LolcatsError, match="do not fit this model"):
+        add_lora(converted(config), replace(config.finetune, targets=["query_key_value"]))
