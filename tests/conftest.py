@@ -1,4 +1,4 @@
-"""Tiny models of the true Hugging Face classes, a tiny tokenizer, and small data: what drives the real pipeline here."""
+"""Tiny models of the true Hugging Face classes, a tiny tokenizer and small data: they drive the real pipeline."""
 
 from __future__ import annotations
 

@@ -88,22 +88,21 @@ def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Als
 
 
 @command
-def evaluate(model: Model, data: DataPath, recipe: Recipe = "default", set_: Sets = []) -> None:  # noqa: B006
-    """Perplexity on the test rows of a data set: the model, and each branch of it switched off."""
+def evaluate(model: Model, data: DataPath, recipe: Annotated[str, typer.Option(help="Default: the run's own.")] = "",
+             set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
+    """Perplexity on the test rows of a data set: teacher, student, and the student with one branch off."""
     from lolcats.config import load_config
-    from lolcats.evaluation.perplexity import perplexity
-    from lolcats.modeling.layer import linearized_layers, override
-    from lolcats.pipeline import ABLATIONS
+    from lolcats.evaluation.compare import compare
+    from lolcats.pipeline import device_and_dtype
     from lolcats.training.data import load_data
 
-    config = load_config(recipe, set_)
-    loaded, tokenizer = _load(model, config)
-    rows = load_data(data, tokenizer, config.data, config.seed).test
-    table = Table("model", "perplexity", title=f"{rows.numel():,} tokens of {data}")
-    table.add_row(model, f"{perplexity(loaded, rows):.3f}")
-    for name, change in ABLATIONS.items() if linearized_layers(loaded) else ():
-        with override(loaded, **change):
-            table.add_row(name.replace("_", " "), f"{perplexity(loaded, rows):.3f}")
+    own = Path(model) / "config.yaml"
+    config = load_config(recipe or (str(own) if own.is_file() else "default"), set_)
+    rows = load_data(data, _tokenizer(model), config.data, config.seed).test
+    table = Table("model", title=f"{rows.numel():,} tokens of {Path(data).name}")
+    table.add_column("perplexity", justify="right", no_wrap=True)
+    for name, value in compare(model, rows, *device_and_dtype(config), config.transfer.micro_batch_size).items():
+        table.add_row(name, f"{value:.3f}")
     out.print(table)
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lolcats.config import Config, to_yaml
 from lolcats.errors import LolcatsError
+from lolcats.evaluation.compare import ABLATIONS
 from lolcats.evaluation.memory import cache_bytes
 from lolcats.evaluation.perplexity import perplexity
 from lolcats.files import write_text
@@ -39,7 +41,6 @@ from lolcats.training.transfer import layer_errors, transfer
 
 PROMPT = "What is a good way to spend a rainy weekend? Explain your ideas."
 LENGTHS = (1024, 8192, 65536)
-ABLATIONS = {"linear_off": {"kind": "window"}, "window_off": {"kind": "remote"}}
 Say = Callable[[str], None]
 
 
@@ -140,10 +141,10 @@ def run_finetune(session: Session) -> None:
         return result
 
     summary = _timed(train)
-    partial = out / f"{LORA}.partial"
+    unfinished = out / f"{LORA}.partial"
     wrapped[0].peft_config["default"].base_model_name_or_path = run.base.path
-    wrapped[0].save_pretrained(partial, save_embedding_layers=False)
-    _replace_directory(partial, out / LORA)
+    wrapped[0].save_pretrained(unfinished, save_embedding_layers=False)
+    _replace_directory(unfinished, out / LORA)
     if session.config.finetune.feature_map_learning_rate > 0:
         save_feature_maps(wrapped[0], out / FEATURE_MAPS)
     run.finish_stage("finetune", summary)
@@ -159,7 +160,7 @@ def finish(session: Session, merge: bool = True) -> None:
     run, model, out = session.run, session.model, session.run.directory
     run.measure("ppl_student", lambda: _measured(session, "after LoRA"))
     for name, change in ABLATIONS.items():
-        run.measure(f"ppl_{name}", lambda n=name, c=change: _measured(session, n.replace("_", " "), **c))
+        run.measure(f"ppl_{name}", partial(_measured, session, name.replace("_", " "), **change))
     run.measure("sample_student", lambda: _sample(session))
     run.measure("cache_bytes", lambda: {str(n): cache_bytes(model, n) for n in LENGTHS})
     run.measure("gamma", lambda: [layer.gamma.tolist() for layer in linearized_layers(model)])
@@ -174,11 +175,11 @@ def finish(session: Session, merge: bool = True) -> None:
 
 def export_merged(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
     """Write a self-contained model directory, whole or not at all."""
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    _replace_directory(partial, directory)
+    unfinished = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    _replace_directory(unfinished, directory)
 
 
 def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:

@@ -42,7 +42,8 @@ class Run:
             run = cls.open(directory)
             if changed := _difference(run.record, identity):
                 raise LolcatsError(
-                    f"{directory} holds another run: {changed}. Choose another --out, or repeat the command that made it."
+                    f"{directory} holds another run: {changed}. Choose another --out, or repeat the command it was "
+                    "made with."
                 )
             return run
         if directory.exists() and any(directory.iterdir()):

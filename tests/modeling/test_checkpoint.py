@@ -20,7 +20,10 @@ from lolcats.modeling.checkpoint import load_feature_maps, save_feature_maps
 
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
 IDS = torch.randint(6, 300, (2, 50), generator=torch.Generator().manual_seed(0))
-LOAD = "from transformers import AutoModelForCausalLM as A; m = A.from_pretrained({path!r}{extra}); print(type(m).__name__)"
+LOAD = (
+    "from transformers import AutoModelForCausalLM as A; "
+    "m = A.from_pretrained({path!r}{extra}); print(type(m).__name__)"
+)
 
 
 def saved(tmp_path: Path, family: str = "llama"):

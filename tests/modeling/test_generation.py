@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
@@ -39,7 +41,7 @@ def test_prefill_and_decode_equal_full_forward(family: str, config: AttentionCon
     full = model(IDS, use_cache=False).logits
     for cuts in ([0, 60], [0, 21, 60], [0, 5, *range(6, 61)]):
         cache, outputs = None, []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             out = model(IDS[:, start:stop], past_key_values=cache)
             cache = out.past_key_values
             outputs.append(out.logits)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lolcats.attention.reference import normalize, softmax_logits
+from lolcats.attention.reference import expand_heads, normalize, softmax_logits
 from lolcats.attention.spec import AttentionSpec
 
 
@@ -47,26 +47,21 @@ def chunked_attention(
     position = torch.arange(-(-length // chunk) * chunk, device=q.device)[None]  # (1 or B, T')
     if context is not None:
         position = position + context.offset[:, None]
-    expand = lambda x: x.repeat_interleave(heads // x.shape[1], dim=1)  # noqa: E731
-    q, k, v = q.float(), expand(k.float()), expand(v.float())
+    q, k, v = q.float(), expand_heads(k, heads), expand_heads(v, heads)
     vc = _chunks(v, chunk)
-    numerator = torch.zeros((), device=q.device)
-    denominator = torch.zeros((), device=q.device)
-    near = _near_mask(spec, q.device)  # (C, 2C): softmax keys among the previous and the own chunk
-    keys = position.unflatten(1, (-1, chunk))[:, None, :, None]  # key positions, (B, 1, N, 1, C)
+    numerator = denominator = torch.zeros((), device=q.device)
+    older = _older_mask(spec, q.device)  # (C, 2C)
     if spec.has_softmax:
-        first = position[:, :1].clamp_min(spec.sinks).view(-1, 1, 1, 1, 1)
-        present = torch.cat([keys - chunk, keys], -1) >= first  # not a sink, not before the first key
-        numerator, denominator = _softmax_part(
-            _chunks(q, chunk), _chunks(k, chunk), vc, near & present, gamma, scale, softcap,
-            *_sinks(k, v, spec, position, context, expand),
-        )  # fmt: skip
+        mask = _softmax_mask(spec, position, older)
+        sinks = _sinks(k, v, spec, position, context)
+        qc, kc = _chunks(q, chunk), _chunks(k, chunk)
+        numerator, denominator = _softmax_part(qc, kc, vc, mask, gamma, scale, softcap, *sinks)
     if spec.has_linear:
-        assert fq is not None and fk is not None
+        assert fq is not None and fk is not None  # noqa: PT018
         fk = pad(fk, (0, 0, 0, position.shape[1] - length)) * (position >= spec.softmax_sinks)[:, None, :, None]
-        far = _near_mask(spec, q.device, linear=True)
-        state = (None, None) if context is None else (expand(context.S), expand(context.z))
-        num, den = _linear_part(_chunks(fq, chunk), _chunks(expand(fk), chunk), vc, far, *state)
+        state = (None, None) if context is None else (expand_heads(context.S, heads), expand_heads(context.z, heads))
+        near = None if spec.kind != "linear" and spec.window == "terraced" else older
+        num, den = _linear_part(_chunks(fq, chunk), _chunks(expand_heads(fk, heads), chunk), vc, near, *state)
         numerator, denominator = numerator + num, denominator + den
     return normalize(numerator, denominator).flatten(2, 3)[:, :, :length]
 
@@ -81,24 +76,32 @@ def _with_previous(x: Tensor) -> Tensor:
     return torch.cat([pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x], dim=3)
 
 
-def _near_mask(spec: AttentionSpec, device: torch.device, linear: bool = False) -> Tensor | None:
-    """(C, 2C) mask of the softmax (or the linear) keys in the previous and the own chunk; None if linear has none."""
+def _older_mask(spec: AttentionSpec, device: torch.device) -> Tensor:
+    """(C, 2C): which keys of the previous and the own chunk a query sees through the linear term."""
     chunk = spec.chunk
     # Two chunks into any sequence the pattern no longer depends on where the chunk stands.
     n = torch.arange(chunk, device=device)[:, None] + 2 * chunk
     i = torch.arange(2 * chunk, device=device)[None, :] + chunk
-    older = (i < spec.window_start(n)) & (i <= n)
-    if not linear:
-        return (i <= n) & ~older
-    return None if spec.kind != "linear" and spec.window == "terraced" else older
+    return (i < spec.window_start(n)) & (i <= n)
 
 
-def _sinks(k, v, spec, position, context, expand) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    """Keys and values of the sinks, (B, H, sinks, D), and which queries may see them, (B, 1, N, C, sinks)."""
+def _softmax_mask(spec: AttentionSpec, position: Tensor, older: Tensor) -> Tensor:
+    """(1 or B, 1, N, C, 2C): causal, inside the window, no sink, and not before the row's first key."""
+    chunk = spec.chunk
+    causal = torch.ones(chunk, 2 * chunk, dtype=torch.bool, device=older.device).tril(chunk)
+    keys = position.unflatten(1, (-1, chunk))[:, None, :, None]  # (1 or B, 1, N, 1, C)
+    first = position[:, :1].clamp_min(spec.sinks).view(-1, 1, 1, 1, 1)
+    return causal & ~older & (torch.cat([keys - chunk, keys], -1) >= first)
+
+
+def _sinks(
+    k: Tensor, v: Tensor, spec: AttentionSpec, position: Tensor, context: Context | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of the sinks, (B, H, sinks, D), and which queries may see them, (1 or B, 1, N, C, sinks)."""
     if context is None:
         sink_k, sink_v = k[:, :, : spec.sinks], v[:, :, : spec.sinks]
     else:
-        sink_k, sink_v = expand(context.sink_k.float()), expand(context.sink_v.float())
+        sink_k, sink_v = expand_heads(context.sink_k, k.shape[1]), expand_heads(context.sink_v, k.shape[1])
     queries = position.unflatten(1, (-1, spec.chunk))[:, None, :, :, None]
     return sink_k, sink_v, queries >= torch.arange(sink_k.shape[2], device=k.device)
 

@@ -24,6 +24,11 @@ def softmax_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = N
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def expand_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, G, ...) -> (B, H, ...) in fp32: each key/value head repeated for its group of query heads."""
+    return x.float().repeat_interleave(heads // x.shape[1], dim=1)
+
+
 def normalize(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator / denominator, and 0 where a query sees no key (kind ``remote`` at the start of a sequence)."""
     return numerator / denominator.masked_fill(denominator == 0, 1)
@@ -35,7 +40,7 @@ def attention_weights(
 ) -> Tensor:  # fmt: skip
     """Parallel form: the whole (B, H, T, T) matrix of attention weights, quadratic in T."""
     heads, length = q.shape[1], q.shape[2]
-    k, fk = (x.float().repeat_interleave(heads // x.shape[1], dim=1) for x in (k, fk))
+    k, fk = expand_heads(k, heads), expand_heads(fk, heads)
     n = torch.arange(length, device=q.device)[:, None]
     i = torch.arange(length, device=q.device)[None, :]
     sink = i < spec.softmax_sinks
@@ -55,8 +60,8 @@ def parallel_attention(
     softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Outputs (B, H, T, D) fp32 by the whole weight matrix."""
-    v = v.float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    return attention_weights(q, k, fq, fk, gamma, spec, scale, softcap) @ v
+    weights = attention_weights(q, k, fq, fk, gamma, spec, scale, softcap)
+    return weights @ expand_heads(v, q.shape[1])
 
 
 def recurrent_attention(
@@ -65,7 +70,7 @@ def recurrent_attention(
 ) -> Tensor:  # fmt: skip
     """The same outputs one token at a time, from S, z, the window's keys and the sinks: constant memory in T."""
     heads, length = q.shape[1], q.shape[2]
-    k, v, fk = (x.float().repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v, fk))
+    k, v, fk = (expand_heads(x, heads) for x in (k, v, fk))
     q, fq = q.float(), fq.float()
     S = torch.zeros(*fk.shape[:2], fk.shape[3], v.shape[3], device=q.device)  # (B, H, F, D)
     z = torch.zeros(*fk.shape[:2], fk.shape[3], device=q.device)  # (B, H, F)

@@ -1,4 +1,4 @@
-"""Fixed-size state of a sequence, and the two ways to move it forward: :func:`extend` by many tokens, :func:`step` by one.
+"""Fixed-size state of a sequence, moved forward by many tokens (:func:`extend`) or by one (:func:`step`).
 
 Both are the same function as the parallel form. Every row of a batch has its own count of tokens seen, so padding on
 any side, prompts of different lengths and prefill in pieces need no special case.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lolcats.attention.chunked import Context, chunked_attention
-from lolcats.attention.reference import normalize, softmax_logits
+from lolcats.attention.reference import expand_heads, normalize, softmax_logits
 from lolcats.attention.spec import AttentionSpec
 
 KeyMap = Callable[[Tensor], Tensor]
@@ -44,9 +44,11 @@ class AttentionState:
     @classmethod
     def empty(cls, k: Tensor, v: Tensor, maps: int, features: int, spec: AttentionSpec) -> AttentionState:
         """State before the first token, for keys and values like ``k``, ``v`` (B, G, *, D); ``maps``: H or G."""
-        batch, groups, _, dim = k.shape
-        zeros = lambda x, length: x.new_zeros(batch, groups, length, x.shape[3])  # noqa: E731
-        features = features if spec.has_linear else 0
+        batch, features = k.shape[0], features if spec.has_linear else 0
+
+        def zeros(x: Tensor, length: int) -> Tensor:
+            return x.new_zeros(*x.shape[:2], length, x.shape[3])
+
         return cls(
             seen=torch.zeros(batch, dtype=torch.long, device=k.device),
             ring_k=zeros(k, spec.span), ring_v=zeros(v, spec.span),
@@ -97,7 +99,7 @@ def extend(
     new_index = index[:, old.shape[1] :]
     queries = _scatter(q, new_index, room)
     fq, fk = (phi_q(queries), phi_k(rows[0])) if spec.has_linear else (None, None)
-    sinks = [_sinks(x, sink, start) for x, sink in zip(rows, (state.sink_k, state.sink_v), strict=True)]
+    sinks = _sinks(rows[0], state.sink_k, start), _sinks(rows[1], state.sink_v, start)
     context = Context(start, *sinks, state.S, state.z)
     y = chunked_attention(queries, *rows, fq, fk, gamma, spec, scale, softcap, context)
     y = _gather(y, new_index.clamp_max(room - 1)) * valid[:, None, :, None]
@@ -111,26 +113,25 @@ def step(
     """Output (B, H, 1, D) fp32 for one new token a row, and the state after it. Constant time and memory."""
     state = _fold(state, k, v, phi_k, spec)
     n, heads = state.seen, q.shape[1]  # the new token's position, (B,)
-    write = lambda buffer, x: _write(buffer, x, n % buffer.shape[2]) if buffer.shape[2] else buffer  # noqa: E731
-    ring_k, ring_v = write(state.ring_k, k), write(state.ring_v, v)
+    ring_k, ring_v = _write(state.ring_k, k, n), _write(state.ring_v, v, n)
     is_sink = (n[:, None] == torch.arange(state.sink_k.shape[2], device=n.device))[:, None, :, None]
     sink_k, sink_v = torch.where(is_sink, k, state.sink_k), torch.where(is_sink, v, state.sink_v)
     state = AttentionState(n + 1, ring_k, ring_v, sink_k, sink_v, state.S, state.z)
-    expand = lambda x: x.float().repeat_interleave(heads // x.shape[1], dim=1)  # noqa: E731
     numerator = denominator = torch.zeros((), device=q.device)
     if spec.has_softmax:
         positions = state.ring_positions()
         reach = positions >= spec.window_start(n)[:, None].clamp_min(spec.sinks)
         sinks = torch.arange(spec.sinks, device=n.device) <= n[:, None]
-        keys, values = expand(torch.cat([sink_k, ring_k], 2)), expand(torch.cat([sink_v, ring_v], 2))
+        keys, values = torch.cat([sink_k, ring_k], 2), torch.cat([sink_v, ring_v], 2)
+        keys, values = expand_heads(keys, heads), expand_heads(values, heads)
         logits = softmax_logits(q.float(), keys, scale, softcap)
         logits = logits.masked_fill(~torch.cat([sinks, reach], 1)[:, None, None], -torch.inf)
         e = gamma.float().view(-1, 1, 1) * torch.exp(logits - logits.amax(-1, keepdim=True))
         numerator, denominator = e @ values, e.sum(-1, keepdim=True)
     if spec.has_linear:
         fq = phi_q(q)
-        numerator = numerator + fq @ expand(state.S)
-        denominator = denominator + fq @ expand(state.z)[..., None]
+        numerator = numerator + fq @ expand_heads(state.S, heads)
+        denominator = denominator + fq @ expand_heads(state.z, heads)[..., None]
     return normalize(numerator, denominator), state
 
 
@@ -140,17 +141,18 @@ def _fold(state: AttentionState, k: Tensor, v: Tensor, phi_k: KeyMap, spec: Atte
         return state
     if spec.kind == "linear":  # no window: the new key itself
         fk = phi_k(k)
-        return dataclasses.replace(state, S=state.S + fk.mT @ _match(v, fk), z=state.z + fk.sum(2))
+        return dataclasses.replace(state, S=state.S + fk.mT @ expand_heads(v, fk.shape[1]), z=state.z + fk.sum(2))
     positions, n = state.ring_positions(), state.seen[:, None]
     leaving = (positions >= spec.window_start(n - 1).clamp_min(spec.sinks)) & (positions < spec.window_start(n))
     if not leaving.any():
         return state
     fk = phi_k(state.ring_k) * leaving[:, None, :, None]
-    return dataclasses.replace(state, S=state.S + fk.mT @ _match(state.ring_v, fk), z=state.z + fk.sum(2))
+    S = state.S + fk.mT @ expand_heads(state.ring_v, fk.shape[1])
+    return dataclasses.replace(state, S=S, z=state.z + fk.sum(2))
 
 
 def _after(
-    state: AttentionState, rows: tuple[Tensor, Tensor], fk: Tensor | None, sinks: list[Tensor], start: Tensor,
+    state: AttentionState, rows: tuple[Tensor, Tensor], fk: Tensor | None, sinks: tuple[Tensor, Tensor], start: Tensor,
     added: Tensor, spec: AttentionSpec,
 ) -> AttentionState:  # fmt: skip
     """The state after a call of :func:`extend`, from its laid-out rows."""
@@ -159,16 +161,11 @@ def _after(
         position = start[:, None] + torch.arange(rows[0].shape[2], device=start.device)
         end = spec.window_start(after.seen - 1).minimum(after.seen)[:, None]
         fk = fk * ((position >= spec.softmax_sinks) & (position < end))[:, None, :, None]
-        after.S, after.z = state.S + fk.mT @ _match(rows[1], fk), state.z + fk.sum(2)
+        after.S, after.z = state.S + fk.mT @ expand_heads(rows[1], fk.shape[1]), state.z + fk.sum(2)
     if spec.span:
         index = (after.ring_positions() - start[:, None]).clamp_min(0)
         after.ring_k, after.ring_v = _gather(rows[0], index), _gather(rows[1], index)
     return after
-
-
-def _match(v: Tensor, fk: Tensor) -> Tensor:
-    """Values in fp32 with one head per key map: (B, G, T, D) -> (B, H or G, T, D)."""
-    return v.float().repeat_interleave(fk.shape[1] // v.shape[1], dim=1)
 
 
 def _sinks(row: Tensor, known: Tensor, start: Tensor) -> Tensor:
@@ -178,9 +175,11 @@ def _sinks(row: Tensor, known: Tensor, start: Tensor) -> Tensor:
     return torch.where((start == 0)[:, None, None, None], fresh, known)
 
 
-def _write(buffer: Tensor, x: Tensor, slot: Tensor) -> Tensor:
-    """``buffer`` (B, G, W, D) with x (B, G, 1, D) in slot (B,)."""
-    return buffer.scatter(2, slot[:, None, None, None].expand_as(x), x)
+def _write(ring: Tensor, x: Tensor, position: Tensor) -> Tensor:
+    """``ring`` (B, G, W, D) with x (B, G, 1, D) in the slot of ``position`` (B,)."""
+    if not ring.shape[2]:
+        return ring
+    return ring.scatter(2, (position % ring.shape[2])[:, None, None, None].expand_as(x), x)
 
 
 def _scatter(x: Tensor, index: Tensor, room: int) -> Tensor:

@@ -10,7 +10,7 @@ Message = dict[str, str]
 
 
 def encode(tokenizer: Any, prompt: str | list[Message]) -> Any:
-    """Token ids of a prompt: a conversation (or a question, where the tokenizer has a chat template), else plain text."""
+    """Token ids of a prompt: a conversation or a question where the tokenizer has a chat template, else plain text."""
     if not tokenizer.chat_template:
         text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
         return tokenizer(text, return_tensors="pt")

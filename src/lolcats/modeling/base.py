@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lolcats.errors import LolcatsError
@@ -59,13 +60,8 @@ def load_model(base: Base, dtype: torch.dtype, device: torch.device | str = "cpu
     path, kwargs = base.arguments
     if base.form == "gguf":
         _need_gguf()
-    try:
+    with _readable(base, "Is it a complete decoder-only language model that transformers knows?"):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
-        raise LolcatsError(
-            f"Cannot load {base.path}: {_first_line(error)} Is it a complete decoder-only language model that "
-            "transformers knows?"
-        ) from error
     if base.form == "gguf":
         model = _plain(model)
     return model.to(device).eval()
@@ -73,10 +69,19 @@ def load_model(base: Base, dtype: torch.dtype, device: torch.device | str = "cpu
 
 def load_tokenizer(base: Base) -> Any:
     path, kwargs = base.arguments
-    try:
+    if base.form == "gguf":
+        _need_gguf()
+    with _readable(base, "It needs a tokenizer beside its weights."):
         return AutoTokenizer.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
-        raise LolcatsError(f"Cannot load the tokenizer of {base.path}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _readable(base: Base, hint: str) -> Iterator[None]:
+    """Readers of damaged files fail in any way (struct, index and key errors among them): one sentence for all."""
+    try:
+        yield
+    except Exception as error:
+        raise LolcatsError(f"Cannot load {base.path}: {_first_line(error)} {hint}") from error
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:

@@ -84,6 +84,7 @@ def load_adapter(
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     model = load_model(base, dtype, device_map if isinstance(device_map, str) and device_map != "auto" else "cpu")
     convert_as(model, config.lolcats)
+    model.config.lolcats["base"] = asdict(known)
     load_feature_maps(model, directory / FEATURE_MAPS)
     return merge_lora(model, directory / LORA) if (directory / LORA).is_dir() else model
 

@@ -27,7 +27,7 @@ class LinearizedModel:
     """Mixin put before the family's class: builds the extra modules, loads strictly, saves under our model type."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self, config.lolcats)  # type: ignore[arg-type]
 
     @classmethod
@@ -49,7 +49,9 @@ class LinearizedModel:
 
     def save_pretrained(self, directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers' own, in safetensors, plus the file that ``trust_remote_code`` imports."""
-        self.config.auto_map = dict(AUTO_MAP)  # type: ignore[attr-defined]
+        config = self.config  # type: ignore[attr-defined]
+        config.auto_map = dict(AUTO_MAP)
+        config.lolcats = {k: v for k, v in config.lolcats.items() if k != "base"}  # merged: stands alone
         super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
         shim = resources.files("lolcats.modeling").joinpath("remote.py").read_text()
         (Path(directory) / REMOTE_CODE).write_text(shim)
@@ -67,7 +69,7 @@ class LinearizedModel:
 
 
 @functools.cache
-def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def linearized_class(base: Any) -> Any:
     """The linearized subclass of a Hugging Face model class, with its own config class."""
     base_config = base.config_class
     config_class = type(
@@ -93,7 +95,8 @@ def become_linearized(model: PreTrainedModel, record: dict[str, Any]) -> None:
     """Change the class of a loaded model and its config in place; the weights stay where they are."""
     config = model.config
     base_type = config.model_type
-    cls = linearized_class(type(model))
+    base: Any = type(model)
+    cls = linearized_class(base)
     model.__class__ = cls
     config.__class__ = cls.config_class
     config.lolcats = json.loads(json.dumps(record))

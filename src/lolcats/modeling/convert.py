@@ -131,7 +131,7 @@ def probe(model: PreTrainedModel) -> list[ProbedLayer]:
     try:
         model.eval()
         model.config._attn_implementation = PROBE
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:  # a family that computes attention itself may stumble over the unknown name in any way
         failure = error
     finally:
@@ -141,6 +141,7 @@ def probe(model: PreTrainedModel) -> list[ProbedLayer]:
         raise LolcatsError(
             f"{type(model).__name__} does not call transformers' attention interface, so its attention cannot be "
             "swapped. Families such as Llama, Mistral, Qwen and Gemma do."
+            + (f" (A call with another implementation failed: {failure})" if failure else "")
         ) from failure
     names = {module: name for name, module in model.named_modules()}
     return [

@@ -79,7 +79,7 @@ def attention_function(
 
 
 def softmax_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The base model's own attention, with the base model's own mask."""
     implementation = module.lolcats.base_implementation
@@ -174,7 +174,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
         pass
 
 
-def prepare_decoder_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of the decoder: whatever empty cache is about to be filled gets our layers.
 
     forward, generate, pipeline and lm-eval all pass here, so none of them can end up with a growing cache.

@@ -108,8 +108,10 @@ class LinearizedAttention(nn.Module):
         fq, fk = (self.phi_q(q), self.key_features(k)) if self.spec.has_linear else (None, None)
         return chunked_attention(q, k, v, fq, fk, self.gamma, self.spec, scale, softcap)
 
-    def advance(self, state: AttentionState, q: Tensor, k: Tensor, v: Tensor, scale: float,
-                softcap: float | None = None, padding: Tensor | None = None) -> tuple[Tensor, AttentionState]:  # fmt: skip
+    def advance(
+        self, state: AttentionState, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
+        padding: Tensor | None = None,
+    ) -> tuple[Tensor, AttentionState]:  # fmt: skip
         """Outputs (B, H, T, D) fp32 for T new tokens behind ``state``, and the state after them."""
         common = (self.phi_q, self.key_features, self.gamma, self.spec, scale, softcap)
         if q.shape[2] == 1 and padding is None:

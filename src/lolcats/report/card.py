@@ -17,8 +17,8 @@ base_model: {base}
 ---
 # {name}, linearized
 
-`{base}` with its softmax attention replaced by {kind} attention (window {window} of {size}, {sinks} sinks, {map} feature
-maps), made with lolcats {version} on {date}: constant memory and time per generated token.
+`{base}` with its softmax attention replaced by {kind} attention (window {window} of {size}, {sinks} sinks, {map}
+feature maps), made with lolcats {version} on {date}: constant memory and time per generated token.
 
 ```python
 import lolcats  # registers the model type

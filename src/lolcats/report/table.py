@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lolcats.evaluation.memory import readable
@@ -46,6 +47,6 @@ def remark(run: Run) -> str:
     return ADAPTATION if below else ""
 
 
-def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

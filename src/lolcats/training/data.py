@@ -112,8 +112,8 @@ def _renderer(record: Record, config: DataConfig, tokenizer: Any, source: str) -
     name = config.format if config.format != "auto" else next((n for n, fit in fits.items() if fit), None)
     if name is None or not fits[name]:
         raise LolcatsError(
-            f"{source}: no text column. Its columns are {', '.join(record)}; expected messages or conversations (chat), "
-            f"instruction and output (alpaca), or {config.text_column!r} (text; choose another with "
+            f"{source}: no text column. Its columns are {', '.join(record)}; expected messages or conversations "
+            f"(chat), instruction and output (alpaca), or {config.text_column!r} (text; choose another with "
             "--set data.text_column=NAME)."
         )
     if name == "chat" and not tokenizer.chat_template:

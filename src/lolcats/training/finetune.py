@@ -60,14 +60,12 @@ class FinetuneTrainer(StageTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW; feature maps, where they train, form a group with their own rate."""
-        if self.optimizer is None and self.stage_config.feature_map_learning_rate > 0:
-            groups: dict[bool, list[Tensor]] = {False: [], True: []}
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    groups[".lolcats." in name].append(parameter)
-            self.optimizer = torch.optim.AdamW(
-                [{"params": groups[False]},
-                 {"params": groups[True], "lr": self.stage_config.feature_map_learning_rate}],
-                lr=self.args.learning_rate, weight_decay=self.args.weight_decay,
-            )  # fmt: skip
+        rate = self.stage_config.feature_map_learning_rate
+        if self.optimizer is None and rate > 0:
+            trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            lora: dict[str, Any] = {"params": [p for name, p in trained if ".lolcats." not in name]}
+            maps: dict[str, Any] = {"params": [p for name, p in trained if ".lolcats." in name], "lr": rate}
+            self.optimizer: Any = torch.optim.AdamW(
+                [lora, maps], lr=self.args.learning_rate, weight_decay=self.args.weight_decay
+            )
         return super().create_optimizer() if self.optimizer is None else self.optimizer

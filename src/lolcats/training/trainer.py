@@ -54,8 +54,10 @@ class StageTrainer(Trainer):
         metrics: ``metrics.jsonl`` of the run.
     """
 
-    def __init__(self, model: nn.Module, config: StageConfig, train: Tensor, validation: Tensor, stage: str,
-                 directory: Path, metrics: Path, seed: int = 0, report_to: list[str] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, model: nn.Module, config: StageConfig, train: Tensor, validation: Tensor, stage: str, directory: Path,
+        metrics: Path, seed: int = 0, report_to: list[str] | None = None,
+    ) -> None:  # fmt: skip
         self.keeper = BestKeeper(config.early_stopping_patience, directory / BEST)
         self.stage, self.directory, self.stage_config = stage, directory, config
         super().__init__(
@@ -239,7 +241,8 @@ class StageProgress(ProgressCallback):  # type: ignore[misc]
 
     def __init__(self, stage: str) -> None:
         super().__init__()
-        self.stage, self.shown = stage, {}
+        self.stage = stage
+        self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)

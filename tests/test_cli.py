@@ -1,0 +1,201 @@
+"""The command line as a user meets it: commands, and a sentence with exit code 2 for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lolcats.cli import app
+
+
+def invoke(*arguments: object, code: int = 0, stdin: str | None = None) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
+    if result.exit_code != code:
+        raise AssertionError(f"exit code {result.exit_code}, expected {code}: {result.output}") from result.exception
+    if code == 2:
+        assert "Traceback" not in result.output
+    return result.output
+
+
+def sets(settings: list[str]) -> list[str]:
+    return [word for s in settings for word in ("--set", s)]
+
+
+@pytest.fixture(scope="module")
+def finished(model_dirs, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from conftest import SETTINGS
+
+    out = tmp_path_factory.mktemp("run") / "out"
+    output = invoke("linearize", model_dirs["llama"], "--data", chat_file, "--out", out, *sets(SETTINGS))
+    assert "after stage 2 (LoRA)" in output
+    assert "its linear term off" in output
+    assert "State per sequence" in output
+    return out
+
+
+def test_commands_on_a_finished_run(finished: Path, chat_file: Path, tmp_path: Path, model_dirs, settings) -> None:
+    assert "hybrid" in invoke("info", finished)
+    assert "can be linearized" in invoke("info", model_dirs["gemma3"])
+    output = invoke("evaluate", finished, "--data", chat_file)
+    recorded = json.loads((finished / "run.json").read_text())["results"]
+    for name in ("ppl_teacher", "ppl_student", "ppl_linear_off", "ppl_window_off"):
+        assert f"{recorded[name]:.3f}" in output, output
+    invoke("evaluate", model_dirs["llama"], "--data", chat_file, "--recipe", finished / "config.yaml")
+    invoke("generate", finished / "merged", "--prompt", "the cat", "--max-new-tokens", 8)
+    invoke("chat", finished, "--max-new-tokens", 8, "--temperature", 0.0, stdin="hello\n/new\nhi\n\n")
+    invoke("export", finished, "--merge", "--out", tmp_path / "half", "--dtype", "bfloat16")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    invoke("generate", tmp_path / "half", "--prompt", "the cat", "--max-new-tokens", 4)
+
+
+def test_transfer_then_finetune(model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path) -> None:
+    out = tmp_path / "out"
+    assert "Next: lolcats finetune" in invoke(
+        "transfer", model_dirs["llama"], "--data", chat_file, "--out", out, *sets(settings)
+    )
+    assert "after stage 2" in invoke("finetune", out)
+    for name in ("feature_maps.safetensors", "lora/adapter_model.safetensors", "merged/model.safetensors"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_mistakes_end_in_a_sentence(model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path) -> None:
+    llama, out = model_dirs["llama"], tmp_path / "out"
+
+    def fails(expected: str, *changes: str, model: object = llama, data: Path = chat_file, to: Path = out) -> None:
+        output = invoke("linearize", model, "--data", data, "--out", to, *sets(settings), *changes, code=2)
+        assert expected in " ".join(output.split()), output
+
+    fails("does not exist", model="./nothing")
+    fails("No model 'nobody/nothing'", model="nobody/nothing")
+    fails("no Hugging Face model", model=tmp_path)
+    fails("Unknown recipe", "--recipe", "nonsense")
+    fails("Unknown configuration key attention.windw", "--set", "attention.windw=3")
+    fails("below two windows", "--set", "data.sequence_length=15")
+    fails("leave nothing to train on", "--set", "data.validation_rows=100000")
+    fails("does not exist", data=tmp_path / "none.jsonl")
+    fails("holds another run", "--set", "seed=3", to=finished)
+    (tmp_path / "file").touch()
+    fails("Cannot write", to=tmp_path / "file" / "out")
+    fails("not available", "--set", "device=mps")
+    for name, content, expected in (
+        ("empty.jsonl", "", "is empty"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "1 broken line(s): line 2"),
+        ("other.jsonl", '{"body": "a"}\n', "no text column"),
+    ):
+        (tmp_path / name).write_text(content)
+        fails(expected, data=tmp_path / name)
+    assert not out.exists(), "a refused run leaves nothing behind"
+    invoke("finetune", tmp_path, code=2)
+    invoke("export", finished, "--out", out, code=2)
+    invoke("export", llama, "--merge", "--out", out, code=2)
+    invoke("info", "./nothing", code=2)
+
+
+def test_damaged_models_end_in_a_sentence(model_dirs, chat_file, settings, tmp_path: Path, finished: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "base"
+    shutil.copytree(model_dirs["llama"], broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    arguments = ("--data", chat_file, "--out", tmp_path / "out", *sets(settings))
+    assert "Cannot load" in invoke("linearize", broken, *arguments, code=2)
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF\x03\x00\x00\x00")
+    assert "Cannot load" in invoke("linearize", gguf, *arguments, code=2)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(finished, adapter)
+    maps = adapter / "feature_maps.safetensors"
+    maps.write_bytes(maps.read_bytes()[:-10])
+    assert "damaged or truncated" in invoke("generate", adapter, "--prompt", "x", code=2)
+
+
+def test_disk_full_keeps_everything_and_says_so(
+    model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lolcats.training.trainer as trainer
+
+    arguments = ("linearize", model_dirs["llama"], "--data", chat_file, "--out", tmp_path / "out", *sets(settings))
+    with monkeypatch.context() as patch:
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(trainer, "write_tensors", full)
+        assert "The disk is full" in invoke(*arguments, code=2)
+    invoke(*arguments)
+    for name in ("feature_maps.safetensors", "lora/adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes()
+
+
+class Job:
+    """``lolcats linearize`` in a process of its own, slowed so that a signal lands where it is meant to."""
+
+    SLOW = "import time, transformers; from lolcats.training import trainer as t; o = t.BestKeeper.on_step_end; " \
+           "t.BestKeeper.on_step_end = lambda *a, **k: (o(*a, **k), time.sleep(0.15))[0]; " \
+           "from lolcats.cli import main; main()"  # fmt: skip
+
+    def __init__(self, model: Path, data: Path, out: Path, settings: list[str]) -> None:
+        arguments = ["linearize", str(model), "--data", str(data), "--out", str(out), *sets(settings)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.metrics, self.stderr = out / "metrics.jsonl", ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.SLOW, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            env=environment,
+        )  # fmt: skip
+
+    def signal_after(self, stage: str, step: int, number: int) -> int:
+        """Send the signal once metrics.jsonl shows that training step; the exit code."""
+        deadline = time.time() + 120
+        while not self._reached(stage, step):
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.time() < deadline
+            time.sleep(0.01)
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        self.stderr = self.process.communicate(timeout=120)[1]
+        return self.process.returncode
+
+    def _reached(self, stage: str, step: int) -> bool:
+        try:
+            lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        except (OSError, json.JSONDecodeError):
+            return False
+        return any(e["stage"] == stage and e["step"] >= step and "loss" in e for e in lines)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_gives_the_same_weights(
+    model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path
+) -> None:
+    """SIGKILL at three moments in each stage, one after another in the same directory; then the run finishes."""
+    for stage, step in [("transfer", 1), ("transfer", 3), ("transfer", 5), ("finetune", 1), ("finetune", 2),
+                        ("finetune", 3)]:  # fmt: skip
+        job = Job(model_dirs["llama"], chat_file, tmp_path / "out", settings)
+        assert job.signal_after(stage, step, signal.SIGKILL) == -signal.SIGKILL
+        assert not (tmp_path / "out" / "merged").exists()
+    assert Job(model_dirs["llama"], chat_file, tmp_path / "out", settings).wait() == 0
+    for name in ("feature_maps.safetensors", "lora/adapter_model.safetensors", "merged/model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes(), name
+    results = [json.loads((d / "run.json").read_text())["results"] for d in (tmp_path / "out", finished)]
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_continue(model_dirs, chat_file: Path, settings, tmp_path, finished: Path) -> None:
+    job = Job(model_dirs["llama"], chat_file, tmp_path / "out", settings)
+    assert job.signal_after("transfer", 3, signal.SIGINT) == 130
+    assert "Run the same command again to continue" in job.stderr
+    assert Job(model_dirs["llama"], chat_file, tmp_path / "out", settings).wait() == 0
+    merged = "merged/model.safetensors"
+    assert (tmp_path / "out" / merged).read_bytes() == (finished / merged).read_bytes()
