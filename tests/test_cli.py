@@ -48,7 +48,10 @@ def test_commands_on_a_finished_run(finished: Path, chat_file: Path, tmp_path: P
     recorded = json.loads((finished / "run.json").read_text())["results"]
     for name in ("ppl_teacher", "ppl_student", "ppl_linear_off", "ppl_window_off"):
         assert f"{recorded[name]:.3f}" in output, output
-    invoke("evaluate", model_dirs["llama"], "--data", chat_file, "--recipe", finished / "config.yaml")
+    whole = invoke(
+        "evaluate", model_dirs["llama"], "--data", chat_file, "--recipe", finished / "config.yaml", "--rows", 9
+    )
+    assert "288 tokens" in whole
     invoke("generate", finished / "merged", "--prompt", "the cat", "--max-new-tokens", 8)
     invoke("chat", finished, "--max-new-tokens", 8, "--temperature", 0.0, stdin="hello\n/new\nhi\n\n")
     invoke("export", finished, "--merge", "--out", tmp_path / "half", "--dtype", "bfloat16")

@@ -88,20 +88,23 @@ def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Als
 
 
 @command
-def evaluate(model: Model, data: DataPath, recipe: Annotated[str, typer.Option(help="Default: the run's own.")] = "",
-             set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
-    """Perplexity on the test rows of a data set: teacher, student, and the student with one branch off."""
+def evaluate(
+    model: Model, data: DataPath, recipe: Annotated[str, typer.Option(help="Default: the run's own.")] = "",
+    rows: Annotated[int, typer.Option(help="At most so many rows of data.sequence_length tokens; 0: all.")] = 0,
+    set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Perplexity of teacher, student, and the student with one branch off. On a run's own data: its test rows."""
     from lolcats.config import load_config
-    from lolcats.evaluation.compare import compare
+    from lolcats.evaluation.compare import compare, evaluation_rows
     from lolcats.pipeline import device_and_dtype
-    from lolcats.training.data import load_data
 
     own = Path(model) / "config.yaml"
     config = load_config(recipe or (str(own) if own.is_file() else "default"), set_)
-    rows = load_data(data, _tokenizer(model), config.data, config.seed).test
-    table = Table("model", title=f"{rows.numel():,} tokens of {Path(data).name}")
+    ids = evaluation_rows(model, data, _tokenizer(model), config)[: rows or None]
+    results = compare(model, ids, *device_and_dtype(config), config.transfer.micro_batch_size)
+    table = Table("model", title=f"{ids.numel():,} tokens of {Path(data).name}")
     table.add_column("perplexity", justify="right", no_wrap=True)
-    for name, value in compare(model, rows, *device_and_dtype(config), config.transfer.micro_batch_size).items():
+    for name, value in results.items():
         table.add_row(name, f"{value:.3f}")
     out.print(table)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lolcats.config import Config
 from lolcats.evaluation.perplexity import perplexity
 from lolcats.modeling.base import Base, find_base, load_model
 from lolcats.modeling.checkpoint import is_linearized, load
 from lolcats.modeling.layer import linearized_layers, override
+from lolcats.training.data import load_data, load_rows
 
 ABLATIONS: dict[str, dict[str, Any]] = {"linear_off": {"kind": "window"}, "window_off": {"kind": "remote"}}
 """What a trained model becomes when one branch is switched off: the other branch alone."""
@@ -32,3 +35,13 @@ def compare(
         with override(student, **change):
             results[name.replace("_", " ")] = perplexity(student, rows, batch_size)
     return results
+
+
+def evaluation_rows(model: str, source: str, tokenizer: Any, config: Config) -> Tensor:
+    """Rows (N, L) to evaluate on: all of ``source``, or its held-out test rows where the run trained on the rest."""
+    record = Path(model) / "run.json"
+    if record.is_file():
+        trained_on = json.loads(record.read_text())["data"]["source"]
+        if trained_on == source or Path(trained_on).resolve() == Path(source).resolve():
+            return load_data(source, tokenizer, config.data, config.seed).test
+    return load_rows(source, tokenizer, config.data)

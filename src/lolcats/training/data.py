@@ -62,27 +62,45 @@ def load_data(source: str, tokenizer: Any, config: DataConfig, seed: int = 0) ->
 
     Documents that occur twice are used once, so no text of the held-out splits is trained on.
     """
-    records, broken = read_records(source, config)
-    render = _renderer(records[0], config, tokenizer, source)
-    rendered = [_rendered(render, record, number, source) for number, record in enumerate(records, 1)]
-    texts = list(dict.fromkeys(text for text in rendered if text))
-    if not texts:
-        raise LolcatsError(f"{source}: every record is empty.")
+    rendered, counts = _read(source, tokenizer, config)
+    texts = list(dict.fromkeys(rendered))
     random.Random(seed).shuffle(texts)
-    documents = _tokenize(texts, tokenizer, chat=render is not None and render.__name__ == "chat")
-    splits = _split(documents, config, source)
+    splits = _split(_tokenize(texts, tokenizer, counts["format"]), config, source)
     digest = hashlib.sha256(b"".join(rows.numpy().tobytes() for rows in splits))
     summary = {
         **asdict(config),
-        "source": source,
-        "format": render.__name__,
+        **counts,
         "documents": len(texts),
-        "empty_records": sum(not text for text in rendered),
-        "duplicate_records": sum(bool(text) for text in rendered) - len(texts),
-        "broken_lines_skipped": broken,
+        "duplicate_records": len(rendered) - len(texts),
         **{f"{n}_rows": len(r) for n, r in zip(("train", "validation", "test"), splits, strict=True)},
     }
     return Data(*splits, fingerprint="sha256 " + digest.hexdigest(), summary=summary)
+
+
+def load_rows(source: str, tokenizer: Any, config: DataConfig) -> Tensor:
+    """(N, L) rows of everything in ``source``, in order: a data set used for evaluation alone."""
+    texts, counts = _read(source, tokenizer, config)
+    rows = _pack(_tokenize(texts, tokenizer, counts["format"]), config.sequence_length)
+    if not len(rows):
+        raise LolcatsError(f"{source} has fewer tokens than one row of {config.sequence_length}.")
+    return rows
+
+
+def _read(source: str, tokenizer: Any, config: DataConfig) -> tuple[list[str], dict[str, Any]]:
+    """The texts of all records that have any, and what was read."""
+    records, broken = read_records(source, config)
+    render = _renderer(records[0], config, tokenizer, source)
+    rendered = [_rendered(render, record, number, source) for number, record in enumerate(records, 1)]
+    texts = [text for text in rendered if text]
+    if not texts:
+        raise LolcatsError(f"{source}: every record is empty.")
+    empty = len(rendered) - len(texts)
+    return texts, {
+        "source": source,
+        "format": render.__name__,
+        "empty_records": empty,
+        "broken_lines_skipped": broken,
+    }
 
 
 def _renderer(record: Record, config: DataConfig, tokenizer: Any, source: str) -> Callable[[Record], str]:
@@ -130,8 +148,9 @@ def _rendered(render: Callable[[Record], str], record: Record, number: int, sour
         ) from None
 
 
-def _tokenize(texts: list[str], tokenizer: Any, chat: bool) -> list[list[int]]:
+def _tokenize(texts: list[str], tokenizer: Any, form: str) -> list[list[int]]:
     """Token ids of each document; chat templates bring their own special tokens, other text ends with EOS."""
+    chat = form == "chat"
     end = [] if chat or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     batches = (texts[i : i + BATCH] for i in range(0, len(texts), BATCH))
     encoded = (tokenizer(batch, add_special_tokens=not chat, verbose=False)["input_ids"] for batch in batches)
