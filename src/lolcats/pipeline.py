@@ -85,6 +85,7 @@ def start(model: str, data: str, out: Path, config: Config, say: Say = log) -> S
     base_model = load_model(base, dtype, device)
     torch.manual_seed(config.seed)
     student = convert(base_model, config)
+    run.save()
     write_text(out / "config.yaml", to_yaml(config))
     tokenizer.save_pretrained(out)
     save_adapter_config(student, base, out)

@@ -11,6 +11,7 @@ DIR/checkpoints/            working files of an unfinished stage
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,13 +20,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lolcats
 from lolcats.config import Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.base import Base
 
 RECORD = "run.json"
-PACKAGES = ("lolcats", "torch", "transformers", "peft", "accelerate", "safetensors")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 class Run:
@@ -36,7 +38,7 @@ class Run:
 
     @classmethod
     def start(cls, directory: Path, base: Base, data: dict[str, Any], config: Config) -> Run:
-        """Create ``directory``, or continue the run it holds if base model, data and configuration are the same."""
+        """A new run (written at its first ``save``), or the one in ``directory`` if it has the same identity."""
         identity = {"base": asdict(base), "data": data, "config": to_dict(config)}
         if (directory / RECORD).exists():
             run = cls.open(directory)
@@ -48,11 +50,11 @@ class Run:
             return run
         if directory.exists() and any(directory.iterdir()):
             raise LolcatsError(f"{directory} is not empty and holds no lolcats run; choose another --out.")
-        _make(directory)
-        versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-        run = cls(directory, {**identity, "date": str(date.today()), "versions": versions, "stages": {}, "results": {}})
-        run.save()
-        return run
+        _check_writable(directory)
+        versions = {"python": platform.python_version(), "lolcats": lolcats.__version__}
+        versions |= {name: version(name) for name in PACKAGES}
+        record = {**identity, "date": str(date.today()), "versions": versions, "stages": {}, "results": {}}
+        return cls(directory, record)
 
     @classmethod
     def open(cls, directory: Path) -> Run:
@@ -91,6 +93,8 @@ class Run:
         return self.record["results"][name]
 
     def save(self) -> None:
+        """Write the record; creates the directory."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         write_text(self.directory / RECORD, json.dumps(self.record, indent=2) + "\n")
 
 
@@ -115,14 +119,7 @@ def _flat(config: dict[str, Any]) -> list[tuple[str, str, Any]]:
     return [(section, key, value) for section, entries in sections.items() for key, value in entries.items()]
 
 
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / RECORD).with_suffix(".partial").touch()
-        (directory / RECORD).with_suffix(".partial").unlink()
-    except OSError as error:
-        raise LolcatsError(f"Cannot write to {directory} ({error.strerror}).") from None
-
-
-def _version(name: str) -> str:
-    return version(name)
+def _check_writable(directory: Path) -> None:
+    ancestor = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise LolcatsError(f"Cannot write to {directory}: {ancestor} is no directory that may be written.")

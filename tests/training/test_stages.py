@@ -242,6 +242,17 @@ def test_feature_maps_may_train_in_stage_two_at_their_own_rate(settings: list[st
     assert all((after[n] - p).abs().max() > 0.05 for n, p in before.items() if "weight" in n)
 
 
+def test_trackers(settings: list[str], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    config = load_config("default", [*settings, "report_to=[no_such_tracker]"])
+    with pytest.raises(LolcatsError, match="report_to no_such_tracker"):
+        transfer(converted(config), data, config, tmp_path)
+    pytest.importorskip("tensorboard")
+    config = load_config("default", [*settings, "report_to=[tensorboard]"])
+    transfer(converted(config), data, config, tmp_path)
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
 def test_targets_that_do_not_exist(config: Config) -> None:
     from dataclasses import replace
 

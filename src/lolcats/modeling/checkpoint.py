@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -71,7 +72,7 @@ def load_adapter(
     """Base model + feature maps + LoRA (merged in memory). LolcatsError if the base has changed since."""
     from lolcats.modeling.convert import convert_as
 
-    directory = Path(directory)
+    directory = Path(directory if Path(directory).is_dir() else snapshot_download(str(directory)))
     config = config if config is not None else AutoConfig.from_pretrained(str(directory))
     known = Base(**config.lolcats["base"])
     base = find_base(known.path)
@@ -82,7 +83,8 @@ def load_adapter(
         )
     dtype = config.dtype or torch.float32 if dtype in ("auto", None) else dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    model = load_model(base, dtype, device_map if isinstance(device_map, str) and device_map != "auto" else "cpu")
+    device = device_map.get("", "cpu") if isinstance(device_map, dict) else device_map
+    model = load_model(base, dtype, "cpu" if device in (None, "auto") else device)
     convert_as(model, config.lolcats)
     model.config.lolcats["base"] = asdict(known)
     load_feature_maps(model, directory / FEATURE_MAPS)
@@ -95,7 +97,7 @@ def merge_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
 
     wrapped = PeftModel.from_pretrained(model, str(directory))
     saved = read_tensors(directory / "adapter_model.safetensors")
-    compare_keys(set(get_peft_model_state_dict(wrapped)), set(saved), directory)
+    compare_keys(set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)), set(saved), directory)
     return wrapped.merge_and_unload().eval()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -60,13 +61,20 @@ class StageTrainer(Trainer):
     ) -> None:  # fmt: skip
         self.keeper = BestKeeper(config.early_stopping_patience, directory / BEST)
         self.stage, self.directory, self.stage_config = stage, directory, config
-        super().__init__(
-            model=model,
-            args=training_arguments(config, directory, seed, next(model.parameters()).device, report_to or []),
-            train_dataset=Rows(train),
-            eval_dataset=Rows(validation),
-            callbacks=[self.keeper, MetricsFile(metrics, stage)],
-        )
+        if "tensorboard" in (report_to or []):
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(metrics.parent / "tensorboard"))
+        try:
+            super().__init__(
+                model=model,
+                args=training_arguments(config, directory, seed, next(model.parameters()).device, report_to or []),
+                train_dataset=Rows(train),
+                eval_dataset=Rows(validation),
+                callbacks=[self.keeper, MetricsFile(metrics, stage)],
+            )
+        except (ImportError, RuntimeError, ValueError) as error:
+            if report_to:
+                raise LolcatsError(f"report_to {', '.join(report_to)}: {error}") from error
+            raise
         self.model_accepts_loss_kwargs = False  # rows are of equal length: the mean over micro-batches is exact
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
