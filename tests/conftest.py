@@ -57,7 +57,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }  # fmt: skip
 FAMILIES: dict[str, Any] = {
-    "llama": lambda **kw: LlamaConfig(**COMMON, **kw),
+    "llama": lambda **kw: LlamaConfig(**{**COMMON, **kw}),
     "mistral": lambda **kw: MistralConfig(**COMMON, **kw),
     "qwen2": lambda **kw: Qwen2Config(**COMMON, **kw),
     "gemma3": lambda **kw: Gemma3TextConfig(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +24,16 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """A directory to fill, which takes the place of ``directory`` once the block has ended without an error."""
+    unfinished = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    shutil.rmtree(directory, ignore_errors=True)
+    unfinished.rename(directory)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -20,7 +20,7 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation.compare import ABLATIONS
 from lolcats.evaluation.memory import cache_bytes
 from lolcats.evaluation.perplexity import perplexity
-from lolcats.files import write_text
+from lolcats.files import whole_directory, write_text
 from lolcats.inference.generate import generate
 from lolcats.modeling.base import find_base, load_model, load_tokenizer
 from lolcats.modeling.checkpoint import (
@@ -30,6 +30,7 @@ from lolcats.modeling.checkpoint import (
     merge_lora,
     save_adapter_config,
     save_feature_maps,
+    save_lora,
 )
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers, override
@@ -78,6 +79,7 @@ def start(model: str, data: str, out: Path, config: Config, say: Say = log) -> S
     device, dtype = device_and_dtype(config)
     base = find_base(model)
     tokenizer = load_tokenizer(base)
+    data = str(Path(data).resolve()) if Path(data).exists() else data
     say(f"Reading {data}")
     rows = load_data(data, tokenizer, config.data, config.seed)
     run = Run.start(out, base, {**rows.summary, "fingerprint": rows.fingerprint}, config)
@@ -103,21 +105,23 @@ def resume(directory: Path, say: Say = log) -> Session:
 
 
 def run_transfer(session: Session) -> None:
-    """Stage 1, unless done: feature maps and gates, saved as ``feature_maps.safetensors``."""
+    """Stage 1, unless done: feature maps and gates, saved as ``feature_maps.safetensors``; then what it brought."""
     run, model, out = session.run, session.model, session.run.directory
-    if run.stage_done("transfer"):
-        return
     learns = any(layer.spec.has_linear for layer in linearized_layers(model))
+    if not run.stage_done("transfer"):
+        summary: dict[str, Any] = {"skipped": True}
+        if learns:
+            run.measure("layer_errors_before", partial(_layer_errors, session))
+        if learns and session.config.transfer.max_steps != 0:
+            session.say(_headline(session, "Stage 1: attention transfer", "transfer"))
+            started = time.time()
+            summary = _summary(transfer(model, session.data, session.config, out), started)
+        save_feature_maps(model, out / FEATURE_MAPS)
+        run.finish_stage("transfer", summary)
+        shutil.rmtree(out / "checkpoints" / "transfer", ignore_errors=True)
+    run.measure("ppl_transfer", lambda: _measured(session, "after transfer"))
     if learns:
-        run.measure("layer_errors_before", lambda: layer_errors(model, session.data.validation.split(_batch(session))))
-    if learns and session.config.transfer.max_steps != 0:
-        session.say(_headline(session, "Stage 1: attention transfer", "transfer"))
-        summary = _timed(lambda: transfer(model, session.data, session.config, out))
-    else:
-        summary = {"skipped": True}
-    save_feature_maps(model, out / FEATURE_MAPS)
-    run.finish_stage("transfer", summary)
-    shutil.rmtree(out / "checkpoints" / "transfer", ignore_errors=True)
+        run.measure("layer_errors_after", partial(_layer_errors, session))
 
 
 def run_finetune(session: Session) -> None:
@@ -125,7 +129,6 @@ def run_finetune(session: Session) -> None:
     run, model, out = session.run, session.model, session.run.directory
     if not run.stage_done("transfer"):
         raise LolcatsError(f"{out}: attention transfer comes first (lolcats transfer).")
-    _after_transfer(session)
     if run.stage_done("finetune"):
         if (out / LORA).is_dir():
             session.model = merge_lora(model, out / LORA)
@@ -134,23 +137,14 @@ def run_finetune(session: Session) -> None:
         run.finish_stage("finetune", {"skipped": True})
         return
     session.say(_headline(session, "Stage 2: low-rank linearizing", "finetune"))
-    wrapped: list[Any] = []
-
-    def train() -> StageResult:
-        peft_model, result = finetune(model, session.data, session.config, out)
-        wrapped.append(peft_model)
-        return result
-
-    summary = _timed(train)
-    unfinished = out / f"{LORA}.partial"
-    wrapped[0].peft_config["default"].base_model_name_or_path = run.base.path
-    wrapped[0].save_pretrained(unfinished, save_embedding_layers=False)
-    _replace_directory(unfinished, out / LORA)
+    started = time.time()
+    wrapped, result = finetune(model, session.data, session.config, out)
+    save_lora(wrapped, run.base, out / LORA)
     if session.config.finetune.feature_map_learning_rate > 0:
-        save_feature_maps(wrapped[0], out / FEATURE_MAPS)
-    run.finish_stage("finetune", summary)
+        save_feature_maps(wrapped, out / FEATURE_MAPS)
+    run.finish_stage("finetune", _summary(result, started))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    session.model = wrapped[0].merge_and_unload().eval()
+    session.model = wrapped.merge_and_unload().eval()
 
 
 def finish(session: Session, merge: bool = True) -> None:
@@ -176,11 +170,9 @@ def finish(session: Session, merge: bool = True) -> None:
 
 def export_merged(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
     """Write a self-contained model directory, whole or not at all."""
-    unfinished = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    _replace_directory(unfinished, directory)
+    with whole_directory(directory) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
@@ -202,13 +194,6 @@ def _baselines(session: Session) -> None:
     run.measure("ppl_window", lambda: _measured(session, "window alone", kind="window", sinks=0))
     run.measure("baseline_sinks", lambda: sinks)
     run.measure("ppl_window_sinks", lambda: _measured(session, "window + sinks", kind="window", sinks=sinks))
-
-
-def _after_transfer(session: Session) -> None:
-    run, model = session.run, session.model
-    run.measure("ppl_transfer", lambda: _measured(session, "after transfer"))
-    if any(layer.spec.has_linear for layer in linearized_layers(model)):
-        run.measure("layer_errors_after", lambda: layer_errors(model, session.data.validation.split(_batch(session))))
 
 
 def _measured(session: Session, label: str, mode: Any = None, **spec: Any) -> float:
@@ -239,13 +224,11 @@ def _headline(session: Session, title: str, stage: str) -> str:
     return f"{title}: {length} of {config.batch_size} × {session.config.data.sequence_length} tokens"
 
 
-def _timed(stage: Callable[[], StageResult]) -> dict[str, Any]:
-    started = time.time()
-    result = asdict(stage())
-    result.pop("history")
-    return {**result, "seconds": round(time.time() - started, 1)}
+def _summary(result: StageResult, started: float) -> dict[str, Any]:
+    """A stage's entry in run.json; ``seconds`` are those since the stage was last started or continued."""
+    entry = {key: value for key, value in asdict(result).items() if key != "history"}
+    return {**entry, "seconds": round(time.time() - started, 1)}
 
 
-def _replace_directory(source: Path, target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)
-    source.rename(target)
+def _layer_errors(session: Session) -> list[float]:
+    return layer_errors(session.model, session.data.validation.split(_batch(session)))

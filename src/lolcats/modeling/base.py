@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lolcats.errors import LolcatsError
 
-EDGE = 1 << 20  # bytes hashed at each end of a large weight file
+STRIDE, SAMPLE = 1 << 20, 4096  # bytes: of each MiB of a weight file, 4 KiB are hashed
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Base:
     path: str
     form: Literal["hub", "directory", "gguf"]
     fingerprint: str
-    """Identity of the weights: sha256 of a GGUF file; of names, sizes and both ends of the files of a directory; the
-    commit of a hub model."""
+    """Identity of the weights: sha256 of a GGUF file; of names, sizes and 4 KiB of each MiB of a directory's files,
+    which no training or merging leaves as they were; the commit of a hub model."""
 
     @property
     def arguments(self) -> tuple[str, dict[str, Any]]:
@@ -114,10 +114,10 @@ def _hash_directory(path: Path) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(EDGE))
-            stream.seek(max(0, size - EDGE))
-            digest.update(stream.read(EDGE))
-    return "sha256 of ends " + digest.hexdigest()
+            for offset in range(0, size, STRIDE):
+                stream.seek(offset)
+                digest.update(stream.read(SAMPLE))
+    return "sha256 of samples " + digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from lolcats.errors import LolcatsError
-from lolcats.files import compare_keys, load_strictly, read_tensors, write_tensors
+from lolcats.files import compare_keys, load_strictly, read_tensors, whole_directory, write_tensors
 from lolcats.modeling.base import Base, find_base, load_model
 
 FEATURE_MAPS = "feature_maps.safetensors"
@@ -89,6 +89,13 @@ def load_adapter(
     model.config.lolcats["base"] = asdict(known)
     load_feature_maps(model, directory / FEATURE_MAPS)
     return merge_lora(model, directory / LORA) if (directory / LORA).is_dir() else model
+
+
+def save_lora(model: Any, base: Base, directory: Path) -> None:
+    """Write the LoRA of a PEFT model in PEFT's format, whole or not at all."""
+    model.peft_config["default"].base_model_name_or_path = base.path
+    with whole_directory(directory) as unfinished:
+        model.save_pretrained(unfinished, save_embedding_layers=False)
 
 
 def merge_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:

@@ -25,6 +25,7 @@ def draw_report(run: Run) -> None:
     history = [json.loads(line) for line in _lines(run)]
     for axis, stage, title in zip(axes, ("transfer", "finetune"), ("Attention transfer", "LoRA"), strict=False):
         _curve(axis, [h for h in history if h["stage"] == stage], title)
+    axes[0].set_yscale("log")
     _errors(axes[2], run.results.get("layer_errors_before", []), run.results.get("layer_errors_after", []))
     figure.savefig(run.directory / "report.png", dpi=120)
     pyplot.close(figure)

@@ -1,0 +1,132 @@
+"""Time and peak memory of the chunked path against sequence length on a CPU, softmax attention beside it.
+
+    python benchmarks/scaling.py            # writes benchmarks/results/scaling.md and scaling.png
+
+Every measurement runs in a process of its own, so that its peak memory is its own. Geometry of one SmolLM2-135M layer.
+"""
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lolcats.attention import AttentionSpec, FeatureMap, chunked_attention
+
+B, H, G, D, F_COLUMNS = 1, 9, 3, 64, 64
+SPEC = AttentionSpec("hybrid", "terraced", window_size=64, sinks=4)
+LENGTHS = [512 * 2**i for i in range(7)]
+RESULTS = Path(__file__).parent / "results"
+REPEATS = 5
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def hybrid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Feature maps included, one key map per query head."""
+    torch.manual_seed(0)
+    phi_q, phi_k = FeatureMap("hedgehog", H, D, F_COLUMNS), FeatureMap("hedgehog", H, D, F_COLUMNS)
+    fq, fk = phi_q(q), phi_k(k.repeat_interleave(H // G, 1))
+    return chunked_attention(q, k, v, fq, fk, torch.full((H,), 0.1), SPEC, D**-0.5)
+
+
+def measure(name: str, length: int, backward: bool) -> dict[str, float]:
+    """Median seconds and peak bytes above the inputs."""
+    function = {"softmax": softmax, "hybrid": hybrid}[name]
+    q, k, v = (torch.randn(B, heads, length, D, requires_grad=backward) for heads in (H, G, G))
+
+    def once() -> float:
+        start = time.perf_counter()
+        with torch.set_grad_enabled(backward):
+            y = function(q, k, v)
+        if backward:
+            y.sum().backward()
+        return time.perf_counter() - start
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    once()
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return {"seconds": statistics.median(once() for _ in range(REPEATS)), "bytes": peak}
+
+
+def all_rows() -> list[dict[str, float]]:
+    rows = []
+    for backward in (False, True):
+        for length in LENGTHS:
+            row: dict[str, float] = {"T": length, "backward": backward}
+            for name in ("softmax", "hybrid"):
+                command = [sys.executable, __file__, name, str(length), str(int(backward))]
+                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                row |= {f"{name}_{key}": value for key, value in json.loads(output).items()}
+            print(row, flush=True)
+            rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, float]]) -> str:
+    lines = [
+        "| T | softmax ms | hybrid ms | against T/2 | softmax MiB | hybrid MiB |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    previous = None
+    for row in rows:
+        ratio = f"{row['hybrid_seconds'] / previous:.2f}×" if previous else ""
+        previous = row["hybrid_seconds"]
+        times = f"{1e3 * row['softmax_seconds']:.1f} | {1e3 * row['hybrid_seconds']:.1f} | {ratio}"
+        sizes = f"{row['softmax_bytes'] / 2**20:.0f} | {row['hybrid_bytes'] / 2**20:.0f}"
+        lines.append(f"| {row['T']:,} | {times} | {sizes} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, float]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, key, scale, label in ((axes[0], "seconds", 1e3, "ms"), (axes[1], "bytes", 2**-20, "MiB")):
+        for backward, style in ((False, "-"), (True, "--")):
+            for name, color in (("softmax", "tab:red"), ("hybrid", "tab:blue")):
+                points = [(r["T"], r[f"{name}_{key}"] * scale) for r in rows if r["backward"] == backward]
+                title = f"{name}, {'forward + backward' if backward else 'forward'}"
+                axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=3, label=title)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(RESULTS / "scaling.png", dpi=120)
+
+
+def main() -> None:
+    rows = all_rows()
+    RESULTS.mkdir(exist_ok=True)
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line.split(":")[1].strip() for line in cpuinfo if "model name" in line), "CPU")
+    head = f"""# Time and memory against sequence length
+
+`python benchmarks/scaling.py`, {date.today()}, {processor}, {torch.get_num_threads()} threads, fp32, torch
+{torch.__version__}, Python {platform.python_version()}. One layer, batch {B}, {H} query and {G} key/value heads of {D},
+f = {F_COLUMNS}, terraced window of {SPEC.window_size}, {SPEC.sinks} sinks; feature maps included. Medians of {REPEATS};
+memory is the peak above the inputs (it is 0 where the process had already touched as much while loading).
+Softmax is `scaled_dot_product_attention` (its CPU flash kernel).
+"""
+    parts = [f"## {title}\n\n{table([r for r in rows if r['backward'] == b])}\n" for b, title in
+             ((False, "Forward"), (True, "Forward and backward"))]  # fmt: skip
+    (RESULTS / "scaling.md").write_text("\n".join([head, *parts, "![Scaling](scaling.png)\n"]))
+    draw(rows)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), bool(int(sys.argv[3])))))
+    else:
+        main()
