@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lolcats.attention.state as state_module
 from lolcats.attention import (
     AttentionSpec,
     AttentionState,
@@ -152,6 +153,39 @@ def test_padded_rows_equal_rows_alone(kind: str, window: str, sinks: int, maps: 
             alone = problem.reference(spec, mask[b], slice(b, b + 1))
             torch.testing.assert_close(y[b : b + 1, :, mask[b]], alone, atol=2e-5, rtol=1e-4)
             assert (y[b, :, ~mask[b]] == 0).all()
+
+
+@pytest.mark.parametrize(("kind", "window", "sinks", "maps"), VARIANTS)
+def test_segments_and_their_gradients(
+    kind: str, window: str, sinks: int, maps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long inputs go through in recomputed segments: outputs and gradients, of the feature maps' weights too."""
+    monkeypatch.setattr(state_module, "SEGMENT", 40)
+    problem, spec = Problem(150, maps), AttentionSpec(kind, window, 16, sinks)
+    leaves = {"q": problem.q, "k": problem.k, "v": problem.v, "gamma": problem.gamma}
+    leaves |= {f"phi_{n}": phi.weight for n, phi in (("q", problem.phi_q), ("k", problem.phi_k))}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    direction = torch.randn(B, H, 150, D)
+    gradients = []
+    for y in (problem.reference(spec), problem.move(problem.empty(spec), spec, slice(0, 150))[0]):
+        gradients.append(torch.autograd.grad((y * direction).sum(), list(leaves.values()), allow_unused=True))
+    for name, expected, actual in zip(leaves, *gradients, strict=True):
+        if expected is None:
+            assert actual is None, name
+        else:
+            torch.testing.assert_close(actual, expected, atol=5e-4, rtol=1e-3, msg=name)
+
+
+def test_layer_beyond_one_segment() -> None:
+    from lolcats.config import AttentionConfig
+    from lolcats.modeling.layer import Geometry, LinearizedAttention
+
+    problem, spec = Problem(2 * state_module.SEGMENT + 77), AttentionSpec("hybrid", "terraced", 64, 4)
+    layer = LinearizedAttention(Geometry(0, H, G, D, D), AttentionConfig(feature_dim=F_COLUMNS), spec, "sdpa")
+    q, k, v = problem.q, problem.k, problem.v
+    expected = parallel_attention(q, k, v, layer.phi_q(q), layer.key_features(k), layer.gamma, spec, SCALE)
+    torch.testing.assert_close(layer(q, k, v, SCALE), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_state_has_fixed_size() -> None:

@@ -14,15 +14,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lolcats.attention.chunked import Context, chunked_attention
 from lolcats.attention.reference import expand_heads, normalize, softmax_logits
 from lolcats.attention.spec import AttentionSpec
 
 KeyMap = Callable[[Tensor], Tensor]
+SEGMENT = 1024  # tokens laid out at a time
 
 
 @dataclass
@@ -77,12 +80,39 @@ def extend(
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
     """Outputs (B, H, T, D) fp32 for T new tokens, and the state after them.
 
-    The keys still in the ring and the new ones are laid out as one sequence per row, beginning at the window start of
-    the row's last token, so that the chunk grid of every row is aligned with its own first token.
+    Long inputs go through in segments, so that what is computed on the way stays in the processor's caches and only
+    inputs and outputs grow with T; with gradients, segments are recomputed in backward.
 
     Args:
         mask: (B, T) bool, False where a token is padding (on either side, or between): skipped, output 0.
-        phi_q, phi_k: (B, G, T, D) -> features; phi_k expands to H heads by itself where maps are per query head.
+        phi_q, phi_k: (B, H, T, D) or (B, G, T, D) -> features; phi_k expands to H heads by itself where maps are per
+            query head.
+    """
+    common = (phi_q, phi_k, gamma, spec, scale, softcap)
+    if q.shape[2] <= SEGMENT:
+        return _extend(state, q, k, v, *common, mask)
+    # split and not slices: the gradient of a slice is as large as the whole, which would make backward quadratic.
+    pieces = zip(*(x.split(SEGMENT, 2) for x in (q, k, v)), strict=True)
+    masks = repeat(None) if mask is None else mask.split(SEGMENT, 1)
+    outputs = []
+    for piece, rows in zip(pieces, masks, strict=False):
+        arguments = (state, *piece, *common, rows)
+        if torch.is_grad_enabled():
+            y, state = checkpoint(_extend, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, state = _extend(*arguments)
+        outputs.append(y)
+    return torch.cat(outputs, 2), state
+
+
+def _extend(
+    state: AttentionState, q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor,
+    spec: AttentionSpec, scale: float, softcap: float | None, mask: Tensor | None,
+) -> tuple[Tensor, AttentionState]:  # fmt: skip
+    """One segment of :func:`extend`.
+
+    The keys still in the ring and the new ones are laid out as one sequence per row, beginning at the window start of
+    the row's last token, so that the chunk grid of every row is aligned with its own first token.
     """
     batch, _, length, _ = q.shape
     valid = torch.ones(batch, length, dtype=torch.bool, device=q.device) if mask is None else mask

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, chunked_attention, extend, step
 from lolcats.attention.reference import attention_weights
+from lolcats.attention.state import SEGMENT
 from lolcats.config import AttentionConfig
 
 Mode = Literal["student", "teacher", "transfer"]
@@ -96,7 +97,7 @@ class LinearizedAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
                 padding: Tensor | None = None) -> Tensor:  # fmt: skip
         """Outputs (B, H, T, D) fp32 for whole sequences; padding: (B, T) bool, False where padded."""
-        if padding is not None:
+        if padding is not None or q.shape[2] > SEGMENT:
             return self.advance(self.empty_state(k, v), q, k, v, scale, softcap, padding)[0]
         if torch.is_grad_enabled() and q.requires_grad:
             # Through the whole model (stage 2) the intermediates of all layers are many times q, k, v: recompute them.
