@@ -154,7 +154,7 @@ def test_bad_files(name: str, content: bytes, message: str, tmp_path: Path, toke
 
 def test_missing_sources(tokenizer) -> None:
     for source in ("./no/such/file.jsonl", "/no/such", "nobody/no-such-data-set"):
-        with pytest.raises(LolcatsError, match=r"does not exist|No data set"):
+        with pytest.raises(LolcatsError, match=r"does not exist|No data set|needs the datasets package"):
             load_data(source, tokenizer, SMALL)
 
 

@@ -119,7 +119,7 @@ def _extend(
     start = spec.window_start(state.seen - 1).clamp_min(0).minimum(state.seen)  # (B,) first position laid out
     old = state.ring_positions()
     new = state.seen[:, None] + valid.cumsum(1) - 1
-    room = state.ring_k.shape[2] + length
+    room = int((state.seen - start).max()) + length
     index = torch.cat([old, new], 1) - start[:, None]
     index = index.where(torch.cat([old >= start[:, None], valid], 1), room)  # `room`: a slot that is thrown away
     rows = (
