@@ -139,6 +139,29 @@ def test_disk_full_keeps_everything_and_says_so(
         assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [60, 120, 200, 300])
+def test_a_disk_that_is_really_full(
+    kilobytes: int, model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path
+) -> None:
+    """A small file system fills up at different moments; with more room the same command ends with the same weights."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
+    if os.name != "posix" or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    out = disk / "out"
+    try:
+        arguments = ("linearize", model_dirs["llama"], "--data", chat_file, "--out", out, *sets(settings))
+        assert "The disk is full" in invoke(*arguments, code=2)
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        invoke(*arguments)
+        for name in ("feature_maps.safetensors", "lora/adapter_model.safetensors", "merged/model.safetensors"):
+            assert (out / name).read_bytes() == (finished / name).read_bytes()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 class Job:
     """``lolcats linearize`` in a process of its own, slowed so that a signal lands where it is meant to."""
 

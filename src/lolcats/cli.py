@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from safetensors import SafetensorError
 
 from lolcats.errors import Interrupted, LolcatsError
 
@@ -45,8 +47,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             _fail("Stopped. What was finished is saved; run the same command again to continue.", 130)
         except LolcatsError as error:
             _fail(str(error), 2)
-        except (OSError, RuntimeError) as error:
-            if not _disk_full(error):
+        except Exception as error:
+            if not _disk_full(error, [path for path in kwargs.values() if isinstance(path, Path)]):
                 raise
             _fail("The disk is full. Free some space and run the same command again: it continues where it stopped.", 2)
 
@@ -227,8 +229,12 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _disk_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+def _disk_full(error: Exception, written: list[Path]) -> bool:
+    """Whether ``error`` comes of a full disk. torch.save only reports that some write failed: look at the disk then."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        return True
+    writing = isinstance(error, (OSError, RuntimeError, SafetensorError))
+    return writing and any(shutil.disk_usage(path).free < 1 << 20 for path in written if path.exists())
 
 
 def _fail(message: str, code: int) -> None:

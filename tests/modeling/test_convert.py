@@ -77,6 +77,11 @@ def test_model_whose_layers_all_slide_is_linearized() -> None:
     model = tiny_model("mistral", sliding_window=16)
     lolcats.convert(model, SMALL)
     assert len(linearized_layers(model)) == 2
+    with torch.no_grad():
+        full = model(IDS, use_cache=False).logits
+        first = model(IDS[:, :30])
+        rest = model(IDS[:, 30:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(rest, full[:, 30:], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
