@@ -1,0 +1,347 @@
+"""Backward kernels. With a_ni the unnormalized weights, d_n = Σ_i a_ni and y_n = Σ_i a_ni v_i / d_n, the gradients are
+
+    da_ni = (dy_n·v_i − δ_n) / d_n,   δ_n = dy_n·y_n,   dv_i = Σ_n a_ni dy_n / d_n.
+
+``query_kernel`` walks forward with S, z in registers (dφ(q_n) = (S dy_n − δ_n z) / d_n, then dq), ``key_kernel`` walks
+from the end with the gradients dS = Σ φ(q_n) dy_nᵀ / d_n and dz = Σ φ(q_n) δ_n / d_n of what later queries saw
+(dφ(k_i) = dS v_i − dz, then dk, dv). Nothing but 1 / d_n is stored by the forward pass.
+
+The shift c_n = max s_ni moves the softmax part against the linear one, so it has a gradient: −r_n for the key that is
+the maximum, with r_n = Σ_{i∈soft} a_ni da_ni. Since Σ_i a_ni da_ni = 0 over all keys, r_n = −φ(q_n)·dφ(q_n), and the
+gradient of γ is Σ_n r_n / γ: neither needs the softmax part.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lolcats.attention.kernels.blocks import (
+    LOG2E,
+    features,
+    head_pointer,
+    hedgehog_backward,
+    load_rows,
+    load_tile,
+    matrix,
+    remembered,
+    row_offset,
+    squash,
+    store_tile,
+    unsquash,
+    window_mask,
+)
+from lolcats.attention.kernels.forward import load_state
+
+
+@triton.jit
+def shift_kernel(
+    o, o_strides, do, do_strides, inverse, shift, heads, tokens, value_dim, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """shift_n = δ_n / d_n."""
+    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    t, vd = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
+    o = load_tile(head_pointer(o, o_strides, batch, head, batch * 0), o_strides[2], t, tokens, vd, value_dim)
+    do = load_tile(head_pointer(do, do_strides, batch, head, batch * 0), do_strides[2], t, tokens, vd, value_dim)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    offset = row_offset(batch, head, batch * 0, heads, tokens)
+    tl.store(shift + offset + t, delta * load_rows(inverse + offset, t, tokens), mask=t < tokens)
+
+
+@triton.jit
+def query_kernel(
+    q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k, gamma,
+    sink_k, sink_v, inverse, shift, states, dq, dq_strides, dfq, dfq_strides, d_weight, d_gamma, d_sink_k, d_sink_v,
+    peaks, tops, pulls, segments, sequences, positions,
+    heads, group, map_group, tokens, dim, value_dim, width, scale, cap, pull_stride,
+    SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, SLIDING: tl.constexpr, LAG: tl.constexpr, SINKS: tl.constexpr,
+    CAPPED: tl.constexpr, FUSED: tl.constexpr, INPUTS: tl.constexpr, HAS_STATES: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
+):  # fmt: skip
+    """Gradients that belong to queries: dq, φ_q, γ, and those of the sinks; of one slice of the value dim (all are
+    linear in dy, so slices add up).
+
+    INPUTS: gradients of q, k, v are wanted, and what ``key_kernel`` needs of each query's softmax is stored: the
+    shift (``peaks``, base 2, γ included), the key that is the maximum (``tops``) and r_n (``pulls``).
+    """
+    segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence = tl.load(segments + segment * 3)
+    begin, end = tl.load(segments + segment * 3 + 1), tl.load(segments + segment * 3 + 2)
+    batch, first = tl.load(sequences + sequence * 3), tl.load(sequences + sequence * 3 + 1)
+    length, position = tl.load(sequences + sequence * 3 + 2), tl.load(positions + sequence)
+    kv_head, map_head = head // group, head // map_group
+    kv_heads, maps = heads // group, heads // map_group
+    program = (piece * tl.num_programs(0) + segment) * heads + head  # of per-program outputs
+    q = head_pointer(q, q_strides, batch, head, first)
+    k = head_pointer(k, k_strides, batch, kv_head, first)
+    v = head_pointer(v, v_strides, batch, kv_head, first)
+    do = head_pointer(do, do_strides, batch, head, first)
+    fq = head_pointer(fq, fq_strides, batch, head, first)
+    fk = head_pointer(fk, fk_strides, batch, map_head, first)
+    dq = head_pointer(dq, dq_strides, batch, head, first) + piece.to(tl.int64) * dq_strides[3]
+    dfq = head_pointer(dfq, dfq_strides, batch, head, first) + piece.to(tl.int64) * dfq_strides[3]
+    rows = row_offset(batch, head, first, heads, tokens)
+    inverse, shift, peaks, tops = inverse + rows, shift + rows, peaks + rows, tops + rows
+    pulls += rows + piece.to(tl.int64) * pull_stride
+    row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
+    causal = row[:, None] >= row[None, :]
+    first_piece = tl.where(piece == 0, 1.0, 0.0)
+    log_gamma = tl.log2(tl.load(gamma + head))
+    offsets, exists = matrix(d, j, dim, width)
+    if FUSED and LINEAR:
+        wq = tl.load(weight_q + head * dim * width + offsets, mask=exists, other=0.0)
+        wq_low, wq = wq.to(LOW), wq.to(q.dtype.element_ty)
+        wk = tl.load(weight_k + map_head * dim * width + offsets, mask=exists, other=0.0).to(k.dtype.element_ty)
+        dw = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
+    else:
+        wq = 0
+        wk = 0
+    if SOFTMAX and SINKS > 0 and INPUTS:
+        sink = tl.arange(0, BLOCK_SINKS)
+        sink_head = (sequence * kv_heads + kv_head).to(tl.int64) * SINKS
+        ks = load_tile(sink_k + sink_head * dim, dim, sink, SINKS, d, dim)
+        vs = load_tile(sink_v + sink_head * value_dim, value_dim, sink, SINKS, vd, value_dim).to(LOW)
+        dks = tl.zeros((BLOCK_SINKS, BLOCK_D), tl.float32)
+        dvs = tl.zeros((BLOCK_SINKS, BLOCK_V), tl.float32)
+    if LINEAR:
+        if HAS_STATES:
+            S_up, S_down, z_up, z_down = load_state(states, segment * maps + map_head, j, vd, width, value_dim)
+        else:
+            S_up = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
+            S_down = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
+            z_up = tl.zeros((BLOCK_F,), tl.float32)
+            z_down = tl.zeros((BLOCK_F,), tl.float32)
+    sum_pull = tl.zeros((C,), tl.float32)
+    for block in range(begin, end):
+        t = block * C + row
+        q_tile = load_tile(q, q_strides[2], t, length, d, dim)
+        do_tile = load_tile(do, do_strides[2], t, length, vd, value_dim).to(LOW)
+        r = load_rows(inverse, t, length)
+        h = load_rows(shift, t, length) * first_piece
+        own_ok = remembered(t, length, position, SINKS)
+        previous_ok = remembered(t - C, length, position, SINKS)
+        pull = tl.zeros((C,), tl.float32)
+        if INPUTS:
+            grad_q = tl.zeros((C, BLOCK_D), tl.float32)
+        if LAG == 2:
+            v_near = load_tile(v, v_strides[2], t - C, length, vd, value_dim).to(LOW)
+            near_ok = previous_ok
+        else:
+            v_near = load_tile(v, v_strides[2], t, length, vd, value_dim).to(LOW)
+            near_ok = own_ok
+        if LINEAR:
+            if LAG == 2:
+                k_near = load_tile(k, k_strides[2], t - C, length, d, dim)
+                k_up, k_down = features(k_near, wk, fk, fk_strides[2], t - C, length, j, width, FUSED, PRECISION)
+            else:
+                k_near = load_tile(k, k_strides[2], t, length, d, dim)
+                k_up, k_down = features(k_near, wk, fk, fk_strides[2], t, length, j, width, FUSED, PRECISION)
+            k_up, k_down = tl.where(near_ok[:, None], k_up, 0.0), tl.where(near_ok[:, None], k_down, 0.0)
+            k_up_low, k_down_low = k_up.to(LOW), k_down.to(LOW)
+            q_up, q_down = features(q_tile, wq, fq, fq_strides[2], t, length, j, width, FUSED, PRECISION)
+            d_up = tl.dot(do_tile, tl.trans(S_up.to(LOW)), input_precision=PRECISION) * r[:, None]
+            d_down = tl.dot(do_tile, tl.trans(S_down.to(LOW)), input_precision=PRECISION) * r[:, None]
+            d_up -= h[:, None] * z_up[None, :]
+            d_down -= h[:, None] * z_down[None, :]
+            if SLIDING or LAG == 1:
+                da = tl.dot(do_tile, tl.trans(v_near), input_precision=PRECISION) * r[:, None] - h[:, None]
+                da = tl.where(causal, da, 0.0).to(LOW)
+                d_up = tl.dot(da, k_up_low, d_up, input_precision=PRECISION)
+                d_down = tl.dot(da, k_down_low, d_down, input_precision=PRECISION)
+            pull = -tl.sum(q_up * d_up, 1) - tl.sum(q_down * d_down, 1)
+            sum_pull += tl.where(t < length, pull, 0.0)
+            if FUSED:
+                dy = hedgehog_backward(q_up, q_down, d_up, d_down).to(LOW)
+                dw = tl.dot(tl.trans(q_tile.to(LOW)), dy, dw, input_precision=PRECISION)
+                if INPUTS:
+                    grad_q = tl.dot(dy, tl.trans(wq_low), grad_q, input_precision=PRECISION)
+            else:
+                store_tile(dfq, dfq_strides[2], t, length, j, width, d_up)
+                store_tile(dfq + width, dfq_strides[2], t, length, j, width, d_down)
+            z_up += tl.sum(k_up, 0)
+            z_down += tl.sum(k_down, 0)
+            S_up = tl.dot(tl.trans(k_up_low), v_near, S_up, input_precision=PRECISION)
+            S_down = tl.dot(tl.trans(k_down_low), v_near, S_down, input_precision=PRECISION)
+        if INPUTS and SOFTMAX:
+            k_own = load_tile(k, k_strides[2], t, length, d, dim)
+            v_own = load_tile(v, v_strides[2], t, length, vd, value_dim).to(LOW)
+            k_previous = load_tile(k, k_strides[2], t - C, length, d, dim)
+            own_mask, old_mask = window_mask(causal, own_ok, previous_ok, SLIDING)
+            own_logits = squash(tl.dot(q_tile, tl.trans(k_own), input_precision=PRECISION) * scale, cap, CAPPED)
+            old_logits = squash(tl.dot(q_tile, tl.trans(k_previous), input_precision=PRECISION) * scale, cap, CAPPED)
+            own = tl.where(own_mask, own_logits * LOG2E, -float("inf"))
+            old = tl.where(old_mask, old_logits * LOG2E, -float("inf"))
+            peak = tl.maximum(tl.max(own, 1), tl.max(old, 1))
+            if SINKS > 0:
+                far_logits = squash(tl.dot(q_tile, tl.trans(ks), input_precision=PRECISION) * scale, cap, CAPPED)
+                seen = (sink[None, :] <= (position + t)[:, None]) & (sink < SINKS)[None, :]
+                far = tl.where(seen, far_logits * LOG2E, -float("inf"))
+                peak = tl.maximum(peak, tl.max(far, 1))
+            # The key of the maximum: -1 - i for sink i, else its index in the sequence. Lowest wins.
+            top = tl.min(tl.where(own == peak[:, None], t[None, :], length), 1)
+            top = tl.minimum(top, tl.min(tl.where(old == peak[:, None], t[None, :] - C, length), 1))
+            if SINKS > 0:
+                top = tl.minimum(top, tl.min(tl.where(far == peak[:, None], -1 - sink[None, :], length), 1))
+            peak -= log_gamma
+            tl.store(peaks + t, peak, mask=(t < length) & (piece == 0))
+            tl.store(tops + t, top, mask=(t < length) & (piece == 0))
+            tl.store(pulls + t, pull, mask=t < length)
+            own = tl.exp2(own - peak[:, None])
+            da = tl.dot(do_tile, tl.trans(v_own), input_precision=PRECISION) * r[:, None] - h[:, None]
+            ds = own * da - tl.where(t[None, :] == top[:, None], pull[:, None], 0.0)
+            ds = unsquash(ds, own_logits, cap, CAPPED) * scale
+            grad_q = tl.dot(ds.to(LOW), k_own.to(LOW), grad_q, input_precision=PRECISION)
+            old = tl.exp2(old - peak[:, None])
+            da = tl.dot(do_tile, tl.trans(v_near), input_precision=PRECISION) * r[:, None] - h[:, None]
+            ds = old * da - tl.where((t - C)[None, :] == top[:, None], pull[:, None], 0.0)
+            ds = unsquash(ds, old_logits, cap, CAPPED) * scale
+            grad_q = tl.dot(ds.to(LOW), k_previous.to(LOW), grad_q, input_precision=PRECISION)
+            if SINKS > 0:
+                far = tl.exp2(far - peak[:, None])
+                da = tl.dot(do_tile, tl.trans(vs), input_precision=PRECISION) * r[:, None] - h[:, None]
+                ds = far * da - tl.where((-1 - sink)[None, :] == top[:, None], pull[:, None], 0.0)
+                ds = (unsquash(ds, far_logits, cap, CAPPED) * scale).to(LOW)
+                grad_q = tl.dot(ds, ks.to(LOW), grad_q, input_precision=PRECISION)
+                dks = tl.dot(tl.trans(ds), q_tile.to(LOW), dks, input_precision=PRECISION)
+                far = tl.trans((far * r[:, None]).to(LOW))
+                dvs = tl.dot(far, do_tile, dvs, input_precision=PRECISION)
+        if INPUTS:
+            store_tile(dq, dq_strides[2], t, length, d, dim, grad_q)
+    tl.store(d_gamma + program, tl.sum(sum_pull, 0))
+    if FUSED and LINEAR:
+        tl.store(d_weight + program.to(tl.int64) * dim * width + offsets, dw, mask=exists)
+    if SOFTMAX and SINKS > 0 and INPUTS:
+        offsets, exists = matrix(sink, d, SINKS, dim)
+        tl.store(d_sink_k + program.to(tl.int64) * SINKS * dim + offsets, dks, mask=exists)
+        offsets, exists = matrix(sink, vd, SINKS, value_dim)
+        tl.store(d_sink_v + (segment * heads + head).to(tl.int64) * SINKS * value_dim + offsets, dvs, mask=exists)
+
+
+@triton.jit
+def key_kernel(
+    q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
+    inverse, shift, peaks, tops, pulls, states, dk, dk_strides, dv, dv_strides, dfk, dfk_strides, d_weight,
+    segments, sequences, positions,
+    heads, group, map_group, tokens, dim, value_dim, width, scale, cap, pull_stride,
+    SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, SLIDING: tl.constexpr, LAG: tl.constexpr, SINKS: tl.constexpr,
+    CAPPED: tl.constexpr, FUSED: tl.constexpr, INPUTS: tl.constexpr, HAS_STATES: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Gradients that belong to keys: dk, dv and φ_k, from one query head and slice of the value dim.
+
+    Every query head has its own output, also where heads share keys or maps; the caller adds them up.
+    """
+    segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence = tl.load(segments + segment * 3)
+    begin, end = tl.load(segments + segment * 3 + 1), tl.load(segments + segment * 3 + 2)
+    batch, first = tl.load(sequences + sequence * 3), tl.load(sequences + sequence * 3 + 1)
+    length, position = tl.load(sequences + sequence * 3 + 2), tl.load(positions + sequence)
+    kv_head, map_head = head // group, head // map_group
+    program = (piece * tl.num_programs(0) + segment) * heads + head
+    q = head_pointer(q, q_strides, batch, head, first)
+    k = head_pointer(k, k_strides, batch, kv_head, first)
+    v = head_pointer(v, v_strides, batch, kv_head, first)
+    do = head_pointer(do, do_strides, batch, head, first)
+    fq = head_pointer(fq, fq_strides, batch, head, first)
+    fk = head_pointer(fk, fk_strides, batch, map_head, first)
+    dk = head_pointer(dk, dk_strides, batch, head, first) + piece.to(tl.int64) * dk_strides[3]
+    dv = head_pointer(dv, dv_strides, batch, head, first)
+    dfk = head_pointer(dfk, dfk_strides, batch, head, first) + piece.to(tl.int64) * dfk_strides[3]
+    rows = row_offset(batch, head, first, heads, tokens)
+    inverse, shift, peaks, tops = inverse + rows, shift + rows, peaks + rows, tops + rows
+    pulls += rows + piece.to(tl.int64) * pull_stride
+    row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
+    causal = row[:, None] >= row[None, :]
+    first_piece = tl.where(piece == 0, 1.0, 0.0)
+    offsets, exists = matrix(d, j, dim, width)
+    if FUSED and LINEAR:
+        wq = tl.load(weight_q + head * dim * width + offsets, mask=exists, other=0.0).to(q.dtype.element_ty)
+        wk = tl.load(weight_k + map_head * dim * width + offsets, mask=exists, other=0.0)
+        wk_low, wk = wk.to(LOW), wk.to(k.dtype.element_ty)
+        dw = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
+    else:
+        wq = 0
+        wk = 0
+    if LINEAR:
+        if HAS_STATES:
+            S_up, S_down, z_up, z_down = load_state(states, segment * heads + head, j, vd, width, value_dim)
+            z_up, z_down = z_up * first_piece, z_down * first_piece
+        else:
+            S_up = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
+            S_down = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
+            z_up = tl.zeros((BLOCK_F,), tl.float32)
+            z_down = tl.zeros((BLOCK_F,), tl.float32)
+    for i in range(begin, end):
+        block = begin + end - 1 - i
+        t = block * C + row
+        k_tile = load_tile(k, k_strides[2], t, length, d, dim)
+        v_tile = load_tile(v, v_strides[2], t, length, vd, value_dim).to(LOW)
+        key_ok = remembered(t, length, position, SINKS)
+        if INPUTS:
+            grad_k = tl.zeros((C, BLOCK_D), tl.float32)
+            grad_v = tl.zeros((C, BLOCK_V), tl.float32)
+        if LINEAR:
+            # The newest queries that this block's keys, or those of the block before, are older than.
+            t_query = t + C if LAG == 2 else t
+            q_tile = load_tile(q, q_strides[2], t_query, length, d, dim)
+            do_tile = load_tile(do, do_strides[2], t_query, length, vd, value_dim).to(LOW)
+            r, h = load_rows(inverse, t_query, length), load_rows(shift, t_query, length) * first_piece
+            q_up, q_down = features(q_tile, wq, fq, fq_strides[2], t_query, length, j, width, FUSED, PRECISION)
+            k_up, k_down = features(k_tile, wk, fk, fk_strides[2], t, length, j, width, FUSED, PRECISION)
+            S_up_low, S_down_low = S_up.to(LOW), S_down.to(LOW)
+            d_up = tl.dot(v_tile, tl.trans(S_up_low), input_precision=PRECISION) - z_up[None, :]
+            d_down = tl.dot(v_tile, tl.trans(S_down_low), input_precision=PRECISION) - z_down[None, :]
+            k_up_low = tl.where(key_ok[:, None], k_up, 0.0).to(LOW)
+            k_down_low = tl.where(key_ok[:, None], k_down, 0.0).to(LOW)
+            if INPUTS:
+                grad_v = tl.dot(k_up_low, S_up_low, grad_v, input_precision=PRECISION)
+                grad_v = tl.dot(k_down_low, S_down_low, grad_v, input_precision=PRECISION)
+            if SLIDING or LAG == 1:
+                da = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) * r[:, None] - h[:, None]
+                da = tl.trans(tl.where(causal, da, 0.0).to(LOW))
+                d_up = tl.dot(da, q_up.to(LOW), d_up, input_precision=PRECISION)
+                d_down = tl.dot(da, q_down.to(LOW), d_down, input_precision=PRECISION)
+                if INPUTS:
+                    near = tl.dot(q_up.to(LOW), tl.trans(k_up_low), input_precision=PRECISION)
+                    near = tl.dot(q_down.to(LOW), tl.trans(k_down_low), near, input_precision=PRECISION)
+                    near = tl.where(causal, near * r[:, None], 0.0).to(LOW)
+                    grad_v = tl.dot(tl.trans(near), do_tile, grad_v, input_precision=PRECISION)
+            d_up, d_down = tl.where(key_ok[:, None], d_up, 0.0), tl.where(key_ok[:, None], d_down, 0.0)
+            if FUSED:
+                dy = hedgehog_backward(k_up, k_down, d_up, d_down).to(LOW)
+                dw = tl.dot(tl.trans(k_tile.to(LOW)), dy, dw, input_precision=PRECISION)
+                if INPUTS:
+                    grad_k = tl.dot(dy, tl.trans(wk_low), grad_k, input_precision=PRECISION)
+            else:
+                store_tile(dfk, dfk_strides[2], t, length, j, width, d_up)
+                store_tile(dfk + width, dfk_strides[2], t, length, j, width, d_down)
+            z_up += tl.sum(q_up * h[:, None], 0)
+            z_down += tl.sum(q_down * h[:, None], 0)
+            S_up = tl.dot(tl.trans((q_up * r[:, None]).to(LOW)), do_tile, S_up, input_precision=PRECISION)
+            S_down = tl.dot(tl.trans((q_down * r[:, None]).to(LOW)), do_tile, S_down, input_precision=PRECISION)
+        if INPUTS and SOFTMAX:
+            for ahead in tl.static_range(2):  # queries of the same block, then of the next
+                t_query = t + ahead * C
+                q_tile = load_tile(q, q_strides[2], t_query, length, d, dim)
+                do_tile = load_tile(do, do_strides[2], t_query, length, vd, value_dim).to(LOW)
+                r, h = load_rows(inverse, t_query, length), load_rows(shift, t_query, length) * first_piece
+                peak, top = load_rows(peaks, t_query, length), load_rows(tops, t_query, length)
+                pull = load_rows(pulls, t_query, length)
+                own_mask, old_mask = window_mask(causal, key_ok, key_ok, SLIDING)
+                mask = (old_mask if ahead else own_mask) & (t_query < length)[:, None]
+                logits = squash(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale, cap, CAPPED)
+                a = tl.exp2(tl.where(mask, logits * LOG2E - peak[:, None], -float("inf")))
+                grad_v = tl.dot(tl.trans((a * r[:, None]).to(LOW)), do_tile, grad_v, input_precision=PRECISION)
+                da = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) * r[:, None] - h[:, None]
+                ds = a * da - tl.where(mask & (t[None, :] == top[:, None]), pull[:, None], 0.0)
+                ds = (unsquash(ds, logits, cap, CAPPED) * scale).to(LOW)
+                grad_k = tl.dot(tl.trans(ds), q_tile.to(LOW), grad_k, input_precision=PRECISION)
+        if INPUTS:
+            store_tile(dk, dk_strides[2], t, length, d, dim, grad_k)
+            store_tile(dv, dv_strides[2], t, length, vd, value_dim, grad_v)
+    if FUSED and LINEAR:
+        tl.store(d_weight + program.to(tl.int64) * dim * width + offsets, dw, mask=exists)

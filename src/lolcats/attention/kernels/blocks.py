@@ -1,0 +1,120 @@
+"""What the kernels are made of: tiles, feature maps, masks, logits. Device functions only.
+
+A program walks over blocks of C = ``spec.chunk`` tokens of one sequence. Seen from the block of its queries, a block
+of keys is ``OWN`` (the same one), ``PREVIOUS`` (the one before), or older: then it is in the state S, z. Row-wise
+quantities of a tile are 1-D tensors of length C.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+EPS = tl.constexpr(1e-12)  # lolcats.attention.feature_maps.EPS
+
+
+@triton.jit
+def head_pointer(x, strides, batch, head, first):
+    """Where the tokens of one head of one sequence begin in a (batch, head, token, dim) tensor."""
+    return x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + first.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def row_offset(batch, head, first, heads, tokens):
+    """Where a head of a sequence begins in a contiguous (batch, heads, tokens) tensor of row-wise quantities."""
+    return (batch.to(tl.int64) * heads + head) * tokens + first
+
+
+@triton.jit
+def load_tile(base, stride, t, length, column, width):
+    """Tokens ``t`` × columns of a (token, dim) matrix; zeros outside [0, length) and [0, width)."""
+    mask = ((t >= 0) & (t < length))[:, None] & (column < width)[None, :]
+    return tl.load(base + t[:, None].to(tl.int64) * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(base, stride, t, length, column, width, x):
+    mask = ((t >= 0) & (t < length))[:, None] & (column < width)[None, :]
+    tl.store(base + t[:, None].to(tl.int64) * stride + column[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_rows(base, t, length):
+    """A row-wise quantity at tokens ``t``; zeros outside [0, length)."""
+    return tl.load(base + t, mask=(t >= 0) & (t < length), other=0)
+
+
+@triton.jit
+def matrix(row, column, rows, columns):
+    """Offsets into a contiguous (rows, columns) matrix, and which of them exist."""
+    return row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)[None, :]
+
+
+@triton.jit
+def hedgehog(y, column, width):
+    """softmax(y) and softmax(−y) over the ``width`` real columns, at least EPS; other columns 0. (C, f) fp32 each."""
+    y = y * LOG2E
+    real = (column < width)[None, :]
+    up = tl.where(real, y, -float("inf"))
+    down = tl.where(real, -y, -float("inf"))
+    up = tl.exp2(up - tl.max(up, 1)[:, None])
+    down = tl.exp2(down - tl.max(down, 1)[:, None])
+    up = up * (1 / tl.sum(up, 1))[:, None]
+    down = down * (1 / tl.sum(down, 1))[:, None]
+    return tl.where(real, tl.maximum(up, EPS), 0.0), tl.where(real, tl.maximum(down, EPS), 0.0)
+
+
+@triton.jit
+def hedgehog_backward(up, down, d_up, d_down):
+    """Gradient of y from those of softmax(y) and softmax(−y)."""
+    d_y = up * (d_up - tl.sum(up * d_up, 1)[:, None])
+    return d_y - down * (d_down - tl.sum(down * d_down, 1)[:, None])
+
+
+@triton.jit
+def features(x, weight, base, stride, t, length, column, width, FUSED: tl.constexpr, PRECISION: tl.constexpr):
+    """Both halves of φ, (C, f) fp32 each: of the tile x by ``weight`` (D, f), or read from ``base``."""
+    if FUSED:
+        return hedgehog(tl.dot(x, weight, input_precision=PRECISION), column, width)
+    else:
+        up = load_tile(base, stride, t, length, column, width).to(tl.float32)
+        down = load_tile(base + width, stride, t, length, column, width).to(tl.float32)
+        return up, down
+
+
+@triton.jit
+def remembered(t, length, position, SINKS: tl.constexpr):
+    """Which keys may enter the linear term: existing ones that are no sinks."""
+    return (t >= 0) & (t < length) & (position + t >= SINKS)
+
+
+@triton.jit
+def window_mask(causal, own, previous, SLIDING: tl.constexpr):
+    """Which keys of the own and the previous block a query sees through softmax, both (C, C).
+
+    causal: (C, C) lower triangle; own, previous: (C,) keys of the two blocks that exist and are no sinks. What the
+    sliding window no longer reaches in the previous block is exactly the lower triangle.
+    """
+    if SLIDING:
+        return causal & own[None, :], (causal == 0) & previous[None, :]
+    else:
+        return causal & own[None, :], (causal | True) & previous[None, :]
+
+
+@triton.jit
+def squash(logits, cap, CAPPED: tl.constexpr):
+    """cap · tanh(logits / cap), natural units."""
+    if CAPPED:
+        return cap * (2 * tl.sigmoid(2 * logits / cap) - 1)
+    else:
+        return logits
+
+
+@triton.jit
+def unsquash(d_logits, logits, cap, CAPPED: tl.constexpr):
+    """Gradient before the cap from that behind it; ``logits`` are the capped ones."""
+    if CAPPED:
+        return d_logits * (1 - (logits / cap) * (logits / cap))
+    else:
+        return d_logits

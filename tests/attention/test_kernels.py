@@ -1,0 +1,188 @@
+"""The Triton kernels against the reference: on a GPU where there is one, else in Triton's interpreter (fp32)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import itertools
+
+from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, extend, parallel_attention
+from lolcats.attention.chunked import Context
+from lolcats.attention.kernels import triton_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCALE = 0.4
+NAMES = ("q", "k", "v", "gamma", "phi_q", "phi_k")
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device; the interpreter has no bf16 products")
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """Memory that a kernel forgets to write is NaN, so that no result can rest on it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Problem:
+    def __init__(self, length: int, dim: int = 16, f: int = 16, maps: str = "per_query_head", batch: int = 2,
+                 heads: int = 4, kv_heads: int = 2, feature_map: str = "hedgehog", dtype: torch.dtype = torch.float32,
+                 ) -> None:  # fmt: skip
+        torch.manual_seed(length)
+        self.maps, self.dtype = kv_heads if maps == "per_kv_head" else heads, dtype
+        shapes = ((batch, n, length, dim) for n in (heads, kv_heads, kv_heads))
+        self.q, self.k, self.v = (torch.randn(shape, device=DEVICE) for shape in shapes)
+        self.q, self.k = (2 * self.q).to(dtype), (2 * self.k).to(dtype)
+        self.v = self.v.to(dtype)
+        self.phi_q = FeatureMap(feature_map, heads, dim, f).to(DEVICE)
+        self.phi_k = FeatureMap(feature_map, self.maps, dim, f).to(DEVICE)
+        self.gamma = torch.rand(heads, device=DEVICE) * 0.5 + 0.05
+
+    def key_features(self, k: Tensor) -> Tensor:
+        return self.phi_k(k.repeat_interleave(self.maps // k.shape[1], 1))
+
+    def leaves(self) -> list[Tensor]:
+        return [x.clone().requires_grad_() for x in (self.q, self.k, self.v, self.gamma)]
+
+    def gradients(self, y: Tensor, direction: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
+        weights = [w for phi in (self.phi_q, self.phi_k) for w in phi.parameters()]
+        return list(torch.autograd.grad(y, leaves + weights, direction.to(y.dtype), allow_unused=True))
+
+    def reference(self, leaves: list[Tensor], spec: AttentionSpec, softcap: float | None = None) -> Tensor:
+        q, k, v = (x.float() for x in leaves[:3])
+        return parallel_attention(q, k, v, self.phi_q(q), self.key_features(k), leaves[3], spec, SCALE, softcap)
+
+
+def compare(problem: Problem, spec: AttentionSpec, tolerance: float = 1e-4, softcap: float | None = None,
+            segment: int | None = 2, features: bool = False) -> None:  # fmt: skip
+    expected, actual = problem.leaves(), problem.leaves()
+    y = problem.reference(expected, spec, softcap)
+    given = (problem.phi_q(actual[0]), problem.key_features(actual[1])) if features else None
+    z, _, _ = triton_attention(
+        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, softcap, features=given, segment=segment
+    )
+    close(z, y, tolerance, "outputs")
+    direction = torch.randn_like(y)
+    wanted, got = problem.gradients(y, direction, expected), problem.gradients(z, direction, actual)
+    for name, a, b in zip(NAMES, wanted, got, strict=True):
+        if a is not None and a.norm() > 1e-3:  # a gradient of zero is only rounding in both
+            assert b is not None, name
+            close(b, a, tolerance, name)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
+    error = (actual.float() - expected.float()).norm() / expected.float().norm()
+    assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "linear", "window", "remote"])
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+@pytest.mark.parametrize("maps", ["per_query_head", "per_kv_head"])
+def test_equals_reference(kind: str, window: str, maps: str) -> None:
+    compare(Problem(70, maps=maps, batch=1), AttentionSpec(kind, window, 16, 4))
+
+
+@pytest.mark.parametrize("length", [2, 15, 16, 17, 31, 33, 65])
+def test_lengths(length: int) -> None:
+    compare(Problem(length, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "sliding", 16, 3))
+
+
+@pytest.mark.parametrize(
+    ("dim", "f", "size"), [(64, 32, 32), (80, 64, 32), (96, 32, 64), (128, 64, 64), (256, 128, 32)]
+)
+def test_geometries(dim: int, f: int, size: int) -> None:
+    compare(Problem(3 * size + 5, dim, f, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", size, 16))
+
+
+def test_wide_window() -> None:
+    compare(Problem(300, 32, 16, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 128, 0))
+
+
+def test_softcap() -> None:
+    compare(Problem(50, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 16, 2), softcap=1.5)
+
+
+def test_given_features() -> None:
+    problem = Problem(50, batch=1, heads=2, kv_heads=1)
+    compare(problem, AttentionSpec("hybrid", "sliding", 16, 4), features=True)
+
+
+def test_results_repeat() -> None:
+    problem, spec = Problem(70, batch=1), AttentionSpec("hybrid", "terraced", 16, 4)
+
+    def run() -> list[Tensor | None]:
+        leaves = problem.leaves()
+        y, _, _ = triton_attention(*leaves[:3], problem.phi_q, problem.phi_k, leaves[3], spec, SCALE, segment=2)
+        return [y, *problem.gradients(y, torch.ones_like(y), leaves)]
+
+    for a, b in zip(run(), run(), strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+@pytest.mark.parametrize("kind", ["hybrid", "linear"])
+def test_packed_sequences(kind: str, window: str) -> None:
+    """Sequences of different lengths in one row: each as if it were alone, gradients too."""
+    bounds = [0, 3, 40, 41, 75]
+    problem, spec = Problem(75, batch=1, heads=2, kv_heads=1), AttentionSpec(kind, window, 16, 4)
+    expected, actual = problem.leaves(), problem.leaves()
+    pieces = [
+        problem.reference([x[:, :, a:b] for x in expected[:3]] + expected[3:], spec)
+        for a, b in itertools.pairwise(bounds)
+    ]
+    y = torch.cat(pieces, 2)
+    z, _, _ = triton_attention(
+        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, cu_seqlens=bounds, segment=1
+    )
+    close(z, y, 1e-4, "outputs")
+    direction = torch.randn_like(y)
+    pairs = zip(NAMES, problem.gradients(y, direction, expected), problem.gradients(z, direction, actual), strict=True)
+    for name, a, b in pairs:
+        if a is not None:
+            assert b is not None
+            close(b, a, 1e-4, name)
+
+
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+@pytest.mark.parametrize("kind", ["hybrid", "linear"])
+def test_states(kind: str, window: str) -> None:
+    """The final state is the one prefill computes, and going on from it equals the whole; rows of different lengths."""
+    problem, spec = Problem(70), AttentionSpec(kind, window, 16, 4)
+    maps, common = (problem.phi_q, problem.key_features), (problem.gamma, spec, SCALE)
+    lengths = [70, 41]
+    with torch.no_grad():
+        mask = torch.arange(70, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
+        state = AttentionState.empty(problem.k, problem.v, problem.maps, 32, spec)
+        expected, state = extend(state, problem.q, problem.k, problem.v, *maps, *common, mask=mask)
+        tensors = (problem.q, problem.k, problem.v, problem.phi_q, problem.phi_k, *common)
+        y, S, z = triton_attention(*tensors, lengths=lengths, final=True, segment=2)
+        close(y, expected, 1e-4, "outputs")
+        assert (y[1, :, 41:] == 0).all()
+        close(S, state.S, 1e-4, "S")
+        close(z, state.z, 1e-4, "z")
+        start = 32  # going on behind 32 tokens, of which the last 16 are laid out again: the window reaches them
+        q, k, v = (x[:, :, :start] for x in (problem.q, problem.k, problem.v))
+        cut = start if kind == "linear" else int(spec.window_start(start - 1))
+        _, S, z = triton_attention(q, k, v, problem.phi_q, problem.phi_k, *common, final=True)
+        offset = torch.full((2,), cut, device=DEVICE)
+        sinks = spec.softmax_sinks
+        context = Context(offset, problem.k[:, :, :sinks], problem.v[:, :, :sinks], S, z)
+        rest = (x[:, :, cut:] for x in (problem.q, problem.k, problem.v))
+        whole, _, _ = triton_attention(*tensors)
+        after, _, _ = triton_attention(*rest, problem.phi_q, problem.phi_k, *common, context=context, segment=1)
+        close(after[:, :, start - cut :], whole[:, :, start:], 1e-4, "after a context")
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["hybrid", "linear"])
+def test_half_precision(dtype: torch.dtype, kind: str) -> None:
+    compare(Problem(1000, 128, 64, dtype=dtype), AttentionSpec(kind, "terraced", 64, 4), tolerance=1.5e-2, segment=None)
