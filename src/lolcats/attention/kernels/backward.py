@@ -17,21 +17,26 @@ import triton
 import triton.language as tl
 
 from lolcats.attention.kernels.blocks import (
-    LOG2E,
     features,
     head_pointer,
     hedgehog_backward,
+    input_pointers,
     load_rows,
+    load_sinks,
     load_tile,
+    load_weight,
     matrix,
     remembered,
     row_offset,
-    squash,
+    segment_bounds,
+    sinks_mask,
+    softmax_logits,
+    softmax_logits_backward,
     store_tile,
-    unsquash,
+    store_weight,
     window_mask,
 )
-from lolcats.attention.kernels.forward import load_state
+from lolcats.attention.kernels.forward import add_to_state, load_state
 
 
 @triton.jit
@@ -66,19 +71,14 @@ def query_kernel(
     shift (``peaks``, base 2, γ included), the key that is the maximum (``tops``) and r_n (``pulls``).
     """
     segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence = tl.load(segments + segment * 3)
-    begin, end = tl.load(segments + segment * 3 + 1), tl.load(segments + segment * 3 + 2)
-    batch, first = tl.load(sequences + sequence * 3), tl.load(sequences + sequence * 3 + 1)
-    length, position = tl.load(sequences + sequence * 3 + 2), tl.load(positions + sequence)
+    sequence, begin, end, batch, first, length, position = segment_bounds(segments, sequences, positions, segment)
     kv_head, map_head = head // group, head // map_group
     kv_heads, maps = heads // group, heads // map_group
     program = (piece * tl.num_programs(0) + segment) * heads + head  # of per-program outputs
-    q = head_pointer(q, q_strides, batch, head, first)
-    k = head_pointer(k, k_strides, batch, kv_head, first)
-    v = head_pointer(v, v_strides, batch, kv_head, first)
+    q, k, v, fq, fk = input_pointers(
+        q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
+    )  # fmt: skip
     do = head_pointer(do, do_strides, batch, head, first)
-    fq = head_pointer(fq, fq_strides, batch, head, first)
-    fk = head_pointer(fk, fk_strides, batch, map_head, first)
     dq = head_pointer(dq, dq_strides, batch, head, first) + piece.to(tl.int64) * dq_strides[3]
     dfq = head_pointer(dfq, dfq_strides, batch, head, first) + piece.to(tl.int64) * dfq_strides[3]
     rows = row_offset(batch, head, first, heads, tokens)
@@ -89,30 +89,25 @@ def query_kernel(
     causal = row[:, None] >= row[None, :]
     first_piece = tl.where(piece == 0, 1.0, 0.0)
     log_gamma = tl.log2(tl.load(gamma + head))
-    offsets, exists = matrix(d, j, dim, width)
     if FUSED and LINEAR:
-        wq = tl.load(weight_q + head * dim * width + offsets, mask=exists, other=0.0)
+        wq = load_weight(weight_q, head, d, j, dim, width)
         wq_low, wq = wq.to(LOW), wq.to(q.dtype.element_ty)
-        wk = tl.load(weight_k + map_head * dim * width + offsets, mask=exists, other=0.0).to(k.dtype.element_ty)
+        wk = load_weight(weight_k, map_head, d, j, dim, width).to(k.dtype.element_ty)
         dw = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
     else:
         wq = 0
         wk = 0
     if SOFTMAX and SINKS > 0 and INPUTS:
         sink = tl.arange(0, BLOCK_SINKS)
-        sink_head = (sequence * kv_heads + kv_head).to(tl.int64) * SINKS
-        ks = load_tile(sink_k + sink_head * dim, dim, sink, SINKS, d, dim)
-        vs = load_tile(sink_v + sink_head * value_dim, value_dim, sink, SINKS, vd, value_dim).to(LOW)
+        ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, dim, SINKS)
+        vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, value_dim, SINKS).to(LOW)
         dks = tl.zeros((BLOCK_SINKS, BLOCK_D), tl.float32)
         dvs = tl.zeros((BLOCK_SINKS, BLOCK_V), tl.float32)
     if LINEAR:
-        if HAS_STATES:
-            S_up, S_down, z_up, z_down = load_state(states, segment * maps + map_head, j, vd, width, value_dim)
-        else:
-            S_up = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
-            S_down = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
-            z_up = tl.zeros((BLOCK_F,), tl.float32)
-            z_down = tl.zeros((BLOCK_F,), tl.float32)
+        index = segment * maps + map_head
+        S_up, S_down, z_up, z_down = load_state(
+            states, index, j, vd, width, value_dim, HAS_STATES, BLOCK_F, BLOCK_V
+        )  # fmt: skip
     sum_pull = tl.zeros((C,), tl.float32)
     for block in range(begin, end):
         t = block * C + row
@@ -162,22 +157,18 @@ def query_kernel(
                 store_tile(dfq + width, dfq_strides[2], t, length, j, width, d_down)
             z_up += tl.sum(k_up, 0)
             z_down += tl.sum(k_down, 0)
-            S_up = tl.dot(tl.trans(k_up_low), v_near, S_up, input_precision=PRECISION)
-            S_down = tl.dot(tl.trans(k_down_low), v_near, S_down, input_precision=PRECISION)
+            S_up, S_down = add_to_state(S_up, S_down, k_up_low, k_down_low, v_near, PRECISION)
         if INPUTS and SOFTMAX:
             k_own = load_tile(k, k_strides[2], t, length, d, dim)
             v_own = load_tile(v, v_strides[2], t, length, vd, value_dim).to(LOW)
             k_previous = load_tile(k, k_strides[2], t - C, length, d, dim)
             own_mask, old_mask = window_mask(causal, own_ok, previous_ok, SLIDING)
-            own_logits = squash(tl.dot(q_tile, tl.trans(k_own), input_precision=PRECISION) * scale, cap, CAPPED)
-            old_logits = squash(tl.dot(q_tile, tl.trans(k_previous), input_precision=PRECISION) * scale, cap, CAPPED)
-            own = tl.where(own_mask, own_logits * LOG2E, -float("inf"))
-            old = tl.where(old_mask, old_logits * LOG2E, -float("inf"))
+            own_logits, own = softmax_logits(q_tile, k_own, own_mask, scale, cap, CAPPED, PRECISION)
+            old_logits, old = softmax_logits(q_tile, k_previous, old_mask, scale, cap, CAPPED, PRECISION)
             peak = tl.maximum(tl.max(own, 1), tl.max(old, 1))
             if SINKS > 0:
-                far_logits = squash(tl.dot(q_tile, tl.trans(ks), input_precision=PRECISION) * scale, cap, CAPPED)
-                seen = (sink[None, :] <= (position + t)[:, None]) & (sink < SINKS)[None, :]
-                far = tl.where(seen, far_logits * LOG2E, -float("inf"))
+                seen = sinks_mask(t, position, sink, SINKS)
+                far_logits, far = softmax_logits(q_tile, ks, seen, scale, cap, CAPPED, PRECISION)
                 peak = tl.maximum(peak, tl.max(far, 1))
             # The key of the maximum: -1 - i for sink i, else its index in the sequence. Lowest wins.
             top = tl.min(tl.where(own == peak[:, None], t[None, :], length), 1)
@@ -191,18 +182,18 @@ def query_kernel(
             own = tl.exp2(own - peak[:, None])
             da = tl.dot(do_tile, tl.trans(v_own), input_precision=PRECISION) * r[:, None] - h[:, None]
             ds = own * da - tl.where(t[None, :] == top[:, None], pull[:, None], 0.0)
-            ds = unsquash(ds, own_logits, cap, CAPPED) * scale
+            ds = softmax_logits_backward(ds, own_logits, scale, cap, CAPPED)
             grad_q = tl.dot(ds.to(LOW), k_own.to(LOW), grad_q, input_precision=PRECISION)
             old = tl.exp2(old - peak[:, None])
             da = tl.dot(do_tile, tl.trans(v_near), input_precision=PRECISION) * r[:, None] - h[:, None]
             ds = old * da - tl.where((t - C)[None, :] == top[:, None], pull[:, None], 0.0)
-            ds = unsquash(ds, old_logits, cap, CAPPED) * scale
+            ds = softmax_logits_backward(ds, old_logits, scale, cap, CAPPED)
             grad_q = tl.dot(ds.to(LOW), k_previous.to(LOW), grad_q, input_precision=PRECISION)
             if SINKS > 0:
                 far = tl.exp2(far - peak[:, None])
                 da = tl.dot(do_tile, tl.trans(vs), input_precision=PRECISION) * r[:, None] - h[:, None]
                 ds = far * da - tl.where((-1 - sink)[None, :] == top[:, None], pull[:, None], 0.0)
-                ds = (unsquash(ds, far_logits, cap, CAPPED) * scale).to(LOW)
+                ds = softmax_logits_backward(ds, far_logits, scale, cap, CAPPED).to(LOW)
                 grad_q = tl.dot(ds, ks.to(LOW), grad_q, input_precision=PRECISION)
                 dks = tl.dot(tl.trans(ds), q_tile.to(LOW), dks, input_precision=PRECISION)
                 far = tl.trans((far * r[:, None]).to(LOW))
@@ -211,7 +202,7 @@ def query_kernel(
             store_tile(dq, dq_strides[2], t, length, d, dim, grad_q)
     tl.store(d_gamma + program, tl.sum(sum_pull, 0))
     if FUSED and LINEAR:
-        tl.store(d_weight + program.to(tl.int64) * dim * width + offsets, dw, mask=exists)
+        store_weight(d_weight, program, d, j, dim, width, dw)
     if SOFTMAX and SINKS > 0 and INPUTS:
         offsets, exists = matrix(sink, d, SINKS, dim)
         tl.store(d_sink_k + program.to(tl.int64) * SINKS * dim + offsets, dks, mask=exists)
@@ -235,18 +226,13 @@ def key_kernel(
     Every query head has its own output, also where heads share keys or maps; the caller adds them up.
     """
     segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence = tl.load(segments + segment * 3)
-    begin, end = tl.load(segments + segment * 3 + 1), tl.load(segments + segment * 3 + 2)
-    batch, first = tl.load(sequences + sequence * 3), tl.load(sequences + sequence * 3 + 1)
-    length, position = tl.load(sequences + sequence * 3 + 2), tl.load(positions + sequence)
+    _, begin, end, batch, first, length, position = segment_bounds(segments, sequences, positions, segment)
     kv_head, map_head = head // group, head // map_group
     program = (piece * tl.num_programs(0) + segment) * heads + head
-    q = head_pointer(q, q_strides, batch, head, first)
-    k = head_pointer(k, k_strides, batch, kv_head, first)
-    v = head_pointer(v, v_strides, batch, kv_head, first)
+    q, k, v, fq, fk = input_pointers(
+        q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
+    )  # fmt: skip
     do = head_pointer(do, do_strides, batch, head, first)
-    fq = head_pointer(fq, fq_strides, batch, head, first)
-    fk = head_pointer(fk, fk_strides, batch, map_head, first)
     dk = head_pointer(dk, dk_strides, batch, head, first) + piece.to(tl.int64) * dk_strides[3]
     dv = head_pointer(dv, dv_strides, batch, head, first)
     dfk = head_pointer(dfk, dfk_strides, batch, head, first) + piece.to(tl.int64) * dfk_strides[3]
@@ -257,24 +243,20 @@ def key_kernel(
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
     causal = row[:, None] >= row[None, :]
     first_piece = tl.where(piece == 0, 1.0, 0.0)
-    offsets, exists = matrix(d, j, dim, width)
     if FUSED and LINEAR:
-        wq = tl.load(weight_q + head * dim * width + offsets, mask=exists, other=0.0).to(q.dtype.element_ty)
-        wk = tl.load(weight_k + map_head * dim * width + offsets, mask=exists, other=0.0)
+        wq = load_weight(weight_q, head, d, j, dim, width).to(q.dtype.element_ty)
+        wk = load_weight(weight_k, map_head, d, j, dim, width)
         wk_low, wk = wk.to(LOW), wk.to(k.dtype.element_ty)
         dw = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
     else:
         wq = 0
         wk = 0
     if LINEAR:
-        if HAS_STATES:
-            S_up, S_down, z_up, z_down = load_state(states, segment * heads + head, j, vd, width, value_dim)
-            z_up, z_down = z_up * first_piece, z_down * first_piece
-        else:
-            S_up = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
-            S_down = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
-            z_up = tl.zeros((BLOCK_F,), tl.float32)
-            z_down = tl.zeros((BLOCK_F,), tl.float32)
+        index = segment * heads + head
+        S_up, S_down, z_up, z_down = load_state(
+            states, index, j, vd, width, value_dim, HAS_STATES, BLOCK_F, BLOCK_V
+        )  # fmt: skip
+        z_up, z_down = z_up * first_piece, z_down * first_piece
     for i in range(begin, end):
         block = begin + end - 1 - i
         t = block * C + row
@@ -321,8 +303,8 @@ def key_kernel(
                 store_tile(dfk + width, dfk_strides[2], t, length, j, width, d_down)
             z_up += tl.sum(q_up * h[:, None], 0)
             z_down += tl.sum(q_down * h[:, None], 0)
-            S_up = tl.dot(tl.trans((q_up * r[:, None]).to(LOW)), do_tile, S_up, input_precision=PRECISION)
-            S_down = tl.dot(tl.trans((q_down * r[:, None]).to(LOW)), do_tile, S_down, input_precision=PRECISION)
+            q_up, q_down = (q_up * r[:, None]).to(LOW), (q_down * r[:, None]).to(LOW)
+            S_up, S_down = add_to_state(S_up, S_down, q_up, q_down, do_tile, PRECISION)
         if INPUTS and SOFTMAX:
             for ahead in tl.static_range(2):  # queries of the same block, then of the next
                 t_query = t + ahead * C
@@ -333,15 +315,15 @@ def key_kernel(
                 pull = load_rows(pulls, t_query, length)
                 own_mask, old_mask = window_mask(causal, key_ok, key_ok, SLIDING)
                 mask = (old_mask if ahead else own_mask) & (t_query < length)[:, None]
-                logits = squash(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale, cap, CAPPED)
-                a = tl.exp2(tl.where(mask, logits * LOG2E - peak[:, None], -float("inf")))
+                logits, a = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
+                a = tl.exp2(a - peak[:, None])
                 grad_v = tl.dot(tl.trans((a * r[:, None]).to(LOW)), do_tile, grad_v, input_precision=PRECISION)
                 da = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) * r[:, None] - h[:, None]
                 ds = a * da - tl.where(mask & (t[None, :] == top[:, None]), pull[:, None], 0.0)
-                ds = (unsquash(ds, logits, cap, CAPPED) * scale).to(LOW)
+                ds = softmax_logits_backward(ds, logits, scale, cap, CAPPED).to(LOW)
                 grad_k = tl.dot(tl.trans(ds), q_tile.to(LOW), grad_k, input_precision=PRECISION)
         if INPUTS:
             store_tile(dk, dk_strides[2], t, length, d, dim, grad_k)
             store_tile(dv, dv_strides[2], t, length, vd, value_dim, grad_v)
     if FUSED and LINEAR:
-        tl.store(d_weight + program.to(tl.int64) * dim * width + offsets, dw, mask=exists)
+        store_weight(d_weight, program, d, j, dim, width, dw)

@@ -21,6 +21,26 @@ def head_pointer(x, strides, batch, head, first):
 
 
 @triton.jit
+def segment_bounds(segments, sequences, positions, segment):
+    """Of a segment: its sequence, first block and block after the last; of the sequence: batch index, first token,
+    length and position of the first token."""
+    sequence = tl.load(segments + segment * 3)
+    begin, end = tl.load(segments + segment * 3 + 1), tl.load(segments + segment * 3 + 2)
+    batch, first = tl.load(sequences + sequence * 3), tl.load(sequences + sequence * 3 + 1)
+    return sequence, begin, end, batch, first, tl.load(sequences + sequence * 3 + 2), tl.load(positions + sequence)
+
+
+@triton.jit
+def input_pointers(
+    q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
+):  # fmt: skip
+    """Where one query head's sequence begins in q, k, v, φ(q) and φ(k)."""
+    q, fq = head_pointer(q, q_strides, batch, head, first), head_pointer(fq, fq_strides, batch, head, first)
+    k, v = head_pointer(k, k_strides, batch, kv_head, first), head_pointer(v, v_strides, batch, kv_head, first)
+    return q, k, v, fq, head_pointer(fk, fk_strides, batch, map_head, first)
+
+
+@triton.jit
 def row_offset(batch, head, first, heads, tokens):
     """Where a head of a sequence begins in a contiguous (batch, heads, tokens) tensor of row-wise quantities."""
     return (batch.to(tl.int64) * heads + head) * tokens + first
@@ -49,6 +69,25 @@ def load_rows(base, t, length):
 def matrix(row, column, rows, columns):
     """Offsets into a contiguous (rows, columns) matrix, and which of them exist."""
     return row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)[None, :]
+
+
+@triton.jit
+def load_weight(weight, head, d, j, dim, width):
+    """One head's (D, f) of the feature maps' weights, fp32."""
+    offsets, exists = matrix(d, j, dim, width)
+    return tl.load(weight + head.to(tl.int64) * dim * width + offsets, mask=exists, other=0.0)
+
+
+@triton.jit
+def store_weight(weight, head, d, j, dim, width, x):
+    offsets, exists = matrix(d, j, dim, width)
+    tl.store(weight + head.to(tl.int64) * dim * width + offsets, x, mask=exists)
+
+
+@triton.jit
+def load_sinks(base, sequence, head, heads, sink, column, width, SINKS: tl.constexpr):
+    """One head's keys or values of a sequence's sinks, from (sequences, heads, SINKS, width)."""
+    return load_tile(base + (sequence * heads + head).to(tl.int64) * SINKS * width, width, sink, SINKS, column, width)
 
 
 @triton.jit
@@ -103,18 +142,23 @@ def window_mask(causal, own, previous, SLIDING: tl.constexpr):
 
 
 @triton.jit
-def squash(logits, cap, CAPPED: tl.constexpr):
-    """cap · tanh(logits / cap), natural units."""
-    if CAPPED:
-        return cap * (2 * tl.sigmoid(2 * logits / cap) - 1)
-    else:
-        return logits
+def sinks_mask(t, position, sink, SINKS: tl.constexpr):
+    """Which sinks each query sees: those that are not ahead of it."""
+    return (sink[None, :] <= (position + t)[:, None]) & (sink < SINKS)[None, :]
 
 
 @triton.jit
-def unsquash(d_logits, logits, cap, CAPPED: tl.constexpr):
-    """Gradient before the cap from that behind it; ``logits`` are the capped ones."""
+def softmax_logits(q, k, mask, scale, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """scale·q·kᵀ, capped (cap · tanh(logits / cap)); and the same in base 2, −inf outside the mask."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if CAPPED:
-        return d_logits * (1 - (logits / cap) * (logits / cap))
-    else:
-        return d_logits
+        logits = cap * (2 * tl.sigmoid(2 * logits / cap) - 1)
+    return logits, tl.where(mask, logits * LOG2E, -float("inf"))
+
+
+@triton.jit
+def softmax_logits_backward(d_logits, logits, scale, cap, CAPPED: tl.constexpr):
+    """Gradient of q·kᵀ from that of ``softmax_logits``."""
+    if CAPPED:
+        d_logits *= 1 - (logits / cap) * (logits / cap)
+    return d_logits * scale

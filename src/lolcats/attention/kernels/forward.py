@@ -12,15 +12,19 @@ import triton
 import triton.language as tl
 
 from lolcats.attention.kernels.blocks import (
-    LOG2E,
     features,
     head_pointer,
+    input_pointers,
     load_rows,
+    load_sinks,
     load_tile,
+    load_weight,
     matrix,
     remembered,
     row_offset,
-    squash,
+    segment_bounds,
+    sinks_mask,
+    softmax_logits,
     store_tile,
     window_mask,
 )
@@ -39,10 +43,7 @@ def sum_kernel(
     ``inverse`` (1 / denominator) and rows of z by ``shift``.
     """
     segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence = tl.load(segments + segment * 3)
-    begin, end = tl.load(segments + segment * 3 + 1) + STEP, tl.load(segments + segment * 3 + 2) + STEP
-    batch, first = tl.load(sequences + sequence * 3), tl.load(sequences + sequence * 3 + 1)
-    length, position = tl.load(sequences + sequence * 3 + 2), tl.load(positions + sequence)
+    _, begin, end, batch, first, length, position = segment_bounds(segments, sequences, positions, segment)
     x = head_pointer(x, x_strides, batch, head // x_group, first)
     u = head_pointer(u, u_strides, batch, head // u_group, first)
     f = head_pointer(f, f_strides, batch, head, first)
@@ -50,15 +51,11 @@ def sum_kernel(
     shift += row_offset(batch, head, first, heads, tokens)
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
-    offsets, exists = matrix(d, j, dim, width)
-    w = tl.load(weight + head * dim * width + offsets, mask=exists, other=0.0).to(x.dtype.element_ty) if FUSED else 0
-    S_up = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
-    S_down = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
-    z_up = tl.zeros((BLOCK_F,), tl.float32)
-    z_down = tl.zeros((BLOCK_F,), tl.float32)
+    w = load_weight(weight, head, d, j, dim, width).to(x.dtype.element_ty) if FUSED else 0
+    S_up, S_down, z_up, z_down = load_state(states, segment, j, vd, width, value_dim, False, BLOCK_F, BLOCK_V)
     blocks = tl.cdiv(length, C)
-    unused = begin - STEP == 0 if BACKWARD else end - STEP == blocks  # nothing comes after the last segment
-    for block in range(tl.maximum(begin, 0), tl.where(unused, 0, tl.minimum(end, blocks))):
+    unused = begin == 0 if BACKWARD else end == blocks  # nothing comes after the last segment
+    for block in range(tl.maximum(begin + STEP, 0), tl.where(unused, 0, tl.minimum(end + STEP, blocks))):
         t = block * C + row
         x_tile = load_tile(x, x_strides[2], t, length, d, dim)
         u_tile = load_tile(u, u_strides[2], t, length, vd, value_dim).to(LOW)
@@ -70,22 +67,35 @@ def sum_kernel(
             row_z = row_S
         z_up += tl.sum(up * row_z[:, None], 0)
         z_down += tl.sum(down * row_z[:, None], 0)
-        S_up = tl.dot(tl.trans((up * row_S[:, None]).to(LOW)), u_tile, S_up, input_precision=PRECISION)
-        S_down = tl.dot(tl.trans((down * row_S[:, None]).to(LOW)), u_tile, S_down, input_precision=PRECISION)
+        up, down = (up * row_S[:, None]).to(LOW), (down * row_S[:, None]).to(LOW)
+        S_up, S_down = add_to_state(S_up, S_down, up, down, u_tile, PRECISION)
     store_state(states, segment * tl.num_programs(1) + head, S_up, S_down, z_up, z_down, j, vd, width, value_dim, piece)
 
 
 @triton.jit
-def load_state(states, index, j, vd, width, value_dim):
-    """S (two halves) and z (two halves) of entry ``index``: (2 · width, value_dim) floats and 2 · width more."""
-    base = states + index.to(tl.int64) * (2 * width * (value_dim + 1))
-    offsets, exists = matrix(j, vd, width, value_dim)
-    S_up = tl.load(base + offsets, mask=exists, other=0.0)
-    S_down = tl.load(base + width * value_dim + offsets, mask=exists, other=0.0)
-    z = base + 2 * width * value_dim
-    z_up = tl.load(z + j, mask=j < width, other=0.0)
-    z_down = tl.load(z + width + j, mask=j < width, other=0.0)
-    return S_up, S_down, z_up, z_down
+def load_state(
+    states, index, j, vd, width, value_dim, HAS_STATES: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """S and z (two halves each) of entry ``index``: (2 · width, value_dim) floats and 2 · width more; or zeros."""
+    if not HAS_STATES:
+        S, z = tl.zeros((BLOCK_F, BLOCK_V), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
+        return S, S, z, z
+    else:
+        base = states + index.to(tl.int64) * (2 * width * (value_dim + 1))
+        offsets, exists = matrix(j, vd, width, value_dim)
+        S_up = tl.load(base + offsets, mask=exists, other=0.0)
+        S_down = tl.load(base + width * value_dim + offsets, mask=exists, other=0.0)
+        z = base + 2 * width * value_dim
+        z_up = tl.load(z + j, mask=j < width, other=0.0)
+        z_down = tl.load(z + width + j, mask=j < width, other=0.0)
+        return S_up, S_down, z_up, z_down
+
+
+@triton.jit
+def add_to_state(S_up, S_down, up, down, u, PRECISION: tl.constexpr):
+    """S + φᵀ u, both halves: up, down (C, f) and u (C, value slice) in the precision of the product."""
+    S_up = tl.dot(tl.trans(up), u, S_up, input_precision=PRECISION)
+    return S_up, tl.dot(tl.trans(down), u, S_down, input_precision=PRECISION)
 
 
 @triton.jit
@@ -137,43 +147,33 @@ def output_kernel(
     LAG: how many blocks the state stays behind the queries, 2 with a window and 1 (``linear``) without.
     """
     segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence = tl.load(segments + segment * 3)
-    begin, end = tl.load(segments + segment * 3 + 1), tl.load(segments + segment * 3 + 2)
-    batch, first = tl.load(sequences + sequence * 3), tl.load(sequences + sequence * 3 + 1)
-    length, position = tl.load(sequences + sequence * 3 + 2), tl.load(positions + sequence)
+    sequence, begin, end, batch, first, length, position = segment_bounds(segments, sequences, positions, segment)
     kv_head, map_head = head // group, head // map_group
     kv_heads, maps = heads // group, heads // map_group
-    q = head_pointer(q, q_strides, batch, head, first)
-    k = head_pointer(k, k_strides, batch, kv_head, first)
-    v = head_pointer(v, v_strides, batch, kv_head, first)
+    q, k, v, fq, fk = input_pointers(
+        q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
+    )  # fmt: skip
     o = head_pointer(o, o_strides, batch, head, first)
-    fq = head_pointer(fq, fq_strides, batch, head, first)
-    fk = head_pointer(fk, fk_strides, batch, map_head, first)
     inverse += row_offset(batch, head, first, heads, tokens)
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
     causal = row[:, None] >= row[None, :]
     log_gamma = tl.log2(tl.load(gamma + head))
     if FUSED and LINEAR:
-        offsets, exists = matrix(d, j, dim, width)
-        wq = tl.load(weight_q + head * dim * width + offsets, mask=exists, other=0.0).to(q.dtype.element_ty)
-        wk = tl.load(weight_k + map_head * dim * width + offsets, mask=exists, other=0.0).to(k.dtype.element_ty)
+        wq = load_weight(weight_q, head, d, j, dim, width).to(q.dtype.element_ty)
+        wk = load_weight(weight_k, map_head, d, j, dim, width).to(k.dtype.element_ty)
     else:
         wq = 0
         wk = 0
     if SOFTMAX and SINKS > 0:
         sink = tl.arange(0, BLOCK_SINKS)
-        sink_head = (sequence * kv_heads + kv_head).to(tl.int64) * SINKS
-        ks = load_tile(sink_k + sink_head * dim, dim, sink, SINKS, d, dim)
-        vs = load_tile(sink_v + sink_head * value_dim, value_dim, sink, SINKS, vd, value_dim)
+        ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, dim, SINKS)
+        vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, value_dim, SINKS)
     if LINEAR:
-        if HAS_STATES:
-            S_up, S_down, z_up, z_down = load_state(states, segment * maps + map_head, j, vd, width, value_dim)
-        else:
-            S_up = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
-            S_down = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
-            z_up = tl.zeros((BLOCK_F,), tl.float32)
-            z_down = tl.zeros((BLOCK_F,), tl.float32)
+        index = segment * maps + map_head
+        S_up, S_down, z_up, z_down = load_state(
+            states, index, j, vd, width, value_dim, HAS_STATES, BLOCK_F, BLOCK_V
+        )  # fmt: skip
     for block in range(begin, end):
         t = block * C + row
         q_tile = load_tile(q, q_strides[2], t, length, d, dim)
@@ -187,16 +187,13 @@ def output_kernel(
         numerator = tl.zeros((C, BLOCK_V), tl.float32)
         denominator = tl.zeros((C,), tl.float32)
         if SOFTMAX:
-            own = squash(tl.dot(q_tile, tl.trans(k_own), input_precision=PRECISION) * scale, cap, CAPPED) * LOG2E
-            old = squash(tl.dot(q_tile, tl.trans(k_previous), input_precision=PRECISION) * scale, cap, CAPPED) * LOG2E
             own_mask, old_mask = window_mask(causal, own_ok, previous_ok, SLIDING)
-            own = tl.where(own_mask, own, -float("inf"))
-            old = tl.where(old_mask, old, -float("inf"))
+            _, own = softmax_logits(q_tile, k_own, own_mask, scale, cap, CAPPED, PRECISION)
+            _, old = softmax_logits(q_tile, k_previous, old_mask, scale, cap, CAPPED, PRECISION)
             peak = tl.maximum(tl.max(own, 1), tl.max(old, 1))
             if SINKS > 0:
-                far = squash(tl.dot(q_tile, tl.trans(ks), input_precision=PRECISION) * scale, cap, CAPPED) * LOG2E
-                seen = (sink[None, :] <= (position + t)[:, None]) & (sink < SINKS)[None, :]
-                far = tl.where(seen, far, -float("inf"))
+                seen = sinks_mask(t, position, sink, SINKS)
+                _, far = softmax_logits(q_tile, ks, seen, scale, cap, CAPPED, PRECISION)
                 peak = tl.maximum(peak, tl.max(far, 1))
             peak -= log_gamma  # γ·exp(s − max)
             own = tl.exp2(own - peak[:, None])
@@ -240,8 +237,7 @@ def output_kernel(
                     k_up_low, k_down_low = k_up.to(LOW), k_down.to(LOW)
             z_up += tl.sum(k_up, 0)
             z_down += tl.sum(k_down, 0)
-            S_up = tl.dot(tl.trans(k_up_low), u, S_up, input_precision=PRECISION)
-            S_down = tl.dot(tl.trans(k_down_low), u, S_down, input_precision=PRECISION)
+            S_up, S_down = add_to_state(S_up, S_down, k_up_low, k_down_low, u, PRECISION)
         reciprocal = tl.where(denominator == 0, 1.0, 1 / denominator)
         store_tile(o, o_strides[2], t, length, vd, value_dim, numerator * reciprocal[:, None])
         if SAVE:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -120,8 +121,6 @@ class Problem:
     wk: Tensor | None
     gamma: Tensor
 
-    # -- sizes ---------------------------------------------------------------------------------------------------
-
     @property
     def heads(self) -> int:
         return self.q.shape[1]
@@ -144,23 +143,21 @@ class Problem:
     def state_size(self) -> int:
         return 2 * self.width * (self.v.shape[3] + 1)
 
-    @property
+    @cached_property
     def blocks(self) -> Blocks:
         wide = self.q.dtype == torch.float32
         return choose_blocks(self.q.shape[3], self.v.shape[3], self.width, wide, self.call.spec)
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         grid, spec, programs = (self.q.shape[0], self.q.shape[2]), self.call.spec, self.heads * self.blocks.pieces
         return make_layout(self.call.rows, grid, spec.chunk, programs, self.q.device, self.call.segment)
-
-    # -- launches ------------------------------------------------------------------------------------------------
 
     def forward(self, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Outputs, 1 / denominators (B, H, T), states at the segments' starts, final states."""
         layout, blocks, spec = self.layout, self.blocks, self.call.spec
         dtype = torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32
-        o = self.like(self.q, self.v.shape[3], dtype)
+        o = self.new_output(self.v.shape[3], dtype)
         inverse = self.per_query() if save else o
         states, final = self.forward_states(), None
         if self.call.final and spec.has_linear:
@@ -183,7 +180,7 @@ class Problem:
         layout, blocks, spec = self.layout, self.blocks, self.call.spec
         heads, dim, value_dim, pieces = self.heads, self.q.shape[3], self.v.shape[3], blocks.pieces
         programs = pieces * len(layout.segments)
-        shift, (peaks, pulls) = self.per_query(), (self.per_query(1), self.per_query(pieces))
+        shift, peaks, pulls = self.per_query(), self.per_query(), self.per_query(pieces)
         tops = self.per_query(dtype=torch.int32)
         grid = (triton.cdiv(self.q.shape[2], 32), heads, self.q.shape[0])
         shift_kernel[grid](
@@ -199,9 +196,9 @@ class Problem:
             32,
             triton.next_power_of_2(value_dim),
         )
-        dq, dk = (self.pieces_like(dim, inputs) for _ in range(2))
-        dv = self.pieces_like(value_dim, inputs, pieces=1)
-        dfq, dfk = (self.pieces_like(2 * self.width, self.fq is not None, torch.float32) for _ in range(2))
+        dq, dk = (self.new_gradient(dim, inputs) for _ in range(2))
+        dv = self.new_gradient(value_dim, inputs, pieces=1)
+        dfq, dfk = (self.new_gradient(2 * self.width, self.fq is not None, torch.float32) for _ in range(2))
         dwq, dwk = (self.partial(programs, self.wq) for _ in range(2))
         d_gamma = self.q.new_empty(programs, heads, dtype=torch.float32)
         sink_k, sink_v = self.sinks()
@@ -271,8 +268,6 @@ class Problem:
         )
         return states
 
-    # -- arguments -----------------------------------------------------------------------------------------------
-
     def tensors(self) -> tuple[Any, ...]:
         return tuple(part for x in (self.q, self.k, self.v) for part in (x, x.stride()[:3]))
 
@@ -339,27 +334,27 @@ class Problem:
             at = (batch.expand_as(token)[exists], slice(None), token[exists])
             gradient[at] = gradient[at] + each[exists]
 
-    def per_query(self, pieces: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        shape = (*(() if pieces is None else (pieces,)), self.q.shape[0], self.heads, self.q.shape[2])
-        return self.q.new_empty(shape, dtype=dtype)
+    def per_query(self, *lead: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An unwritten (*lead, B, H, T) tensor."""
+        return self.q.new_empty((*lead, self.q.shape[0], self.heads, self.q.shape[2]), dtype=dtype)
 
-    def like(self, x: Tensor, dim: int, dtype: torch.dtype, *lead: int) -> Tensor:
-        """A (*lead, B, heads, T, dim) tensor laid out with heads inside tokens, zero where no sequence will write."""
-        shape = (*lead, x.shape[0], x.shape[2], x.shape[1], dim)
+    def new_output(self, dim: int, dtype: torch.dtype, *lead: int) -> Tensor:
+        """A (*lead, B, H, T, dim) tensor laid out with heads inside tokens, zero where no sequence will write."""
+        shape = (*lead, self.q.shape[0], self.q.shape[2], self.heads, dim)
         make = self.q.new_empty if self.layout.complete else self.q.new_zeros
         return make(shape, dtype=dtype).transpose(-2, -3)
 
-    def pieces_like(
+    def new_gradient(
         self, dim: int, wanted: bool, dtype: torch.dtype | None = None, pieces: int | None = None
     ) -> Tensor | None:
+        """(pieces, B, H, T, dim) for what each slice of the value dim and each query head contributes."""
         pieces = pieces or self.blocks.pieces
         dtype = dtype or (self.q.dtype if pieces == 1 else torch.float32)
-        return self.like(self.q, dim, dtype, pieces) if wanted else None
+        return self.new_output(dim, dtype, pieces) if wanted else None
 
     def partial(self, programs: int, weight: Tensor | None) -> Tensor | None:
-        if weight is None:
-            return None
-        return self.q.new_empty(programs, self.heads, *weight.shape[1:], dtype=torch.float32)
+        """(programs, H, D, f) for what each program contributes to the gradient of a feature map's weight."""
+        return None if weight is None else weight.new_empty(programs, self.heads, *weight.shape[1:])
 
 
 SUM_CONSTANTS = ("SINKS", "FUSED", "LOW", "PRECISION", "C", "BLOCK_D", "BLOCK_V", "BLOCK_F")
