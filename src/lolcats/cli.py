@@ -92,24 +92,41 @@ def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Als
 
 @command
 def evaluate(
-    model: Model, data: DataPath, recipe: Annotated[str, typer.Option(help="Default: the run's own.")] = "",
+    model: Model,
+    data: Annotated[str, typer.Option(help="Data for perplexity; with --tasks recall, positions: their text.")] = "",
+    tasks: Annotated[str, typer.Option(help="Comma list: paper, recall, generate, positions, mmlu-permuted, or tasks "
+                                            "of lm-eval. Without: perplexity on --data.")] = "",
+    data_dir: Annotated[Path | None, typer.Option(help="Local Parquet files instead of the hub's data sets.")] = None,
+    baseline: Annotated[str, typer.Option(help="window, window+sinks (both untrained), linear-off, or a linearized "
+                                               "model: how much of its gap to the teacher is closed.")] = "",
+    limit: Annotated[int, typer.Option(help="At most so many items of each task; 0: all.")] = 0,
+    lengths: Annotated[str, typer.Option(help="Context lengths of recall and positions, e.g. 1024,8192.")] = "",
+    batch_size: Annotated[int, typer.Option(help="Rows at a time; 0: transfer.micro_batch_size.")] = 0,
+    device: Annotated[str, typer.Option(help="As --set device=.")] = "",
+    dtype: Annotated[str, typer.Option(help="As --set dtype=.")] = "",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results of --tasks, items included.")] = None,
+    seed: Annotated[int, typer.Option(help="Of prompts and few-shot draws.")] = 1234,
+    recipe: Annotated[str, typer.Option(help="Default: the run's own.")] = "",
     rows: Annotated[int, typer.Option(help="At most so many rows of data.sequence_length tokens; 0: all.")] = 0,
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
-    """Perplexity of teacher, student, and the student with one branch off. On a run's own data: its test rows."""
+    """Perplexity on DATA of teacher, student, and the student with one branch off (on a run's own data: its test rows);
+    or benchmarks of teacher and student, with --tasks."""
     from lolcats.config import load_config
-    from lolcats.evaluation.compare import compare, evaluation_rows
+    from lolcats.evaluation.suite import Options
     from lolcats.pipeline import device_and_dtype
 
     own = Path(model) / "config.yaml"
-    config = load_config(recipe or (str(own) if own.is_file() else "default"), set_)
-    ids = evaluation_rows(model, data, _tokenizer(model), config)[: rows or None]
-    results = compare(model, ids, *device_and_dtype(config), config.transfer.micro_batch_size)
-    table = Table("model", title=f"{ids.numel():,} tokens of {Path(data).name}")
-    table.add_column("perplexity", justify="right", no_wrap=True)
-    for name, value in results.items():
-        table.add_row(name, f"{value:.3f}")
-    out.print(table)
+    changes = [f"{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
+    config = load_config(recipe or (str(own) if own.is_file() else "default"), [*changes, *set_])
+    place, batch_size = device_and_dtype(config), batch_size or config.transfer.micro_batch_size
+    if tasks:
+        options = Options(data_dir, data, _numbers(lengths), limit or None, batch_size, seed)
+        _benchmarks(model, tasks.split(","), baseline, place, options, output)
+    elif data:
+        _perplexity(model, data, config, rows, place, batch_size)
+    else:
+        raise LolcatsError("Nothing to evaluate: give --data (perplexity) or --tasks (benchmarks).")
 
 
 @command
@@ -178,6 +195,56 @@ def info(model: Model) -> None:
     for name, value in describe(model).items():
         table.add_row(name, escape(str(value)))
     out.print(table)
+
+
+def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any, Any], batch_size: int) -> None:
+    """The table of ``evaluate --data``."""
+    from lolcats.evaluation.compare import compare, evaluation_rows
+
+    ids = evaluation_rows(model, data, _tokenizer(model), config)[: rows or None]
+    table = Table("model", title=f"{ids.numel():,} tokens of {Path(data).name}")
+    table.add_column("perplexity", justify="right", no_wrap=True)
+    for name, value in compare(model, ids, *place, batch_size).items():
+        table.add_row(name, f"{value:.3f}")
+    out.print(table)
+
+
+def _benchmarks(
+    model: str, tasks: list[str], baseline: str, place: tuple[Any, Any], options: Any, output: Path | None
+) -> None:  # fmt: skip
+    """The tables of ``evaluate --tasks``, and its JSON file."""
+    from lolcats.evaluation.suite import evaluate as run_suite
+    from lolcats.pipeline import log
+    from lolcats.report.comparison import comparison_rows, depth_rows, write_comparison
+
+    scores = run_suite(model, tasks, baseline, *place, options, log)
+    _print_rows(*comparison_rows(scores), title=f"{Path(model).name}: score ± standard error")
+    for metric in ("exact", "argmax"):
+        _print_rows(*depth_rows(scores, metric), title=f"Recall by depth: {metric}")
+    if output:
+        write_comparison(output, scores, model, tasks, baseline, place, options)
+        out.print(f"Results: {output}", soft_wrap=True)
+
+
+def _print_rows(header: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> None:
+    if not rows:
+        return
+    table = Table(header[0], title=title)
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(word) for word in text.split(",") if word)
+    except ValueError:
+        numbers = (0,)
+    if any(number <= 0 for number in numbers):
+        raise LolcatsError(f"--lengths {text}: expected numbers of tokens such as 1024,8192.")
+    return numbers
 
 
 def _load(model: str, config: Any) -> tuple[Any, Any]:

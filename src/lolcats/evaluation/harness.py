@@ -91,11 +91,14 @@ def _plain_forward(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _load(manager: Any, spec: Spec) -> list[Any]:
-    """One group, or tasks. lm-eval would hand a group's metrics, given in a dict, on to its tasks: they are set after."""
+    """One group, or tasks. lm-eval hands the metrics of a group given as a dict on to its tasks: they are set after."""
     from lm_eval.config.group import AggMetricConfig
 
-    metrics = spec.get("aggregate_metric_list", []) if isinstance(spec, dict) else []
-    loaded = manager.load([{k: v for k, v in spec.items() if k != "aggregate_metric_list"} if metrics else spec])
+    metrics: list[dict[str, Any]] = []
+    if isinstance(spec, dict):
+        metrics = spec.get("aggregate_metric_list", [])
+        spec = {k: v for k, v in spec.items() if k != "aggregate_metric_list"}
+    loaded = manager.load([spec])
     groups = loaded.get("groups") or {}
     if not groups:
         return list(loaded["tasks"].values())
@@ -126,7 +129,9 @@ def _group_scores(results: dict[str, Any], group: Any) -> Iterator[Score]:
         for filtered in wanted.filter_list or ["none"]:
             strata = tuple(_items(results, name, wanted.metric, filtered) for name in names)
             if not all(strata):
-                raise LolcatsError(f"Group {group.name}: {wanted.metric} is no mean over items; name its tasks instead.")
+                raise LolcatsError(
+                    f"Group {group.name}: {wanted.metric} is no mean over items; name its tasks instead."
+                )
             if wanted.weight_by_size:
                 strata = (tuple(x for stratum in strata for x in stratum),)
             yield mean_score(group.name, _metric_name(wanted.metric, filtered), strata)

@@ -1,8 +1,8 @@
 """Which lm-eval tasks make a suite, and how local Parquet files take the place of the hub's data.
 
 A local task is lm-eval's own definition (prompt, choices, metrics, few-shot format) with another source of documents:
-the columns of a file are renamed to those of the hub's data set. Only ``gsm8k`` differs in its few-shot examples: always
-the first five rows, not five random ones.
+the columns of a file are renamed to those of the hub's data set. Only ``gsm8k`` differs in its few-shot examples:
+always the first five rows, not five random ones.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ def gsm8k_spec(data_dir: Path | None) -> Spec:
         return "gsm8k"
     train = find_file(data_dir, "gsm8k_train")
     test = _find(data_dir, "gsm8k_test")
-    changes = {"custom_dataset": partial(gsm8k_dataset, train=train, test=test), "fewshot_config": {"sampler": "first_n"}}
+    changes = {
+        "custom_dataset": partial(gsm8k_dataset, train=train, test=test),
+        "fewshot_config": {"sampler": "first_n"},
+    }
     return {
         "group": "gsm8k_local" if test else "gsm8k_train",
         "aggregate_metric_list": GSM8K_METRIC,
