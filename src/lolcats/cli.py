@@ -229,9 +229,9 @@ def _benchmarks(
 def _print_rows(header: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> None:
     if not rows:
         return
-    table = Table(header[0], title=title)
-    for name in header[1:]:
-        table.add_column(name, justify="right")
+    table = Table(title=title)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     out.print(table)

@@ -54,8 +54,9 @@ def run(model: PreTrainedModel, tokenizer: Any, tasks: Sequence[Any], limit: int
         bridge = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
                       softmax_dtype="float32")  # fmt: skip
         results = simple_evaluate(
-            model=bridge, tasks=list(tasks), limit=limit, bootstrap_iters=0, log_samples=True, random_seed=seed,
-            numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+            model=bridge, tasks=list(tasks), task_manager=task_manager(), limit=limit, bootstrap_iters=0,
+            log_samples=True,
+            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
         )  # fmt: skip
     scores: list[Score] = []
     for task in tasks:

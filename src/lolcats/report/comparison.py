@@ -24,12 +24,12 @@ NONE = "n/a"
 
 def comparison_rows(scores: Scores) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """(header, rows): every task and metric of every model, student − teacher, share of the gap closed; ± one error."""
-    header = ["task", "metric", "items", *scores]
+    header = ["task", "items", *scores]
     pair, baseline = STUDENT in scores and TEACHER in scores, _baseline(scores)
-    header += ["student − teacher"] * pair + [f"gap closed from {baseline}"] * bool(pair and baseline)
+    header += ["student − teacher"] * pair + ["gap closed"] * bool(pair and baseline)
     rows = []
     for entry in comparison(scores):
-        row = [entry["task"], entry["metric"], f"{entry['items']:,}" if entry["items"] else ""]
+        row = [f"{entry['task']} {entry['metric']}", f"{entry['items']:,}" if entry["items"] else ""]
         row += [_readable(entry["models"][name]) for name in scores]
         if pair:
             row.append(_readable(entry["difference"], sign=True))
