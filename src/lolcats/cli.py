@@ -227,7 +227,13 @@ def _benchmarks(
 
 
 def _print_rows(header: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> None:
+    """A table in a terminal, Markdown in a pipe or file; nothing without rows."""
+    from lolcats.report.table import markdown
+
     if not rows:
+        return
+    if not out.is_terminal:
+        out.print(f"\n{title}\n\n{markdown(header, rows)}", soft_wrap=True, markup=False, highlight=False)
         return
     table = Table(title=title)
     for number, name in enumerate(header):

@@ -104,6 +104,30 @@ def test_mmlu_has_its_own_examples_in_order(data_dir: Path) -> None:
 
 
 @pytest.mark.usefixtures("lm_eval")
+def test_tasks_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without local files the same specs ask the hub's data sets for lm-eval's own documents."""
+    import datasets
+
+    question = {"question": "?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 1}
+    rows = {"cais/mmlu": [question] * 5, "baber/piqa": [HUB["piqa"]], "allenai/ai2_arc": [HUB["arc_easy"]],
+            "Rowan/hellaswag": [HUB["hellaswag"]], "allenai/winogrande": [HUB["winogrande"]]}  # fmt: skip
+    asked: list[tuple[str, str | None]] = []
+
+    def load_dataset(path: str, name: str | None = None, **_: Any) -> dict[str, Any]:
+        asked.append((path, name))
+        return dict.fromkeys(("train", "dev", "validation", "test"), datasets.Dataset.from_list(rows[path]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    *_, mmlu = harness.load_tasks(tasks.paper_specs(None))
+    assert asked[:2] == [("baber/piqa", None), ("allenai/ai2_arc", "ARC-Easy")]
+    children = mmlu.get_all_tasks()
+    assert (mmlu.name, len(children), mmlu.has_aggregation) == ("mmlu", 57, True)
+    assert {task.config.num_fewshot for task in children} == {5}
+    (permuted,) = harness.load_tasks([tasks.permuted_mmlu_spec(None)])
+    assert [d["answer"] for d in permuted.get_all_tasks()[0].eval_docs][:5] == [1, 0, 3, 2, 1]
+
+
+@pytest.mark.usefixtures("lm_eval")
 def test_rotated_options_keep_the_answer_and_the_examples(data_dir: Path) -> None:
     (plain,), (rotated,) = (
         harness.load_tasks([spec]) for spec in (tasks.mmlu_spec(data_dir), tasks.permuted_mmlu_spec(data_dir))

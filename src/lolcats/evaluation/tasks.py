@@ -16,13 +16,14 @@ from typing import Any
 
 from lolcats.config import DataConfig
 from lolcats.errors import LolcatsError
-from lolcats.evaluation.harness import Spec
+from lolcats.evaluation.harness import Spec, task_manager
 from lolcats.training.sources import Record, read_records
 
 PAPER = {"piqa": "acc", "arc_easy": "acc", "arc_challenge": "acc_norm", "hellaswag": "acc_norm", "winogrande": "acc"}
 """The paper's zero-shot tasks and the metric that it reports of each."""
 SHOTS = 5
 OPTIONS = 4
+MMLU_TAGS = [f"mmlu_{field}_tasks" for field in ("stem", "other", "social_sciences", "humanities")]
 MMLU_METRIC = [{"metric": "acc", "weight_by_size": True}]
 GSM8K_METRIC = [{"metric": "exact_match", "filter_list": ["strict-match", "flexible-extract"]}]
 
@@ -52,17 +53,19 @@ def named_spec(name: str, data_dir: Path | None) -> Spec:
 def mmlu_spec(data_dir: Path | None, name: str = "mmlu", **changes: Any) -> Spec:
     """5-shot MMLU as one group; from local files the subjects that those have, as ``NAME_half``."""
     changes = {"num_fewshot": SHOTS, **changes}
+    group = {"group": name, "aggregate_metric_list": MMLU_METRIC}
     if data_dir is None:
-        return {"group": name if name != "mmlu" else "mmlu_5shot", "aggregate_metric_list": MMLU_METRIC,
-                "task": [{"group": "mmlu", **changes}]}  # fmt: skip
+        index = task_manager().task_index
+        names = sorted(task for tag in MMLU_TAGS for task in index[tag].tags)
+        return {**group, "task": [{"task": task, **changes} for task in names]}
     test, dev = find_file(data_dir, "mmlu_test_half"), find_file(data_dir, "mmlu_dev")
-    subjects = sorted({record["subject"] for record in read_records(str(test), DataConfig())[0]})
+    subjects = sorted({record["subject"] for record in _read(test)})
     source = partial(mmlu_dataset, test=test, dev=dev)
     tasks = [
         {"task": f"mmlu_{subject}", "custom_dataset": partial(source, subject=subject), **changes}
         for subject in subjects
     ]
-    return {"group": f"{name}_half", "aggregate_metric_list": MMLU_METRIC, "task": tasks}
+    return {**group, "group": f"{name}_half", "task": tasks}
 
 
 def permuted_mmlu_spec(data_dir: Path | None) -> Spec:
