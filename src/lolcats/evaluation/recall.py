@@ -59,6 +59,8 @@ class Prompt:
 def recall(model: PreTrainedModel, tokenizer: Any, haystack: Sequence[int], lengths: Sequence[int],
            samples: int | None, batch_size: int, seed: int) -> list[Score]:  # fmt: skip
     """Scores of every task at every length (tokens of prompt); ``haystack``: token ids of the text to hide in."""
+    if not tokenizer.is_fast:
+        raise LolcatsError("Recall needs a fast tokenizer: it must know where in the text each token lies.")
     scores: list[Score] = []
     for name, make in TASKS.items():
         for length in lengths:
