@@ -122,7 +122,9 @@ def evaluate(
     place, batch_size = device_and_dtype(config), batch_size or config.transfer.micro_batch_size
     if tasks:
         options = Options(data_dir, data, _numbers(lengths), limit or None, batch_size, seed)
-        _benchmarks(model, tasks.split(","), baseline, place, options, output)
+        if output and not output.parent.is_dir():
+            raise LolcatsError(f"--output {output}: {output.parent} is no directory.")
+        _benchmarks(model, [name.strip() for name in tasks.split(",")], baseline, place, options, output)
     elif data:
         _perplexity(model, data, config, rows, place, batch_size)
     else:

@@ -219,7 +219,7 @@ def test_batches_change_nothing(model_dirs, data_dir: Path, tokenizer, monkeypat
 
 def test_recall_and_positions_on_the_command_line(trained: Path, data_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    arguments = ("--tasks", "recall,positions", "--lengths", "512,600", "--limit", 1, "--output", output)
+    arguments = ("--tasks", "recall, positions", "--lengths", "512,600", "--limit", 1, "--output", output)
     text = evaluate(trained, *arguments, "--data-dir", data_dir)
     assert "Recall by depth: argmax" in text
     entries = json.loads(output.read_text())["scores"]
@@ -241,6 +241,7 @@ def test_mistakes_end_in_a_sentence(trained: Path, data_dir: Path, tmp_path: Pat
         assert expected in output, output
 
     fails("Nothing to evaluate")
+    fails("is no directory", "--tasks", "recall", "--output", tmp_path / "none" / "results.json")
     fails("neither a linearized model nor one of window", "--tasks", "recall", "--baseline", "nonsense")
     fails("need long text", "--tasks", "recall")
     fails("holds no long_books.parquet", "--tasks", "recall", "--data-dir", tmp_path)
