@@ -60,12 +60,12 @@ class Problem:
 
 
 def compare(problem: Problem, spec: AttentionSpec, tolerance: float = 1e-4, softcap: float | None = None,
-            segment: int | None = 2, features: bool = False) -> None:  # fmt: skip
+            tiling: Tiling | None = SMALL, features: bool = False) -> None:  # fmt: skip
     expected, actual = problem.leaves(), problem.leaves()
     y = problem.reference(expected, spec, softcap)
     given = (problem.phi_q(actual[0]), problem.key_features(actual[1])) if features else None
     z, _, _ = triton_attention(
-        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, softcap, features=given, segment=segment
+        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, softcap, features=given, tiling=tiling
     )
     close(z, y, tolerance, "outputs")
     direction = torch.randn_like(y)
@@ -118,7 +118,7 @@ def test_results_repeat() -> None:
 
     def run() -> list[Tensor | None]:
         leaves = problem.leaves()
-        y, _, _ = triton_attention(*leaves[:3], problem.phi_q, problem.phi_k, leaves[3], spec, SCALE, segment=2)
+        y, _, _ = triton_attention(*leaves[:3], problem.phi_q, problem.phi_k, leaves[3], spec, SCALE, tiling=SMALL)
         return [y, *problem.gradients(y, torch.ones_like(y), leaves)]
 
     for a, b in zip(run(), run(), strict=True):
@@ -140,7 +140,7 @@ def test_packed_sequences(kind: str, window: str) -> None:
     ]
     y = torch.cat(pieces, 2)
     z, _, _ = triton_attention(
-        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, cu_seqlens=bounds, segment=1
+        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, cu_seqlens=bounds, tiling=SMALL
     )
     close(z, y, 1e-4, "outputs")
     direction = torch.randn_like(y)
@@ -163,7 +163,7 @@ def test_states(kind: str, window: str) -> None:
         state = AttentionState.empty(problem.k, problem.v, problem.maps, 32, spec)
         expected, state = extend(state, problem.q, problem.k, problem.v, *maps, *common, mask=mask)
         tensors = (problem.q, problem.k, problem.v, problem.phi_q, problem.phi_k, *common)
-        y, S, z = triton_attention(*tensors, lengths=lengths, final=True, segment=2)
+        y, S, z = triton_attention(*tensors, lengths=lengths, final=True, tiling=SMALL)
         close(y, expected, 1e-4, "outputs")
         assert (y[1, :, 41:] == 0).all()
         close(S, state.S, 1e-4, "S")
@@ -177,7 +177,7 @@ def test_states(kind: str, window: str) -> None:
         context = Context(offset, problem.k[:, :, :sinks], problem.v[:, :, :sinks], S, z)
         rest = (x[:, :, cut:] for x in (problem.q, problem.k, problem.v))
         whole, _, _ = triton_attention(*tensors)
-        after, _, _ = triton_attention(*rest, problem.phi_q, problem.phi_k, *common, context=context, segment=1)
+        after, _, _ = triton_attention(*rest, problem.phi_q, problem.phi_k, *common, context=context, tiling=SMALL)
         close(after[:, :, start - cut :], whole[:, :, start:], 1e-4, "after a context")
 
 
@@ -185,4 +185,4 @@ def test_states(kind: str, window: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["hybrid", "linear"])
 def test_half_precision(dtype: torch.dtype, kind: str) -> None:
-    compare(Problem(1000, 128, 64, dtype=dtype), AttentionSpec(kind, "terraced", 64, 4), tolerance=1.5e-2, segment=None)
+    compare(Problem(1000, 128, 64, dtype=dtype), AttentionSpec(kind, "terraced", 64, 4), tolerance=1.5e-2, tiling=None)

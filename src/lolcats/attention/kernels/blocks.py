@@ -1,8 +1,8 @@
 """What the kernels are made of: tiles, feature maps, masks, logits. Device functions only.
 
-A program walks over blocks of C = ``spec.chunk`` tokens of one sequence. Seen from the block of its queries, a block
-of keys is ``OWN`` (the same one), ``PREVIOUS`` (the one before), or older: then it is in the state S, z. Row-wise
-quantities of a tile are 1-D tensors of length C.
+Sequences are cut into tiles of C tokens, counted from their own first token; C is so large that the window of a query
+never reaches beyond the tile before its own. Row-wise quantities of a tile are 1-D tensors of length C. Positions n, i
+count from the beginning of the text; tokens t from the first token at hand, which stands at ``position``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ def head_pointer(x, strides, batch, head, first):
 
 
 @triton.jit
-def segment_bounds(segments, sequences, positions, segment):
-    """Of a segment: its sequence, first block and block after the last; of the sequence: batch index, first token,
-    length and position of the first token."""
-    sequence = tl.load(segments + segment * 3)
-    begin, end = tl.load(segments + segment * 3 + 1), tl.load(segments + segment * 3 + 2)
-    batch, first = tl.load(sequences + sequence * 3), tl.load(sequences + sequence * 3 + 1)
-    return sequence, begin, end, batch, first, tl.load(sequences + sequence * 3 + 2), tl.load(positions + sequence)
+def walk_bounds(walks, sequences, positions, walk):
+    """Of a walk: its sequence, first tile (or step) and the one after the last; of the sequence: batch index, first
+    token, length, first entry among the states and position of the first token."""
+    sequence = tl.load(walks + walk * 3)
+    begin, end = tl.load(walks + walk * 3 + 1), tl.load(walks + walk * 3 + 2)
+    row = sequences + sequence * 4
+    batch, first, length, entry = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    return sequence, begin, end, batch, first, length, entry, tl.load(positions + sequence)
 
 
 @triton.jit
@@ -123,28 +124,59 @@ def features(x, weight, base, stride, t, length, column, width, FUSED: tl.conste
 
 
 @triton.jit
-def remembered(t, length, position, SINKS: tl.constexpr):
-    """Which keys may enter the linear term: existing ones that are no sinks."""
-    return (t >= 0) & (t < length) & (position + t >= SINKS)
-
-
-@triton.jit
-def window_mask(causal, own, previous, SLIDING: tl.constexpr):
-    """Which keys of the own and the previous block a query sees through softmax, both (C, C).
-
-    causal: (C, C) lower triangle; own, previous: (C,) keys of the two blocks that exist and are no sinks. What the
-    sliding window no longer reaches in the previous block is exactly the lower triangle.
-    """
-    if SLIDING:
-        return causal & own[None, :], (causal == 0) & previous[None, :]
+def window_start(n, WINDOW: tl.constexpr, SIZE: tl.constexpr):
+    """``AttentionSpec.window_start``."""
+    if WINDOW == "none":
+        return n + 1
+    elif WINDOW == "terraced":
+        return (n // SIZE - 1) * SIZE
     else:
-        return causal & own[None, :], (causal | True) & previous[None, :]
+        return n - SIZE + 1
 
 
 @triton.jit
-def sinks_mask(t, position, sink, SINKS: tl.constexpr):
+def window_end(i, WINDOW: tl.constexpr, SIZE: tl.constexpr):
+    """First query whose window no longer reaches the key at position i."""
+    if WINDOW == "none":
+        return i
+    elif WINDOW == "terraced":
+        return (i // SIZE + 2) * SIZE
+    else:
+        return i + SIZE
+
+
+@triton.jit
+def key_positions(t, length, position, SINKS: tl.constexpr):
+    """Positions of the keys at tokens ``t``; far below any window where there is none or it is a sink."""
+    return tl.where((t >= 0) & (t < length) & (position + t >= SINKS), position + t, -(1 << 30))
+
+
+@triton.jit
+def own_mask(n, i, WINDOW: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr):
+    """Which keys of its own tile each query sees through softmax. n, i: positions, as a row and a column or the
+    other way round; i from ``key_positions``."""
+    if C > SIZE:
+        return (i <= n) & (i >= 0) & (i >= window_start(n, WINDOW, SIZE))
+    else:
+        return (i <= n) & (i >= 0)
+
+
+@triton.jit
+def previous_mask(n, i, WINDOW: tl.constexpr, SIZE: tl.constexpr):
+    """Which keys of the tile before its own each query sees through softmax."""
+    return (i >= window_start(n, WINDOW, SIZE)) & (i >= 0)
+
+
+@triton.jit
+def linear_mask(n, i, WINDOW: tl.constexpr, SIZE: tl.constexpr):
+    """Which keys are older than the window of each query."""
+    return (i < window_start(n, WINDOW, SIZE)) & (i >= 0)
+
+
+@triton.jit
+def sinks_mask(n, sink, SINKS: tl.constexpr):
     """Which sinks each query sees: those that are not ahead of it."""
-    return (sink[None, :] <= (position + t)[:, None]) & (sink < SINKS)[None, :]
+    return (sink[None, :] <= n[:, None]) & (sink < SINKS)[None, :]
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,22 +14,41 @@ from torch import Tensor
 from lolcats.attention.spec import AttentionSpec
 
 Rows = tuple[tuple[int, int, int], ...]  # of each sequence: batch index, first token, length
-SHORTEST_SEGMENT = 4  # blocks: below, computing the states costs more than the parallelism gains
+STEPS = 4  # fewest steps per segment: below, adding up totals costs more than the parallelism gains
+WAVES = 4  # programs per processor to aim for: they differ in length, and hide each other's waiting
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a problem is cut up.
+
+    tile: tokens worked on at a time; span: tokens between stored states, a multiple of ``tile``; walk: tiles per
+    program; segment: states computed one behind the other. walk and segment are chosen if None.
+    """
+
+    tile: int
+    span: int
+    walk: int | None = None
+    segment: int | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sequences, cut into segments of whole blocks, as tables the kernels read.
+    """Sequences and how they are cut up, as tables the kernels read.
 
-    sequences: (N, 3) int32 of ``Rows``; segments: (M, 3) int32: sequence, first block, block after the last;
-    ranges: (N + 1,) int32, first segment of each sequence; split: whether any sequence has several segments;
-    complete: whether every token of the (batch, tokens) grid belongs to a sequence.
+    sequences: (N, 4) int32: ``Rows`` and the first entry among the states; walks: (W, 3) int32: sequence, first tile,
+    tile after the last; segments: (M, 3) int32, the same in steps of ``span`` tokens; ranges: (N + 1,) int32, first
+    segment of each sequence; entries: number of states; split: whether any sequence has several segments;
+    complete: whether every token of the (batch, tokens) grid belongs to a sequence; start: (N,) int32 zeros.
     """
 
     rows: Rows
     sequences: Tensor
+    walks: Tensor
     segments: Tensor
     ranges: Tensor
+    start: Tensor
+    entries: int
     split: bool
     complete: bool
 
@@ -45,34 +65,36 @@ def packed_rows(cu_seqlens: Sequence[int]) -> Rows:
 
 @lru_cache(maxsize=64)
 def make_layout(
-    rows: Rows, grid: tuple[int, int], chunk: int, programs: int, device: torch.device, segment: int | None = None
+    rows: Rows, grid: tuple[int, int], tiling: Tiling, heads: int, maps: int, device: torch.device
 ) -> Layout:
-    """``programs``: how many programs run for each segment; ``segment``: blocks of each, chosen here if None."""
-    blocks = [-(-length // chunk) for _, _, length in rows]
-    size = segment or segment_blocks(blocks, programs, processors(device))
-    segments, ranges = [], [0]
-    for sequence, count in enumerate(blocks):
-        segments += [(sequence, begin, min(begin + size, count)) for begin in range(0, count, size)]
-        ranges.append(len(segments))
+    """``heads``, ``maps``: programs that run for each walk and each segment."""
+    tiles = [-(-length // tiling.tile) for _, _, length in rows]
+    steps = [-(-length // tiling.span) for _, _, length in rows]
+    walk = tiling.walk or per_program(tiles, heads, WAVES * processors(device))
+    segment = tiling.segment or max(STEPS, per_program(steps, maps, WAVES * processors(device)))
+    segments = _cut(steps, segment)
+    entries = [0, *itertools.accumulate(steps)]
+    ranges = [0, *itertools.accumulate(-(-count // segment) for count in steps)]
 
     def table(entries: object) -> Tensor:
         return torch.tensor(entries, dtype=torch.int32).to(device)
 
-    complete = sum(length for _, _, length in rows) == grid[0] * grid[1]
-    tables = table(rows).view(-1, 3), table(segments).view(-1, 3), table(ranges)
-    return Layout(rows, *tables, split=max(blocks, default=0) > size, complete=complete)
+    return Layout(
+        rows, table([(*row, entry) for row, entry in zip(rows, entries, strict=False)]).view(-1, 4),
+        table(_cut(tiles, walk)).view(-1, 3), table(segments).view(-1, 3), table(ranges), table([0] * len(rows)),
+        entries[-1], split=max(steps, default=0) > segment,
+        complete=sum(length for _, _, length in rows) == grid[0] * grid[1],
+    )  # fmt: skip
 
 
-def segment_blocks(blocks: Sequence[int], programs: int, processors: int) -> int:
-    """Blocks per segment that keep all processors busy for the shortest time."""
-    longest = max(blocks, default=1) or 1
+def _cut(counts: Sequence[int], size: int) -> list[tuple[int, int, int]]:
+    """(sequence, begin, end) of pieces of at most ``size`` out of each sequence's ``count``."""
+    return [(s, begin, min(begin + size, n)) for s, n in enumerate(counts) for begin in range(0, n, size)]
 
-    def cost(size: int) -> float:
-        waves = -(-sum(-(-count // size) for count in blocks) * programs // processors)
-        return waves * (size + (1 if size < longest else 0))  # a segment's state costs about one more block
 
-    sizes = {max(-(-longest // parts), min(SHORTEST_SEGMENT, longest)) for parts in range(1, 65)}
-    return min(sorted(sizes, reverse=True), key=cost)
+def per_program(counts: Sequence[int], heads: int, programs: int) -> int:
+    """How many of its ``counts`` a program takes so that about ``programs`` of them run in all."""
+    return max(1, min(max(counts, default=1), round(sum(counts) * heads / programs)))
 
 
 @lru_cache(maxsize=8)
@@ -83,25 +105,53 @@ def processors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes and launch settings of one problem: compile-time constants."""
+    """Block sizes of one problem, compile-time constants: of the head dim, half the features, and the sinks."""
 
     dim: int
-    value: int
     feature: int
     sinks: int
+
+
+def choose_blocks(dim: int, width: int) -> Blocks:
+    return Blocks(dim=max(16, power_of_two(dim)), feature=max(16, power_of_two(width)), sinks=16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one kernel runs: columns of the value dim per program, programs needed for all of them, warps, stages."""
+
+    value: int
     pieces: int
     num_warps: int
+    num_stages: int
 
 
-def choose_blocks(dim: int, value_dim: int, width: int, wide_dtype: bool, spec: AttentionSpec) -> Blocks:
-    """S (2 · width × value slice, fp32) and the tiles beside it must fit in a processor's registers."""
-    feature = max(16, power_of_two(width))
-    room = 8192 if wide_dtype or spec.chunk > 64 or dim > 128 else 16384
-    value = min(max(16, power_of_two(value_dim)), max(16, room // (2 * feature)))
-    return Blocks(
-        dim=max(16, power_of_two(dim)), value=value, feature=feature, sinks=16, pieces=-(-value_dim // value),
-        num_warps=8 if spec.chunk >= 64 else 4,
-    )  # fmt: skip
+def choose_launch(kernel: str, value_dim: int, blocks: Blocks, tile: int, wide_dtype: bool) -> Launch:
+    """What a program holds in fp32 must fit in registers, and what it multiplies in shared memory."""
+    num_warps = 8 if tile > 64 or blocks.dim > 128 else 4
+    room = 2048 * num_warps // (4 if wide_dtype else 1)
+    value = min(power_of_two(value_dim), room // (blocks.feature if kernel == "state" else tile))
+    value, num_stages = max(16, value), 2 if kernel == "state" and not wide_dtype else 1
+    return Launch(value, -(-value_dim // value), num_warps, num_stages)
+
+
+def choose_tiling(spec: AttentionSpec) -> Tiling:
+    """Tiles of at least 64 tokens (a warp group's share of a matrix product) that hold what the window of their first
+    query reaches back."""
+    tile = 64
+    while reach(spec, tile) > tile:
+        tile *= 2
+    if tile > 128:
+        raise ValueError(f"window of {spec.window_size} tokens: the kernels hold at most 128")
+    return Tiling(tile, span=tile)
+
+
+def reach(spec: AttentionSpec, tile: int) -> int:
+    """How far the window of a tile's first query reaches back, at most."""
+    if spec.kind == "linear":
+        return 0
+    size = spec.window_size
+    return size - 1 if spec.window == "sliding" else 2 * size - math.gcd(size, tile)
 
 
 def power_of_two(n: int) -> int:
