@@ -4,7 +4,7 @@
 
 ``query_kernel`` has the states S, z of the forward pass (dφ(q_n) = (S dy_n − δ_n z) / d_n, then dq); ``key_kernel`` has
 the gradients dS = Σ φ(q_n) dy_nᵀ / d_n and dz = Σ φ(q_n) δ_n / d_n of what later queries saw (dφ(k_i) = dS v_i − dz,
-then dk, dv). Nothing but 1 / d_n is stored by the forward pass.
+then dk, dv). The forward pass stores 1 / d_n, c_n and the key c_n comes from.
 
 The shift c_n = max s_ni moves the softmax part against the linear one, so it has a gradient: −r_n for the key that is
 the maximum, with r_n = Σ_{i∈soft} a_ni da_ni. Since Σ_i a_ni da_ni = 0 over all keys, r_n = −φ(q_n)·dφ(q_n), and the
@@ -27,43 +27,43 @@ from lolcats.attention.kernels.blocks import (
     load_sinks,
     load_tile,
     load_weight,
-    matrix,
-    own_mask,
-    previous_mask,
     row_offset,
     sinks_mask,
+    softmax_backward,
     softmax_logits,
-    softmax_logits_backward,
+    store_matrix,
     store_tile,
-    store_weight,
     walk_bounds,
     window_end,
+    window_mask,
     window_start,
 )
 from lolcats.attention.kernels.states import load_state, load_sum
 
 
 @triton.jit
-def shift_kernel(
-    o, o_strides, do, do_strides, inverse, shift, heads, tokens, value_dim, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr
+def delta_kernel(
+    o, o_strides, do, do_strides, delta, heads, tokens, VALUE_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """shift_n = δ_n / d_n."""
+    """δ_n = dy_n·y_n."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    t, vd = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
-    o = load_tile(head_pointer(o, o_strides, batch, head, batch * 0), o_strides[2], t, tokens, vd, value_dim)
-    do = load_tile(head_pointer(do, do_strides, batch, head, batch * 0), do_strides[2], t, tokens, vd, value_dim)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    at, row, vd = block * BLOCK_T, tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
+    o = load_tile(head_pointer(o, o_strides, batch, head, batch * 0), o_strides[2], at, tokens, row, vd, VALUE_DIM)
+    do = load_tile(head_pointer(do, do_strides, batch, head, batch * 0), do_strides[2], at, tokens, row, vd, VALUE_DIM)
     offset = row_offset(batch, head, batch * 0, heads, tokens)
-    tl.store(shift + offset + t, delta * load_rows(inverse + offset, t, tokens), mask=t < tokens)
+    total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta + offset + at + row, total, mask=at + row < tokens)
 
 
 @triton.jit
 def query_kernel(
-    q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k, gamma,
-    sink_k, sink_v, inverse, shift, states, sums, dq, dq_strides, dfq, dfq_strides, d_weight, d_gamma, d_sink_k,
-    d_sink_v, peaks, tops, pulls, walks, sequences, positions,
-    heads, group, map_group, tokens, dim, value_dim, width, scale, cap, pull_stride,
-    SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
+    q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
+    sink_k, sink_v, inverse, delta, peaks, tops, states, sums, dq, dq_strides, dfq, dfq_strides, d_weight, d_gamma, d_sink_k,
+    d_sink_v, pulls, walks, sequences, positions,
+    heads, group, map_group, tokens, scale, cap, pull_stride,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
     CAPPED: tl.constexpr, FUSED: tl.constexpr, INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr,
     LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
@@ -71,8 +71,8 @@ def query_kernel(
     """Gradients that belong to queries: dq, φ_q, γ, and those of the sinks; of one slice of the value dim (all are
     linear in dy, so slices add up).
 
-    INPUTS: gradients of q, k, v are wanted, and what ``key_kernel`` needs of each query's softmax is stored: the
-    shift (``peaks``, base 2, γ included), the key that is the maximum (``tops``) and r_n (``pulls``).
+    INPUTS: gradients of q, k, v are wanted, and r_n is stored (``pulls``) for ``key_kernel``. WEIGHTS: so are those of
+    the feature map's weights.
     """
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
@@ -86,55 +86,57 @@ def query_kernel(
     dq = head_pointer(dq, dq_strides, batch, head, first) + piece.to(tl.int64) * dq_strides[3]
     dfq = head_pointer(dfq, dfq_strides, batch, head, first) + piece.to(tl.int64) * dfq_strides[3]
     rows = row_offset(batch, head, first, heads, tokens)
-    inverse, shift, peaks, tops = inverse + rows, shift + rows, peaks + rows, tops + rows
+    inverse, delta, peaks, tops = inverse + rows, delta + rows, peaks + rows, tops + rows
     pulls += rows + piece.to(tl.int64) * pull_stride
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
-    first_piece = tl.where(piece == 0, 1.0, 0.0)
-    log_gamma = tl.log2(tl.load(gamma + head))
-    wq = load_weight(weight_q, head, d, j, dim, width).to(q.dtype.element_ty) if FUSED and LINEAR else 0
-    wk = load_weight(weight_k, map_head, d, j, dim, width).to(k.dtype.element_ty) if FUSED and NEAR else 0
+    first_piece, one = tl.where(piece == 0, 1.0, 0.0), tl.full((C,), 1.0, tl.float32)
+    wq = load_weight(weight_q, head, d, j, DIM, WIDTH).to(q.dtype.element_ty) if FUSED and LINEAR else 0
+    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH).to(k.dtype.element_ty) if FUSED and NEAR else 0
     if WEIGHTS:
         dw = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
     if SOFTMAX and SINKS > 0 and INPUTS:
         sink = tl.arange(0, BLOCK_SINKS)
-        ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, dim, SINKS)
-        vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, value_dim, SINKS).to(LOW)
+        ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, DIM, SINKS)
+        vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, VALUE_DIM, SINKS).to(LOW)
         dks = tl.zeros((BLOCK_SINKS, BLOCK_D), tl.float32)
         dvs = tl.zeros((BLOCK_SINKS, BLOCK_V), tl.float32)
     sum_pull = tl.zeros((C,), tl.float32)
     for tile in range(begin, end):
-        t = tile * C + row
+        at = tile * C
+        t = at + row
         n = position + t
-        q_tile = load_tile(q, q_strides[2], t, length, d, dim)
-        do_tile = load_tile(do, do_strides[2], t, length, vd, value_dim).to(LOW)
-        r, h = load_rows(inverse, t, length), load_rows(shift, t, length) * first_piece
+        q_tile = load_tile(q, q_strides[2], at, length, row, d, DIM)
+        do_tile = load_tile(do, do_strides[2], at, length, row, vd, VALUE_DIM).to(LOW)
+        r = load_rows(inverse, t, length)
+        h = load_rows(delta, t, length) * r * first_piece
         pull = tl.zeros((C,), tl.float32)
         if INPUTS:
             grad_q = tl.zeros((C, BLOCK_D), tl.float32)
         if LINEAR:
-            step = tl.maximum(window_start(position + tile * C, WINDOW, SIZE) - position, 0) // SPAN
+            step = tl.maximum(window_start(position + at, WINDOW, SIZE) - position, 0) // SPAN
             index = (entry + step) * maps + map_head
-            S = load_state(states, index, 0, j, vd, width, value_dim)
+            S = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
             d_up = tl.dot(do_tile, S, input_precision=PRECISION) * r[:, None]
-            S = load_state(states, index, 1, j, vd, width, value_dim)
+            S = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
             d_down = tl.dot(do_tile, S, input_precision=PRECISION) * r[:, None]
-            d_up -= h[:, None] * load_sum(sums, index, 0, j, width)[None, :]
-            d_down -= h[:, None] * load_sum(sums, index, 1, j, width)[None, :]
+            d_up -= h[:, None] * load_sum(sums, index, 0, j, WIDTH)[None, :]
+            d_down -= h[:, None] * load_sum(sums, index, 1, j, WIDTH)[None, :]
             if NEAR:
-                near_end = tl.cdiv(window_start(position + tile * C + C - 1, WINDOW, SIZE) - position, C)
-                for near in range(step * (SPAN // C), near_end):
-                    s = near * C + row
+                near_end = tl.cdiv(window_start(position + at + C - 1, WINDOW, SIZE) - position, C)
+                for near_tile in range(step * (SPAN // C), near_end):
+                    near = near_tile * C
+                    s = near + row
                     keys = key_positions(s, length, position, SINKS)
-                    k_near = load_tile(k, k_strides[2], s, length, d, dim)
-                    v_near = load_tile(v, v_strides[2], s, length, vd, value_dim).to(LOW)
-                    k_up, k_down = features(k_near, wk, fk, fk_strides[2], s, length, j, width, FUSED, PRECISION)
+                    k_near = load_tile(k, k_strides[2], near, length, row, d, DIM)
+                    v_near = load_tile(v, v_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
+                    k_up, k_down = features(k_near, wk, fk, fk_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION)
                     da = tl.dot(do_tile, tl.trans(v_near), input_precision=PRECISION) * r[:, None] - h[:, None]
                     mask = linear_mask(n[:, None], keys[None, :], WINDOW, SIZE)
                     da = tl.where(mask, da, 0.0).to(LOW)
                     d_up = tl.dot(da, k_up.to(LOW), d_up, input_precision=PRECISION)
                     d_down = tl.dot(da, k_down.to(LOW), d_down, input_precision=PRECISION)
-            up, down = features(q_tile, wq, fq, fq_strides[2], t, length, j, width, FUSED, PRECISION)
+            up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
             pull = -tl.sum(up * d_up, 1) - tl.sum(down * d_down, 1)
             sum_pull += tl.where(t < length, pull, 0.0)
             if FUSED:
@@ -144,71 +146,50 @@ def query_kernel(
                 if INPUTS:
                     grad_q = tl.dot(dy, tl.trans(wq).to(LOW), grad_q, input_precision=PRECISION)
             else:
-                store_tile(dfq, dfq_strides[2], t, length, j, width, d_up)
-                store_tile(dfq + width, dfq_strides[2], t, length, j, width, d_down)
+                store_tile(dfq, dfq_strides[2], at, length, row, one, j, WIDTH, d_up)
+                store_tile(dfq + WIDTH, dfq_strides[2], at, length, row, one, j, WIDTH, d_down)
         if INPUTS and SOFTMAX:
-            k_own = load_tile(k, k_strides[2], t, length, d, dim)
-            k_old = load_tile(k, k_strides[2], t - C, length, d, dim)
-            own_keys = key_positions(t, length, position, SINKS)
-            old_keys = key_positions(t - C, length, position, SINKS)
-            mask = own_mask(n[:, None], own_keys[None, :], WINDOW, SIZE, C)
-            own_logits, own = softmax_logits(q_tile, k_own, mask, scale, cap, CAPPED, PRECISION)
-            mask = previous_mask(n[:, None], old_keys[None, :], WINDOW, SIZE)
-            old_logits, old = softmax_logits(q_tile, k_old, mask, scale, cap, CAPPED, PRECISION)
-            peak = tl.maximum(tl.max(own, 1), tl.max(old, 1))
-            if SINKS > 0:
-                seen = sinks_mask(n, sink, SINKS)
-                far_logits, far = softmax_logits(q_tile, ks, seen, scale, cap, CAPPED, PRECISION)
-                peak = tl.maximum(peak, tl.max(far, 1))
-            # The key of the maximum: -1 - i for sink i, else its index in the sequence. Lowest wins.
-            top = tl.min(tl.where(own == peak[:, None], t[None, :], length), 1)
-            top = tl.minimum(top, tl.min(tl.where(old == peak[:, None], t[None, :] - C, length), 1))
-            if SINKS > 0:
-                top = tl.minimum(top, tl.min(tl.where(far == peak[:, None], -1 - sink[None, :], length), 1))
-            peak -= log_gamma
-            tl.store(peaks + t, peak, mask=(t < length) & (piece == 0))
-            tl.store(tops + t, top, mask=(t < length) & (piece == 0))
             tl.store(pulls + t, pull, mask=t < length)
-            own = tl.exp2(own - peak[:, None])
-            v_own = load_tile(v, v_strides[2], t, length, vd, value_dim).to(LOW)
-            da = tl.dot(do_tile, tl.trans(v_own), input_precision=PRECISION) * r[:, None] - h[:, None]
-            ds = own * da - tl.where(t[None, :] == top[:, None], pull[:, None], 0.0)
-            ds = softmax_logits_backward(ds, own_logits, scale, cap, CAPPED)
-            grad_q = tl.dot(ds.to(LOW), k_own.to(LOW), grad_q, input_precision=PRECISION)
-            old = tl.exp2(old - peak[:, None])
-            v_old = load_tile(v, v_strides[2], t - C, length, vd, value_dim).to(LOW)
-            da = tl.dot(do_tile, tl.trans(v_old), input_precision=PRECISION) * r[:, None] - h[:, None]
-            ds = old * da - tl.where((t - C)[None, :] == top[:, None], pull[:, None], 0.0)
-            ds = softmax_logits_backward(ds, old_logits, scale, cap, CAPPED)
-            grad_q = tl.dot(ds.to(LOW), k_old.to(LOW), grad_q, input_precision=PRECISION)
+            peak, top = load_rows(peaks, t, length)[:, None], load_rows(tops, t, length)[:, None]
+            r, h, pull = r[:, None], h[:, None], pull[:, None]
+            for back in range(2):  # keys of the same tile, then of the one before
+                near = at - back * C
+                s = near + row
+                k_tile = load_tile(k, k_strides[2], near, length, row, d, DIM)
+                v_tile = load_tile(v, v_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
+                keys = key_positions(s, length, position, SINKS)[None, :]
+                mask = window_mask(n[:, None], keys, WINDOW, SIZE)
+                logits = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
+                da = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+                _, ds = softmax_backward(logits, da, peak, r, h, pull, s[None, :] == top, scale, cap, CAPPED)
+                grad_q = tl.dot(ds.to(LOW), k_tile.to(LOW), grad_q, input_precision=PRECISION)
             if SINKS > 0:
-                far = tl.exp2(far - peak[:, None])
-                da = tl.dot(do_tile, tl.trans(vs), input_precision=PRECISION) * r[:, None] - h[:, None]
-                ds = far * da - tl.where((-1 - sink)[None, :] == top[:, None], pull[:, None], 0.0)
-                ds = softmax_logits_backward(ds, far_logits, scale, cap, CAPPED).to(LOW)
+                logits = softmax_logits(q_tile, ks, sinks_mask(n, sink, SINKS), scale, cap, CAPPED, PRECISION)
+                da = tl.dot(do_tile, tl.trans(vs), input_precision=PRECISION)
+                is_top = (-1 - sink)[None, :] == top
+                a, ds = softmax_backward(logits, da, peak, r, h, pull, is_top, scale, cap, CAPPED)
+                ds = ds.to(LOW)
                 grad_q = tl.dot(ds, ks.to(LOW), grad_q, input_precision=PRECISION)
                 dks = tl.dot(tl.trans(ds), q_tile.to(LOW), dks, input_precision=PRECISION)
-                far = tl.trans((far * r[:, None]).to(LOW))
-                dvs = tl.dot(far, do_tile, dvs, input_precision=PRECISION)
+                dvs = tl.dot(tl.trans((a * r).to(LOW)), do_tile, dvs, input_precision=PRECISION)
         if INPUTS:
-            store_tile(dq, dq_strides[2], t, length, d, dim, grad_q)
+            store_tile(dq, dq_strides[2], at, length, row, d, DIM, grad_q)
     tl.store(d_gamma + program, tl.sum(sum_pull, 0))
     if WEIGHTS:
-        store_weight(d_weight, program, d, j, dim, width, dw)
+        store_matrix(d_weight + program.to(tl.int64) * DIM * WIDTH, d, j, DIM, WIDTH, dw)
     if SOFTMAX and SINKS > 0 and INPUTS:
-        offsets, exists = matrix(sink, d, SINKS, dim)
-        tl.store(d_sink_k + program.to(tl.int64) * SINKS * dim + offsets, dks, mask=exists)
-        offsets, exists = matrix(sink, vd, SINKS, value_dim)
-        tl.store(d_sink_v + (walk * heads + head).to(tl.int64) * SINKS * value_dim + offsets, dvs, mask=exists)
+        store_matrix(d_sink_k + program.to(tl.int64) * SINKS * DIM, sink, d, SINKS, DIM, dks)
+        store_matrix(d_sink_v + (walk * heads + head).to(tl.int64) * SINKS * VALUE_DIM, sink, vd, SINKS, VALUE_DIM, dvs)
 
 
 @triton.jit
 def key_kernel(
     q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
-    inverse, shift, peaks, tops, pulls, states, sums, dk, dk_strides, dv, dv_strides, dfk, dfk_strides, d_weight,
+    inverse, delta, peaks, tops, pulls, states, sums, dk, dk_strides, dv, dv_strides, dfk, dfk_strides, d_weight,
     walks, sequences, positions,
-    heads, group, map_group, tokens, dim, value_dim, width, scale, cap, pull_stride,
-    SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
+    heads, group, map_group, tokens, scale, cap, pull_stride,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
     CAPPED: tl.constexpr, FUSED: tl.constexpr, INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr,
     LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -230,46 +211,51 @@ def key_kernel(
     dv = head_pointer(dv, dv_strides, batch, head, first)
     dfk = head_pointer(dfk, dfk_strides, batch, head, first) + piece.to(tl.int64) * dfk_strides[3]
     rows = row_offset(batch, head, first, heads, tokens)
-    inverse, shift, peaks, tops = inverse + rows, shift + rows, peaks + rows, tops + rows
+    inverse, delta, peaks, tops = inverse + rows, delta + rows, peaks + rows, tops + rows
     pulls += rows + piece.to(tl.int64) * pull_stride
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
-    first_piece = tl.where(piece == 0, 1.0, 0.0)
-    wq = load_weight(weight_q, head, d, j, dim, width).to(q.dtype.element_ty) if FUSED and NEAR else 0
-    wk = load_weight(weight_k, map_head, d, j, dim, width).to(k.dtype.element_ty) if FUSED and LINEAR else 0
+    first_piece, one = tl.where(piece == 0, 1.0, 0.0), tl.full((C,), 1.0, tl.float32)
+    wq = load_weight(weight_q, head, d, j, DIM, WIDTH).to(q.dtype.element_ty) if FUSED and NEAR else 0
+    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH).to(k.dtype.element_ty) if FUSED and LINEAR else 0
     if WEIGHTS:
         dw = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
     for tile in range(begin, end):
-        t = tile * C + row
-        k_tile = load_tile(k, k_strides[2], t, length, d, dim)
-        v_tile = load_tile(v, v_strides[2], t, length, vd, value_dim).to(LOW)
+        at = tile * C
+        t = at + row
+        k_tile = load_tile(k, k_strides[2], at, length, row, d, DIM)
+        v_tile = load_tile(v, v_strides[2], at, length, row, vd, VALUE_DIM).to(LOW)
         keys = key_positions(t, length, position, SINKS)
         if INPUTS:
             grad_k = tl.zeros((C, BLOCK_D), tl.float32)
             grad_v = tl.zeros((C, BLOCK_V), tl.float32)
         if LINEAR:
-            up, down = features(k_tile, wk, fk, fk_strides[2], t, length, j, width, FUSED, PRECISION)
+            up, down = features(k_tile, wk, fk, fk_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
             exists = (keys >= 0)[:, None]
             up_low, down_low = tl.where(exists, up, 0.0).to(LOW), tl.where(exists, down, 0.0).to(LOW)
             # Queries from step ``after`` on see all keys of this tile; the last step's state holds none.
-            after = tl.cdiv(window_end(position + tile * C + C - 1, WINDOW, SIZE) - position, SPAN)
+            after = tl.cdiv(window_end(position + at + C - 1, WINDOW, SIZE) - position, SPAN)
             index = (entry + tl.minimum(after, tl.cdiv(length, SPAN)) - 1) * heads + head
-            S = load_state(states, index, 0, j, vd, width, value_dim)
-            d_up = tl.dot(v_tile, S, input_precision=PRECISION) - load_sum(sums, index, 0, j, width)[None, :] * first_piece
+            S = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
+            d_up = tl.dot(v_tile, S, input_precision=PRECISION)
+            d_up -= load_sum(sums, index, 0, j, WIDTH)[None, :] * first_piece
             if INPUTS:
                 grad_v = tl.dot(up_low, tl.trans(S), grad_v, input_precision=PRECISION)
-            S = load_state(states, index, 1, j, vd, width, value_dim)
-            d_down = tl.dot(v_tile, S, input_precision=PRECISION) - load_sum(sums, index, 1, j, width)[None, :] * first_piece
+            S = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
+            d_down = tl.dot(v_tile, S, input_precision=PRECISION)
+            d_down -= load_sum(sums, index, 1, j, WIDTH)[None, :] * first_piece
             if INPUTS:
                 grad_v = tl.dot(down_low, tl.trans(S), grad_v, input_precision=PRECISION)
             if NEAR:
-                near_begin = (window_end(position + tile * C, WINDOW, SIZE) - position) // C
-                for near in range(near_begin, tl.minimum(after * (SPAN // C), tl.cdiv(length, C))):
-                    s = near * C + row
-                    q_near = load_tile(q, q_strides[2], s, length, d, dim)
-                    do_near = load_tile(do, do_strides[2], s, length, vd, value_dim).to(LOW)
-                    r, h = load_rows(inverse, s, length), load_rows(shift, s, length) * first_piece
-                    q_up, q_down = features(q_near, wq, fq, fq_strides[2], s, length, j, width, FUSED, PRECISION)
+                near_begin = (window_end(position + at, WINDOW, SIZE) - position) // C
+                for near_tile in range(near_begin, tl.minimum(after * (SPAN // C), tl.cdiv(length, C))):
+                    near = near_tile * C
+                    s = near + row
+                    q_near = load_tile(q, q_strides[2], near, length, row, d, DIM)
+                    do_near = load_tile(do, do_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
+                    r = load_rows(inverse, s, length)
+                    h = load_rows(delta, s, length) * r * first_piece
+                    q_up, q_down = features(q_near, wq, fq, fq_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION)
                     q_up, q_down = q_up.to(LOW), q_down.to(LOW)
                     mask = linear_mask((position + s)[None, :], keys[:, None], WINDOW, SIZE)
                     da = tl.dot(v_tile, tl.trans(do_near), input_precision=PRECISION) * r[None, :] - h[None, :]
@@ -289,31 +275,27 @@ def key_kernel(
                 if INPUTS:
                     grad_k = tl.dot(dy, tl.trans(wk).to(LOW), grad_k, input_precision=PRECISION)
             else:
-                store_tile(dfk, dfk_strides[2], t, length, j, width, d_up)
-                store_tile(dfk + width, dfk_strides[2], t, length, j, width, d_down)
+                store_tile(dfk, dfk_strides[2], at, length, row, one, j, WIDTH, d_up)
+                store_tile(dfk + WIDTH, dfk_strides[2], at, length, row, one, j, WIDTH, d_down)
         if INPUTS and SOFTMAX:
-            for ahead in tl.static_range(2):  # queries of the same tile, then of the next
-                s = t + ahead * C
+            for ahead in range(2):  # queries of the same tile, then of the next
+                near = at + ahead * C
+                s = near + row
                 n = (position + s)[None, :]
-                q_tile = load_tile(q, q_strides[2], s, length, d, dim)
-                do_tile = load_tile(do, do_strides[2], s, length, vd, value_dim).to(LOW)
-                r, h = load_rows(inverse, s, length), load_rows(shift, s, length) * first_piece
-                peak, top = load_rows(peaks, s, length), load_rows(tops, s, length)
-                pull = load_rows(pulls, s, length)
-                if ahead:
-                    mask = previous_mask(n, keys[:, None], WINDOW, SIZE)
-                else:
-                    mask = own_mask(n, keys[:, None], WINDOW, SIZE, C)
-                mask = mask & (s < length)[None, :]
-                logits, a = softmax_logits(k_tile, q_tile, mask, scale, cap, CAPPED, PRECISION)
-                a = tl.exp2(a - peak[None, :])
-                grad_v = tl.dot((a * r[None, :]).to(LOW), do_tile, grad_v, input_precision=PRECISION)
-                da = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) * r[None, :] - h[None, :]
-                ds = a * da - tl.where(mask & (t[:, None] == top[None, :]), pull[None, :], 0.0)
-                ds = softmax_logits_backward(ds, logits, scale, cap, CAPPED).to(LOW)
-                grad_k = tl.dot(ds, q_tile.to(LOW), grad_k, input_precision=PRECISION)
+                q_tile = load_tile(q, q_strides[2], near, length, row, d, DIM)
+                do_tile = load_tile(do, do_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
+                peak, top = load_rows(peaks, s, length)[None, :], load_rows(tops, s, length)[None, :]
+                r, pull = load_rows(inverse, s, length)[None, :], load_rows(pulls, s, length)[None, :]
+                h = load_rows(delta, s, length)[None, :] * r * first_piece
+                mask = window_mask(n, keys[:, None], WINDOW, SIZE)
+                is_top = (t[:, None] == top) & mask
+                logits = softmax_logits(k_tile, q_tile, mask, scale, cap, CAPPED, PRECISION)
+                da = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+                a, ds = softmax_backward(logits, da, peak, r, h, pull, is_top, scale, cap, CAPPED)
+                grad_v = tl.dot((a * r).to(LOW), do_tile, grad_v, input_precision=PRECISION)
+                grad_k = tl.dot(ds.to(LOW), q_tile.to(LOW), grad_k, input_precision=PRECISION)
         if INPUTS:
-            store_tile(dk, dk_strides[2], t, length, d, dim, grad_k)
-            store_tile(dv, dv_strides[2], t, length, vd, value_dim, grad_v)
+            store_tile(dk, dk_strides[2], at, length, row, d, DIM, grad_k)
+            store_tile(dv, dv_strides[2], at, length, row, vd, VALUE_DIM, grad_v)
     if WEIGHTS:
-        store_weight(d_weight, program, d, j, dim, width, dw)
+        store_matrix(d_weight + program.to(tl.int64) * DIM * WIDTH, d, j, DIM, WIDTH, dw)

@@ -14,6 +14,7 @@ from lolcats.attention.kernels.blocks import (
     load_sinks,
     load_tile,
     load_weight,
+    log2_scale,
     own_mask,
     previous_mask,
     row_offset,
@@ -29,14 +30,18 @@ from lolcats.attention.kernels.states import load_state, load_sum
 @triton.jit
 def output_kernel(
     q, q_strides, k, k_strides, v, v_strides, o, o_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k, gamma,
-    sink_k, sink_v, inverse, states, sums, walks, sequences, positions,
-    heads, group, map_group, tokens, dim, value_dim, width, scale, cap,
-    SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
-    CAPPED: tl.constexpr, FUSED: tl.constexpr, SAVE: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    sink_k, sink_v, inverse, peaks, tops, states, sums, walks, sequences, positions,
+    heads, group, map_group, tokens, scale, cap,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
+    CAPPED: tl.constexpr, FUSED: tl.constexpr, SAVE: tl.constexpr, PEAKS: tl.constexpr, NEAR: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """One walk over tiles of a query head, for a slice of the value dim. ``inverse``: 1 / denominator, if SAVE.
+    """One walk over tiles of a query head, for a slice of the value dim.
+
+    SAVE: 1 / denominator is stored (``inverse``). PEAKS: so are what the shift c_n is, in base 2 and with γ, and the key
+    it comes from: −1 − i for sink i, else its token; the lowest if there are several.
 
     NEAR: whether some keys older than the window are not in the state of a step yet; else compiled away.
     """
@@ -48,72 +53,86 @@ def output_kernel(
         q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
     )  # fmt: skip
     o = head_pointer(o, o_strides, batch, head, first)
-    inverse += row_offset(batch, head, first, heads, tokens)
+    rows = row_offset(batch, head, first, heads, tokens)
+    inverse, peaks, tops = inverse + rows, peaks + rows, tops + rows
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
+    one = tl.full((C,), 1.0, tl.float32)
     log_gamma = tl.log2(tl.load(gamma + head))
-    wq = load_weight(weight_q, head, d, j, dim, width).to(q.dtype.element_ty) if FUSED and LINEAR else 0
-    wk = load_weight(weight_k, map_head, d, j, dim, width).to(k.dtype.element_ty) if FUSED and NEAR else 0
+    wq = load_weight(weight_q, head, d, j, DIM, WIDTH).to(q.dtype.element_ty) if FUSED and LINEAR else 0
+    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH).to(k.dtype.element_ty) if FUSED and NEAR else 0
     if SOFTMAX and SINKS > 0:
         sink = tl.arange(0, BLOCK_SINKS)
-        ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, dim, SINKS)
-        vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, value_dim, SINKS)
+        ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, DIM, SINKS)
+        vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, VALUE_DIM, SINKS)
     for tile in range(begin, end):
-        t = tile * C + row
+        at = tile * C
+        t = at + row
         n = position + t
-        q_tile = load_tile(q, q_strides[2], t, length, d, dim)
+        q_tile = load_tile(q, q_strides[2], at, length, row, d, DIM)
         numerator = tl.zeros((C, BLOCK_V), tl.float32)
         denominator = tl.zeros((C,), tl.float32)
         if SOFTMAX:
-            k_own = load_tile(k, k_strides[2], t, length, d, dim)
-            k_old = load_tile(k, k_strides[2], t - C, length, d, dim)
+            k_own = load_tile(k, k_strides[2], at, length, row, d, DIM)
+            k_old = load_tile(k, k_strides[2], at - C, length, row, d, DIM)
             own_keys = key_positions(t, length, position, SINKS)
             old_keys = key_positions(t - C, length, position, SINKS)
             mask = own_mask(n[:, None], own_keys[None, :], WINDOW, SIZE, C)
-            _, own = softmax_logits(q_tile, k_own, mask, scale, cap, CAPPED, PRECISION)
+            own = softmax_logits(q_tile, k_own, mask, scale, cap, CAPPED, PRECISION)
             mask = previous_mask(n[:, None], old_keys[None, :], WINDOW, SIZE)
-            _, old = softmax_logits(q_tile, k_old, mask, scale, cap, CAPPED, PRECISION)
+            old = softmax_logits(q_tile, k_old, mask, scale, cap, CAPPED, PRECISION)
             peak = tl.maximum(tl.max(own, 1), tl.max(old, 1))
             if SINKS > 0:
-                _, far = softmax_logits(q_tile, ks, sinks_mask(n, sink, SINKS), scale, cap, CAPPED, PRECISION)
+                seen = sinks_mask(n, sink, SINKS)
+                far = softmax_logits(q_tile, ks, seen, scale, cap, CAPPED, PRECISION)
                 peak = tl.maximum(peak, tl.max(far, 1))
-            peak -= log_gamma  # γ·exp(s − max)
-            own = tl.exp2(own - peak[:, None])
-            old = tl.exp2(old - peak[:, None])
+            if PEAKS:
+                top = tl.min(tl.where(own == peak[:, None], t[None, :], length), 1)
+                top = tl.minimum(top, tl.min(tl.where(old == peak[:, None], t[None, :] - C, length), 1))
+                if SINKS > 0:
+                    top = tl.minimum(top, tl.min(tl.where(far == peak[:, None], -1 - sink[None, :], length), 1))
+                tl.store(tops + t, top, mask=(t < length) & (piece == 0))
+            factor = log2_scale(scale, CAPPED)
+            peak = peak * factor - log_gamma  # γ·exp(s − max)
+            if PEAKS:
+                tl.store(peaks + t, peak, mask=(t < length) & (piece == 0))
+            own = tl.exp2(own * factor - peak[:, None])
+            old = tl.exp2(old * factor - peak[:, None])
             denominator += tl.sum(own, 1) + tl.sum(old, 1)
             if SINKS > 0:
-                far = tl.exp2(far - peak[:, None])
+                far = tl.exp2(far * factor - peak[:, None])
                 denominator += tl.sum(far, 1)
                 numerator = tl.dot(far.to(vs.dtype), vs, numerator, input_precision=PRECISION)
-            v_own = load_tile(v, v_strides[2], t, length, vd, value_dim)
+            v_own = load_tile(v, v_strides[2], at, length, row, vd, VALUE_DIM)
             numerator = tl.dot(own.to(v_own.dtype), v_own, numerator, input_precision=PRECISION)
-            v_old = load_tile(v, v_strides[2], t - C, length, vd, value_dim)
+            v_old = load_tile(v, v_strides[2], at - C, length, row, vd, VALUE_DIM)
             numerator = tl.dot(old.to(v_own.dtype), v_old, numerator, input_precision=PRECISION)
         if LINEAR:
-            up, down = features(q_tile, wq, fq, fq_strides[2], t, length, j, width, FUSED, PRECISION)
-            step = tl.maximum(window_start(position + tile * C, WINDOW, SIZE) - position, 0) // SPAN
+            up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
+            step = tl.maximum(window_start(position + at, WINDOW, SIZE) - position, 0) // SPAN
             index = (entry + step) * maps + map_head
-            denominator += tl.sum(up * load_sum(sums, index, 0, j, width)[None, :], 1)
-            denominator += tl.sum(down * load_sum(sums, index, 1, j, width)[None, :], 1)
+            denominator += tl.sum(up * load_sum(sums, index, 0, j, WIDTH)[None, :], 1)
+            denominator += tl.sum(down * load_sum(sums, index, 1, j, WIDTH)[None, :], 1)
             up, down = up.to(LOW), down.to(LOW)
-            S = load_state(states, index, 0, j, vd, width, value_dim)
+            S = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
             numerator = tl.dot(up, tl.trans(S), numerator, input_precision=PRECISION)
-            S = load_state(states, index, 1, j, vd, width, value_dim)
+            S = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
             numerator = tl.dot(down, tl.trans(S), numerator, input_precision=PRECISION)
             if NEAR:
-                near_end = tl.cdiv(window_start(position + tile * C + C - 1, WINDOW, SIZE) - position, C)
-                for near in range(step * (SPAN // C), near_end):
-                    s = near * C + row
+                near_end = tl.cdiv(window_start(position + at + C - 1, WINDOW, SIZE) - position, C)
+                for near_tile in range(step * (SPAN // C), near_end):
+                    near = near_tile * C
+                    s = near + row
                     keys = key_positions(s, length, position, SINKS)
-                    k_near = load_tile(k, k_strides[2], s, length, d, dim)
-                    v_near = load_tile(v, v_strides[2], s, length, vd, value_dim).to(LOW)
-                    k_up, k_down = features(k_near, wk, fk, fk_strides[2], s, length, j, width, FUSED, PRECISION)
+                    k_near = load_tile(k, k_strides[2], near, length, row, d, DIM)
+                    v_near = load_tile(v, v_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
+                    k_up, k_down = features(k_near, wk, fk, fk_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION)
                     a = tl.dot(up, tl.trans(k_up.to(LOW)), input_precision=PRECISION)
                     a = tl.dot(down, tl.trans(k_down.to(LOW)), a, input_precision=PRECISION)
                     a = tl.where(linear_mask(n[:, None], keys[None, :], WINDOW, SIZE), a, 0.0)
                     denominator += tl.sum(a, 1)
                     numerator = tl.dot(a.to(LOW), v_near, numerator, input_precision=PRECISION)
         reciprocal = tl.where(denominator == 0, 1.0, 1 / denominator)
-        store_tile(o, o_strides[2], t, length, vd, value_dim, numerator * reciprocal[:, None])
+        store_tile(o, o_strides[2], at, length, row, vd, VALUE_DIM, numerator * reciprocal[:, None])
         if SAVE:
             tl.store(inverse + t, reciprocal, mask=(t < length) & (piece == 0))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lolcats.attention.chunked import Context
 from lolcats.attention.feature_maps import FeatureMap
-from lolcats.attention.kernels.backward import key_kernel, query_kernel, shift_kernel
+from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_kernel
 from lolcats.attention.kernels.forward import output_kernel
 from lolcats.attention.kernels.layout import (
     Blocks,
@@ -100,22 +100,23 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         problem = Problem(call, *map(_ready, (q, k, v, fq, fk)), *map(_plain, (wq, wk, gamma)))
         save = any(ctx.needs_input_grad)
-        o, inverse, S, z = problem.forward(save)
+        o, softmax, S, z = problem.forward(save, peaks=any(ctx.needs_input_grad[:3]))
         if save:
             nothing: dict[str, Any] = dict.fromkeys(TENSORS)
             ctx.problem = dataclasses.replace(problem, **nothing)
-            ctx.save_for_backward(*(getattr(problem, name) for name in TENSORS), o, inverse)
+            ctx.save_for_backward(*(getattr(problem, name) for name in TENSORS), o, *softmax)
         ctx.mark_non_differentiable(*(x for x in (S, z) if x is not None))
         return o, S, z
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        *tensors, o, inverse = ctx.saved_tensors
+        *tensors, o, inverse, peaks, tops = ctx.saved_tensors
         problem = dataclasses.replace(ctx.problem, **dict(zip(TENSORS, tensors, strict=True)))
         inputs, weights = any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[5:7])
-        return (*problem.backward(_ready(do), o, inverse, inputs, weights), None)
+        return (*problem.backward(_ready(do), o, (inverse, peaks, tops), inputs, weights), None)
 
 
+Softmax = tuple[Tensor | None, Tensor | None, Tensor | None]  # of each query: 1 / d_n, c_n, key of c_n; (B, H, T)
 TENSORS = ("q", "k", "v", "fq", "fk", "wq", "wk", "gamma")
 
 
@@ -172,72 +173,102 @@ class Problem:
     def launch(self, kernel: str) -> Launch:
         return choose_launch(kernel, self.v.shape[3], self.blocks, self.tiling.tile, self.wide)
 
-    def forward(self, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Outputs, 1 / denominators (B, H, T), final S and z."""
-        launch = self.launch("output")
+    def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Softmax, Tensor | None, Tensor | None]:
+        """Outputs, what backward needs of each query's softmax (``save``; ``peaks`` too), final S and z."""
+        launch, peaks = self.launch("output"), peaks and self.call.spec.has_softmax
         o = self.new_output(self.v.shape[3], torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32)
-        inverse = self.per_query() if save else o
+        softmax = (
+            self.per_query() if save else None,
+            self.per_query() if peaks else None,
+            self.per_query(dtype=torch.int32) if peaks else None,
+        )
         states, sums, S, z = self.forward_states()
-        sink_k, sink_v = self.sinks()
         output_kernel[(len(self.layout.walks), self.heads, launch.pieces)](
-            *self.tensors(), o, o.stride()[:3], *self.features(), self.wq, self.wk, self.gamma, sink_k, sink_v,
-            inverse, states, sums, self.layout.walks, *self.tables(), *self.sizes(),
-            SAVE=save, BLOCK_SINKS=self.blocks.sinks, **self.constants(launch),
+            *self.tensors(), *_strided(o), *self.features(), self.wq, self.wk, self.gamma, *self.sinks(),
+            *(o if x is None else x for x in softmax), states, sums, self.layout.walks, *self.tables(), *self.sizes(),
+            SAVE=save, PEAKS=peaks, BLOCK_SINKS=self.blocks.sinks, **self.constants(launch),
         )  # fmt: skip
-        return o, inverse, S, z
+        return o, softmax, S, z
 
     def backward(
-        self, do: Tensor, o: Tensor, inverse: Tensor, inputs: bool, weights: bool
+        self, do: Tensor, o: Tensor, softmax: Softmax, inputs: bool, weights: bool
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of TENSORS; those of q, k, v (``inputs``) and of the maps' ``weights`` only where wanted."""
-        layout, spec, launch = self.layout, self.call.spec, self.launch("query")
+        """Gradients of TENSORS; those of q, k, v (``inputs``) and of the maps' ``weights`` only where wanted.
+
+        Together the two need more registers than there are: where both are wanted, the kernels run once for each.
+        """
+        delta, pulls = self.delta(do, o), self.per_query(self.launch("query").pieces)
+        softmax = tuple(do if x is None else x for x in softmax)  # type: ignore[assignment]
+        weights = weights and self.wq is not None
+        runs = [(True, False), (False, True)] if inputs and weights else [(inputs, weights)]
+        states = self.forward_states()[:2]
+        queries = [self.query_gradients(do, softmax, delta, pulls, states, *run) for run in runs]
+        states = self.backward_states(do, softmax[0], delta)  # type: ignore[arg-type]
+        keys = [self.key_gradients(do, softmax, delta, pulls, states, *run) for run in runs]
+        grads: dict[str, Tensor] = {}
+        for part in (*queries, *keys):  # the first run counts where both give something
+            grads = {name: x for name, x in part.items() if x is not None} | grads
+        if inputs and self.call.spec.softmax_sinks and self.call.spec.has_softmax:
+            self.add_sinks(grads["k"], grads["v"], grads["sink_k"], grads["sink_v"])
+        for name in ("q", "k", "v", "fq", "fk"):
+            if name in grads:
+                grads[name] = grads[name].to(getattr(self, name).dtype)
+        return tuple(grads.get(name) for name in TENSORS)
+
+    def query_gradients(
+        self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor, states: tuple[Tensor, Tensor], inputs: bool,
+        weights: bool,
+    ) -> dict[str, Tensor | None]:  # fmt: skip
+        """Of q, φ(q), φ_q's weights, γ, and of the sinks by program; None where not wanted. Writes ``pulls``."""
+        layout, launch, spec = self.layout, self.launch("query"), self.call.spec
         heads, dim, value_dim, pieces = self.heads, self.q.shape[3], self.v.shape[3], launch.pieces
-        programs, weights = pieces * len(layout.walks), weights and self.wq is not None
-        shift = self.shift(do, o, inverse)
-        peaks, pulls, tops = self.per_query(), self.per_query(pieces), self.per_query(dtype=torch.int32)
-        dq, dk = (self.new_gradient(dim, pieces, inputs) for _ in range(2))
-        dv = self.new_gradient(value_dim, 1, inputs)
-        dfq, dfk = (self.new_gradient(2 * self.width, pieces, self.fq is not None, torch.float32) for _ in range(2))
-        dwq, dwk = (self.partial(programs, self.wq) if weights else None for _ in range(2))
+        programs, sinks = pieces * len(layout.walks), spec.softmax_sinks if inputs and spec.has_softmax else 0
+        dq = self.new_gradient(dim, pieces, inputs)
+        dfq = self.new_gradient(2 * self.width, pieces, self.fq is not None, torch.float32)
+        dwq = self.partial(programs, weights)
         d_gamma = self.q.new_empty(programs, heads, dtype=torch.float32)
-        sink_k, sink_v = self.sinks()
-        sinks = spec.softmax_sinks if inputs and spec.has_softmax else 0
         d_sink_k = self.q.new_empty(programs, heads, sinks, dim, dtype=torch.float32)
         d_sink_v = self.q.new_empty(len(layout.walks), heads, sinks, value_dim, dtype=torch.float32)
-        common = (*self.tensors(), do, do.stride()[:3], *self.features(), self.wq, self.wk)
-        states, sums, _, _ = self.forward_states()
         query_kernel[(len(layout.walks), heads, pieces)](
-            *common, self.gamma, sink_k, sink_v, inverse, shift, states, sums, *_strided(dq, do), *_strided(dfq, do),
-            dwq, d_gamma, d_sink_k, d_sink_v, peaks, tops, pulls, layout.walks, *self.tables(), *self.sizes(),
-            pulls.stride(0), INPUTS=inputs, WEIGHTS=weights, BLOCK_SINKS=self.blocks.sinks, **self.constants(launch),
+            *self.tensors(), *_strided(do), *self.features(), self.wq, self.wk, *self.sinks(), softmax[0], delta,
+            *softmax[1:], *states, *_strided_pieces(dq, do), *_strided_pieces(dfq, do), dwq, d_gamma, d_sink_k, d_sink_v, pulls,
+            layout.walks, *self.tables(), *self.sizes(), pulls.stride(0),
+            INPUTS=inputs, WEIGHTS=weights, BLOCK_SINKS=self.blocks.sinks, **self.constants(launch),
         )  # fmt: skip
-        del states, sums
-        states, sums = self.backward_states(do, inverse, shift)
-        key_kernel[(len(layout.walks), heads, pieces)](
-            *common, inverse, shift, peaks, tops, pulls, states, sums, *_strided(dk, do), *_strided(dv, do),
-            *_strided(dfk, do), dwk, layout.walks, *self.tables(), *self.sizes(), pulls.stride(0),
-            INPUTS=inputs, WEIGHTS=weights, **self.constants(self.launch("key")),
-        )  # fmt: skip
-        kv_heads, maps = self.k.shape[1], self.maps
-        grads = [_reduce(x, h) for x, h in ((dq, heads), (dk, kv_heads), (dv, kv_heads), (dfq, heads), (dfk, maps))]
-        if sinks:
-            self.add_sinks(grads[1], grads[2], d_sink_k, d_sink_v)
-        dtypes = (x.dtype if x is not None else None for x in (self.q, self.k, self.v, self.fq, self.fk))
-        grads = [None if g is None else g.to(t) for g, t in zip(grads, dtypes, strict=True)]
-        if dwq is not None and dwk is not None:
-            grads += [dwq.sum(0), dwk.sum(0).unflatten(0, (maps, -1)).sum(1)]
-        else:
-            grads += [None, None]
-        return (*grads, d_gamma.sum(0) / self.gamma)
+        return {
+            "q": _reduce(dq, heads), "fq": _reduce(dfq, heads), "wq": None if dwq is None else dwq.sum(0),
+            "gamma": d_gamma.sum(0) / self.gamma, "sink_k": d_sink_k, "sink_v": d_sink_v,
+        }  # fmt: skip
 
-    def shift(self, do: Tensor, o: Tensor, inverse: Tensor) -> Tensor:
-        """(B, H, T): δ_n / d_n."""
-        shift, tokens, value_dim = self.per_query(), self.q.shape[2], self.v.shape[3]
-        shift_kernel[(triton.cdiv(tokens, 32), self.heads, self.q.shape[0])](
-            o, o.stride()[:3], do, do.stride()[:3], inverse, shift, self.heads, tokens, value_dim,
-            BLOCK_T=32, BLOCK_V=triton.next_power_of_2(value_dim),
+    def key_gradients(
+        self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor, states: tuple[Tensor, Tensor], inputs: bool,
+        weights: bool,
+    ) -> dict[str, Tensor | None]:  # fmt: skip
+        """Of k, v, φ(k) and φ_k's weights; None where not wanted."""
+        layout, launch, kv_heads, maps = self.layout, self.launch("key"), self.k.shape[1], self.maps
+        pieces = launch.pieces
+        dk = self.new_gradient(self.q.shape[3], pieces, inputs)
+        dv = self.new_gradient(self.v.shape[3], 1, inputs)
+        dfk = self.new_gradient(2 * self.width, pieces, self.fq is not None, torch.float32)
+        dwk = self.partial(pieces * len(layout.walks), weights)
+        key_kernel[(len(layout.walks), self.heads, pieces)](
+            *self.tensors(), *_strided(do), *self.features(), self.wq, self.wk, softmax[0], delta, *softmax[1:],
+            pulls, *states, *_strided_pieces(dk, do), *_strided_pieces(dv, do), *_strided_pieces(dfk, do), dwk, layout.walks,
+            *self.tables(), *self.sizes(), pulls.stride(0), INPUTS=inputs, WEIGHTS=weights, **self.constants(launch),
         )  # fmt: skip
-        return shift
+        return {
+            "k": _reduce(dk, kv_heads), "v": _reduce(dv, kv_heads), "fk": _reduce(dfk, maps),
+            "wk": None if dwk is None else dwk.sum(0).unflatten(0, (maps, -1)).sum(1),
+        }  # fmt: skip
+
+    def delta(self, do: Tensor, o: Tensor) -> Tensor:
+        """(B, H, T): δ_n."""
+        delta, tokens, value_dim = self.per_query(), self.q.shape[2], self.v.shape[3]
+        delta_kernel[(triton.cdiv(tokens, 32), self.heads, self.q.shape[0])](
+            *_strided(o), *_strided(do), delta, self.heads, tokens, VALUE_DIM=value_dim, BLOCK_T=32,
+            BLOCK_V=triton.next_power_of_2(value_dim),
+        )  # fmt: skip
+        return delta
 
     def forward_states(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """S and z of all keys before each step, and those at the end of each sequence if the call wants them."""
@@ -245,7 +276,7 @@ class Problem:
             return self.q, self.q, None, None
         context = self.call.context
         initial = None if context is None else self.pack(context.S, context.z)
-        k, v = (self.k, self.k.stride()[:3]), (self.v, self.v.stride()[:3])
+        k, v = _strided(self.k), _strided(self.v)
         arguments = *k, *v, *self.features()[2:], self.wk, self.gamma, self.gamma  # forward sums are not weighted
         groups = self.maps // self.k.shape[1], self.maps // self.v.shape[1]
         states, sums, totals = self.states(arguments, groups, initial, self.maps, final=self.call.final)
@@ -258,12 +289,12 @@ class Problem:
         final = torch.where(present[:, None, None], totals[(ends - 1).clamp_min(0)], final) if len(totals) else final
         return states, sums, *self.unpack(final)
 
-    def backward_states(self, do: Tensor, inverse: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    def backward_states(self, do: Tensor, inverse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """dS and dz of all queries behind each step."""
         if not self.call.spec.has_linear:
             return self.q, self.q
-        x = (self.q, self.q.stride()[:3], do, do.stride()[:3])
-        return self.states((*x, *self.features()[:2], self.wq, inverse, shift), (1, 1), None, self.heads, True)[:2]
+        x = (*_strided(self.q), *_strided(do))
+        return self.states((*x, *self.features()[:2], self.wq, inverse, delta), (1, 1), None, self.heads, True)[:2]
 
     def states(
         self, arguments: tuple[Any, ...], groups: tuple[int, int], initial: Tensor | None, heads: int,
@@ -282,7 +313,7 @@ class Problem:
         def run(starts: Tensor | None, totals: Tensor | None, store: bool) -> None:
             state_kernel[(segments, heads, launch.pieces)](
                 *arguments, starts, totals, states, sums, layout.segments, *self.tables(), heads, *groups,
-                self.q.shape[2], self.q.shape[3], value_dim, width, BACKWARD=backward, STORE=store,
+                self.q.shape[2], BACKWARD=backward, STORE=store,
                 HAS_STARTS=starts is not None, HAS_TOTALS=totals is not None, **constants,
             )  # fmt: skip
 
@@ -311,11 +342,11 @@ class Problem:
         return S.unflatten(2, (2, value_dim, width)).mT.flatten(2, 3), z.contiguous()
 
     def tensors(self) -> tuple[Any, ...]:
-        return tuple(part for x in (self.q, self.k, self.v) for part in (x, x.stride()[:3]))
+        return *_strided(self.q), *_strided(self.k), *_strided(self.v)
 
     def features(self) -> tuple[Any, ...]:
         fq, fk = (self.q, self.k) if self.fq is None or self.fk is None else (self.fq, self.fk)
-        return fq, fq.stride()[:3], fk, fk.stride()[:3]
+        return *_strided(fq), *_strided(fk)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         context = self.call.context
@@ -324,14 +355,14 @@ class Problem:
     def sizes(self) -> tuple[Any, ...]:
         heads, call = self.heads, self.call
         groups = heads // self.k.shape[1], heads // self.maps
-        dims = self.q.shape[2], self.q.shape[3], self.v.shape[3], self.width
-        return heads, *groups, *dims, call.scale, float(call.softcap or 0)
+        return heads, *groups, self.q.shape[2], call.scale, float(call.softcap or 0)
 
     def constants(self, launch: Launch) -> dict[str, Any]:
         spec, blocks, tiling = self.call.spec, self.blocks, self.tiling
         # A step's state is all that is older than the window if windows of its tiles begin where steps do.
         whole = spec.kind != "linear" and spec.window == "terraced" and spec.window_size % tiling.span == 0
         return {
+            "DIM": self.q.shape[3], "VALUE_DIM": self.v.shape[3], "WIDTH": self.width,
             "SOFTMAX": spec.has_softmax, "LINEAR": spec.has_linear, "NEAR": spec.has_linear and not whole,
             "WINDOW": "none" if spec.kind == "linear" else spec.window, "SIZE": spec.window_size,
             "SINKS": spec.softmax_sinks, "CAPPED": self.call.softcap is not None, "FUSED": self.fq is None,
@@ -379,9 +410,10 @@ class Problem:
         dtype = dtype or (self.q.dtype if pieces == 1 else torch.float32)
         return self.new_output(dim, dtype, pieces) if wanted else None
 
-    def partial(self, programs: int, weight: Tensor | None) -> Tensor | None:
+    def partial(self, programs: int, wanted: bool) -> Tensor | None:
         """(programs, H, D, f) for what each program contributes to the gradient of a feature map's weight."""
-        return None if weight is None else weight.new_empty(programs, self.heads, *weight.shape[1:])
+        shape = (programs, self.heads, self.q.shape[3], self.width)
+        return self.q.new_empty(shape, dtype=torch.float32) if wanted else None
 
 
 NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED")  # constants that ``state_kernel`` does not take
@@ -402,12 +434,21 @@ def _reduce(pieces: Tensor | None, heads: int) -> Tensor | None:
     return x if x.shape[1] == heads else x.unflatten(1, (heads, -1)).sum(2)
 
 
-def _strided(x: Tensor | None, unused: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def _strided(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """A (B, heads, T, dim) tensor and its strides; that of tokens is compiled in, so that addresses take no registers."""
+    batch, head, token, _ = x.stride()
+    return x, (batch, head, tl.constexpr(token))
+
+
+def _strided_pieces(x: Tensor | None, unused: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
     """A (pieces, B, heads, T, dim) tensor and its strides in the order of the kernels: batch, head, token, piece.
 
     ``unused`` stands in for an output that is not wanted: kernels do arithmetic on its pointer.
     """
-    return (unused, (0, 0, 0, 0)) if x is None else (x, (*x.stride()[1:4], x.stride(0)))
+    if x is None:
+        return unused, (0, 0, tl.constexpr(0), 0)
+    piece, batch, head, token, _ = x.stride()
+    return x, (batch, head, tl.constexpr(token), piece)
 
 
 def _ready(x: Tensor | None) -> Any:

@@ -14,8 +14,7 @@ from torch import Tensor
 from lolcats.attention.spec import AttentionSpec
 
 Rows = tuple[tuple[int, int, int], ...]  # of each sequence: batch index, first token, length
-STEPS = 4  # fewest steps per segment: below, adding up totals costs more than the parallelism gains
-WAVES = 4  # programs per processor to aim for: they differ in length, and hide each other's waiting
+RESIDENT = 2  # programs that run on a processor at the same time
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,9 @@ def make_layout(
     """``heads``, ``maps``: programs that run for each walk and each segment."""
     tiles = [-(-length // tiling.tile) for _, _, length in rows]
     steps = [-(-length // tiling.span) for _, _, length in rows]
-    walk = tiling.walk or per_program(tiles, heads, WAVES * processors(device))
-    segment = tiling.segment or max(STEPS, per_program(steps, maps, WAVES * processors(device)))
+    slots = RESIDENT * processors(device)
+    walk = tiling.walk or per_program(tiles, heads, slots, split_cost=1)
+    segment = tiling.segment or per_program(steps, maps, slots, split_cost=2)  # totals first, then states
     segments = _cut(steps, segment)
     entries = [0, *itertools.accumulate(steps)]
     ranges = [0, *itertools.accumulate(-(-count // segment) for count in steps)]
@@ -92,9 +92,18 @@ def _cut(counts: Sequence[int], size: int) -> list[tuple[int, int, int]]:
     return [(s, begin, min(begin + size, n)) for s, n in enumerate(counts) for begin in range(0, n, size)]
 
 
-def per_program(counts: Sequence[int], heads: int, programs: int) -> int:
-    """How many of its ``counts`` a program takes so that about ``programs`` of them run in all."""
-    return max(1, min(max(counts, default=1), round(sum(counts) * heads / programs)))
+def per_program(counts: Sequence[int], heads: int, slots: int, split_cost: int) -> int:
+    """How many of its sequence's ``counts`` a program takes so that all of them end soonest; the largest such number.
+
+    split_cost: how much more a program costs that does not take all of its sequence's.
+    """
+    longest = max(counts, default=1) or 1
+
+    def cost(size: int) -> float:
+        waves = -(-sum(-(-count // size) for count in counts) * heads // slots)
+        return waves * (size + 1) * (split_cost if size < longest else 1)  # starting costs about one more
+
+    return min(sorted({-(-longest // parts) for parts in range(1, 257)}, reverse=True), key=cost)
 
 
 @lru_cache(maxsize=8)

@@ -15,11 +15,12 @@ from lolcats.attention.kernels.blocks import (
     features,
     head_pointer,
     key_positions,
+    load_matrix,
     load_rows,
     load_tile,
     load_weight,
-    matrix,
     row_offset,
+    store_matrix,
     walk_bounds,
     window_start,
 )
@@ -27,18 +28,21 @@ from lolcats.attention.kernels.blocks import (
 
 @triton.jit
 def state_kernel(
-    x, x_strides, u, u_strides, f, f_strides, weight, inverse, shift, starts, totals, states, sums, segments, sequences,
-    positions, heads, x_group, u_group, tokens, dim, value_dim, width,
-    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr,
+    x, x_strides, u, u_strides, f, f_strides, weight, inverse, delta, starts, totals, states, sums, segments, sequences,
+    positions, heads, x_group, u_group, tokens,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr,
     HAS_STARTS: tl.constexpr, HAS_TOTALS: tl.constexpr, FUSED: tl.constexpr, LOW: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """One segment, map and slice of the value dim.
 
-    starts, totals: (segments, maps, 2 · width · (value_dim + 1)) fp32, the state before the segment and behind it.
-    states: (entries, maps, 2, value_dim, width) and sums: (entries, maps, 2 · width) fp32: S and z of each step.
-    BACKWARD: rows enter S weighted by ``inverse`` (1 / denominator) and z by ``shift``.
+    starts, totals: (segments, maps, 2 · WIDTH · (VALUE_DIM + 1)) fp32, the state before the segment and behind it.
+    states: (entries, maps, 2, VALUE_DIM, WIDTH) and sums: (entries, maps, 2 · WIDTH) fp32: S and z of each step.
+    BACKWARD: rows enter S weighted by ``inverse`` (1 / denominator), and z by that times ``delta``.
+
+    z is a product with φ, too, so that it needs no sum across warps. Row 0 of the left factor holds the weights of
+    the rows, row 1 what its precision does not hold.
     """
     segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, begin, end, batch, first, length, entry, position = walk_bounds(segments, sequences, positions, segment)
@@ -46,94 +50,89 @@ def state_kernel(
     u = head_pointer(u, u_strides, batch, head // u_group, first)
     f = head_pointer(f, f_strides, batch, head, first)
     inverse += row_offset(batch, head, first, heads, tokens)
-    shift += row_offset(batch, head, first, heads, tokens)
-    row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    delta += row_offset(batch, head, first, heads, tokens)
+    row, d, j, two = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F), tl.arange(0, 16)[:, None]
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
     last = window_start(position + length - 1, WINDOW, SIZE)  # keys from here on are still in a window at the end
-    w = load_weight(weight, head, d, j, dim, width).to(x.dtype.element_ty) if FUSED else 0
-    S_up, S_down, z_up, z_down = load_total(
-        starts, segment * tl.num_programs(1) + head, j, vd, width, value_dim, HAS_STARTS, BLOCK_F, BLOCK_V
-    )  # fmt: skip
+    w = load_weight(weight, head, d, j, DIM, WIDTH).to(x.dtype.element_ty) if FUSED else 0
+    index = segment * tl.num_programs(1) + head
+    S_up, z_up = load_total(starts, index, 0, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS)
+    S_down, z_down = load_total(starts, index, 1, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS)
     TILES: tl.constexpr = SPAN // C
     for i in range(begin * TILES, end * TILES):
         tile = (begin + end) * TILES - 1 - i if BACKWARD else i
         if STORE:
             if i % TILES == 0:
-                index = (entry + tile // TILES) * tl.num_programs(1) + head
-                store_state(states, sums, index, S_up, S_down, z_up, z_down, j, vd, width, value_dim, piece)
-        t = tile * C + row
-        x_tile = load_tile(x, x_strides[2], t, length, d, dim)
-        u_tile = load_tile(u, u_strides[2], t, length, vd, value_dim).to(LOW)
-        up, down = features(x_tile, w, f, f_strides[2], t, length, j, width, FUSED, PRECISION)
+                entries = (entry + tile // TILES) * tl.num_programs(1) + head
+                store_state(states, sums, entries, 0, S_up, z_up, j, vd, piece, WIDTH, VALUE_DIM)
+                store_state(states, sums, entries, 1, S_down, z_down, j, vd, piece, WIDTH, VALUE_DIM)
+        at = tile * C
+        t = at + row
+        x_tile = load_tile(x, x_strides[2], at, length, row, d, DIM)
+        u_tile = tl.trans(load_tile(u, u_strides[2], at, length, row, vd, VALUE_DIM).to(LOW))
         if BACKWARD:
-            row_S, row_z = load_rows(inverse, t, length), load_rows(shift, t, length)
+            row_S, row_z = load_rows(inverse, t, length), load_rows(delta, t, length)
         else:
             key = key_positions(t, length, position, SINKS)
             row_S = ((key >= 0) & (key < last)).to(tl.float32)
             row_z = row_S
-        z_up += tl.sum(up * row_z[:, None], 0)
-        z_down += tl.sum(down * row_z[:, None], 0)
-        u_tile = tl.trans(u_tile)
-        S_up = tl.dot(u_tile, (up * row_S[:, None]).to(LOW), S_up, input_precision=PRECISION)
-        S_down = tl.dot(u_tile, (down * row_S[:, None]).to(LOW), S_down, input_precision=PRECISION)
+        up, down = features(x_tile, w, f, f_strides[2], at, length, row, row_S, j, WIDTH, FUSED, PRECISION)
+        up, down = up.to(LOW), down.to(LOW)
+        S_up = tl.dot(u_tile, up, S_up, input_precision=PRECISION)
+        S_down = tl.dot(u_tile, down, S_down, input_precision=PRECISION)
+        high = row_z.to(LOW).to(tl.float32)
+        weights = tl.where(two == 0, high[None, :], tl.where(two == 1, (row_z - high)[None, :], 0.0)).to(LOW)
+        z_up = tl.dot(weights, up, z_up, input_precision=PRECISION)
+        z_down = tl.dot(weights, down, z_down, input_precision=PRECISION)
     if HAS_TOTALS:
-        index = segment * tl.num_programs(1) + head
-        store_total(totals, index, S_up, S_down, z_up, z_down, j, vd, width, value_dim, piece)
+        store_total(totals, index, 0, S_up, z_up, j, vd, piece, WIDTH, VALUE_DIM)
+        store_total(totals, index, 1, S_down, z_down, j, vd, piece, WIDTH, VALUE_DIM)
 
 
 @triton.jit
-def store_state(states, sums, index, S_up, S_down, z_up, z_down, j, vd, width, value_dim, piece):
-    base = states + index.to(tl.int64) * (2 * width * value_dim)
-    offsets, exists = matrix(vd, j, value_dim, width)
-    tl.store(base + offsets, S_up.to(states.dtype.element_ty), mask=exists)
-    tl.store(base + width * value_dim + offsets, S_down.to(states.dtype.element_ty), mask=exists)
-    z = sums + index.to(tl.int64) * (2 * width)
-    tl.store(z + j, z_up, mask=(j < width) & (piece == 0))
-    tl.store(z + width + j, z_down, mask=(j < width) & (piece == 0))
+def store_state(states, sums, index, half, S, z, j, vd, piece, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """Half (0: softmax(y), 1: softmax(−y)) of an entry: Sᵀ (value slice, f), and z by the first slice."""
+    index = index.to(tl.int64) * 2 + half
+    store_matrix(states + index * WIDTH * VALUE_DIM, vd, j, VALUE_DIM, WIDTH, S)
+    tl.store(sums + index * WIDTH + j, tl.sum(z, 0), mask=(j < WIDTH) & (piece == 0))
 
 
 @triton.jit
-def load_state(states, index, half, j, vd, width, value_dim):
-    """Half (0: softmax(y), 1: softmax(−y)) of Sᵀ, (value slice, f), of an entry."""
-    offsets, exists = matrix(vd, j, value_dim, width)
-    return tl.load(states + (index.to(tl.int64) * 2 + half) * width * value_dim + offsets, mask=exists, other=0.0)
+def load_state(states, index, half, j, vd, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """Half of Sᵀ, (value slice, f), of an entry."""
+    base = states + (index.to(tl.int64) * 2 + half) * WIDTH * VALUE_DIM
+    return load_matrix(base, vd, j, VALUE_DIM, WIDTH)
 
 
 @triton.jit
-def load_sum(sums, index, half, j, width):
+def load_sum(sums, index, half, j, WIDTH: tl.constexpr):
     """Half of z, (f,), of an entry."""
-    return tl.load(sums + (index.to(tl.int64) * 2 + half) * width + j, mask=j < width, other=0.0)
+    return tl.load(sums + (index.to(tl.int64) * 2 + half) * WIDTH + j, mask=j < WIDTH, other=0.0)
 
 
 @triton.jit
 def load_total(
-    totals, index, j, vd, width, value_dim, HAS_STARTS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr
+    totals, index, half, j, vd, two, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, HAS_STARTS: tl.constexpr
 ):  # fmt: skip
-    """Sᵀ (value slice, f) and z (f,), two halves each, of entry ``index``; or zeros."""
+    """Half of Sᵀ (value slice, f) and z (in row 0 of 16) of entry ``index``; or zeros."""
     if not HAS_STARTS:
-        S, z = tl.zeros((BLOCK_V, BLOCK_F), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-        return S, S, z, z
+        return (
+            tl.zeros((vd.shape[0], j.shape[0]), tl.float32),
+            tl.zeros((two.shape[0], j.shape[0]), tl.float32),
+        )
     else:
-        base = totals + index.to(tl.int64) * (2 * width * (value_dim + 1))
-        offsets, exists = matrix(vd, j, value_dim, width)
-        S_up = tl.load(base + offsets, mask=exists, other=0.0)
-        S_down = tl.load(base + width * value_dim + offsets, mask=exists, other=0.0)
-        z = base + 2 * width * value_dim
-        z_up = tl.load(z + j, mask=j < width, other=0.0)
-        z_down = tl.load(z + width + j, mask=j < width, other=0.0)
-        return S_up, S_down, z_up, z_down
+        base = totals + index.to(tl.int64) * (2 * WIDTH * (VALUE_DIM + 1))
+        z = base + 2 * WIDTH * VALUE_DIM + half * WIDTH + j[None, :]
+        z = tl.load(z + two * 0, mask=(two == 0) & (j < WIDTH)[None, :], other=0.0)
+        return load_matrix(base + half * WIDTH * VALUE_DIM, vd, j, VALUE_DIM, WIDTH), z
 
 
 @triton.jit
-def store_total(totals, index, S_up, S_down, z_up, z_down, j, vd, width, value_dim, piece):
+def store_total(totals, index, half, S, z, j, vd, piece, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr):
     """The inverse of ``load_total``; z is written by the first value slice."""
-    base = totals + index.to(tl.int64) * (2 * width * (value_dim + 1))
-    offsets, exists = matrix(vd, j, value_dim, width)
-    tl.store(base + offsets, S_up, mask=exists)
-    tl.store(base + width * value_dim + offsets, S_down, mask=exists)
-    z = base + 2 * width * value_dim
-    tl.store(z + j, z_up, mask=(j < width) & (piece == 0))
-    tl.store(z + width + j, z_down, mask=(j < width) & (piece == 0))
+    base = totals + index.to(tl.int64) * (2 * WIDTH * (VALUE_DIM + 1))
+    store_matrix(base + half * WIDTH * VALUE_DIM, vd, j, VALUE_DIM, WIDTH, S)
+    tl.store(base + 2 * WIDTH * VALUE_DIM + half * WIDTH + j, tl.sum(z, 0), mask=(j < WIDTH) & (piece == 0))
 
 
 @triton.jit
