@@ -59,8 +59,8 @@ def delta_kernel(
 @triton.jit
 def query_kernel(
     q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
-    sink_k, sink_v, inverse, delta, peaks, tops, states, sums, dq, dq_strides, dfq, dfq_strides, d_weight, d_gamma, d_sink_k,
-    d_sink_v, pulls, walks, sequences, positions,
+    sink_k, sink_v, inverse, delta, peaks, tops, states, sums, dq, dq_strides, dfq, dfq_strides, d_weight, d_gamma, pulls,
+    walks, sequences, positions,
     heads, group, map_group, tokens, scale, cap, pull_stride,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
@@ -68,8 +68,8 @@ def query_kernel(
     LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients that belong to queries: dq, φ_q, γ, and those of the sinks; of one slice of the value dim (all are
-    linear in dy, so slices add up).
+    """Gradients that belong to queries, dq, φ_q and γ, from one slice of the value dim (they are linear in dy, so slices
+    add up).
 
     INPUTS: gradients of q, k, v are wanted, and r_n is stored (``pulls``) for ``key_kernel``. WEIGHTS: so are those of
     the feature map's weights.
@@ -99,8 +99,6 @@ def query_kernel(
         sink = tl.arange(0, BLOCK_SINKS)
         ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, DIM, SINKS)
         vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, VALUE_DIM, SINKS).to(LOW)
-        dks = tl.zeros((BLOCK_SINKS, BLOCK_D), tl.float32)
-        dvs = tl.zeros((BLOCK_SINKS, BLOCK_V), tl.float32)
     sum_pull = tl.zeros((C,), tl.float32)
     for tile in range(begin, end):
         at = tile * C
@@ -116,12 +114,11 @@ def query_kernel(
         if LINEAR:
             step = tl.maximum(window_start(position + at, WINDOW, SIZE) - position, 0) // SPAN
             index = (entry + step) * maps + map_head
-            S = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
-            d_up = tl.dot(do_tile, S, input_precision=PRECISION) * r[:, None]
-            S = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
-            d_down = tl.dot(do_tile, S, input_precision=PRECISION) * r[:, None]
-            d_up -= h[:, None] * load_sum(sums, index, 0, j, WIDTH)[None, :]
-            d_down -= h[:, None] * load_sum(sums, index, 1, j, WIDTH)[None, :]
+            S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
+            S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
+            z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
+            d_up = tl.dot(do_tile, S_up, input_precision=PRECISION) * r[:, None] - h[:, None] * z_up[None, :]
+            d_down = tl.dot(do_tile, S_down, input_precision=PRECISION) * r[:, None] - h[:, None] * z_down[None, :]
             if NEAR:
                 near_end = tl.cdiv(window_start(position + at + C - 1, WINDOW, SIZE) - position, C)
                 for near_tile in range(step * (SPAN // C), near_end):
@@ -164,22 +161,58 @@ def query_kernel(
                 _, ds = softmax_backward(logits, da, peak, r, h, pull, s[None, :] == top, scale, cap, CAPPED)
                 grad_q = tl.dot(ds.to(LOW), k_tile.to(LOW), grad_q, input_precision=PRECISION)
             if SINKS > 0:
-                logits = softmax_logits(q_tile, ks, sinks_mask(n, sink, SINKS), scale, cap, CAPPED, PRECISION)
+                logits = softmax_logits(q_tile, ks, sinks_mask(n[:, None], sink[None, :], SINKS), scale, cap, CAPPED, PRECISION)
                 da = tl.dot(do_tile, tl.trans(vs), input_precision=PRECISION)
                 is_top = (-1 - sink)[None, :] == top
-                a, ds = softmax_backward(logits, da, peak, r, h, pull, is_top, scale, cap, CAPPED)
-                ds = ds.to(LOW)
-                grad_q = tl.dot(ds, ks.to(LOW), grad_q, input_precision=PRECISION)
-                dks = tl.dot(tl.trans(ds), q_tile.to(LOW), dks, input_precision=PRECISION)
-                dvs = tl.dot(tl.trans((a * r).to(LOW)), do_tile, dvs, input_precision=PRECISION)
+                _, ds = softmax_backward(logits, da, peak, r, h, pull, is_top, scale, cap, CAPPED)
+                grad_q = tl.dot(ds.to(LOW), ks.to(LOW), grad_q, input_precision=PRECISION)
         if INPUTS:
             store_tile(dq, dq_strides[2], at, length, row, d, DIM, grad_q)
     tl.store(d_gamma + program, tl.sum(sum_pull, 0))
     if WEIGHTS:
         store_matrix(d_weight + program.to(tl.int64) * DIM * WIDTH, d, j, DIM, WIDTH, dw)
-    if SOFTMAX and SINKS > 0 and INPUTS:
-        store_matrix(d_sink_k + program.to(tl.int64) * SINKS * DIM, sink, d, SINKS, DIM, dks)
-        store_matrix(d_sink_v + (walk * heads + head).to(tl.int64) * SINKS * VALUE_DIM, sink, vd, SINKS, VALUE_DIM, dvs)
+
+
+@triton.jit
+def sink_kernel(
+    q, q_strides, do, do_strides, sink_k, sink_v, inverse, delta, peaks, tops, pulls, d_sink_k, d_sink_v,
+    walks, sequences, positions, heads, group, tokens, scale, cap, pull_stride,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, LOW: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_SINKS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the sinks' keys and values from the queries of one walk, as d_sink_k (pieces, walks, H, SINKS, D) and
+    d_sink_v (walks, H, SINKS, Dv)."""
+    walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, begin, end, batch, first, length, _, position = walk_bounds(walks, sequences, positions, walk)
+    kv_head, kv_heads = head // group, heads // group
+    q, do = head_pointer(q, q_strides, batch, head, first), head_pointer(do, do_strides, batch, head, first)
+    rows = row_offset(batch, head, first, heads, tokens)
+    inverse, delta, peaks, tops = inverse + rows, delta + rows, peaks + rows, tops + rows
+    pulls += rows + piece.to(tl.int64) * pull_stride
+    row, d, sink = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_SINKS)
+    vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
+    first_piece = tl.where(piece == 0, 1.0, 0.0)
+    ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, DIM, SINKS)
+    vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, VALUE_DIM, SINKS).to(LOW)
+    dks = tl.zeros((BLOCK_SINKS, BLOCK_D), tl.float32)
+    dvs = tl.zeros((BLOCK_SINKS, BLOCK_V), tl.float32)
+    for tile in range(begin, end):
+        at = tile * C
+        t = at + row
+        q_tile = load_tile(q, q_strides[2], at, length, row, d, DIM)
+        do_tile = load_tile(do, do_strides[2], at, length, row, vd, VALUE_DIM).to(LOW)
+        r, pull = load_rows(inverse, t, length)[None, :], load_rows(pulls, t, length)[None, :]
+        h = load_rows(delta, t, length)[None, :] * r * first_piece
+        peak, is_top = load_rows(peaks, t, length)[None, :], load_rows(tops, t, length)[None, :] == (-1 - sink)[:, None]
+        mask = sinks_mask((position + t)[None, :], sink[:, None], SINKS)
+        logits = softmax_logits(ks, q_tile, mask, scale, cap, CAPPED, PRECISION)
+        da = tl.dot(vs, tl.trans(do_tile), input_precision=PRECISION)
+        a, ds = softmax_backward(logits, da, peak, r, h, pull, is_top, scale, cap, CAPPED)
+        dks = tl.dot(ds.to(LOW), q_tile.to(LOW), dks, input_precision=PRECISION)
+        dvs = tl.dot((a * r).to(LOW), do_tile, dvs, input_precision=PRECISION)
+    program = (piece * tl.num_programs(0) + walk) * heads + head
+    store_matrix(d_sink_k + program.to(tl.int64) * SINKS * DIM, sink, d, SINKS, DIM, dks)
+    store_matrix(d_sink_v + (walk * heads + head).to(tl.int64) * SINKS * VALUE_DIM, sink, vd, SINKS, VALUE_DIM, dvs)
 
 
 @triton.jit
@@ -230,22 +263,20 @@ def key_kernel(
             grad_k = tl.zeros((C, BLOCK_D), tl.float32)
             grad_v = tl.zeros((C, BLOCK_V), tl.float32)
         if LINEAR:
-            up, down = features(k_tile, wk, fk, fk_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
-            exists = (keys >= 0)[:, None]
-            up_low, down_low = tl.where(exists, up, 0.0).to(LOW), tl.where(exists, down, 0.0).to(LOW)
             # Queries from step ``after`` on see all keys of this tile; the last step's state holds none.
             after = tl.cdiv(window_end(position + at + C - 1, WINDOW, SIZE) - position, SPAN)
             index = (entry + tl.minimum(after, tl.cdiv(length, SPAN)) - 1) * heads + head
-            S = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
-            d_up = tl.dot(v_tile, S, input_precision=PRECISION)
-            d_up -= load_sum(sums, index, 0, j, WIDTH)[None, :] * first_piece
+            S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
+            S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
+            z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
+            up, down = features(k_tile, wk, fk, fk_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
+            exists = (keys >= 0)[:, None]
+            up_low, down_low = tl.where(exists, up, 0.0).to(LOW), tl.where(exists, down, 0.0).to(LOW)
             if INPUTS:
-                grad_v = tl.dot(up_low, tl.trans(S), grad_v, input_precision=PRECISION)
-            S = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
-            d_down = tl.dot(v_tile, S, input_precision=PRECISION)
-            d_down -= load_sum(sums, index, 1, j, WIDTH)[None, :] * first_piece
-            if INPUTS:
-                grad_v = tl.dot(down_low, tl.trans(S), grad_v, input_precision=PRECISION)
+                grad_v = tl.dot(up_low, tl.trans(S_up), grad_v, input_precision=PRECISION)
+                grad_v = tl.dot(down_low, tl.trans(S_down), grad_v, input_precision=PRECISION)
+            d_up = tl.dot(v_tile, S_up, input_precision=PRECISION) - z_up[None, :] * first_piece
+            d_down = tl.dot(v_tile, S_down, input_precision=PRECISION) - z_down[None, :] * first_piece
             if NEAR:
                 near_begin = (window_end(position + at, WINDOW, SIZE) - position) // C
                 for near_tile in range(near_begin, tl.minimum(after * (SPAN // C), tl.cdiv(length, C))):

@@ -205,8 +205,8 @@ def linear_mask(n, i, WINDOW: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def sinks_mask(n, sink, SINKS: tl.constexpr):
-    """Which sinks each query sees: those that are not ahead of it."""
-    return (sink[None, :] <= n[:, None]) & (sink < SINKS)[None, :]
+    """Which sinks each query sees: those that are not ahead of it. n, sink: a row and a column."""
+    return (sink <= n) & (sink < SINKS)
 
 
 @triton.jit

@@ -75,6 +75,8 @@ def output_kernel(
         if SOFTMAX:
             k_own = load_tile(k, k_strides[2], at, length, row, d, DIM)
             k_old = load_tile(k, k_strides[2], at - C, length, row, d, DIM)
+            v_own = load_tile(v, v_strides[2], at, length, row, vd, VALUE_DIM)
+            v_old = load_tile(v, v_strides[2], at - C, length, row, vd, VALUE_DIM)
             own_keys = key_positions(t, length, position, SINKS)
             old_keys = key_positions(t - C, length, position, SINKS)
             mask = own_mask(n[:, None], own_keys[None, :], WINDOW, SIZE, C)
@@ -83,9 +85,16 @@ def output_kernel(
             old = softmax_logits(q_tile, k_old, mask, scale, cap, CAPPED, PRECISION)
             peak = tl.maximum(tl.max(own, 1), tl.max(old, 1))
             if SINKS > 0:
-                seen = sinks_mask(n, sink, SINKS)
+                seen = sinks_mask(n[:, None], sink[None, :], SINKS)
                 far = softmax_logits(q_tile, ks, seen, scale, cap, CAPPED, PRECISION)
                 peak = tl.maximum(peak, tl.max(far, 1))
+        if LINEAR:
+            step = tl.maximum(window_start(position + at, WINDOW, SIZE) - position, 0) // SPAN
+            index = (entry + step) * maps + map_head
+            S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
+            S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
+            z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
+        if SOFTMAX:
             if PEAKS:
                 top = tl.min(tl.where(own == peak[:, None], t[None, :], length), 1)
                 top = tl.minimum(top, tl.min(tl.where(old == peak[:, None], t[None, :] - C, length), 1))
@@ -103,21 +112,15 @@ def output_kernel(
                 far = tl.exp2(far * factor - peak[:, None])
                 denominator += tl.sum(far, 1)
                 numerator = tl.dot(far.to(vs.dtype), vs, numerator, input_precision=PRECISION)
-            v_own = load_tile(v, v_strides[2], at, length, row, vd, VALUE_DIM)
             numerator = tl.dot(own.to(v_own.dtype), v_own, numerator, input_precision=PRECISION)
-            v_old = load_tile(v, v_strides[2], at - C, length, row, vd, VALUE_DIM)
             numerator = tl.dot(old.to(v_own.dtype), v_old, numerator, input_precision=PRECISION)
         if LINEAR:
             up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
-            step = tl.maximum(window_start(position + at, WINDOW, SIZE) - position, 0) // SPAN
-            index = (entry + step) * maps + map_head
-            denominator += tl.sum(up * load_sum(sums, index, 0, j, WIDTH)[None, :], 1)
-            denominator += tl.sum(down * load_sum(sums, index, 1, j, WIDTH)[None, :], 1)
+            denominator += tl.sum(up * z_up[None, :], 1)
+            denominator += tl.sum(down * z_down[None, :], 1)
             up, down = up.to(LOW), down.to(LOW)
-            S = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
-            numerator = tl.dot(up, tl.trans(S), numerator, input_precision=PRECISION)
-            S = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
-            numerator = tl.dot(down, tl.trans(S), numerator, input_precision=PRECISION)
+            numerator = tl.dot(up, tl.trans(S_up), numerator, input_precision=PRECISION)
+            numerator = tl.dot(down, tl.trans(S_down), numerator, input_precision=PRECISION)
             if NEAR:
                 near_end = tl.cdiv(window_start(position + at + C - 1, WINDOW, SIZE) - position, C)
                 for near_tile in range(step * (SPAN // C), near_end):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lolcats.attention.chunked import Context
 from lolcats.attention.feature_maps import FeatureMap
-from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_kernel
+from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_kernel, sink_kernel
 from lolcats.attention.kernels.forward import output_kernel
 from lolcats.attention.kernels.layout import (
     Blocks,
@@ -208,8 +208,8 @@ class Problem:
         grads: dict[str, Tensor] = {}
         for part in (*queries, *keys):  # the first run counts where both give something
             grads = {name: x for name, x in part.items() if x is not None} | grads
-        if inputs and self.call.spec.softmax_sinks and self.call.spec.has_softmax:
-            self.add_sinks(grads["k"], grads["v"], grads["sink_k"], grads["sink_v"])
+        if inputs and self.call.spec.softmax_sinks and self.call.spec.has_softmax and self.call.context is None:
+            self.add_sinks(grads["k"], grads["v"], *self.sink_gradients(do, softmax, delta, pulls))
         for name in ("q", "k", "v", "fq", "fk"):
             if name in grads:
                 grads[name] = grads[name].to(getattr(self, name).dtype)
@@ -219,26 +219,37 @@ class Problem:
         self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor, states: tuple[Tensor, Tensor], inputs: bool,
         weights: bool,
     ) -> dict[str, Tensor | None]:  # fmt: skip
-        """Of q, φ(q), φ_q's weights, γ, and of the sinks by program; None where not wanted. Writes ``pulls``."""
-        layout, launch, spec = self.layout, self.launch("query"), self.call.spec
-        heads, dim, value_dim, pieces = self.heads, self.q.shape[3], self.v.shape[3], launch.pieces
-        programs, sinks = pieces * len(layout.walks), spec.softmax_sinks if inputs and spec.has_softmax else 0
-        dq = self.new_gradient(dim, pieces, inputs)
-        dfq = self.new_gradient(2 * self.width, pieces, self.fq is not None, torch.float32)
+        """Of q, φ(q), φ_q's weights and γ; None where not wanted. Writes ``pulls``."""
+        layout, launch, heads = self.layout, self.launch("query"), self.heads
+        programs = launch.pieces * len(layout.walks)
+        dq = self.new_gradient(self.q.shape[3], launch.pieces, inputs)
+        dfq = self.new_gradient(2 * self.width, launch.pieces, self.fq is not None, torch.float32)
         dwq = self.partial(programs, weights)
         d_gamma = self.q.new_empty(programs, heads, dtype=torch.float32)
-        d_sink_k = self.q.new_empty(programs, heads, sinks, dim, dtype=torch.float32)
-        d_sink_v = self.q.new_empty(len(layout.walks), heads, sinks, value_dim, dtype=torch.float32)
-        query_kernel[(len(layout.walks), heads, pieces)](
+        query_kernel[(len(layout.walks), heads, launch.pieces)](
             *self.tensors(), *_strided(do), *self.features(), self.wq, self.wk, *self.sinks(), softmax[0], delta,
-            *softmax[1:], *states, *_strided_pieces(dq, do), *_strided_pieces(dfq, do), dwq, d_gamma, d_sink_k, d_sink_v, pulls,
+            *softmax[1:], *states, *_strided_pieces(dq, do), *_strided_pieces(dfq, do), dwq, d_gamma, pulls,
             layout.walks, *self.tables(), *self.sizes(), pulls.stride(0),
             INPUTS=inputs, WEIGHTS=weights, BLOCK_SINKS=self.blocks.sinks, **self.constants(launch),
         )  # fmt: skip
         return {
             "q": _reduce(dq, heads), "fq": _reduce(dfq, heads), "wq": None if dwq is None else dwq.sum(0),
-            "gamma": d_gamma.sum(0) / self.gamma, "sink_k": d_sink_k, "sink_v": d_sink_v,
+            "gamma": d_gamma.sum(0) / self.gamma,
         }  # fmt: skip
+
+    def sink_gradients(self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the sinks' keys (W walks, H, sinks, D) and values (W, H, sinks, Dv)."""
+        layout, launch, heads, sinks = self.layout, self.launch("query"), self.heads, self.call.spec.softmax_sinks
+        shape = (len(layout.walks), heads, sinks)
+        dk = self.q.new_empty(launch.pieces, *shape, self.q.shape[3], dtype=torch.float32)
+        dv = self.q.new_empty(*shape, self.v.shape[3], dtype=torch.float32)
+        constants = {name: x for name, x in self.constants(launch).items() if name not in NOT_OF_SINKS}
+        sink_kernel[(len(layout.walks), heads, launch.pieces)](
+            *_strided(self.q), *_strided(do), *self.sinks(), softmax[0], delta, *softmax[1:], pulls, dk, dv,
+            layout.walks, *self.tables(), heads, heads // self.k.shape[1], *self.sizes()[3:], pulls.stride(0),
+            BLOCK_SINKS=self.blocks.sinks, **constants,
+        )  # fmt: skip
+        return dk.sum(0), dv
 
     def key_gradients(
         self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor, states: tuple[Tensor, Tensor], inputs: bool,
@@ -381,19 +392,17 @@ class Problem:
         batch, token = _sink_tokens(self.layout, count)
         return tuple(x[batch, :, token].transpose(1, 2).contiguous() for x in (self.k, self.v))  # type: ignore[return-value]
 
-    def add_sinks(self, dk: Tensor | None, dv: Tensor | None, d_sink_k: Tensor, d_sink_v: Tensor) -> None:
-        """Add the sinks' gradients, partial sums of each program, to those of the tokens they are."""
-        if dk is None or dv is None or self.call.context is not None:
-            return
+    def add_sinks(self, dk: Tensor, dv: Tensor, d_sink_k: Tensor, d_sink_v: Tensor) -> None:
+        """Add the sinks' gradients, partial sums of each walk, to those of the tokens they are."""
         layout, count = self.layout, self.call.spec.softmax_sinks
-        belongs = torch.arange(len(layout.rows), device=dk.device)[:, None] == layout.walks[:, 0]
-        batch, token = _sink_tokens(layout, count)
-        exists = layout.sequences[:, 2, None] > torch.arange(count, device=dk.device)
-        for gradient, parts in ((dk, d_sink_k.unflatten(0, (-1, len(layout.walks))).sum(0)), (dv, d_sink_v)):
-            each = torch.einsum("nm,mhsd->nshd", belongs.float(), parts)
-            each = each.unflatten(2, (gradient.shape[1], -1)).sum(3).to(gradient.dtype)
-            at = (batch.expand_as(token)[exists], slice(None), token[exists])
-            gradient[at] = gradient[at] + each[exists]
+        belongs = (layout.present[:, None] == layout.walks[:, 0]).float()
+        batch, token = (x[layout.present] for x in _sink_tokens(layout, count))
+        # Of a sequence shorter than the sinks, the last token stands for those that do not exist, too.
+        same = (token - token[:, :1])[:, :, None, None]
+        for gradient, parts in ((dk, d_sink_k), (dv, d_sink_v)):
+            each = torch.einsum("nw,whsd->nshd", belongs, parts).unflatten(2, (gradient.shape[1], -1)).sum(3)
+            gradient = gradient.transpose(1, 2)  # (B, T, G, D)
+            gradient[batch, token] += each.gather(1, same.expand_as(each)).to(gradient.dtype)
 
     def per_query(self, *lead: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An unwritten (*lead, B, H, T) tensor."""
@@ -416,7 +425,8 @@ class Problem:
         return self.q.new_empty(shape, dtype=torch.float32) if wanted else None
 
 
-NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED")  # constants that ``state_kernel`` does not take
+NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED")  # constants that these kernels do not take
+NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "WINDOW", "SIZE", "WIDTH", "FUSED", "SPAN", "BLOCK_F")
 
 
 def _sink_tokens(layout: Layout, count: int) -> tuple[Tensor, Tensor]:

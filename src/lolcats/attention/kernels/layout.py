@@ -38,7 +38,8 @@ class Layout:
     sequences: (N, 4) int32: ``Rows`` and the first entry among the states; walks: (W, 3) int32: sequence, first tile,
     tile after the last; segments: (M, 3) int32, the same in steps of ``span`` tokens; ranges: (N + 1,) int32, first
     segment of each sequence; entries: number of states; split: whether any sequence has several segments;
-    complete: whether every token of the (batch, tokens) grid belongs to a sequence; start: (N,) int32 zeros.
+    complete: whether every token of the (batch, tokens) grid belongs to a sequence; start: (N,) int32 zeros; present:
+    indices of the sequences that have tokens.
     """
 
     rows: Rows
@@ -47,6 +48,7 @@ class Layout:
     segments: Tensor
     ranges: Tensor
     start: Tensor
+    present: Tensor
     entries: int
     split: bool
     complete: bool
@@ -82,7 +84,7 @@ def make_layout(
     return Layout(
         rows, table([(*row, entry) for row, entry in zip(rows, entries, strict=False)]).view(-1, 4),
         table(_cut(tiles, walk)).view(-1, 3), table(segments).view(-1, 3), table(ranges), table([0] * len(rows)),
-        entries[-1], split=max(steps, default=0) > segment,
+        table([i for i, row in enumerate(rows) if row[2]]).long(), entries[-1], split=max(steps, default=0) > segment,
         complete=sum(length for _, _, length in rows) == grid[0] * grid[1],
     )  # fmt: skip
 
