@@ -176,25 +176,11 @@ def key_positions(t, length, position, SINKS: tl.constexpr):
 
 
 @triton.jit
-def own_mask(n, i, WINDOW: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr):
-    """Which keys of its own tile each query sees through softmax. n, i: positions, as a row and a column or the
-    other way round; i from ``key_positions``."""
-    if C > SIZE:
-        return (i <= n) & (i >= 0) & (i >= window_start(n, WINDOW, SIZE))
-    else:
-        return (i <= n) & (i >= 0)
-
-
-@triton.jit
-def previous_mask(n, i, WINDOW: tl.constexpr, SIZE: tl.constexpr):
-    """Which keys of the tile before its own each query sees through softmax."""
-    return (i >= window_start(n, WINDOW, SIZE)) & (i >= 0)
-
-
-@triton.jit
 def window_mask(n, i, WINDOW: tl.constexpr, SIZE: tl.constexpr):
-    """Which keys each query sees through softmax, wherever they stand."""
-    return (i <= n) & (i >= 0) & (i >= window_start(n, WINDOW, SIZE))
+    """Which keys each query sees through softmax: start <= i <= n. n, i: positions, as a row and a column or the other
+    way round; i from ``key_positions``."""
+    start = window_start(n, WINDOW, SIZE)
+    return (i - start).to(tl.uint32, bitcast=True) <= (n - start).to(tl.uint32, bitcast=True)
 
 
 @triton.jit

@@ -15,13 +15,12 @@ from lolcats.attention.kernels.blocks import (
     load_tile,
     load_weight,
     log2_scale,
-    own_mask,
-    previous_mask,
     row_offset,
     sinks_mask,
     softmax_logits,
     store_tile,
     walk_bounds,
+    window_mask,
     window_start,
 )
 from lolcats.attention.kernels.states import load_state, load_sum
@@ -57,6 +56,7 @@ def output_kernel(
     inverse, peaks, tops = inverse + rows, peaks + rows, tops + rows
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
+    both = tl.arange(0, 2 * C)  # keys of the tile before and of the own one
     one = tl.full((C,), 1.0, tl.float32)
     log_gamma = tl.log2(tl.load(gamma + head))
     wq = load_weight(weight_q, head, d, j, DIM, WIDTH).to(q.dtype.element_ty) if FUSED and LINEAR else 0
@@ -73,17 +73,12 @@ def output_kernel(
         numerator = tl.zeros((C, BLOCK_V), tl.float32)
         denominator = tl.zeros((C,), tl.float32)
         if SOFTMAX:
-            k_own = load_tile(k, k_strides[2], at, length, row, d, DIM)
-            k_old = load_tile(k, k_strides[2], at - C, length, row, d, DIM)
-            v_own = load_tile(v, v_strides[2], at, length, row, vd, VALUE_DIM)
-            v_old = load_tile(v, v_strides[2], at - C, length, row, vd, VALUE_DIM)
-            own_keys = key_positions(t, length, position, SINKS)
-            old_keys = key_positions(t - C, length, position, SINKS)
-            mask = own_mask(n[:, None], own_keys[None, :], WINDOW, SIZE, C)
-            own = softmax_logits(q_tile, k_own, mask, scale, cap, CAPPED, PRECISION)
-            mask = previous_mask(n[:, None], old_keys[None, :], WINDOW, SIZE)
-            old = softmax_logits(q_tile, k_old, mask, scale, cap, CAPPED, PRECISION)
-            peak = tl.maximum(tl.max(own, 1), tl.max(old, 1))
+            k_tile = load_tile(k, k_strides[2], at - C, length, both, d, DIM)
+            v_tile = load_tile(v, v_strides[2], at - C, length, both, vd, VALUE_DIM)
+            keys = key_positions(at - C + both, length, position, SINKS)
+            mask = window_mask(n[:, None], keys[None, :], WINDOW, SIZE)
+            near = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
+            peak = tl.max(near, 1)
             if SINKS > 0:
                 seen = sinks_mask(n[:, None], sink[None, :], SINKS)
                 far = softmax_logits(q_tile, ks, seen, scale, cap, CAPPED, PRECISION)
@@ -96,8 +91,7 @@ def output_kernel(
             z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
         if SOFTMAX:
             if PEAKS:
-                top = tl.min(tl.where(own == peak[:, None], t[None, :], length), 1)
-                top = tl.minimum(top, tl.min(tl.where(old == peak[:, None], t[None, :] - C, length), 1))
+                top = tl.min(tl.where(near == peak[:, None], (at - C + both)[None, :], length), 1)
                 if SINKS > 0:
                     top = tl.minimum(top, tl.min(tl.where(far == peak[:, None], -1 - sink[None, :], length), 1))
                 tl.store(tops + t, top, mask=(t < length) & (piece == 0))
@@ -105,15 +99,13 @@ def output_kernel(
             peak = peak * factor - log_gamma  # γ·exp(s − max)
             if PEAKS:
                 tl.store(peaks + t, peak, mask=(t < length) & (piece == 0))
-            own = tl.exp2(own * factor - peak[:, None])
-            old = tl.exp2(old * factor - peak[:, None])
-            denominator += tl.sum(own, 1) + tl.sum(old, 1)
+            near = tl.exp2(near * factor - peak[:, None])
+            denominator += tl.sum(near, 1)
             if SINKS > 0:
                 far = tl.exp2(far * factor - peak[:, None])
                 denominator += tl.sum(far, 1)
                 numerator = tl.dot(far.to(vs.dtype), vs, numerator, input_precision=PRECISION)
-            numerator = tl.dot(own.to(v_own.dtype), v_own, numerator, input_precision=PRECISION)
-            numerator = tl.dot(old.to(v_own.dtype), v_old, numerator, input_precision=PRECISION)
+            numerator = tl.dot(near.to(v_tile.dtype), v_tile, numerator, input_precision=PRECISION)
         if LINEAR:
             up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
             denominator += tl.sum(up * z_up[None, :], 1)
@@ -124,12 +116,13 @@ def output_kernel(
             if NEAR:
                 near_end = tl.cdiv(window_start(position + at + C - 1, WINDOW, SIZE) - position, C)
                 for near_tile in range(step * (SPAN // C), near_end):
-                    near = near_tile * C
-                    s = near + row
-                    keys = key_positions(s, length, position, SINKS)
-                    k_near = load_tile(k, k_strides[2], near, length, row, d, DIM)
-                    v_near = load_tile(v, v_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
-                    k_up, k_down = features(k_near, wk, fk, fk_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION)
+                    s = near_tile * C
+                    keys = key_positions(s + row, length, position, SINKS)
+                    k_near = load_tile(k, k_strides[2], s, length, row, d, DIM)
+                    v_near = load_tile(v, v_strides[2], s, length, row, vd, VALUE_DIM).to(LOW)
+                    k_up, k_down = features(
+                        k_near, wk, fk, fk_strides[2], s, length, row, one, j, WIDTH, FUSED, PRECISION
+                    )  # fmt: skip
                     a = tl.dot(up, tl.trans(k_up.to(LOW)), input_precision=PRECISION)
                     a = tl.dot(down, tl.trans(k_down.to(LOW)), a, input_precision=PRECISION)
                     a = tl.where(linear_mask(n[:, None], keys[None, :], WINDOW, SIZE), a, 0.0)
