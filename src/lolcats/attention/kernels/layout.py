@@ -140,7 +140,7 @@ class Launch:
 def choose_launch(kernel: str, value_dim: int, blocks: Blocks, tile: int, wide_dtype: bool) -> Launch:
     """What a program holds in fp32 must fit in registers, and what it multiplies in shared memory."""
     num_warps = 8 if tile > 64 or blocks.dim > 128 else 4
-    room = 2048 * num_warps // (4 if wide_dtype else 1)
+    room = 2048 * num_warps // (8 if wide_dtype else 1)
     value = min(power_of_two(value_dim), room // (blocks.feature if kernel == "state" else tile))
     value, num_stages = max(16, value), 2 if kernel == "state" and not wide_dtype else 1
     return Launch(value, -(-value_dim // value), num_warps, num_stages)
