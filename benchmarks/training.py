@@ -88,7 +88,7 @@ class Bench:
             with torch.no_grad(), override(self.model, mode="teacher"):
                 decoder(self.model)(input_ids=ids, use_cache=False)
 
-        with fused_layers(self.model.eval(), "auto"):
+        with fused_layers(self.model.eval(), True):
             return self.measure(forward, ids.numel())
 
     def transfer(self, key_maps: str = "per_query_head", backend: str = "auto") -> dict[str, Any]:
@@ -201,7 +201,7 @@ def parts(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
         "stage 2, linear attention": bench.finetune,
         "stage 2, softmax attention": lambda: bench.finetune("teacher"),
         "stage 2, linear attention, recomputed layers": lambda: bench.finetune(gradient_checkpointing=True),
-        "stage 2, linear attention, no liger-kernel": lambda: bench.finetune(liger="off"),
+        "stage 2, linear attention, no liger-kernel": lambda: bench.finetune(liger=False),
         "stage 1, chunked path": lambda: bench.transfer(backend="chunked"),
     }
 

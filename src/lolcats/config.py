@@ -97,8 +97,8 @@ class StageConfig:
     log_steps: int = 10
     early_stopping_patience: int = 0
     """Evaluations without improvement before the stage stops; 0: never."""
-    liger: Literal["auto", "off"] = "auto"
-    """``auto``: on CUDA, liger-kernel's fused layers and loss where it is installed and knows the family."""
+    liger: bool = True
+    """On CUDA, train with liger-kernel's fused layers and loss where it is installed and knows the family."""
 
     def __post_init__(self) -> None:
         name = "transfer" if isinstance(self, TransferConfig) else "finetune"

@@ -99,13 +99,15 @@ def test_layer_and_its_gradients(maps: str, padded: bool) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("window", ["terraced", "sliding"])
+@pytest.mark.parametrize(
+    ("kind", "window"), [("hybrid", "terraced"), ("hybrid", "sliding"), ("linear", "terraced"), ("remote", "terraced")]
+)
 @torch.no_grad()
-def test_prefill_in_pieces_then_decode(window: str) -> None:
-    """Outputs and every tensor of the state, rows padded differently; the state's size is the chunked path's."""
+def test_prefill_in_pieces_then_decode(kind: str, window: str) -> None:
+    """Outputs and every tensor of the state, rows padded differently and not at all."""
     pytest.importorskip("triton")
-    layer, (q, k, v) = make_layer(window=window), tokens(55)
-    layer.spec = AttentionSpec("hybrid", window, 16, 2)
+    layer, (q, k, v) = make_layer(), tokens(55)
+    layer.spec = AttentionSpec(kind, window, 16, 2)
     mask = torch.ones(2, 40, dtype=torch.bool)
     mask[1, :9] = False
     for padding in (mask, None):
@@ -122,6 +124,23 @@ def test_prefill_in_pieces_then_decode(window: str) -> None:
             results.append([torch.cat(outputs, 2), *state.tensors().values()])
         for expected, actual in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+
+
+@interpreted
+def test_gradients_through_a_returned_state_take_the_chunked_path() -> None:
+    pytest.importorskip("triton")
+    layer, (q, k, v) = make_layer(), tokens(50)
+    results = []
+    for backend in ("chunked", "triton"):
+        values, outputs, state = v.clone().requires_grad_(), [], layer.empty_state(k, v)
+        with use_backend(backend):
+            for a, b in ((0, 40), (40, 50)):
+                part = (x[:, :, a:b] for x in (q, k, values))
+                y, state = layer.advance(state, *part, 0.25)
+                outputs.append(y)
+        results.append(torch.autograd.grad(outputs[1].square().sum(), values)[0])
+    assert results[0][:, :, :16].abs().sum() > 0  # tokens that the second call sees through the state alone
+    assert torch.equal(*results)
 
 
 @interpreted

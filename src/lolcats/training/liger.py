@@ -18,14 +18,14 @@ LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # parts of a patch tha
 
 
 @contextmanager
-def fused_layers(model: PreTrainedModel, setting: str) -> Iterator[None]:
+def fused_layers(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     """For the block's duration, the layers that liger-kernel has for the family of a converted ``model`` run fused.
 
-    Nothing happens unless ``setting`` is ``auto``, the model is on CUDA, and liger-kernel is installed (the extra
-    ``gpu``) and knows the family. Behind the block model and family are as they were.
+    Nothing happens unless ``wanted``, the model is on CUDA, and liger-kernel is installed (the extra ``gpu``) and knows
+    the family. Behind the block model and family are as they were.
     """
     with ExitStack() as undo:
-        if setting == "auto" and model.device.type == "cuda" and has_liger():
+        if wanted and model.device.type == "cuda" and has_liger():
             _patch(model, undo)
         yield
 
