@@ -27,6 +27,7 @@ def test_default_on_a_cpu_is_the_chunked_path() -> None:
     assert not uses_kernels(Q.bfloat16(), SPEC)
 
 
+@interpreted
 def test_switch() -> None:
     pytest.importorskip("triton")
     with use_backend("triton"):
@@ -76,6 +77,20 @@ def make_layer(**config: object) -> LinearizedAttention:
 def tokens(length: int) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (torch.randn(2, length, heads, 16).transpose(1, 2) for heads in (4, 2, 2))
     return 2 * q, 2 * k, v
+
+
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+@torch.no_grad()
+def test_nothing_waits_for_the_device_without_padding(window: str) -> None:
+    """Tensors without contents: reading one on the host is an error."""
+    layer = make_layer().to("meta")
+    layer.spec = AttentionSpec("hybrid", window, 16, 2)
+    q, k, v = (x.to("meta") for x in tokens(70))
+    layer(q, k, v, 0.25)
+    state = layer.empty_state(k, v)
+    for a, b in ((0, 40), (40, 54), *((n, n + 1) for n in range(54, 70))):
+        _, state = layer.advance(state, *(x[:, :, a:b] for x in (q, k, v)), 0.25)
+    assert state.count == 70
 
 
 @interpreted
