@@ -15,9 +15,11 @@ import itertools
 from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, extend, parallel_attention
 from lolcats.attention.chunked import Context
 from lolcats.attention.kernels import triton_attention
+from lolcats.attention.kernels.layout import Tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.4
+SMALL = Tiling(tile=16, span=32, walk=2, segment=1)
 NAMES = ("q", "k", "v", "gamma", "phi_q", "phi_k")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device; the interpreter has no bf16 products")
 
@@ -85,7 +87,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None
 @pytest.mark.parametrize("window", ["terraced", "sliding"])
 @pytest.mark.parametrize("maps", ["per_query_head", "per_kv_head"])
 def test_equals_reference(kind: str, window: str, maps: str) -> None:
-    compare(Problem(70, maps=maps, batch=1), AttentionSpec(kind, window, 16, 4))
+    compare(Problem(52, maps=maps, batch=1, heads=2, kv_heads=1), AttentionSpec(kind, window, 16, 4))
 
 
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 31, 33, 65])
@@ -97,11 +99,24 @@ def test_lengths(length: int) -> None:
     ("dim", "f", "size"), [(64, 32, 32), (80, 64, 32), (96, 32, 64), (128, 64, 64), (256, 128, 32)]
 )
 def test_geometries(dim: int, f: int, size: int) -> None:
-    compare(Problem(3 * size + 5, dim, f, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", size, 16))
+    problem = Problem(3 * size + 5, dim, f, batch=1, heads=2, kv_heads=1)
+    compare(problem, AttentionSpec("hybrid", "terraced", size, 16), tiling=None)
+
+
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+@pytest.mark.parametrize("size", [8, 48, 64])
+def test_windows_unlike_tiles(size: int, window: str) -> None:
+    compare(Problem(100, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", window, size, 3))
+
+
+@pytest.mark.parametrize("tiling", [Tiling(16, 16), Tiling(16, 16, 1, 2), Tiling(16, 64, 3, 1), Tiling(32, 32)])
+def test_tilings(tiling: Tiling) -> None:
+    compare(Problem(100, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 32, 3), tiling=tiling)
 
 
 def test_wide_window() -> None:
-    compare(Problem(300, 32, 16, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 128, 0))
+    problem = Problem(300, 32, 16, batch=1, heads=2, kv_heads=1)
+    compare(problem, AttentionSpec("hybrid", "terraced", 128, 0), tiling=None)
 
 
 def test_softcap() -> None:
@@ -114,7 +129,7 @@ def test_given_features() -> None:
 
 
 def test_results_repeat() -> None:
-    problem, spec = Problem(70, batch=1), AttentionSpec("hybrid", "terraced", 16, 4)
+    problem, spec = Problem(52, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 16, 4)
 
     def run() -> list[Tensor | None]:
         leaves = problem.leaves()

@@ -95,8 +95,6 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
 
 def _misfit(q: Tensor, spec: AttentionSpec) -> str:
     """What the kernels would need instead; empty if they have this geometry."""
-    if spec.chunk not in (16, 32, 64, 128):
-        return f"windows of 16, 32, 64 or 128 tokens, not {spec.chunk}"
     if spec.softmax_sinks > 16:
         return f"at most 16 sinks, not {spec.softmax_sinks}"
     return f"heads of at most 256 channels, not {q.shape[3]}" if q.shape[3] > 256 else ""

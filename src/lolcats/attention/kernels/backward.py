@@ -65,14 +65,14 @@ def query_kernel(
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
     CAPPED: tl.constexpr, FUSED: tl.constexpr, INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr,
-    LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
 ):  # fmt: skip
     """Gradients that belong to queries, dq, φ_q and γ, from one slice of the value dim (they are linear in dy, so slices
     add up).
 
     INPUTS: gradients of q, k, v are wanted, and r_n is stored (``pulls``) for ``key_kernel``. WEIGHTS: so are those of
-    the feature map's weights.
+    the feature map's weights. TILES: that a window reaches.
     """
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
@@ -143,13 +143,13 @@ def query_kernel(
                 if INPUTS:
                     grad_q = tl.dot(dy, tl.trans(wq).to(LOW), grad_q, input_precision=PRECISION)
             else:
-                store_tile(dfq, dfq_strides[2], at, length, row, one, j, WIDTH, d_up)
-                store_tile(dfq + WIDTH, dfq_strides[2], at, length, row, one, j, WIDTH, d_down)
+                store_tile(dfq, dfq_strides[2], at, length, row, j, WIDTH, d_up)
+                store_tile(dfq + WIDTH, dfq_strides[2], at, length, row, j, WIDTH, d_down)
         if INPUTS and SOFTMAX:
             tl.store(pulls + t, pull, mask=t < length)
             peak, top = load_rows(peaks, t, length)[:, None], load_rows(tops, t, length)[:, None]
             r, h, pull = r[:, None], h[:, None], pull[:, None]
-            for back in range(2):  # keys of the same tile, then of the one before
+            for back in range(TILES):  # keys of the same tile, then of those before
                 near = at - back * C
                 s = near + row
                 k_tile = load_tile(k, k_strides[2], near, length, row, d, DIM)
@@ -224,8 +224,8 @@ def key_kernel(
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
     CAPPED: tl.constexpr, FUSED: tl.constexpr, INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr,
-    LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Gradients that belong to keys: dk, dv and φ_k, from one query head and slice of the value dim.
 
@@ -306,10 +306,10 @@ def key_kernel(
                 if INPUTS:
                     grad_k = tl.dot(dy, tl.trans(wk).to(LOW), grad_k, input_precision=PRECISION)
             else:
-                store_tile(dfk, dfk_strides[2], at, length, row, one, j, WIDTH, d_up)
-                store_tile(dfk + WIDTH, dfk_strides[2], at, length, row, one, j, WIDTH, d_down)
+                store_tile(dfk, dfk_strides[2], at, length, row, j, WIDTH, d_up)
+                store_tile(dfk + WIDTH, dfk_strides[2], at, length, row, j, WIDTH, d_down)
         if INPUTS and SOFTMAX:
-            for ahead in range(2):  # queries of the same tile, then of the next
+            for ahead in range(TILES):  # queries of the same tile, then of the next ones
                 near = at + ahead * C
                 s = near + row
                 n = (position + s)[None, :]

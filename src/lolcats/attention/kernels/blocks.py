@@ -1,8 +1,8 @@
 """What the kernels are made of: tiles, feature maps, masks, logits. Device functions only.
 
-Sequences are cut into tiles of C tokens, counted from their own first token; C is so large that the window of a query
-never reaches beyond the tile before its own. Row-wise quantities of a tile are 1-D tensors of length C. Positions n, i
-count from the beginning of the text; tokens t from the first token at hand, which stands at ``position``.
+Sequences are cut into tiles of C tokens, counted from their own first token. Row-wise quantities of a tile are 1-D
+tensors of length C. Positions n, i count from the beginning of the text; tokens t from the first token at hand, which
+stands at ``position``.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ def output_kernel(
     sink_k, sink_v, inverse, peaks, tops, states, sums, walks, sequences, positions,
     heads, group, map_group, tokens, scale, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
-    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
-    CAPPED: tl.constexpr, FUSED: tl.constexpr, SAVE: tl.constexpr, PEAKS: tl.constexpr, NEAR: tl.constexpr,
-    LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
+    SAVE: tl.constexpr, PEAKS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
 ):  # fmt: skip
     """One walk over tiles of a query head, for a slice of the value dim.
@@ -42,7 +42,8 @@ def output_kernel(
     SAVE: 1 / denominator is stored (``inverse``). PEAKS: so are what the shift c_n is, in base 2 and with γ, and the key
     it comes from: −1 − i for sink i, else its token; the lowest if there are several.
 
-    NEAR: whether some keys older than the window are not in the state of a step yet; else compiled away.
+    TILES: that a window reaches. NEAR: whether some keys older than the window are not in the state of a step yet; else
+    compiled away.
     """
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
@@ -56,7 +57,7 @@ def output_kernel(
     inverse, peaks, tops = inverse + rows, peaks + rows, tops + rows
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
-    both = tl.arange(0, 2 * C)  # keys of the tile before and of the own one
+    both = tl.arange(0, 2 * C)  # tokens of a pair of tiles
     one = tl.full((C,), 1.0, tl.float32)
     log_gamma = tl.log2(tl.load(gamma + head))
     wq = load_weight(weight_q, head, d, j, DIM, WIDTH).to(q.dtype.element_ty) if FUSED and LINEAR else 0
@@ -72,40 +73,56 @@ def output_kernel(
         q_tile = load_tile(q, q_strides[2], at, length, row, d, DIM)
         numerator = tl.zeros((C, BLOCK_V), tl.float32)
         denominator = tl.zeros((C,), tl.float32)
-        if SOFTMAX:
-            k_tile = load_tile(k, k_strides[2], at - C, length, both, d, DIM)
-            v_tile = load_tile(v, v_strides[2], at - C, length, both, vd, VALUE_DIM)
-            keys = key_positions(at - C + both, length, position, SINKS)
-            mask = window_mask(n[:, None], keys[None, :], WINDOW, SIZE)
-            near = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
-            peak = tl.max(near, 1)
-            if SINKS > 0:
-                seen = sinks_mask(n[:, None], sink[None, :], SINKS)
-                far = softmax_logits(q_tile, ks, seen, scale, cap, CAPPED, PRECISION)
-                peak = tl.maximum(peak, tl.max(far, 1))
         if LINEAR:
             step = tl.maximum(window_start(position + at, WINDOW, SIZE) - position, 0) // SPAN
             index = (entry + step) * maps + map_head
+        if SOFTMAX:
+            factor = log2_scale(scale, CAPPED)
+            for older in tl.static_range((TILES + 1) // 2):  # pairs of tiles; the first holds the query's own
+                begins = at - C - 2 * C * older
+                k_tile = load_tile(k, k_strides[2], begins, length, both, d, DIM)
+                v_tile = load_tile(v, v_strides[2], begins, length, both, vd, VALUE_DIM)
+                keys = key_positions(begins + both, length, position, SINKS)
+                mask = window_mask(n[:, None], keys[None, :], WINDOW, SIZE)
+                a = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
+                peak = tl.max(a, 1)
+                if older == 0:
+                    if SINKS > 0:
+                        seen = sinks_mask(n[:, None], sink[None, :], SINKS)
+                        far = softmax_logits(q_tile, ks, seen, scale, cap, CAPPED, PRECISION)
+                        peak = tl.maximum(peak, tl.max(far, 1))
+                    if PEAKS:
+                        top = tl.min(tl.where(a == peak[:, None], (begins + both)[None, :], length), 1)
+                        if SINKS > 0:
+                            top = tl.minimum(top, tl.min(tl.where(far == peak[:, None], -1 - sink[None, :], length), 1))
+                    if LINEAR:  # early: in flight during the exponentials
+                        S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
+                        S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
+                        z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
+                else:
+                    peak = tl.maximum(peak, highest)
+                    if PEAKS:
+                        lower = tl.min(tl.where(a == peak[:, None], (begins + both)[None, :], length), 1)
+                        top = tl.where(peak > highest, lower, tl.where((lower < length) & (top >= 0), lower, top))
+                    smaller = tl.exp2((highest - peak) * factor)
+                    denominator *= smaller
+                    numerator *= smaller[:, None]
+                highest = peak
+                shift = peak * factor - log_gamma  # γ·exp(s − max)
+                a = tl.exp2(a * factor - shift[:, None])
+                denominator += tl.sum(a, 1)
+                if SINKS > 0 and older == 0:
+                    far = tl.exp2(far * factor - shift[:, None])
+                    denominator += tl.sum(far, 1)
+                    numerator = tl.dot(far.to(vs.dtype), vs, numerator, input_precision=PRECISION)
+                numerator = tl.dot(a.to(v_tile.dtype), v_tile, numerator, input_precision=PRECISION)
+            if PEAKS:
+                tl.store(tops + t, top, mask=(t < length) & (piece == 0))
+                tl.store(peaks + t, shift, mask=(t < length) & (piece == 0))
+        elif LINEAR:
             S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
             S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
             z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
-        if SOFTMAX:
-            if PEAKS:
-                top = tl.min(tl.where(near == peak[:, None], (at - C + both)[None, :], length), 1)
-                if SINKS > 0:
-                    top = tl.minimum(top, tl.min(tl.where(far == peak[:, None], -1 - sink[None, :], length), 1))
-                tl.store(tops + t, top, mask=(t < length) & (piece == 0))
-            factor = log2_scale(scale, CAPPED)
-            peak = peak * factor - log_gamma  # γ·exp(s − max)
-            if PEAKS:
-                tl.store(peaks + t, peak, mask=(t < length) & (piece == 0))
-            near = tl.exp2(near * factor - peak[:, None])
-            denominator += tl.sum(near, 1)
-            if SINKS > 0:
-                far = tl.exp2(far * factor - peak[:, None])
-                denominator += tl.sum(far, 1)
-                numerator = tl.dot(far.to(vs.dtype), vs, numerator, input_precision=PRECISION)
-            numerator = tl.dot(near.to(v_tile.dtype), v_tile, numerator, input_precision=PRECISION)
         if LINEAR:
             up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
             denominator += tl.sum(up * z_up[None, :], 1)

@@ -32,8 +32,10 @@ from lolcats.attention.kernels.layout import (
     choose_launch,
     choose_tiling,
     dense_rows,
+    fuses,
     make_layout,
     packed_rows,
+    window_tiles,
 )
 from lolcats.attention.kernels.states import scan_kernel, state_kernel
 from lolcats.attention.spec import AttentionSpec
@@ -62,7 +64,8 @@ def triton_attention(
 
     Args:
         q: (B, H, T, D); k, v: (B, G, T, D); fp32, bf16 or fp16, any strides whose last is 1.
-        phi_q, phi_k: feature maps with H and H or G heads. Hedgehog is computed inside the kernels, others before them.
+        phi_q, phi_k: feature maps with H and H or G heads. Hedgehog is computed inside the kernels unless its
+            weights are too large, others before them.
         gamma: (H,) fp32.
         features: φ(q) (B, H, T, F) and φ(k) (B, H or G, T, F) instead of feature maps; F even.
         context: what came before the first token (see :class:`Context`); no gradient flows into it.
@@ -84,7 +87,7 @@ def triton_attention(
         fq, fk = features
     elif spec.has_linear:
         assert phi_q is not None and phi_k is not None  # noqa: PT018
-        if phi_q.name == "hedgehog":
+        if phi_q.name == "hedgehog" and fuses(*phi_q.weight.shape[1:], q.dtype.itemsize):
             wq, wk = phi_q.weight, phi_k.weight
         else:
             fq, fk = phi_q(q), phi_k(k)
@@ -159,7 +162,7 @@ class Problem:
 
     @cached_property
     def tiling(self) -> Tiling:
-        return self.call.tiling or choose_tiling(self.call.spec)
+        return self.call.tiling or choose_tiling(self.q.dtype.itemsize)
 
     @cached_property
     def blocks(self) -> Blocks:
@@ -171,7 +174,8 @@ class Problem:
         return make_layout(self.call.rows, grid, self.tiling, self.heads, self.maps, self.q.device)
 
     def launch(self, kernel: str) -> Launch:
-        return choose_launch(kernel, self.v.shape[3], self.blocks, self.tiling.tile, self.wide)
+        fused = self.fq is None and self.call.spec.has_linear
+        return choose_launch(kernel, self.v.shape[3], self.blocks, self.tiling.tile, self.q.dtype.itemsize, fused)
 
     def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Softmax, Tensor | None, Tensor | None]:
         """Outputs, what backward needs of each query's softmax (``save``; ``peaks`` too), final S and z."""
@@ -370,6 +374,7 @@ class Problem:
 
     def constants(self, launch: Launch) -> dict[str, Any]:
         spec, blocks, tiling = self.call.spec, self.blocks, self.tiling
+        tiles = window_tiles(spec, tiling.tile)
         # A step's state is all that is older than the window if windows of its tiles begin where steps do.
         whole = spec.kind != "linear" and spec.window == "terraced" and spec.window_size % tiling.span == 0
         return {
@@ -377,8 +382,8 @@ class Problem:
             "SOFTMAX": spec.has_softmax, "LINEAR": spec.has_linear, "NEAR": spec.has_linear and not whole,
             "WINDOW": "none" if spec.kind == "linear" else spec.window, "SIZE": spec.window_size,
             "SINKS": spec.softmax_sinks, "CAPPED": self.call.softcap is not None, "FUSED": self.fq is None,
-            "LOW": tl.float32 if self.wide else tl.bfloat16, "PRECISION": precision(), "C": tiling.tile,
-            "SPAN": tiling.span, "BLOCK_D": blocks.dim, "BLOCK_V": launch.value, "BLOCK_F": blocks.feature,
+            "LOW": tl.float32 if self.wide else tl.bfloat16, "PRECISION": precision(), "TILES": tiles,
+            "C": tiling.tile, "SPAN": tiling.span, "BLOCK_D": blocks.dim, "BLOCK_V": launch.value, "BLOCK_F": blocks.feature,
             "num_warps": launch.num_warps, "num_stages": launch.num_stages,
         }  # fmt: skip
 
@@ -430,8 +435,8 @@ def precision() -> str:
     return "tf32x3" if torch.cuda.is_available() and torch.version.hip is None else "ieee"
 
 
-NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED")  # constants that these kernels do not take
-NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "WINDOW", "SIZE", "WIDTH", "FUSED", "SPAN", "BLOCK_F")
+NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants that these kernels do not take
+NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "FUSED", "SPAN", "BLOCK_F")
 
 
 def _sink_tokens(layout: Layout, count: int) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,13 @@ RESIDENT = 2  # programs that run on a processor at the same time
 class Tiling:
     """How a problem is cut up.
 
-    tile: tokens worked on at a time; span: tokens between stored states, a multiple of ``tile``; walk: tiles per
-    program; segment: states computed one behind the other. walk and segment are chosen if None.
+    tile: tokens worked on at a time, 64 being a warp group's share of a matrix product; span: tokens between stored
+    states, a multiple of ``tile``; walk: tiles per program; segment: states computed one behind the other. walk and
+    segment are chosen if None.
     """
 
-    tile: int
-    span: int
+    tile: int = 64
+    span: int = 64
     walk: int | None = None
     segment: int | None = None
 
@@ -137,32 +138,41 @@ class Launch:
     num_stages: int
 
 
-def choose_launch(kernel: str, value_dim: int, blocks: Blocks, tile: int, wide_dtype: bool) -> Launch:
-    """What a program holds in fp32 must fit in registers, and what it multiplies in shared memory."""
-    num_warps = 8 if tile > 64 or blocks.dim > 128 else 4
-    room = 2048 * num_warps // (8 if wide_dtype else 1)
-    value = min(power_of_two(value_dim), room // (blocks.feature if kernel == "state" else tile))
-    value, num_stages = max(16, value), 2 if kernel == "state" and not wide_dtype else 1
+SHARED = 200 * 1024  # bytes of shared memory that the tiles of a program may take
+FUSED = 32 * 1024  # bytes up to which a map's weight shares it; beyond, features are computed before the kernels
+
+
+def fuses(dim: int, width: int, itemsize: int) -> bool:
+    """Whether the kernels compute a feature map of (dim, width) weights a head themselves."""
+    return power_of_two(dim) * power_of_two(width) * itemsize <= FUSED
+
+
+def choose_tiling(itemsize: int) -> Tiling:
+    return Tiling(64, 64) if itemsize == 2 else Tiling(32, 64)
+
+
+@lru_cache(maxsize=64)
+def choose_launch(kernel: str, value_dim: int, blocks: Blocks, tile: int, itemsize: int, fused: bool) -> Launch:
+    """The widest slice of the value dim whose sums (fp32) fit in registers and whose operands in shared memory."""
+    num_warps = 8 if blocks.dim > 128 else 4
+    if itemsize == 4:
+        itemsize = 6  # fp32 operands are split into parts
+    keys = {"state": 0, "output": 2, "query": 1, "key": 1}[kernel] * tile
+    fixed = (tile + keys) * blocks.dim + (blocks.dim * blocks.feature if fused else 0)
+    column = tile + keys + 2 * blocks.feature
+    registers = 2048 * num_warps // (blocks.feature if kernel == "state" else tile)
+    value = max(16, power_of_two(value_dim))
+    while value > 16 and (value > registers or (fixed + column * value) * itemsize > SHARED):
+        value //= 2
+    num_stages = 2 if kernel == "state" and itemsize == 2 and blocks.dim * blocks.feature <= 8192 else 1
     return Launch(value, -(-value_dim // value), num_warps, num_stages)
 
 
-def choose_tiling(spec: AttentionSpec) -> Tiling:
-    """Tiles of at least 64 tokens (a warp group's share of a matrix product) that hold what the window of their first
-    query reaches back."""
-    tile = 64
-    while reach(spec, tile) > tile:
-        tile *= 2
-    if tile > 128:
-        raise ValueError(f"window of {spec.window_size} tokens: the kernels hold at most 128")
-    return Tiling(tile, span=tile)
-
-
-def reach(spec: AttentionSpec, tile: int) -> int:
-    """How far the window of a tile's first query reaches back, at most."""
-    if spec.kind == "linear":
-        return 0
+def window_tiles(spec: AttentionSpec, tile: int) -> int:
+    """How many tiles the window of a query reaches at most, its own included."""
     size = spec.window_size
-    return size - 1 if spec.window == "sliding" else 2 * size - math.gcd(size, tile)
+    reach = size - 1 if spec.window == "sliding" else 2 * size - math.gcd(size, tile)  # of the first query of a tile
+    return 1 + -(-reach // tile)
 
 
 def power_of_two(n: int) -> int:

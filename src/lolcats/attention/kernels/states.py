@@ -58,12 +58,12 @@ def state_kernel(
     index = segment * tl.num_programs(1) + head
     S_up, z_up = load_total(starts, index, 0, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS)
     S_down, z_down = load_total(starts, index, 1, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS)
-    TILES: tl.constexpr = SPAN // C
-    for i in range(begin * TILES, end * TILES):
-        tile = (begin + end) * TILES - 1 - i if BACKWARD else i
+    PER_STEP: tl.constexpr = SPAN // C
+    for i in range(begin * PER_STEP, end * PER_STEP):
+        tile = (begin + end) * PER_STEP - 1 - i if BACKWARD else i
         if STORE:
-            if i % TILES == 0:
-                entries = (entry + tile // TILES) * tl.num_programs(1) + head
+            if i % PER_STEP == 0:
+                entries = (entry + tile // PER_STEP) * tl.num_programs(1) + head
                 store_state(states, sums, entries, 0, S_up, z_up, j, vd, piece, WIDTH, VALUE_DIM)
                 store_state(states, sums, entries, 1, S_down, z_down, j, vd, piece, WIDTH, VALUE_DIM)
         at = tile * C
