@@ -127,7 +127,9 @@ def query_kernel(
                     keys = key_positions(s, length, position, SINKS)
                     k_near = load_tile(k, k_strides[2], near, length, row, d, DIM)
                     v_near = load_tile(v, v_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
-                    k_up, k_down = features(k_near, wk, fk, fk_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION)
+                    k_up, k_down = features(
+                        k_near, wk, fk, fk_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION
+                    )
                     da = tl.dot(do_tile, tl.trans(v_near), input_precision=PRECISION) * r[:, None] - h[:, None]
                     mask = linear_mask(n[:, None], keys[None, :], WINDOW, SIZE)
                     da = tl.where(mask, da, 0.0).to(LOW)
@@ -161,7 +163,9 @@ def query_kernel(
                 _, ds = softmax_backward(logits, da, peak, r, h, pull, s[None, :] == top, scale, cap, CAPPED)
                 grad_q = tl.dot(ds.to(LOW), k_tile.to(LOW), grad_q, input_precision=PRECISION)
             if SINKS > 0:
-                logits = softmax_logits(q_tile, ks, sinks_mask(n[:, None], sink[None, :], SINKS), scale, cap, CAPPED, PRECISION)
+                logits = softmax_logits(
+                    q_tile, ks, sinks_mask(n[:, None], sink[None, :], SINKS), scale, cap, CAPPED, PRECISION
+                )
                 da = tl.dot(do_tile, tl.trans(vs), input_precision=PRECISION)
                 is_top = (-1 - sink)[None, :] == top
                 _, ds = softmax_backward(logits, da, peak, r, h, pull, is_top, scale, cap, CAPPED)
@@ -286,7 +290,9 @@ def key_kernel(
                     do_near = load_tile(do, do_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
                     r = load_rows(inverse, s, length)
                     h = load_rows(delta, s, length) * r * first_piece
-                    q_up, q_down = features(q_near, wq, fq, fq_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION)
+                    q_up, q_down = features(
+                        q_near, wq, fq, fq_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION
+                    )
                     q_up, q_down = q_up.to(LOW), q_down.to(LOW)
                     mask = linear_mask((position + s)[None, :], keys[:, None], WINDOW, SIZE)
                     da = tl.dot(v_tile, tl.trans(do_near), input_precision=PRECISION) * r[None, :] - h[None, :]
