@@ -1,156 +1,400 @@
-"""The Triton kernels against the fp32 reference and against SDPA's FlashAttention, on one GPU.
+"""The Triton kernels against the fp32 reference, SDPA's FlashAttention and flash-linear-attention, on one GPU.
 
-    python benchmarks/attention.py          # writes benchmarks/results/attention.md
+    python benchmarks/attention.py                          # writes results/attention.json, attention.md, attention.png
+    python benchmarks/attention.py --activations FILE       # errors on real activations, too (see activations.py)
+    python benchmarks/attention.py --plot                   # table and picture again, from the JSON
 
 Geometry of one Llama-3-8B layer: 32 query heads, 8 kv heads, head dim 128, f = 64, window 64, 4 sinks; random data.
-Medians of ``triton.testing.do_bench``; feature maps are part of what is timed. Ratios above 1: the kernels are faster.
+Feature maps are part of what is timed. flash-linear-attention and matplotlib are used where installed.
 """
 
-from collections.abc import Callable
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
-from lolcats.attention import AttentionSpec, FeatureMap, parallel_attention
+from lolcats.attention import AttentionSpec, FeatureMap, chunked_attention, parallel_attention
 from lolcats.attention.kernels import triton_attention
 
+RESULTS = Path(__file__).parent / "results"
 H, G, D, F_COLUMNS = 32, 8, 128, 64
 HYBRID = AttentionSpec("hybrid", "terraced", window_size=64, sinks=4)
+LENGTHS = {2048: 1.2, 8192: 4, 32768: 16, 131072: 70}  # tokens: how many times SDPA's speed is the target
+SHARES = {8192: 25, 131072: 40}  # tokens: percent of the bound that are the target
+BATCHES = {(8, 1024): 1, (1, 8192): 3}  # forward and backward: the same
+BYTES, OPERATIONS = 3.0e12, 782e12  # a second: measured copy and bf16 product of an H100
 NAMES = ("q", "k", "v", "γ", "φ_q", "φ_k")
 
 
+@dataclass
 class Problem:
-    """Random q, k, v, feature maps and γ; laid out as a model's projections leave them."""
+    """q, k, v laid out as a model's projections leave them, feature maps and γ."""
 
-    def __init__(self, batch: int, length: int, maps: int = H, dtype: torch.dtype = torch.bfloat16) -> None:
+    qkv: list[Tensor]
+    phi_q: FeatureMap
+    phi_k: FeatureMap
+    gamma: Tensor
+    spec: AttentionSpec = HYBRID
+
+    @classmethod
+    def random(cls, batch: int, length: int, maps: int = H, dtype: torch.dtype = torch.bfloat16) -> "Problem":
         torch.manual_seed(0)
         shapes = ((batch, length, heads, D) for heads in (H, G, G))
-        self.qkv = [torch.randn(s, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_() for s in shapes]
-        self.phi_q = FeatureMap("hedgehog", H, D, F_COLUMNS).cuda()
-        self.phi_k = FeatureMap("hedgehog", maps, D, F_COLUMNS).cuda()
-        self.gamma = torch.full((H,), 0.1, device="cuda", requires_grad=True)
+        return cls.of([torch.randn(s, device="cuda", dtype=dtype).transpose(1, 2) for s in shapes], maps)
 
-    def kernels(self, spec: AttentionSpec = HYBRID) -> Tensor:
-        return triton_attention(*self.qkv, self.phi_q, self.phi_k, self.gamma, spec, D**-0.5)[0]
+    @classmethod
+    def of(cls, qkv: list[Tensor], maps: int) -> "Problem":
+        heads, dim = qkv[0].shape[1], qkv[0].shape[3]
+        phi_q, phi_k = (FeatureMap("hedgehog", n, dim, F_COLUMNS).cuda() for n in (heads, maps))
+        gamma = torch.full((heads,), 0.1, device="cuda", requires_grad=True)
+        return cls([x.detach().requires_grad_() for x in qkv], phi_q, phi_k, gamma)
 
-    def reference(self, spec: AttentionSpec) -> Tensor:
-        q, k, v = (x.float() for x in self.qkv)
-        fk = self.phi_k(k.repeat_interleave(self.phi_k.weight.shape[0] // G, 1))
-        return parallel_attention(q, k, v, self.phi_q(q), fk, self.gamma, spec, D**-0.5)
+    def kernels(self) -> Tensor:
+        return triton_attention(*self.qkv, self.phi_q, self.phi_k, self.gamma, self.spec, self.scale)[0]
 
-    def softmax(self) -> Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(*self.qkv, is_causal=True, enable_gqa=True)
+    def group(self, g: int) -> "Problem":
+        """One kv head and the query heads that share it, alone, in fp32."""
+        q, k, v = (x.detach().float() for x in self.qkv)
+        size, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
+        heads = slice(g * size, (g + 1) * size)
+        each = self.phi_k.weight.shape[0] // kv_heads
+        part = Problem.of([q[:, heads], k[:, g : g + 1], v[:, g : g + 1]], each)
+        with torch.no_grad():
+            part.phi_q.weight.copy_(self.phi_q.weight[heads])
+            part.phi_k.weight.copy_(self.phi_k.weight[g * each : (g + 1) * each])
+        return replace(part, spec=self.spec)
+
+    def reference(self) -> Tensor:
+        """By the quadratic reference up to 8,192 tokens, beyond by the chunked path in fp32, tested against it."""
+        attend: Callable[..., Tensor] = parallel_attention if self.qkv[0].shape[2] <= 8192 else chunked_attention
+        q, k, v = self.qkv
+        return attend(q, k, v, self.phi_q(q), self.phi_k(k), self.gamma, self.spec, self.scale)
+
+    @property
+    def scale(self) -> float:
+        return self.qkv[0].shape[3] ** -0.5
 
     def leaves(self) -> list[Tensor]:
         return [*self.qkv, self.gamma, *self.phi_q.parameters(), *self.phi_k.parameters()]
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    return triton.testing.do_bench(function, warmup=50, rep=300, return_mode="median")
+def softmax_peers(problem: Problem) -> dict[str, Callable[[], Tensor]]:
+    """SDPA's FlashAttention on three layouts of the same tensors."""
+    q, k, v = (x.detach() for x in problem.qkv)
+    plain = [x.contiguous() for x in (q, k, v)]
+    wide = [plain[0], *(x.repeat_interleave(H // G, 1) for x in plain[1:])]
+    layouts = {"as projected": [q, k, v], "contiguous": plain, "k, v repeated": wide}
+    return {name: partial(flash, *(x.requires_grad_() for x in tensors)) for name, tensors in layouts.items()}
 
 
-def error_rows(length: int = 1000) -> list[str]:
-    """‖actual − reference‖ / ‖reference‖ of outputs and every gradient, memory poisoned with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    rows = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for kind, window in (("hybrid", "terraced"), ("hybrid", "sliding"), ("linear", "terraced")):
-            spec, problem = AttentionSpec(kind, window, 64, 4), Problem(1, length, dtype=dtype)
-            expected = problem.reference(spec)
-            direction = torch.randn_like(expected)
-            wanted = torch.autograd.grad(expected, problem.leaves(), direction, allow_unused=True)
-            try:
-                actual = problem.kernels(spec)
-                got = torch.autograd.grad(actual, problem.leaves(), direction.to(actual.dtype), allow_unused=True)
-                cells = [error(actual, expected), *(error(a, b) for a, b in zip(got, wanted, strict=True))]
-            except triton.runtime.errors.OutOfResources as failure:
-                cells = [f"does not fit: {failure.name} {failure.required} > {failure.limit}"] + [""] * len(NAMES)
-            rows.append(f"| {str(dtype).removeprefix('torch.')} | {kind} {window} | " + " | ".join(cells) + " |")
-    torch.use_deterministic_algorithms(False)
-    return rows
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
 
 
-def error(actual: Tensor | None, expected: Tensor | None) -> str:
-    if expected is None:
-        return "–"
-    assert actual is not None
-    return f"{((actual.float() - expected.float()).norm() / expected.float().norm()).item():.1e}"
+def eager(function: Callable[[], object]) -> float:
+    """Median milliseconds, launched one by one, L2 cleared in between."""
+    return triton.testing.do_bench(function, warmup=30, rep=120, return_mode="median")
 
 
-def forward_rows() -> list[str]:
-    rows = []
-    for length in (2048, 8192, 32768, 131072):
-        with torch.no_grad():
-            softmax = milliseconds(Problem(1, length).softmax)
-            for name, maps in (("query", H), ("kv", G)):
-                ours = milliseconds(Problem(1, length, maps).kernels)
-                times = f"{softmax:.3f} | {ours:.3f} | {softmax / ours:.2f} | {ours * 1e6 / length:.1f}"
-                rows.append(f"| 1 × {length} | {name} | {times} |")
-    return rows
+def replayed(function: Callable[[], object]) -> float:
+    """Median milliseconds as a CUDA graph: what the launches cost the host is left out."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return triton.testing.do_bench_cudagraph(function, rep=60, return_mode="median")
 
 
-def both(problem: Problem, function: Callable[[], Tensor], direction: Tensor) -> None:
+def both(function: Callable[[], Tensor], leaves: list[Tensor], direction: Tensor) -> Callable[[], object]:
     """Forward and backward."""
-    for leaf in problem.leaves():
-        leaf.grad = None
-    function().backward(direction)
+    return lambda: torch.autograd.grad(function(), leaves, direction)
 
 
-def backward_rows() -> list[str]:
-    """Times of both; `maps only`: no gradients of q, k and v, as in stage 1."""
-    rows = []
-    for batch, length in ((8, 1024), (1, 8192)):
-        problem = Problem(batch, length)
+def fastest(timed: dict[str, float]) -> tuple[str, float]:
+    return min(timed.items(), key=lambda item: item[1])
+
+
+def bound(maps: int) -> tuple[float, float]:
+    """Nanoseconds a token that moving q, k, v and o takes, and that the products take (window: 1.5 chunks + sinks)."""
+    moved = 2 * D * (2 * H + 2 * G)
+    features, near, state = 2 * D * F_COLUMNS, 4 * D * (1.5 * 64 + 4), 4 * D * F_COLUMNS
+    operations = H * (features + near + state) + maps * (features + state)
+    return moved / BYTES * 1e9, operations / OPERATIONS * 1e9
+
+
+def forward_rows() -> Iterator[list[Any]]:
+    with torch.no_grad():
+        for length, target in LENGTHS.items():
+            peers = softmax_peers(Problem.random(1, length))
+            name, softmax = fastest({name: replayed(peer) for name, peer in peers.items()})
+            launched = eager(peers[name])
+            for maps in (H, G):
+                problem = Problem.random(1, length, maps)
+                ours, slow = replayed(problem.kernels), eager(problem.kernels)
+                share = 100 * max(bound(maps)) * length / (ours * 1e6)
+                yield [
+                    f"{length}", "query" if maps == H else "kv", name, f"{softmax:.3f}", f"{ours:.3f}",
+                    f"{softmax / ours:.2f}", f"{target}", f"{ours * 1e6 / length:.1f}", f"{share:.0f}",
+                    f"{SHARES.get(length, '')}", f"{launched:.3f}", f"{slow:.3f}", f"{launched / slow:.2f}",
+                ]  # fmt: skip
+
+
+def backward_rows() -> Iterator[list[Any]]:
+    for (batch, length), target in BATCHES.items():
+        problem = Problem.random(batch, length)
         direction = torch.randn_like(problem.qkv[0])
-        softmax, ours = (
-            milliseconds(partial(both, problem, function, direction)) for function in (problem.softmax, problem.kernels)
-        )
-        for x in problem.qkv:
-            x.requires_grad_(False)
-        maps_only = milliseconds(partial(both, problem, problem.kernels, direction))
-        rows.append(f"| {batch} × {length} | {softmax:.2f} | {ours:.2f} | {softmax / ours:.2f} | {maps_only:.2f} |")
-    return rows
+        peers = softmax_peers(problem)
+        timed = {n: eager(both(peer, list(peer.args), direction)) for n, peer in peers.items()}  # type: ignore[attr-defined]
+        name, softmax = fastest(timed)
+        every = eager(both(problem.kernels, problem.leaves(), direction))
+        maps = [*problem.phi_q.parameters(), *problem.phi_k.parameters()]
+        for weight in maps:
+            weight.requires_grad_(False)
+        inputs = eager(both(problem.kernels, problem.qkv, direction))
+        for tensor in problem.qkv:
+            tensor.requires_grad_(False)
+        for weight in maps:
+            weight.requires_grad_(True)
+        alone = eager(both(problem.kernels, maps, direction))
+        yield [
+            f"{batch} × {length}", name, f"{softmax:.2f}", f"{every:.2f}", f"{softmax / every:.2f}", f"{target}",
+            f"{inputs:.2f}", f"{softmax / inputs:.2f}", f"{alone:.2f}",
+        ]  # fmt: skip
 
 
-def part_rows(length: int = 65536) -> list[str]:
-    """Which part of the hybrid costs what: kinds are the same kernels with a part compiled away."""
-    rows = []
-    for kind in ("hybrid", "window", "remote", "linear"):
-        function = partial(Problem(1, length).kernels, AttentionSpec(kind, "terraced", 64, 4))
+def linear_rows() -> Iterator[list[Any]]:
+    """Plain linear attention of given bf16 features and as many kv heads as query heads, normalised by both."""
+    if not importlib.util.find_spec("fla"):
+        yield ["flash-linear-attention is not installed", "", "", "", "", "", ""]
+        return
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    spec = AttentionSpec("linear")
+    for length in (1024, 4096, 16384, 131072):
+        torch.manual_seed(0)
+        fq, fk = (torch.rand(1, length, H, 2 * F_COLUMNS, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        v = torch.randn(1, length, H, D, device="cuda", dtype=torch.bfloat16)
+        leaves = [x.requires_grad_() for x in (fq, fk, v)]
+        gamma = torch.ones(H, device="cuda")
+
+        def peer(q: Tensor = fq, k: Tensor = fk, v: Tensor = v) -> Tensor:
+            return chunk_linear_attn(q, k, v, scale=1.0, normalize=True)[0]
+
+        def ours(q: Tensor = fq, k: Tensor = fk, v: Tensor = v, gamma: Tensor = gamma) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return triton_attention(q, k, v, None, None, gamma, spec, 1.0, features=(q, k))[0].transpose(1, 2)
+
+        direction = torch.randn_like(v)
         with torch.no_grad():
-            rows.append(f"| {kind} | {milliseconds(function) * 1e6 / length:.1f} |")
-    return rows
+            a, b, difference = eager(peer), eager(ours), error(ours(), peer())
+        c, d = (eager(both(f, leaves, direction)) for f in (peer, ours))
+        yield [f"{length}", f"{a:.3f}", f"{b:.3f}", f"{a / b:.2f}", f"{c:.3f}", f"{d:.3f}", f"{c / d:.2f}", difference]
 
 
-SECTIONS = {
-    "Relative error against the fp32 reference, 1 × 1,000 tokens\n"
-    f"| dtype | kind | outputs | {' | '.join(NAMES)} |": error_rows,
-    "Forward\n"
-    "| tokens | key maps per head of | SDPA FlashAttention, ms | kernels, ms | ratio | ns a token |": forward_rows,
-    "Forward and backward\n"
-    "| tokens | SDPA FlashAttention, ms | kernels, ms | ratio | kernels, maps only, ms |": backward_rows,
-    "Forward of each kind, 1 × 65,536 tokens\n| kind | ns a token |": part_rows,
-}  # fmt: skip
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that a kernel forgets to write is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def error_rows(activations: Path | None) -> Iterator[list[Any]]:
+    """‖actual − reference‖ / ‖reference‖ of outputs and every gradient, of the first and the last kv head."""
+    for batch, length in (*((1, n) for n in LENGTHS), *BATCHES):
+        for maps in (H, G):
+            yield compare(f"random, {batch} × {length}, maps per {'query' if maps == H else 'kv'} head",
+                          Problem.random(batch, length, maps))  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for spec in (HYBRID, replace(HYBRID, window="sliding"), replace(HYBRID, kind="linear")):
+            name = f"random, 1 × 1000, {str(dtype).removeprefix('torch.')}, {spec.kind} {spec.window}"
+            yield compare(name, replace(Problem.random(1, 1000, dtype=dtype), spec=spec))
+    if activations:
+        from safetensors.torch import load_file
+
+        tensors = load_file(activations, device="cuda")
+        for layer in sorted({name.split(".")[0] for name in tensors}, key=int):
+            q, k, v = (tensors[f"{layer}.{name}"] for name in "qkv")
+            yield compare(f"real, layer {layer}, {' × '.join(map(str, q.shape))}", Problem.of([q, k, v], q.shape[1]))
+
+
+def compare(name: str, problem: Problem) -> list[str]:
+    kv_heads, count = problem.qkv[1].shape[1], len(problem.qkv)
+    direction = torch.randn_like(problem.qkv[0])
+    try:
+        with poisoned():
+            y = problem.kernels()
+            got = torch.autograd.grad(y, problem.leaves(), direction.to(y.dtype), allow_unused=True)
+    except triton.runtime.errors.OutOfResources as failure:
+        return [name, f"does not fit: {failure.name} {failure.required} > {failure.limit}", *[""] * len(NAMES)]
+    worst = [0.0] * (1 + len(NAMES))
+    for g in {0, kv_heads - 1}:
+        part = problem.group(g)
+        expected = part.reference()
+        heads = slice(g * expected.shape[1], (g + 1) * expected.shape[1])
+        wanted = torch.autograd.grad(expected, part.leaves(), direction[:, heads].float(), allow_unused=True)
+        values = [relative(y[:, heads], expected)]
+        for i, (actual, right) in enumerate(zip(got, wanted, strict=True)):
+            if right is None or actual is None:
+                values.append(float("nan"))
+                continue
+            dim = 1 if i < count else 0
+            size = right.shape[dim]
+            values.append(relative(actual.narrow(dim, g * size, size), right))
+        worst = [max(a, b) if b == b else b for a, b in zip(worst, values, strict=True)]
+    return [name, *("–" if value != value else f"{value:.1e}" for value in worst)]
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def error(actual: Tensor, expected: Tensor) -> str:
+    return f"{relative(actual, expected):.1e}"
+
+
+def kernel_rows(length: int = 32768) -> Iterator[list[Any]]:
+    """Nanoseconds a token in each kernel of forward and backward, as torch's profiler sees them."""
+    for maps in (H, G):
+        problem = Problem.random(1, length, maps)
+        step = both(problem.kernels, problem.leaves(), torch.randn_like(problem.qkv[0]))
+        step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(3):
+                step()
+            torch.cuda.synchronize()
+        times: dict[str, float] = {}
+        for event in profile.key_averages():
+            name = event.key if event.key.endswith("_kernel") and "::" not in event.key else "all others (PyTorch)"
+            times[name] = times.get(name, 0) + event.device_time_total * 1e3 / 3 / length
+        for name, time in sorted(times.items(), key=lambda item: -item[1]):
+            yield ["query" if maps == H else "kv", name, f"{time:.1f}"]
+
+
+def sections(activations: Path | None) -> dict[str, tuple[str, Callable[[], Iterator[list[Any]]]]]:
+    return {
+        "Forward": (
+            "tokens | key maps per head of | fastest SDPA layout | SDPA ms | kernels ms | ratio | target | ns a token | "
+            "% of the bound | target | SDPA ms, eager | kernels ms, eager | ratio, eager", forward_rows,
+        ),
+        "Forward and backward": (
+            "tokens | fastest SDPA layout | SDPA ms | kernels ms | ratio | target | q, k, v alone (stage 2), ms | ratio | "
+            "maps alone (stage 1), ms", backward_rows,
+        ),
+        "Plain linear attention": (
+            "tokens | fla ms | kernels ms | ratio | fla ms, with backward | kernels ms | ratio | difference",
+            linear_rows,
+        ),
+        "Where the time goes, 1 × 32,768 tokens, forward and all gradients": (
+            "key maps per head of | kernel | ns a token", kernel_rows,
+        ),
+        "Relative errors": (f"data | outputs | {' | '.join(NAMES)}", partial(error_rows, activations)),
+    }  # fmt: skip
+
+
+def run(directory: Path, activations: Path | None) -> dict[str, Any]:
+    """Everything; what is measured is written, should a later section fail."""
+    results: dict[str, Any] = {
+        "date": str(date.today()), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "triton": triton.__version__, "sections": {},
+    }  # fmt: skip
+    for name, (columns, rows) in sections(activations).items():
+        section = {"columns": columns.split(" | "), "rows": []}
+        results["sections"][name] = section
+        for row in rows():
+            section["rows"].append(row)
+            print(name, row, file=sys.stderr, flush=True)
+            write(results, directory)
+    return results
+
+
+def write(results: dict[str, Any], directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "attention.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    (directory / "attention.md").write_text(report(results))
+
+
+def report(results: dict[str, Any]) -> str:
+    moved, computed = bound(H)
+    lines = [
+        "# Attention kernels",
+        "",
+        f"`python benchmarks/attention.py`, {results['date']}, {results['device']}, torch {results['torch']}, triton "
+        f"{results['triton']}, bf16 where nothing else is said, {H} query heads, {G} kv heads, D {D}, f {F_COLUMNS}, "
+        "window 64 (terraced), 4 sinks, random data. Medians; ratios above 1: the kernels are faster.",
+        "",
+        f"Bound: {moved:.1f} ns a token to move q, k, v and o at {BYTES / 1e12:.1f} TB/s, {computed:.1f} ns for the "
+        f"products at {OPERATIONS / 1e12:.0f} TFLOP/s (key maps per query head); the larger counts. Forward is timed as "
+        "a CUDA graph and launched one by one (eager, L2 cleared in between), with backward eager alone.",
+        "",
+        "![Forward](attention.png)",
+    ]
+    for name, section in results["sections"].items():
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            "| " + " | ".join(section["columns"]) + " |",
+            "|---" * len(section["columns"]) + "|",
+        ]
+        lines += ["| " + " | ".join(row) + " |" for row in section["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, Any], directory: Path) -> None:
+    if not importlib.util.find_spec("matplotlib"):
+        print("No picture: matplotlib is not installed.", file=sys.stderr)
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = results["sections"]["Forward"]["rows"]
+    figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    query, kv = ([row for row in rows if row[1] == name] for name in ("query", "kv"))
+    for points, column, label in ((query, 3, "SDPA FlashAttention"), (query, 4, "kernels, key maps per query head"),
+                                  (kv, 4, "kernels, key maps per kv head")):  # fmt: skip
+        lengths = [int(row[0]) for row in points]
+        axis.plot(
+            lengths, [1e6 * float(row[column]) / n for row, n in zip(points, lengths, strict=True)], "o-", label=label
+        )
+    axis.axhline(max(bound(H)), color="gray", linestyle="--", label="bound")
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ns a token, forward", title=results["device"])
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(directory / "attention.png", dpi=120)
+    pyplot.close(figure)
 
 
 def main() -> None:
-    report = (
-        f"# Attention kernels\n`python benchmarks/attention.py`, {date.today()}, {torch.cuda.get_device_name()}, "
-        f"torch {torch.__version__}, triton {triton.__version__}, bf16, {H} query heads, {G} kv heads, D {D}, "
-        f"f {F_COLUMNS}, window 64, 4 sinks, random data.\n"
-    )
-    path = Path(__file__).parent / "results" / "attention.md"
-    for heading, rows in SECTIONS.items():
-        columns = heading.splitlines()[1].count("|") - 1
-        report += "\n".join([f"\n## {heading}", f"|{'---|' * columns}", *rows()]) + "\n"
-        path.write_text(report)  # what is measured stays, should a later section fail
-    print(report)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--activations", type=Path, help="q, k, v of real layers, written by activations.py")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    parser.add_argument("--plot", action="store_true", help="only write table and picture again from the JSON")
+    arguments = parser.parse_args()
+    if arguments.plot:
+        results = json.loads((arguments.out / "attention.json").read_text())
+        write(results, arguments.out)
+    elif torch.cuda.is_available():
+        results = run(arguments.out, arguments.activations)
+    else:
+        sys.exit("This benchmark needs a CUDA (or ROCm) GPU; torch finds none.")
+    draw(results, arguments.out)
+    print((arguments.out / "attention.md").read_text())
 
 
 if __name__ == "__main__":

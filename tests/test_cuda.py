@@ -10,9 +10,19 @@ import torch
 from conftest import tiny_model
 
 import lolcats
-from lolcats.attention import AttentionSpec, FeatureMap, chunked_attention, parallel_attention
+from lolcats.attention import (
+    AttentionSpec,
+    FeatureMap,
+    chunked_attention,
+    parallel_attention,
+    use_backend,
+    uses_kernels,
+)
 from lolcats.config import AttentionConfig, load_config
+from lolcats.modeling.layer import Geometry, LinearizedAttention
+from lolcats.modeling.loss import find_head, language_model_loss
 from lolcats.pipeline import linearize
+from lolcats.training.liger import fused_layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -26,6 +36,83 @@ def test_chunked_equals_reference(window: str) -> None:
     gamma, spec = torch.full((4,), 0.1, device="cuda"), AttentionSpec("hybrid", window, 16, 4)
     expected = parallel_attention(q, k, v, fq, fk, gamma, spec, 0.25)
     torch.testing.assert_close(chunked_attention(q, k, v, fq, fk, gamma, spec, 0.25), expected, atol=1e-4, rtol=1e-4)
+
+
+def half_precision_layer() -> tuple[LinearizedAttention, list[torch.Tensor]]:
+    """A bf16 layer and leaves q, k, v, laid out as a model's projections leave them."""
+    torch.manual_seed(0)
+    spec, config = AttentionSpec("hybrid", "terraced", 64, 4), AttentionConfig(feature_dim=32)
+    layer = LinearizedAttention(Geometry(0, 4, 2, 64, 64), config, spec, "sdpa").cuda()
+    shapes = ((2, 300, heads, 64) for heads in (4, 2, 2))
+    qkv = [torch.randn(s, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for s in shapes]
+    return layer, qkv
+
+
+def test_kernels_stand_in_for_the_chunked_path() -> None:
+    pytest.importorskip("triton")
+    layer, qkv = half_precision_layer()
+    assert uses_kernels(qkv[0], layer.spec)
+    padding = torch.ones(2, 300, dtype=torch.bool, device="cuda")
+    padding[1, :77] = False
+    for mask in (None, padding):
+        results = []
+        for backend in ("chunked", "auto"):
+            with use_backend(backend):
+                y = layer(*qkv, 0.125, padding=mask)
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), [*qkv, *layer.parameters()])])
+        assert results[1][0].dtype == torch.bfloat16
+        assert results[1][0].transpose(1, 2).is_contiguous() or mask is not None
+        for expected, actual in zip(*results, strict=True):
+            assert (actual.float() - expected.float()).norm() < 3e-2 * expected.float().norm()
+
+
+@torch.no_grad()
+def test_kernels_prefill_a_state() -> None:
+    pytest.importorskip("triton")
+    layer, (q, k, v) = half_precision_layer()
+    padding = torch.ones(2, 200, dtype=torch.bool, device="cuda")
+    padding[1, :77] = False
+    results = []
+    for backend in ("chunked", "auto"):
+        with use_backend(backend):
+            state, parts = layer.empty_state(k, v), []
+            for a, b in ((0, 200), (200, 299), (299, 300)):
+                part = (x[:, :, a:b] for x in (q, k, v))
+                y, state = layer.advance(state, *part, 0.125, None, padding if a == 0 else None)
+                parts.append(y.float())
+        results.append([torch.cat(parts, 2), *state.tensors().values()])
+    for expected, actual in zip(*results, strict=True):
+        assert (actual.float() - expected.float()).norm() < 3e-2 * expected.float().norm()
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_liger_loss(trained_head: bool) -> None:
+    pytest.importorskip("liger_kernel")
+    model = lolcats.convert(tiny_model("gemma3", final_logit_softcapping=3.0).cuda(), AttentionConfig(window_size=8))
+    model.requires_grad_(False)
+    trained = [model.model.layers[0].self_attn.q_proj.weight]
+    trained += [model.get_output_embeddings().weight] if trained_head else []
+    for weight in trained:
+        weight.requires_grad_()
+    ids, head = torch.randint(6, 300, (2, 60), device="cuda"), find_head(model)
+    results = []
+    for liger in (False, True):
+        loss = language_model_loss(model, head, ids, liger)
+        results.append([loss, *torch.autograd.grad(loss, trained)])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_liger_layers_give_the_same_loss_and_leave_no_trace() -> None:
+    pytest.importorskip("liger_kernel")
+    model = lolcats.convert(tiny_model().cuda(), AttentionConfig(window_size=8, sinks=2, feature_dim=8))
+    ids, head = torch.randint(6, 300, (2, 60), device="cuda"), find_head(model)
+    with torch.no_grad():
+        expected = language_model_loss(model, head, ids, liger=False)
+        with fused_layers(model, True):
+            assert "forward" in vars(model.model.norm)
+            torch.testing.assert_close(language_model_loss(model, head, ids), expected, atol=1e-4, rtol=1e-4)
+        assert torch.equal(language_model_loss(model, head, ids, liger=False), expected)
 
 
 @torch.no_grad()

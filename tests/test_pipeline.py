@@ -82,6 +82,19 @@ def test_parts_equal_the_whole(model_dirs, chat_file: Path, settings, tmp_path: 
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
+def test_run_from_before_a_setting_existed_goes_on(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
+    config, quiet = load_config("default", settings), lambda _: None
+    start(str(model_dirs["llama"]), str(chat_file), tmp_path / "out", config, quiet)
+    path = tmp_path / "out" / "run.json"
+    record = json.loads(path.read_text())
+    del record["config"]["transfer"]["liger"]
+    path.write_text(json.dumps(record))
+    start(str(model_dirs["llama"]), str(chat_file), tmp_path / "out", config, quiet)
+    changed = load_config("default", [*settings, "transfer.liger=off"])
+    with pytest.raises(LolcatsError, match=r"transfer\.liger was True and is now False"):
+        start(str(model_dirs["llama"]), str(chat_file), tmp_path / "out", changed, quiet)
+
+
 def test_another_run_in_the_same_place_is_refused(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
     config, quiet = load_config("default", settings), lambda _: None
     llama = str(model_dirs["llama"])

@@ -23,6 +23,7 @@ _LAZY = {
     "convert": "lolcats.modeling.convert",
     "load": "lolcats.modeling.checkpoint",
     "override": "lolcats.modeling.layer",
+    "use_backend": "lolcats.attention",
     "transfer": "lolcats.training.transfer",
     "finetune": "lolcats.training.finetune",
     "perplexity": "lolcats.evaluation.perplexity",

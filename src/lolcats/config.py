@@ -97,6 +97,8 @@ class StageConfig:
     log_steps: int = 10
     early_stopping_patience: int = 0
     """Evaluations without improvement before the stage stops; 0: never."""
+    liger: bool = True
+    """On CUDA, train with liger-kernel's fused layers and loss where it is installed and knows the family."""
 
     def __post_init__(self) -> None:
         name = "transfer" if isinstance(self, TransferConfig) else "finetune"
@@ -134,6 +136,8 @@ class FinetuneConfig(StageConfig):
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     feature_map_learning_rate: float = 0.0
     """Rate for feature maps and γ in stage 2; 0 keeps them frozen (the paper). Meant for runs without stage 1."""
+    gradient_checkpointing: bool = False
+    """Keep only each decoder layer's input for backward and compute the layer again: less memory, more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,7 +42,8 @@ class Run:
         identity = {"base": asdict(base), "data": data, "config": to_dict(config)}
         if (directory / RECORD).exists():
             run = cls.open(directory)
-            if changed := _difference(run.record, identity):
+            known = {**run.record, "config": to_dict(run.config)}  # settings newer than the run have their defaults
+            if changed := _difference(known, identity):
                 raise LolcatsError(
                     f"{directory} holds another run: {changed}. Choose another --out, or repeat the command it was "
                     "made with."

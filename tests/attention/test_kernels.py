@@ -15,9 +15,11 @@ import itertools
 from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, extend, parallel_attention
 from lolcats.attention.chunked import Context
 from lolcats.attention.kernels import triton_attention
+from lolcats.attention.kernels.layout import Tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.4
+SMALL = Tiling(tile=16, span=32, walk=2, segment=1)
 NAMES = ("q", "k", "v", "gamma", "phi_q", "phi_k")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device; the interpreter has no bf16 products")
 
@@ -60,12 +62,12 @@ class Problem:
 
 
 def compare(problem: Problem, spec: AttentionSpec, tolerance: float = 1e-4, softcap: float | None = None,
-            segment: int | None = 2, features: bool = False) -> None:  # fmt: skip
+            tiling: Tiling | None = SMALL, features: bool = False) -> None:  # fmt: skip
     expected, actual = problem.leaves(), problem.leaves()
     y = problem.reference(expected, spec, softcap)
     given = (problem.phi_q(actual[0]), problem.key_features(actual[1])) if features else None
     z, _, _ = triton_attention(
-        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, softcap, features=given, segment=segment
+        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, softcap, features=given, tiling=tiling
     )
     close(z, y, tolerance, "outputs")
     direction = torch.randn_like(y)
@@ -85,7 +87,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None
 @pytest.mark.parametrize("window", ["terraced", "sliding"])
 @pytest.mark.parametrize("maps", ["per_query_head", "per_kv_head"])
 def test_equals_reference(kind: str, window: str, maps: str) -> None:
-    compare(Problem(70, maps=maps, batch=1), AttentionSpec(kind, window, 16, 4))
+    compare(Problem(52, maps=maps, batch=1, heads=2, kv_heads=1), AttentionSpec(kind, window, 16, 4))
 
 
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 31, 33, 65])
@@ -97,11 +99,24 @@ def test_lengths(length: int) -> None:
     ("dim", "f", "size"), [(64, 32, 32), (80, 64, 32), (96, 32, 64), (128, 64, 64), (256, 128, 32)]
 )
 def test_geometries(dim: int, f: int, size: int) -> None:
-    compare(Problem(3 * size + 5, dim, f, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", size, 16))
+    problem = Problem(3 * size + 5, dim, f, batch=1, heads=2, kv_heads=1)
+    compare(problem, AttentionSpec("hybrid", "terraced", size, 16), tiling=None)
+
+
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+@pytest.mark.parametrize("size", [8, 48, 64])
+def test_windows_unlike_tiles(size: int, window: str) -> None:
+    compare(Problem(100, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", window, size, 3))
+
+
+@pytest.mark.parametrize("tiling", [Tiling(16, 16), Tiling(16, 16, 1, 2), Tiling(16, 64, 3, 1), Tiling(32, 32)])
+def test_tilings(tiling: Tiling) -> None:
+    compare(Problem(100, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 32, 3), tiling=tiling)
 
 
 def test_wide_window() -> None:
-    compare(Problem(300, 32, 16, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 128, 0))
+    problem = Problem(300, 32, 16, batch=1, heads=2, kv_heads=1)
+    compare(problem, AttentionSpec("hybrid", "terraced", 128, 0), tiling=None)
 
 
 def test_softcap() -> None:
@@ -114,11 +129,11 @@ def test_given_features() -> None:
 
 
 def test_results_repeat() -> None:
-    problem, spec = Problem(70, batch=1), AttentionSpec("hybrid", "terraced", 16, 4)
+    problem, spec = Problem(52, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 16, 4)
 
     def run() -> list[Tensor | None]:
         leaves = problem.leaves()
-        y, _, _ = triton_attention(*leaves[:3], problem.phi_q, problem.phi_k, leaves[3], spec, SCALE, segment=2)
+        y, _, _ = triton_attention(*leaves[:3], problem.phi_q, problem.phi_k, leaves[3], spec, SCALE, tiling=SMALL)
         return [y, *problem.gradients(y, torch.ones_like(y), leaves)]
 
     for a, b in zip(run(), run(), strict=True):
@@ -140,7 +155,7 @@ def test_packed_sequences(kind: str, window: str) -> None:
     ]
     y = torch.cat(pieces, 2)
     z, _, _ = triton_attention(
-        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, cu_seqlens=bounds, segment=1
+        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, cu_seqlens=bounds, tiling=SMALL
     )
     close(z, y, 1e-4, "outputs")
     direction = torch.randn_like(y)
@@ -163,7 +178,7 @@ def test_states(kind: str, window: str) -> None:
         state = AttentionState.empty(problem.k, problem.v, problem.maps, 32, spec)
         expected, state = extend(state, problem.q, problem.k, problem.v, *maps, *common, mask=mask)
         tensors = (problem.q, problem.k, problem.v, problem.phi_q, problem.phi_k, *common)
-        y, S, z = triton_attention(*tensors, lengths=lengths, final=True, segment=2)
+        y, S, z = triton_attention(*tensors, lengths=lengths, final=True, tiling=SMALL)
         close(y, expected, 1e-4, "outputs")
         assert (y[1, :, 41:] == 0).all()
         close(S, state.S, 1e-4, "S")
@@ -177,7 +192,7 @@ def test_states(kind: str, window: str) -> None:
         context = Context(offset, problem.k[:, :, :sinks], problem.v[:, :, :sinks], S, z)
         rest = (x[:, :, cut:] for x in (problem.q, problem.k, problem.v))
         whole, _, _ = triton_attention(*tensors)
-        after, _, _ = triton_attention(*rest, problem.phi_q, problem.phi_k, *common, context=context, segment=1)
+        after, _, _ = triton_attention(*rest, problem.phi_q, problem.phi_k, *common, context=context, tiling=SMALL)
         close(after[:, :, start - cut :], whole[:, :, start:], 1e-4, "after a context")
 
 
@@ -185,4 +200,4 @@ def test_states(kind: str, window: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["hybrid", "linear"])
 def test_half_precision(dtype: torch.dtype, kind: str) -> None:
-    compare(Problem(1000, 128, 64, dtype=dtype), AttentionSpec(kind, "terraced", 64, 4), tolerance=1.5e-2, segment=None)
+    compare(Problem(1000, 128, 64, dtype=dtype), AttentionSpec(kind, "terraced", 64, 4), tolerance=1.5e-2, tiling=None)

@@ -44,17 +44,14 @@ class Problem:
                 phi.bias.data.fill_(1.0)
         self.gamma = torch.rand(H) * 0.5 + 0.05
 
-    def key_features(self, k: Tensor) -> Tensor:
-        return self.phi_k(k.repeat_interleave(self.groups, 1))
-
     def inputs(self) -> dict[str, Tensor]:
-        fq, fk = self.phi_q(self.q).detach(), self.key_features(self.k).detach()
+        fq, fk = self.phi_q(self.q).detach(), self.phi_k(self.k).detach()
         tensors = {"q": self.q, "k": self.k, "v": self.v, "fq": fq, "fk": fk, "gamma": self.gamma}
         return {name: x.clone().requires_grad_() for name, x in tensors.items()}
 
     def reference(self, spec: AttentionSpec, rows: slice | Tensor = slice(None), row: slice = slice(None)) -> Tensor:
         q, k, v = (x[row, :, rows] for x in (self.q, self.k, self.v))
-        return parallel_attention(q, k, v, self.phi_q(q), self.key_features(k), self.gamma, spec, SCALE)
+        return parallel_attention(q, k, v, self.phi_q(q), self.phi_k(k), self.gamma, spec, SCALE)
 
     def empty(self, spec: AttentionSpec) -> AttentionState:
         return AttentionState.empty(self.k, self.v, G * self.groups, self.phi_k.num_features, spec)
@@ -62,7 +59,7 @@ class Problem:
     def move(self, state: AttentionState, spec: AttentionSpec, rows: slice, use_step: bool = False,
              mask: Tensor | None = None) -> tuple[Tensor, AttentionState]:  # fmt: skip
         tensors = (x[:, :, rows] for x in (self.q, self.k, self.v))
-        common = (self.phi_q, self.key_features, self.gamma, spec, SCALE)
+        common = (self.phi_q, self.phi_k, self.gamma, spec, SCALE)
         return step(state, *tensors, *common) if use_step else extend(state, *tensors, *common, mask=mask)
 
 
@@ -188,7 +185,7 @@ def test_layer_beyond_one_segment() -> None:
     problem, spec = Problem(2 * state_module.SEGMENT + 77), AttentionSpec("hybrid", "terraced", 64, 4)
     layer = LinearizedAttention(Geometry(0, H, G, D, D), AttentionConfig(feature_dim=F_COLUMNS), spec, "sdpa")
     q, k, v = problem.q, problem.k, problem.v
-    expected = parallel_attention(q, k, v, layer.phi_q(q), layer.key_features(k), layer.gamma, spec, SCALE)
+    expected = parallel_attention(q, k, v, layer.phi_q(q), layer.phi_k(k), layer.gamma, spec, SCALE)
     torch.testing.assert_close(layer(q, k, v, SCALE), expected, atol=2e-5, rtol=1e-4)
 
 

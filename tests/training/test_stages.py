@@ -14,7 +14,7 @@ import lolcats
 from lolcats.config import Config, TransferConfig, load_config
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.modeling.checkpoint import feature_map_state
-from lolcats.modeling.layer import override
+from lolcats.modeling.layer import AttentionCall, override
 from lolcats.training.data import Data
 from lolcats.training.finetune import add_lora, finetune
 from lolcats.training.trainer import BestKeeper, StageTrainer, newest_checkpoint
@@ -74,6 +74,17 @@ def test_layer_local_backward_equals_one_backward(config: Config) -> None:
     torch.testing.assert_close(losses.mean(), total.detach())
     for name, gradient in local.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layers_loss_reads_nothing_back_from_the_device(padded: bool, config: Config) -> None:
+    """On tensors without contents, where reading one on the host is an error."""
+    layer = converted(config).to("meta").model.layers[0].self_attn.lolcats
+    q, k, v = (torch.empty(2, heads, 40, 8, device="meta") for heads in (4, 2, 2))
+    padding = torch.empty(2, 40, dtype=torch.bool, device="meta") if padded else None
+    call = AttentionCall(q, k, v, q.transpose(1, 2), 0.3, None, padding)
+    attention_loss(layer, call, config.transfer).backward()
+    assert layer.gate.grad is not None
 
 
 @torch.no_grad()

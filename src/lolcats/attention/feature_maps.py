@@ -49,7 +49,7 @@ class FeatureMap(nn.Module):
 
     def __init__(self, name: str, heads: int, head_dim: int, feature_dim: int) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.heads = name, heads
         self.weight: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
         columns = head_dim if name in ("t2r", "elu") else feature_dim
@@ -61,8 +61,13 @@ class FeatureMap(nn.Module):
             self.bias = nn.Parameter(torch.zeros(heads, columns))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, heads, T, D) in any float dtype -> (B, heads, T, F) fp32, at least EPS."""
+        """(B, heads, T, D) in any float dtype -> (B, heads, T, F) fp32, at least EPS.
+
+        Key/value heads fewer than the maps, (B, G, T, D), are repeated for the query heads of their group.
+        """
         y = x.float()
+        if y.shape[1] < self.heads:
+            y = y.repeat_interleave(self.heads // y.shape[1], 1)
         if self.weight is not None:
             y = y @ self.weight.float()
         if self.bias is not None:

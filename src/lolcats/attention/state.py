@@ -3,6 +3,9 @@
 Both are the same function as the parallel form. Every row of a batch has its own count of tokens seen, so padding on
 any side, prompts of different lengths and prefill in pieces need no special case.
 
+Where the host knows how many tokens every row has (``count``), nothing here waits for a GPU, and tokens that begin a
+sequence go through as they are, without a copy.
+
 The ring buffer holds the last W = ``spec.span`` keys: position p lives in slot p mod W. A key moves into S and z when
 the window of an arriving token no longer reaches it, just before its slot is overwritten.
 
@@ -12,20 +15,22 @@ Shapes: B batch, H query heads, G key/value heads, T new tokens, D head dim, F f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from lolcats.attention.chunked import Context, chunked_attention
+from lolcats.attention.chunked import Context
+from lolcats.attention.dispatch import KeyMap, attention, uses_kernels
 from lolcats.attention.reference import expand_heads, normalize, softmax_logits
 from lolcats.attention.spec import AttentionSpec
 
-KeyMap = Callable[[Tensor], Tensor]
-SEGMENT = 1024  # tokens laid out at a time
+SEGMENT = 1024  # tokens laid out at a time by the chunked path
 
 
 @dataclass
@@ -34,6 +39,7 @@ class AttentionState:
 
     seen: (B,) int64, tokens so far; ring_k, ring_v: (B, G, W, D); sink_k, sink_v: (B, G, sinks, D);
     S: (B, H or G, F, D) fp32; z: (B, H or G, F) fp32. F = 0 where the kind has no linear term.
+    count: ``seen`` where it is the same in every row and the host knows it, else None.
     """
 
     seen: Tensor
@@ -43,6 +49,7 @@ class AttentionState:
     sink_v: Tensor
     S: Tensor
     z: Tensor
+    count: int | None
 
     @classmethod
     def empty(cls, k: Tensor, v: Tensor, maps: int, features: int, spec: AttentionSpec) -> AttentionState:
@@ -58,15 +65,20 @@ class AttentionState:
             sink_k=zeros(k, spec.softmax_sinks), sink_v=zeros(v, spec.softmax_sinks),
             S=torch.zeros(batch, maps, features, v.shape[3], device=k.device),
             z=torch.zeros(batch, maps, features, device=k.device),
+            count=0,
         )  # fmt: skip
 
     def map(self, change: Callable[[Tensor], Tensor]) -> AttentionState:
         """A state whose tensors are ``change(tensor)``: reorder, repeat, move."""
-        return AttentionState(**{f.name: change(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        changed: dict[str, Any] = {name: change(x) for name, x in self.tensors().items()}
+        return dataclasses.replace(self, **changed)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, f.name).nbytes for f in dataclasses.fields(self))
+        return sum(x.nbytes for x in self.tensors().values())
 
     def ring_positions(self) -> Tensor:
         """(B, W) position of the key in each slot; negative: nothing there yet."""
@@ -77,20 +89,22 @@ class AttentionState:
 def extend(
     state: AttentionState, q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor,
     spec: AttentionSpec, scale: float, softcap: float | None = None, mask: Tensor | None = None,
+    counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
-    """Outputs (B, H, T, D) fp32 for T new tokens, and the state after them.
+    """Outputs (B, H, T, D) for T new tokens, in the dtype of :func:`attention`, and the state after them.
 
-    Long inputs go through in segments, so that what is computed on the way stays in the processor's caches and only
-    inputs and outputs grow with T; with gradients, segments are recomputed in backward.
+    The kernels take any length at once. On the chunked path long inputs go through in segments, so that what is
+    computed on the way stays in the processor's caches and only inputs and outputs grow with T; with gradients,
+    segments are recomputed in backward.
 
     Args:
         mask: (B, T) bool, False where a token is padding (on either side, or between): skipped, output 0.
-        phi_q, phi_k: (B, H, T, D) or (B, G, T, D) -> features; phi_k expands to H heads by itself where maps are per
-            query head.
+        counts: how many tokens of each row are none, where the host knows that already.
+        phi_q, phi_k: feature maps of (B, H, T, D) and (B, G, T, D).
     """
     common = (phi_q, phi_k, gamma, spec, scale, softcap)
-    if q.shape[2] <= SEGMENT:
-        return _extend(state, q, k, v, *common, mask)
+    if q.shape[2] <= SEGMENT or uses_kernels(q, spec, final=True):
+        return _extend(state, q, k, v, *common, mask, counts)
     # split and not slices: the gradient of a slice is as large as the whole, which would make backward quadratic.
     pieces = zip(*(x.split(SEGMENT, 2) for x in (q, k, v)), strict=True)
     masks = repeat(None) if mask is None else mask.split(SEGMENT, 1)
@@ -107,33 +121,40 @@ def extend(
 
 def _extend(
     state: AttentionState, q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor,
-    spec: AttentionSpec, scale: float, softcap: float | None, mask: Tensor | None,
+    spec: AttentionSpec, scale: float, softcap: float | None, mask: Tensor | None = None,
+    counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
-    """One segment of :func:`extend`.
-
-    The keys still in the ring and the new ones are laid out as one sequence per row, beginning at the window start of
-    the row's last token, so that the chunk grid of every row is aligned with its own first token.
-    """
-    batch, _, length, _ = q.shape
-    valid = torch.ones(batch, length, dtype=torch.bool, device=q.device) if mask is None else mask
-    start = spec.window_start(state.seen - 1).clamp_min(0).minimum(state.seen)  # (B,) first position laid out
-    old = state.ring_positions()
-    new = state.seen[:, None] + valid.cumsum(1) - 1
-    room = int((state.seen - start).max()) + length
-    index = torch.cat([old, new], 1) - start[:, None]
-    index = index.where(torch.cat([old >= start[:, None], valid], 1), room)  # `room`: a slot that is thrown away
-    rows = (
-        _scatter(torch.cat([state.ring_k, k], 2), index, room),
-        _scatter(torch.cat([state.ring_v, v], 2), index, room),
+    """One segment of :func:`extend`: lay out, attend, and keep what a later token needs."""
+    rows = _lay_out(state, q, k, v, spec, mask)
+    sinks = _sinks(rows.k, state.sink_k, rows.start), _sinks(rows.v, state.sink_v, rows.start)
+    fresh = state.count == 0
+    context = None if fresh else Context(rows.start, *sinks, state.S, state.z)
+    added: Tensor | int = q.shape[2] if mask is None else mask.sum(1)
+    after = dataclasses.replace(
+        state, seen=state.seen + added, sink_k=sinks[0], sink_v=sinks[1],
+        count=None if state.count is None or mask is not None else state.count + q.shape[2],
+    )  # fmt: skip
+    lengths = None if after.count is not None else counts if fresh and counts else after.seen - rows.start
+    y, S, z = attention(
+        rows.q, rows.k, rows.v, phi_q, phi_k, gamma, spec, scale, softcap, context=context, lengths=lengths, final=True
     )
-    new_index = index[:, old.shape[1] :]
-    queries = _scatter(q, new_index, room)
-    fq, fk = (phi_q(queries), phi_k(rows[0])) if spec.has_linear else (None, None)
-    sinks = _sinks(rows[0], state.sink_k, start), _sinks(rows[1], state.sink_v, start)
-    context = Context(start, *sinks, state.S, state.z)
-    y = chunked_attention(queries, *rows, fq, fk, gamma, spec, scale, softcap, context)
-    y = _gather(y, new_index.clamp_max(room - 1)) * valid[:, None, :, None]
-    return y, _after(state, rows, fk, sinks, start, valid.sum(1), spec)
+    if S is not None and z is not None:
+        after.S, after.z = S, z
+    if spec.span:
+        index = (after.ring_positions() - rows.start[:, None]).clamp_min(0)
+        after.ring_k, after.ring_v = _gather(rows.k, index), _gather(rows.v, index)
+    return rows.outputs(y, mask), after
+
+
+def compacted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    """``attend(q, k, v)`` (B, H, T, D) with each row's tokens moved to its beginning and back; 0 for padding.
+
+    mask: (B, T) bool, False where a token is padding.
+    """
+    length = q.shape[2]
+    index = (mask.cumsum(1) - 1).where(mask, length)
+    y = attend(*(_scatter(x, index, length) for x in (q, k, v)))
+    return _gather(y, index.clamp_max(length - 1)) * mask[:, None, :, None]
 
 
 def step(
@@ -146,7 +167,8 @@ def step(
     ring_k, ring_v = _write(state.ring_k, k, n), _write(state.ring_v, v, n)
     is_sink = (n[:, None] == torch.arange(state.sink_k.shape[2], device=n.device))[:, None, :, None]
     sink_k, sink_v = torch.where(is_sink, k, state.sink_k), torch.where(is_sink, v, state.sink_v)
-    state = AttentionState(n + 1, ring_k, ring_v, sink_k, sink_v, state.S, state.z)
+    count = None if state.count is None else state.count + 1
+    state = AttentionState(n + 1, ring_k, ring_v, sink_k, sink_v, state.S, state.z, count)
     numerator = denominator = torch.zeros((), device=q.device)
     if spec.has_softmax:
         positions = state.ring_positions()
@@ -172,36 +194,63 @@ def _fold(state: AttentionState, k: Tensor, v: Tensor, phi_k: KeyMap, spec: Atte
     if spec.kind == "linear":  # no window: the new key itself
         fk = phi_k(k)
         return dataclasses.replace(state, S=state.S + fk.mT @ expand_heads(v, fk.shape[1]), z=state.z + fk.sum(2))
+    if state.count is not None and spec.window_start(state.count) == spec.window_start(state.count - 1):
+        return state
     positions, n = state.ring_positions(), state.seen[:, None]
     leaving = (positions >= spec.window_start(n - 1).clamp_min(spec.sinks)) & (positions < spec.window_start(n))
-    if not leaving.any():
+    if state.count is None and not leaving.any():
         return state
     fk = phi_k(state.ring_k) * leaving[:, None, :, None]
     S = state.S + fk.mT @ expand_heads(state.ring_v, fk.shape[1])
     return dataclasses.replace(state, S=S, z=state.z + fk.sum(2))
 
 
-def _after(
-    state: AttentionState, rows: tuple[Tensor, Tensor], fk: Tensor | None, sinks: tuple[Tensor, Tensor], start: Tensor,
-    added: Tensor, spec: AttentionSpec,
-) -> AttentionState:  # fmt: skip
-    """The state after a call of :func:`extend`, from its laid-out rows."""
-    after = AttentionState(state.seen + added, state.ring_k, state.ring_v, sinks[0], sinks[1], state.S, state.z)
-    if fk is not None:
-        position = start[:, None] + torch.arange(rows[0].shape[2], device=start.device)
-        end = spec.window_start(after.seen - 1).minimum(after.seen)[:, None]
-        fk = fk * ((position >= spec.softmax_sinks) & (position < end))[:, None, :, None]
-        after.S, after.z = state.S + fk.mT @ expand_heads(rows[1], fk.shape[1]), state.z + fk.sum(2)
-    if spec.span:
-        index = (after.ring_positions() - start[:, None]).clamp_min(0)
-        after.ring_k, after.ring_v = _gather(rows[0], index), _gather(rows[1], index)
-    return after
+class _Rows(NamedTuple):
+    """Keys still in the ring and new tokens, one sequence a row, from the window start of the row's last token on.
+
+    So the chunk grid of every row is aligned with its own first token. q: (B, H, T', D); k, v: (B, G, T', D);
+    start: (B,) position of the first; place: (B, T) where the new tokens are, or the number of old ones before them.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    start: Tensor
+    place: Tensor | int
+
+    def outputs(self, y: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, H, T', D) -> (B, H, T, D): those of the new tokens, 0 for padding."""
+        if isinstance(self.place, int):
+            return y[:, :, self.place :]
+        y = _gather(y, self.place.clamp_max(y.shape[2] - 1))
+        return y if mask is None else y * mask[:, None, :, None]
+
+
+def _lay_out(state: AttentionState, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None) -> _Rows:
+    if state.count is not None and mask is None:
+        first = min(max(spec.window_start(state.count - 1), 0), state.count)
+        start, old = torch.full_like(state.seen, first), state.count - first
+        if not old:
+            return _Rows(q, k, v, start, 0)
+        slots = torch.arange(first, state.count, device=q.device) % state.ring_k.shape[2]
+        k, v = torch.cat([state.ring_k[:, :, slots], k], 2), torch.cat([state.ring_v[:, :, slots], v], 2)
+        return _Rows(pad(q, (0, 0, old, 0)), k, v, start, old)
+    valid = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if mask is None else mask
+    start = spec.window_start(state.seen - 1).clamp_min(0).minimum(state.seen)
+    old_positions, room = state.ring_positions(), q.shape[2] + (0 if state.count == 0 else state.ring_k.shape[2])
+    index = torch.cat([old_positions, state.seen[:, None] + valid.cumsum(1) - 1], 1) - start[:, None]
+    # `room`: a slot that is thrown away
+    index = index.where(torch.cat([old_positions >= start[:, None], valid], 1), room)
+    new = index[:, old_positions.shape[1] :]
+    k = _scatter(torch.cat([state.ring_k, k], 2), index, room)
+    v = _scatter(torch.cat([state.ring_v, v], 2), index, room)
+    return _Rows(_scatter(q, new, room), k, v, start, new)
 
 
 def _sinks(row: Tensor, known: Tensor, start: Tensor) -> Tensor:
     """(B, G, sinks, D): from the row where it begins at position 0, else those already known."""
     count = known.shape[2]
-    fresh = torch.nn.functional.pad(row, (0, 0, 0, max(0, count - row.shape[2])))[:, :, :count]
+    fresh = pad(row, (0, 0, 0, max(0, count - row.shape[2])))[:, :, :count]
     return torch.where((start == 0)[:, None, None, None], fresh, known)
 
 

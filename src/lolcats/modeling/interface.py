@@ -36,10 +36,13 @@ class MaskRequest:
         self._built: dict[str, Any] = {}
         mask, length = arguments.get("attention_mask"), arguments["q_length"]
         self.padding: Tensor | None = None
+        self.counts: list[int] | None = None  # tokens of each row, on the host: read once, not by every layer
         if mask is not None:
             end = int(arguments["kv_length"]) + int(arguments.get("kv_offset", 0))
             new = mask[:, end - length : end].bool()
-            self.padding = None if new.all() else new
+            counts = new.sum(1).tolist()
+            if min(counts) < length:
+                self.padding, self.counts = new, counts
 
     def build(self, implementation: str) -> Any:
         """The mask that ``implementation`` (``sdpa``, ``eager``, ...) would have been given."""
@@ -74,7 +77,8 @@ def attention_function(
     if cache is None:
         y = layer(query, key, value, scale, softcap, padding)
     else:
-        y, cache.state = layer.advance(cache.take(layer, key, value), query, key, value, scale, softcap, padding)
+        state, counts = cache.take(layer, key, value), getattr(attention_mask, "counts", None)
+        y, cache.state = layer.advance(state, query, key, value, scale, softcap, padding, counts)
     return y.transpose(1, 2).to(query.dtype), None
 
 

@@ -5,18 +5,19 @@ Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F featu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, chunked_attention, extend, step
+from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, attention, extend, step, uses_kernels
 from lolcats.attention.reference import attention_weights
-from lolcats.attention.state import SEGMENT
+from lolcats.attention.state import SEGMENT, compacted
 from lolcats.config import AttentionConfig
 
 Mode = Literal["student", "teacher", "transfer"]
@@ -90,41 +91,45 @@ class LinearizedAttention(nn.Module):
         """(H,) weight of the window against the linear term, in (0, 1)."""
         return torch.sigmoid(self.gate.float())
 
-    def key_features(self, k: Tensor) -> Tensor:
-        """(B, G, T, D) -> (B, H or G, T, F)."""
-        return self.phi_k(k.repeat_interleave(self.maps // k.shape[1], dim=1))
-
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
                 padding: Tensor | None = None) -> Tensor:  # fmt: skip
-        """Outputs (B, H, T, D) fp32 for whole sequences; padding: (B, T) bool, False where padded."""
+        """Outputs (B, H, T, D) for whole sequences, bf16 from the kernels for bf16 inputs, else fp32.
+
+        The kernels keep q, k, v, the output and one number a query for backward; the chunked path keeps q, k, v and
+        recomputes, since through the whole model (stage 2) its intermediates are many times that.
+
+        Args:
+            padding: (B, T) bool, False where padded.
+        """
+        if uses_kernels(q, self.spec):
+            whole = partial(self._whole, scale=scale, softcap=softcap)
+            return whole(q, k, v) if padding is None else compacted(q, k, v, padding, whole)
         if padding is not None or q.shape[2] > SEGMENT:
             return self.advance(self.empty_state(k, v), q, k, v, scale, softcap, padding)[0]
         if torch.is_grad_enabled() and q.requires_grad:
-            # Through the whole model (stage 2) the intermediates of all layers are many times q, k, v: recompute them.
             args = (q, k, v, scale, softcap)
             return checkpoint(self._whole, *args, use_reentrant=False, preserve_rng_state=False)
         return self._whole(q, k, v, scale, softcap)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
-        fq, fk = (self.phi_q(q), self.key_features(k)) if self.spec.has_linear else (None, None)
-        return chunked_attention(q, k, v, fq, fk, self.gamma, self.spec, scale, softcap)
+        return attention(q, k, v, self.phi_q, self.phi_k, self.gamma, self.spec, scale, softcap)[0]
 
     def advance(
         self, state: AttentionState, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
-        padding: Tensor | None = None,
+        padding: Tensor | None = None, counts: Sequence[int] | None = None,
     ) -> tuple[Tensor, AttentionState]:  # fmt: skip
-        """Outputs (B, H, T, D) fp32 for T new tokens behind ``state``, and the state after them."""
-        common = (self.phi_q, self.key_features, self.gamma, self.spec, scale, softcap)
+        """Outputs (B, H, T, D) for T new tokens behind ``state``, and the state after them (see :func:`extend`)."""
+        common = (self.phi_q, self.phi_k, self.gamma, self.spec, scale, softcap)
         if q.shape[2] == 1 and padding is None:
             return step(state, q, k, v, *common)
-        return extend(state, q, k, v, *common, mask=padding)
+        return extend(state, q, k, v, *common, mask=padding, counts=counts)
 
     def empty_state(self, k: Tensor, v: Tensor) -> AttentionState:
         return AttentionState.empty(k, v, self.maps, self.phi_k.num_features, self.spec)
 
     def weights(self, q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
         """(B, H, T, T) attention weights, quadratic: for the cross-entropy loss and for pictures."""
-        return attention_weights(q, k, self.phi_q(q), self.key_features(k), self.gamma, self.spec, scale, softcap)
+        return attention_weights(q, k, self.phi_q(q), self.phi_k(k), self.gamma, self.spec, scale, softcap)
 
 
 def linearized_layers(model: nn.Module) -> list[LinearizedAttention]:

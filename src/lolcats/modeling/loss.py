@@ -1,18 +1,30 @@
-"""Next-token cross-entropy without a second tensor of the logits' size."""
+"""Losses that keep no second tensor of their input's size: next-token cross-entropy and mean squared error.
+
+Shapes: B batch, T tokens, V vocabulary, E hidden size.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lolcats.modeling.convert import decoder
 
 TOKENS = 512  # logits turned into fp32 log-probabilities at a time: with 128k words, 256 MB
+PIECE = 1024  # tokens whose logits exist at a time where the loss computes them itself
 
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean −log p(ids[:, n+1] | ids[:, ≤n]) in fp32; logits (B, T, vocabulary) in any float dtype, ids (B, T) int64."""
-    targets = pad(ids[:, 1:], (0, 1), value=-100).flatten()
+    """Mean −log p(ids[:, n+1] | ids[:, ≤n]) in fp32; logits (B, T, V) in any float dtype, ids (B, T) int64."""
+    targets = _targets(ids)
     parts = zip(logits.flatten(0, 1).split(TOKENS), targets.split(TOKENS), strict=True)
     total = sum(checkpoint(_summed, part, target, use_reentrant=False) for part, target in parts)
     return torch.as_tensor(total) / (targets >= 0).sum()
@@ -20,3 +32,135 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 def _summed(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _targets(ids: Tensor) -> Tensor:
+    """(B, T) -> (B · T,): the next token of each, −100 behind the last."""
+    return pad(ids[:, 1:], (0, 1), value=-100).flatten()
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a family turns the decoder's hidden states h into logits: y = scale · module(h), or c · tanh(y / c)."""
+
+    module: nn.Module
+    scale: float
+    softcap: float | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(..., E) -> (..., V) fp32."""
+        return self.shape(self.module(hidden).float())
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """What the family does to the module's output."""
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@torch.no_grad()
+def find_head(model: PreTrainedModel) -> Head | None:
+    """The head of ``model``, read from a real call rather than from attributes, which families name as they like.
+
+    In that call the head's module answers with known numbers, and what the family makes of them shows scale and cap.
+    None where that is not the form of :class:`Head`, or where the module is not given the decoder's output as it is.
+    """
+    module, given, answers = model.get_output_embeddings(), [], []
+
+    def answer(_: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor:
+        numbers = torch.linspace(-100, 100, logits.shape[-1], device=logits.device)
+        numbers[0], numbers[1] = 1e4, 1e-2  # far beyond any cap, and where a cap does nothing yet
+        given.append(inputs[0])
+        answers.append(numbers.expand(logits.shape))
+        return answers[-1]
+
+    ids = torch.arange(4, device=model.device)[None]  # several, since a padding token's embedding may be zero
+    hook, training = module.register_forward_hook(answer), model.training
+    try:
+        model.eval()
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = decoder(model)(input_ids=ids, use_cache=False)[0]
+    finally:
+        hook.remove()
+        model.train(training)
+    if len(given) != 1 or given[0].shape != hidden.shape or logits.shape != answers[0].shape:
+        return None
+    high, low = logits[0, 0, 0].item(), logits[0, 0, 1].item()
+    capped = abs(high - 1e6 * low) > 1e-3 * abs(high)
+    head = Head(module, 100 * low if capped else high / 1e4, high if capped else None)
+    head = Head(module, 1.0, head.softcap) if abs(head.scale - 1) < 1e-5 else head
+    same = torch.allclose(hidden.float(), given[0].float(), rtol=1e-2, atol=1e-2 * hidden.abs().max().item())
+    return head if same and torch.allclose(head.shape(answers[0]), logits.float(), rtol=1e-4, atol=1e-4) else None
+
+
+def language_model_loss(model: PreTrainedModel, head: Head | None, ids: Tensor, liger: bool = True) -> Tensor:
+    """:func:`next_token_loss` of the model on ids (B, T) without the logits of the whole batch.
+
+    Args:
+        head: of :func:`find_head`; None: the family's own forward, whose logits are all there at once.
+        liger: on CUDA, use liger-kernel's fused head and loss if it is installed (the extra ``gpu``).
+    """
+    if head is None:
+        return next_token_loss(model(input_ids=ids, use_cache=False).logits, ids)
+    hidden = decoder(model)(input_ids=ids, use_cache=False)[0].flatten(0, 1)
+    targets = _targets(ids)
+    plain = type(head.module) is nn.Linear and head.module.bias is None
+    if liger and plain and hidden.is_cuda and has_liger():
+        return _liger_loss(head, hidden, targets)
+    parts = zip(hidden.split(PIECE), targets.split(PIECE), strict=True)
+    total = sum(
+        checkpoint(_head_and_loss, head, part, target, use_reentrant=False, preserve_rng_state=not plain)
+        for part, target in parts
+    )
+    return torch.as_tensor(total) / (targets >= 0).sum()
+
+
+def _head_and_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(head(hidden), targets, reduction="sum")
+
+
+def _liger_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss by liger-kernel, which computes the gradients in forward, ``PIECE`` tokens at a time."""
+    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
+
+    weight: Any = head.module.weight
+    hidden = hidden if head.scale == 1 else hidden * head.scale
+    budget = -(-PIECE * weight.shape[0] // (hidden.shape[0] * weight.shape[1]))
+    accumulate = torch.float32 if weight.requires_grad else None
+    bias = class_weight = implementation = mode = None
+    return LigerFusedLinearCrossEntropyFunction.apply(
+        hidden, weight, targets, bias, class_weight, -100, 0.0, 0.0, "mean", head.softcap, False, accumulate, False,
+        False, False, implementation, mode, max(1, budget),
+    )[0]  # fmt: skip
+
+
+@functools.cache
+def has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def mean_squared_error(y: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of (y − target)² in fp32 over (B, T, ...), in 16-bit memory for 16-bit tensors; ``target`` is constant.
+
+    mask: (B, T) bool, False where a token does not count.
+    """
+    return _MeanSquaredError.apply(y, target, mask)  # type: ignore[no-untyped-call]
+
+
+class _MeanSquaredError(torch.autograd.Function):
+    """Keeps the error alone, in the operands' dtype: three passes over it in all, where autograd's own take ten."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        error, ctx.count = y - target, y.numel()
+        if mask is not None:
+            error = error * mask[..., *[None] * (y.ndim - 2)]
+            ctx.count = mask.sum() * (y.numel() // mask.numel())
+        ctx.dtype = y.dtype
+        ctx.save_for_backward(error)
+        wide = torch.promote_types(error.dtype, torch.float32)
+        return torch.linalg.vector_norm(error, dtype=wide).square() / ctx.count
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (error,) = ctx.saved_tensors
+        return (error * (2 * gradient / ctx.count)).to(ctx.dtype), None, None

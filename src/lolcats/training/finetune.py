@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from lolcats.config import Config, FinetuneConfig
 from lolcats.errors import LolcatsError
-from lolcats.modeling.loss import next_token_loss
+from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.training.data import Data
+from lolcats.training.liger import fused_layers
 from lolcats.training.trainer import StageResult, StageTrainer, train_only
 
 
@@ -27,11 +31,14 @@ def finetune(
     """
     torch.manual_seed(config.seed)
     wrapped = add_lora(model, config.finetune)
+    if config.finetune.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = FinetuneTrainer(
         wrapped, config.finetune, data.train, data.validation, "finetune",
         directory / "checkpoints" / "finetune", directory / "metrics.jsonl", config.seed, config.report_to,
     )  # fmt: skip
-    return wrapped, trainer.run()
+    with fused_layers(model, config.finetune.liger):
+        return wrapped, trainer.run()
 
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
@@ -46,7 +53,27 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
         raise LolcatsError(f"finetune.targets {config.targets} do not fit this model: {error}") from None
     maps = config.feature_map_learning_rate > 0
     train_only(wrapped, lambda name: "lora_" in name or (maps and ".lolcats." in name))
+    _compute_in_input_dtype(wrapped)
     return wrapped
+
+
+class InputDtypeLinear(nn.Linear):
+    """A linear layer whose fp32 weights are used in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def _compute_in_input_dtype(model: nn.Module) -> None:
+    """LoRA matrices stay fp32 for the optimizer, but PEFT would keep an fp32 copy of the input of each for backward.
+
+    In a 16-bit model that is most of the memory of its attention layers.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear):
+            layer.cast_input_dtype_enabled = False
+            for part in (*layer.lora_A.values(), *layer.lora_B.values()):
+                part.__class__ = InputDtypeLinear
 
 
 class FinetuneTrainer(StageTrainer):
@@ -54,9 +81,18 @@ class FinetuneTrainer(StageTrainer):
 
     stage_config: FinetuneConfig
 
+    @cached_property
+    def head(self) -> Head | None:
+        return find_head(self.base)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model that carries the LoRA matrices, without PEFT's wrapper."""
+        wrapped: Any = self.model
+        return wrapped.get_base_model()
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        ids = inputs["input_ids"]
-        return next_token_loss(model(input_ids=ids, use_cache=False).logits, ids)
+        return language_model_loss(self.base, self.head, inputs["input_ids"], self.stage_config.liger)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW; feature maps, where they train, form a group with their own rate."""

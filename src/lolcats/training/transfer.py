@@ -18,7 +18,9 @@ from lolcats.attention.reference import softmax_logits
 from lolcats.config import Config, TransferConfig
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
+from lolcats.modeling.loss import mean_squared_error
 from lolcats.training.data import Data
+from lolcats.training.liger import fused_layers
 from lolcats.training.trainer import StageResult, StageTrainer, train_only
 
 
@@ -33,7 +35,8 @@ def transfer(model: PreTrainedModel, data: Data, config: Config, directory: Path
         model, config.transfer, data.train, data.validation, "transfer",
         directory / "checkpoints" / "transfer", directory / "metrics.jsonl", config.seed, config.report_to,
     )  # fmt: skip
-    return trainer.run()
+    with fused_layers(model, config.transfer.liger):
+        return trainer.run()
 
 
 class TransferTrainer(StageTrainer):
@@ -76,8 +79,7 @@ def layer_losses(
 def attention_loss(layer: LinearizedAttention, call: AttentionCall, config: TransferConfig) -> Tensor:
     """Scalar loss of one layer on one call."""
     y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding).transpose(1, 2)
-    error = (y - call.target.float()).square().mean((2, 3))  # (B, T)
-    loss = config.mse_weight * (error.mean() if call.padding is None else error[call.padding].mean())
+    loss = config.mse_weight * mean_squared_error(y, call.target, call.padding)
     if config.xent_weight:
         loss = loss + config.xent_weight * _weight_cross_entropy(layer, call)
     return loss

@@ -2,9 +2,9 @@
 
     da_ni = (dy_n·v_i − δ_n) / d_n,   δ_n = dy_n·y_n,   dv_i = Σ_n a_ni dy_n / d_n.
 
-``query_kernel`` walks forward with S, z in registers (dφ(q_n) = (S dy_n − δ_n z) / d_n, then dq), ``key_kernel`` walks
-from the end with the gradients dS = Σ φ(q_n) dy_nᵀ / d_n and dz = Σ φ(q_n) δ_n / d_n of what later queries saw
-(dφ(k_i) = dS v_i − dz, then dk, dv). Nothing but 1 / d_n is stored by the forward pass.
+``query_kernel`` has the states S, z of the forward pass (dφ(q_n) = (S dy_n − δ_n z) / d_n, then dq); ``key_kernel`` has
+the gradients dS = Σ φ(q_n) dy_nᵀ / d_n and dz = Σ φ(q_n) δ_n / d_n of what later queries saw (dφ(k_i) = dS v_i − dz,
+then dk, dv). The forward pass stores 1 / d_n, c_n and the key c_n comes from.
 
 The shift c_n = max s_ni moves the softmax part against the linear one, so it has a gradient: −r_n for the key that is
 the maximum, with r_n = Σ_{i∈soft} a_ni da_ni. Since Σ_i a_ni da_ni = 0 over all keys, r_n = −φ(q_n)·dφ(q_n), and the
@@ -21,60 +21,64 @@ from lolcats.attention.kernels.blocks import (
     head_pointer,
     hedgehog_backward,
     input_pointers,
+    key_positions,
+    linear_mask,
     load_rows,
     load_sinks,
     load_tile,
     load_weight,
-    matrix,
-    remembered,
     row_offset,
-    segment_bounds,
     sinks_mask,
+    softmax_backward,
     softmax_logits,
-    softmax_logits_backward,
+    store_matrix,
     store_tile,
-    store_weight,
+    walk_bounds,
+    window_end,
     window_mask,
+    window_start,
 )
-from lolcats.attention.kernels.forward import add_to_state, load_state
+from lolcats.attention.kernels.states import load_state, load_sum
 
 
 @triton.jit
-def shift_kernel(
-    o, o_strides, do, do_strides, inverse, shift, heads, tokens, value_dim, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr
+def delta_kernel(
+    o, o_strides, do, do_strides, delta, heads, tokens, VALUE_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """shift_n = δ_n / d_n."""
+    """δ_n = dy_n·y_n."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    t, vd = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
-    o = load_tile(head_pointer(o, o_strides, batch, head, batch * 0), o_strides[2], t, tokens, vd, value_dim)
-    do = load_tile(head_pointer(do, do_strides, batch, head, batch * 0), do_strides[2], t, tokens, vd, value_dim)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    at, row, vd = block * BLOCK_T, tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
+    o = load_tile(head_pointer(o, o_strides, batch, head, batch * 0), o_strides[2], at, tokens, row, vd, VALUE_DIM)
+    do = load_tile(head_pointer(do, do_strides, batch, head, batch * 0), do_strides[2], at, tokens, row, vd, VALUE_DIM)
     offset = row_offset(batch, head, batch * 0, heads, tokens)
-    tl.store(shift + offset + t, delta * load_rows(inverse + offset, t, tokens), mask=t < tokens)
+    total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta + offset + at + row, total, mask=at + row < tokens)
 
 
 @triton.jit
 def query_kernel(
-    q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k, gamma,
-    sink_k, sink_v, inverse, shift, states, dq, dq_strides, dfq, dfq_strides, d_weight, d_gamma, d_sink_k, d_sink_v,
-    peaks, tops, pulls, segments, sequences, positions,
-    heads, group, map_group, tokens, dim, value_dim, width, scale, cap, pull_stride,
-    SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, SLIDING: tl.constexpr, LAG: tl.constexpr, SINKS: tl.constexpr,
-    CAPPED: tl.constexpr, FUSED: tl.constexpr, INPUTS: tl.constexpr, HAS_STATES: tl.constexpr,
-    LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
+    q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
+    sink_k, sink_v, inverse, delta, peaks, tops, states, sums, dq, dq_strides, dfq, dfq_strides, d_weight, d_gamma, pulls,
+    walks, sequences, positions,
+    heads, group, map_group, tokens, scale, cap, pull_stride,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
+    CAPPED: tl.constexpr, FUSED: tl.constexpr, INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients that belong to queries: dq, φ_q, γ, and those of the sinks; of one slice of the value dim (all are
-    linear in dy, so slices add up).
+    """Gradients that belong to queries, dq, φ_q and γ, from one slice of the value dim (they are linear in dy, so slices
+    add up).
 
-    INPUTS: gradients of q, k, v are wanted, and what ``key_kernel`` needs of each query's softmax is stored: the
-    shift (``peaks``, base 2, γ included), the key that is the maximum (``tops``) and r_n (``pulls``).
+    INPUTS: gradients of q, k, v are wanted, and r_n is stored (``pulls``) for ``key_kernel``. WEIGHTS: so are those of
+    the feature map's weights. TILES: that a window reaches.
     """
-    segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence, begin, end, batch, first, length, position = segment_bounds(segments, sequences, positions, segment)
+    walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
     kv_head, map_head = head // group, head // map_group
     kv_heads, maps = heads // group, heads // map_group
-    program = (piece * tl.num_programs(0) + segment) * heads + head  # of per-program outputs
+    program = (piece * tl.num_programs(0) + walk) * heads + head  # of per-program outputs
     q, k, v, fq, fk = input_pointers(
         q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
     )  # fmt: skip
@@ -82,153 +86,160 @@ def query_kernel(
     dq = head_pointer(dq, dq_strides, batch, head, first) + piece.to(tl.int64) * dq_strides[3]
     dfq = head_pointer(dfq, dfq_strides, batch, head, first) + piece.to(tl.int64) * dfq_strides[3]
     rows = row_offset(batch, head, first, heads, tokens)
-    inverse, shift, peaks, tops = inverse + rows, shift + rows, peaks + rows, tops + rows
+    inverse, delta, peaks, tops = inverse + rows, delta + rows, peaks + rows, tops + rows
     pulls += rows + piece.to(tl.int64) * pull_stride
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
-    causal = row[:, None] >= row[None, :]
-    first_piece = tl.where(piece == 0, 1.0, 0.0)
-    log_gamma = tl.log2(tl.load(gamma + head))
-    if FUSED and LINEAR:
-        wq = load_weight(weight_q, head, d, j, dim, width)
-        wq_low, wq = wq.to(LOW), wq.to(q.dtype.element_ty)
-        wk = load_weight(weight_k, map_head, d, j, dim, width).to(k.dtype.element_ty)
+    first_piece, one = tl.where(piece == 0, 1.0, 0.0), tl.full((C,), 1.0, tl.float32)
+    wq = load_weight(weight_q, head, d, j, DIM, WIDTH).to(q.dtype.element_ty) if FUSED and LINEAR else 0
+    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH).to(k.dtype.element_ty) if FUSED and NEAR else 0
+    if WEIGHTS:
         dw = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
-    else:
-        wq = 0
-        wk = 0
     if SOFTMAX and SINKS > 0 and INPUTS:
         sink = tl.arange(0, BLOCK_SINKS)
-        ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, dim, SINKS)
-        vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, value_dim, SINKS).to(LOW)
-        dks = tl.zeros((BLOCK_SINKS, BLOCK_D), tl.float32)
-        dvs = tl.zeros((BLOCK_SINKS, BLOCK_V), tl.float32)
-    if LINEAR:
-        index = segment * maps + map_head
-        S_up, S_down, z_up, z_down = load_state(
-            states, index, j, vd, width, value_dim, HAS_STATES, BLOCK_F, BLOCK_V
-        )  # fmt: skip
+        ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, DIM, SINKS)
+        vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, VALUE_DIM, SINKS).to(LOW)
     sum_pull = tl.zeros((C,), tl.float32)
-    for block in range(begin, end):
-        t = block * C + row
-        q_tile = load_tile(q, q_strides[2], t, length, d, dim)
-        do_tile = load_tile(do, do_strides[2], t, length, vd, value_dim).to(LOW)
+    for tile in range(begin, end):
+        at = tile * C
+        t = at + row
+        n = position + t
+        q_tile = load_tile(q, q_strides[2], at, length, row, d, DIM)
+        do_tile = load_tile(do, do_strides[2], at, length, row, vd, VALUE_DIM).to(LOW)
         r = load_rows(inverse, t, length)
-        h = load_rows(shift, t, length) * first_piece
-        own_ok = remembered(t, length, position, SINKS)
-        previous_ok = remembered(t - C, length, position, SINKS)
+        h = load_rows(delta, t, length) * r * first_piece
         pull = tl.zeros((C,), tl.float32)
         if INPUTS:
             grad_q = tl.zeros((C, BLOCK_D), tl.float32)
-        if LAG == 2:
-            v_near = load_tile(v, v_strides[2], t - C, length, vd, value_dim).to(LOW)
-            near_ok = previous_ok
-        else:
-            v_near = load_tile(v, v_strides[2], t, length, vd, value_dim).to(LOW)
-            near_ok = own_ok
         if LINEAR:
-            if LAG == 2:
-                k_near = load_tile(k, k_strides[2], t - C, length, d, dim)
-                k_up, k_down = features(k_near, wk, fk, fk_strides[2], t - C, length, j, width, FUSED, PRECISION)
-            else:
-                k_near = load_tile(k, k_strides[2], t, length, d, dim)
-                k_up, k_down = features(k_near, wk, fk, fk_strides[2], t, length, j, width, FUSED, PRECISION)
-            k_up, k_down = tl.where(near_ok[:, None], k_up, 0.0), tl.where(near_ok[:, None], k_down, 0.0)
-            k_up_low, k_down_low = k_up.to(LOW), k_down.to(LOW)
-            q_up, q_down = features(q_tile, wq, fq, fq_strides[2], t, length, j, width, FUSED, PRECISION)
-            d_up = tl.dot(do_tile, tl.trans(S_up.to(LOW)), input_precision=PRECISION) * r[:, None]
-            d_down = tl.dot(do_tile, tl.trans(S_down.to(LOW)), input_precision=PRECISION) * r[:, None]
-            d_up -= h[:, None] * z_up[None, :]
-            d_down -= h[:, None] * z_down[None, :]
-            if SLIDING or LAG == 1:
-                da = tl.dot(do_tile, tl.trans(v_near), input_precision=PRECISION) * r[:, None] - h[:, None]
-                da = tl.where(causal, da, 0.0).to(LOW)
-                d_up = tl.dot(da, k_up_low, d_up, input_precision=PRECISION)
-                d_down = tl.dot(da, k_down_low, d_down, input_precision=PRECISION)
-            pull = -tl.sum(q_up * d_up, 1) - tl.sum(q_down * d_down, 1)
+            step = tl.maximum(window_start(position + at, WINDOW, SIZE) - position, 0) // SPAN
+            index = (entry + step) * maps + map_head
+            S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
+            S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
+            z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
+            d_up = tl.dot(do_tile, S_up, input_precision=PRECISION) * r[:, None] - h[:, None] * z_up[None, :]
+            d_down = tl.dot(do_tile, S_down, input_precision=PRECISION) * r[:, None] - h[:, None] * z_down[None, :]
+            if NEAR:
+                near_end = tl.cdiv(window_start(position + at + C - 1, WINDOW, SIZE) - position, C)
+                for near_tile in range(step * (SPAN // C), near_end):
+                    near = near_tile * C
+                    s = near + row
+                    keys = key_positions(s, length, position, SINKS)
+                    k_near = load_tile(k, k_strides[2], near, length, row, d, DIM)
+                    v_near = load_tile(v, v_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
+                    k_up, k_down = features(
+                        k_near, wk, fk, fk_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION
+                    )
+                    da = tl.dot(do_tile, tl.trans(v_near), input_precision=PRECISION) * r[:, None] - h[:, None]
+                    mask = linear_mask(n[:, None], keys[None, :], WINDOW, SIZE)
+                    da = tl.where(mask, da, 0.0).to(LOW)
+                    d_up = tl.dot(da, k_up.to(LOW), d_up, input_precision=PRECISION)
+                    d_down = tl.dot(da, k_down.to(LOW), d_down, input_precision=PRECISION)
+            up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
+            pull = -tl.sum(up * d_up, 1) - tl.sum(down * d_down, 1)
             sum_pull += tl.where(t < length, pull, 0.0)
             if FUSED:
-                dy = hedgehog_backward(q_up, q_down, d_up, d_down).to(LOW)
-                dw = tl.dot(tl.trans(q_tile.to(LOW)), dy, dw, input_precision=PRECISION)
+                dy = hedgehog_backward(up, down, d_up, d_down).to(LOW)
+                if WEIGHTS:
+                    dw = tl.dot(tl.trans(q_tile.to(LOW)), dy, dw, input_precision=PRECISION)
                 if INPUTS:
-                    grad_q = tl.dot(dy, tl.trans(wq_low), grad_q, input_precision=PRECISION)
+                    grad_q = tl.dot(dy, tl.trans(wq).to(LOW), grad_q, input_precision=PRECISION)
             else:
-                store_tile(dfq, dfq_strides[2], t, length, j, width, d_up)
-                store_tile(dfq + width, dfq_strides[2], t, length, j, width, d_down)
-            z_up += tl.sum(k_up, 0)
-            z_down += tl.sum(k_down, 0)
-            S_up, S_down = add_to_state(S_up, S_down, k_up_low, k_down_low, v_near, PRECISION)
+                store_tile(dfq, dfq_strides[2], at, length, row, j, WIDTH, d_up)
+                store_tile(dfq + WIDTH, dfq_strides[2], at, length, row, j, WIDTH, d_down)
         if INPUTS and SOFTMAX:
-            k_own = load_tile(k, k_strides[2], t, length, d, dim)
-            v_own = load_tile(v, v_strides[2], t, length, vd, value_dim).to(LOW)
-            k_previous = load_tile(k, k_strides[2], t - C, length, d, dim)
-            own_mask, old_mask = window_mask(causal, own_ok, previous_ok, SLIDING)
-            own_logits, own = softmax_logits(q_tile, k_own, own_mask, scale, cap, CAPPED, PRECISION)
-            old_logits, old = softmax_logits(q_tile, k_previous, old_mask, scale, cap, CAPPED, PRECISION)
-            peak = tl.maximum(tl.max(own, 1), tl.max(old, 1))
-            if SINKS > 0:
-                seen = sinks_mask(t, position, sink, SINKS)
-                far_logits, far = softmax_logits(q_tile, ks, seen, scale, cap, CAPPED, PRECISION)
-                peak = tl.maximum(peak, tl.max(far, 1))
-            # The key of the maximum: -1 - i for sink i, else its index in the sequence. Lowest wins.
-            top = tl.min(tl.where(own == peak[:, None], t[None, :], length), 1)
-            top = tl.minimum(top, tl.min(tl.where(old == peak[:, None], t[None, :] - C, length), 1))
-            if SINKS > 0:
-                top = tl.minimum(top, tl.min(tl.where(far == peak[:, None], -1 - sink[None, :], length), 1))
-            peak -= log_gamma
-            tl.store(peaks + t, peak, mask=(t < length) & (piece == 0))
-            tl.store(tops + t, top, mask=(t < length) & (piece == 0))
             tl.store(pulls + t, pull, mask=t < length)
-            own = tl.exp2(own - peak[:, None])
-            da = tl.dot(do_tile, tl.trans(v_own), input_precision=PRECISION) * r[:, None] - h[:, None]
-            ds = own * da - tl.where(t[None, :] == top[:, None], pull[:, None], 0.0)
-            ds = softmax_logits_backward(ds, own_logits, scale, cap, CAPPED)
-            grad_q = tl.dot(ds.to(LOW), k_own.to(LOW), grad_q, input_precision=PRECISION)
-            old = tl.exp2(old - peak[:, None])
-            da = tl.dot(do_tile, tl.trans(v_near), input_precision=PRECISION) * r[:, None] - h[:, None]
-            ds = old * da - tl.where((t - C)[None, :] == top[:, None], pull[:, None], 0.0)
-            ds = softmax_logits_backward(ds, old_logits, scale, cap, CAPPED)
-            grad_q = tl.dot(ds.to(LOW), k_previous.to(LOW), grad_q, input_precision=PRECISION)
+            peak, top = load_rows(peaks, t, length)[:, None], load_rows(tops, t, length)[:, None]
+            r, h, pull = r[:, None], h[:, None], pull[:, None]
+            for back in range(TILES):  # keys of the same tile, then of those before
+                near = at - back * C
+                s = near + row
+                k_tile = load_tile(k, k_strides[2], near, length, row, d, DIM)
+                v_tile = load_tile(v, v_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
+                keys = key_positions(s, length, position, SINKS)[None, :]
+                mask = window_mask(n[:, None], keys, WINDOW, SIZE)
+                logits = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
+                da = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+                _, ds = softmax_backward(logits, da, peak, r, h, pull, s[None, :] == top, scale, cap, CAPPED)
+                grad_q = tl.dot(ds.to(LOW), k_tile.to(LOW), grad_q, input_precision=PRECISION)
             if SINKS > 0:
-                far = tl.exp2(far - peak[:, None])
-                da = tl.dot(do_tile, tl.trans(vs), input_precision=PRECISION) * r[:, None] - h[:, None]
-                ds = far * da - tl.where((-1 - sink)[None, :] == top[:, None], pull[:, None], 0.0)
-                ds = softmax_logits_backward(ds, far_logits, scale, cap, CAPPED).to(LOW)
-                grad_q = tl.dot(ds, ks.to(LOW), grad_q, input_precision=PRECISION)
-                dks = tl.dot(tl.trans(ds), q_tile.to(LOW), dks, input_precision=PRECISION)
-                far = tl.trans((far * r[:, None]).to(LOW))
-                dvs = tl.dot(far, do_tile, dvs, input_precision=PRECISION)
+                logits = softmax_logits(
+                    q_tile, ks, sinks_mask(n[:, None], sink[None, :], SINKS), scale, cap, CAPPED, PRECISION
+                )
+                da = tl.dot(do_tile, tl.trans(vs), input_precision=PRECISION)
+                is_top = (-1 - sink)[None, :] == top
+                _, ds = softmax_backward(logits, da, peak, r, h, pull, is_top, scale, cap, CAPPED)
+                grad_q = tl.dot(ds.to(LOW), ks.to(LOW), grad_q, input_precision=PRECISION)
         if INPUTS:
-            store_tile(dq, dq_strides[2], t, length, d, dim, grad_q)
+            store_tile(dq, dq_strides[2], at, length, row, d, DIM, grad_q)
     tl.store(d_gamma + program, tl.sum(sum_pull, 0))
-    if FUSED and LINEAR:
-        store_weight(d_weight, program, d, j, dim, width, dw)
-    if SOFTMAX and SINKS > 0 and INPUTS:
-        offsets, exists = matrix(sink, d, SINKS, dim)
-        tl.store(d_sink_k + program.to(tl.int64) * SINKS * dim + offsets, dks, mask=exists)
-        offsets, exists = matrix(sink, vd, SINKS, value_dim)
-        tl.store(d_sink_v + (segment * heads + head).to(tl.int64) * SINKS * value_dim + offsets, dvs, mask=exists)
+    if WEIGHTS:
+        store_matrix(d_weight + program.to(tl.int64) * DIM * WIDTH, d, j, DIM, WIDTH, dw)
+
+
+@triton.jit
+def sink_kernel(
+    q, q_strides, do, do_strides, sink_k, sink_v, inverse, delta, peaks, tops, pulls, d_sink_k, d_sink_v,
+    walks, sequences, positions, heads, group, tokens, scale, cap, pull_stride,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, LOW: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_SINKS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the sinks' keys and values from the queries of one walk, as d_sink_k (pieces, walks, H, SINKS, D) and
+    d_sink_v (walks, H, SINKS, Dv)."""
+    walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, begin, end, batch, first, length, _, position = walk_bounds(walks, sequences, positions, walk)
+    kv_head, kv_heads = head // group, heads // group
+    q, do = head_pointer(q, q_strides, batch, head, first), head_pointer(do, do_strides, batch, head, first)
+    rows = row_offset(batch, head, first, heads, tokens)
+    inverse, delta, peaks, tops = inverse + rows, delta + rows, peaks + rows, tops + rows
+    pulls += rows + piece.to(tl.int64) * pull_stride
+    row, d, sink = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_SINKS)
+    vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
+    first_piece = tl.where(piece == 0, 1.0, 0.0)
+    ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, DIM, SINKS)
+    vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, VALUE_DIM, SINKS).to(LOW)
+    dks = tl.zeros((BLOCK_SINKS, BLOCK_D), tl.float32)
+    dvs = tl.zeros((BLOCK_SINKS, BLOCK_V), tl.float32)
+    for tile in range(begin, end):
+        at = tile * C
+        t = at + row
+        q_tile = load_tile(q, q_strides[2], at, length, row, d, DIM)
+        do_tile = load_tile(do, do_strides[2], at, length, row, vd, VALUE_DIM).to(LOW)
+        r, pull = load_rows(inverse, t, length)[None, :], load_rows(pulls, t, length)[None, :]
+        h = load_rows(delta, t, length)[None, :] * r * first_piece
+        peak, is_top = load_rows(peaks, t, length)[None, :], load_rows(tops, t, length)[None, :] == (-1 - sink)[:, None]
+        mask = sinks_mask((position + t)[None, :], sink[:, None], SINKS)
+        logits = softmax_logits(ks, q_tile, mask, scale, cap, CAPPED, PRECISION)
+        da = tl.dot(vs, tl.trans(do_tile), input_precision=PRECISION)
+        a, ds = softmax_backward(logits, da, peak, r, h, pull, is_top, scale, cap, CAPPED)
+        dks = tl.dot(ds.to(LOW), q_tile.to(LOW), dks, input_precision=PRECISION)
+        dvs = tl.dot((a * r).to(LOW), do_tile, dvs, input_precision=PRECISION)
+    program = (piece * tl.num_programs(0) + walk) * heads + head
+    store_matrix(d_sink_k + program.to(tl.int64) * SINKS * DIM, sink, d, SINKS, DIM, dks)
+    store_matrix(d_sink_v + (walk * heads + head).to(tl.int64) * SINKS * VALUE_DIM, sink, vd, SINKS, VALUE_DIM, dvs)
 
 
 @triton.jit
 def key_kernel(
     q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
-    inverse, shift, peaks, tops, pulls, states, dk, dk_strides, dv, dv_strides, dfk, dfk_strides, d_weight,
-    segments, sequences, positions,
-    heads, group, map_group, tokens, dim, value_dim, width, scale, cap, pull_stride,
-    SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, SLIDING: tl.constexpr, LAG: tl.constexpr, SINKS: tl.constexpr,
-    CAPPED: tl.constexpr, FUSED: tl.constexpr, INPUTS: tl.constexpr, HAS_STATES: tl.constexpr,
-    LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    inverse, delta, peaks, tops, pulls, states, sums, dk, dk_strides, dv, dv_strides, dfk, dfk_strides, d_weight,
+    walks, sequences, positions,
+    heads, group, map_group, tokens, scale, cap, pull_stride,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
+    CAPPED: tl.constexpr, FUSED: tl.constexpr, INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Gradients that belong to keys: dk, dv and φ_k, from one query head and slice of the value dim.
 
-    Every query head has its own output, also where heads share keys or maps; the caller adds them up.
+    Every query head has its own output, also where heads share keys or maps; the caller adds them up. Matrices of
+    weights are held transposed, (keys, queries), so that they enter the products as they are.
     """
-    segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    _, begin, end, batch, first, length, position = segment_bounds(segments, sequences, positions, segment)
+    walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    _, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
     kv_head, map_head = head // group, head // map_group
-    program = (piece * tl.num_programs(0) + segment) * heads + head
+    program = (piece * tl.num_programs(0) + walk) * heads + head
     q, k, v, fq, fk = input_pointers(
         q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
     )  # fmt: skip
@@ -237,93 +248,91 @@ def key_kernel(
     dv = head_pointer(dv, dv_strides, batch, head, first)
     dfk = head_pointer(dfk, dfk_strides, batch, head, first) + piece.to(tl.int64) * dfk_strides[3]
     rows = row_offset(batch, head, first, heads, tokens)
-    inverse, shift, peaks, tops = inverse + rows, shift + rows, peaks + rows, tops + rows
+    inverse, delta, peaks, tops = inverse + rows, delta + rows, peaks + rows, tops + rows
     pulls += rows + piece.to(tl.int64) * pull_stride
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
-    causal = row[:, None] >= row[None, :]
-    first_piece = tl.where(piece == 0, 1.0, 0.0)
-    if FUSED and LINEAR:
-        wq = load_weight(weight_q, head, d, j, dim, width).to(q.dtype.element_ty)
-        wk = load_weight(weight_k, map_head, d, j, dim, width)
-        wk_low, wk = wk.to(LOW), wk.to(k.dtype.element_ty)
+    first_piece, one = tl.where(piece == 0, 1.0, 0.0), tl.full((C,), 1.0, tl.float32)
+    wq = load_weight(weight_q, head, d, j, DIM, WIDTH).to(q.dtype.element_ty) if FUSED and NEAR else 0
+    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH).to(k.dtype.element_ty) if FUSED and LINEAR else 0
+    if WEIGHTS:
         dw = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
-    else:
-        wq = 0
-        wk = 0
-    if LINEAR:
-        index = segment * heads + head
-        S_up, S_down, z_up, z_down = load_state(
-            states, index, j, vd, width, value_dim, HAS_STATES, BLOCK_F, BLOCK_V
-        )  # fmt: skip
-        z_up, z_down = z_up * first_piece, z_down * first_piece
-    for i in range(begin, end):
-        block = begin + end - 1 - i
-        t = block * C + row
-        k_tile = load_tile(k, k_strides[2], t, length, d, dim)
-        v_tile = load_tile(v, v_strides[2], t, length, vd, value_dim).to(LOW)
-        key_ok = remembered(t, length, position, SINKS)
+    for tile in range(begin, end):
+        at = tile * C
+        t = at + row
+        k_tile = load_tile(k, k_strides[2], at, length, row, d, DIM)
+        v_tile = load_tile(v, v_strides[2], at, length, row, vd, VALUE_DIM).to(LOW)
+        keys = key_positions(t, length, position, SINKS)
         if INPUTS:
             grad_k = tl.zeros((C, BLOCK_D), tl.float32)
             grad_v = tl.zeros((C, BLOCK_V), tl.float32)
         if LINEAR:
-            # The newest queries that this block's keys, or those of the block before, are older than.
-            t_query = t + C if LAG == 2 else t
-            q_tile = load_tile(q, q_strides[2], t_query, length, d, dim)
-            do_tile = load_tile(do, do_strides[2], t_query, length, vd, value_dim).to(LOW)
-            r, h = load_rows(inverse, t_query, length), load_rows(shift, t_query, length) * first_piece
-            q_up, q_down = features(q_tile, wq, fq, fq_strides[2], t_query, length, j, width, FUSED, PRECISION)
-            k_up, k_down = features(k_tile, wk, fk, fk_strides[2], t, length, j, width, FUSED, PRECISION)
-            S_up_low, S_down_low = S_up.to(LOW), S_down.to(LOW)
-            d_up = tl.dot(v_tile, tl.trans(S_up_low), input_precision=PRECISION) - z_up[None, :]
-            d_down = tl.dot(v_tile, tl.trans(S_down_low), input_precision=PRECISION) - z_down[None, :]
-            k_up_low = tl.where(key_ok[:, None], k_up, 0.0).to(LOW)
-            k_down_low = tl.where(key_ok[:, None], k_down, 0.0).to(LOW)
+            # Queries from step ``after`` on see all keys of this tile; the last step's state holds none.
+            after = tl.cdiv(window_end(position + at + C - 1, WINDOW, SIZE) - position, SPAN)
+            index = (entry + tl.minimum(after, tl.cdiv(length, SPAN)) - 1) * heads + head
+            S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
+            S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
+            z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
+            up, down = features(k_tile, wk, fk, fk_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
+            exists = (keys >= 0)[:, None]
+            up_low, down_low = tl.where(exists, up, 0.0).to(LOW), tl.where(exists, down, 0.0).to(LOW)
             if INPUTS:
-                grad_v = tl.dot(k_up_low, S_up_low, grad_v, input_precision=PRECISION)
-                grad_v = tl.dot(k_down_low, S_down_low, grad_v, input_precision=PRECISION)
-            if SLIDING or LAG == 1:
-                da = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) * r[:, None] - h[:, None]
-                da = tl.trans(tl.where(causal, da, 0.0).to(LOW))
-                d_up = tl.dot(da, q_up.to(LOW), d_up, input_precision=PRECISION)
-                d_down = tl.dot(da, q_down.to(LOW), d_down, input_precision=PRECISION)
-                if INPUTS:
-                    near = tl.dot(q_up.to(LOW), tl.trans(k_up_low), input_precision=PRECISION)
-                    near = tl.dot(q_down.to(LOW), tl.trans(k_down_low), near, input_precision=PRECISION)
-                    near = tl.where(causal, near * r[:, None], 0.0).to(LOW)
-                    grad_v = tl.dot(tl.trans(near), do_tile, grad_v, input_precision=PRECISION)
-            d_up, d_down = tl.where(key_ok[:, None], d_up, 0.0), tl.where(key_ok[:, None], d_down, 0.0)
+                grad_v = tl.dot(up_low, tl.trans(S_up), grad_v, input_precision=PRECISION)
+                grad_v = tl.dot(down_low, tl.trans(S_down), grad_v, input_precision=PRECISION)
+            d_up = tl.dot(v_tile, S_up, input_precision=PRECISION) - z_up[None, :] * first_piece
+            d_down = tl.dot(v_tile, S_down, input_precision=PRECISION) - z_down[None, :] * first_piece
+            if NEAR:
+                near_begin = (window_end(position + at, WINDOW, SIZE) - position) // C
+                for near_tile in range(near_begin, tl.minimum(after * (SPAN // C), tl.cdiv(length, C))):
+                    near = near_tile * C
+                    s = near + row
+                    q_near = load_tile(q, q_strides[2], near, length, row, d, DIM)
+                    do_near = load_tile(do, do_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
+                    r = load_rows(inverse, s, length)
+                    h = load_rows(delta, s, length) * r * first_piece
+                    q_up, q_down = features(
+                        q_near, wq, fq, fq_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION
+                    )
+                    q_up, q_down = q_up.to(LOW), q_down.to(LOW)
+                    mask = linear_mask((position + s)[None, :], keys[:, None], WINDOW, SIZE)
+                    da = tl.dot(v_tile, tl.trans(do_near), input_precision=PRECISION) * r[None, :] - h[None, :]
+                    da = tl.where(mask, da, 0.0).to(LOW)
+                    d_up = tl.dot(da, q_up, d_up, input_precision=PRECISION)
+                    d_down = tl.dot(da, q_down, d_down, input_precision=PRECISION)
+                    if INPUTS:
+                        a = tl.dot(up_low, tl.trans(q_up), input_precision=PRECISION)
+                        a = tl.dot(down_low, tl.trans(q_down), a, input_precision=PRECISION)
+                        a = tl.where(mask, a * r[None, :], 0.0).to(LOW)
+                        grad_v = tl.dot(a, do_near, grad_v, input_precision=PRECISION)
+            d_up, d_down = tl.where(exists, d_up, 0.0), tl.where(exists, d_down, 0.0)
             if FUSED:
-                dy = hedgehog_backward(k_up, k_down, d_up, d_down).to(LOW)
-                dw = tl.dot(tl.trans(k_tile.to(LOW)), dy, dw, input_precision=PRECISION)
+                dy = hedgehog_backward(up, down, d_up, d_down).to(LOW)
+                if WEIGHTS:
+                    dw = tl.dot(tl.trans(k_tile.to(LOW)), dy, dw, input_precision=PRECISION)
                 if INPUTS:
-                    grad_k = tl.dot(dy, tl.trans(wk_low), grad_k, input_precision=PRECISION)
+                    grad_k = tl.dot(dy, tl.trans(wk).to(LOW), grad_k, input_precision=PRECISION)
             else:
-                store_tile(dfk, dfk_strides[2], t, length, j, width, d_up)
-                store_tile(dfk + width, dfk_strides[2], t, length, j, width, d_down)
-            z_up += tl.sum(q_up * h[:, None], 0)
-            z_down += tl.sum(q_down * h[:, None], 0)
-            q_up, q_down = (q_up * r[:, None]).to(LOW), (q_down * r[:, None]).to(LOW)
-            S_up, S_down = add_to_state(S_up, S_down, q_up, q_down, do_tile, PRECISION)
+                store_tile(dfk, dfk_strides[2], at, length, row, j, WIDTH, d_up)
+                store_tile(dfk + WIDTH, dfk_strides[2], at, length, row, j, WIDTH, d_down)
         if INPUTS and SOFTMAX:
-            for ahead in tl.static_range(2):  # queries of the same block, then of the next
-                t_query = t + ahead * C
-                q_tile = load_tile(q, q_strides[2], t_query, length, d, dim)
-                do_tile = load_tile(do, do_strides[2], t_query, length, vd, value_dim).to(LOW)
-                r, h = load_rows(inverse, t_query, length), load_rows(shift, t_query, length) * first_piece
-                peak, top = load_rows(peaks, t_query, length), load_rows(tops, t_query, length)
-                pull = load_rows(pulls, t_query, length)
-                own_mask, old_mask = window_mask(causal, key_ok, key_ok, SLIDING)
-                mask = (old_mask if ahead else own_mask) & (t_query < length)[:, None]
-                logits, a = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
-                a = tl.exp2(a - peak[:, None])
-                grad_v = tl.dot(tl.trans((a * r[:, None]).to(LOW)), do_tile, grad_v, input_precision=PRECISION)
-                da = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) * r[:, None] - h[:, None]
-                ds = a * da - tl.where(mask & (t[None, :] == top[:, None]), pull[:, None], 0.0)
-                ds = softmax_logits_backward(ds, logits, scale, cap, CAPPED).to(LOW)
-                grad_k = tl.dot(tl.trans(ds), q_tile.to(LOW), grad_k, input_precision=PRECISION)
+            for ahead in range(TILES):  # queries of the same tile, then of the next ones
+                near = at + ahead * C
+                s = near + row
+                n = (position + s)[None, :]
+                q_tile = load_tile(q, q_strides[2], near, length, row, d, DIM)
+                do_tile = load_tile(do, do_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
+                peak, top = load_rows(peaks, s, length)[None, :], load_rows(tops, s, length)[None, :]
+                r, pull = load_rows(inverse, s, length)[None, :], load_rows(pulls, s, length)[None, :]
+                h = load_rows(delta, s, length)[None, :] * r * first_piece
+                mask = window_mask(n, keys[:, None], WINDOW, SIZE)
+                is_top = (t[:, None] == top) & mask
+                logits = softmax_logits(k_tile, q_tile, mask, scale, cap, CAPPED, PRECISION)
+                da = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+                a, ds = softmax_backward(logits, da, peak, r, h, pull, is_top, scale, cap, CAPPED)
+                grad_v = tl.dot((a * r).to(LOW), do_tile, grad_v, input_precision=PRECISION)
+                grad_k = tl.dot(ds.to(LOW), q_tile.to(LOW), grad_k, input_precision=PRECISION)
         if INPUTS:
-            store_tile(dk, dk_strides[2], t, length, d, dim, grad_k)
-            store_tile(dv, dv_strides[2], t, length, vd, value_dim, grad_v)
-    if FUSED and LINEAR:
-        store_weight(d_weight, program, d, j, dim, width, dw)
+            store_tile(dk, dk_strides[2], at, length, row, d, DIM, grad_k)
+            store_tile(dv, dv_strides[2], at, length, row, vd, VALUE_DIM, grad_v)
+    if WEIGHTS:
+        store_matrix(d_weight + program.to(tl.int64) * DIM * WIDTH, d, j, DIM, WIDTH, dw)

@@ -1,8 +1,8 @@
 """What the kernels are made of: tiles, feature maps, masks, logits. Device functions only.
 
-A program walks over blocks of C = ``spec.chunk`` tokens of one sequence. Seen from the block of its queries, a block
-of keys is ``OWN`` (the same one), ``PREVIOUS`` (the one before), or older: then it is in the state S, z. Row-wise
-quantities of a tile are 1-D tensors of length C.
+Sequences are cut into tiles of C tokens, counted from their own first token. Row-wise quantities of a tile are 1-D
+tensors of length C. Positions n, i count from the beginning of the text; tokens t from the first token at hand, which
+stands at ``position``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 EPS = tl.constexpr(1e-12)  # lolcats.attention.feature_maps.EPS
 
 
+@triton.constexpr_function
+def divides(block, size):
+    """Whether blocks of a dimension need no mask."""
+    return size % block == 0
+
+
 @triton.jit
 def head_pointer(x, strides, batch, head, first):
     """Where the tokens of one head of one sequence begin in a (batch, head, token, dim) tensor."""
@@ -21,13 +27,14 @@ def head_pointer(x, strides, batch, head, first):
 
 
 @triton.jit
-def segment_bounds(segments, sequences, positions, segment):
-    """Of a segment: its sequence, first block and block after the last; of the sequence: batch index, first token,
-    length and position of the first token."""
-    sequence = tl.load(segments + segment * 3)
-    begin, end = tl.load(segments + segment * 3 + 1), tl.load(segments + segment * 3 + 2)
-    batch, first = tl.load(sequences + sequence * 3), tl.load(sequences + sequence * 3 + 1)
-    return sequence, begin, end, batch, first, tl.load(sequences + sequence * 3 + 2), tl.load(positions + sequence)
+def walk_bounds(walks, sequences, positions, walk):
+    """Of a walk: its sequence, first tile (or step) and the one after the last; of the sequence: batch index, first
+    token, length, first entry among the states and position of the first token."""
+    sequence = tl.load(walks + walk * 3)
+    begin, end = tl.load(walks + walk * 3 + 1), tl.load(walks + walk * 3 + 2)
+    row = sequences + sequence * 4
+    batch, first, length, entry = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    return sequence, begin, end, batch, first, length, entry, tl.load(positions + sequence)
 
 
 @triton.jit
@@ -47,16 +54,21 @@ def row_offset(batch, head, first, heads, tokens):
 
 
 @triton.jit
-def load_tile(base, stride, t, length, column, width):
-    """Tokens ``t`` × columns of a (token, dim) matrix; zeros outside [0, length) and [0, width)."""
-    mask = ((t >= 0) & (t < length))[:, None] & (column < width)[None, :]
-    return tl.load(base + t[:, None].to(tl.int64) * stride + column[None, :], mask=mask, other=0.0)
+def load_tile(base, stride, at, length, row, column, WIDTH: tl.constexpr):
+    """Tokens ``at + row`` × columns of a (token, dim) matrix; zeros outside [0, length) and [0, WIDTH)."""
+    mask = ((at + row >= 0) & (at + row < length))[:, None]
+    if not divides(column.shape[0], WIDTH):
+        mask = mask & (column < WIDTH)[None, :]
+    return tl.load(base + at.to(tl.int64) * stride + (row[:, None] * stride + column[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tile(base, stride, t, length, column, width, x):
-    mask = ((t >= 0) & (t < length))[:, None] & (column < width)[None, :]
-    tl.store(base + t[:, None].to(tl.int64) * stride + column[None, :], x.to(base.dtype.element_ty), mask=mask)
+def store_tile(base, stride, at, length, row, column, WIDTH: tl.constexpr, x):
+    mask = ((at + row >= 0) & (at + row < length))[:, None]
+    if not divides(column.shape[0], WIDTH):
+        mask = mask & (column < WIDTH)[None, :]
+    x = x.to(base.dtype.element_ty)
+    tl.store(base + at.to(tl.int64) * stride + (row[:, None] * stride + column[None, :]), x, mask=mask)
 
 
 @triton.jit
@@ -66,42 +78,52 @@ def load_rows(base, t, length):
 
 
 @triton.jit
-def matrix(row, column, rows, columns):
-    """Offsets into a contiguous (rows, columns) matrix, and which of them exist."""
-    return row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)[None, :]
+def load_matrix(base, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of a contiguous (ROWS, COLUMNS) matrix; zeros outside."""
+    x = base + row[:, None] * COLUMNS + column[None, :]
+    if divides(row.shape[0], ROWS) and divides(column.shape[0], COLUMNS):
+        return tl.load(x)
+    else:
+        return tl.load(x, mask=(row < ROWS)[:, None] & (column < COLUMNS)[None, :], other=0.0)
 
 
 @triton.jit
-def load_weight(weight, head, d, j, dim, width):
+def store_matrix(base, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, x):
+    mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+    tl.store(base + row[:, None] * COLUMNS + column[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_weight(weight, head, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """One head's (D, f) of the feature maps' weights, fp32."""
-    offsets, exists = matrix(d, j, dim, width)
-    return tl.load(weight + head.to(tl.int64) * dim * width + offsets, mask=exists, other=0.0)
+    return load_matrix(weight + head.to(tl.int64) * DIM * WIDTH, d, j, DIM, WIDTH)
 
 
 @triton.jit
-def store_weight(weight, head, d, j, dim, width, x):
-    offsets, exists = matrix(d, j, dim, width)
-    tl.store(weight + head.to(tl.int64) * dim * width + offsets, x, mask=exists)
+def load_sinks(base, sequence, head, heads, sink, column, WIDTH: tl.constexpr, SINKS: tl.constexpr):
+    """One head's keys or values of a sequence's sinks, from (sequences, heads, SINKS, WIDTH)."""
+    return load_matrix(base + (sequence * heads + head).to(tl.int64) * SINKS * WIDTH, sink, column, SINKS, WIDTH)
 
 
 @triton.jit
-def load_sinks(base, sequence, head, heads, sink, column, width, SINKS: tl.constexpr):
-    """One head's keys or values of a sequence's sinks, from (sequences, heads, SINKS, width)."""
-    return load_tile(base + (sequence * heads + head).to(tl.int64) * SINKS * width, width, sink, SINKS, column, width)
-
-
-@triton.jit
-def hedgehog(y, column, width):
-    """softmax(y) and softmax(−y) over the ``width`` real columns, at least EPS; other columns 0. (C, f) fp32 each."""
-    y = y * LOG2E
-    real = (column < width)[None, :]
-    up = tl.where(real, y, -float("inf"))
-    down = tl.where(real, -y, -float("inf"))
-    up = tl.exp2(up - tl.max(up, 1)[:, None])
-    down = tl.exp2(down - tl.max(down, 1)[:, None])
-    up = up * (1 / tl.sum(up, 1))[:, None]
-    down = down * (1 / tl.sum(down, 1))[:, None]
-    return tl.where(real, tl.maximum(up, EPS), 0.0), tl.where(real, tl.maximum(down, EPS), 0.0)
+def hedgehog(y, weight, column, WIDTH: tl.constexpr):
+    """softmax(y) and softmax(−y) over the WIDTH real columns, at least EPS, times the row's ``weight``; other columns
+    0. (C, f) fp32 each."""
+    if divides(column.shape[0], WIDTH):
+        up = tl.exp2(y * LOG2E - tl.max(y, 1)[:, None] * LOG2E)
+        down = tl.exp2(tl.min(y, 1)[:, None] * LOG2E - y * LOG2E)
+    else:
+        real = (column < WIDTH)[None, :]
+        high, low = tl.max(tl.where(real, y, -float("inf")), 1), tl.min(tl.where(real, y, float("inf")), 1)
+        up = tl.where(real, tl.exp2((y - high[:, None]) * LOG2E), 0.0)
+        down = tl.where(real, tl.exp2((low[:, None] - y) * LOG2E), 0.0)
+    least = weight[:, None] * EPS
+    up = tl.maximum(up * (weight / tl.sum(up, 1))[:, None], least)
+    down = tl.maximum(down * (weight / tl.sum(down, 1))[:, None], least)
+    if divides(column.shape[0], WIDTH):
+        return up, down
+    else:
+        return tl.where(real, up, 0.0), tl.where(real, down, 0.0)
 
 
 @triton.jit
@@ -112,53 +134,91 @@ def hedgehog_backward(up, down, d_up, d_down):
 
 
 @triton.jit
-def features(x, weight, base, stride, t, length, column, width, FUSED: tl.constexpr, PRECISION: tl.constexpr):
-    """Both halves of φ, (C, f) fp32 each: of the tile x by ``weight`` (D, f), or read from ``base``."""
+def features(
+    x, w, base, stride, at, length, row, weight, column, WIDTH: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Both halves of φ times the row's ``weight``, (C, f) fp32 each: of the tile x by ``w`` (D, f), or read from
+    ``base``."""
     if FUSED:
-        return hedgehog(tl.dot(x, weight, input_precision=PRECISION), column, width)
+        return hedgehog(tl.dot(x, w, input_precision=PRECISION), weight, column, WIDTH)
     else:
-        up = load_tile(base, stride, t, length, column, width).to(tl.float32)
-        down = load_tile(base + width, stride, t, length, column, width).to(tl.float32)
+        up = load_tile(base, stride, at, length, row, column, WIDTH).to(tl.float32) * weight[:, None]
+        down = load_tile(base + WIDTH, stride, at, length, row, column, WIDTH).to(tl.float32) * weight[:, None]
         return up, down
 
 
 @triton.jit
-def remembered(t, length, position, SINKS: tl.constexpr):
-    """Which keys may enter the linear term: existing ones that are no sinks."""
-    return (t >= 0) & (t < length) & (position + t >= SINKS)
-
-
-@triton.jit
-def window_mask(causal, own, previous, SLIDING: tl.constexpr):
-    """Which keys of the own and the previous block a query sees through softmax, both (C, C).
-
-    causal: (C, C) lower triangle; own, previous: (C,) keys of the two blocks that exist and are no sinks. What the
-    sliding window no longer reaches in the previous block is exactly the lower triangle.
-    """
-    if SLIDING:
-        return causal & own[None, :], (causal == 0) & previous[None, :]
+def window_start(n, WINDOW: tl.constexpr, SIZE: tl.constexpr):
+    """``AttentionSpec.window_start``."""
+    if WINDOW == "none":
+        return n + 1
+    elif WINDOW == "terraced":
+        return (n // SIZE - 1) * SIZE
     else:
-        return causal & own[None, :], (causal | True) & previous[None, :]
+        return n - SIZE + 1
 
 
 @triton.jit
-def sinks_mask(t, position, sink, SINKS: tl.constexpr):
-    """Which sinks each query sees: those that are not ahead of it."""
-    return (sink[None, :] <= (position + t)[:, None]) & (sink < SINKS)[None, :]
+def window_end(i, WINDOW: tl.constexpr, SIZE: tl.constexpr):
+    """First query whose window no longer reaches the key at position i."""
+    if WINDOW == "none":
+        return i
+    elif WINDOW == "terraced":
+        return (i // SIZE + 2) * SIZE
+    else:
+        return i + SIZE
+
+
+@triton.jit
+def key_positions(t, length, position, SINKS: tl.constexpr):
+    """Positions of the keys at tokens ``t``; far below any window where there is none or it is a sink."""
+    return tl.where((t >= 0) & (t < length) & (position + t >= SINKS), position + t, -(1 << 30))
+
+
+@triton.jit
+def window_mask(n, i, WINDOW: tl.constexpr, SIZE: tl.constexpr):
+    """Which keys each query sees through softmax: start <= i <= n. n, i: positions, as a row and a column or the other
+    way round; i from ``key_positions``."""
+    start = window_start(n, WINDOW, SIZE)
+    return (i - start).to(tl.uint32, bitcast=True) <= (n - start).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def linear_mask(n, i, WINDOW: tl.constexpr, SIZE: tl.constexpr):
+    """Which keys are older than the window of each query."""
+    return (i < window_start(n, WINDOW, SIZE)) & (i >= 0)
+
+
+@triton.jit
+def sinks_mask(n, sink, SINKS: tl.constexpr):
+    """Which sinks each query sees: those that are not ahead of it. n, sink: a row and a column."""
+    return (sink <= n) & (sink < SINKS)
 
 
 @triton.jit
 def softmax_logits(q, k, mask, scale, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
-    """scale·q·kᵀ, capped (cap · tanh(logits / cap)); and the same in base 2, −inf outside the mask."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    """q·kᵀ, or with a cap cap · tanh(scale·q·kᵀ / cap); −inf outside the mask. Times ``log2_scale`` these are the
+    logits in base 2."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CAPPED:
-        logits = cap * (2 * tl.sigmoid(2 * logits / cap) - 1)
-    return logits, tl.where(mask, logits * LOG2E, -float("inf"))
+        logits = cap * (2 * tl.sigmoid(2 * logits * scale / cap) - 1)
+    return tl.where(mask, logits, -float("inf"))
 
 
 @triton.jit
-def softmax_logits_backward(d_logits, logits, scale, cap, CAPPED: tl.constexpr):
-    """Gradient of q·kᵀ from that of ``softmax_logits``."""
+def log2_scale(scale, CAPPED: tl.constexpr):
+    return LOG2E if CAPPED else scale * LOG2E
+
+
+@triton.jit
+def softmax_backward(logits, da, peak, r, h, pull, is_top, scale, cap, CAPPED: tl.constexpr):
+    """Weights a = γ·exp(s − c) and the gradient of q·kᵀ.
+
+    logits: what ``softmax_logits`` gave; da: dy·v; of each query, along rows or columns: ``peak`` c in base 2 with γ,
+    r = 1 / d, h = δ / d, ``pull`` r_n, and ``is_top``: whether the key is the one that c comes from.
+    """
+    a = tl.exp2(logits * log2_scale(scale, CAPPED) - peak)
+    ds = a * (da * r - h) - tl.where(is_top, pull, 0.0)
     if CAPPED:
-        d_logits *= 1 - (logits / cap) * (logits / cap)
-    return d_logits * scale
+        ds = tl.where(logits > -float("inf"), ds * (1 - (logits / cap) * (logits / cap)), 0.0)
+    return a, ds * scale

@@ -1,10 +1,4 @@
-"""Forward kernels: sums over segments, their running totals, and the outputs.
-
-A sequence is cut into segments of whole blocks, enough of them to fill the GPU. ``sum_kernel`` computes what each
-segment adds to the state, ``scan_kernel`` turns that into the state at the start of each segment, and
-``output_kernel`` walks over the blocks of a segment with S and z in registers. The first two also serve the backward
-pass, where the state runs from the end of the sequence to its beginning.
-"""
+"""Forward kernel: outputs of hybrid and linear attention, tile by tile, from the states before each step."""
 
 from __future__ import annotations
 
@@ -15,237 +9,143 @@ from lolcats.attention.kernels.blocks import (
     features,
     head_pointer,
     input_pointers,
-    load_rows,
+    key_positions,
+    linear_mask,
     load_sinks,
     load_tile,
     load_weight,
-    matrix,
-    remembered,
+    log2_scale,
     row_offset,
-    segment_bounds,
     sinks_mask,
     softmax_logits,
     store_tile,
+    walk_bounds,
     window_mask,
+    window_start,
 )
-
-
-@triton.jit
-def sum_kernel(
-    x, x_strides, u, u_strides, f, f_strides, weight, inverse, shift, states, segments, sequences, positions,
-    heads, x_group, u_group, tokens, dim, value_dim, width,
-    STEP: tl.constexpr, SINKS: tl.constexpr, BACKWARD: tl.constexpr, FUSED: tl.constexpr, LOW: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Σ φ(x_n) u_nᵀ (S) and Σ φ(x_n) (z) over each segment, shifted by STEP blocks.
-
-    Forward: x = k, u = v, one program per segment, map and value slice. Backward: x = q, u = dO, rows of S weighted by
-    ``inverse`` (1 / denominator) and rows of z by ``shift``.
-    """
-    segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    _, begin, end, batch, first, length, position = segment_bounds(segments, sequences, positions, segment)
-    x = head_pointer(x, x_strides, batch, head // x_group, first)
-    u = head_pointer(u, u_strides, batch, head // u_group, first)
-    f = head_pointer(f, f_strides, batch, head, first)
-    inverse += row_offset(batch, head, first, heads, tokens)
-    shift += row_offset(batch, head, first, heads, tokens)
-    row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
-    vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
-    w = load_weight(weight, head, d, j, dim, width).to(x.dtype.element_ty) if FUSED else 0
-    S_up, S_down, z_up, z_down = load_state(states, segment, j, vd, width, value_dim, False, BLOCK_F, BLOCK_V)
-    blocks = tl.cdiv(length, C)
-    unused = begin == 0 if BACKWARD else end == blocks  # nothing comes after the last segment
-    for block in range(tl.maximum(begin + STEP, 0), tl.where(unused, 0, tl.minimum(end + STEP, blocks))):
-        t = block * C + row
-        x_tile = load_tile(x, x_strides[2], t, length, d, dim)
-        u_tile = load_tile(u, u_strides[2], t, length, vd, value_dim).to(LOW)
-        up, down = features(x_tile, w, f, f_strides[2], t, length, j, width, FUSED, PRECISION)
-        if BACKWARD:
-            row_S, row_z = load_rows(inverse, t, length), load_rows(shift, t, length)
-        else:
-            row_S = remembered(t, length, position, SINKS).to(tl.float32)
-            row_z = row_S
-        z_up += tl.sum(up * row_z[:, None], 0)
-        z_down += tl.sum(down * row_z[:, None], 0)
-        up, down = (up * row_S[:, None]).to(LOW), (down * row_S[:, None]).to(LOW)
-        S_up, S_down = add_to_state(S_up, S_down, up, down, u_tile, PRECISION)
-    store_state(states, segment * tl.num_programs(1) + head, S_up, S_down, z_up, z_down, j, vd, width, value_dim, piece)
-
-
-@triton.jit
-def load_state(
-    states, index, j, vd, width, value_dim, HAS_STATES: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr
-):  # fmt: skip
-    """S and z (two halves each) of entry ``index``: (2 · width, value_dim) floats and 2 · width more; or zeros."""
-    if not HAS_STATES:
-        S, z = tl.zeros((BLOCK_F, BLOCK_V), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-        return S, S, z, z
-    else:
-        base = states + index.to(tl.int64) * (2 * width * (value_dim + 1))
-        offsets, exists = matrix(j, vd, width, value_dim)
-        S_up = tl.load(base + offsets, mask=exists, other=0.0)
-        S_down = tl.load(base + width * value_dim + offsets, mask=exists, other=0.0)
-        z = base + 2 * width * value_dim
-        z_up = tl.load(z + j, mask=j < width, other=0.0)
-        z_down = tl.load(z + width + j, mask=j < width, other=0.0)
-        return S_up, S_down, z_up, z_down
-
-
-@triton.jit
-def add_to_state(S_up, S_down, up, down, u, PRECISION: tl.constexpr):
-    """S + φᵀ u, both halves: up, down (C, f) and u (C, value slice) in the precision of the product."""
-    S_up = tl.dot(tl.trans(up), u, S_up, input_precision=PRECISION)
-    return S_up, tl.dot(tl.trans(down), u, S_down, input_precision=PRECISION)
-
-
-@triton.jit
-def store_state(states, index, S_up, S_down, z_up, z_down, j, vd, width, value_dim, piece):
-    """The inverse of ``load_state``; z is written by the first value slice."""
-    base = states + index.to(tl.int64) * (2 * width * (value_dim + 1))
-    offsets, exists = matrix(j, vd, width, value_dim)
-    tl.store(base + offsets, S_up, mask=exists)
-    tl.store(base + width * value_dim + offsets, S_down, mask=exists)
-    z = base + 2 * width * value_dim
-    tl.store(z + j, z_up, mask=(j < width) & (piece == 0))
-    tl.store(z + width + j, z_down, mask=(j < width) & (piece == 0))
-
-
-@triton.jit
-def scan_kernel(states, initial, ranges, size, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """Replace each segment's sum by the sum of all segments before it (REVERSE: behind it) in its sequence.
-
-    states: (segments, maps, size); ranges: (sequences + 1,) first segment of each sequence; initial: (sequences, maps,
-    size).
-    """
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    heads = tl.num_programs(1)
-    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    begin, end = tl.load(ranges + sequence), tl.load(ranges + sequence + 1)
-    total = tl.zeros((BLOCK,), tl.float32)
-    if HAS_INITIAL:
-        total += tl.load(initial + (sequence * heads + head).to(tl.int64) * size + column, mask=column < size, other=0)
-    for i in range(begin, end):
-        segment = begin + end - 1 - i if REVERSE else i
-        entry = states + (segment * heads + head).to(tl.int64) * size + column
-        added = tl.load(entry, mask=column < size, other=0.0)
-        tl.store(entry, total, mask=column < size)
-        total += added
+from lolcats.attention.kernels.states import load_state, load_sum
 
 
 @triton.jit
 def output_kernel(
     q, q_strides, k, k_strides, v, v_strides, o, o_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k, gamma,
-    sink_k, sink_v, inverse, states, final, segments, sequences, positions,
-    heads, group, map_group, tokens, dim, value_dim, width, scale, cap,
-    SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, SLIDING: tl.constexpr, LAG: tl.constexpr, SINKS: tl.constexpr,
-    CAPPED: tl.constexpr, FUSED: tl.constexpr, SAVE: tl.constexpr, FINAL: tl.constexpr, HAS_STATES: tl.constexpr,
-    LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    sink_k, sink_v, inverse, peaks, tops, states, sums, walks, sequences, positions,
+    heads, group, map_group, tokens, scale, cap,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
+    SAVE: tl.constexpr, PEAKS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of one segment, query head and slice of the value dim: numerator and denominator, block by block.
+    """One walk over tiles of a query head, for a slice of the value dim.
 
-    LAG: how many blocks the state stays behind the queries, 2 with a window and 1 (``linear``) without.
+    SAVE: 1 / denominator is stored (``inverse``). PEAKS: so are what the shift c_n is, in base 2 and with γ, and the key
+    it comes from: −1 − i for sink i, else its token; the lowest if there are several.
+
+    TILES: that a window reaches. NEAR: whether some keys older than the window are not in the state of a step yet; else
+    compiled away.
     """
-    segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence, begin, end, batch, first, length, position = segment_bounds(segments, sequences, positions, segment)
+    walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
     kv_head, map_head = head // group, head // map_group
     kv_heads, maps = heads // group, heads // map_group
     q, k, v, fq, fk = input_pointers(
         q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
     )  # fmt: skip
     o = head_pointer(o, o_strides, batch, head, first)
-    inverse += row_offset(batch, head, first, heads, tokens)
+    rows = row_offset(batch, head, first, heads, tokens)
+    inverse, peaks, tops = inverse + rows, peaks + rows, tops + rows
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
-    causal = row[:, None] >= row[None, :]
+    both = tl.arange(0, 2 * C)  # tokens of a pair of tiles
+    one = tl.full((C,), 1.0, tl.float32)
     log_gamma = tl.log2(tl.load(gamma + head))
-    if FUSED and LINEAR:
-        wq = load_weight(weight_q, head, d, j, dim, width).to(q.dtype.element_ty)
-        wk = load_weight(weight_k, map_head, d, j, dim, width).to(k.dtype.element_ty)
-    else:
-        wq = 0
-        wk = 0
+    wq = load_weight(weight_q, head, d, j, DIM, WIDTH).to(q.dtype.element_ty) if FUSED and LINEAR else 0
+    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH).to(k.dtype.element_ty) if FUSED and NEAR else 0
     if SOFTMAX and SINKS > 0:
         sink = tl.arange(0, BLOCK_SINKS)
-        ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, dim, SINKS)
-        vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, value_dim, SINKS)
-    if LINEAR:
-        index = segment * maps + map_head
-        S_up, S_down, z_up, z_down = load_state(
-            states, index, j, vd, width, value_dim, HAS_STATES, BLOCK_F, BLOCK_V
-        )  # fmt: skip
-    for block in range(begin, end):
-        t = block * C + row
-        q_tile = load_tile(q, q_strides[2], t, length, d, dim)
-        k_own = load_tile(k, k_strides[2], t, length, d, dim)
-        v_own = load_tile(v, v_strides[2], t, length, vd, value_dim)
-        own_ok = remembered(t, length, position, SINKS)
-        if LAG == 2:
-            k_previous = load_tile(k, k_strides[2], t - C, length, d, dim)
-            v_previous = load_tile(v, v_strides[2], t - C, length, vd, value_dim)
-            previous_ok = remembered(t - C, length, position, SINKS)
+        ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, DIM, SINKS)
+        vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, VALUE_DIM, SINKS)
+    for tile in range(begin, end):
+        at = tile * C
+        t = at + row
+        n = position + t
+        q_tile = load_tile(q, q_strides[2], at, length, row, d, DIM)
         numerator = tl.zeros((C, BLOCK_V), tl.float32)
         denominator = tl.zeros((C,), tl.float32)
-        if SOFTMAX:
-            own_mask, old_mask = window_mask(causal, own_ok, previous_ok, SLIDING)
-            _, own = softmax_logits(q_tile, k_own, own_mask, scale, cap, CAPPED, PRECISION)
-            _, old = softmax_logits(q_tile, k_previous, old_mask, scale, cap, CAPPED, PRECISION)
-            peak = tl.maximum(tl.max(own, 1), tl.max(old, 1))
-            if SINKS > 0:
-                seen = sinks_mask(t, position, sink, SINKS)
-                _, far = softmax_logits(q_tile, ks, seen, scale, cap, CAPPED, PRECISION)
-                peak = tl.maximum(peak, tl.max(far, 1))
-            peak -= log_gamma  # γ·exp(s − max)
-            own = tl.exp2(own - peak[:, None])
-            old = tl.exp2(old - peak[:, None])
-            denominator += tl.sum(own, 1) + tl.sum(old, 1)
-            if SINKS > 0:
-                far = tl.exp2(far - peak[:, None])
-                denominator += tl.sum(far, 1)
-                numerator = tl.dot(far.to(vs.dtype), vs, numerator, input_precision=PRECISION)
-            numerator = tl.dot(own.to(v_own.dtype), v_own, numerator, input_precision=PRECISION)
-            numerator = tl.dot(old.to(v_own.dtype), v_previous, numerator, input_precision=PRECISION)
         if LINEAR:
-            q_up, q_down = features(q_tile, wq, fq, fq_strides[2], t, length, j, width, FUSED, PRECISION)
-            denominator += tl.sum(q_up * z_up[None, :], 1) + tl.sum(q_down * z_down[None, :], 1)
-            q_up_low, q_down_low = q_up.to(LOW), q_down.to(LOW)
-            numerator = tl.dot(q_up_low, S_up.to(LOW), numerator, input_precision=PRECISION)
-            numerator = tl.dot(q_down_low, S_down.to(LOW), numerator, input_precision=PRECISION)
-            if LAG == 2:
-                k_up, k_down = features(k_previous, wk, fk, fk_strides[2], t - C, length, j, width, FUSED, PRECISION)
-                k_ok, u = previous_ok, v_previous.to(LOW)
-            else:
-                k_up, k_down = features(k_own, wk, fk, fk_strides[2], t, length, j, width, FUSED, PRECISION)
-                k_ok, u = own_ok, v_own.to(LOW)
-            k_up = tl.where(k_ok[:, None], k_up, 0.0)
-            k_down = tl.where(k_ok[:, None], k_down, 0.0)
-            k_up_low, k_down_low = k_up.to(LOW), k_down.to(LOW)
-            if SLIDING or LAG == 1:
-                near = tl.dot(q_up_low, tl.trans(k_up_low), input_precision=PRECISION)
-                near = tl.dot(q_down_low, tl.trans(k_down_low), near, input_precision=PRECISION)
-                near = tl.where(causal, near, 0.0)
-                denominator += tl.sum(near, 1)
-                numerator = tl.dot(near.to(LOW), u, numerator, input_precision=PRECISION)
-            if FINAL:
-                if (block + 1) * C >= length:
-                    # What the window of the last query no longer reaches: nothing more if terraced.
-                    if SLIDING or LAG == 1:
-                        leaves = (row <= length - 1 - block * C)[:, None]
-                        k_up, k_down = tl.where(leaves, k_up, 0.0), tl.where(leaves, k_down, 0.0)
-                    else:
-                        k_up, k_down = k_up * 0, k_down * 0
-                    k_up_low, k_down_low = k_up.to(LOW), k_down.to(LOW)
-            z_up += tl.sum(k_up, 0)
-            z_down += tl.sum(k_down, 0)
-            S_up, S_down = add_to_state(S_up, S_down, k_up_low, k_down_low, u, PRECISION)
+            step = tl.maximum(window_start(position + at, WINDOW, SIZE) - position, 0) // SPAN
+            index = (entry + step) * maps + map_head
+        if SOFTMAX:
+            factor = log2_scale(scale, CAPPED)
+            for older in tl.static_range((TILES + 1) // 2):  # pairs of tiles; the first holds the query's own
+                begins = at - C - 2 * C * older
+                k_tile = load_tile(k, k_strides[2], begins, length, both, d, DIM)
+                v_tile = load_tile(v, v_strides[2], begins, length, both, vd, VALUE_DIM)
+                keys = key_positions(begins + both, length, position, SINKS)
+                mask = window_mask(n[:, None], keys[None, :], WINDOW, SIZE)
+                a = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
+                peak = tl.max(a, 1)
+                if older == 0:
+                    if SINKS > 0:
+                        seen = sinks_mask(n[:, None], sink[None, :], SINKS)
+                        far = softmax_logits(q_tile, ks, seen, scale, cap, CAPPED, PRECISION)
+                        peak = tl.maximum(peak, tl.max(far, 1))
+                    if PEAKS:
+                        top = tl.min(tl.where(a == peak[:, None], (begins + both)[None, :], length), 1)
+                        if SINKS > 0:
+                            top = tl.minimum(top, tl.min(tl.where(far == peak[:, None], -1 - sink[None, :], length), 1))
+                    if LINEAR:  # early: in flight during the exponentials
+                        S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
+                        S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
+                        z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
+                else:
+                    peak = tl.maximum(peak, highest)
+                    if PEAKS:
+                        lower = tl.min(tl.where(a == peak[:, None], (begins + both)[None, :], length), 1)
+                        top = tl.where(peak > highest, lower, tl.where((lower < length) & (top >= 0), lower, top))
+                    smaller = tl.exp2((highest - peak) * factor)
+                    denominator *= smaller
+                    numerator *= smaller[:, None]
+                highest = peak
+                shift = peak * factor - log_gamma  # γ·exp(s − max)
+                a = tl.exp2(a * factor - shift[:, None])
+                denominator += tl.sum(a, 1)
+                if SINKS > 0 and older == 0:
+                    far = tl.exp2(far * factor - shift[:, None])
+                    denominator += tl.sum(far, 1)
+                    numerator = tl.dot(far.to(vs.dtype), vs, numerator, input_precision=PRECISION)
+                numerator = tl.dot(a.to(v_tile.dtype), v_tile, numerator, input_precision=PRECISION)
+            if PEAKS:
+                tl.store(tops + t, top, mask=(t < length) & (piece == 0))
+                tl.store(peaks + t, shift, mask=(t < length) & (piece == 0))
+        elif LINEAR:
+            S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
+            S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
+            z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
+        if LINEAR:
+            up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
+            denominator += tl.sum(up * z_up[None, :], 1)
+            denominator += tl.sum(down * z_down[None, :], 1)
+            up, down = up.to(LOW), down.to(LOW)
+            numerator = tl.dot(up, tl.trans(S_up), numerator, input_precision=PRECISION)
+            numerator = tl.dot(down, tl.trans(S_down), numerator, input_precision=PRECISION)
+            if NEAR:
+                near_end = tl.cdiv(window_start(position + at + C - 1, WINDOW, SIZE) - position, C)
+                for near_tile in range(step * (SPAN // C), near_end):
+                    s = near_tile * C
+                    keys = key_positions(s + row, length, position, SINKS)
+                    k_near = load_tile(k, k_strides[2], s, length, row, d, DIM)
+                    v_near = load_tile(v, v_strides[2], s, length, row, vd, VALUE_DIM).to(LOW)
+                    k_up, k_down = features(
+                        k_near, wk, fk, fk_strides[2], s, length, row, one, j, WIDTH, FUSED, PRECISION
+                    )  # fmt: skip
+                    a = tl.dot(up, tl.trans(k_up.to(LOW)), input_precision=PRECISION)
+                    a = tl.dot(down, tl.trans(k_down.to(LOW)), a, input_precision=PRECISION)
+                    a = tl.where(linear_mask(n[:, None], keys[None, :], WINDOW, SIZE), a, 0.0)
+                    denominator += tl.sum(a, 1)
+                    numerator = tl.dot(a.to(LOW), v_near, numerator, input_precision=PRECISION)
         reciprocal = tl.where(denominator == 0, 1.0, 1 / denominator)
-        store_tile(o, o_strides[2], t, length, vd, value_dim, numerator * reciprocal[:, None])
+        store_tile(o, o_strides[2], at, length, row, vd, VALUE_DIM, numerator * reciprocal[:, None])
         if SAVE:
             tl.store(inverse + t, reciprocal, mask=(t < length) & (piece == 0))
-    if FINAL and LINEAR:
-        if end * C >= length:
-            # Query heads that share a map hold the same state: the first of them writes it.
-            if head % map_group == 0:
-                store_state(
-                    final, sequence * maps + map_head, S_up, S_down, z_up, z_down, j, vd, width, value_dim, piece
-                )

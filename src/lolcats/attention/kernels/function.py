@@ -20,9 +20,24 @@ from torch import Tensor
 
 from lolcats.attention.chunked import Context
 from lolcats.attention.feature_maps import FeatureMap
-from lolcats.attention.kernels.backward import key_kernel, query_kernel, shift_kernel
-from lolcats.attention.kernels.forward import output_kernel, scan_kernel, sum_kernel
-from lolcats.attention.kernels.layout import Blocks, Layout, Rows, choose_blocks, dense_rows, make_layout, packed_rows
+from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_kernel, sink_kernel
+from lolcats.attention.kernels.forward import output_kernel
+from lolcats.attention.kernels.layout import (
+    Blocks,
+    Launch,
+    Layout,
+    Rows,
+    Tiling,
+    choose_blocks,
+    choose_launch,
+    choose_tiling,
+    dense_rows,
+    fuses,
+    make_layout,
+    packed_rows,
+    window_tiles,
+)
+from lolcats.attention.kernels.states import scan_kernel, state_kernel
 from lolcats.attention.spec import AttentionSpec
 
 
@@ -36,27 +51,28 @@ class Call:
     rows: Rows
     context: Context | None = None
     final: bool = False
-    segment: int | None = None
+    tiling: Tiling | None = None
 
 
 def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, phi_q: FeatureMap | None, phi_k: FeatureMap | None, gamma: Tensor,
     spec: AttentionSpec, scale: float, softcap: float | None = None, *, features: tuple[Tensor, Tensor] | None = None,
     context: Context | None = None, lengths: Sequence[int] | None = None, cu_seqlens: Sequence[int] | None = None,
-    final: bool = False, segment: int | None = None,
+    final: bool = False, tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Hybrid or linear attention by the Triton kernels, differentiable in q, k, v, both feature maps and gamma.
 
     Args:
         q: (B, H, T, D); k, v: (B, G, T, D); fp32, bf16 or fp16, any strides whose last is 1.
-        phi_q, phi_k: feature maps with H and H or G heads. Hedgehog is computed inside the kernels, others before them.
+        phi_q, phi_k: feature maps with H and H or G heads. Hedgehog is computed inside the kernels unless its
+            weights are too large, others before them.
         gamma: (H,) fp32.
         features: φ(q) (B, H, T, F) and φ(k) (B, H or G, T, F) instead of feature maps; F even.
         context: what came before the first token (see :class:`Context`); no gradient flows into it.
         lengths: of each batch row, when rows are shorter than T (outputs behind them are 0).
         cu_seqlens: cumulative lengths [0, ..., T] of sequences packed into a batch of one.
         final: also return the state after each sequence's last token.
-        segment: blocks per program; chosen from the number of processors if None.
+        tiling: how the work is cut up; chosen by measurement if None.
 
     Returns:
         outputs (B, H, T, D) in bf16 for bf16 inputs, else fp32; and, with ``final``, S (N, H or G, F, D) and
@@ -65,13 +81,13 @@ def triton_attention(
     """
     batch, _, tokens, _ = q.shape
     rows = dense_rows(batch, tokens, lengths) if cu_seqlens is None else packed_rows(cu_seqlens)
-    call = Call(spec, float(scale), softcap, rows, context, final, segment)
+    call = Call(spec, float(scale), softcap, rows, context, final, tiling)
     fq = fk = wq = wk = None
     if spec.has_linear and features is not None:
         fq, fk = features
     elif spec.has_linear:
         assert phi_q is not None and phi_k is not None  # noqa: PT018
-        if phi_q.name == "hedgehog":
+        if phi_q.name == "hedgehog" and fuses(*phi_q.weight.shape[1:], q.dtype.itemsize):
             wq, wk = phi_q.weight, phi_k.weight
         else:
             fq, fk = phi_q(q), phi_k(k)
@@ -86,24 +102,24 @@ class _Attention(torch.autograd.Function):
         wk: Tensor | None, gamma: Tensor, call: Call,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         problem = Problem(call, *map(_ready, (q, k, v, fq, fk)), *map(_plain, (wq, wk, gamma)))
-        ctx.needs = any(ctx.needs_input_grad)
-        o, inverse, states, final = problem.forward(ctx.needs)
-        if ctx.needs:
+        save = any(ctx.needs_input_grad)
+        o, softmax, S, z = problem.forward(save, peaks=any(ctx.needs_input_grad[:3]))
+        if save:
             nothing: dict[str, Any] = dict.fromkeys(TENSORS)
             ctx.problem = dataclasses.replace(problem, **nothing)
-            ctx.save_for_backward(*(getattr(problem, name) for name in TENSORS), o, inverse, states)
-        S, z = (None, None) if final is None else problem.unpack(final)
+            ctx.save_for_backward(*(getattr(problem, name) for name in TENSORS), o, *softmax)
         ctx.mark_non_differentiable(*(x for x in (S, z) if x is not None))
         return o, S, z
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        *tensors, o, inverse, states = ctx.saved_tensors
+        *tensors, o, inverse, peaks, tops = ctx.saved_tensors
         problem = dataclasses.replace(ctx.problem, **dict(zip(TENSORS, tensors, strict=True)))
-        inputs = any(ctx.needs_input_grad[:3])
-        return (*problem.backward(_ready(do), o, inverse, states, inputs), None)
+        inputs, weights = any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[5:7])
+        return (*problem.backward(_ready(do), o, (inverse, peaks, tops), inputs, weights), None)
 
 
+Softmax = tuple[Tensor | None, Tensor | None, Tensor | None]  # of each query: 1 / d_n, c_n, key of c_n; (B, H, T)
 TENSORS = ("q", "k", "v", "fq", "fk", "wq", "wk", "gamma")
 
 
@@ -140,175 +156,236 @@ class Problem:
         return 16 if self.fq is None else self.fq.shape[3] // 2
 
     @property
-    def state_size(self) -> int:
-        return 2 * self.width * (self.v.shape[3] + 1)
+    def wide(self) -> bool:
+        """Whether products are made in fp32."""
+        return self.q.dtype == torch.float32
+
+    @cached_property
+    def tiling(self) -> Tiling:
+        return self.call.tiling or choose_tiling(self.q.dtype.itemsize)
 
     @cached_property
     def blocks(self) -> Blocks:
-        wide = self.q.dtype == torch.float32
-        return choose_blocks(self.q.shape[3], self.v.shape[3], self.width, wide, self.call.spec)
+        return choose_blocks(self.q.shape[3], self.width)
 
     @cached_property
     def layout(self) -> Layout:
-        grid, spec, programs = (self.q.shape[0], self.q.shape[2]), self.call.spec, self.heads * self.blocks.pieces
-        return make_layout(self.call.rows, grid, spec.chunk, programs, self.q.device, self.call.segment)
+        grid = self.q.shape[0], self.q.shape[2]
+        return make_layout(self.call.rows, grid, self.tiling, self.heads, self.maps, self.q.device)
 
-    def forward(self, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Outputs, 1 / denominators (B, H, T), states at the segments' starts, final states."""
-        layout, blocks, spec = self.layout, self.blocks, self.call.spec
-        dtype = torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32
-        o = self.new_output(self.v.shape[3], dtype)
-        inverse = self.per_query() if save else o
-        states, final = self.forward_states(), None
-        if self.call.final and spec.has_linear:
-            initial = self.initial_state()
-            shape = (len(layout.rows), self.maps, self.state_size)
-            final = self.q.new_zeros(shape, dtype=torch.float32) if initial is None else initial.clone()
-        sink_k, sink_v = self.sinks()
-        output_kernel[(len(layout.segments), self.heads, blocks.pieces)](
-            *self.tensors(), o, o.stride()[:3], *self.features(), self.wq, self.wk, self.gamma, sink_k, sink_v,
-            inverse, states, final, *self.tables(), *self.sizes(),
-            SAVE=save, FINAL=final is not None, HAS_STATES=states is not None, BLOCK_SINKS=blocks.sinks,
-            **self.constants(), **self.launch(),
+    def launch(self, kernel: str) -> Launch:
+        fused = self.fq is None and self.call.spec.has_linear
+        return choose_launch(kernel, self.v.shape[3], self.blocks, self.tiling.tile, self.q.dtype.itemsize, fused)
+
+    def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Softmax, Tensor | None, Tensor | None]:
+        """Outputs, what backward needs of each query's softmax (``save``; ``peaks`` too), final S and z."""
+        launch, peaks = self.launch("output"), peaks and self.call.spec.has_softmax
+        o = self.new_output(self.v.shape[3], torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32)
+        softmax = (
+            self.per_query() if save else None,
+            self.per_query() if peaks else None,
+            self.per_query(dtype=torch.int32) if peaks else None,
+        )
+        states, sums, S, z = self.forward_states()
+        output_kernel[(len(self.layout.walks), self.heads, launch.pieces)](
+            *self.tensors(), *_strided(o), *self.features(), self.wq, self.wk, self.gamma, *self.sinks(),
+            *(o if x is None else x for x in softmax), states, sums, self.layout.walks, *self.tables(), *self.sizes(),
+            SAVE=save, PEAKS=peaks, BLOCK_SINKS=self.blocks.sinks, **self.constants(launch),
         )  # fmt: skip
-        return o, inverse, states, final
+        return o, softmax, S, z
 
     def backward(
-        self, do: Tensor, o: Tensor, inverse: Tensor, states: Tensor | None, inputs: bool
+        self, do: Tensor, o: Tensor, softmax: Softmax, inputs: bool, weights: bool
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of TENSORS."""
-        layout, blocks, spec = self.layout, self.blocks, self.call.spec
-        heads, dim, value_dim, pieces = self.heads, self.q.shape[3], self.v.shape[3], blocks.pieces
-        programs = pieces * len(layout.segments)
-        shift, peaks, pulls = self.per_query(), self.per_query(), self.per_query(pieces)
-        tops = self.per_query(dtype=torch.int32)
-        grid = (triton.cdiv(self.q.shape[2], 32), heads, self.q.shape[0])
-        shift_kernel[grid](
-            o,
-            o.stride()[:3],
-            do,
-            do.stride()[:3],
-            inverse,
-            shift,
-            heads,
-            self.q.shape[2],
-            value_dim,
-            32,
-            triton.next_power_of_2(value_dim),
-        )
-        dq, dk = (self.new_gradient(dim, inputs) for _ in range(2))
-        dv = self.new_gradient(value_dim, inputs, pieces=1)
-        dfq, dfk = (self.new_gradient(2 * self.width, self.fq is not None, torch.float32) for _ in range(2))
-        dwq, dwk = (self.partial(programs, self.wq) for _ in range(2))
+        """Gradients of TENSORS; those of q, k, v (``inputs``) and of the maps' ``weights`` only where wanted.
+
+        Together the two need more registers than there are: where both are wanted, the kernels run once for each.
+        """
+        delta, pulls = self.delta(do, o), self.per_query(self.launch("query").pieces)
+        softmax = tuple(do if x is None else x for x in softmax)  # type: ignore[assignment]
+        weights = weights and self.wq is not None
+        runs = [(True, False), (False, True)] if inputs and weights else [(inputs, weights)]
+        states = self.forward_states()[:2]
+        queries = [self.query_gradients(do, softmax, delta, pulls, states, *run) for run in runs]
+        states = self.backward_states(do, softmax[0], delta)  # type: ignore[arg-type]
+        keys = [self.key_gradients(do, softmax, delta, pulls, states, *run) for run in runs]
+        grads: dict[str, Tensor] = {}
+        for part in (*queries, *keys):  # the first run counts where both give something
+            grads = {name: x for name, x in part.items() if x is not None} | grads
+        if inputs and self.call.spec.softmax_sinks and self.call.spec.has_softmax and self.call.context is None:
+            self.add_sinks(grads["k"], grads["v"], *self.sink_gradients(do, softmax, delta, pulls))
+        for name in ("q", "k", "v", "fq", "fk"):
+            if name in grads:
+                grads[name] = grads[name].to(getattr(self, name).dtype)
+        return tuple(grads.get(name) for name in TENSORS)
+
+    def query_gradients(
+        self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor, states: tuple[Tensor, Tensor], inputs: bool,
+        weights: bool,
+    ) -> dict[str, Tensor | None]:  # fmt: skip
+        """Of q, φ(q), φ_q's weights and γ; None where not wanted. Writes ``pulls``."""
+        layout, launch, heads = self.layout, self.launch("query"), self.heads
+        programs = launch.pieces * len(layout.walks)
+        dq = self.new_gradient(self.q.shape[3], launch.pieces, inputs)
+        dfq = self.new_gradient(2 * self.width, launch.pieces, self.fq is not None, torch.float32)
+        dwq = self.partial(programs, weights)
         d_gamma = self.q.new_empty(programs, heads, dtype=torch.float32)
-        sink_k, sink_v = self.sinks()
-        sinks = spec.softmax_sinks if inputs and spec.has_softmax else 0
-        d_sink_k = self.q.new_empty(programs, heads, sinks, dim, dtype=torch.float32)
-        d_sink_v = self.q.new_empty(len(layout.segments), heads, sinks, value_dim, dtype=torch.float32)
-        common = (*self.tensors(), do, do.stride()[:3], *self.features(), self.wq, self.wk)
-        launch = (len(layout.segments), heads, pieces)
-        query_kernel[launch](
-            *common, self.gamma, sink_k, sink_v, inverse, shift, states, *_strided(dq, do), *_strided(dfq, do), dwq,
-            d_gamma, d_sink_k, d_sink_v, peaks, tops, pulls, *self.tables(), *self.sizes(), pulls.stride(0),
-            INPUTS=inputs, HAS_STATES=states is not None, BLOCK_SINKS=blocks.sinks, **self.constants(),
-            **self.launch(backward=True),
+        query_kernel[(len(layout.walks), heads, launch.pieces)](
+            *self.tensors(), *_strided(do), *self.features(), self.wq, self.wk, *self.sinks(), softmax[0], delta,
+            *softmax[1:], *states, *_strided_pieces(dq, do), *_strided_pieces(dfq, do), dwq, d_gamma, pulls,
+            layout.walks, *self.tables(), *self.sizes(), pulls.stride(0),
+            INPUTS=inputs, WEIGHTS=weights, BLOCK_SINKS=self.blocks.sinks, **self.constants(launch),
         )  # fmt: skip
-        d_states = self.backward_states(do, inverse, shift)
-        key_kernel[launch](
-            *common, inverse, shift, peaks, tops, pulls, d_states, *_strided(dk, do), *_strided(dv, do),
-            *_strided(dfk, do),
-            dwk, *self.tables(), *self.sizes(), pulls.stride(0),
-            INPUTS=inputs, HAS_STATES=d_states is not None, **self.constants(), **self.launch(backward=True),
+        return {
+            "q": _reduce(dq, heads), "fq": _reduce(dfq, heads), "wq": None if dwq is None else dwq.sum(0),
+            "gamma": d_gamma.sum(0) / self.gamma,
+        }  # fmt: skip
+
+    def sink_gradients(self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the sinks' keys (W walks, H, sinks, D) and values (W, H, sinks, Dv)."""
+        layout, launch, heads, sinks = self.layout, self.launch("query"), self.heads, self.call.spec.softmax_sinks
+        shape = (len(layout.walks), heads, sinks)
+        dk = self.q.new_empty(launch.pieces, *shape, self.q.shape[3], dtype=torch.float32)
+        dv = self.q.new_empty(*shape, self.v.shape[3], dtype=torch.float32)
+        constants = {name: x for name, x in self.constants(launch).items() if name not in NOT_OF_SINKS}
+        sink_kernel[(len(layout.walks), heads, launch.pieces)](
+            *_strided(self.q), *_strided(do), *self.sinks(), softmax[0], delta, *softmax[1:], pulls, dk, dv,
+            layout.walks, *self.tables(), heads, heads // self.k.shape[1], *self.sizes()[3:], pulls.stride(0),
+            BLOCK_SINKS=self.blocks.sinks, **constants,
         )  # fmt: skip
-        kv_heads, maps = self.k.shape[1], self.maps
-        grads = [_reduce(x, h) for x, h in ((dq, heads), (dk, kv_heads), (dv, kv_heads), (dfq, heads), (dfk, maps))]
-        if sinks:
-            self.add_sinks(grads[1], grads[2], d_sink_k, d_sink_v)
-        dtypes = (x.dtype if x is not None else None for x in (self.q, self.k, self.v, self.fq, self.fk))
-        grads = [None if g is None else g.to(t) for g, t in zip(grads, dtypes, strict=True)]
-        if dwq is not None and dwk is not None:
-            grads += [dwq.sum(0), dwk.sum(0).unflatten(0, (maps, -1)).sum(1)]
-        else:
-            grads += [None, None]
-        return (*grads, d_gamma.sum(0) / self.gamma)
+        return dk.sum(0), dv
 
-    def forward_states(self) -> Tensor | None:
-        """(M segments, key maps, state) before each segment's first block; None: all zero."""
-        initial = self.initial_state() if self.call.spec.has_linear else None
-        if not self.call.spec.has_linear or not (self.layout.split or initial is not None):
-            return None
-        k_group, v_group = self.maps // self.k.shape[1], self.maps // self.v.shape[1]
-        k, v = (self.k, self.k.stride()[:3]), (self.v, self.v.stride()[:3])
-        no_rows = self.gamma, self.gamma  # the forward sums are not weighted
-        return self.states((*k, *v, *self.features()[2:], self.wk, *no_rows), (k_group, v_group), initial, self.maps)
+    def key_gradients(
+        self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor, states: tuple[Tensor, Tensor], inputs: bool,
+        weights: bool,
+    ) -> dict[str, Tensor | None]:  # fmt: skip
+        """Of k, v, φ(k) and φ_k's weights; None where not wanted."""
+        layout, launch, kv_heads, maps = self.layout, self.launch("key"), self.k.shape[1], self.maps
+        pieces = launch.pieces
+        dk = self.new_gradient(self.q.shape[3], pieces, inputs)
+        dv = self.new_gradient(self.v.shape[3], 1, inputs)
+        dfk = self.new_gradient(2 * self.width, pieces, self.fq is not None, torch.float32)
+        dwk = self.partial(pieces * len(layout.walks), weights)
+        key_kernel[(len(layout.walks), self.heads, pieces)](
+            *self.tensors(), *_strided(do), *self.features(), self.wq, self.wk, softmax[0], delta, *softmax[1:],
+            pulls, *states, *_strided_pieces(dk, do), *_strided_pieces(dv, do), *_strided_pieces(dfk, do), dwk, layout.walks,
+            *self.tables(), *self.sizes(), pulls.stride(0), INPUTS=inputs, WEIGHTS=weights, **self.constants(launch),
+        )  # fmt: skip
+        return {
+            "k": _reduce(dk, kv_heads), "v": _reduce(dv, kv_heads), "fk": _reduce(dfk, maps),
+            "wk": None if dwk is None else dwk.sum(0).unflatten(0, (maps, -1)).sum(1),
+        }  # fmt: skip
 
-    def backward_states(self, do: Tensor, inverse: Tensor, shift: Tensor) -> Tensor | None:
-        """(M segments, H, state): dS and dz behind each segment's last block; None: all zero."""
-        if not self.call.spec.has_linear or not self.layout.split:
-            return None
-        x = (self.q, self.q.stride()[:3], do, do.stride()[:3])
-        return self.states((*x, *self.features()[:2], self.wq, inverse, shift), (1, 1), None, self.heads, True)
+    def delta(self, do: Tensor, o: Tensor) -> Tensor:
+        """(B, H, T): δ_n."""
+        delta, tokens, value_dim = self.per_query(), self.q.shape[2], self.v.shape[3]
+        delta_kernel[(triton.cdiv(tokens, 32), self.heads, self.q.shape[0])](
+            *_strided(o), *_strided(do), delta, self.heads, tokens, VALUE_DIM=value_dim, BLOCK_T=32,
+            BLOCK_V=triton.next_power_of_2(value_dim),
+        )  # fmt: skip
+        return delta
+
+    def forward_states(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """S and z of all keys before each step, and those at the end of each sequence if the call wants them."""
+        if not self.call.spec.has_linear:
+            return self.q, self.q, None, None
+        context = self.call.context
+        initial = None if context is None else self.pack(context.S, context.z)
+        k, v = _strided(self.k), _strided(self.v)
+        arguments = *k, *v, *self.features()[2:], self.wk, self.gamma, self.gamma  # forward sums are not weighted
+        groups = self.maps // self.k.shape[1], self.maps // self.v.shape[1]
+        states, sums, totals = self.states(arguments, groups, initial, self.maps, final=self.call.final)
+        if totals is None:
+            return states, sums, None, None
+        # A sequence without tokens has no segment: it ends as it began.
+        final = totals.new_zeros(len(self.layout.rows), *totals.shape[1:]) if initial is None else initial.clone()
+        ends = self.layout.ranges[1:].long()
+        present = ends > self.layout.ranges[:-1]
+        final = torch.where(present[:, None, None], totals[(ends - 1).clamp_min(0)], final) if len(totals) else final
+        return states, sums, *self.unpack(final)
+
+    def backward_states(self, do: Tensor, inverse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """dS and dz of all queries behind each step."""
+        if not self.call.spec.has_linear:
+            return self.q, self.q
+        x = (*_strided(self.q), *_strided(do))
+        return self.states((*x, *self.features()[:2], self.wq, inverse, delta), (1, 1), None, self.heads, True)[:2]
 
     def states(
         self, arguments: tuple[Any, ...], groups: tuple[int, int], initial: Tensor | None, heads: int,
-        backward: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """Sums of all segments, turned into running totals."""
-        layout, blocks, size = self.layout, self.blocks, self.state_size
-        states = self.q.new_empty(len(layout.segments), heads, size, dtype=torch.float32)
-        lag = 1 if self.call.spec.kind == "linear" else 2
-        constants = self.constants()
-        sum_kernel[(len(layout.segments), heads, blocks.pieces)](
-            *arguments, states, *self.tables(), heads, *groups, self.q.shape[2], self.q.shape[3], self.v.shape[3],
-            self.width, STEP=(lag - 1) if backward else (1 - lag), BACKWARD=backward,
-            **{name: constants[name] for name in SUM_CONSTANTS}, **self.launch(),
-        )  # fmt: skip
-        scan_kernel[(len(layout.rows), heads, triton.cdiv(size, 1024))](
-            states, initial, layout.ranges, size, HAS_INITIAL=initial is not None, REVERSE=backward, BLOCK=1024
+        backward: bool = False, final: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """States (entries, heads, 2, Dv, f), sums (entries, heads, 2f), and totals behind each segment if ``final``."""
+        layout, launch, width, value_dim = self.layout, self.launch("state"), self.width, self.v.shape[3]
+        size, segments = 2 * width * (value_dim + 1), len(layout.segments)
+        states = self.q.new_empty(
+            layout.entries, heads, 2, value_dim, width, dtype=torch.float32 if self.wide else torch.bfloat16
         )
-        return states
+        sums = self.q.new_empty(layout.entries, heads, 2 * width, dtype=torch.float32)
+        constants = self.constants(launch)
+        constants = {name: value for name, value in constants.items() if name not in NOT_OF_STATES}
+
+        def run(starts: Tensor | None, totals: Tensor | None, store: bool) -> None:
+            state_kernel[(segments, heads, launch.pieces)](
+                *arguments, starts, totals, states, sums, layout.segments, *self.tables(), heads, *groups,
+                self.q.shape[2], BACKWARD=backward, STORE=store,
+                HAS_STARTS=starts is not None, HAS_TOTALS=totals is not None, **constants,
+            )  # fmt: skip
+
+        starts = initial
+        if layout.split:
+            starts = self.q.new_empty(segments, heads, size, dtype=torch.float32)
+            run(None, starts, store=False)
+            scan_kernel[(len(layout.rows), heads, triton.cdiv(size, 1024))](
+                starts, initial, layout.ranges, size, HAS_INITIAL=initial is not None, REVERSE=backward, BLOCK=1024
+            )
+        elif initial is not None:
+            starts = initial[layout.segments[:, 0].long()]
+        totals = self.q.new_empty(segments, heads, size, dtype=torch.float32) if final else None
+        run(starts, totals, store=True)
+        return states, sums, totals
+
+    def pack(self, S: Tensor, z: Tensor) -> Tensor:
+        """(N, M, 2f · (D + 1)) fp32 as the kernels hold a state: both halves of Sᵀ, then z."""
+        halves = S.float().unflatten(2, (2, self.width)).mT
+        return torch.cat([halves.flatten(2), z.float()], 2).contiguous()
+
+    def unpack(self, totals: Tensor) -> tuple[Tensor, Tensor]:
+        """S (N, M, 2f, D) and z (N, M, 2f) of packed states."""
+        width, value_dim = self.width, self.v.shape[3]
+        S, z = totals.split([2 * width * value_dim, 2 * width], 2)
+        return S.unflatten(2, (2, value_dim, width)).mT.flatten(2, 3), z.contiguous()
 
     def tensors(self) -> tuple[Any, ...]:
-        return tuple(part for x in (self.q, self.k, self.v) for part in (x, x.stride()[:3]))
+        return *_strided(self.q), *_strided(self.k), *_strided(self.v)
 
     def features(self) -> tuple[Any, ...]:
         fq, fk = (self.q, self.k) if self.fq is None or self.fk is None else (self.fq, self.fk)
-        return fq, fq.stride()[:3], fk, fk.stride()[:3]
+        return *_strided(fq), *_strided(fk)
 
-    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        layout, context = self.layout, self.call.context
-        positions = layout.sequences.new_zeros(len(layout.rows)) if context is None else context.offset.int()
-        return layout.segments, layout.sequences, positions
+    def tables(self) -> tuple[Tensor, Tensor]:
+        context = self.call.context
+        return self.layout.sequences, self.layout.start if context is None else context.offset.int()
 
     def sizes(self) -> tuple[Any, ...]:
         heads, call = self.heads, self.call
         groups = heads // self.k.shape[1], heads // self.maps
-        dims = self.q.shape[2], self.q.shape[3], self.v.shape[3], self.width
-        return heads, *groups, *dims, call.scale, float(call.softcap or 0)
+        return heads, *groups, self.q.shape[2], call.scale, float(call.softcap or 0)
 
-    def constants(self) -> dict[str, Any]:
-        spec, blocks, wide = self.call.spec, self.blocks, self.q.dtype == torch.float32
+    def constants(self, launch: Launch) -> dict[str, Any]:
+        spec, blocks, tiling = self.call.spec, self.blocks, self.tiling
+        tiles = window_tiles(spec, tiling.tile)
+        # A step's state is all that is older than the window if windows of its tiles begin where steps do.
+        whole = spec.kind != "linear" and spec.window == "terraced" and spec.window_size % tiling.span == 0
         return {
-            "SOFTMAX": spec.has_softmax, "LINEAR": spec.has_linear, "LAG": 1 if spec.kind == "linear" else 2,
-            "SLIDING": spec.kind != "linear" and spec.window == "sliding", "SINKS": spec.softmax_sinks,
-            "CAPPED": self.call.softcap is not None, "FUSED": self.fq is None,
-            "LOW": tl.float32 if wide else tl.bfloat16, "PRECISION": "ieee", "C": spec.chunk,
-            "BLOCK_D": blocks.dim, "BLOCK_V": blocks.value, "BLOCK_F": blocks.feature,
+            "DIM": self.q.shape[3], "VALUE_DIM": self.v.shape[3], "WIDTH": self.width,
+            "SOFTMAX": spec.has_softmax, "LINEAR": spec.has_linear, "NEAR": spec.has_linear and not whole,
+            "WINDOW": "none" if spec.kind == "linear" else spec.window, "SIZE": spec.window_size,
+            "SINKS": spec.softmax_sinks, "CAPPED": self.call.softcap is not None, "FUSED": self.fq is None,
+            "LOW": tl.float32 if self.wide else tl.bfloat16, "PRECISION": precision(), "TILES": tiles,
+            "C": tiling.tile, "SPAN": tiling.span, "BLOCK_D": blocks.dim, "BLOCK_V": launch.value, "BLOCK_F": blocks.feature,
+            "num_warps": launch.num_warps, "num_stages": launch.num_stages,
         }  # fmt: skip
-
-    def launch(self, backward: bool = False) -> dict[str, int]:
-        return {"num_warps": self.blocks.num_warps, "num_stages": 1 if backward else 2}
-
-    def initial_state(self) -> Tensor | None:
-        """(N, key maps, state) as the kernels hold it."""
-        context = self.call.context
-        return None if context is None else torch.cat([context.S.flatten(2), context.z], 2).float().contiguous()
-
-    def unpack(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """S (N, key maps, F, D) and z (N, key maps, F) of packed states."""
-        features, value_dim = 2 * self.width, self.v.shape[3]
-        S, z = states.split([features * value_dim, features], 2)
-        return S.unflatten(2, (features, value_dim)).contiguous(), z.contiguous()
 
     def sinks(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the sinks, (N, G, sinks, D) contiguous; what lies behind a short sequence is unused."""
@@ -320,19 +397,17 @@ class Problem:
         batch, token = _sink_tokens(self.layout, count)
         return tuple(x[batch, :, token].transpose(1, 2).contiguous() for x in (self.k, self.v))  # type: ignore[return-value]
 
-    def add_sinks(self, dk: Tensor | None, dv: Tensor | None, d_sink_k: Tensor, d_sink_v: Tensor) -> None:
-        """Add the sinks' gradients, partial sums of each program, to those of the tokens they are."""
-        if dk is None or dv is None or self.call.context is not None:
-            return
+    def add_sinks(self, dk: Tensor, dv: Tensor, d_sink_k: Tensor, d_sink_v: Tensor) -> None:
+        """Add the sinks' gradients, partial sums of each walk, to those of the tokens they are."""
         layout, count = self.layout, self.call.spec.softmax_sinks
-        belongs = torch.arange(len(layout.rows), device=dk.device)[:, None] == layout.segments[:, 0]
-        batch, token = _sink_tokens(layout, count)
-        exists = layout.sequences[:, 2, None] > torch.arange(count, device=dk.device)
-        for gradient, parts in ((dk, d_sink_k.unflatten(0, (-1, len(layout.segments))).sum(0)), (dv, d_sink_v)):
-            each = torch.einsum("nm,mhsd->nshd", belongs.float(), parts)
-            each = each.unflatten(2, (gradient.shape[1], -1)).sum(3).to(gradient.dtype)
-            at = (batch.expand_as(token)[exists], slice(None), token[exists])
-            gradient[at] = gradient[at] + each[exists]
+        belongs = (layout.present[:, None] == layout.walks[:, 0]).float()
+        batch, token = (x[layout.present] for x in _sink_tokens(layout, count))
+        # Of a sequence shorter than the sinks, the last token stands for those that do not exist, too.
+        same = (token - token[:, :1])[:, :, None, None]
+        for gradient, parts in ((dk, d_sink_k), (dv, d_sink_v)):
+            each = torch.einsum("nw,whsd->nshd", belongs, parts).unflatten(2, (gradient.shape[1], -1)).sum(3)
+            gradient = gradient.transpose(1, 2)  # (B, T, G, D)
+            gradient[batch, token] += each.gather(1, same.expand_as(each)).to(gradient.dtype)
 
     def per_query(self, *lead: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An unwritten (*lead, B, H, T) tensor."""
@@ -344,25 +419,29 @@ class Problem:
         make = self.q.new_empty if self.layout.complete else self.q.new_zeros
         return make(shape, dtype=dtype).transpose(-2, -3)
 
-    def new_gradient(
-        self, dim: int, wanted: bool, dtype: torch.dtype | None = None, pieces: int | None = None
-    ) -> Tensor | None:
+    def new_gradient(self, dim: int, pieces: int, wanted: bool, dtype: torch.dtype | None = None) -> Tensor | None:
         """(pieces, B, H, T, dim) for what each slice of the value dim and each query head contributes."""
-        pieces = pieces or self.blocks.pieces
         dtype = dtype or (self.q.dtype if pieces == 1 else torch.float32)
         return self.new_output(dim, dtype, pieces) if wanted else None
 
-    def partial(self, programs: int, weight: Tensor | None) -> Tensor | None:
+    def partial(self, programs: int, wanted: bool) -> Tensor | None:
         """(programs, H, D, f) for what each program contributes to the gradient of a feature map's weight."""
-        return None if weight is None else weight.new_empty(programs, self.heads, *weight.shape[1:])
+        shape = (programs, self.heads, self.q.shape[3], self.width)
+        return self.q.new_empty(shape, dtype=torch.float32) if wanted else None
 
 
-SUM_CONSTANTS = ("SINKS", "FUSED", "LOW", "PRECISION", "C", "BLOCK_D", "BLOCK_V", "BLOCK_F")
+def precision() -> str:
+    """Of products of fp32 tiles: on NVIDIA's tensor cores, three tf32 products that together are as exact as fp32."""
+    return "tf32x3" if torch.cuda.is_available() and torch.version.hip is None else "ieee"
+
+
+NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants that these kernels do not take
+NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "FUSED", "SPAN", "BLOCK_F")
 
 
 def _sink_tokens(layout: Layout, count: int) -> tuple[Tensor, Tensor]:
     """Batch index (N, 1) and token index (N, count) of each sequence's sinks, clamped to its last token."""
-    batch, first, length = layout.sequences.long().unbind(1)
+    batch, first, length, _ = layout.sequences.long().unbind(1)
     token = first[:, None] + torch.arange(count, device=first.device).minimum((length[:, None] - 1).clamp_min(0))
     return batch[:, None], token
 
@@ -375,12 +454,21 @@ def _reduce(pieces: Tensor | None, heads: int) -> Tensor | None:
     return x if x.shape[1] == heads else x.unflatten(1, (heads, -1)).sum(2)
 
 
-def _strided(x: Tensor | None, unused: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def _strided(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """A (B, heads, T, dim) tensor and its strides; that of tokens is compiled in, so that addresses take no registers."""
+    batch, head, token, _ = x.stride()
+    return x, (batch, head, tl.constexpr(token))
+
+
+def _strided_pieces(x: Tensor | None, unused: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
     """A (pieces, B, heads, T, dim) tensor and its strides in the order of the kernels: batch, head, token, piece.
 
     ``unused`` stands in for an output that is not wanted: kernels do arithmetic on its pointer.
     """
-    return (unused, (0, 0, 0, 0)) if x is None else (x, (*x.stride()[1:4], x.stride(0)))
+    if x is None:
+        return unused, (0, 0, tl.constexpr(0), 0)
+    piece, batch, head, token, _ = x.stride()
+    return x, (batch, head, tl.constexpr(token), piece)
 
 
 def _ready(x: Tensor | None) -> Any:

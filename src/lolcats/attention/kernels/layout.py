@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,22 +14,43 @@ from torch import Tensor
 from lolcats.attention.spec import AttentionSpec
 
 Rows = tuple[tuple[int, int, int], ...]  # of each sequence: batch index, first token, length
-SHORTEST_SEGMENT = 4  # blocks: below, computing the states costs more than the parallelism gains
+RESIDENT = 2  # programs that run on a processor at the same time
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a problem is cut up.
+
+    tile: tokens worked on at a time, 64 being a warp group's share of a matrix product; span: tokens between stored
+    states, a multiple of ``tile``; walk: tiles per program; segment: states computed one behind the other. walk and
+    segment are chosen if None.
+    """
+
+    tile: int = 64
+    span: int = 64
+    walk: int | None = None
+    segment: int | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sequences, cut into segments of whole blocks, as tables the kernels read.
+    """Sequences and how they are cut up, as tables the kernels read.
 
-    sequences: (N, 3) int32 of ``Rows``; segments: (M, 3) int32: sequence, first block, block after the last;
-    ranges: (N + 1,) int32, first segment of each sequence; split: whether any sequence has several segments;
-    complete: whether every token of the (batch, tokens) grid belongs to a sequence.
+    sequences: (N, 4) int32: ``Rows`` and the first entry among the states; walks: (W, 3) int32: sequence, first tile,
+    tile after the last; segments: (M, 3) int32, the same in steps of ``span`` tokens; ranges: (N + 1,) int32, first
+    segment of each sequence; entries: number of states; split: whether any sequence has several segments;
+    complete: whether every token of the (batch, tokens) grid belongs to a sequence; start: (N,) int32 zeros; present:
+    indices of the sequences that have tokens.
     """
 
     rows: Rows
     sequences: Tensor
+    walks: Tensor
     segments: Tensor
     ranges: Tensor
+    start: Tensor
+    present: Tensor
+    entries: int
     split: bool
     complete: bool
 
@@ -45,34 +67,46 @@ def packed_rows(cu_seqlens: Sequence[int]) -> Rows:
 
 @lru_cache(maxsize=64)
 def make_layout(
-    rows: Rows, grid: tuple[int, int], chunk: int, programs: int, device: torch.device, segment: int | None = None
+    rows: Rows, grid: tuple[int, int], tiling: Tiling, heads: int, maps: int, device: torch.device
 ) -> Layout:
-    """``programs``: how many programs run for each segment; ``segment``: blocks of each, chosen here if None."""
-    blocks = [-(-length // chunk) for _, _, length in rows]
-    size = segment or segment_blocks(blocks, programs, processors(device))
-    segments, ranges = [], [0]
-    for sequence, count in enumerate(blocks):
-        segments += [(sequence, begin, min(begin + size, count)) for begin in range(0, count, size)]
-        ranges.append(len(segments))
+    """``heads``, ``maps``: programs that run for each walk and each segment."""
+    tiles = [-(-length // tiling.tile) for _, _, length in rows]
+    steps = [-(-length // tiling.span) for _, _, length in rows]
+    slots = RESIDENT * processors(device)
+    walk = tiling.walk or per_program(tiles, heads, slots, split_cost=1)
+    segment = tiling.segment or per_program(steps, maps, slots, split_cost=2)  # totals first, then states
+    segments = _cut(steps, segment)
+    entries = [0, *itertools.accumulate(steps)]
+    ranges = [0, *itertools.accumulate(-(-count // segment) for count in steps)]
 
     def table(entries: object) -> Tensor:
         return torch.tensor(entries, dtype=torch.int32).to(device)
 
-    complete = sum(length for _, _, length in rows) == grid[0] * grid[1]
-    tables = table(rows).view(-1, 3), table(segments).view(-1, 3), table(ranges)
-    return Layout(rows, *tables, split=max(blocks, default=0) > size, complete=complete)
+    return Layout(
+        rows, table([(*row, entry) for row, entry in zip(rows, entries, strict=False)]).view(-1, 4),
+        table(_cut(tiles, walk)).view(-1, 3), table(segments).view(-1, 3), table(ranges), table([0] * len(rows)),
+        table([i for i, row in enumerate(rows) if row[2]]).long(), entries[-1], split=max(steps, default=0) > segment,
+        complete=sum(length for _, _, length in rows) == grid[0] * grid[1],
+    )  # fmt: skip
 
 
-def segment_blocks(blocks: Sequence[int], programs: int, processors: int) -> int:
-    """Blocks per segment that keep all processors busy for the shortest time."""
-    longest = max(blocks, default=1) or 1
+def _cut(counts: Sequence[int], size: int) -> list[tuple[int, int, int]]:
+    """(sequence, begin, end) of pieces of at most ``size`` out of each sequence's ``count``."""
+    return [(s, begin, min(begin + size, n)) for s, n in enumerate(counts) for begin in range(0, n, size)]
+
+
+def per_program(counts: Sequence[int], heads: int, slots: int, split_cost: int) -> int:
+    """How many of its sequence's ``counts`` a program takes so that all of them end soonest; the largest such number.
+
+    split_cost: how much more a program costs that does not take all of its sequence's.
+    """
+    longest = max(counts, default=1) or 1
 
     def cost(size: int) -> float:
-        waves = -(-sum(-(-count // size) for count in blocks) * programs // processors)
-        return waves * (size + (1 if size < longest else 0))  # a segment's state costs about one more block
+        waves = -(-sum(-(-count // size) for count in counts) * heads // slots)
+        return waves * (size + 1) * (split_cost if size < longest else 1)  # starting costs about one more
 
-    sizes = {max(-(-longest // parts), min(SHORTEST_SEGMENT, longest)) for parts in range(1, 65)}
-    return min(sorted(sizes, reverse=True), key=cost)
+    return min(sorted({-(-longest // parts) for parts in range(1, 257)}, reverse=True), key=cost)
 
 
 @lru_cache(maxsize=8)
@@ -83,25 +117,62 @@ def processors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes and launch settings of one problem: compile-time constants."""
+    """Block sizes of one problem, compile-time constants: of the head dim, half the features, and the sinks."""
 
     dim: int
-    value: int
     feature: int
     sinks: int
+
+
+def choose_blocks(dim: int, width: int) -> Blocks:
+    return Blocks(dim=max(16, power_of_two(dim)), feature=max(16, power_of_two(width)), sinks=16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one kernel runs: columns of the value dim per program, programs needed for all of them, warps, stages."""
+
+    value: int
     pieces: int
     num_warps: int
+    num_stages: int
 
 
-def choose_blocks(dim: int, value_dim: int, width: int, wide_dtype: bool, spec: AttentionSpec) -> Blocks:
-    """S (2 · width × value slice, fp32) and the tiles beside it must fit in a processor's registers."""
-    feature = max(16, power_of_two(width))
-    room = 8192 if wide_dtype or spec.chunk > 64 or dim > 128 else 16384
-    value = min(max(16, power_of_two(value_dim)), max(16, room // (2 * feature)))
-    return Blocks(
-        dim=max(16, power_of_two(dim)), value=value, feature=feature, sinks=16, pieces=-(-value_dim // value),
-        num_warps=8 if spec.chunk >= 64 else 4,
-    )  # fmt: skip
+SHARED = 200 * 1024  # bytes of shared memory that the tiles of a program may take
+FUSED = 32 * 1024  # bytes up to which a map's weight shares it; beyond, features are computed before the kernels
+
+
+def fuses(dim: int, width: int, itemsize: int) -> bool:
+    """Whether the kernels compute a feature map of (dim, width) weights a head themselves."""
+    return power_of_two(dim) * power_of_two(width) * itemsize <= FUSED
+
+
+def choose_tiling(itemsize: int) -> Tiling:
+    return Tiling(64, 64) if itemsize == 2 else Tiling(32, 64)
+
+
+@lru_cache(maxsize=64)
+def choose_launch(kernel: str, value_dim: int, blocks: Blocks, tile: int, itemsize: int, fused: bool) -> Launch:
+    """The widest slice of the value dim whose sums (fp32) fit in registers and whose operands in shared memory."""
+    num_warps = 8 if blocks.dim > 128 else 4
+    if itemsize == 4:
+        itemsize = 6  # fp32 operands are split into parts
+    keys = {"state": 0, "output": 2, "query": 1, "key": 1}[kernel] * tile
+    fixed = (tile + keys) * blocks.dim + (blocks.dim * blocks.feature if fused else 0)
+    column = tile + keys + 2 * blocks.feature
+    registers = 2048 * num_warps // (blocks.feature if kernel == "state" else tile)
+    value = max(16, power_of_two(value_dim))
+    while value > 16 and (value > registers or (fixed + column * value) * itemsize > SHARED):
+        value //= 2
+    num_stages = 2 if kernel == "state" and itemsize == 2 and blocks.dim * blocks.feature <= 8192 else 1
+    return Launch(value, -(-value_dim // value), num_warps, num_stages)
+
+
+def window_tiles(spec: AttentionSpec, tile: int) -> int:
+    """How many tiles the window of a query reaches at most, its own included."""
+    size = spec.window_size
+    reach = size - 1 if spec.window == "sliding" else 2 * size - math.gcd(size, tile)  # of the first query of a tile
+    return 1 + -(-reach // tile)
 
 
 def power_of_two(n: int) -> int:

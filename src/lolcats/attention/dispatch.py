@@ -1,0 +1,146 @@
+"""Which code computes attention: the Triton kernels on a GPU, the chunked PyTorch path everywhere else.
+
+One switch forces either: ``LOLCATS_ATTENTION=triton`` (or ``chunked``, ``auto``) in the environment sets it for a
+process, ``with use_backend("chunked"):`` for a block. ``auto`` takes the kernels for 16-bit tensors on CUDA (or ROCm)
+where triton is installed and the geometry is one they have; fp32 takes the chunked path, which is exact to fp32.
+
+Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F features.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lolcats.attention.chunked import Context, chunked_attention
+from lolcats.attention.reference import expand_heads
+from lolcats.attention.spec import AttentionSpec
+from lolcats.errors import LolcatsError
+
+KeyMap = Callable[[Tensor], Tensor]
+BACKENDS = ("auto", "triton", "chunked")
+HALF = (torch.bfloat16, torch.float16)
+
+_backend = os.environ.get("LOLCATS_ATTENTION", "auto")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """For the block's duration, ``triton`` or ``chunked`` computes all attention; ``auto`` chooses by the tensors."""
+    global _backend
+    before, _backend = _backend, _known(name)
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor, spec: AttentionSpec, scale: float,
+    softcap: float | None = None, *, context: Context | None = None, lengths: Sequence[int] | Tensor | None = None,
+    final: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Hybrid or linear attention of whole rows.
+
+    Args:
+        q: (B, H, T, D); k, v: (B, G, T, D), any float dtype.
+        phi_q, phi_k: feature maps with H and H or G heads.
+        gamma: (H,) the window's weight, fp32.
+        context: what came before the first token; None at the start of a sequence.
+        lengths: of each row, where rows are shorter than T; matters for the final state alone. The kernels need them on
+            the host: a tensor on the GPU is waited for.
+        final: also return the state behind each row's last token.
+
+    Returns:
+        outputs (B, H, T, D), bf16 from the kernels for bf16 inputs and fp32 otherwise; and, with ``final`` where the
+        kind has a linear term, S (B, H or G, F, D) and z (B, H or G, F) fp32 over all keys that the window of the row's
+        last token no longer reaches; else None. The kernels' S and z carry no gradient, see :func:`uses_kernels`.
+    """
+    path = _kernels if uses_kernels(q, spec, final) else _chunked
+    return path(q, k, v, phi_q, phi_k, gamma, spec, scale, softcap, context, lengths, final)
+
+
+def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
+    """Whether the Triton kernels compute this call.
+
+    With gradients, a call that moves a state takes the chunked path even where the kernels are forced: no gradient
+    flows through the kernels' states. (Training keeps no states.)
+
+    Raises:
+        LolcatsError: the kernels are forced and cannot compute it.
+    """
+    name = _known(_backend)
+    if name == "chunked" or (final and torch.is_grad_enabled()):
+        return False
+    if name == "auto":
+        return q.is_cuda and q.dtype in HALF and _has_triton() and not _misfit(q, spec)
+    if not _has_triton():
+        raise LolcatsError("The Triton kernels were asked for, but triton is not installed: pip install triton.")
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise LolcatsError(
+            f"The Triton kernels were asked for, but the tensors are on {q.device.type}: there they run only in "
+            "Triton's interpreter (TRITON_INTERPRET=1 in the environment before triton is imported)."
+        )
+    if misfit := _misfit(q, spec):
+        raise LolcatsError(f"The Triton kernels were asked for, but they take {misfit}.")
+    return True
+
+
+def _misfit(q: Tensor, spec: AttentionSpec) -> str:
+    """What the kernels would need instead; empty if they have this geometry."""
+    if spec.softmax_sinks > 16:
+        return f"at most 16 sinks, not {spec.softmax_sinks}"
+    return f"heads of at most 256 channels, not {q.shape[3]}" if q.shape[3] > 256 else ""
+
+
+def _kernels(
+    q: Tensor, k: Tensor, v: Tensor, phi_q: Any, phi_k: Any, gamma: Tensor, spec: AttentionSpec, scale: float,
+    softcap: float | None, context: Context | None, lengths: Sequence[int] | Tensor | None, final: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    from lolcats.attention.kernels import triton_attention
+
+    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    if not q.is_cuda:  # the interpreter has no 16-bit products
+        q, k, v = q.float(), k.float(), v.float()
+        if context is not None:
+            context = context._replace(sink_k=context.sink_k.float(), sink_v=context.sink_v.float())
+    host = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+    y, S, z = triton_attention(
+        q, k, v, phi_q, phi_k, gamma, spec, scale, softcap, context=context, lengths=host, final=final
+    )
+    return y.to(dtype), S, z
+
+
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor, spec: AttentionSpec, scale: float,
+    softcap: float | None, context: Context | None, lengths: Sequence[int] | Tensor | None, final: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    fq, fk = (phi_q(q), phi_k(k)) if spec.has_linear else (None, None)
+    y = chunked_attention(q, k, v, fq, fk, gamma, spec, scale, softcap, context)
+    if fk is None or not final:
+        return y, None, None
+    first = torch.zeros(1, dtype=torch.long, device=q.device) if context is None else context.offset
+    seen = first + torch.as_tensor(q.shape[2] if lengths is None else lengths, device=q.device)
+    end = spec.window_start(seen - 1).minimum(seen)[:, None]
+    position = first[:, None] + torch.arange(q.shape[2], device=q.device)
+    fk = fk * ((position >= spec.softmax_sinks) & (position < end))[:, None, :, None]
+    S, z = fk.mT @ expand_heads(v, fk.shape[1]), fk.sum(2)
+    return (y, S, z) if context is None else (y, context.S + S, context.z + z)
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise LolcatsError(f"LOLCATS_ATTENTION: expected one of {', '.join(BACKENDS)}, got {name!r}.")
+    return name
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

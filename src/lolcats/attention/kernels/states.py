@@ -1,0 +1,157 @@
+"""States: Σ φ(x_n) u_nᵀ (S) and Σ φ(x_n) (z) over everything before (or behind) each step of a sequence.
+
+A step is SPAN tokens. In the forward pass x = k and u = v, and the state of a step holds all keys before it. In the
+backward pass x = q and u = dO, and it holds what all queries behind the step contribute to the gradients of S and z.
+Long sequences are cut into segments that run in parallel: ``state_kernel`` first computes each segment's total
+(STORE off), ``scan_kernel`` adds these up, and ``state_kernel`` then walks each segment from its right start.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lolcats.attention.kernels.blocks import (
+    features,
+    head_pointer,
+    key_positions,
+    load_matrix,
+    load_rows,
+    load_tile,
+    load_weight,
+    row_offset,
+    store_matrix,
+    walk_bounds,
+    window_start,
+)
+
+
+@triton.jit
+def state_kernel(
+    x, x_strides, u, u_strides, f, f_strides, weight, inverse, delta, starts, totals, states, sums, segments, sequences,
+    positions, heads, x_group, u_group, tokens,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_TOTALS: tl.constexpr, FUSED: tl.constexpr, LOW: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """One segment, map and slice of the value dim.
+
+    starts, totals: (segments, maps, 2 · WIDTH · (VALUE_DIM + 1)) fp32, the state before the segment and behind it.
+    states: (entries, maps, 2, VALUE_DIM, WIDTH) and sums: (entries, maps, 2 · WIDTH) fp32: S and z of each step.
+    BACKWARD: rows enter S weighted by ``inverse`` (1 / denominator), and z by that times ``delta``.
+
+    z is a product with φ, too, so that it needs no sum across warps. Row 0 of the left factor holds the weights of
+    the rows, row 1 what its precision does not hold.
+    """
+    segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    _, begin, end, batch, first, length, entry, position = walk_bounds(segments, sequences, positions, segment)
+    x = head_pointer(x, x_strides, batch, head // x_group, first)
+    u = head_pointer(u, u_strides, batch, head // u_group, first)
+    f = head_pointer(f, f_strides, batch, head, first)
+    inverse += row_offset(batch, head, first, heads, tokens)
+    delta += row_offset(batch, head, first, heads, tokens)
+    row, d, j, two = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F), tl.arange(0, 16)[:, None]
+    vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
+    last = window_start(position + length - 1, WINDOW, SIZE)  # keys from here on are still in a window at the end
+    w = load_weight(weight, head, d, j, DIM, WIDTH).to(x.dtype.element_ty) if FUSED else 0
+    index = segment * tl.num_programs(1) + head
+    S_up, z_up = load_total(starts, index, 0, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS)
+    S_down, z_down = load_total(starts, index, 1, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS)
+    PER_STEP: tl.constexpr = SPAN // C
+    for i in range(begin * PER_STEP, end * PER_STEP):
+        tile = (begin + end) * PER_STEP - 1 - i if BACKWARD else i
+        if STORE:
+            if i % PER_STEP == 0:
+                entries = (entry + tile // PER_STEP) * tl.num_programs(1) + head
+                store_state(states, sums, entries, 0, S_up, z_up, j, vd, piece, WIDTH, VALUE_DIM)
+                store_state(states, sums, entries, 1, S_down, z_down, j, vd, piece, WIDTH, VALUE_DIM)
+        at = tile * C
+        t = at + row
+        x_tile = load_tile(x, x_strides[2], at, length, row, d, DIM)
+        u_tile = tl.trans(load_tile(u, u_strides[2], at, length, row, vd, VALUE_DIM).to(LOW))
+        if BACKWARD:
+            row_S, row_z = load_rows(inverse, t, length), load_rows(delta, t, length)
+        else:
+            key = key_positions(t, length, position, SINKS)
+            row_S = ((key >= 0) & (key < last)).to(tl.float32)
+            row_z = row_S
+        up, down = features(x_tile, w, f, f_strides[2], at, length, row, row_S, j, WIDTH, FUSED, PRECISION)
+        up, down = up.to(LOW), down.to(LOW)
+        S_up = tl.dot(u_tile, up, S_up, input_precision=PRECISION)
+        S_down = tl.dot(u_tile, down, S_down, input_precision=PRECISION)
+        high = row_z.to(LOW).to(tl.float32)
+        weights = tl.where(two == 0, high[None, :], tl.where(two == 1, (row_z - high)[None, :], 0.0)).to(LOW)
+        z_up = tl.dot(weights, up, z_up, input_precision=PRECISION)
+        z_down = tl.dot(weights, down, z_down, input_precision=PRECISION)
+    if HAS_TOTALS:
+        store_total(totals, index, 0, S_up, z_up, j, vd, piece, WIDTH, VALUE_DIM)
+        store_total(totals, index, 1, S_down, z_down, j, vd, piece, WIDTH, VALUE_DIM)
+
+
+@triton.jit
+def store_state(states, sums, index, half, S, z, j, vd, piece, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """Half (0: softmax(y), 1: softmax(−y)) of an entry: Sᵀ (value slice, f), and z by the first slice."""
+    index = index.to(tl.int64) * 2 + half
+    store_matrix(states + index * WIDTH * VALUE_DIM, vd, j, VALUE_DIM, WIDTH, S)
+    tl.store(sums + index * WIDTH + j, tl.sum(z, 0), mask=(j < WIDTH) & (piece == 0))
+
+
+@triton.jit
+def load_state(states, index, half, j, vd, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """Half of Sᵀ, (value slice, f), of an entry."""
+    base = states + (index.to(tl.int64) * 2 + half) * WIDTH * VALUE_DIM
+    return load_matrix(base, vd, j, VALUE_DIM, WIDTH)
+
+
+@triton.jit
+def load_sum(sums, index, half, j, WIDTH: tl.constexpr):
+    """Half of z, (f,), of an entry."""
+    return tl.load(sums + (index.to(tl.int64) * 2 + half) * WIDTH + j, mask=j < WIDTH, other=0.0)
+
+
+@triton.jit
+def load_total(
+    totals, index, half, j, vd, two, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, HAS_STARTS: tl.constexpr
+):  # fmt: skip
+    """Half of Sᵀ (value slice, f) and z (in row 0 of 16) of entry ``index``; or zeros."""
+    if not HAS_STARTS:
+        return (
+            tl.zeros((vd.shape[0], j.shape[0]), tl.float32),
+            tl.zeros((two.shape[0], j.shape[0]), tl.float32),
+        )
+    else:
+        base = totals + index.to(tl.int64) * (2 * WIDTH * (VALUE_DIM + 1))
+        z = base + 2 * WIDTH * VALUE_DIM + half * WIDTH + j[None, :]
+        z = tl.load(z + two * 0, mask=(two == 0) & (j < WIDTH)[None, :], other=0.0)
+        return load_matrix(base + half * WIDTH * VALUE_DIM, vd, j, VALUE_DIM, WIDTH), z
+
+
+@triton.jit
+def store_total(totals, index, half, S, z, j, vd, piece, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """The inverse of ``load_total``; z is written by the first value slice."""
+    base = totals + index.to(tl.int64) * (2 * WIDTH * (VALUE_DIM + 1))
+    store_matrix(base + half * WIDTH * VALUE_DIM, vd, j, VALUE_DIM, WIDTH, S)
+    tl.store(base + 2 * WIDTH * VALUE_DIM + half * WIDTH + j, tl.sum(z, 0), mask=(j < WIDTH) & (piece == 0))
+
+
+@triton.jit
+def scan_kernel(totals, initial, ranges, size, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Replace each segment's total by the sum of all segments before it (REVERSE: behind it) in its sequence.
+
+    totals: (segments, maps, size); ranges: (sequences + 1,) first segment of each sequence; initial: (sequences, maps,
+    size).
+    """
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    heads = tl.num_programs(1)
+    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    begin, end = tl.load(ranges + sequence), tl.load(ranges + sequence + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if HAS_INITIAL:
+        total += tl.load(initial + (sequence * heads + head).to(tl.int64) * size + column, mask=column < size, other=0)
+    for i in range(begin, end):
+        segment = begin + end - 1 - i if REVERSE else i
+        entry = totals + (segment * heads + head).to(tl.int64) * size + column
+        added = tl.load(entry, mask=column < size, other=0.0)
+        tl.store(entry, total, mask=column < size)
+        total += added

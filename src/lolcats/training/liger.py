@@ -1,0 +1,60 @@
+"""liger-kernel's fused norms, gated MLPs and rotary embeddings under a model while it trains."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lolcats.errors import LolcatsError
+from lolcats.modeling.convert import decoder
+from lolcats.modeling.loss import has_liger
+
+LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # parts of a patch that we leave out: the loss is ours
+
+
+@contextmanager
+def fused_layers(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """For the block's duration, the layers that liger-kernel has for the family of a converted ``model`` run fused.
+
+    Nothing happens unless ``wanted``, the model is on CUDA, and liger-kernel is installed (the extra ``gpu``) and knows
+    the family. Behind the block model and family are as they were.
+    """
+    with ExitStack() as undo:
+        if wanted and model.device.type == "cuda" and has_liger():
+            _patch(model, undo)
+        yield
+
+
+def _patch(model: PreTrainedModel, undo: ExitStack) -> None:
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as PATCHES
+
+    family = getattr(model.config, "base_model_type", model.config.model_type)
+    if family not in PATCHES:
+        return
+    # Liger changes attributes of the model's modules, and names in the family's file: RoPE is a function there.
+    places = [vars(module) for module in decoder(model).modules()]
+    places += [vars(sys.modules[cls.__module__]) for cls in type(model).__mro__ if ".models." in cls.__module__]
+    before = [dict(place) for place in places]
+    left_out = {name: False for name in LOSSES if name in inspect.signature(PATCHES[family]).parameters}
+    try:
+        PATCHES[family](model=model, **left_out)
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        raise LolcatsError(
+            f"liger-kernel does not fit this {family} model ({error}). Do without it: --set transfer.liger=off "
+            "--set finetune.liger=off."
+        ) from error
+    finally:
+        for place, old in zip(places, before, strict=True):
+            undo.callback(_restore, place, old, [k for k in place if k not in old or place[k] is not old[k]])
+
+
+def _restore(place: dict[str, Any], old: dict[str, Any], changed: list[str]) -> None:
+    for key in changed:
+        place.pop(key)
+        if key in old:
+            place[key] = old[key]
