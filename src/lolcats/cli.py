@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -31,6 +31,9 @@ DataPath = Annotated[str, typer.Option("--data", help="Hub data set id or local 
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; an unfinished run in it is continued.")]
 Recipe = Annotated[str, typer.Option(help="paper, default, small, or a YAML file.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Change one setting: transfer.learning_rate=1e-3. Repeatable.")]
+
+Controls = Annotated[bool, typer.Option("--controls", help="Also train window + sinks with the same LoRA (no linear "
+                                        "term) and the teacher with it.")]  # fmt: skip
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -57,12 +60,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 @command
 def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
-              merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True) -> None:  # fmt: skip
+              merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True,
+              controls: Controls = False) -> None:  # fmt: skip
     """The whole job: attention transfer, LoRA, table, adapter and merged model."""
-    from lolcats.config import load_config
+    from lolcats.config import Control, load_config
     from lolcats.pipeline import linearize as run_pipeline
 
-    run = run_pipeline(model, data, out_, load_config(recipe, set_), merge)
+    asked = [f"controls=[{', '.join(get_args(Control))}]"] if controls else []
+    run = run_pipeline(model, data, out_, load_config(recipe, [*set_, *asked]), merge)
     _show(run)
     out.print(f"\nAdapter: {out_}   merged model: {out_ / 'merged'}   card: {out_ / 'README.md'}", soft_wrap=True)
 
@@ -80,11 +85,14 @@ def transfer(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default"
 
 
 @command
-def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True) -> None:
+def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True,
+             controls: Controls = False) -> None:  # fmt: skip
     """Stage 2 alone: LoRA, in a run directory that attention transfer has finished."""
-    from lolcats.pipeline import finish, resume, run_finetune
+    from lolcats.config import Control
+    from lolcats.pipeline import finish, resume, run_controls, run_finetune
 
-    session = resume(directory)
+    session = resume(directory, controls=get_args(Control) if controls else ())
+    run_controls(session)
     run_finetune(session)
     finish(session, merge)
     _show(session.run)
@@ -97,8 +105,9 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Comma list: paper, recall, generate, positions, mmlu-permuted, or tasks "
                                             "of lm-eval. Without: perplexity on --data.")] = "",
     data_dir: Annotated[Path | None, typer.Option(help="Local Parquet files instead of the hub's data sets.")] = None,
-    baseline: Annotated[str, typer.Option(help="window, window+sinks (both untrained), linear-off, or a linearized "
-                                               "model: how much of its gap to the teacher is closed.")] = "",
+    baseline: Annotated[str, typer.Option(help="With --tasks, a comma list: window, window+sinks (both untrained), "
+                                               "window+lora, teacher+lora (controls), linear-off, window-off, or "
+                                               "linearized models.")] = "",
     limit: Annotated[int, typer.Option(help="At most so many items of each task; 0: all.")] = 0,
     lengths: Annotated[str, typer.Option(help="Context lengths of recall and positions, e.g. 1024,8192.")] = "",
     batch_size: Annotated[int, typer.Option(help="Rows at a time; 0: transfer.micro_batch_size.")] = 0,
@@ -124,7 +133,7 @@ def evaluate(
         options = Options(data_dir, data, _numbers(lengths), limit or None, batch_size, seed)
         if output and not output.parent.is_dir():
             raise LolcatsError(f"--output {output}: {output.parent} is no directory.")
-        _benchmarks(model, [name.strip() for name in tasks.split(",")], baseline, place, options, output)
+        _benchmarks(model, _words(tasks), _words(baseline), place, options, output)
     elif data:
         _perplexity(model, data, config, rows, place, batch_size)
     else:
@@ -202,6 +211,9 @@ def info(model: Model) -> None:
 def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any, Any], batch_size: int) -> None:
     """The table of ``evaluate --data``."""
     from lolcats.evaluation.compare import compare, evaluation_rows
+    from lolcats.evaluation.systems import controls
+    from lolcats.modeling.checkpoint import is_linearized
+    from lolcats.report.table import NO_CONTROLS
 
     ids = evaluation_rows(model, data, _tokenizer(model), config)[: rows or None]
     table = Table("model", title=f"{ids.numel():,} tokens of {Path(data).name}")
@@ -209,22 +221,24 @@ def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any,
     for name, value in compare(model, ids, *place, batch_size).items():
         table.add_row(name, f"{value:.3f}")
     out.print(table)
+    if is_linearized(model) and not controls(model):
+        out.print(NO_CONTROLS)
 
 
 def _benchmarks(
-    model: str, tasks: list[str], baseline: str, place: tuple[Any, Any], options: Any, output: Path | None
+    model: str, tasks: list[str], baselines: list[str], place: tuple[Any, Any], options: Any, output: Path | None
 ) -> None:  # fmt: skip
     """The tables of ``evaluate --tasks``, and its JSON file."""
     from lolcats.evaluation.suite import evaluate as run_suite
     from lolcats.pipeline import log
     from lolcats.report.comparison import comparison_rows, depth_rows, write_comparison
 
-    scores = run_suite(model, tasks, baseline, *place, options, log)
+    scores = run_suite(model, tasks, baselines, *place, options, log)
     _print_rows(*comparison_rows(scores), title=f"{Path(model).name}: score ± standard error")
     for metric in ("exact", "argmax"):
         _print_rows(*depth_rows(scores, metric), title=f"Recall by depth: {metric}")
     if output:
-        write_comparison(output, scores, model, tasks, baseline, place, options)
+        write_comparison(output, scores, model, tasks, baselines, place, options)
         out.print(f"Results: {output}", soft_wrap=True)
 
 
@@ -243,6 +257,10 @@ def _print_rows(header: tuple[str, ...], rows: list[tuple[str, ...]], title: str
     for row in rows:
         table.add_row(*row)
     out.print(table)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -274,7 +292,7 @@ def _tokenizer(model: str) -> Any:
 
 def _show(run: Any) -> None:
     """The tables that end a run."""
-    from lolcats.report.table import memory_rows, perplexity_rows, remark
+    from lolcats.report.table import memory_rows, perplexity_rows, remarks
 
     rows, length = run.record["data"]["test_rows"], run.config.data.sequence_length
     table = Table("model", title=f"Perplexity on {rows} × {length} held-out tokens")
@@ -283,7 +301,7 @@ def _show(run: Any) -> None:
     for row in perplexity_rows(run):
         table.add_row(*row)
     out.print(table)
-    if text := remark(run):
+    for text in remarks(run):
         out.print(text)
     if sizes := memory_rows(run):
         table = Table("tokens", "teacher", "student", title="State per sequence")

@@ -21,6 +21,7 @@ from lolcats.errors import LolcatsError
 T = TypeVar("T")
 
 Kind = Literal["hybrid", "linear", "window", "softmax"]
+Control = Literal["window_lora", "teacher_lora"]
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,9 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    controls: list[Control] = field(default_factory=list)
+    """Trained beside the student with the same data, steps, seed and LoRA: ``window_lora`` (window and sinks, no linear
+    term) and ``teacher_lora`` (softmax attention). They can be added to a finished run."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lolcats.config import Config, to_yaml
+from lolcats.config import Config, Control, to_yaml
 from lolcats.errors import LolcatsError
-from lolcats.evaluation.compare import ABLATIONS
 from lolcats.evaluation.memory import cache_bytes
 from lolcats.evaluation.perplexity import perplexity
+from lolcats.evaluation.systems import ABLATIONS
 from lolcats.files import whole_directory, write_text
 from lolcats.inference.generate import generate
 from lolcats.modeling.base import find_base, load_model, load_tokenizer
@@ -35,6 +35,7 @@ from lolcats.modeling.checkpoint import (
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.run import Run
+from lolcats.training.controls import control, control_directory, train_control
 from lolcats.training.data import Data, load_data
 from lolcats.training.finetune import finetune
 from lolcats.training.trainer import StageResult
@@ -69,6 +70,7 @@ def linearize(model: str, data: str, out: Path, config: Config, merge: bool = Tr
     """
     session = start(model, data, out, config, say)
     run_transfer(session)
+    run_controls(session)
     run_finetune(session)
     finish(session, merge)
     return session.run
@@ -83,6 +85,7 @@ def start(model: str, data: str, out: Path, config: Config, say: Say = log) -> S
     say(f"Reading {data}")
     rows = load_data(data, tokenizer, config.data, config.seed)
     run = Run.start(out, base, {**rows.summary, "fingerprint": rows.fingerprint}, config)
+    config = run.config
     say(f"Loading {base.path} ({dtype}, {device})".replace("torch.", ""))
     base_model = load_model(base, dtype, device)
     torch.manual_seed(config.seed)
@@ -98,10 +101,11 @@ def start(model: str, data: str, out: Path, config: Config, say: Say = log) -> S
     return session
 
 
-def resume(directory: Path, say: Say = log) -> Session:
-    """The session of an existing run directory."""
+def resume(directory: Path, say: Say = log, controls: Sequence[Control] = ()) -> Session:
+    """The session of an existing run directory, with ``controls`` added to what it is to have."""
     run = Run.open(directory)
-    return start(run.base.path, run.record["data"]["source"], directory, run.config, say)
+    config = replace(run.config, controls=[*run.config.controls, *controls])
+    return start(run.base.path, run.record["data"]["source"], directory, config, say)
 
 
 def run_transfer(session: Session) -> None:
@@ -122,6 +126,23 @@ def run_transfer(session: Session) -> None:
     run.measure("ppl_transfer", lambda: _measured(session, "after transfer"))
     if learns:
         run.measure("layer_errors_after", partial(_layer_errors, session))
+
+
+def run_controls(session: Session) -> None:
+    """The controls that the configuration asks for, unless done. They come before stage 2: they need the base model's
+    weights without the student's LoRA, and leave them so."""
+    run, model, config = session.run, session.model, session.config
+    comparable = config.finetune.max_steps != 0 and any(layer.spec.has_linear for layer in linearized_layers(model))
+    for name in config.controls if comparable else ():
+        if not run.stage_done(name):
+            session.say(_headline(session, f"Control {name.replace('_', ' + ')}", "finetune"))
+            started = time.time()
+            result = train_control(model, name, session.data, config, run.base, run.directory)
+            run.finish_stage(name, _summary(result, started))
+            shutil.rmtree(control_directory(run.directory, name) / "checkpoints", ignore_errors=True)
+        if f"ppl_{name}" not in run.results:
+            with control(model, name, run.directory):
+                run.measure(f"ppl_{name}", partial(_measured, session, name.replace("_", " + ")))
 
 
 def run_finetune(session: Session) -> None:
@@ -155,7 +176,7 @@ def finish(session: Session, merge: bool = True) -> None:
     run, model, out = session.run, session.model, session.run.directory
     run.measure("ppl_student", lambda: _measured(session, "after LoRA"))
     for name, change in ABLATIONS.items():
-        run.measure(f"ppl_{name}", partial(_measured, session, name.replace("_", " "), **change))
+        run.measure(f"ppl_{name.replace('-', '_')}", partial(_measured, session, name.replace("-", " "), **change))
     run.measure("sample_student", lambda: _sample(session))
     run.measure("cache_bytes", lambda: {str(n): cache_bytes(model, n) for n in LENGTHS})
     run.measure("gamma", lambda: [layer.gamma.tolist() for layer in linearized_layers(model)])

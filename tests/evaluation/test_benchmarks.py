@@ -20,7 +20,7 @@ from lolcats.cli import app
 from lolcats.config import load_config
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import harness, tasks
-from lolcats.evaluation.systems import check_baseline, systems
+from lolcats.evaluation.systems import check_baselines, systems
 from lolcats.modeling.base import find_base, load_model
 from lolcats.modeling.checkpoint import load
 from lolcats.modeling.layer import override
@@ -156,7 +156,7 @@ def test_models_compared(trained: Path, model_dirs) -> None:
     found = {}
     with torch.no_grad():
         for baseline in ("window", "window+sinks", "linear-off", str(trained / "merged")):
-            for name, model in systems(str(trained), baseline, *CPU):
+            for name, model in systems(str(trained), [baseline], *CPU):
                 found[name] = model(input_ids=ids, use_cache=False).logits
         base = load_model(Run.open(trained).base, torch.float32)
         torch.testing.assert_close(found["teacher"], base(input_ids=ids).logits, rtol=0, atol=0)
@@ -169,11 +169,11 @@ def test_models_compared(trained: Path, model_dirs) -> None:
             assert not torch.allclose(found["teacher"], student(input_ids=ids).logits, atol=1e-3), "that has LoRA"
     assert not torch.allclose(found["window"], found["window+sinks"], atol=1e-3)
     torch.testing.assert_close(found["window+sinks"][:, :8], found["teacher"][:, :8], rtol=1e-4, atol=1e-4)
-    assert [name for name, _ in systems(str(trained / "merged"), "", *CPU)] == ["student"]
-    assert [name for name, _ in systems(str(model_dirs["llama"]), "", *CPU)] == ["llama"]
+    assert [name for name, _ in systems(str(trained / "merged"), [], *CPU)] == ["student"]
+    assert [name for name, _ in systems(str(model_dirs["llama"]), [], *CPU)] == ["llama"]
     for model, baseline in ((trained, "nothing"), (model_dirs["llama"], "window"), (trained / "merged", "window")):
         with pytest.raises(LolcatsError):
-            check_baseline(str(model), baseline)
+            check_baselines(str(model), [baseline])
 
 
 @pytest.mark.usefixtures("lm_eval")

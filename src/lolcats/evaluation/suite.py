@@ -18,7 +18,7 @@ from lolcats.evaluation.harness import run as run_harness
 from lolcats.evaluation.positions import positions
 from lolcats.evaluation.recall import recall
 from lolcats.evaluation.scores import Score, average, mean_score
-from lolcats.evaluation.systems import check_baseline, systems
+from lolcats.evaluation.systems import check_baselines, systems
 from lolcats.evaluation.text import encode, read_documents
 from lolcats.modeling.base import find_base, load_tokenizer
 
@@ -43,17 +43,17 @@ class Options:
     """Of recall's prompts and of few-shot draws; 1234 is lm-eval's own."""
 
 
-def evaluate(model: str, names: list[str], baseline: str, device: torch.device, dtype: torch.dtype,
+def evaluate(model: str, names: list[str], baselines: list[str], device: torch.device, dtype: torch.dtype,
              options: Options, say: Callable[[str], None]) -> dict[str, list[Score]]:  # fmt: skip
-    """Scores by model: teacher, baseline and student of an adapter, or one model that stands alone.
+    """Scores by model: teacher, baselines and student of an adapter, or one model that stands alone.
 
     Raises:
         LolcatsError: an unknown task or baseline, or data that cannot be had; before any model is loaded.
     """
-    check_baseline(model, baseline)
+    check_baselines(model, baselines)
     prepared = prepare(model, names, options)
     scores: dict[str, list[Score]] = {}
-    for system, loaded in systems(model, baseline, device, dtype):
+    for system, loaded in systems(model, baselines, device, dtype):
         scores[system] = []
         for name, task in prepared.items():
             started = time.time()

@@ -23,25 +23,28 @@ NONE = "n/a"
 
 
 def comparison_rows(scores: Scores) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(header, rows): every task and metric of every model, student − teacher, share of the gap closed; ± one error."""
+    """(header, rows): every task and metric of every model, student − each other, share of the gap between teacher and
+    each baseline that the student closes; ± one error."""
     header = ["task", "items", *scores]
-    pair, baseline = STUDENT in scores and TEACHER in scores, _baseline(scores)
-    header += ["student − teacher"] * pair + ["gap closed"] * bool(pair and baseline)
+    pair, baselines = STUDENT in scores and TEACHER in scores, _baselines(scores)
+    header += ["student − teacher"] * pair
+    for name in baselines if pair else ():
+        header += [f"student − {name}", "gap closed" if len(baselines) == 1 else f"gap to {name} closed"]
     rows = []
     for entry in comparison(scores):
         row = [f"{entry['task']} {entry['metric']}", f"{entry['items']:,}" if entry["items"] else ""]
         row += [_readable(entry["models"][name]) for name in scores]
         if pair:
             row.append(_readable(entry["difference"], sign=True))
-        if pair and baseline:
-            row.append(_readable(entry["gap_closed"], percent=True))
+        for name in baselines if pair else ():
+            found = entry["baselines"][name]
+            row += [_readable(found["difference"], sign=True), _readable(found["gap_closed"], percent=True)]
         rows.append(tuple(row))
     return tuple(header), rows
 
 
 def comparison(scores: Scores) -> list[dict[str, Any]]:
     """One entry a task and metric; ``gap_closed`` is None where teacher and baseline are equal within noise."""
-    baseline = _baseline(scores)
     entries = []
     for aligned in zip(*scores.values(), strict=True):
         by_name = dict(zip(scores, aligned, strict=True))
@@ -51,9 +54,9 @@ def comparison(scores: Scores) -> list[dict[str, Any]]:
         entry["models"] = {name: _plain(Estimate(s.value, s.stderr)) for name, s in by_name.items()}
         if TEACHER in by_name and STUDENT in by_name:
             entry["difference"] = _plain(difference(by_name[STUDENT], by_name[TEACHER]))
-            if baseline:
-                share = share_closed(by_name[STUDENT], by_name[TEACHER], by_name[baseline])
-                entry["gap_closed"] = _plain(share) if share else None
+            entry["baselines"] = {
+                name: _against(by_name[STUDENT], by_name[TEACHER], by_name[name]) for name in _baselines(scores)
+            }
         entry["results"] = {name: score.items for name, score in by_name.items()}
         if first.labels:
             entry["depths"] = first.labels
@@ -61,13 +64,13 @@ def comparison(scores: Scores) -> list[dict[str, Any]]:
     return entries
 
 
-def write_comparison(path: Path, scores: Scores, model: str, tasks: list[str], baseline: str,
+def write_comparison(path: Path, scores: Scores, model: str, tasks: list[str], baselines: list[str],
                      place: tuple[torch.device, torch.dtype], options: Options) -> None:  # fmt: skip
     """Write everything measured, each item's result included, with what it was measured with, as one JSON file."""
     packages = (p for name in ("torch", "transformers", "lm-eval") for p in metadata.distributions(name=name))
     versions = {package.name: package.version for package in packages}
     record = {
-        "model": model, "tasks": tasks, "baseline": baseline or None, "date": str(date.today()),
+        "model": model, "tasks": tasks, "baselines": baselines, "date": str(date.today()),
         "versions": {"lolcats": lolcats.__version__, **versions}, "device": str(place[0]),
         "dtype": str(place[1]).removeprefix("torch."), "options": asdict(options), "scores": comparison(scores),
     }  # fmt: skip
@@ -91,8 +94,13 @@ def _at(score: Score, depth: str) -> str:
     return f"{sum(items) / len(items):.2f}" if items else ""
 
 
-def _baseline(scores: Scores) -> str:
-    return next((name for name in scores if name not in (TEACHER, STUDENT)), "")
+def _baselines(scores: Scores) -> list[str]:
+    return [name for name in scores if name not in (TEACHER, STUDENT)]
+
+
+def _against(student: Score, teacher: Score, baseline: Score) -> dict[str, Any]:
+    share = share_closed(student, teacher, baseline)
+    return {"difference": _plain(difference(student, baseline)), "gap_closed": _plain(share) if share else None}
 
 
 def _plain(estimate: Estimate) -> dict[str, float | None]:
