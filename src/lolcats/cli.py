@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import shutil
 import sys
 import warnings
@@ -76,9 +77,10 @@ def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default
 def transfer(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = []) -> None:  # noqa: B006
     """Stage 1 alone: attention transfer."""
     from lolcats.config import load_config
+    from lolcats.inputs import Inputs
     from lolcats.pipeline import run_transfer, start
 
-    session = start(model, data, out_, load_config(recipe, set_))
+    session = start(Inputs(model), data, out_, load_config(recipe, set_))
     run_transfer(session)
     _show(session.run)
     out.print(f"\nFeature maps: {out_}. Next: lolcats finetune {out_}", soft_wrap=True)
@@ -138,6 +140,32 @@ def evaluate(
         _perplexity(model, data, config, rows, place, batch_size)
     else:
         raise LolcatsError("Nothing to evaluate: give --data (perplexity) or --tasks (benchmarks).")
+
+
+@command
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A sweep's YAML file, e.g. of experiments/.", metavar="FILE")],
+    model: Annotated[str, typer.Argument(help="As --set base.model=.", metavar="MODEL")] = "",
+    data: Annotated[str, typer.Option(help="As --set base.data=.")] = "",
+    out_: Annotated[Path, typer.Option("--out", help="Directory of results; one begun is continued.")] = Path("sweep"),
+    set_: Sets = [],  # noqa: B006
+    deadline: Annotated[float, typer.Option(help="Seconds after which no new row is begun; 0: none.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the rows and their tokens.")] = False,
+) -> None:  # fmt: skip
+    """Run every row of FILE with every seed, and make one table of them. Run again to continue."""
+    from lolcats.pipeline import log
+    from lolcats.sweep.plan import plan, plan_rows, read_sweep
+
+    given = [f"{key}={value}" for key, value in (("base.model", model), ("base.data", data)) if value]
+    wanted = read_sweep(file, [*given, *set_])
+    if dry_run:
+        _print_rows(*plan_rows(plan(wanted)), title=wanted.title)
+        return
+    from lolcats.sweep.execute import TABLE, run_sweep
+
+    run_sweep(wanted, out_, shlex.join(["lolcats", *sys.argv[1:]]), log, deadline or None)
+    if (out_ / TABLE).exists():
+        out.print((out_ / TABLE).read_text(), soft_wrap=True, markup=False, highlight=False)
 
 
 @command

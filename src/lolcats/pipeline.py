@@ -22,7 +22,7 @@ from lolcats.evaluation.perplexity import perplexity
 from lolcats.evaluation.systems import ABLATIONS
 from lolcats.files import whole_directory, write_text
 from lolcats.inference.generate import generate
-from lolcats.modeling.base import find_base, load_model, load_tokenizer
+from lolcats.inputs import Inputs
 from lolcats.modeling.checkpoint import (
     FEATURE_MAPS,
     LORA,
@@ -36,7 +36,7 @@ from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.run import Run
 from lolcats.training.controls import control, control_directory, train_control
-from lolcats.training.data import Data, load_data
+from lolcats.training.data import Data
 from lolcats.training.finetune import finetune
 from lolcats.training.trainer import StageResult
 from lolcats.training.transfer import layer_errors, transfer
@@ -68,7 +68,7 @@ def linearize(model: str, data: str, out: Path, config: Config, merge: bool = Tr
 
     Called again with the same arguments it continues where it stopped, and ends with the same weights.
     """
-    session = start(model, data, out, config, say)
+    session = start(Inputs(model), data, out, config, say)
     run_transfer(session)
     run_controls(session)
     run_finetune(session)
@@ -76,18 +76,17 @@ def linearize(model: str, data: str, out: Path, config: Config, merge: bool = Tr
     return session.run
 
 
-def start(model: str, data: str, out: Path, config: Config, say: Say = log) -> Session:
+def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log) -> Session:
     """Load base model, tokenizer and data, measure the teacher and the untrained baselines, convert."""
     device, dtype = device_and_dtype(config)
-    base = find_base(model)
-    tokenizer = load_tokenizer(base)
+    base, tokenizer = inputs.base, inputs.tokenizer
     data = str(Path(data).resolve()) if Path(data).exists() else data
     say(f"Reading {data}")
-    rows = load_data(data, tokenizer, config.data, config.seed)
+    rows = inputs.data(data, config.data, config.seed)
     run = Run.start(out, base, {**rows.summary, "fingerprint": rows.fingerprint}, config)
     config = run.config
     say(f"Loading {base.path} ({dtype}, {device})".replace("torch.", ""))
-    base_model = load_model(base, dtype, device)
+    base_model = inputs.model(dtype, device)
     torch.manual_seed(config.seed)
     student = convert(base_model, config)
     run.save()
@@ -105,7 +104,7 @@ def resume(directory: Path, say: Say = log, controls: Sequence[Control] = ()) ->
     """The session of an existing run directory, with ``controls`` added to what it is to have."""
     run = Run.open(directory)
     config = replace(run.config, controls=[*run.config.controls, *controls])
-    return start(run.base.path, run.record["data"]["source"], directory, config, say)
+    return start(Inputs(run.base.path), run.record["data"]["source"], directory, config, say)
 
 
 def run_transfer(session: Session) -> None:

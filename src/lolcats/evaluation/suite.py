@@ -22,6 +22,7 @@ from lolcats.evaluation.systems import check_baselines, systems
 from lolcats.evaluation.text import encode, read_documents
 from lolcats.modeling.base import find_base, load_tokenizer
 
+LONG = {"recall", "positions"}  # tasks over long text of given lengths
 LENGTHS = tuple(2**n for n in range(10, 16))
 Task = Callable[[PreTrainedModel], list[Score]]
 
@@ -51,7 +52,7 @@ def evaluate(model: str, names: list[str], baselines: list[str], device: torch.d
         LolcatsError: an unknown task or baseline, or data that cannot be had; before any model is loaded.
     """
     check_baselines(model, baselines)
-    prepared = prepare(model, names, options)
+    prepared = prepare(names, _with_lengths(model, names, options), load_tokenizer(find_base(model)))
     scores: dict[str, list[Score]] = {}
     for system, loaded in systems(model, baselines, device, dtype):
         scores[system] = []
@@ -63,13 +64,10 @@ def evaluate(model: str, names: list[str], baselines: list[str], device: torch.d
     return scores
 
 
-def prepare(model: str, names: list[str], options: Options) -> dict[str, Task]:
-    """Functions from a model to its scores, with all data read."""
-    tokenizer = load_tokenizer(find_base(model))
+def prepare(names: list[str], options: Options, tokenizer: Any) -> dict[str, Task]:
+    """Functions from a model to its scores, with all data read; LONG tasks need lengths."""
     single = [name for name in names if name not in SUITES]
-    prepared: dict[str, Task] = {
-        name: SUITES[name](tokenizer, _with_lengths(model, options)) for name in names if name in SUITES
-    }
+    prepared: dict[str, Task] = {name: SUITES[name](tokenizer, options) for name in names if name in SUITES}
     if single:
         specs = [tasks.named_spec(name, options.data_dir) for name in single]
         prepared[", ".join(single)] = _harness(specs, tokenizer, options)
@@ -140,10 +138,15 @@ def _documents(tokenizer: Any, options: Options) -> list[list[int]]:
     return [encode(tokenizer, document) for document in read_documents(source)]
 
 
-def _with_lengths(model: str, options: Options) -> Options:
-    """Lengths that the model's positions reach, unless the user named some."""
-    if options.lengths:
+def _with_lengths(model: str, names: list[str], options: Options) -> Options:
+    """Lengths that the model's positions reach, unless the user named some or no task wants them."""
+    if options.lengths or not LONG & set(names):
         return options
     path, arguments = find_base(model).arguments
-    reach = getattr(AutoConfig.from_pretrained(path, **arguments), "max_position_embeddings", LENGTHS[-1])
-    return replace(options, lengths=tuple(n for n in LENGTHS if n <= reach) or LENGTHS[:1])
+    return replace(options, lengths=reached_lengths(AutoConfig.from_pretrained(path, **arguments)))
+
+
+def reached_lengths(config: Any) -> tuple[int, ...]:
+    """Those of LENGTHS that the positions of a model with this configuration reach."""
+    reach = getattr(config, "max_position_embeddings", LENGTHS[-1])
+    return tuple(n for n in LENGTHS if n <= reach) or LENGTHS[:1]
