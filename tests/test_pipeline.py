@@ -22,7 +22,7 @@ from lolcats.run import Run
 RESULTS = {
     "ppl_teacher", "ppl_window", "ppl_window_sinks", "ppl_transfer", "ppl_student", "ppl_linear_off", "ppl_window_off",
     "baseline_sinks", "layer_errors_before", "layer_errors_after", "sample_teacher", "sample_student", "cache_bytes",
-    "gamma",
+    "gamma", "attention",
 }  # fmt: skip
 
 
@@ -38,7 +38,8 @@ def test_whole_job(family: str, model_dirs, chat_file: Path, settings, tmp_path:
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     expected = {
         "README.md", "config.json", "config.yaml", "feature_maps.safetensors", "metrics.jsonl", "run.json",
-        "report.png", "tokenizer.json", "lora/adapter_model.safetensors", "merged/model.safetensors",
+        "attention.safetensors", "report.png", "tokenizer.json",
+        "lora/adapter_model.safetensors", "merged/model.safetensors",
         "merged/modeling_lolcats.py", "merged/README.md", "merged/tokenizer.json",
     }  # fmt: skip
     assert expected <= names

@@ -143,6 +143,14 @@ def evaluate(
 
 
 @command
+def report(directory: Directory) -> None:
+    """Write DIR/report.html: curves, errors, attention maps, tables, samples."""
+    from lolcats.pipeline import report as write_report
+
+    out.print(f"Report: {write_report(directory)}", soft_wrap=True)
+
+
+@command
 def sweep(
     file: Annotated[Path, typer.Argument(help="A sweep's YAML file, e.g. of experiments/.", metavar="FILE")],
     model: Annotated[str, typer.Argument(help="As --set base.model=.", metavar="MODEL")] = "",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lolcats.config import Config, Control, to_yaml
 from lolcats.errors import LolcatsError
+from lolcats.evaluation.attention_maps import FILE, measure_attention
 from lolcats.evaluation.memory import cache_bytes
 from lolcats.evaluation.perplexity import perplexity
 from lolcats.evaluation.systems import ABLATIONS
@@ -125,6 +127,8 @@ def run_transfer(session: Session) -> None:
     run.measure("ppl_transfer", lambda: _measured(session, "after transfer"))
     if learns:
         run.measure("layer_errors_after", partial(_layer_errors, session))
+    if session.config.finetune.feature_map_learning_rate == 0:
+        measure_maps(session, "teacher")
 
 
 def run_controls(session: Session) -> None:
@@ -167,9 +171,10 @@ def run_finetune(session: Session) -> None:
     session.model = wrapped.merge_and_unload().eval()
 
 
-def finish(session: Session, merge: bool = True) -> None:
-    """Measure the result, write card and picture, and the merged model if asked."""
+def finish(session: Session, merge: bool = True, pictures: bool = True) -> None:
+    """Measure the result, write card and pictures, and the merged model if asked."""
     from lolcats.report.card import write_card
+    from lolcats.report.html import write_html
     from lolcats.report.picture import draw_report
 
     run, model, out = session.run, session.model, session.run.directory
@@ -178,14 +183,35 @@ def finish(session: Session, merge: bool = True) -> None:
         run.measure(f"ppl_{name.replace('-', '_')}", partial(_measured, session, name.replace("-", " "), **change))
     run.measure("sample_student", lambda: _sample(session))
     run.measure("cache_bytes", lambda: {str(n): cache_bytes(model, n) for n in LENGTHS})
+    measure_maps(session, "student")  # feature maps that were trained in stage 2 as well
     run.measure("gamma", lambda: [layer.gamma.tolist() for layer in linearized_layers(model)])
     if merge and not (out / "merged").is_dir():
         session.say(f"Writing {out / 'merged'}")
         export_merged(model, session.tokenizer, out / "merged")
-    draw_report(run)
+    if pictures:
+        draw_report(run)
+        write_html(run)
     write_card(run)
     if (out / "merged").is_dir():
         shutil.copy(out / "README.md", out / "merged" / "README.md")
+
+
+def report(directory: Path, say: Say = log) -> Path:
+    """Write report.html of a run; of one that has not measured its attention, load the model for that."""
+    from lolcats.report.html import write_html
+
+    if find_spec("matplotlib") is None:
+        raise LolcatsError("The report needs matplotlib: pip install 'lolcats[plots]'.")
+    run = Run.open(directory)
+    if run.stage_done("transfer") and "attention" not in run.results:
+        session = resume(directory, say)
+        run_transfer(session)
+        if run.stage_done("finetune"):
+            run_finetune(session)
+            measure_maps(session, "student")
+        run = session.run
+    write_html(run)
+    return directory / "report.html"
 
 
 def export_merged(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
@@ -248,6 +274,13 @@ def _summary(result: StageResult, started: float) -> dict[str, Any]:
     """A stage's entry in run.json; ``seconds`` are those since the stage was last started or continued."""
     entry = {key: value for key, value in asdict(result).items() if key != "history"}
     return {**entry, "seconds": round(time.time() - started, 1)}
+
+
+def measure_maps(session: Session, of: str) -> None:
+    """What the report shows of the attention itself, unless measured; ``of``: whose queries and keys the model has."""
+    model, run, row = session.model, session.run, session.data.validation[0]
+    if linearized_layers(model):
+        run.measure("attention", lambda: measure_attention(model, row, run.directory / FILE, of))
 
 
 def _layer_errors(session: Session) -> list[float]:

@@ -6,6 +6,7 @@ DIR/merged/                 the self-contained model
 DIR/metrics.jsonl           losses of both stages
 DIR/controls/NAME/          the controls, each an adapter with its metrics.jsonl
 DIR/README.md, report.png   model card and picture
+DIR/report.html             everything measured, with pictures; attention.safetensors is drawn there
 DIR/checkpoints/            working files of an unfinished stage
 """
 

@@ -182,7 +182,7 @@ def test_table_over_seeds() -> None:
     reference = {"name": "", "systems": {"teacher": {"wiki": {"value": 25.0}}}, "seconds": {}}
     text = render("T", [reference, result(0, 1.0), result(1, 9.0), result(1, 2.0)], "lolcats sweep x")
     assert "| teacher |  | 6 | 25 |" in text
-    assert "| a | 2 | 1.5 ± 0.7071 |  | 0.25 | 2M + 4M | 2 + 1 |" in text
+    assert "| a | 2 | 1.50 ± 0.71 |  | 0.25 | 2M + 4M | 2 + 1 |" in text
     assert "lolcats sweep x" in text
 
 

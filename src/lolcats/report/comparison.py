@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import date
 from importlib import metadata
@@ -25,15 +26,21 @@ NONE = "n/a"
 def comparison_rows(scores: Scores) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """(header, rows): every task and metric of every model, student − each other, share of the gap between teacher and
     each baseline that the student closes; ± one error."""
-    header = ["task", "items", *scores]
-    pair, baselines = STUDENT in scores and TEACHER in scores, _baselines(scores)
+    return entry_rows(comparison(scores))
+
+
+def entry_rows(entries: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """As :func:`comparison_rows`, of entries as :func:`comparison` makes them and the JSON file has them."""
+    models = list(entries[0]["models"])
+    header = ["task", "items", *models]
+    pair, baselines = STUDENT in models and TEACHER in models, _baselines(models)
     header += ["student − teacher"] * pair
     for name in baselines if pair else ():
         header += [f"student − {name}", "gap closed" if len(baselines) == 1 else f"gap to {name} closed"]
     rows = []
-    for entry in comparison(scores):
+    for entry in entries:
         row = [f"{entry['task']} {entry['metric']}", f"{entry['items']:,}" if entry["items"] else ""]
-        row += [_readable(entry["models"][name]) for name in scores]
+        row += [_readable(entry["models"][name]) for name in models]
         if pair:
             row.append(_readable(entry["difference"], sign=True))
         for name in baselines if pair else ():
@@ -94,8 +101,8 @@ def _at(score: Score, depth: str) -> str:
     return f"{sum(items) / len(items):.2f}" if items else ""
 
 
-def _baselines(scores: Scores) -> list[str]:
-    return [name for name in scores if name not in (TEACHER, STUDENT)]
+def _baselines(models: Iterable[str]) -> list[str]:
+    return [name for name in models if name not in (TEACHER, STUDENT)]
 
 
 def _against(student: Score, teacher: Score, baseline: Score) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _result(setup: Setup, row: Row) -> dict[str, Any]:
     if row.config.attention.kind == "hybrid":
         with override(session.model, kind="window"):
             _measure(setup, session, LINEAR_OFF, tasks=False)
-    finish(session, merge=False)
+    finish(session, merge=False, pictures=False)
     result = _summary(setup, row, run)
     del session
     gc.collect()  # the trainers hold their model in a cycle
@@ -168,11 +168,11 @@ def _summary(setup: Setup, row: Row, run: Run) -> dict[str, Any]:
     }
     seconds = {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage}
     measured = [value["seconds"] for name, value in results.items() if name.startswith(_entry(setup, ""))]
-    errors = results.get("layer_errors_after") or [None]
+    errors = results.get("layer_errors_after", []) if tokens["transfer"] else []
     return {
         "seed": row.config.seed, "settings": row.settings, "directory": run.directory.name, "data": row.data,
         "systems": systems, "tokens": tokens, "seconds": {**seconds, "evaluation": round(sum(measured), 1)},
-        "layer_error": sum(errors) / len(errors) if errors[0] is not None else None,
+        "layer_error": sum(errors) / len(errors) if errors else None,
     }  # fmt: skip
 
 

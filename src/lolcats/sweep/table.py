@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from typing import Any
@@ -52,9 +53,9 @@ def _reference_lines(references: list[Result], rows: list[list[Result]], metrics
     for result in references[-1:]:
         for name, system in result["systems"].items():
             values = {metric: [entry["value"]] for metric, entry in system.items()}
-            of_rows = {tuple(_values(runs, name, HELD_OUT)) for runs in rows}
-            if len(of_rows) == 1:
-                values[HELD_OUT] = list(of_rows.pop())
+            of_rows = {(r["seed"], *_values([r], name, HELD_OUT)) for runs in rows for r in runs}
+            if len(of_rows) == len({seed for seed, *_ in of_rows}):
+                values[HELD_OUT] = [value for _, *found in sorted(of_rows) for value in found]
             lines.append((name, "", *(_number(values.get(metric, [])) for metric in metrics), "", "", ""))
     return lines
 
@@ -81,10 +82,17 @@ def _values(runs: list[Result], system: str, metric: str) -> list[float]:
 
 
 def _number(values: list[float]) -> str:
+    """Mean ± deviation with two digits of the deviation; a mean alone with four."""
     if not values:
         return ""
-    spread = f" ± {_digits(statistics.stdev(values))}" if len(set(values)) > 1 else ""
-    return _digits(statistics.mean(values)) + spread
+    mean = statistics.mean(values)
+    if len(set(values)) == 1:
+        return _digits(mean)
+    spread = statistics.stdev(values)
+    decimals = max(0, 1 - math.floor(math.log10(spread)))
+    if decimals > 6:
+        return f"{mean:.3e} ± {spread:.1e}"
+    return f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
 
 
 def _digits(value: float) -> str:
