@@ -247,9 +247,7 @@ def info(model: Model) -> None:
 def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any, Any], batch_size: int) -> None:
     """The table of ``evaluate --data``."""
     from lolcats.evaluation.compare import compare, evaluation_rows
-    from lolcats.evaluation.systems import controls
-    from lolcats.modeling.checkpoint import is_linearized
-    from lolcats.report.table import NO_CONTROLS
+    from lolcats.report.table import controls_hint
 
     ids = evaluation_rows(model, data, _tokenizer(model), config)[: rows or None]
     table = Table("model", title=f"{ids.numel():,} tokens of {Path(data).name}")
@@ -257,8 +255,7 @@ def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any,
     for name, value in compare(model, ids, *place, batch_size).items():
         table.add_row(name, f"{value:.3f}")
     out.print(table)
-    if is_linearized(model) and not controls(model):
-        out.print(NO_CONTROLS)
+    out.print(controls_hint(model))
 
 
 def _benchmarks(
@@ -268,11 +265,13 @@ def _benchmarks(
     from lolcats.evaluation.suite import evaluate as run_suite
     from lolcats.pipeline import log
     from lolcats.report.comparison import comparison_rows, depth_rows, write_comparison
+    from lolcats.report.table import controls_hint
 
     scores = run_suite(model, tasks, baselines, *place, options, log)
     _print_rows(*comparison_rows(scores), title=f"{Path(model).name}: score ± standard error")
     for metric in ("exact", "argmax"):
         _print_rows(*depth_rows(scores, metric), title=f"Recall by depth: {metric}")
+    out.print(controls_hint(model))
     if output:
         write_comparison(output, scores, model, tasks, baselines, place, options)
         out.print(f"Results: {output}", soft_wrap=True)

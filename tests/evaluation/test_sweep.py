@@ -145,6 +145,14 @@ def test_sweep_resumes_and_skips(file: Path, place: list[str], tmp_path: Path, m
     assert "| – window+lora |" in table
 
 
+def test_a_row_that_fails_does_not_stop_the_others(file: Path, place: list[str], tmp_path: Path) -> None:
+    rows = "rows={wrong: [data.format=alpaca], fine: [transfer.max_steps=0]}"
+    sweep = read_sweep(file, [*place, "evaluate.tasks=[]", "evaluate.perplexity={}", rows])
+    with pytest.raises(LolcatsError, match=r"1 rows failed, the others are in .*: wrong, seed 0"):
+        run(sweep, tmp_path / "out")
+    assert [json.loads(line)["name"] for line in read_lines(tmp_path / "out" / "results.jsonl")] == ["", "fine"]
+
+
 def test_no_state_leaks_between_rows(file: Path, place: list[str], tmp_path: Path) -> None:
     """A row that trained everything comes first; the second ends with the weights and figures it has alone."""
     changes = [*place, "evaluate.tasks=[]"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 DIM = 1e-4  # the smallest attention weight that shows
-PIXELS = 2  # weights in a direction that a pixel stands for
+PIXELS = 3  # weights in a direction that a pixel stands for
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

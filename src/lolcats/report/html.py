@@ -135,7 +135,7 @@ def _maps(run: Run) -> Iterator[str]:
     )  # fmt: skip
     for number, head in enumerate(attention["heads"]):
         error = attention["errors"][attention["layers"].index(head["layer"])][head["head"]]
-        with _figure(6.2, 3.1, columns=2) as (axes, embed):
+        with _figure(5.6, 2.9, columns=2) as (axes, embed):
             figures.draw_weights(axes[0], maps["teacher"][number], "softmax")
             picture = figures.draw_weights(axes[1], maps["student"][number], "linearized")
             axes[0].set_ylabel("query")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lolcats.evaluation.memory import readable
-from lolcats.run import Run
+from lolcats.run import RECORD, Run
 
 ADAPTATION = (
     "LoRA below the teacher is domain adaptation (the teacher never saw these data), not better attention: "
@@ -59,6 +60,14 @@ def remarks(run: Run) -> list[str]:
     elif "linear" in _trained(run):
         texts.append(NO_CONTROLS)
     return texts
+
+
+def controls_hint(model: str) -> str:
+    """How to get the controls of a run's directory that has none; empty for anything else."""
+    if not (Path(model) / RECORD).is_file():
+        return ""
+    run = Run.open(Path(model))
+    return NO_CONTROLS if {"linear", "lora"} == _trained(run) and "ppl_window_lora" not in run.results else ""
 
 
 def _trained(run: Run) -> set[str]:

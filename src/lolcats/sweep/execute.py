@@ -23,7 +23,7 @@ import torch
 
 import lolcats
 from lolcats.config import to_dict
-from lolcats.errors import LolcatsError
+from lolcats.errors import Interrupted, LolcatsError
 from lolcats.evaluation.systems import CONTROL_NAMES, STUDENT, TEACHER
 from lolcats.files import append_line, read_lines, write_text
 from lolcats.inputs import Inputs
@@ -58,6 +58,9 @@ def run_sweep(
 
     Args:
         deadline: seconds after which no new row is begun.
+
+    Raises:
+        LolcatsError: missing paths, before anything is trained; rows that failed, after all others are done.
     """
     started, rows = time.monotonic(), plan(sweep)
     _check_paths(sweep, rows)
@@ -70,16 +73,27 @@ def run_sweep(
     jobs = [(_reference_key(setup, rows[0]), "the untrained models", partial(_references, setup, rows[0]))]
     jobs += [(_keys(setup, row), f"{row.name}, seed {row.config.seed}", partial(_result, setup, row)) for row in rows]
     left = [job for job in jobs if not any(_is(result, job[0]) for result in results)]
+    failed: list[str] = []
     say(f"{len(jobs) - len(left)} of {len(jobs)} results are in {out / RESULTS}.")
     for number, (keys, name, job) in enumerate(left):
         if deadline is not None and time.monotonic() - started > deadline:
             say(f"Deadline: {len(left) - number} rows are left; the same command continues.")
             break
         say(f"\n[{number + 1}/{len(left)}] {name}")
-        result = {**keys, **job(), **setup.provenance}
+        try:
+            result = {**keys, **job(), **setup.provenance}
+        except Interrupted:
+            raise
+        except (LolcatsError, torch.OutOfMemoryError) as error:  # a diverging row must not stop the others
+            say(f"{name} failed: {error}")
+            failed.append(name)
+            _release()
+            continue
         append_line(out / RESULTS, json.dumps(result))
         results.append(result)
         write_text(out / TABLE, render(sweep.title, results, command))
+    if failed:
+        raise LolcatsError(f"{len(failed)} rows failed, the others are in {out / TABLE}: {'; '.join(failed)}.")
     return results
 
 
@@ -132,10 +146,15 @@ def _result(setup: Setup, row: Row) -> dict[str, Any]:
     finish(session, merge=False, pictures=False)
     result = _summary(setup, row, run)
     del session
+    _release()
+    return result
+
+
+def _release() -> None:
+    """Free the memory of a finished row."""
     gc.collect()  # the trainers hold their model in a cycle
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return result
 
 
 def _measure(setup: Setup, session: Session, system: str, tasks: bool = True) -> None:
