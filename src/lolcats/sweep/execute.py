@@ -2,7 +2,7 @@
 
 OUT/results.jsonl         one row a result; rows that are in it are not run again
 OUT/table.md              the same as a table
-OUT/NAME-HASH/            each row's run directory, continued where it stopped
+OUT/NAME-seedN-HASH/      each row's run directory, continued where it stopped
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _references(setup: Setup, row: Row) -> dict[str, Any]:
 def _result(setup: Setup, row: Row) -> dict[str, Any]:
     """Train and measure one row in its own directory."""
     source = _source(setup.sweep, row)
-    directory = setup.out / f"{row.slug}-{_keys(setup, row)['row']}"
+    directory = setup.out / f"{row.slug}-seed{row.config.seed}-{_keys(setup, row)['row']}"
     session = start(setup.inputs, source, directory, row.config, setup.say)
     run = session.run
     run_transfer(session)

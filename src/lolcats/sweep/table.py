@@ -12,7 +12,6 @@ from lolcats.report.table import markdown
 
 Result = dict[str, Any]
 HELD_OUT, LINEAR_OFF, WINDOW_SINKS = "held-out", "linear off", "window + sinks, nothing trained"
-BESIDE = (LINEAR_OFF, *CONTROL_NAMES)  # models of a row other than its student
 NOTE = (
     "Perplexities (held-out: test rows of the row's own training data, which differ by seed) and scores; mean ± "
     "standard deviation over seeds. Lines below a row are its other models: *linear off* is the student without its "
@@ -31,8 +30,9 @@ def render(title: str, results: list[Result], command: str) -> str:
             rows.setdefault(name, []).append(result)
     metrics = _metrics(newest.values())
     lines = _reference_lines(references, list(rows.values()), metrics)
+    beside = [WINDOW_SINKS] if not _common(list(rows.values()), WINDOW_SINKS) else []
     for name, runs in rows.items():
-        lines += _row_lines(name, runs, metrics)
+        lines += _row_lines(name, runs, metrics, [*beside, LINEAR_OFF, *CONTROL_NAMES])
     header = ("row", "seeds", *metrics, "layer error", "tokens (transfer + LoRA)", "seconds (training + evaluation)")
     heading = f"# {title}\n\n" if title else ""
     return f"{heading}{markdown(header, lines)}\n\n{NOTE}\n\n{_provenance(list(newest.values()), command)}\n"
@@ -53,22 +53,29 @@ def _reference_lines(references: list[Result], rows: list[list[Result]], metrics
     for result in references[-1:]:
         for name, system in result["systems"].items():
             values = {metric: [entry["value"]] for metric, entry in system.items()}
-            of_rows = {(r["seed"], *_values([r], name, HELD_OUT)) for runs in rows for r in runs}
-            if len(of_rows) == len({seed for seed, *_ in of_rows}):
-                values[HELD_OUT] = [value for _, *found in sorted(of_rows) for value in found]
-            lines.append((name, "", *(_number(values.get(metric, [])) for metric in metrics), "", "", ""))
+            values[HELD_OUT] = _common(rows, name)
+            if any(values.values()):
+                lines.append((name, "", *(_number(values.get(metric, [])) for metric in metrics), "", "", ""))
     return lines
 
 
-def _row_lines(name: str, runs: list[Result], metrics: list[str]) -> list[tuple[str, ...]]:
+def _common(rows: list[list[Result]], system: str) -> list[float]:
+    """The held-out perplexities by seed of a model that nothing was trained for; none where they differ by row."""
+    found = {(r["seed"], *_values([r], system, HELD_OUT)) for runs in rows for r in runs}
+    if len(found) > len({seed for seed, *_ in found}):
+        return []
+    return [value for _, *values in sorted(found) for value in values]
+
+
+def _row_lines(name: str, runs: list[Result], metrics: list[str], beside: list[str]) -> list[tuple[str, ...]]:
     tokens = [r["tokens"] for r in runs]
     budget = " + ".join(_number([t[stage] / 1e6 for t in tokens]) + "M" for stage in ("transfer", "finetune"))
     spent = [(sum(r["seconds"].values()) - r["seconds"]["evaluation"], r["seconds"]["evaluation"]) for r in runs]
     seconds = " + ".join(f"{statistics.mean(part):.0f}" for part in zip(*spent, strict=True))
     errors = _number([r["layer_error"] for r in runs if r["layer_error"] is not None])
     lines = [(name, str(len(runs)), *_cells(runs, STUDENT, metrics), errors, budget, seconds)]
-    for system in dict.fromkeys(s for r in runs for s in r["systems"] if s in BESIDE):
-        lines.append((f"– {system}", "", *_cells(runs, system, metrics), "", "", ""))
+    measured = {system for r in runs for system in r["systems"]}
+    lines += [(f"– {s}", "", *_cells(runs, s, metrics), "", "", "") for s in beside if s in measured]
     return lines
 
 
