@@ -127,8 +127,7 @@ def run_transfer(session: Session) -> None:
     run.measure("ppl_transfer", lambda: _measured(session, "after transfer"))
     if learns:
         run.measure("layer_errors_after", partial(_layer_errors, session))
-    if session.config.finetune.feature_map_learning_rate == 0:
-        measure_maps(session, "teacher")
+    _measure_final_maps(session)
 
 
 def run_controls(session: Session) -> None:
@@ -153,6 +152,7 @@ def run_finetune(session: Session) -> None:
     run, model, out = session.run, session.model, session.run.directory
     if not run.stage_done("transfer"):
         raise LolcatsError(f"{out}: attention transfer comes first (lolcats transfer).")
+    _measure_final_maps(session)
     if run.stage_done("finetune"):
         if (out / LORA).is_dir():
             session.model = merge_lora(model, out / LORA)
@@ -281,6 +281,12 @@ def measure_maps(session: Session, of: str) -> None:
     model, run, row = session.model, session.run, session.data.validation[0]
     if linearized_layers(model):
         run.measure("attention", lambda: measure_attention(model, row, run.directory / FILE, of))
+
+
+def _measure_final_maps(session: Session) -> None:
+    """On the teacher's queries and keys, where stage 2 leaves the feature maps as they are."""
+    if session.config.finetune.feature_map_learning_rate == 0:
+        measure_maps(session, "teacher")
 
 
 def _layer_errors(session: Session) -> list[float]:

@@ -60,7 +60,7 @@ def draw_weights(axis: Any, weights: Tensor, title: str) -> Any:
         extent=(0, length, length, 0),
     )  # fmt: skip
     axis.spines[:].set_visible(False)  # they would cover the first key, which is often the one attended to
-    axis.set(title=title, xlabel="key")
+    axis.set(title=title, xlabel="key", xlim=(-0.03 * length, length))
     return picture
 
 

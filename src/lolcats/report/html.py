@@ -131,7 +131,8 @@ def _maps(run: Run) -> Iterator[str]:
     yield _paragraph(
         f"Attention weights on the first {attention['tokens']} tokens of a validation row, logarithmic, for the heads "
         "with the lowest, median and highest error of their output and the quartiles between. Left softmax, right what "
-        f"replaces it; both have the queries and keys of {whose}.", "note",
+        f"replaces it; both have the queries and keys of {whose}. A dark line at the left edge is the first token, on "
+        "which many heads rest.", "note",
     )  # fmt: skip
     for number, head in enumerate(attention["heads"]):
         error = attention["errors"][attention["layers"].index(head["layer"])][head["head"]]
