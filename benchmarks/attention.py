@@ -287,12 +287,13 @@ def kernel_rows(length: int = 32768) -> Iterator[list[Any]]:
 def sections(activations: Path | None) -> dict[str, tuple[str, Callable[[], Iterator[list[Any]]]]]:
     return {
         "Forward": (
-            "tokens | key maps per head of | fastest SDPA layout | SDPA ms | kernels ms | ratio | target | ns a token | "
-            "% of the bound | target | SDPA ms, eager | kernels ms, eager | ratio, eager", forward_rows,
+            "tokens | key maps per head of | fastest SDPA layout | SDPA ms | kernels ms | ratio | target | "
+            "ns a token | % of the bound | target | SDPA ms, eager | kernels ms, eager | ratio, eager",
+            forward_rows,
         ),
         "Forward and backward": (
-            "tokens | fastest SDPA layout | SDPA ms | kernels ms | ratio | target | q, k, v alone (stage 2), ms | ratio | "
-            "maps alone (stage 1), ms", backward_rows,
+            "tokens | fastest SDPA layout | SDPA ms | kernels ms | ratio | target | q, k, v alone (stage 2), ms | "
+            "ratio | maps alone (stage 1), ms", backward_rows,
         ),
         "Plain linear attention": (
             "tokens | fla ms | kernels ms | ratio | fla ms, with backward | kernels ms | ratio | difference",
@@ -337,8 +338,8 @@ def report(results: dict[str, Any]) -> str:
         "window 64 (terraced), 4 sinks, random data. Medians; ratios above 1: the kernels are faster.",
         "",
         f"Bound: {moved:.1f} ns a token to move q, k, v and o at {BYTES / 1e12:.1f} TB/s, {computed:.1f} ns for the "
-        f"products at {OPERATIONS / 1e12:.0f} TFLOP/s (key maps per query head); the larger counts. Forward is timed as "
-        "a CUDA graph and launched one by one (eager, L2 cleared in between), with backward eager alone.",
+        f"products at {OPERATIONS / 1e12:.0f} TFLOP/s (key maps per query head); the larger counts. Forward is timed "
+        "as a CUDA graph and launched one by one (eager, L2 cleared in between), with backward eager alone.",
         "",
         "![Forward](attention.png)",
     ]

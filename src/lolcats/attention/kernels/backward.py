@@ -59,8 +59,8 @@ def delta_kernel(
 @triton.jit
 def query_kernel(
     q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
-    sink_k, sink_v, inverse, delta, peaks, tops, states, sums, dq, dq_strides, dfq, dfq_strides, d_weight, d_gamma, pulls,
-    walks, sequences, positions,
+    sink_k, sink_v, inverse, delta, peaks, tops, states, sums, dq, dq_strides, dfq, dfq_strides, d_weight, d_gamma,
+    pulls, walks, sequences, positions,
     heads, group, map_group, tokens, scale, cap, pull_stride,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
@@ -68,8 +68,8 @@ def query_kernel(
     LOW: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients that belong to queries, dq, φ_q and γ, from one slice of the value dim (they are linear in dy, so slices
-    add up).
+    """Gradients that belong to queries, dq, φ_q and γ, from one slice of the value dim (they are linear in dy, so
+    slices add up).
 
     INPUTS: gradients of q, k, v are wanted, and r_n is stored (``pulls``) for ``key_kernel``. WEIGHTS: so are those of
     the feature map's weights. TILES: that a window reaches.
@@ -184,8 +184,8 @@ def sink_kernel(
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, LOW: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the sinks' keys and values from the queries of one walk, as d_sink_k (pieces, walks, H, SINKS, D) and
-    d_sink_v (walks, H, SINKS, Dv)."""
+    """Gradients of the sinks' keys and values from the queries of one walk, as d_sink_k (pieces, walks, H, SINKS, D)
+    and d_sink_v (walks, H, SINKS, Dv)."""
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, _, position = walk_bounds(walks, sequences, positions, walk)
     kv_head, kv_heads = head // group, heads // group

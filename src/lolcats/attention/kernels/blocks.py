@@ -135,7 +135,8 @@ def hedgehog_backward(up, down, d_up, d_down):
 
 @triton.jit
 def features(
-    x, w, base, stride, at, length, row, weight, column, WIDTH: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr
+    x, w, base, stride, at, length, row, weight, column,
+    WIDTH: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both halves of φ times the row's ``weight``, (C, f) fp32 each: of the tile x by ``w`` (D, f), or read from
     ``base``."""

@@ -39,8 +39,8 @@ def output_kernel(
 ):  # fmt: skip
     """One walk over tiles of a query head, for a slice of the value dim.
 
-    SAVE: 1 / denominator is stored (``inverse``). PEAKS: so are what the shift c_n is, in base 2 and with γ, and the key
-    it comes from: −1 − i for sink i, else its token; the lowest if there are several.
+    SAVE: 1 / denominator is stored (``inverse``). PEAKS: so are what the shift c_n is, in base 2 and with γ, and the
+    key it comes from: −1 − i for sink i, else its token; the lowest if there are several.
 
     TILES: that a window reaches. NEAR: whether some keys older than the window are not in the state of a step yet; else
     compiled away.
@@ -73,6 +73,7 @@ def output_kernel(
         q_tile = load_tile(q, q_strides[2], at, length, row, d, DIM)
         numerator = tl.zeros((C, BLOCK_V), tl.float32)
         denominator = tl.zeros((C,), tl.float32)
+        highest = tl.full((C,), -float("inf"), tl.float32)
         if LINEAR:
             step = tl.maximum(window_start(position + at, WINDOW, SIZE) - position, 0) // SPAN
             index = (entry + step) * maps + map_head
@@ -104,7 +105,7 @@ def output_kernel(
                     if PEAKS:
                         lower = tl.min(tl.where(a == peak[:, None], (begins + both)[None, :], length), 1)
                         top = tl.where(peak > highest, lower, tl.where((lower < length) & (top >= 0), lower, top))
-                    smaller = tl.exp2((highest - peak) * factor)
+                    smaller = tl.exp2((highest - peak) * factor)  # what there is, under the new maximum
                     denominator *= smaller
                     numerator *= smaller[:, None]
                 highest = peak

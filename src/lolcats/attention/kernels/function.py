@@ -87,8 +87,13 @@ def triton_attention(
         fq, fk = features
     elif spec.has_linear:
         assert phi_q is not None and phi_k is not None  # noqa: PT018
-        if phi_q.name == "hedgehog" and fuses(*phi_q.weight.shape[1:], q.dtype.itemsize):
-            wq, wk = phi_q.weight, phi_k.weight
+        weight = phi_q.weight
+        if (
+            phi_q.name == "hedgehog"
+            and weight is not None
+            and fuses(weight.shape[1], weight.shape[2], q.dtype.itemsize)
+        ):
+            wq, wk = weight, phi_k.weight
         else:
             fq, fk = phi_q(q), phi_k(k)
     o, S, z = _Attention.apply(q, k, v, fq, fk, wq, wk, gamma, call)  # type: ignore[no-untyped-call]
@@ -268,8 +273,9 @@ class Problem:
         dwk = self.partial(pieces * len(layout.walks), weights)
         key_kernel[(len(layout.walks), self.heads, pieces)](
             *self.tensors(), *_strided(do), *self.features(), self.wq, self.wk, softmax[0], delta, *softmax[1:],
-            pulls, *states, *_strided_pieces(dk, do), *_strided_pieces(dv, do), *_strided_pieces(dfk, do), dwk, layout.walks,
-            *self.tables(), *self.sizes(), pulls.stride(0), INPUTS=inputs, WEIGHTS=weights, **self.constants(launch),
+            pulls, *states, *_strided_pieces(dk, do), *_strided_pieces(dv, do), *_strided_pieces(dfk, do), dwk,
+            layout.walks, *self.tables(), *self.sizes(), pulls.stride(0),
+            INPUTS=inputs, WEIGHTS=weights, **self.constants(launch),
         )  # fmt: skip
         return {
             "k": _reduce(dk, kv_heads), "v": _reduce(dv, kv_heads), "fk": _reduce(dfk, maps),
@@ -383,8 +389,8 @@ class Problem:
             "WINDOW": "none" if spec.kind == "linear" else spec.window, "SIZE": spec.window_size,
             "SINKS": spec.softmax_sinks, "CAPPED": self.call.softcap is not None, "FUSED": self.fq is None,
             "LOW": tl.float32 if self.wide else tl.bfloat16, "PRECISION": precision(), "TILES": tiles,
-            "C": tiling.tile, "SPAN": tiling.span, "BLOCK_D": blocks.dim, "BLOCK_V": launch.value, "BLOCK_F": blocks.feature,
-            "num_warps": launch.num_warps, "num_stages": launch.num_stages,
+            "C": tiling.tile, "SPAN": tiling.span, "BLOCK_D": blocks.dim, "BLOCK_V": launch.value,
+            "BLOCK_F": blocks.feature, "num_warps": launch.num_warps, "num_stages": launch.num_stages,
         }  # fmt: skip
 
     def sinks(self) -> tuple[Tensor, Tensor]:
@@ -455,7 +461,7 @@ def _reduce(pieces: Tensor | None, heads: int) -> Tensor | None:
 
 
 def _strided(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    """A (B, heads, T, dim) tensor and its strides; that of tokens is compiled in, so that addresses take no registers."""
+    """A (B, heads, T, dim) tensor and its strides; that of tokens is compiled in, to save registers."""
     batch, head, token, _ = x.stride()
     return x, (batch, head, tl.constexpr(token))
 
