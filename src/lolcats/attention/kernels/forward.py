@@ -29,13 +29,13 @@ from lolcats.attention.kernels.states import load_state, load_sum
 @triton.jit
 def output_kernel(
     q, q_strides, k, k_strides, v, v_strides, o, o_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k, gamma,
-    sink_k, sink_v, inverse, peaks, tops, states, sums, walks, sequences, positions,
+    sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, peaks, tops, states, sums, walks, sequences, positions,
     heads, group, map_group, tokens, scale, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
     SAVE: tl.constexpr, PEAKS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr,
 ):  # fmt: skip
     """One walk over tiles of a query head, for a slice of the value dim.
 
@@ -48,7 +48,7 @@ def output_kernel(
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
     kv_head, map_head = head // group, head // map_group
-    kv_heads, maps = heads // group, heads // map_group
+    maps = heads // map_group
     q, k, v, fq, fk = input_pointers(
         q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
     )  # fmt: skip
@@ -64,8 +64,10 @@ def output_kernel(
     wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH).to(k.dtype.element_ty) if FUSED and NEAR else 0
     if SOFTMAX and SINKS > 0:
         sink = tl.arange(0, BLOCK_SINKS)
-        ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, DIM, SINKS)
-        vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, VALUE_DIM, SINKS)
+        ks = load_sinks(sink_k, sink_k_strides, sequence, batch, first, length, kv_head, sink, d, DIM, SINKS, CONTEXT)
+        vs = load_sinks(
+            sink_v, sink_v_strides, sequence, batch, first, length, kv_head, sink, vd, VALUE_DIM, SINKS, CONTEXT
+        )
     for tile in range(begin, end):
         at = tile * C
         t = at + row
