@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,3 +206,25 @@ def test_states(kind: str, window: str) -> None:
 @pytest.mark.parametrize("kind", ["hybrid", "linear"])
 def test_half_precision(dtype: torch.dtype, kind: str) -> None:
     compare(Problem(1000, 128, 64, dtype=dtype), AttentionSpec(kind, "terraced", 64, 4), tolerance=1.5e-2, tiling=None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "window", "size", "dim", "f", "dtype"),
+    [
+        ("hybrid", "sliding", 128, 64, 32, "bfloat16"),
+        ("linear", "terraced", 64, 64, 64, "float16"),
+        pytest.param("hybrid", "terraced", 64, 128, 64, "bfloat16", marks=pytest.mark.slow),
+        pytest.param("hybrid", "terraced", 64, 128, 64, "float32", marks=pytest.mark.slow),
+        pytest.param("hybrid", "sliding", 128, 256, 128, "bfloat16", marks=pytest.mark.slow),
+        pytest.param("hybrid", "sliding", 128, 256, 128, "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_and_fits_on_hopper(kind: str, window: str, size: int, dim: int, f: int, dtype: str) -> None:
+    script = Path(__file__).with_name("compile_kernels.py")
+    command = [sys.executable, str(script), kind, window, str(size), str(dim), str(f), dtype]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    shared = json.loads(result.stdout.splitlines()[-1])
+    assert {"state_kernel", "output_kernel", "query_kernel", "key_kernel"} <= shared.keys()
+    assert max(shared.values()) <= 232448  # bytes that a program may have

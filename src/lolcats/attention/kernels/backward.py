@@ -126,14 +126,14 @@ def query_kernel(
                 for near_tile in range(step * (SPAN // C), near_end):
                     near = near_tile * C
                     s = near + row
-                    keys = key_positions(s, length, position, SINKS)
+                    near_keys = key_positions(s, length, position, SINKS)
                     k_near = load_tile(k, k_strides[2], near, length, row, d, DIM)
                     v_near = load_tile(v, v_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
                     k_up, k_down = features(
                         k_near, wk, fk, fk_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION
                     )
                     da = tl.dot(do_tile, tl.trans(v_near), input_precision=PRECISION) * r[:, None] - h[:, None]
-                    mask = linear_mask(n[:, None], keys[None, :], WINDOW, SIZE)
+                    mask = linear_mask(n[:, None], near_keys[None, :], WINDOW, SIZE)
                     da = tl.where(mask, da, 0.0).to(LOW)
                     d_up = tl.dot(da, k_up.to(LOW), d_up, input_precision=PRECISION)
                     d_down = tl.dot(da, k_down.to(LOW), d_down, input_precision=PRECISION)

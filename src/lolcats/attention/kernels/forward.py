@@ -87,15 +87,15 @@ def output_kernel(
                 v_tile = load_tile(v, v_strides[2], begins, length, both, vd, VALUE_DIM)
                 keys = key_positions(begins + both, length, position, SINKS)
                 mask = window_mask(n[:, None], keys[None, :], WINDOW, SIZE)
-                a = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
-                peak = tl.max(a, 1)
+                soft = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
+                peak = tl.max(soft, 1)
                 if older == 0:
                     if SINKS > 0:
                         seen = sinks_mask(n[:, None], sink[None, :], SINKS)
                         far = softmax_logits(q_tile, ks, seen, scale, cap, CAPPED, PRECISION)
                         peak = tl.maximum(peak, tl.max(far, 1))
                     if PEAKS:
-                        top = tl.min(tl.where(a == peak[:, None], (begins + both)[None, :], length), 1)
+                        top = tl.min(tl.where(soft == peak[:, None], (begins + both)[None, :], length), 1)
                         if SINKS > 0:
                             top = tl.minimum(top, tl.min(tl.where(far == peak[:, None], -1 - sink[None, :], length), 1))
                     if LINEAR:  # early: in flight during the exponentials
@@ -105,20 +105,20 @@ def output_kernel(
                 else:
                     peak = tl.maximum(peak, highest)
                     if PEAKS:
-                        lower = tl.min(tl.where(a == peak[:, None], (begins + both)[None, :], length), 1)
+                        lower = tl.min(tl.where(soft == peak[:, None], (begins + both)[None, :], length), 1)
                         top = tl.where(peak > highest, lower, tl.where((lower < length) & (top >= 0), lower, top))
                     smaller = tl.exp2((highest - peak) * factor)  # what there is, under the new maximum
                     denominator *= smaller
                     numerator *= smaller[:, None]
                 highest = peak
                 shift = peak * factor - log_gamma  # γ·exp(s − max)
-                a = tl.exp2(a * factor - shift[:, None])
-                denominator += tl.sum(a, 1)
+                soft = tl.exp2(soft * factor - shift[:, None])
+                denominator += tl.sum(soft, 1)
                 if SINKS > 0 and older == 0:
                     far = tl.exp2(far * factor - shift[:, None])
                     denominator += tl.sum(far, 1)
                     numerator = tl.dot(far.to(vs.dtype), vs, numerator, input_precision=PRECISION)
-                numerator = tl.dot(a.to(v_tile.dtype), v_tile, numerator, input_precision=PRECISION)
+                numerator = tl.dot(soft.to(v_tile.dtype), v_tile, numerator, input_precision=PRECISION)
             if PEAKS:
                 tl.store(tops + t, top, mask=(t < length) & (piece == 0))
                 tl.store(peaks + t, shift, mask=(t < length) & (piece == 0))
@@ -137,7 +137,7 @@ def output_kernel(
                 near_end = tl.cdiv(window_start(position + at + C - 1, WINDOW, SIZE) - position, C)
                 for near_tile in range(step * (SPAN // C), near_end):
                     s = near_tile * C
-                    keys = key_positions(s + row, length, position, SINKS)
+                    near_keys = key_positions(s + row, length, position, SINKS)
                     k_near = load_tile(k, k_strides[2], s, length, row, d, DIM)
                     v_near = load_tile(v, v_strides[2], s, length, row, vd, VALUE_DIM).to(LOW)
                     k_up, k_down = features(
@@ -145,7 +145,7 @@ def output_kernel(
                     )  # fmt: skip
                     a = tl.dot(up, tl.trans(k_up.to(LOW)), input_precision=PRECISION)
                     a = tl.dot(down, tl.trans(k_down.to(LOW)), a, input_precision=PRECISION)
-                    a = tl.where(linear_mask(n[:, None], keys[None, :], WINDOW, SIZE), a, 0.0)
+                    a = tl.where(linear_mask(n[:, None], near_keys[None, :], WINDOW, SIZE), a, 0.0)
                     denominator += tl.sum(a, 1)
                     numerator = tl.dot(a.to(LOW), v_near, numerator, input_precision=PRECISION)
         reciprocal = tl.where(denominator == 0, 1.0, 1 / denominator)
