@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, attention, extend, step, uses_kernels
+from lolcats.attention import (
+    AttentionSpec,
+    AttentionState,
+    FeatureMap,
+    attention,
+    extend,
+    step,
+    use_backend,
+    uses_kernels,
+)
 from lolcats.attention.reference import attention_weights
 from lolcats.attention.state import SEGMENT, compacted
 from lolcats.config import AttentionConfig
@@ -108,8 +117,12 @@ class LinearizedAttention(nn.Module):
             return self.advance(self.empty_state(k, v), q, k, v, scale, softcap, padding)[0]
         if torch.is_grad_enabled() and q.requires_grad:
             args = (q, k, v, scale, softcap)
-            return checkpoint(self._whole, *args, use_reentrant=False, preserve_rng_state=False)
-        return self._whole(q, k, v, scale, softcap)
+            return checkpoint(self._chunked, *args, use_reentrant=False, preserve_rng_state=False)
+        return self._chunked(q, k, v, scale, softcap)
+
+    def _chunked(self, *args: Any) -> Tensor:
+        with use_backend("chunked"):  # also when backward, outside of any block that chose it, comes here again
+            return self._whole(*args)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         return attention(q, k, v, self.phi_q, self.phi_k, self.gamma, self.spec, scale, softcap)[0]

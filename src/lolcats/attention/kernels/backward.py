@@ -43,8 +43,8 @@ from lolcats.attention.kernels.states import load_state, load_sum
 
 @triton.jit
 def delta_kernel(
-    o, o_strides, do, do_strides, delta, heads, tokens, VALUE_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    o, o_strides, do, do_strides, delta, heads, tokens,
+    VALUE_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """δ_n = dy_n·y_n."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -59,17 +59,17 @@ def delta_kernel(
 @triton.jit
 def query_kernel(
     q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
-    sink_k, sink_v, inverse, delta, peaks, tops, states, sums, dq, dq_strides, dfq, dfq_strides, d_weight, d_gamma, pulls,
-    walks, sequences, positions,
-    heads, group, map_group, tokens, scale, cap, pull_stride,
+    sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, delta, peaks, tops, states, sums, dq, dq_strides, dfq,
+    dfq_strides, d_weight, d_gamma, pulls, walks, sequences, positions, heads, group, map_group, tokens, scale, cap,
+    pull_stride,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
-    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
-    CAPPED: tl.constexpr, FUSED: tl.constexpr, INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr,
-    LOW: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
+    INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients that belong to queries, dq, φ_q and γ, from one slice of the value dim (they are linear in dy, so slices
-    add up).
+    """Gradients that belong to queries, dq, φ_q and γ, from one slice of the value dim (they are linear in dy, so
+    slices add up).
 
     INPUTS: gradients of q, k, v are wanted, and r_n is stored (``pulls``) for ``key_kernel``. WEIGHTS: so are those of
     the feature map's weights. TILES: that a window reaches.
@@ -77,7 +77,7 @@ def query_kernel(
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
     kv_head, map_head = head // group, head // map_group
-    kv_heads, maps = heads // group, heads // map_group
+    maps = heads // map_group
     program = (piece * tl.num_programs(0) + walk) * heads + head  # of per-program outputs
     q, k, v, fq, fk = input_pointers(
         q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
@@ -97,8 +97,10 @@ def query_kernel(
         dw = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
     if SOFTMAX and SINKS > 0 and INPUTS:
         sink = tl.arange(0, BLOCK_SINKS)
-        ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, DIM, SINKS)
-        vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, VALUE_DIM, SINKS).to(LOW)
+        ks = load_sinks(sink_k, sink_k_strides, sequence, batch, first, length, kv_head, sink, d, DIM, SINKS, CONTEXT)
+        vs = load_sinks(
+            sink_v, sink_v_strides, sequence, batch, first, length, kv_head, sink, vd, VALUE_DIM, SINKS, CONTEXT
+        ).to(LOW)
     sum_pull = tl.zeros((C,), tl.float32)
     for tile in range(begin, end):
         at = tile * C
@@ -124,14 +126,14 @@ def query_kernel(
                 for near_tile in range(step * (SPAN // C), near_end):
                     near = near_tile * C
                     s = near + row
-                    keys = key_positions(s, length, position, SINKS)
+                    near_keys = key_positions(s, length, position, SINKS)
                     k_near = load_tile(k, k_strides[2], near, length, row, d, DIM)
                     v_near = load_tile(v, v_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
                     k_up, k_down = features(
                         k_near, wk, fk, fk_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION
                     )
                     da = tl.dot(do_tile, tl.trans(v_near), input_precision=PRECISION) * r[:, None] - h[:, None]
-                    mask = linear_mask(n[:, None], keys[None, :], WINDOW, SIZE)
+                    mask = linear_mask(n[:, None], near_keys[None, :], WINDOW, SIZE)
                     da = tl.where(mask, da, 0.0).to(LOW)
                     d_up = tl.dot(da, k_up.to(LOW), d_up, input_precision=PRECISION)
                     d_down = tl.dot(da, k_down.to(LOW), d_down, input_precision=PRECISION)
@@ -179,16 +181,17 @@ def query_kernel(
 
 @triton.jit
 def sink_kernel(
-    q, q_strides, do, do_strides, sink_k, sink_v, inverse, delta, peaks, tops, pulls, d_sink_k, d_sink_v,
-    walks, sequences, positions, heads, group, tokens, scale, cap, pull_stride,
+    q, q_strides, do, do_strides, sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, delta, peaks, tops, pulls,
+    d_sink_k, d_sink_v, walks, sequences, positions, heads, group, tokens, scale, cap, pull_stride,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, LOW: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_SINKS: tl.constexpr,
+    CONTEXT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the sinks' keys and values from the queries of one walk, as d_sink_k (pieces, walks, H, SINKS, D) and
-    d_sink_v (walks, H, SINKS, Dv)."""
+    """Gradients of the sinks' keys and values from the queries of one walk, as d_sink_k (pieces, walks, H, SINKS, D)
+    and d_sink_v (walks, H, SINKS, Dv)."""
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, _, position = walk_bounds(walks, sequences, positions, walk)
-    kv_head, kv_heads = head // group, heads // group
+    kv_head = head // group
     q, do = head_pointer(q, q_strides, batch, head, first), head_pointer(do, do_strides, batch, head, first)
     rows = row_offset(batch, head, first, heads, tokens)
     inverse, delta, peaks, tops = inverse + rows, delta + rows, peaks + rows, tops + rows
@@ -196,8 +199,10 @@ def sink_kernel(
     row, d, sink = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_SINKS)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
     first_piece = tl.where(piece == 0, 1.0, 0.0)
-    ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, DIM, SINKS)
-    vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, VALUE_DIM, SINKS).to(LOW)
+    ks = load_sinks(sink_k, sink_k_strides, sequence, batch, first, length, kv_head, sink, d, DIM, SINKS, CONTEXT)
+    vs = load_sinks(
+        sink_v, sink_v_strides, sequence, batch, first, length, kv_head, sink, vd, VALUE_DIM, SINKS, CONTEXT
+    ).to(LOW)
     dks = tl.zeros((BLOCK_SINKS, BLOCK_D), tl.float32)
     dvs = tl.zeros((BLOCK_SINKS, BLOCK_V), tl.float32)
     for tile in range(begin, end):
@@ -222,22 +227,22 @@ def sink_kernel(
 @triton.jit
 def key_kernel(
     q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
-    inverse, delta, peaks, tops, pulls, states, sums, dk, dk_strides, dv, dv_strides, dfk, dfk_strides, d_weight,
-    walks, sequences, positions,
-    heads, group, map_group, tokens, scale, cap, pull_stride,
+    inverse, delta, peaks, tops, pulls, d_sink_k, d_sink_v, states, sums, dk, dk_strides, dv, dv_strides, dfk,
+    dfk_strides, d_weight, walks, sequences, positions, heads, group, map_group, tokens, scale, cap, pull_stride,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
-    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr,
-    CAPPED: tl.constexpr, FUSED: tl.constexpr, INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr,
-    LOW: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
+    INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_F: tl.constexpr, SINKS_HERE: tl.constexpr,
 ):  # fmt: skip
     """Gradients that belong to keys: dk, dv and φ_k, from one query head and slice of the value dim.
 
     Every query head has its own output, also where heads share keys or maps; the caller adds them up. Matrices of
-    weights are held transposed, (keys, queries), so that they enter the products as they are.
+    weights are held transposed, (keys, queries), so that they enter the products as they are. The sinks' gradients by
+    ``sink_kernel`` are added in the first tile (SINKS_HERE: unless the sinks are a context's).
     """
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    _, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
+    sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
     kv_head, map_head = head // group, head // map_group
     program = (piece * tl.num_programs(0) + walk) * heads + head
     q, k, v, fq, fk = input_pointers(
@@ -331,6 +336,20 @@ def key_kernel(
                 a, ds = softmax_backward(logits, da, peak, r, h, pull, is_top, scale, cap, CAPPED)
                 grad_v = tl.dot((a * r).to(LOW), do_tile, grad_v, input_precision=PRECISION)
                 grad_k = tl.dot(ds.to(LOW), q_tile.to(LOW), grad_k, input_precision=PRECISION)
+        if INPUTS and SINKS_HERE:
+            counts = sequences + sequence * 6 + 4
+            begin_walk, end_walk = tl.load(counts), tl.load(counts + 1)
+            is_sink = (row < SINKS)[:, None]
+            for part in range(begin_walk, tl.where(tile == 0, end_walk, begin_walk)):
+                parts = ((piece * tl.num_programs(0) + part) * heads + head).to(tl.int64) * SINKS * DIM
+                grad_k += tl.load(
+                    d_sink_k + parts + row[:, None] * DIM + d[None, :], mask=is_sink & (d < DIM)[None, :], other=0.0
+                )
+                parts = (part * heads + head).to(tl.int64) * SINKS * VALUE_DIM
+                grad_v += tl.load(
+                    d_sink_v + parts + row[:, None] * VALUE_DIM + vd[None, :],
+                    mask=is_sink & (vd < VALUE_DIM)[None, :], other=0.0,
+                )  # fmt: skip
         if INPUTS:
             store_tile(dk, dk_strides[2], at, length, row, d, DIM, grad_k)
             store_tile(dv, dv_strides[2], at, length, row, vd, VALUE_DIM, grad_v)

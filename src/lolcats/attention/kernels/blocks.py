@@ -32,7 +32,7 @@ def walk_bounds(walks, sequences, positions, walk):
     token, length, first entry among the states and position of the first token."""
     sequence = tl.load(walks + walk * 3)
     begin, end = tl.load(walks + walk * 3 + 1), tl.load(walks + walk * 3 + 2)
-    row = sequences + sequence * 4
+    row = sequences + sequence * 6
     batch, first, length, entry = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     return sequence, begin, end, batch, first, length, entry, tl.load(positions + sequence)
 
@@ -100,9 +100,17 @@ def load_weight(weight, head, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_sinks(base, sequence, head, heads, sink, column, WIDTH: tl.constexpr, SINKS: tl.constexpr):
-    """One head's keys or values of a sequence's sinks, from (sequences, heads, SINKS, WIDTH)."""
-    return load_matrix(base + (sequence * heads + head).to(tl.int64) * SINKS * WIDTH, sink, column, SINKS, WIDTH)
+def load_sinks(
+    base, strides, sequence, batch, first, length, head, sink, column,
+    WIDTH: tl.constexpr, SINKS: tl.constexpr, CONTEXT: tl.constexpr,
+):  # fmt: skip
+    """One head's keys or values of a sequence's sinks: its first tokens, or if there is a context before them, what
+    that holds for each sequence."""
+    if CONTEXT:
+        base, length = head_pointer(base, strides, sequence, head, first * 0), SINKS
+    else:
+        base = head_pointer(base, strides, batch, head, first)
+    return load_tile(base, strides[2], first * 0, tl.minimum(length, SINKS), sink, column, WIDTH)
 
 
 @triton.jit
@@ -135,7 +143,8 @@ def hedgehog_backward(up, down, d_up, d_down):
 
 @triton.jit
 def features(
-    x, w, base, stride, at, length, row, weight, column, WIDTH: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr
+    x, w, base, stride, at, length, row, weight, column,
+    WIDTH: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both halves of φ times the row's ``weight``, (C, f) fp32 each: of the tile x by ``w`` (D, f), or read from
     ``base``."""

@@ -29,18 +29,18 @@ from lolcats.attention.kernels.states import load_state, load_sum
 @triton.jit
 def output_kernel(
     q, q_strides, k, k_strides, v, v_strides, o, o_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k, gamma,
-    sink_k, sink_v, inverse, peaks, tops, states, sums, walks, sequences, positions,
+    sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, peaks, tops, states, sums, walks, sequences, positions,
     heads, group, map_group, tokens, scale, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
     SAVE: tl.constexpr, PEAKS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr,
 ):  # fmt: skip
     """One walk over tiles of a query head, for a slice of the value dim.
 
-    SAVE: 1 / denominator is stored (``inverse``). PEAKS: so are what the shift c_n is, in base 2 and with γ, and the key
-    it comes from: −1 − i for sink i, else its token; the lowest if there are several.
+    SAVE: 1 / denominator is stored (``inverse``). PEAKS: so are what the shift c_n is, in base 2 and with γ, and the
+    key it comes from: −1 − i for sink i, else its token; the lowest if there are several.
 
     TILES: that a window reaches. NEAR: whether some keys older than the window are not in the state of a step yet; else
     compiled away.
@@ -48,7 +48,7 @@ def output_kernel(
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
     kv_head, map_head = head // group, head // map_group
-    kv_heads, maps = heads // group, heads // map_group
+    maps = heads // map_group
     q, k, v, fq, fk = input_pointers(
         q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
     )  # fmt: skip
@@ -64,8 +64,10 @@ def output_kernel(
     wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH).to(k.dtype.element_ty) if FUSED and NEAR else 0
     if SOFTMAX and SINKS > 0:
         sink = tl.arange(0, BLOCK_SINKS)
-        ks = load_sinks(sink_k, sequence, kv_head, kv_heads, sink, d, DIM, SINKS)
-        vs = load_sinks(sink_v, sequence, kv_head, kv_heads, sink, vd, VALUE_DIM, SINKS)
+        ks = load_sinks(sink_k, sink_k_strides, sequence, batch, first, length, kv_head, sink, d, DIM, SINKS, CONTEXT)
+        vs = load_sinks(
+            sink_v, sink_v_strides, sequence, batch, first, length, kv_head, sink, vd, VALUE_DIM, SINKS, CONTEXT
+        )
     for tile in range(begin, end):
         at = tile * C
         t = at + row
@@ -73,6 +75,7 @@ def output_kernel(
         q_tile = load_tile(q, q_strides[2], at, length, row, d, DIM)
         numerator = tl.zeros((C, BLOCK_V), tl.float32)
         denominator = tl.zeros((C,), tl.float32)
+        highest = tl.full((C,), -float("inf"), tl.float32)
         if LINEAR:
             step = tl.maximum(window_start(position + at, WINDOW, SIZE) - position, 0) // SPAN
             index = (entry + step) * maps + map_head
@@ -84,15 +87,15 @@ def output_kernel(
                 v_tile = load_tile(v, v_strides[2], begins, length, both, vd, VALUE_DIM)
                 keys = key_positions(begins + both, length, position, SINKS)
                 mask = window_mask(n[:, None], keys[None, :], WINDOW, SIZE)
-                a = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
-                peak = tl.max(a, 1)
+                soft = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
+                peak = tl.max(soft, 1)
                 if older == 0:
                     if SINKS > 0:
                         seen = sinks_mask(n[:, None], sink[None, :], SINKS)
                         far = softmax_logits(q_tile, ks, seen, scale, cap, CAPPED, PRECISION)
                         peak = tl.maximum(peak, tl.max(far, 1))
                     if PEAKS:
-                        top = tl.min(tl.where(a == peak[:, None], (begins + both)[None, :], length), 1)
+                        top = tl.min(tl.where(soft == peak[:, None], (begins + both)[None, :], length), 1)
                         if SINKS > 0:
                             top = tl.minimum(top, tl.min(tl.where(far == peak[:, None], -1 - sink[None, :], length), 1))
                     if LINEAR:  # early: in flight during the exponentials
@@ -102,20 +105,20 @@ def output_kernel(
                 else:
                     peak = tl.maximum(peak, highest)
                     if PEAKS:
-                        lower = tl.min(tl.where(a == peak[:, None], (begins + both)[None, :], length), 1)
+                        lower = tl.min(tl.where(soft == peak[:, None], (begins + both)[None, :], length), 1)
                         top = tl.where(peak > highest, lower, tl.where((lower < length) & (top >= 0), lower, top))
-                    smaller = tl.exp2((highest - peak) * factor)
+                    smaller = tl.exp2((highest - peak) * factor)  # what there is, under the new maximum
                     denominator *= smaller
                     numerator *= smaller[:, None]
                 highest = peak
                 shift = peak * factor - log_gamma  # γ·exp(s − max)
-                a = tl.exp2(a * factor - shift[:, None])
-                denominator += tl.sum(a, 1)
+                soft = tl.exp2(soft * factor - shift[:, None])
+                denominator += tl.sum(soft, 1)
                 if SINKS > 0 and older == 0:
                     far = tl.exp2(far * factor - shift[:, None])
                     denominator += tl.sum(far, 1)
                     numerator = tl.dot(far.to(vs.dtype), vs, numerator, input_precision=PRECISION)
-                numerator = tl.dot(a.to(v_tile.dtype), v_tile, numerator, input_precision=PRECISION)
+                numerator = tl.dot(soft.to(v_tile.dtype), v_tile, numerator, input_precision=PRECISION)
             if PEAKS:
                 tl.store(tops + t, top, mask=(t < length) & (piece == 0))
                 tl.store(peaks + t, shift, mask=(t < length) & (piece == 0))
@@ -134,7 +137,7 @@ def output_kernel(
                 near_end = tl.cdiv(window_start(position + at + C - 1, WINDOW, SIZE) - position, C)
                 for near_tile in range(step * (SPAN // C), near_end):
                     s = near_tile * C
-                    keys = key_positions(s + row, length, position, SINKS)
+                    near_keys = key_positions(s + row, length, position, SINKS)
                     k_near = load_tile(k, k_strides[2], s, length, row, d, DIM)
                     v_near = load_tile(v, v_strides[2], s, length, row, vd, VALUE_DIM).to(LOW)
                     k_up, k_down = features(
@@ -142,7 +145,7 @@ def output_kernel(
                     )  # fmt: skip
                     a = tl.dot(up, tl.trans(k_up.to(LOW)), input_precision=PRECISION)
                     a = tl.dot(down, tl.trans(k_down.to(LOW)), a, input_precision=PRECISION)
-                    a = tl.where(linear_mask(n[:, None], keys[None, :], WINDOW, SIZE), a, 0.0)
+                    a = tl.where(linear_mask(n[:, None], near_keys[None, :], WINDOW, SIZE), a, 0.0)
                     denominator += tl.sum(a, 1)
                     numerator = tl.dot(a.to(LOW), v_near, numerator, input_precision=PRECISION)
         reciprocal = tl.where(denominator == 0, 1.0, 1 / denominator)

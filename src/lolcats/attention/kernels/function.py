@@ -87,8 +87,10 @@ def triton_attention(
         fq, fk = features
     elif spec.has_linear:
         assert phi_q is not None and phi_k is not None  # noqa: PT018
-        if phi_q.name == "hedgehog" and fuses(*phi_q.weight.shape[1:], q.dtype.itemsize):
-            wq, wk = phi_q.weight, phi_k.weight
+        weight = phi_q.weight
+        small = weight is not None and fuses(weight.shape[1], weight.shape[2], q.dtype.itemsize)
+        if phi_q.name == "hedgehog" and small:
+            wq, wk = weight, phi_k.weight
         else:
             fq, fk = phi_q(q), phi_k(k)
     o, S, z = _Attention.apply(q, k, v, fq, fk, wq, wk, gamma, call)  # type: ignore[no-untyped-call]
@@ -190,7 +192,7 @@ class Problem:
         output_kernel[(len(self.layout.walks), self.heads, launch.pieces)](
             *self.tensors(), *_strided(o), *self.features(), self.wq, self.wk, self.gamma, *self.sinks(),
             *(o if x is None else x for x in softmax), states, sums, self.layout.walks, *self.tables(), *self.sizes(),
-            SAVE=save, PEAKS=peaks, BLOCK_SINKS=self.blocks.sinks, **self.constants(launch),
+            SAVE=save, PEAKS=peaks, **self.sink_constants(), **self.constants(launch),
         )  # fmt: skip
         return o, softmax, S, z
 
@@ -207,13 +209,12 @@ class Problem:
         runs = [(True, False), (False, True)] if inputs and weights else [(inputs, weights)]
         states = self.forward_states()[:2]
         queries = [self.query_gradients(do, softmax, delta, pulls, states, *run) for run in runs]
+        sinks = self.sink_gradients(do, softmax, delta, pulls) if inputs else None
         states = self.backward_states(do, softmax[0], delta)  # type: ignore[arg-type]
-        keys = [self.key_gradients(do, softmax, delta, pulls, states, *run) for run in runs]
+        keys = [self.key_gradients(do, softmax, delta, pulls, sinks, states, *run) for run in runs]
         grads: dict[str, Tensor] = {}
         for part in (*queries, *keys):  # the first run counts where both give something
             grads = {name: x for name, x in part.items() if x is not None} | grads
-        if inputs and self.call.spec.softmax_sinks and self.call.spec.has_softmax and self.call.context is None:
-            self.add_sinks(grads["k"], grads["v"], *self.sink_gradients(do, softmax, delta, pulls))
         for name in ("q", "k", "v", "fq", "fk"):
             if name in grads:
                 grads[name] = grads[name].to(getattr(self, name).dtype)
@@ -234,30 +235,38 @@ class Problem:
             *self.tensors(), *_strided(do), *self.features(), self.wq, self.wk, *self.sinks(), softmax[0], delta,
             *softmax[1:], *states, *_strided_pieces(dq, do), *_strided_pieces(dfq, do), dwq, d_gamma, pulls,
             layout.walks, *self.tables(), *self.sizes(), pulls.stride(0),
-            INPUTS=inputs, WEIGHTS=weights, BLOCK_SINKS=self.blocks.sinks, **self.constants(launch),
+            INPUTS=inputs, WEIGHTS=weights, **self.sink_constants(), **self.constants(launch),
         )  # fmt: skip
         return {
             "q": _reduce(dq, heads), "fq": _reduce(dfq, heads), "wq": None if dwq is None else dwq.sum(0),
             "gamma": d_gamma.sum(0) / self.gamma,
         }  # fmt: skip
 
-    def sink_gradients(self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the sinks' keys (W walks, H, sinks, D) and values (W, H, sinks, Dv)."""
-        layout, launch, heads, sinks = self.layout, self.launch("query"), self.heads, self.call.spec.softmax_sinks
-        shape = (len(layout.walks), heads, sinks)
+    def sink_gradients(
+        self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """By walk and query head, of the sinks' keys (pieces, W, H, sinks, D) and values (W, H, sinks, Dv).
+
+        None if there are no sinks among the tokens at hand.
+        """
+        spec = self.call.spec
+        if not (spec.softmax_sinks and spec.has_softmax) or self.call.context is not None:
+            return None
+        layout, launch, heads = self.layout, self.launch("query"), self.heads
+        shape = (len(layout.walks), heads, spec.softmax_sinks)
         dk = self.q.new_empty(launch.pieces, *shape, self.q.shape[3], dtype=torch.float32)
         dv = self.q.new_empty(*shape, self.v.shape[3], dtype=torch.float32)
         constants = {name: x for name, x in self.constants(launch).items() if name not in NOT_OF_SINKS}
         sink_kernel[(len(layout.walks), heads, launch.pieces)](
             *_strided(self.q), *_strided(do), *self.sinks(), softmax[0], delta, *softmax[1:], pulls, dk, dv,
             layout.walks, *self.tables(), heads, heads // self.k.shape[1], *self.sizes()[3:], pulls.stride(0),
-            BLOCK_SINKS=self.blocks.sinks, **constants,
+            **self.sink_constants(), **constants,
         )  # fmt: skip
-        return dk.sum(0), dv
+        return dk, dv
 
     def key_gradients(
-        self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor, states: tuple[Tensor, Tensor], inputs: bool,
-        weights: bool,
+        self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor, sinks: tuple[Tensor, Tensor] | None,
+        states: tuple[Tensor, Tensor], inputs: bool, weights: bool,
     ) -> dict[str, Tensor | None]:  # fmt: skip
         """Of k, v, φ(k) and φ_k's weights; None where not wanted."""
         layout, launch, kv_heads, maps = self.layout, self.launch("key"), self.k.shape[1], self.maps
@@ -268,8 +277,9 @@ class Problem:
         dwk = self.partial(pieces * len(layout.walks), weights)
         key_kernel[(len(layout.walks), self.heads, pieces)](
             *self.tensors(), *_strided(do), *self.features(), self.wq, self.wk, softmax[0], delta, *softmax[1:],
-            pulls, *states, *_strided_pieces(dk, do), *_strided_pieces(dv, do), *_strided_pieces(dfk, do), dwk, layout.walks,
-            *self.tables(), *self.sizes(), pulls.stride(0), INPUTS=inputs, WEIGHTS=weights, **self.constants(launch),
+            pulls, *(sinks or (do, do)), *states, *_strided_pieces(dk, do), *_strided_pieces(dv, do),
+            *_strided_pieces(dfk, do), dwk, layout.walks, *self.tables(), *self.sizes(), pulls.stride(0),
+            INPUTS=inputs, WEIGHTS=weights, SINKS_HERE=sinks is not None, **self.constants(launch),
         )  # fmt: skip
         return {
             "k": _reduce(dk, kv_heads), "v": _reduce(dv, kv_heads), "fk": _reduce(dfk, maps),
@@ -383,31 +393,18 @@ class Problem:
             "WINDOW": "none" if spec.kind == "linear" else spec.window, "SIZE": spec.window_size,
             "SINKS": spec.softmax_sinks, "CAPPED": self.call.softcap is not None, "FUSED": self.fq is None,
             "LOW": tl.float32 if self.wide else tl.bfloat16, "PRECISION": precision(), "TILES": tiles,
-            "C": tiling.tile, "SPAN": tiling.span, "BLOCK_D": blocks.dim, "BLOCK_V": launch.value, "BLOCK_F": blocks.feature,
-            "num_warps": launch.num_warps, "num_stages": launch.num_stages,
+            "C": tiling.tile, "SPAN": tiling.span, "BLOCK_D": blocks.dim, "BLOCK_V": launch.value,
+            "BLOCK_F": blocks.feature, "num_warps": launch.num_warps, "num_stages": launch.num_stages,
         }  # fmt: skip
 
-    def sinks(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the sinks, (N, G, sinks, D) contiguous; what lies behind a short sequence is unused."""
-        count, context = self.call.spec.softmax_sinks, self.call.context
-        if not (count and self.call.spec.has_softmax):
-            return self.k, self.v
-        if context is not None:
-            return context.sink_k.contiguous(), context.sink_v.contiguous()
-        batch, token = _sink_tokens(self.layout, count)
-        return tuple(x[batch, :, token].transpose(1, 2).contiguous() for x in (self.k, self.v))  # type: ignore[return-value]
+    def sinks(self) -> tuple[Any, ...]:
+        """Where keys and values of the sinks are: with a context there, else the first tokens of each sequence."""
+        context = self.call.context
+        k, v = (self.k, self.v) if context is None else (context.sink_k, context.sink_v)
+        return *_strided(_ready(k)), *_strided(_ready(v))
 
-    def add_sinks(self, dk: Tensor, dv: Tensor, d_sink_k: Tensor, d_sink_v: Tensor) -> None:
-        """Add the sinks' gradients, partial sums of each walk, to those of the tokens they are."""
-        layout, count = self.layout, self.call.spec.softmax_sinks
-        belongs = (layout.present[:, None] == layout.walks[:, 0]).float()
-        batch, token = (x[layout.present] for x in _sink_tokens(layout, count))
-        # Of a sequence shorter than the sinks, the last token stands for those that do not exist, too.
-        same = (token - token[:, :1])[:, :, None, None]
-        for gradient, parts in ((dk, d_sink_k), (dv, d_sink_v)):
-            each = torch.einsum("nw,whsd->nshd", belongs, parts).unflatten(2, (gradient.shape[1], -1)).sum(3)
-            gradient = gradient.transpose(1, 2)  # (B, T, G, D)
-            gradient[batch, token] += each.gather(1, same.expand_as(each)).to(gradient.dtype)
+    def sink_constants(self) -> dict[str, Any]:
+        return {"CONTEXT": self.call.context is not None, "BLOCK_SINKS": self.blocks.sinks}
 
     def per_query(self, *lead: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An unwritten (*lead, B, H, T) tensor."""
@@ -431,19 +428,12 @@ class Problem:
 
 
 def precision() -> str:
-    """Of products of fp32 tiles: on NVIDIA's tensor cores, three tf32 products that together are as exact as fp32."""
+    """Of products of fp32 tiles: on NVIDIA's tensor cores three tf32 products, whose sum has fp32's precision."""
     return "tf32x3" if torch.cuda.is_available() and torch.version.hip is None else "ieee"
 
 
 NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants that these kernels do not take
 NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "FUSED", "SPAN", "BLOCK_F")
-
-
-def _sink_tokens(layout: Layout, count: int) -> tuple[Tensor, Tensor]:
-    """Batch index (N, 1) and token index (N, count) of each sequence's sinks, clamped to its last token."""
-    batch, first, length, _ = layout.sequences.long().unbind(1)
-    token = first[:, None] + torch.arange(count, device=first.device).minimum((length[:, None] - 1).clamp_min(0))
-    return batch[:, None], token
 
 
 def _reduce(pieces: Tensor | None, heads: int) -> Tensor | None:
@@ -455,7 +445,7 @@ def _reduce(pieces: Tensor | None, heads: int) -> Tensor | None:
 
 
 def _strided(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    """A (B, heads, T, dim) tensor and its strides; that of tokens is compiled in, so that addresses take no registers."""
+    """A (B, heads, T, dim) tensor and its strides; that of tokens is compiled in, to save registers."""
     batch, head, token, _ = x.stride()
     return x, (batch, head, tl.constexpr(token))
 

@@ -36,11 +36,11 @@ class Tiling:
 class Layout:
     """Sequences and how they are cut up, as tables the kernels read.
 
-    sequences: (N, 4) int32: ``Rows`` and the first entry among the states; walks: (W, 3) int32: sequence, first tile,
-    tile after the last; segments: (M, 3) int32, the same in steps of ``span`` tokens; ranges: (N + 1,) int32, first
-    segment of each sequence; entries: number of states; split: whether any sequence has several segments;
-    complete: whether every token of the (batch, tokens) grid belongs to a sequence; start: (N,) int32 zeros; present:
-    indices of the sequences that have tokens.
+    sequences: (N, 6) int32: ``Rows``, the first entry among the states, the first walk and the one after the last;
+    walks: (W, 3) int32: sequence, first tile, tile after the last; segments: (M, 3) int32, the same in steps of
+    ``span`` tokens; ranges: (N + 1,) int32, first segment of each sequence; start: (N,) int32 zeros; entries: number of
+    states; split: whether any sequence has several segments; complete: whether every token of the (batch, tokens) grid
+    belongs to a sequence.
     """
 
     rows: Rows
@@ -49,7 +49,6 @@ class Layout:
     segments: Tensor
     ranges: Tensor
     start: Tensor
-    present: Tensor
     entries: int
     split: bool
     complete: bool
@@ -76,18 +75,23 @@ def make_layout(
     walk = tiling.walk or per_program(tiles, heads, slots, split_cost=1)
     segment = tiling.segment or per_program(steps, maps, slots, split_cost=2)  # totals first, then states
     segments = _cut(steps, segment)
-    entries = [0, *itertools.accumulate(steps)]
-    ranges = [0, *itertools.accumulate(-(-count // segment) for count in steps)]
+    entries, ranges = _offsets(steps, 1), _offsets(steps, segment)
+    spans = zip(entries, itertools.pairwise(_offsets(tiles, walk)), strict=False)
 
     def table(entries: object) -> Tensor:
         return torch.tensor(entries, dtype=torch.int32).to(device)
 
     return Layout(
-        rows, table([(*row, entry) for row, entry in zip(rows, entries, strict=False)]).view(-1, 4),
+        rows, table([(*row, entry, *span) for row, (entry, span) in zip(rows, spans, strict=True)]).view(-1, 6),
         table(_cut(tiles, walk)).view(-1, 3), table(segments).view(-1, 3), table(ranges), table([0] * len(rows)),
-        table([i for i, row in enumerate(rows) if row[2]]).long(), entries[-1], split=max(steps, default=0) > segment,
+        entries[-1], split=max(steps, default=0) > segment,
         complete=sum(length for _, _, length in rows) == grid[0] * grid[1],
     )  # fmt: skip
+
+
+def _offsets(counts: Sequence[int], size: int) -> list[int]:
+    """Where each sequence's pieces of at most ``size`` begin, and the number of all."""
+    return [0, *itertools.accumulate(-(-count // size) for count in counts)]
 
 
 def _cut(counts: Sequence[int], size: int) -> list[tuple[int, int, int]]:

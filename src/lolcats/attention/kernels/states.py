@@ -30,10 +30,10 @@ from lolcats.attention.kernels.blocks import (
 def state_kernel(
     x, x_strides, u, u_strides, f, f_strides, weight, inverse, delta, starts, totals, states, sums, segments, sequences,
     positions, heads, x_group, u_group, tokens,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr,
-    HAS_STARTS: tl.constexpr, HAS_TOTALS: tl.constexpr, FUSED: tl.constexpr, LOW: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr,
+    SINKS: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr, HAS_STARTS: tl.constexpr,
+    HAS_TOTALS: tl.constexpr, FUSED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """One segment, map and slice of the value dim.
 

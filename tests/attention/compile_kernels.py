@@ -1,0 +1,71 @@
+"""Compiles the kernels for an NVIDIA Hopper GPU where there is none, and prints the shared memory of each in bytes.
+
+The interpreter forgives what the compiler does not: names that change their type in a loop, shapes that are no power of
+two. Run by test_kernels.py in a process of its own, since the interpreter is chosen when triton is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from lolcats.attention import AttentionSpec, FeatureMap
+from lolcats.attention.kernels import function
+
+
+class NoDevice:
+    """What triton asks of a driver before it launches anything."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+class Compiled:
+    """Stands in for a kernel: compiles it for the arguments of each launch."""
+
+    def __init__(self, name: str, shared: dict[str, int]) -> None:
+        self.kernel, self.name, self.shared = getattr(function, name), name, shared
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            size = self.kernel.warmup(*args, grid=grid, **kwargs).metadata.shared
+            self.shared[self.name] = max(size, self.shared.get(self.name, 0))
+
+        return launch
+
+
+def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str) -> None:
+    driver.set_active(NoDevice())
+    function.precision = lambda: "tf32x3"
+    shared: dict[str, int] = {}
+    for name in dir(function):
+        if name.endswith("_kernel"):
+            setattr(function, name, Compiled(name, shared))
+    q, k, v = (torch.empty(1, heads, 512, dim, dtype=getattr(torch, dtype), requires_grad=True) for heads in (4, 2, 2))
+    phi_q, phi_k = (FeatureMap("hedgehog", 4, dim, f) for _ in range(2))
+    gamma, spec = torch.rand(4, requires_grad=True), AttentionSpec(kind, window, size, 4)
+    y, _, _ = function.triton_attention(q, k, v, phi_q, phi_k, gamma, spec, 0.1)
+    y.backward(torch.empty_like(y))
+    print(json.dumps(shared))
+
+
+if __name__ == "__main__":
+    kind, window, size, dim, f, dtype = sys.argv[1:]
+    main(kind, window, int(size), int(dim), int(f), dtype)
