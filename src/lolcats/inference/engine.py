@@ -1,0 +1,284 @@
+"""Continuous batching over states of fixed size: a table of slots, prompts prefilled in pieces between decode steps.
+
+Running requests occupy slots 0 .. n−1; when one ends, the last moves into its slot and a waiting one takes the place
+behind. A decode step computes the smallest of ``batch_sizes`` that holds them, always with the same shapes and on the
+same memory, whatever the rows' lengths: what is behind the running rows is computed and thrown away.
+
+A request's tokens depend on its prompt, parameters and seed, and on nothing else in the engine: rows are computed
+independently, and prefill pieces end at the same tokens whatever else runs. Sums are rounded differently by matrix
+products of different batch sizes (in fp32 about 1e-6 of a logit); a single batch size excludes that too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lolcats.attention import AttentionState
+from lolcats.errors import LolcatsError
+from lolcats.inference.sampling import Sampler, SamplingParams, TokenLogprob, sample, token_logprob
+from lolcats.inference.states import PrefixCache, SingleCache, SlotTable, Snapshot
+from lolcats.inference.text import Detokenizer, StopStrings
+from lolcats.modeling.layer import linearized_layers
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass
+class Delta:
+    """What one step added to a request: text that can be shown, tokens, and on the last one why it ended."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+    finish_reason: FinishReason | None = None
+    snapshot: Snapshot | None = None
+    error: str = ""
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt on its way through the engine.
+
+    Args:
+        prompt: token ids; with ``start`` those that follow its tokens.
+        on_delta: called from the engine's thread.
+        keep_state: the last delta carries a snapshot behind all tokens but the last sampled one.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    on_delta: Callable[[Delta], None]
+    start: Snapshot | None = None
+    keep_state: bool = False
+    generated: list[int] = field(default_factory=list)
+    prefilled: int = 0
+    """Prompt tokens whose keys are in the state."""
+    cached: int = 0
+    """Of these, how many came from the prefix cache."""
+
+    def begin(self, tokenizer: Any) -> None:
+        history = [*(self.start.tokens if self.start else ()), *self.prompt]
+        self.sampler = Sampler(self.params, history)
+        self.detokenizer, self.stops = Detokenizer(tokenizer), StopStrings(self.params.stop)
+        self.cache: SingleCache | None = None
+
+    @property
+    def history(self) -> list[int]:
+        return [*(self.start.tokens if self.start else ()), *self.prompt, *self.generated]
+
+
+class Engine:
+    """Generates for many requests at once with a linearized model. Not thread-safe: see :mod:`.worker`.
+
+    Args:
+        slots: most requests that run at once.
+        piece: most prompt tokens computed between two decode steps.
+        prefix_bytes: memory for states of prompts' beginnings.
+        batch_sizes: rows that a decode step computes; powers of two up to ``slots`` by default.
+        stop_tokens: end a request; the model's and tokenizer's end-of-sequence tokens by default.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, slots: int = 16, piece: int = 256, prefix_bytes: int = 256 << 20,
+        batch_sizes: Sequence[int] | None = None, stop_tokens: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        check_model(model)
+        self.model, self.tokenizer, self.piece = model.eval(), tokenizer, piece
+        self.layers = {layer.geometry.layer: layer for layer in linearized_layers(model)}
+        self.table = SlotTable(self.layers, slots, model.dtype, model.device)
+        self.batch_sizes = sorted({*(batch_sizes or (1 << i for i in range(slots.bit_length()))), slots})
+        self.stop_tokens = frozenset(end_tokens(model, tokenizer) if stop_tokens is None else stop_tokens)
+        self.prefixes = PrefixCache(prefix_bytes, piece)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.keep_logits = (
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        )
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one request, whatever its length."""
+        return self.table.nbytes // self.table.slots
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            LolcatsError: no tokens, tokens that the model does not have, or a state of another model.
+        """
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if not request.prompt or not all(0 <= token < vocabulary for token in request.prompt):
+            raise LolcatsError(f"prompt: expected at least one token, all between 0 and {vocabulary - 1}.")
+        if request.start is not None:
+            self._check_start(request.start)
+        request.begin(self.tokenizer)
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> bool:
+        """Take a request out at once; its slot is free for the next step. False if it had ended already."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif request in self.running:
+            self._free(self.running.index(request))
+        else:
+            return False
+        request.on_delta(Delta("", [], [], "cancelled"))
+        return True
+
+    def abort(self, message: str) -> None:
+        """End everything with an error."""
+        requests = [*self.running, *self.waiting]
+        self.running.clear()
+        self.waiting.clear()
+        for request in requests:
+            request.on_delta(Delta("", [], [], "error", error=message))
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """At most one piece's worth of prefill, then one token for every running request."""
+        self._prefill()
+        if self.running:
+            self._decode()
+
+    def run(self) -> None:
+        """Steps until nothing is left to do."""
+        while not self.idle:
+            self.step()
+
+    def _prefill(self) -> None:
+        budget = self.piece
+        while self.waiting and len(self.running) < self.table.slots:
+            request = self.waiting[0]
+            if request.cache is None:
+                self._start(request)
+            tokens = request.prompt[request.prefilled : request.prefilled + self.piece]
+            if len(tokens) > budget:
+                return
+            budget -= len(tokens)
+            logits = self._prefill_piece(request, tokens)
+            if request.prefilled == len(request.prompt):
+                self.waiting.popleft()
+                self._admit(request, logits)
+
+    def _start(self, request: Request) -> None:
+        """Begin where the request says, or behind the longest known beginning of its prompt."""
+        start = request.start or self.prefixes.find(request.prompt)
+        if start is not None and request.start is None:
+            request.prefilled = request.cached = len(start.tokens)
+        request.cache = SingleCache(self.layers, start)
+
+    def _prefill_piece(self, request: Request, tokens: list[int]) -> Tensor:
+        """Logits (1, V) behind the piece."""
+        assert request.cache is not None
+        first = request.prefilled + (len(request.start.tokens) if request.start else 0)
+        ids = torch.tensor([tokens], device=self.model.device)
+        positions = torch.arange(first, first + len(tokens), device=ids.device)[None]
+        logits = self._forward(ids, positions, request.cache.cache)
+        request.prefilled += len(tokens)
+        if request.start is None:
+            self.prefixes.offer(request.prompt, request.prefilled, request.cache.states())
+        return logits
+
+    def _admit(self, request: Request, logits: Tensor) -> None:
+        assert request.cache is not None
+        self.table.put(len(self.running), request.cache.states())
+        request.cache = None
+        self.running.append(request)
+        self._advance(logits, [len(self.running) - 1])
+
+    def _decode(self) -> None:
+        count = len(self.running)
+        rows = next(size for size in self.batch_sizes if size >= count)
+        padding = [0] * (rows - count)
+        newest = [r.generated[-1] for r in self.running]
+        seen = [len(r.generated) - 1 + len(r.prompt) + (len(r.start.tokens) if r.start else 0) for r in self.running]
+        ids = torch.tensor([newest + padding, seen + padding], device=self.model.device)
+        logits = self._decode_rows(ids[0, :, None], ids[1, :, None], count)
+        self._advance(logits[:count], range(count))
+
+    def _decode_rows(self, ids: Tensor, positions: Tensor, count: int) -> Tensor:
+        """Logits (rows, V) behind one more token (rows, 1) of each row; the states of the first ``count`` move."""
+        logits = self._forward(ids, positions, self.table.view(ids.shape[0]))
+        self.table.store(count)
+        return logits
+
+    def _forward(self, ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """(B, T) -> logits (B, V) behind the last token."""
+        out = self.model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **self.keep_logits
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _advance(self, logits: Tensor, slots: Sequence[int]) -> None:
+        """Sample a token for each slot from its row of logits (B, V); report it; free the slots of those that ended."""
+        requests = [self.running[slot] for slot in slots]
+        tokens = sample(logits, [r.sampler for r in requests])
+        deltas = [self._delta(*x) for x in zip(requests, tokens, logits, strict=True)]
+        for slot, request, delta in reversed(list(zip(slots, requests, deltas, strict=True))):
+            if delta.finish_reason is not None:
+                if request.keep_state:
+                    delta.snapshot = self.table.take(slot, request.history[:-1])
+                self._free(slot)
+        for request, delta in zip(requests, deltas, strict=True):
+            request.on_delta(delta)
+
+    def _delta(self, request: Request, token: int, logits: Tensor) -> Delta:
+        params = request.params
+        request.generated.append(token)
+        ended = token in self.stop_tokens
+        logprobs = [] if params.logprobs is None else [token_logprob(logits, token, params.logprobs)]
+        text = request.stops.add("" if ended else request.detokenizer.add(token))
+        full = len(request.generated) == params.max_tokens
+        if (ended or full) and not request.stops.stopped:
+            text += request.stops.add(request.detokenizer.rest())
+            text += request.stops.rest()
+        stopped = ended or request.stops.stopped
+        return Delta(text, [token], logprobs, "stop" if stopped else "length" if full else None)
+
+    def _free(self, slot: int) -> None:
+        """End the request in a slot; the last one moves there."""
+        last = self.running.pop()
+        if slot < len(self.running):
+            self.table.move(len(self.running), slot)
+            self.running[slot] = last
+
+    def _check_start(self, start: Snapshot) -> None:
+        def shapes(states: Sequence[AttentionState]) -> list[Any]:
+            return [[x.shape[1:] for x in state.tensors().values()] for state in states]
+
+        if shapes(start.layers) != shapes(self.table.states):
+            raise LolcatsError("This saved state is of another model: its layers have other shapes.")
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse what the engine cannot run, in a sentence."""
+    if not hasattr(model.config, "lolcats"):
+        raise LolcatsError("The engine runs linearized models; convert this one first: lolcats linearize.")
+    kept = [entry["layer"] for entry in model.config.lolcats["layers"] if entry["kind"] == "softmax"]
+    if kept:
+        raise LolcatsError(
+            f"Layers {', '.join(map(str, kept))} kept softmax attention, whose cache grows with every token: "
+            "the engine holds states of fixed size only. Use lolcats generate for this model."
+        )
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise LolcatsError(f"{type(model).__name__} takes no position_ids, which rows of different lengths need.")
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """The end-of-sequence tokens of the model's generation settings and of the tokenizer."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    return {token for token in (*configured, tokenizer.eos_token_id) if token is not None}
