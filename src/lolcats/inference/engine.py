@@ -112,17 +112,19 @@ class Engine:
         """Of one request, whatever its length."""
         return self.table.nbytes // self.table.slots
 
-    def submit(self, request: Request) -> None:
-        """Queue a request.
-
-        Raises:
-            LolcatsError: no tokens, tokens that the model does not have, or a state of another model.
+    def check(self, request: Request) -> None:
+        """Raises:
+        LolcatsError: no tokens, tokens that the model does not have, or a state of another model.
         """
         vocabulary = self.model.config.get_text_config().vocab_size
         if not request.prompt or not all(0 <= token < vocabulary for token in request.prompt):
             raise LolcatsError(f"prompt: expected at least one token, all between 0 and {vocabulary - 1}.")
         if request.start is not None:
             self._check_start(request.start)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request, if :meth:`check` passes it."""
+        self.check(request)
         request.begin(self.tokenizer)
         self.waiting.append(request)
 
