@@ -79,7 +79,7 @@ class Service:
 
     def authorize(self, request: Request) -> None:
         given, expected = request.headers.get("authorization", ""), f"Bearer {self.api_key}"
-        if self.api_key and not hmac.compare_digest(given.encode(), expected.encode()):
+        if self.api_key and not hmac.compare_digest(given.encode("latin-1"), expected.encode()):
             raise ApiError(401, "Missing or wrong API key: Authorization: Bearer KEY.", code="invalid_api_key")
 
     async def tokenize(self, prompt: Any) -> list[int]:

@@ -1,0 +1,212 @@
+"""The engine gives what Hugging Face's generate gives, whatever else it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+from serving import CONFIG, tiny_engine
+
+import lolcats
+from lolcats.config import AttentionConfig
+from lolcats.errors import LolcatsError
+from lolcats.inference.engine import Delta, Engine, Request
+from lolcats.inference.sampling import SamplingParams
+from lolcats.inference.states import Snapshot
+
+VARIANTS = [
+    CONFIG,
+    AttentionConfig(window_size=8, sinks=0, feature_dim=8, window="sliding", key_maps="per_kv_head"),
+    AttentionConfig(kind="linear", feature_dim=8),
+    AttentionConfig(kind="window", window_size=8, sinks=2, feature_dim=8),
+]
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Of lengths below, at and above the pieces of prefill."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [1, 5, 15, 16, 17, 32, 33, 70]
+    return [torch.randint(6, 300, (lengths[i % 8],), generator=generator).tolist() for i in range(count)]
+
+
+def ask(engine: Engine, prompt: list[int], start: Snapshot | None = None, **params: Any) -> list[Delta]:
+    """Queue a prompt; its deltas, filled in as the engine runs."""
+    deltas: list[Delta] = []
+    engine.submit(Request(prompt, SamplingParams(**params), deltas.append, start, keep_state=True))
+    return deltas
+
+
+def tokens(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.tokens]
+
+
+def alone(engine: Engine, prompt: list[int], **params: Any) -> list[int]:
+    deltas = ask(engine, prompt, **params)
+    engine.run()
+    return tokens(deltas)
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3"])
+def test_equals_generate(family: str, config: AttentionConfig, tokenizer: Any) -> None:
+    model = lolcats.convert(tiny_model(family), config)
+    engine = Engine(model, tokenizer, slots=4, piece=16, stop_tokens=())
+    asked = [(prompt, ask(engine, prompt, max_tokens=20 + i)) for i, prompt in enumerate(prompts(8))]
+    engine.run()
+    for i, (prompt, deltas) in enumerate(asked):
+        ids = torch.tensor([prompt])
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20 + i, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+        assert tokens(deltas) == expected[0, len(prompt) :].tolist()
+        assert [delta.finish_reason for delta in deltas] == [None] * (19 + i) + ["length"]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3, "top_p": 0.9, "repetition_penalty": 1.3}])
+def test_a_request_does_not_depend_on_its_batch_mates(sampling: dict[str, Any], tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=32, stop_tokens=(), prefix_bytes=0)
+    many = prompts(32)
+    asked = [ask(engine, prompt, max_tokens=40, **sampling) for prompt in many]
+    engine.run()
+    for prompt, deltas in zip(many, asked, strict=True):
+        assert tokens(deltas) == alone(engine, prompt, max_tokens=40, **sampling)
+
+
+def test_rows_are_the_same_bits_with_one_batch_size(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=8, batch_sizes=[8], stop_tokens=(), prefix_bytes=0)
+    many = prompts(8)
+    asked = [ask(engine, prompt, max_tokens=30, logprobs=2) for prompt in many]
+    engine.run()
+    for prompt, deltas in zip(many, asked, strict=True):
+        again = ask(engine, prompt, max_tokens=30, logprobs=2)
+        engine.run()
+        assert [d.logprobs for d in again] == [d.logprobs for d in deltas]
+
+
+def test_a_finished_slot_is_refilled_at_once_and_streams_never_stall(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=2, stop_tokens=())
+    first, _ = ask(engine, [5, 6, 7], max_tokens=60), ask(engine, [8, 9], max_tokens=4)
+    waiting, long = ask(engine, [10], max_tokens=4), ask(engine, prompts(8)[7], max_tokens=2)
+    running = []
+    while not engine.idle:
+        before = len(first)
+        engine.step()
+        running.append(len(engine.running))
+        assert len(first) > before or before == 60
+    assert running[:3] == [2, 2, 1]  # four tokens: one of prefill, three of decode
+    assert running[3:7] == [2, 2, 1, 1]  # the next one, in the very next step; then the long prompt's pieces
+    assert len(waiting) == 4
+    assert len(long) == 2
+
+
+def test_cancelling_frees_the_slot_before_the_next_step(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=2, stop_tokens=())
+    requests, seen = [], []
+    for prompt in prompts(3, seed=1):
+        requests.append(Request(prompt, SamplingParams(max_tokens=50), seen.append))
+        engine.submit(requests[-1])
+    engine.step()
+    engine.step()
+    assert engine.running == requests[:2]
+    assert engine.cancel(requests[0])
+    assert engine.running == requests[1:2]
+    assert seen[-1].finish_reason == "cancelled"
+    assert engine.cancel(requests[2])
+    assert not engine.cancel(requests[2])
+    engine.run()
+    expected = alone(engine, requests[1].prompt, max_tokens=50)
+    assert requests[1].generated == expected  # it was moved to the other's slot on the way
+
+
+def test_a_saved_state_goes_on_forks_and_survives_a_file(tokenizer: Any, tmp_path: Path) -> None:
+    engine = tiny_engine(tokenizer, stop_tokens=())
+    prompt = prompts(8)[6]
+    deltas = ask(engine, prompt, max_tokens=10)
+    engine.run()
+    snapshot = deltas[-1].snapshot
+    assert snapshot is not None
+    said = tokens(deltas)
+    assert list(snapshot.tokens) == prompt + said[:-1]
+    snapshot.save(tmp_path / "state.safetensors")
+    loaded = Snapshot.load(tmp_path / "state.safetensors")
+    assert loaded.tokens == snapshot.tokens
+    turns = [[said[-1], 9, 10], [said[-1], 20, 21, 22]]
+    forks = [ask(engine, turn, start, max_tokens=25) for turn in turns for start in (snapshot, loaded)]
+    engine.run()
+    for turn, pair in zip(turns, (forks[:2], forks[2:]), strict=True):
+        expected = alone(engine, prompt + said[:-1] + turn, max_tokens=25)
+        assert [tokens(fork) for fork in pair] == [expected, expected]
+
+
+def test_a_state_of_another_model_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    engine = tiny_engine(tokenizer)
+    other = Engine(lolcats.convert(tiny_model(), AttentionConfig(window_size=16, feature_dim=8)), tokenizer, slots=1)
+    deltas = ask(engine, [5, 6], max_tokens=2)
+    engine.run()
+    with pytest.raises(LolcatsError, match="of another model"):
+        ask(other, [7], deltas[-1].snapshot)
+    (tmp_path / "no").write_text("no")
+    with pytest.raises(LolcatsError, match="no saved state"):
+        Snapshot.load(tmp_path / "no")
+
+
+def test_shared_prefixes_are_computed_once_and_stay_within_their_memory(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=1 << 20)
+    plain = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=0)
+    shared = prompts(8)[7]
+    for tail in ([7], [8, 9], list(range(10, 50))):
+        request = Request([*shared, *tail], SamplingParams(max_tokens=20), lambda _: None)
+        engine.submit(request)
+        engine.run()
+        assert request.cached == (0 if tail == [7] else 64)
+        assert request.generated == alone(plain, request.prompt, max_tokens=20)
+    assert plain.prefixes.entries == {}
+    engine.prefixes.limit = 3 * engine.state_bytes
+    for prompt in prompts(24, seed=5):
+        alone(engine, prompt, max_tokens=1)
+    entries = engine.prefixes.entries.values()
+    assert len(entries) == 3
+    assert sum(entry.nbytes for entry in entries) == engine.prefixes.nbytes <= engine.prefixes.limit
+
+
+def test_memory_does_not_grow_with_length(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=2, stop_tokens=())
+    before, addresses = engine.table.nbytes, [s.S.data_ptr() for s in engine.table.states]
+    assert len(alone(engine, [5, 6, 7], max_tokens=300)) == 300
+    assert engine.table.nbytes == before
+    assert [s.S.data_ptr() for s in engine.table.states] == addresses
+
+
+def test_end_of_sequence_and_stop_strings_end_a_request(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, stop_tokens=())
+    free = ask(engine, [5, 6, 7], max_tokens=40)
+    engine.run()
+    text, chosen = "".join(d.text for d in free), tokens(free)
+    engine.stop_tokens = frozenset([chosen[12]])
+    ended = ask(engine, [5, 6, 7], max_tokens=40)
+    engine.run()
+    assert tokens(ended) == chosen[: chosen.index(chosen[12]) + 1]
+    assert ended[-1].finish_reason == "stop"
+    engine.stop_tokens = frozenset()
+    stopped = ask(engine, [5, 6, 7], max_tokens=40, stop=(text[14:17],))
+    engine.run()
+    assert "".join(d.text for d in stopped) == text[: text.index(text[14:17])]
+    assert stopped[-1].finish_reason == "stop"
+
+
+def test_refusals(tokenizer: Any) -> None:
+    with pytest.raises(LolcatsError, match="Layers 0 kept softmax attention"):
+        Engine(lolcats.convert(tiny_model("gemma3"), CONFIG), tokenizer)
+    with pytest.raises(LolcatsError, match="linearized models"):
+        Engine(tiny_model(), tokenizer)
+    engine = tiny_engine(tokenizer)
+    for prompt in ([], [-1], [320]):
+        with pytest.raises(LolcatsError, match="at least one token"):
+            ask(engine, prompt)
+    for wrong in ({"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"max_tokens": 0}, {"stop": ("",)}, {"top_k": -1}):
+        with pytest.raises(LolcatsError, match=next(iter(wrong))):
+            SamplingParams(**wrong)  # type: ignore[arg-type]
