@@ -40,7 +40,7 @@ def browser() -> Iterator[Any]:
 def page(request: Any, browser: Any, engine: Engine) -> Iterator[Any]:
     width, height = request.param
     with serving(engine) as (address, _):
-        page = browser.new_page(viewport={"width": width, "height": height})
+        page = browser.new_page(viewport={"width": width, "height": height}, bypass_csp=True)  # evaluate() needs it
         page.problems = []
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         page.on("request", lambda r: page.problems.append(r.url) if not r.url.startswith(address) else None)
@@ -120,3 +120,16 @@ def test_errors_are_shown_and_a_new_conversation_forgets_a_running_one(page: Any
     page.wait_for_timeout(100)
     assert page.evaluate("messages.length") == 0
     assert page.locator(".message").count() == 0
+
+
+def test_the_page_runs_under_its_own_content_security_policy(browser: Any, engine: Engine) -> None:
+    with serving(engine) as (address, _):
+        page, said = browser.new_page(), list[str]()
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(address)
+        sync_api.expect(page.locator("#name")).to_have_text("tiny")
+        say(page, "the cat")
+        sync_api.expect(page.locator(".assistant")).not_to_be_empty()
+        page.click("#send")
+        page.close()
+    assert [text for text in said if "Content Security Policy" in text] == []

@@ -89,7 +89,7 @@ def test_sigterm_ends_at_the_deadline(directory: Path) -> None:
         assert process.wait(20) in (0, -signal.SIGTERM)
         assert time.monotonic() - started < 5
         thread.join(10)
-        assert isinstance(replies[0], httpx.TransportError) or "error" in replies[0]
+        assert replies[0]["error"]["message"] == "The server shut down before the answer was complete."
 
 
 @pytest.mark.slow
@@ -97,7 +97,8 @@ def test_a_killed_server_answers_the_same_after_its_restart(directory: Path) -> 
     answers, lost = [], list[Any]()
     for _ in range(2):
         with served(directory) as (address, process):
-            ask(address, 5000, lost) if not lost else None
+            if not lost:
+                ask(address, 4000, lost)
             body = {"model": "tiny", "prompt": "the cat", "max_tokens": 20, "temperature": 0}
             answers.append(httpx.post(f"{address}/v1/completions", json=body).json()["choices"])
             process.kill()
@@ -107,7 +108,7 @@ def test_a_killed_server_answers_the_same_after_its_restart(directory: Path) -> 
     assert isinstance(lost[0], httpx.TransportError)
 
 
-def test_a_model_that_is_none_and_a_kept_layer_are_sentences(tmp_path: Path, directory: Path) -> None:
+def test_a_model_that_is_none_is_a_sentence(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lolcats.cli", "serve", str(tmp_path / "no")], capture_output=True, text=True
     )

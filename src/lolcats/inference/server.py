@@ -195,6 +195,8 @@ async def whole(request: Request, reply: Reply, stream: Stream) -> Response:
             return Response(status_code=499)  # nobody reads it
         await collecting
         return JSONResponse(reply.whole())
+    except asyncio.CancelledError:  # the deadline after SIGTERM
+        raise ApiError(503, "The server shut down before the answer was complete.") from None
     finally:
         leaving.cancel()
         collecting.cancel()
