@@ -163,7 +163,7 @@ def step(
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
     """Output (B, H, 1, D) fp32 for one new token a row, and the state after it. Constant time and memory."""
     state = _fold(state, k, v, phi_k, spec)
-    n, heads = state.seen, q.shape[1]  # the new token's position, (B,)
+    n = state.seen  # the new token's position, (B,)
     ring_k, ring_v = _write(state.ring_k, k, n), _write(state.ring_v, v, n)
     is_sink = (n[:, None] == torch.arange(state.sink_k.shape[2], device=n.device))[:, None, :, None]
     sink_k, sink_v = torch.where(is_sink, k, state.sink_k), torch.where(is_sink, v, state.sink_v)
@@ -175,15 +175,14 @@ def step(
         reach = positions >= spec.window_start(n)[:, None].clamp_min(spec.sinks)
         sinks = torch.arange(spec.sinks, device=n.device) <= n[:, None]
         keys, values = torch.cat([sink_k, ring_k], 2), torch.cat([sink_v, ring_v], 2)
-        keys, values = expand_heads(keys, heads), expand_heads(values, heads)
-        logits = softmax_logits(q.float(), keys, scale, softcap)
+        logits = softmax_logits(_grouped(q.float(), keys), keys.float(), scale, softcap)
         logits = logits.masked_fill(~torch.cat([sinks, reach], 1)[:, None, None], -torch.inf)
-        e = gamma.float().view(-1, 1, 1) * torch.exp(logits - logits.amax(-1, keepdim=True))
-        numerator, denominator = e @ values, e.sum(-1, keepdim=True)
+        e = gamma.float().view(keys.shape[1], -1, 1) * torch.exp(logits - logits.amax(-1, keepdim=True))
+        numerator, denominator = _ungrouped(e @ values.float()), _ungrouped(e.sum(-1, keepdim=True))
     if spec.has_linear:
-        fq = phi_q(q)
-        numerator = numerator + fq @ expand_heads(state.S, heads)
-        denominator = denominator + fq @ expand_heads(state.z, heads)[..., None]
+        fq = _grouped(phi_q(q), state.S)
+        numerator = numerator + _ungrouped(fq @ state.S)
+        denominator = denominator + _ungrouped(fq @ state.z[..., None])
     return normalize(numerator, denominator), state
 
 
@@ -196,13 +195,28 @@ def _fold(state: AttentionState, k: Tensor, v: Tensor, phi_k: KeyMap, spec: Atte
         return dataclasses.replace(state, S=state.S + fk.mT @ expand_heads(v, fk.shape[1]), z=state.z + fk.sum(2))
     if state.count is not None and spec.window_start(state.count) == spec.window_start(state.count - 1):
         return state
-    positions, n = state.ring_positions(), state.seen[:, None]
-    leaving = (positions >= spec.window_start(n - 1).clamp_min(spec.sinks)) & (positions < spec.window_start(n))
-    if state.count is None and not leaving.any():
+    n = state.seen[:, None]
+    first, end = spec.window_start(n - 1), spec.window_start(n)
+    positions = first + torch.arange(spec.stride, device=n.device)
+    leaving = (positions >= spec.sinks) & (positions < end)
+    rows = torch.arange(len(n), device=n.device) if state.count is not None else leaving.any(1).nonzero()[:, 0]
+    if not rows.numel():
         return state
-    fk = phi_k(state.ring_k) * leaving[:, None, :, None]
-    S = state.S + fk.mT @ expand_heads(state.ring_v, fk.shape[1])
-    return dataclasses.replace(state, S=S, z=state.z + fk.sum(2))
+    slots = positions[rows] % state.ring_k.shape[2]
+    old_k, old_v = _gather(state.ring_k[rows], slots), _gather(state.ring_v[rows], slots)
+    fk = phi_k(old_k) * leaving[rows, None, :, None]
+    S, z = fk.mT @ expand_heads(old_v, fk.shape[1]), fk.sum(2)
+    return dataclasses.replace(state, S=state.S.index_add(0, rows, S), z=state.z.index_add(0, rows, z))
+
+
+def _grouped(x: Tensor, shared: Tensor) -> Tensor:
+    """(B, H, 1, D) -> (B, G, H / G, D): the query heads that share one of the G heads of ``shared``, as its rows."""
+    return x[:, :, 0].unflatten(1, (shared.shape[1], -1))
+
+
+def _ungrouped(y: Tensor) -> Tensor:
+    """(B, G, H / G, D) -> (B, H, 1, D)"""
+    return y.flatten(1, 2)[:, :, None]
 
 
 class _Rows(NamedTuple):
