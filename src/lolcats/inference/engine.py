@@ -207,14 +207,8 @@ class Engine:
         newest = [r.generated[-1] for r in self.running]
         seen = [len(r.generated) - 1 + len(r.prompt) + (len(r.start.tokens) if r.start else 0) for r in self.running]
         ids = torch.tensor([newest + padding, seen + padding], device=self.model.device)
-        logits = self._decode_rows(ids[0, :, None], ids[1, :, None], count)
+        logits = self._forward(ids[0, :, None], ids[1, :, None], self.table.view(rows))
         self._advance(logits[:count], range(count))
-
-    def _decode_rows(self, ids: Tensor, positions: Tensor, count: int) -> Tensor:
-        """Logits (rows, V) behind one more token (rows, 1) of each row; the states of the first ``count`` move."""
-        logits = self._forward(ids, positions, self.table.view(ids.shape[0]))
-        self.table.store(count)
-        return logits
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """(B, T) -> logits (B, V) behind the last token."""
