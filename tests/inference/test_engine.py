@@ -16,6 +16,7 @@ from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Delta, Engine, Request
 from lolcats.inference.sampling import SamplingParams
 from lolcats.inference.states import Snapshot
+from lolcats.modeling.checkpoint import load
 
 VARIANTS = [
     CONFIG,
@@ -179,6 +180,15 @@ def test_memory_does_not_grow_with_length(tokenizer: Any) -> None:
     assert len(alone(engine, [5, 6, 7], max_tokens=300)) == 300
     assert engine.table.nbytes == before
     assert [s.S.data_ptr() for s in engine.table.states] == addresses
+
+
+def test_a_model_can_be_saved_after_it_was_in_an_engine(tokenizer: Any, tmp_path: Path) -> None:
+    engine = tiny_engine(tokenizer)
+    ids = torch.tensor([prompts(8)[7]])
+    engine.model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(ids).logits, engine.model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_end_of_sequence_and_stop_strings_end_a_request(tokenizer: Any) -> None:

@@ -78,6 +78,8 @@ class Request:
 class Engine:
     """Generates for many requests at once with a linearized model. Not thread-safe: see :mod:`.worker`.
 
+    On a CPU it changes how the model's weights lie in memory, not what they are.
+
     Args:
         slots: most requests that run at once.
         piece: most prompt tokens computed between two decode steps.
@@ -92,6 +94,8 @@ class Engine:
     ) -> None:  # fmt: skip
         check_model(model)
         self.model, self.tokenizer, self.piece = model.eval(), tokenizer, piece
+        if model.device.type == "cpu":
+            lay_out_for_vectors(model)
         self.layers = {layer.geometry.layer: layer for layer in linearized_layers(model)}
         self.table = SlotTable(self.layers, slots, model.dtype, model.device)
         self.batch_sizes = sorted({*(batch_sizes or (1 << i for i in range(slots.bit_length()))), slots})
@@ -271,6 +275,17 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise LolcatsError(f"{type(model).__name__} takes no position_ids, which rows of different lengths need.")
+
+
+def lay_out_for_vectors(model: PreTrainedModel) -> None:
+    """Store the weights of linear layers column by column: values and shapes stay.
+
+    For a single row BLAS then adds columns on all cores, where dot products with rows ran on one: a third less time for
+    batch 1 and 2 on two cores, up to 12 % more for batch 16 (benchmarks/LOG.md).
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:

@@ -48,9 +48,9 @@ class Snapshot:
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
         try:
             tensors = load_file(path, device=str(device))
-        except (OSError, SafetensorError) as error:
+            tokens = tuple(tensors.pop("tokens").tolist())
+        except (OSError, KeyError, SafetensorError) as error:
             raise LolcatsError(f"{path}: no saved state ({error}).") from None
-        tokens = tuple(tensors.pop("tokens").tolist())
         layers: dict[int, dict[str, Any]] = {}
         for name, tensor in tensors.items():
             index, _, field = name.partition(".")
