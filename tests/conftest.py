@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+
+from lolcats.report import html
+from lolcats.run import Run
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
@@ -69,6 +73,15 @@ FAMILIES: dict[str, Any] = {
         layer_types=["sliding_attention", "full_attention", "full_attention"], **kw,
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_reports() -> Iterator[Callable[[Run], None]]:
+    """Drawing a report takes longer than training a tiny model: only tests/report does it. Gives the real function."""
+    real = html.write_html
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "write_html", lambda run: None)
+        yield real
 
 
 def tiny_model(family: str = "llama", seed: int = 0, vocab_size: int = 320, **changes: Any) -> Any:

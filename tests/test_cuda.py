@@ -38,25 +38,29 @@ def test_chunked_equals_reference(window: str) -> None:
     torch.testing.assert_close(chunked_attention(q, k, v, fq, fk, gamma, spec, 0.25), expected, atol=1e-4, rtol=1e-4)
 
 
-def half_precision_layer() -> tuple[LinearizedAttention, list[torch.Tensor]]:
+WRONG_AT_64 = "gradients of the feature maps come out wrong at head dim 64, f 32: benchmarks/LOG.md"
+
+
+def half_precision_layer(dim: int = 128) -> tuple[LinearizedAttention, list[torch.Tensor]]:
     """A bf16 layer and leaves q, k, v, laid out as a model's projections leave them."""
     torch.manual_seed(0)
-    spec, config = AttentionSpec("hybrid", "terraced", 64, 4), AttentionConfig(feature_dim=32)
-    layer = LinearizedAttention(Geometry(0, 4, 2, 64, 64), config, spec, "sdpa").cuda()
-    shapes = ((2, 300, heads, 64) for heads in (4, 2, 2))
+    spec, config = AttentionSpec("hybrid", "terraced", 64, 4), AttentionConfig(feature_dim=dim // 2)
+    layer = LinearizedAttention(Geometry(0, 4, 2, dim, dim), config, spec, "sdpa").cuda()
+    shapes = ((2, 300, heads, dim) for heads in (4, 2, 2))
     qkv = [torch.randn(s, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for s in shapes]
     return layer, qkv
 
 
-def test_kernels_stand_in_for_the_chunked_path() -> None:
+@pytest.mark.parametrize("dim", [128, pytest.param(64, marks=pytest.mark.xfail(strict=True, reason=WRONG_AT_64))])
+def test_kernels_stand_in_for_the_chunked_path(dim: int) -> None:
     pytest.importorskip("triton")
-    layer, qkv = half_precision_layer()
-    assert uses_kernels(qkv[0], layer.spec)
+    layer, qkv = half_precision_layer(dim)
+    assert uses_kernels(qkv[0], layer.spec) == (dim == 128)
     padding = torch.ones(2, 300, dtype=torch.bool, device="cuda")
     padding[1, :77] = False
     for mask in (None, padding):
         results = []
-        for backend in ("chunked", "auto"):
+        for backend in ("chunked", "triton"):
             with use_backend(backend):
                 y = layer(*qkv, 0.125, padding=mask)
             results.append([y, *torch.autograd.grad(y.float().square().sum(), [*qkv, *layer.parameters()])])

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, pipeline
 import lolcats
 from lolcats.config import load_config
 from lolcats.errors import LolcatsError
+from lolcats.inputs import Inputs
 from lolcats.modeling.layer import linearized_layers
 from lolcats.pipeline import linearize, resume, run_finetune, run_transfer, start
 from lolcats.run import Run
@@ -21,7 +22,7 @@ from lolcats.run import Run
 RESULTS = {
     "ppl_teacher", "ppl_window", "ppl_window_sinks", "ppl_transfer", "ppl_student", "ppl_linear_off", "ppl_window_off",
     "baseline_sinks", "layer_errors_before", "layer_errors_after", "sample_teacher", "sample_student", "cache_bytes",
-    "gamma",
+    "gamma", "attention",
 }  # fmt: skip
 
 
@@ -37,7 +38,8 @@ def test_whole_job(family: str, model_dirs, chat_file: Path, settings, tmp_path:
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     expected = {
         "README.md", "config.json", "config.yaml", "feature_maps.safetensors", "metrics.jsonl", "run.json",
-        "report.png", "tokenizer.json", "lora/adapter_model.safetensors", "merged/model.safetensors",
+        "attention.safetensors", "report.png", "tokenizer.json",
+        "lora/adapter_model.safetensors", "merged/model.safetensors",
         "merged/modeling_lolcats.py", "merged/README.md", "merged/tokenizer.json",
     }  # fmt: skip
     assert expected <= names
@@ -74,7 +76,7 @@ def test_recorded_perplexity_is_that_of_the_saved_model(model_dirs, chat_file, s
 def test_parts_equal_the_whole(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
     config, quiet = load_config("default", settings), lambda _: None
     linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "whole", config, merge=False, say=quiet)
-    run_transfer(start(str(model_dirs["llama"]), str(chat_file), tmp_path / "parts", config, quiet))
+    run_transfer(start(Inputs(str(model_dirs["llama"])), str(chat_file), tmp_path / "parts", config, quiet))
     between = lolcats.load(tmp_path / "parts")  # stage 1 alone is loadable
     assert len(linearized_layers(between)) == 2
     run_finetune(resume(tmp_path / "parts", quiet))
@@ -84,34 +86,34 @@ def test_parts_equal_the_whole(model_dirs, chat_file: Path, settings, tmp_path: 
 
 def test_run_from_before_a_setting_existed_goes_on(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
     config, quiet = load_config("default", settings), lambda _: None
-    start(str(model_dirs["llama"]), str(chat_file), tmp_path / "out", config, quiet)
+    start(Inputs(str(model_dirs["llama"])), str(chat_file), tmp_path / "out", config, quiet)
     path = tmp_path / "out" / "run.json"
     record = json.loads(path.read_text())
     del record["config"]["transfer"]["liger"]
     path.write_text(json.dumps(record))
-    start(str(model_dirs["llama"]), str(chat_file), tmp_path / "out", config, quiet)
+    start(Inputs(str(model_dirs["llama"])), str(chat_file), tmp_path / "out", config, quiet)
     changed = load_config("default", [*settings, "transfer.liger=off"])
     with pytest.raises(LolcatsError, match=r"transfer\.liger was True and is now False"):
-        start(str(model_dirs["llama"]), str(chat_file), tmp_path / "out", changed, quiet)
+        start(Inputs(str(model_dirs["llama"])), str(chat_file), tmp_path / "out", changed, quiet)
 
 
 def test_another_run_in_the_same_place_is_refused(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
     config, quiet = load_config("default", settings), lambda _: None
     llama = str(model_dirs["llama"])
-    start(llama, str(chat_file), tmp_path / "out", config, quiet)
+    start(Inputs(llama), str(chat_file), tmp_path / "out", config, quiet)
     with pytest.raises(LolcatsError, match="holds another run: its base model is"):
-        start(str(model_dirs["qwen2"]), str(chat_file), tmp_path / "out", config, quiet)
+        start(Inputs(str(model_dirs["qwen2"])), str(chat_file), tmp_path / "out", config, quiet)
     changed = load_config("default", [*settings, "transfer.learning_rate=0.5"])
     with pytest.raises(LolcatsError, match=r"transfer.learning_rate was 0.01 and is now 0.5"):
-        start(llama, str(chat_file), tmp_path / "out", changed, quiet)
+        start(Inputs(llama), str(chat_file), tmp_path / "out", changed, quiet)
     other = tmp_path / "other.jsonl"
     other.write_text(chat_file.read_text()[::-1].replace("}", "{") and chat_file.read_text().replace("cat", "dog"))
     with pytest.raises(LolcatsError, match="its data were other rows"):
-        start(llama, str(other), tmp_path / "out", config, quiet)
+        start(Inputs(llama), str(other), tmp_path / "out", config, quiet)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(LolcatsError, match="not empty and holds no lolcats run"):
-        start(llama, str(chat_file), tmp_path / "full", config, quiet)
+        start(Inputs(llama), str(chat_file), tmp_path / "full", config, quiet)
 
 
 def test_adapter_refuses_a_changed_base(chat_file: Path, settings, tmp_path: Path, tokenizer) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -31,6 +32,9 @@ DataPath = Annotated[str, typer.Option("--data", help="Hub data set id or local 
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; an unfinished run in it is continued.")]
 Recipe = Annotated[str, typer.Option(help="paper, default, small, or a YAML file.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Change one setting: transfer.learning_rate=1e-3. Repeatable.")]
+
+Controls = Annotated[bool, typer.Option("--controls", help="Also train window + sinks with the same LoRA (no linear "
+                                        "term) and the teacher with it.")]  # fmt: skip
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -57,12 +61,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 @command
 def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
-              merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True) -> None:  # fmt: skip
+              merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True,
+              controls: Controls = False) -> None:  # fmt: skip
     """The whole job: attention transfer, LoRA, table, adapter and merged model."""
-    from lolcats.config import load_config
+    from lolcats.config import Control, load_config
     from lolcats.pipeline import linearize as run_pipeline
 
-    run = run_pipeline(model, data, out_, load_config(recipe, set_), merge)
+    asked = [f"controls=[{', '.join(get_args(Control))}]"] if controls else []
+    run = run_pipeline(model, data, out_, load_config(recipe, [*set_, *asked]), merge)
     _show(run)
     out.print(f"\nAdapter: {out_}   merged model: {out_ / 'merged'}   card: {out_ / 'README.md'}", soft_wrap=True)
 
@@ -71,20 +77,24 @@ def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default
 def transfer(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = []) -> None:  # noqa: B006
     """Stage 1 alone: attention transfer."""
     from lolcats.config import load_config
+    from lolcats.inputs import Inputs
     from lolcats.pipeline import run_transfer, start
 
-    session = start(model, data, out_, load_config(recipe, set_))
+    session = start(Inputs(model), data, out_, load_config(recipe, set_))
     run_transfer(session)
     _show(session.run)
     out.print(f"\nFeature maps: {out_}. Next: lolcats finetune {out_}", soft_wrap=True)
 
 
 @command
-def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True) -> None:
+def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True,
+             controls: Controls = False) -> None:  # fmt: skip
     """Stage 2 alone: LoRA, in a run directory that attention transfer has finished."""
-    from lolcats.pipeline import finish, resume, run_finetune
+    from lolcats.config import Control
+    from lolcats.pipeline import finish, resume, run_controls, run_finetune
 
-    session = resume(directory)
+    session = resume(directory, controls=get_args(Control) if controls else ())
+    run_controls(session)
     run_finetune(session)
     finish(session, merge)
     _show(session.run)
@@ -92,24 +102,78 @@ def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Als
 
 @command
 def evaluate(
-    model: Model, data: DataPath, recipe: Annotated[str, typer.Option(help="Default: the run's own.")] = "",
+    model: Model,
+    data: Annotated[str, typer.Option(help="Data for perplexity; with --tasks recall, positions: their text.")] = "",
+    tasks: Annotated[str, typer.Option(help="Comma list: paper, recall, generate, positions, mmlu-permuted, or tasks "
+                                            "of lm-eval. Without: perplexity on --data.")] = "",
+    data_dir: Annotated[Path | None, typer.Option(help="Local Parquet files instead of the hub's data sets.")] = None,
+    baseline: Annotated[str, typer.Option(help="With --tasks, a comma list: window, window+sinks (both untrained), "
+                                               "window+lora, teacher+lora (controls), linear-off, window-off, or "
+                                               "linearized models.")] = "",
+    limit: Annotated[int, typer.Option(help="At most so many items of each task; 0: all.")] = 0,
+    lengths: Annotated[str, typer.Option(help="Context lengths of recall and positions, e.g. 1024,8192.")] = "",
+    batch_size: Annotated[int, typer.Option(help="Rows at a time; 0: transfer.micro_batch_size.")] = 0,
+    device: Annotated[str, typer.Option(help="As --set device=.")] = "",
+    dtype: Annotated[str, typer.Option(help="As --set dtype=.")] = "",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results of --tasks, items included.")] = None,
+    seed: Annotated[int, typer.Option(help="Of prompts and few-shot draws.")] = 1234,
+    recipe: Annotated[str, typer.Option(help="Default: the run's own.")] = "",
     rows: Annotated[int, typer.Option(help="At most so many rows of data.sequence_length tokens; 0: all.")] = 0,
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
-    """Perplexity of teacher, student, and the student with one branch off. On a run's own data: its test rows."""
+    """Perplexity on DATA of teacher, student, and the student with one branch off (on a run's own data: its test rows);
+    or benchmarks of teacher and student, with --tasks."""
     from lolcats.config import load_config
-    from lolcats.evaluation.compare import compare, evaluation_rows
+    from lolcats.evaluation.suite import Options
     from lolcats.pipeline import device_and_dtype
 
     own = Path(model) / "config.yaml"
-    config = load_config(recipe or (str(own) if own.is_file() else "default"), set_)
-    ids = evaluation_rows(model, data, _tokenizer(model), config)[: rows or None]
-    results = compare(model, ids, *device_and_dtype(config), config.transfer.micro_batch_size)
-    table = Table("model", title=f"{ids.numel():,} tokens of {Path(data).name}")
-    table.add_column("perplexity", justify="right", no_wrap=True)
-    for name, value in results.items():
-        table.add_row(name, f"{value:.3f}")
-    out.print(table)
+    changes = [f"{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
+    config = load_config(recipe or (str(own) if own.is_file() else "default"), [*changes, *set_])
+    place, batch_size = device_and_dtype(config), batch_size or config.transfer.micro_batch_size
+    if tasks:
+        options = Options(data_dir, data, _numbers(lengths), limit or None, batch_size, seed)
+        if output and not output.parent.is_dir():
+            raise LolcatsError(f"--output {output}: {output.parent} is no directory.")
+        _benchmarks(model, _words(tasks), _words(baseline), place, options, output)
+    elif data:
+        _perplexity(model, data, config, rows, place, batch_size)
+    else:
+        raise LolcatsError("Nothing to evaluate: give --data (perplexity) or --tasks (benchmarks).")
+
+
+@command
+def report(directory: Directory) -> None:
+    """Write DIR/report.html: curves, errors, attention maps, tables, samples."""
+    from lolcats.pipeline import report as write_report
+
+    out.print(f"Report: {write_report(directory)}", soft_wrap=True)
+
+
+@command
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A sweep's YAML file, e.g. of experiments/.", metavar="FILE")],
+    model: Annotated[str, typer.Argument(help="As --set base.model=.", metavar="MODEL")] = "",
+    data: Annotated[str, typer.Option(help="As --set base.data=.")] = "",
+    out_: Annotated[Path, typer.Option("--out", help="Directory of results; one begun is continued.")] = Path("sweep"),
+    set_: Sets = [],  # noqa: B006
+    deadline: Annotated[float, typer.Option(help="Seconds after which no new row is begun; 0: none.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the rows and their tokens.")] = False,
+) -> None:  # fmt: skip
+    """Run every row of FILE with every seed, and make one table of them. Run again to continue."""
+    from lolcats.pipeline import log
+    from lolcats.sweep.plan import plan, plan_rows, read_sweep
+
+    given = [f"{key}={value}" for key, value in (("base.model", model), ("base.data", data)) if value]
+    wanted = read_sweep(file, [*given, *set_])
+    if dry_run:
+        _print_rows(*plan_rows(plan(wanted)), title=wanted.title)
+        return
+    from lolcats.sweep.execute import TABLE, run_sweep
+
+    run_sweep(wanted, out_, shlex.join(["lolcats", *sys.argv[1:]]), log, deadline or None)
+    if (out_ / TABLE).exists():
+        out.print((out_ / TABLE).read_text(), soft_wrap=True, markup=False, highlight=False)
 
 
 @command
@@ -211,6 +275,70 @@ def info(model: Model) -> None:
     out.print(table)
 
 
+def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any, Any], batch_size: int) -> None:
+    """The table of ``evaluate --data``."""
+    from lolcats.evaluation.compare import compare, evaluation_rows
+    from lolcats.report.table import controls_hint
+
+    ids = evaluation_rows(model, data, _tokenizer(model), config)[: rows or None]
+    table = Table("model", title=f"{ids.numel():,} tokens of {Path(data).name}")
+    table.add_column("perplexity", justify="right", no_wrap=True)
+    for name, value in compare(model, ids, *place, batch_size).items():
+        table.add_row(name, f"{value:.3f}")
+    out.print(table)
+    out.print(controls_hint(model))
+
+
+def _benchmarks(
+    model: str, tasks: list[str], baselines: list[str], place: tuple[Any, Any], options: Any, output: Path | None
+) -> None:  # fmt: skip
+    """The tables of ``evaluate --tasks``, and its JSON file."""
+    from lolcats.evaluation.suite import evaluate as run_suite
+    from lolcats.pipeline import log
+    from lolcats.report.comparison import comparison_rows, depth_rows, write_comparison
+    from lolcats.report.table import controls_hint
+
+    scores = run_suite(model, tasks, baselines, *place, options, log)
+    _print_rows(*comparison_rows(scores), title=f"{Path(model).name}: score ± standard error")
+    for metric in ("exact", "argmax"):
+        _print_rows(*depth_rows(scores, metric), title=f"Recall by depth: {metric}")
+    out.print(controls_hint(model))
+    if output:
+        write_comparison(output, scores, model, tasks, baselines, place, options)
+        out.print(f"Results: {output}", soft_wrap=True)
+
+
+def _print_rows(header: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> None:
+    """A table in a terminal, Markdown in a pipe or file; nothing without rows."""
+    from lolcats.report.table import markdown
+
+    if not rows:
+        return
+    if not out.is_terminal:
+        out.print(f"\n{title}\n\n{markdown(header, rows)}", soft_wrap=True, markup=False, highlight=False)
+        return
+    table = Table(title=title)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(word) for word in text.split(",") if word)
+    except ValueError:
+        numbers = (0,)
+    if any(number <= 0 for number in numbers):
+        raise LolcatsError(f"--lengths {text}: expected numbers of tokens such as 1024,8192.")
+    return numbers
+
+
 def _load(model: str, config: Any) -> tuple[Any, Any]:
     """A linearized directory, or any base model, with its tokenizer."""
     from lolcats.modeling.base import find_base, load_model
@@ -230,7 +358,7 @@ def _tokenizer(model: str) -> Any:
 
 def _show(run: Any) -> None:
     """The tables that end a run."""
-    from lolcats.report.table import memory_rows, perplexity_rows, remark
+    from lolcats.report.table import memory_rows, perplexity_rows, remarks
 
     rows, length = run.record["data"]["test_rows"], run.config.data.sequence_length
     table = Table("model", title=f"Perplexity on {rows} × {length} held-out tokens")
@@ -239,7 +367,7 @@ def _show(run: Any) -> None:
     for row in perplexity_rows(run):
         table.add_row(*row)
     out.print(table)
-    if text := remark(run):
+    for text in remarks(run):
         out.print(text)
     if sizes := memory_rows(run):
         table = Table("tokens", "teacher", "student", title="State per sequence")

@@ -21,6 +21,7 @@ from lolcats.errors import LolcatsError
 T = TypeVar("T")
 
 Kind = Literal["hybrid", "linear", "window", "softmax"]
+Control = Literal["window_lora", "teacher_lora"]
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,9 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    controls: list[Control] = field(default_factory=list)
+    """Trained beside the student with the same data, steps, seed and LoRA: ``window_lora`` (window and sinks, no linear
+    term) and ``teacher_lora`` (softmax attention). They can be added to a finished run."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -172,11 +176,16 @@ def load_config(recipe: str | None = None, overrides: Iterable[str] = ()) -> Con
     """Resolve a recipe (a shipped name or a YAML file) and ``a.b=c`` overrides into a :class:`Config`."""
     tree = _read_recipe(recipe or "default")
     for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise LolcatsError(f"--set {item!r}: expected KEY=VALUE, for example transfer.learning_rate=1e-3.")
-        _set(tree, key.strip(), _yaml(text, f"--set {key}"))
+        set_key(tree, *parse_setting(item))
     return from_dict(Config, tree)
+
+
+def parse_setting(item: str) -> tuple[str, Any]:
+    """``a.b=c`` as a dotted key and a value."""
+    key, equals, text = item.partition("=")
+    if not equals:
+        raise LolcatsError(f"--set {item!r}: expected KEY=VALUE, for example transfer.learning_rate=1e-3.")
+    return key.strip(), read_yaml(text, f"--set {key}")
 
 
 def recipe_names() -> list[str]:
@@ -253,20 +262,20 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
         text = Path(recipe).read_text()
     else:
         raise LolcatsError(f"Unknown recipe {recipe!r}: not a file, nor one of {', '.join(recipe_names())}.")
-    tree = _yaml(text, recipe) or {}
+    tree = read_yaml(text, recipe) or {}
     if not isinstance(tree, dict):
         raise LolcatsError(f"Recipe {recipe}: expected a mapping of sections, got {type(tree).__name__}.")
     return tree
 
 
-def _yaml(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise LolcatsError(f"{where}: not valid YAML ({error}).") from None
 
 
-def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for name in parents:
         tree = tree.setdefault(name, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,26 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line; a line that an earlier kill left unfinished is dropped."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[str]:
+    """The finished lines of a file; none where it does not exist."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return "sha256 " + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

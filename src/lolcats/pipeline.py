@@ -5,24 +5,26 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from lolcats.config import Config, to_yaml
+from lolcats.config import Config, Control, to_yaml
 from lolcats.errors import LolcatsError
-from lolcats.evaluation.compare import ABLATIONS
+from lolcats.evaluation.attention_maps import FILE, measure_attention
 from lolcats.evaluation.memory import cache_bytes
 from lolcats.evaluation.perplexity import perplexity
+from lolcats.evaluation.systems import ABLATIONS
 from lolcats.files import whole_directory, write_text
 from lolcats.inference.generate import generate
-from lolcats.modeling.base import find_base, load_model, load_tokenizer
+from lolcats.inputs import Inputs
 from lolcats.modeling.checkpoint import (
     FEATURE_MAPS,
     LORA,
@@ -35,7 +37,8 @@ from lolcats.modeling.checkpoint import (
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.run import Run
-from lolcats.training.data import Data, load_data
+from lolcats.training.controls import control, control_directory, train_control
+from lolcats.training.data import Data
 from lolcats.training.finetune import finetune
 from lolcats.training.trainer import StageResult
 from lolcats.training.transfer import layer_errors, transfer
@@ -67,24 +70,25 @@ def linearize(model: str, data: str, out: Path, config: Config, merge: bool = Tr
 
     Called again with the same arguments it continues where it stopped, and ends with the same weights.
     """
-    session = start(model, data, out, config, say)
+    session = start(Inputs(model), data, out, config, say)
     run_transfer(session)
+    run_controls(session)
     run_finetune(session)
     finish(session, merge)
     return session.run
 
 
-def start(model: str, data: str, out: Path, config: Config, say: Say = log) -> Session:
+def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log) -> Session:
     """Load base model, tokenizer and data, measure the teacher and the untrained baselines, convert."""
     device, dtype = device_and_dtype(config)
-    base = find_base(model)
-    tokenizer = load_tokenizer(base)
+    base, tokenizer = inputs.base, inputs.tokenizer
     data = str(Path(data).resolve()) if Path(data).exists() else data
     say(f"Reading {data}")
-    rows = load_data(data, tokenizer, config.data, config.seed)
+    rows = inputs.data(data, config.data, config.seed)
     run = Run.start(out, base, {**rows.summary, "fingerprint": rows.fingerprint}, config)
+    config = run.config
     say(f"Loading {base.path} ({dtype}, {device})".replace("torch.", ""))
-    base_model = load_model(base, dtype, device)
+    base_model = inputs.model(dtype, device)
     torch.manual_seed(config.seed)
     student = convert(base_model, config)
     run.save()
@@ -98,10 +102,11 @@ def start(model: str, data: str, out: Path, config: Config, say: Say = log) -> S
     return session
 
 
-def resume(directory: Path, say: Say = log) -> Session:
-    """The session of an existing run directory."""
+def resume(directory: Path, say: Say = log, controls: Sequence[Control] = ()) -> Session:
+    """The session of an existing run directory, with ``controls`` added to what it is to have."""
     run = Run.open(directory)
-    return start(run.base.path, run.record["data"]["source"], directory, run.config, say)
+    config = replace(run.config, controls=[*run.config.controls, *controls])
+    return start(Inputs(run.base.path), run.record["data"]["source"], directory, config, say)
 
 
 def run_transfer(session: Session) -> None:
@@ -122,6 +127,25 @@ def run_transfer(session: Session) -> None:
     run.measure("ppl_transfer", lambda: _measured(session, "after transfer"))
     if learns:
         run.measure("layer_errors_after", partial(_layer_errors, session))
+    if session.config.finetune.feature_map_learning_rate == 0:
+        measure_maps(session, "teacher")
+
+
+def run_controls(session: Session) -> None:
+    """The controls that the configuration asks for, unless done. They come before stage 2: they need the base model's
+    weights without the student's LoRA, and leave them so."""
+    run, model, config = session.run, session.model, session.config
+    comparable = config.finetune.max_steps != 0 and any(layer.spec.has_linear for layer in linearized_layers(model))
+    for name in config.controls if comparable else ():
+        if not run.stage_done(name):
+            session.say(_headline(session, f"Control {name.replace('_', ' + ')}", "finetune"))
+            started = time.time()
+            result = train_control(model, name, session.data, config, run.base, run.directory)
+            run.finish_stage(name, _summary(result, started))
+            shutil.rmtree(control_directory(run.directory, name) / "checkpoints", ignore_errors=True)
+        if f"ppl_{name}" not in run.results:
+            with control(model, name, run.directory):
+                run.measure(f"ppl_{name}", partial(_measured, session, name.replace("_", " + ")))
 
 
 def run_finetune(session: Session) -> None:
@@ -147,25 +171,47 @@ def run_finetune(session: Session) -> None:
     session.model = wrapped.merge_and_unload().eval()
 
 
-def finish(session: Session, merge: bool = True) -> None:
-    """Measure the result, write card and picture, and the merged model if asked."""
+def finish(session: Session, merge: bool = True, pictures: bool = True) -> None:
+    """Measure the result, write card and pictures, and the merged model if asked."""
     from lolcats.report.card import write_card
+    from lolcats.report.html import write_html
     from lolcats.report.picture import draw_report
 
     run, model, out = session.run, session.model, session.run.directory
     run.measure("ppl_student", lambda: _measured(session, "after LoRA"))
     for name, change in ABLATIONS.items():
-        run.measure(f"ppl_{name}", partial(_measured, session, name.replace("_", " "), **change))
+        run.measure(f"ppl_{name.replace('-', '_')}", partial(_measured, session, name.replace("-", " "), **change))
     run.measure("sample_student", lambda: _sample(session))
     run.measure("cache_bytes", lambda: {str(n): cache_bytes(model, n) for n in LENGTHS})
+    measure_maps(session, "student")  # feature maps that were trained in stage 2 as well
     run.measure("gamma", lambda: [layer.gamma.tolist() for layer in linearized_layers(model)])
     if merge and not (out / "merged").is_dir():
         session.say(f"Writing {out / 'merged'}")
         export_merged(model, session.tokenizer, out / "merged")
-    draw_report(run)
+    if pictures:
+        draw_report(run)
+        write_html(run)
     write_card(run)
     if (out / "merged").is_dir():
         shutil.copy(out / "README.md", out / "merged" / "README.md")
+
+
+def report(directory: Path, say: Say = log) -> Path:
+    """Write report.html of a run; of one that has not measured its attention, load the model for that."""
+    from lolcats.report.html import write_html
+
+    if find_spec("matplotlib") is None:
+        raise LolcatsError("The report needs matplotlib: pip install 'lolcats[plots]'.")
+    run = Run.open(directory)
+    if run.stage_done("transfer") and "attention" not in run.results:
+        session = resume(directory, say)
+        run_transfer(session)
+        if run.stage_done("finetune"):
+            run_finetune(session)
+            measure_maps(session, "student")
+        run = session.run
+    write_html(run)
+    return directory / "report.html"
 
 
 def export_merged(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
@@ -228,6 +274,13 @@ def _summary(result: StageResult, started: float) -> dict[str, Any]:
     """A stage's entry in run.json; ``seconds`` are those since the stage was last started or continued."""
     entry = {key: value for key, value in asdict(result).items() if key != "history"}
     return {**entry, "seconds": round(time.time() - started, 1)}
+
+
+def measure_maps(session: Session, of: str) -> None:
+    """What the report shows of the attention itself, unless measured; ``of``: whose queries and keys the model has."""
+    model, run, row = session.model, session.run, session.data.validation[0]
+    if linearized_layers(model):
+        run.measure("attention", lambda: measure_attention(model, row, run.directory / FILE, of))
 
 
 def _layer_errors(session: Session) -> list[float]:

@@ -4,7 +4,9 @@ DIR/run.json                identity (base model, data, configuration), versions
 DIR/config.json             with feature_maps.safetensors and lora/: the adapter, loadable by from_pretrained(DIR)
 DIR/merged/                 the self-contained model
 DIR/metrics.jsonl           losses of both stages
+DIR/controls/NAME/          the controls, each an adapter with its metrics.jsonl
 DIR/README.md, report.png   model card and picture
+DIR/report.html             everything measured, with pictures; attention.safetensors is drawn there
 DIR/checkpoints/            working files of an unfinished stage
 """
 
@@ -42,12 +44,15 @@ class Run:
         identity = {"base": asdict(base), "data": data, "config": to_dict(config)}
         if (directory / RECORD).exists():
             run = cls.open(directory)
-            known = {**run.record, "config": to_dict(run.config)}  # settings newer than the run have their defaults
+            asked = {"controls": list(dict.fromkeys([*run.config.controls, *config.controls]))}  # may be added later
+            known = {**run.record, "config": {**to_dict(run.config), **asked}}  # newer settings have their defaults
+            identity["config"] |= asked
             if changed := _difference(known, identity):
                 raise LolcatsError(
                     f"{directory} holds another run: {changed}. Choose another --out, or repeat the command it was "
                     "made with."
                 )
+            run.record["config"] = identity["config"]
             return run
         if directory.exists() and any(directory.iterdir()):
             raise LolcatsError(f"{directory} is not empty and holds no lolcats run; choose another --out.")

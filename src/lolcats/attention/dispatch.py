@@ -2,7 +2,7 @@
 
 One switch forces either: ``LOLCATS_ATTENTION=triton`` (or ``chunked``, ``auto``) in the environment sets it for a
 process, ``with use_backend("chunked"):`` for a block. ``auto`` takes the kernels for 16-bit tensors on CUDA (or ROCm)
-where triton is installed and the geometry is one they have; fp32 takes the chunked path, which is exact to fp32.
+where triton is installed and the geometry is one they are trusted with; fp32 takes the chunked path, exact to fp32.
 
 Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F features.
 """
@@ -26,6 +26,7 @@ from lolcats.errors import LolcatsError
 
 KeyMap = Callable[[Tensor], Tensor]
 BACKENDS = ("auto", "triton", "chunked")
+TRUSTED_DIM = 128  # head dim that all gradients were right for on a GPU; at 64 those of the maps were not (LOG.md)
 HALF = (torch.bfloat16, torch.float16)
 
 _backend = os.environ.get("LOLCATS_ATTENTION", "auto")
@@ -80,7 +81,8 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
     if name == "chunked" or (final and torch.is_grad_enabled()):
         return False
     if name == "auto":
-        return q.is_cuda and q.dtype in HALF and _has_triton() and not _misfit(q, spec)
+        fits = q.dtype in HALF and q.shape[3] == TRUSTED_DIM and not _misfit(q, spec)
+        return q.is_cuda and fits and _has_triton()
     if not _has_triton():
         raise LolcatsError("The Triton kernels were asked for, but triton is not installed: pip install triton.")
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

@@ -24,6 +24,13 @@ def softmax_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = N
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def softmax_weights(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+    """The teacher's causal attention weights (B, H, T, T) fp32 of unpadded rows."""
+    logits = softmax_logits(q.float(), expand_heads(k, q.shape[1]), scale, softcap)
+    causal = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return logits.masked_fill(~causal, -torch.inf).softmax(-1)
+
+
 def expand_heads(x: Tensor, heads: int) -> Tensor:
     """(B, G, ...) -> (B, H, ...) in fp32: each key/value head repeated for its group of query heads."""
     return x.float().repeat_interleave(heads // x.shape[1], dim=1)

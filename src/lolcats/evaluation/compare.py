@@ -1,4 +1,4 @@
-"""Perplexity of a model, of its teacher, and of itself with one branch switched off, on the same rows."""
+"""Perplexity on the same rows of a model, its teacher, the untrained baselines, the controls, and with a branch off."""
 
 from __future__ import annotations
 
@@ -11,30 +11,17 @@ from torch import Tensor
 
 from lolcats.config import Config
 from lolcats.evaluation.perplexity import perplexity
-from lolcats.modeling.base import Base, find_base, load_model
-from lolcats.modeling.checkpoint import is_linearized, load
-from lolcats.modeling.layer import linearized_layers, override
+from lolcats.evaluation.systems import available, systems
 from lolcats.training.data import load_data, load_rows
-
-ABLATIONS: dict[str, dict[str, Any]] = {"linear_off": {"kind": "window"}, "window_off": {"kind": "remote"}}
-"""What a trained model becomes when one branch is switched off: the other branch alone."""
 
 
 def compare(
     model: str, rows: Tensor, device: torch.device, dtype: torch.dtype, batch_size: int = 4
 ) -> dict[str, float]:  # fmt: skip
-    """Perplexity by name on rows (N, L). The teacher is measured where ``model`` is an adapter: it knows its base."""
-    if not is_linearized(model):
-        return {Path(model).name: perplexity(load_model(find_base(model), dtype, device), rows, batch_size)}
-    student = load(model, dtype, device)
-    results = {}
-    if base := student.config.lolcats.get("base"):
-        results["teacher"] = perplexity(load_model(Base(**base), dtype, device), rows, batch_size)
-    results["student"] = perplexity(student, rows, batch_size)
-    for name, change in ABLATIONS.items() if linearized_layers(student) else ():
-        with override(student, **change):
-            results[name.replace("_", " ")] = perplexity(student, rows, batch_size)
-    return results
+    """Perplexity by name on rows (N, L). Teacher and baselines are measured where ``model`` is an adapter: it knows
+    its base."""
+    compared = systems(model, available(model), device, dtype)
+    return {name: perplexity(loaded, rows, batch_size) for name, loaded in compared}
 
 
 def evaluation_rows(model: str, source: str, tokenizer: Any, config: Config) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lolcats.errors import LolcatsError
+from lolcats.files import hash_file
 
 STRIDE, SAMPLE = 1 << 20, 4096  # bytes: of each MiB of a weight file, 4 KiB are hashed
 
@@ -41,7 +42,7 @@ def find_base(model: str) -> Base:
     if path.is_file():
         if path.suffix != ".gguf":
             raise LolcatsError(f"{model} is a file but no .gguf: give a hub id, a model directory or a GGUF file.")
-        return Base(str(path.resolve()), "gguf", _hash_file(path))
+        return Base(str(path.resolve()), "gguf", hash_file(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LolcatsError(f"{model} is a directory without config.json: no Hugging Face model.")
@@ -101,11 +102,6 @@ def _need_gguf() -> None:
         import gguf  # noqa: F401
     except ImportError:
         raise LolcatsError("Reading GGUF files needs the gguf package: pip install 'lolcats[gguf]'.") from None
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return "sha256 " + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hash_directory(path: Path) -> str:

@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from transformers import AutoConfig, PreTrainedModel
 from lolcats.errors import LolcatsError
 from lolcats.files import compare_keys, load_strictly, read_tensors, whole_directory, write_tensors
 from lolcats.modeling.base import Base, find_base, load_model
+from lolcats.modeling.layer import linearized_layers
 
 FEATURE_MAPS = "feature_maps.safetensors"
 LORA = "lora"
@@ -58,10 +62,18 @@ def load_feature_maps(model: nn.Module, path: Path) -> None:
     load_strictly(feature_map_state(model), read_tensors(path), path)
 
 
-def save_adapter_config(model: PreTrainedModel, base: Base, directory: Path) -> None:
-    """Write DIR/config.json of the adapter form: the family's configuration, our record, and where the base is."""
+def save_adapter_config(model: PreTrainedModel, base: Base, directory: Path, kind: str = "") -> None:
+    """Write DIR/config.json of the adapter form: the family's configuration, our record, and where the base is.
+
+    ``kind``: what every linearized layer is to be when the adapter is loaded; by default what it is.
+    """
     config = type(model.config).from_dict(model.config.to_dict())
-    config.lolcats = {**config.lolcats, "form": "adapter", "base": asdict(base)}
+    record = copy.deepcopy(config.lolcats)
+    if kind:
+        record["attention"]["kind"] = kind
+        for layer in record["layers"]:
+            layer["kind"] = kind if layer["kind"] != "softmax" else "softmax"
+    config.lolcats = {**record, "form": "adapter", "base": asdict(base)}
     config.dtype = model.dtype
     config.save_pretrained(directory)
 
@@ -87,7 +99,8 @@ def load_adapter(
     model = load_model(base, dtype, "cpu" if device in (None, "auto") else device)
     convert_as(model, config.lolcats)
     model.config.lolcats["base"] = asdict(known)
-    load_feature_maps(model, directory / FEATURE_MAPS)
+    if any(layer.spec.has_linear for layer in linearized_layers(model)) or (directory / FEATURE_MAPS).exists():
+        load_feature_maps(model, directory / FEATURE_MAPS)
     return merge_lora(model, directory / LORA) if (directory / LORA).is_dir() else model
 
 
@@ -100,12 +113,31 @@ def save_lora(model: Any, base: Base, directory: Path) -> None:
 
 def merge_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     """Fold the LoRA saved in ``directory`` (PEFT format) into the weights of ``model``."""
+    return _with_lora(model, directory).merge_and_unload().eval()
+
+
+@contextmanager
+def merged_lora(model: PreTrainedModel, directory: Path) -> Iterator[PreTrainedModel]:
+    """As :func:`merge_lora`; behind the block the weights of ``model`` are as they were, bit for bit."""
+    from peft.tuners.lora import LoraLayer
+
+    wrapped = _with_lora(model, directory)
+    changed = [m.get_base_layer().weight for m in wrapped.modules() if isinstance(m, LoraLayer)]
+    before = [weight.detach().clone() for weight in changed]
+    try:
+        yield wrapped.merge_and_unload().eval()
+    finally:
+        for weight, old in zip(changed, before, strict=True):
+            weight.data.copy_(old)
+
+
+def _with_lora(model: PreTrainedModel, directory: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     wrapped = PeftModel.from_pretrained(model, str(directory))
     saved = read_tensors(directory / "adapter_model.safetensors")
     compare_keys(set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)), set(saved), directory)
-    return wrapped.merge_and_unload().eval()
+    return wrapped
 
 
 def verify_loading(info: dict[str, Any], path: Any) -> None:

@@ -6,7 +6,7 @@ import json
 
 from lolcats.config import to_yaml
 from lolcats.files import write_text
-from lolcats.report.table import markdown, memory_rows, perplexity_rows, remark
+from lolcats.report.table import markdown, memory_rows, perplexity_rows, remarks
 from lolcats.run import Run
 
 CARD = """---
@@ -29,7 +29,7 @@ model = AutoModelForCausalLM.from_pretrained("DIR")
 ## Perplexity on {test_rows} held-out rows of {length} tokens
 {perplexity}
 
-{remark}
+{remarks}
 
 ## Bytes of state per sequence
 {memory}
@@ -61,7 +61,7 @@ def write_card(run: Run) -> None:
             name=run.base.path.rsplit("/", 1)[-1], kind=attention.kind, window=attention.window,
             size=attention.window_size, sinks=attention.sinks, map=attention.feature_map,
             version=record["versions"]["lolcats"], date=record["date"], test_rows=data["test_rows"],
-            length=config.data.sequence_length, remark=remark(run),
+            length=config.data.sequence_length, remarks="\n\n".join(remarks(run)),
             perplexity=markdown(("model", "perplexity", "against teacher"), perplexity_rows(run)),
             memory=markdown(("tokens", "teacher", "student"), memory_rows(run)),
             layers=f"Layers {kept} keep their softmax attention." if kept else "Every layer is linearized.",

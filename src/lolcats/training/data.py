@@ -57,21 +57,36 @@ class Data:
     summary: dict[str, Any]
 
 
-def load_data(source: str, tokenizer: Any, config: DataConfig, seed: int = 0) -> Data:
-    """Read, render, tokenize, split by document and pack ``source``.
+@dataclass(frozen=True)
+class Documents:
+    """The token ids of each document of a source, and what was read."""
 
-    Documents that occur twice are used once, so no text of the held-out splits is trained on.
-    """
+    ids: list[list[int]]
+    counts: dict[str, Any]
+
+
+def load_data(source: str, tokenizer: Any, config: DataConfig, seed: int = 0) -> Data:
+    """Read, render, tokenize, split by document and pack ``source``."""
+    return split(tokenize_source(source, tokenizer, config), config, seed)
+
+
+def tokenize_source(source: str, tokenizer: Any, config: DataConfig) -> Documents:
+    """Documents that occur twice are used once, so no text of the held-out splits is trained on."""
     rendered, counts = _read(source, tokenizer, config)
     texts = list(dict.fromkeys(rendered))
-    random.Random(seed).shuffle(texts)
-    splits = _split(_tokenize(texts, tokenizer, counts["format"]), config, source)
+    counts |= {"documents": len(texts), "duplicate_records": len(rendered) - len(texts)}
+    return Documents(_tokenize(texts, tokenizer, counts["format"]), counts)
+
+
+def split(documents: Documents, config: DataConfig, seed: int) -> Data:
+    """Shuffle the documents, split by document and pack."""
+    shuffled = list(documents.ids)
+    random.Random(seed).shuffle(shuffled)
+    splits = _split(shuffled, config, documents.counts["source"])
     digest = hashlib.sha256(b"".join(rows.numpy().tobytes() for rows in splits))
     summary = {
         **asdict(config),
-        **counts,
-        "documents": len(texts),
-        "duplicate_records": len(rendered) - len(texts),
+        **documents.counts,
         **{f"{n}_rows": len(r) for n, r in zip(("train", "validation", "test"), splits, strict=True)},
     }
     return Data(*splits, fingerprint="sha256 " + digest.hexdigest(), summary=summary)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lolcats.attention.reference import softmax_logits
+from lolcats.attention.reference import softmax_weights
 from lolcats.config import Config, TransferConfig
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
@@ -87,11 +87,7 @@ def attention_loss(layer: LinearizedAttention, call: AttentionCall, config: Tran
 
 def _weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
     """−Σ a·log â between softmax and hybrid attention weights, mean over queries. Causal, unpadded rows."""
-    heads, length = call.q.shape[1], call.q.shape[2]
-    k = call.k.float().repeat_interleave(heads // call.k.shape[1], dim=1)
-    logits = softmax_logits(call.q.float(), k, call.scale, call.softcap)
-    causal = torch.ones(length, length, dtype=torch.bool, device=k.device).tril()
-    a = logits.masked_fill(~causal, -torch.inf).softmax(-1)
+    a = softmax_weights(call.q, call.k, call.scale, call.softcap)
     predicted = layer.weights(call.q, call.k, call.scale, call.softcap)
     return -(a * predicted.clamp_min(1e-12).log()).sum(-1).mean()
 

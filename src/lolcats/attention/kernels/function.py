@@ -428,7 +428,7 @@ class Problem:
 
 
 def precision() -> str:
-    """Of products of fp32 tiles: on NVIDIA's tensor cores, three tf32 products that together are as exact as fp32."""
+    """Of products of fp32 tiles: on NVIDIA's tensor cores three tf32 products, whose sum has fp32's precision."""
     return "tf32x3" if torch.cuda.is_available() and torch.version.hip is None else "ieee"
 
 

@@ -1,0 +1,86 @@
+"""Next-token loss by position: does a model still gain from context that lies far back?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from lolcats.errors import LolcatsError
+from lolcats.evaluation.scores import Score, mean_score
+from lolcats.evaluation.text import special_prefix
+from lolcats.modeling.convert import decoder
+
+FIRST = 64  # end of the first bucket of positions; each later one ends at twice the one before
+TOKENS = 512  # logits in memory at a time
+
+
+def positions(model: PreTrainedModel, tokenizer: Any, documents: Sequence[Sequence[int]], length: int,
+              limit: int | None) -> list[Score]:  # fmt: skip
+    """Mean −log p (nats a token) by bucket of positions, over windows of ``length`` tokens cut from the documents.
+
+    An item is one window's mean; the standard error is that of windows.
+    """
+    prefix = special_prefix(tokenizer)
+    size = length - len(prefix)
+    windows = [
+        [*prefix, *document[start : start + size]]
+        for document in documents
+        for start in range(0, len(document) - size + 1, size)
+    ][:limit]
+    if not windows:
+        longest = max(map(len, documents), default=0)
+        raise LolcatsError(
+            f"No document has {length} tokens (the longest has {longest}): give longer ones, or a length."
+        )
+    losses = [token_losses(model, torch.tensor([window], device=model.device))[0] for window in windows]
+    scores = []
+    for start, end in buckets(length):
+        items = tuple(loss[max(start, 1) - 1 : end - 1].mean().item() for loss in losses)
+        scores.append(mean_score("positions", f"nll {start}-{end - 1}", (items,), higher_is_better=False))
+    return scores
+
+
+def buckets(length: int) -> Iterator[tuple[int, int]]:
+    """[start, end) of positions: 0-63, 64-127, 128-255, ... up to ``length``."""
+    start, end = 0, min(FIRST, length)
+    while start < length:
+        yield start, end
+        start, end = end, min(2 * end, length)
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """−log p of ids[:, 1:] given everything before, (B, T − 1) fp32, from one pass and never all logits at once."""
+    parts = []
+    targets = ids[:, 1:].split(TOKENS, dim=1)
+    for logits, target in zip(_logits(model, ids[:, :-1]), targets, strict=True):
+        parts.append(cross_entropy(logits.float().transpose(1, 2), target, reduction="none"))
+    return torch.cat(parts, dim=1)
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
+    """The model's logits, TOKENS at a time, from one pass of the decoder.
+
+    Families scale or cap around their head, so each piece of hidden states goes through the model's own forward: of one
+    token, whose hidden state is replaced by the piece as it leaves the decoder.
+    """
+    hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+    for piece in hidden.split(TOKENS, dim=1):
+        with _leaving(decoder(model), piece):
+            yield model(input_ids=ids[:, :1], use_cache=False).logits
+
+
+@contextmanager
+def _leaving(module: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """For the block's duration ``module`` returns ``hidden`` as its last hidden state."""
+    handle = module.register_forward_hook(lambda _, __, output: type(output)(last_hidden_state=hidden))
+    try:
+        yield
+    finally:
+        handle.remove()

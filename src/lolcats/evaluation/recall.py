@@ -1,0 +1,214 @@
+"""Does a model find what stands far back in its context? Pass key, needle and multi-query recall, by length and depth.
+
+Every prompt has exactly the given number of tokens, so batches need no padding. It is read once; from that state the
+answer is both generated greedily (metric ``exact``) and forced token by token (``argmax``: share of answer tokens that
+were the most likely one; ``nll``: their mean −log p), which shows a signal where a small model never gets all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lolcats.errors import LolcatsError
+from lolcats.evaluation.scores import Score, mean_score
+from lolcats.evaluation.text import encode, special_prefix
+from lolcats.modeling.convert import decoder
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the answer stands: share of the text before it
+SAMPLES = 10  # prompts per length and depth unless a limit says otherwise
+ROW = 1024  # tokens: a batch of n rows holds n × ROW tokens, or one prompt
+DIGITS = 5
+CITIES = ("Lisbon", "Chicago", "Nairobi", "Oslo", "Kyoto", "Lima", "Cairo", "Toronto")
+ACTIVITIES = (
+    "feed the swans on the old canal", "ride the red tram to the hill", "eat plum cake under the clock tower",
+    "watch the fishing boats come in", "climb the stairs of the lighthouse", "listen to the street musicians at noon",
+    "walk through the glass houses", "drink mint tea on the roof",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens start..end of a continuation, and the depth at which the prompt gave them."""
+
+    start: int
+    end: int
+    depth: float
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids that end where the first answer begins, what truly follows, and which parts of that are answers."""
+
+    ids: list[int]
+    continuation: list[int]
+    answers: list[Answer]
+
+    @property
+    def first_answer(self) -> list[int]:
+        return self.continuation[: self.answers[0].end]
+
+
+def recall(model: PreTrainedModel, tokenizer: Any, haystack: Sequence[int], lengths: Sequence[int],
+           samples: int | None, batch_size: int, seed: int) -> list[Score]:  # fmt: skip
+    """Scores of every task at every length (tokens of prompt); ``haystack``: token ids of the text to hide in."""
+    if not tokenizer.is_fast:
+        raise LolcatsError("Recall needs a fast tokenizer: it must know where in the text each token lies.")
+    scores: list[Score] = []
+    for name, make in TASKS.items():
+        for length in lengths:
+            prompts = make(tokenizer, haystack, length, samples or SAMPLES, f"{seed}/{name}/{length}")
+            scores += _measure(model, prompts, f"{name}@{length}", max(1, batch_size * ROW // length))
+    return scores
+
+
+def passkey(tokenizer: Any, haystack: Sequence[int], length: int, samples: int, seed: str) -> list[Prompt]:
+    """A number hidden in text (Mohtashami and Jaggi 2023)."""
+
+    def draw(rng: random.Random) -> tuple[str, str, str]:
+        key = "".join(rng.choice("0123456789") for _ in range(DIGITS))
+        return (
+            f"The pass key is {key}. Remember it. {key} is the pass key.",
+            "What is the pass key? The pass key is",
+            key,
+        )
+
+    return _hidden(draw, tokenizer, haystack, length, samples, seed)
+
+
+def needle(tokenizer: Any, haystack: Sequence[int], length: int, samples: int, seed: str) -> list[Prompt]:
+    """A sentence hidden in text (Kamradt 2023), asked for with its own beginning."""
+
+    def draw(rng: random.Random) -> tuple[str, str, str]:
+        start, end = f"The best thing to do in {rng.choice(CITIES)} is to", rng.choice(ACTIVITIES)
+        return f"{start} {end}.", start, end
+
+    return _hidden(draw, tokenizer, haystack, length, samples, seed)
+
+
+def multi_query(tokenizer: Any, haystack: Sequence[int], length: int, samples: int, seed: str) -> list[Prompt]:
+    """Associative recall: as many ``key: value`` lines as fit, then one of each depth asked for, in any order."""
+    return [_multi_query(tokenizer, haystack, length, random.Random(f"{seed}/{i}")) for i in range(samples)]
+
+
+TASKS: dict[str, Callable[[Any, Sequence[int], int, int, str], list[Prompt]]] = {
+    "passkey": passkey, "needle": needle, "multi-query": multi_query,
+}  # fmt: skip
+
+
+def _hidden(draw: Callable[[random.Random], tuple[str, str, str]], tokenizer: Any, haystack: Sequence[int],
+            length: int, samples: int, seed: str) -> list[Prompt]:  # fmt: skip
+    """Prompts with a sentence at each depth and a question at the end; ``draw`` gives sentence, question and answer."""
+    prompts = []
+    for depth in DEPTHS:
+        for i in range(samples):
+            rng = random.Random(f"{seed}/{depth}/{i}")
+            sentence, question, answer = draw(rng)
+            hidden = encode(tokenizer, f"\n\n{sentence}\n\n")
+            asked, continuation, answers = _tail(tokenizer, [(f"\n\n{question}", answer, depth)])
+            start = special_prefix(tokenizer)
+            room = _room(length, len(start) + len(hidden) + len(asked))
+            text = _filler(haystack, room, rng)
+            at = round(depth * room)
+            prompts.append(Prompt([*start, *text[:at], *hidden, *text[at:], *asked], continuation, answers))
+    return prompts
+
+
+def _multi_query(tokenizer: Any, haystack: Sequence[int], length: int, rng: random.Random) -> Prompt:
+    keys: dict[str, int] = {}
+    while len(keys) < length // 4:  # a line takes more than four tokens
+        keys["".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))] = rng.randrange(100, 1000)
+    pairs = list(keys.items())
+    lines = tokenizer([f"{key}: {value}\n" for key, value in pairs], add_special_tokens=False)["input_ids"]
+    longest = max(map(len, lines))
+    start = special_prefix(tokenizer)
+    room = _room(length, len(start) + len(encode(tokenizer, "\n\n")) + longest + len(DEPTHS) * longest)
+    ids: list[int] = []
+    count = 0
+    while count < len(lines) and len(ids) + len(lines[count]) <= room:
+        ids += lines[count]
+        count += 1
+    if count < len(DEPTHS):
+        raise LolcatsError(f"{length} tokens are too few for {len(DEPTHS)} key-value pairs.")
+    asked_for = [(depth, *pairs[round(depth * (count - 1))]) for depth in DEPTHS]
+    rng.shuffle(asked_for)
+    asked, continuation, answers = _tail(
+        tokenizer, [(f"\n{key}:", str(value), depth) for depth, key, value in asked_for]
+    )
+    text = _filler(haystack, length - len(start) - len(ids) - len(asked) - 1, rng)
+    newline = encode(tokenizer, "\n")[-1:]
+    return Prompt([*start, *text, *newline, *ids, *asked], continuation, answers)
+
+
+def _tail(tokenizer: Any, questions: list[tuple[str, str, float]]) -> tuple[list[int], list[int], list[Answer]]:
+    """(tokens up to the first answer, tokens from there on, where the answers lie among these)."""
+    text, places = "", []
+    for question, answer, _ in questions:
+        text += f"{question} {answer}"
+        places.append((len(text) - len(answer), len(text)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = []
+    for first, last in places:
+        inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < last and b > first]
+        spans.append((inside[0], inside[-1] + 1))
+    cut = spans[0][0]
+    depths = [depth for _, _, depth in questions]
+    answers = [Answer(a - cut, b - cut, depth) for (a, b), depth in zip(spans, depths, strict=True)]
+    return encoded["input_ids"][:cut], encoded["input_ids"][cut:], answers
+
+
+def _filler(haystack: Sequence[int], count: int, rng: random.Random) -> list[int]:
+    """``count`` tokens of the haystack from a random place on, starting over at its end."""
+    start = rng.randrange(len(haystack))
+    return [haystack[(start + i) % len(haystack)] for i in range(count)]
+
+
+def _room(length: int, needed: int) -> int:
+    if needed >= length:
+        raise LolcatsError(f"{length} tokens are too few: question and answer alone take {needed}.")
+    return length - needed
+
+
+def _measure(model: PreTrainedModel, prompts: list[Prompt], task: str, batch_size: int) -> Iterator[Score]:
+    """Scores ``exact``, ``argmax`` and ``nll``; exact is asked of each prompt's first answer alone."""
+    exact: list[float] = []
+    argmax: list[float] = []
+    nll: list[float] = []
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        greedy, log_probs = _read_and_answer(model, batch)
+        for prompt, generated, row in zip(batch, greedy, log_probs, strict=True):
+            exact.append(float(generated[: len(prompt.first_answer)] == prompt.first_answer))
+            for answer in prompt.answers:
+                truth = torch.tensor(prompt.continuation[answer.start : answer.end], device=row.device)
+                part = row[answer.start : answer.end]
+                argmax.append((part.argmax(1) == truth).float().mean().item())
+                nll.append(-part.gather(1, truth[:, None]).mean().item())
+    every = [f"{answer.depth:g}" for prompt in prompts for answer in prompt.answers]
+    firsts = [f"{prompt.answers[0].depth:g}" for prompt in prompts]
+    yield mean_score(task, "exact", (tuple(exact),), labels=firsts)
+    yield mean_score(task, "argmax", (tuple(argmax),), labels=every)
+    yield mean_score(task, "nll", (tuple(nll),), higher_is_better=False, labels=every)
+
+
+@torch.no_grad()
+def _read_and_answer(model: PreTrainedModel, prompts: list[Prompt]) -> tuple[list[list[int]], Tensor]:
+    """Greedy tokens of each prompt, and log-probabilities (B, C, vocabulary) of its true continuation's places."""
+    ids = torch.tensor([p.ids for p in prompts], device=model.device)
+    longest = max(len(p.continuation) for p in prompts)
+    truth = torch.tensor([p.continuation + [0] * (longest - len(p.continuation)) for p in prompts], device=model.device)
+    cache = decoder(model)(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    fed = torch.cat([ids[:, -1:], truth[:, :-1]], dim=1)
+    logits = model(input_ids=fed, past_key_values=copy.deepcopy(cache)).logits
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False,
+        max_new_tokens=max(len(p.first_answer) for p in prompts), pad_token_id=0,
+    )  # fmt: skip
+    return output[:, ids.shape[1] :].tolist(), logits.float().log_softmax(-1)

@@ -1,0 +1,98 @@
+"""Scores with standard errors: of one model, of the difference of two (paired by item), of the share of a gap closed.
+
+Items are in the same order for every model, so two models are compared item by item: much of what makes an item hard is
+common to both, and the difference is known better than either score. Items lie in strata (usually one); a score is the
+mean of the strata's means, e.g. the average of five benchmarks of different sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Strata = tuple[tuple[float, ...], ...]
+"""Results of single items by stratum; empty where a metric is no mean over items (a corpus perplexity)."""
+
+NOISE = 2.0  # standard errors below which teacher and baseline count as equal
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task for one model."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    items: Strata = ()
+    higher_is_better: bool = True
+    labels: tuple[str, ...] = ()
+    """What each item of a single stratum belongs to (a depth, say); for tables that split the score."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.task, self.metric
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.items))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its standard error; None where it is not known."""
+
+    value: float
+    stderr: float | None = None
+
+
+def mean_score(task: str, metric: str, items: Strata, higher_is_better: bool = True,
+               labels: Sequence[str] = ()) -> Score:  # fmt: skip
+    """The score whose value is the mean of the strata's means. For 0/1 items the error is the binomial one."""
+    estimate = _estimate(items)
+    return Score(task, metric, estimate.value, estimate.stderr, items, higher_is_better, tuple(labels))
+
+
+def average(task: str, metric: str, scores: Sequence[Score]) -> Score:
+    """The unweighted average of several scores."""
+    return mean_score(task, metric, tuple(stratum for score in scores for stratum in score.items))
+
+
+def difference(score: Score, other: Score) -> Estimate:
+    """score − other; the error is that of the items' differences."""
+    if not score.items:
+        return Estimate(score.value - other.value)
+    return _estimate(_combine(lambda a, b: a - b, score, other))
+
+
+def share_closed(student: Score, teacher: Score, baseline: Score) -> Estimate | None:
+    """(student − baseline) / (teacher − baseline), its error to first order; None if the gap is within noise."""
+    gap = difference(teacher, baseline)
+    if gap.value == 0 or (gap.stderr is not None and abs(gap.value) < NOISE * gap.stderr):
+        return None
+    share = (student.value - baseline.value) / gap.value
+    if not student.items:
+        return Estimate(share)
+    rest = _estimate(_combine(lambda s, t, b: (s - b) - share * (t - b), student, teacher, baseline))
+    return Estimate(share, rest.stderr / abs(gap.value) if rest.stderr is not None else None)
+
+
+def _combine(function: Callable[..., float], *scores: Score) -> Strata:
+    strata = zip(*(score.items for score in scores), strict=True)
+    return tuple(tuple(function(*values) for values in zip(*stratum, strict=True)) for stratum in strata)
+
+
+def _estimate(items: Strata) -> Estimate:
+    """Mean of the strata's means and its standard error √(Σ s²/n) / number of strata."""
+    value, variance = 0.0, 0.0
+    for stratum in items:
+        mean = math.fsum(stratum) / len(stratum)
+        value += mean
+        if len(stratum) > 1:
+            squares = math.fsum((x - mean) ** 2 for x in stratum)
+            variance += squares / (len(stratum) - 1) / len(stratum)
+        else:
+            variance = math.nan
+    value /= len(items)
+    return Estimate(value, None if math.isnan(variance) else math.sqrt(variance) / len(items))

@@ -1,0 +1,152 @@
+"""Benchmarks of teacher, baseline and student: which tasks a name stands for, and every model on every task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from lolcats.errors import LolcatsError
+from lolcats.evaluation import tasks
+from lolcats.evaluation.harness import Spec, load_tasks
+from lolcats.evaluation.harness import run as run_harness
+from lolcats.evaluation.positions import positions
+from lolcats.evaluation.recall import recall
+from lolcats.evaluation.scores import Score, average, mean_score
+from lolcats.evaluation.systems import check_baselines, systems
+from lolcats.evaluation.text import encode, read_documents
+from lolcats.modeling.base import find_base, load_tokenizer
+
+LONG = {"recall", "positions"}  # tasks over long text of given lengths
+LENGTHS = tuple(2**n for n in range(10, 16))
+Task = Callable[[PreTrainedModel], list[Score]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the tasks are given besides the model."""
+
+    data_dir: Path | None = None
+    """Folder of local Parquet files that take the place of the hub's data."""
+    text: str = ""
+    """Long text for recall and positions; without one, long_books.parquet of ``data_dir``."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of context for recall and positions; without, powers of two from 1,024 to 32,768 that the model takes."""
+    limit: int | None = None
+    """Items of each task; recall: prompts of each length and depth; positions: windows."""
+    batch_size: int = 8
+    seed: int = 1234
+    """Of recall's prompts and of few-shot draws; 1234 is lm-eval's own."""
+
+
+def evaluate(model: str, names: list[str], baselines: list[str], device: torch.device, dtype: torch.dtype,
+             options: Options, say: Callable[[str], None]) -> dict[str, list[Score]]:  # fmt: skip
+    """Scores by model: teacher, baselines and student of an adapter, or one model that stands alone.
+
+    Raises:
+        LolcatsError: an unknown task or baseline, or data that cannot be had; before any model is loaded.
+    """
+    check_baselines(model, baselines)
+    prepared = prepare(names, _with_lengths(model, names, options), load_tokenizer(find_base(model)))
+    scores: dict[str, list[Score]] = {}
+    for system, loaded in systems(model, baselines, device, dtype):
+        scores[system] = []
+        for name, task in prepared.items():
+            started = time.time()
+            scores[system] += task(loaded)
+            say(f"  {system}: {name} ({time.time() - started:.0f} s)")
+        del loaded  # before the next one comes
+    return scores
+
+
+def prepare(names: list[str], options: Options, tokenizer: Any) -> dict[str, Task]:
+    """Functions from a model to its scores, with all data read; LONG tasks need lengths."""
+    single = [name for name in names if name not in SUITES]
+    prepared: dict[str, Task] = {name: SUITES[name](tokenizer, options) for name in names if name in SUITES}
+    if single:
+        specs = [tasks.named_spec(name, options.data_dir) for name in single]
+        prepared[", ".join(single)] = _harness(specs, tokenizer, options)
+    return prepared
+
+
+def _paper(tokenizer: Any, options: Options) -> Task:
+    run = _harness(tasks.paper_specs(options.data_dir), tokenizer, options)
+
+    def scored(model: PreTrainedModel) -> list[Score]:
+        scores = [s for s in run(model) if s.metric == tasks.PAPER.get(s.task, "acc")]
+        zero_shot = [s for s in scores if s.task in tasks.PAPER]
+        return [*scores, average("zero-shot average", "acc, acc_norm", zero_shot)]
+
+    return scored
+
+
+def _generate(tokenizer: Any, options: Options) -> Task:
+    return _harness([tasks.gsm8k_spec(options.data_dir)], tokenizer, options)
+
+
+def _permuted(tokenizer: Any, options: Options) -> Task:
+    """Accuracy over all rotations of a question's options, and the share of questions right in every one of them."""
+    asked = replace(options, limit=options.limit and options.limit * tasks.OPTIONS)
+    run = _harness([tasks.permuted_mmlu_spec(options.data_dir)], tokenizer, asked)
+
+    def scored(model: PreTrainedModel) -> list[Score]:
+        (score,) = run(model)
+        items = score.items[0]
+        questions = [items[i : i + tasks.OPTIONS] for i in range(0, len(items), tasks.OPTIONS)]
+        return [
+            mean_score(score.task, "acc", (tuple(sum(q) / tasks.OPTIONS for q in questions),)),
+            mean_score(score.task, "acc in the given order", (tuple(q[0] for q in questions),)),
+            mean_score(score.task, "right in every order", (tuple(min(q) for q in questions),)),
+        ]
+
+    return scored
+
+
+def _recall(tokenizer: Any, options: Options) -> Task:
+    haystack = [token for document in _documents(tokenizer, options) for token in document]
+    return lambda model: recall(
+        model, tokenizer, haystack, options.lengths, options.limit, options.batch_size, options.seed
+    )
+
+
+def _positions(tokenizer: Any, options: Options) -> Task:
+    documents = _documents(tokenizer, options)
+    return lambda model: positions(model, tokenizer, documents, max(options.lengths), options.limit)
+
+
+SUITES: dict[str, Callable[[Any, Options], Task]] = {
+    "paper": _paper, "recall": _recall, "generate": _generate, "positions": _positions, "mmlu-permuted": _permuted,
+}  # fmt: skip
+
+
+def _harness(specs: list[Spec], tokenizer: Any, options: Options) -> Task:
+    loaded = load_tasks(specs)
+    return lambda model: run_harness(model, tokenizer, loaded, options.limit, options.batch_size, options.seed)
+
+
+def _documents(tokenizer: Any, options: Options) -> list[list[int]]:
+    source = options.text
+    if not source and options.data_dir is not None:
+        source = str(tasks.find_file(options.data_dir, "long_books"))
+    if not source:
+        raise LolcatsError("These tasks need long text: --data FILE, or long_books.parquet in --data-dir.")
+    return [encode(tokenizer, document) for document in read_documents(source)]
+
+
+def _with_lengths(model: str, names: list[str], options: Options) -> Options:
+    """Lengths that the model's positions reach, unless the user named some or no task wants them."""
+    if options.lengths or not LONG & set(names):
+        return options
+    path, arguments = find_base(model).arguments
+    return replace(options, lengths=reached_lengths(AutoConfig.from_pretrained(path, **arguments)))
+
+
+def reached_lengths(config: Any) -> tuple[int, ...]:
+    """Those of LENGTHS that the positions of a model with this configuration reach."""
+    reach = getattr(config, "max_position_embeddings", LENGTHS[-1])
+    return tuple(n for n in LENGTHS if n <= reach) or LENGTHS[:1]

@@ -1,0 +1,104 @@
+"""The models that an evaluation compares: teacher, baselines, student, one in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from lolcats.errors import LolcatsError
+from lolcats.modeling.base import Base, find_base, load_model
+from lolcats.modeling.checkpoint import is_linearized, load
+from lolcats.modeling.convert import convert_as
+from lolcats.modeling.layer import linearized_layers, override
+from lolcats.training.controls import CONTROLS, control, control_directory
+
+TEACHER, STUDENT = "teacher", "student"
+UNTRAINED = {
+    "window": "the base model with the window alone, nothing trained",
+    "window+sinks": "the base model with window and sinks, nothing trained",
+}
+CONTROL_NAMES = {name.replace("_", "+"): name for name in CONTROLS}
+ABLATIONS: dict[str, dict[str, Any]] = {"linear-off": {"kind": "window"}, "window-off": {"kind": "remote"}}
+"""What a trained model becomes when one branch is switched off: the other branch alone."""
+BASELINES = (*UNTRAINED, *CONTROL_NAMES, *ABLATIONS)
+
+
+def check_baselines(model: str, baselines: Sequence[str]) -> None:
+    """LolcatsError unless each is one of BASELINES or a linearized model, and fits ``model``."""
+    for baseline in baselines:
+        if baseline not in BASELINES and not is_linearized(baseline):
+            raise LolcatsError(f"--baseline {baseline}: neither a linearized model nor one of {', '.join(BASELINES)}.")
+        if not is_linearized(model):
+            raise LolcatsError(f"{model} is no linearized model: there is no gap for a baseline to measure.")
+        if baseline in UNTRAINED and _base(model) is None:
+            raise LolcatsError(f"{model} does not know its base model, which {baseline} needs: give the run directory.")
+        if baseline in CONTROL_NAMES and baseline not in controls(model):
+            raise LolcatsError(f"{model} has no control {baseline}: lolcats finetune DIR --controls trains it.")
+
+
+def controls(model: str) -> list[str]:
+    """The trained controls that lie in a run's directory, as baselines."""
+    return [name for name, own in CONTROL_NAMES.items() if is_linearized(control_directory(Path(model), own))]
+
+
+def available(model: str) -> list[str]:
+    """Every named baseline that ``model`` can be compared with."""
+    if not is_linearized(model):
+        return []
+    return [*(UNTRAINED if _base(model) else ()), *controls(model), *ABLATIONS]
+
+
+def systems(
+    model: str, baselines: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, PreTrainedModel]]:  # fmt: skip
+    """(name, model) one after another; each is valid until the next is asked for.
+
+    An adapter gives teacher and student; the teacher is the converted base model in teacher mode, without the adapter's
+    LoRA. A merged model no longer knows its base and comes alone, and so does a base model.
+    """
+    if not is_linearized(model):
+        yield Path(model).name, load_model(find_base(model), dtype, device)
+        return
+    if base := _base(model):
+        yield from _of_base(model, load_model(base, dtype, device), baselines)
+    for other in baselines:
+        if other not in BASELINES:
+            yield other, load(other, dtype, device)
+    student = load(model, dtype, device)
+    yield STUDENT, student
+    for name, change in ABLATIONS.items() if linearized_layers(student) else ():
+        if name in baselines:
+            with override(student, **change):
+                yield name, student
+
+
+def _of_base(
+    model: str, base_model: PreTrainedModel, baselines: Sequence[str]
+) -> Iterator[tuple[str, PreTrainedModel]]:  # fmt: skip
+    """What the base model alone is enough for: teacher, untrained windows, controls."""
+    converted = convert_as(base_model, AutoConfig.from_pretrained(model).lolcats)
+    with override(converted, mode="teacher"):
+        yield TEACHER, converted
+    for name in UNTRAINED:
+        if name in baselines:
+            with override(converted, kind="window", sinks=_sinks(converted) if name == "window+sinks" else 0):
+                yield name, converted
+    for name in CONTROL_NAMES:
+        if name in baselines:
+            with control(converted, CONTROL_NAMES[name], Path(model)) as trained:
+                yield name, trained
+
+
+def _base(model: str) -> Base | None:
+    record: dict[str, Any] = AutoConfig.from_pretrained(model).lolcats
+    return Base(**record["base"]) if "base" in record else None
+
+
+def _sinks(model: PreTrainedModel) -> int:
+    """The model's own number of sinks, or 4 where it was trained without."""
+    attention = model.config.lolcats["attention"]
+    return int(attention["sinks"] or min(4, attention["window_size"]))

@@ -1,0 +1,34 @@
+"""Long texts as token ids, for evaluations that cut their own contexts from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lolcats.config import DataConfig
+from lolcats.errors import LolcatsError
+from lolcats.training.sources import read_records
+
+
+def read_documents(source: str) -> list[str]:
+    """Whole documents: a .txt file is one; of other files and data sets, the ``text`` column."""
+    path = Path(source).expanduser()
+    if path.suffix == ".txt" and path.is_file():
+        return [path.read_text()]
+    records, _ = read_records(source, DataConfig())
+    if "text" not in records[0]:
+        raise LolcatsError(f"{source} has no text column; its columns are {', '.join(records[0])}.")
+    return [record["text"] for record in records if record["text"]]
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids without special tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def special_prefix(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text: a BOS token, or nothing."""
+    plain, whole = encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[:start]

@@ -1,0 +1,43 @@
+"""What runs are made from: a base model, its tokenizer and tokenized data, read once however many runs use them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lolcats.config import DataConfig
+from lolcats.modeling.base import find_base, load_model, load_tokenizer
+from lolcats.training.data import Data, Documents, split, tokenize_source
+
+
+class Inputs:
+    """``keep``: a loaded model stays in host memory as it is, and every run is given a copy of it."""
+
+    def __init__(self, model: str, keep: bool = False) -> None:
+        self.base, self.keep = find_base(model), keep
+        self._models: dict[torch.dtype, PreTrainedModel] = {}
+        self._documents: dict[tuple[str, DataConfig], Documents] = {}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.base)
+
+    def data(self, source: str, config: DataConfig, seed: int) -> Data:
+        """The splits of ``source``; another seed, length or size of a split does not read or tokenize it again."""
+        reading = replace(config, sequence_length=2, validation_rows=1, test_rows=1)
+        if (source, reading) not in self._documents:
+            self._documents[source, reading] = tokenize_source(source, self.tokenizer, config)
+        return split(self._documents[source, reading], config, seed)
+
+    def model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """The base model, untouched, for the caller to change."""
+        if not self.keep:
+            return load_model(self.base, dtype, device)
+        if dtype not in self._models:
+            self._models[dtype] = load_model(self.base, dtype)
+        return copy.deepcopy(self._models[dtype]).to(device)

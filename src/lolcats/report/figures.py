@@ -1,0 +1,89 @@
+"""The pictures of a run, drawn with matplotlib on axes that the caller provides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+DIM = 1e-4  # the smallest attention weight that shows
+PIXELS = 3  # weights in a direction that a pixel stands for
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a directory's metrics.jsonl; none where it has none."""
+    path = directory / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def draw_losses(axis: Any, entries: list[dict[str, Any]], title: str) -> None:
+    """Training and validation loss of one stage by step."""
+    for key, label in (("loss", "training"), ("eval_loss", "validation")):
+        _line(axis, entries, key, label)
+    axis.set(title=title, xlabel="step", ylabel="loss")
+    axis.grid(alpha=0.3)
+    if entries:
+        axis.legend()
+
+
+def draw_validation(axis: Any, entries: list[dict[str, Any]], label: str) -> None:
+    """The validation loss of another model beside it."""
+    _line(axis, entries, "eval_loss", label, linestyle="--")
+    axis.legend()
+
+
+def draw_errors(axis: Any, before: list[float], after: list[float]) -> None:
+    """Each layer's error before and after transfer."""
+    for values, label in ((before, "before transfer"), (after, "after transfer")):
+        axis.plot(values, marker="o", markersize=3, label=label)
+    axis.set(title="Error of each layer's attention output", xlabel="linearized layer", ylabel="mean squared error")
+    if any(before + after):
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def draw_weights(axis: Any, weights: Tensor, title: str) -> Any:
+    """One head's attention weights (T, T), logarithmic from DIM up; of each block of PIXELS² weights the largest, so
+    that a column of one key (a sink) is not lost."""
+    from matplotlib.colors import LogNorm
+
+    length = weights.shape[-1]
+    largest = max_pool2d(weights.float()[None], min(PIXELS, length), ceil_mode=True)[0].clamp_min(DIM)
+    future = torch.ones_like(largest, dtype=torch.bool).triu(1)
+    picture = axis.imshow(
+        largest.masked_fill(future, torch.nan).numpy(), norm=LogNorm(DIM, 1), cmap="magma_r", interpolation="nearest",
+        extent=(0, length, length, 0),
+    )  # fmt: skip
+    axis.spines[:].set_visible(False)  # they would cover the first key, which is often the one attended to
+    axis.set(title=title, xlabel="key")
+    return picture
+
+
+def draw_heads(axis: Any, values: list[list[float]], layers: list[int], title: str, logarithmic: bool = False) -> None:
+    """A number of each head of each layer, with its colour bar; ``logarithmic`` in powers of two."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
+
+    heads = max(map(len, values))
+    table = torch.full((len(values), heads), torch.nan)
+    for row, own in zip(table, values, strict=True):
+        row[: len(own)] = torch.tensor(own)
+    norm = LogNorm() if logarithmic else None
+    picture = axis.imshow(table.numpy(), aspect="auto", cmap="viridis", interpolation="nearest", norm=norm)
+    bar = {"ticks": LogLocator(2), "format": ScalarFormatter()} if logarithmic else {}
+    axis.figure.colorbar(picture, ax=axis, **bar).ax.minorticks_off()
+    axis.set(title=title, xlabel="head", ylabel="layer")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    step = max(1, len(layers) // 8)
+    axis.set_yticks(range(0, len(layers), step), [str(layers[i]) for i in range(0, len(layers), step)])
+
+
+def _line(axis: Any, entries: list[dict[str, Any]], key: str, label: str, **style: Any) -> None:
+    points = [(e["step"], e[key]) for e in entries if key in e]
+    if points:
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, **style)

@@ -1,0 +1,81 @@
+"""What a sweep measures of each model: perplexity on files, and the tasks of ``lolcats evaluate``; data read once."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lolcats.config import Config
+from lolcats.errors import LolcatsError
+from lolcats.evaluation.perplexity import perplexity
+from lolcats.evaluation.suite import LONG, Options, Task, prepare
+from lolcats.files import hash_file
+from lolcats.inputs import Inputs
+from lolcats.sweep.plan import Evaluate
+from lolcats.training.data import load_rows
+
+Measured = dict[str, dict[str, float | None]]
+"""By the name of what was measured: value and standard error."""
+
+
+class Measurement:
+    """Everything ``evaluate`` asks for that can be measured here; what is left out is said."""
+
+    def __init__(self, wanted: Evaluate, inputs: Inputs, config: Config, say: Callable[[str], None]) -> None:
+        self.wanted, self.batch_size = wanted, wanted.batch_size
+        files = {name: path for name, path in wanted.perplexity.items() if path}
+        for name in wanted.perplexity.keys() - files.keys():
+            say(f"No perplexity on {name}: --set evaluate.perplexity.{name}=FILE measures it.")
+        self.rows: dict[str, Tensor] = {
+            name: load_rows(path, inputs.tokenizer, config.data) for name, path in files.items()
+        }
+        names = [name for name in wanted.tasks if _possible(name, wanted, say)]
+        data_dir, limit = Path(wanted.data_dir) if wanted.data_dir else None, wanted.limit or None
+        options = Options(data_dir, wanted.text, tuple(wanted.lengths), limit, wanted.batch_size)
+        if LONG & set(names) and not wanted.lengths:
+            raise LolcatsError("evaluate.lengths: recall and positions need lengths, e.g. [1024, 4096].")
+        self.tasks: dict[str, Task] = prepare(names, options, inputs.tokenizer) if names else {}
+        known = {**asdict(wanted), "perplexity": {n: source_identity(p) for n, p in files.items()}, "tasks": names}
+        self.key = short_hash({k: v for k, v in known.items() if k not in ("data_dir", "text", "batch_size")})
+
+    def perplexities(self, model: PreTrainedModel) -> Measured:
+        values = {name: perplexity(model, rows, self.batch_size) for name, rows in self.rows.items()}
+        return {name: {"value": value, "stderr": None} for name, value in values.items()}
+
+    def everything(self, model: PreTrainedModel) -> Measured:
+        """Perplexities and tasks."""
+        found = self.perplexities(model)
+        for task in self.tasks.values():
+            for score in task(model):
+                value = score.value if math.isfinite(score.value) else None
+                found[f"{score.task} {score.metric}"] = {"value": value, "stderr": score.stderr}
+        return found
+
+
+def source_identity(source: str) -> str:
+    """What a file holds, wherever it lies; a hub data set's own name."""
+    return hash_file(Path(source)) if Path(source).is_file() else source
+
+
+def short_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _possible(name: str, wanted: Evaluate, say: Callable[[str], None]) -> bool:
+    reason = ""
+    if name in LONG and not (wanted.text or wanted.data_dir):
+        reason = "it needs evaluate.text or evaluate.data_dir"
+    elif name not in LONG and importlib.util.find_spec("lm_eval") is None:
+        reason = "it needs lm-eval (pip install 'lolcats[eval]')"
+    if reason:
+        say(f"Task {name} is left out: {reason}.")
+    return not reason

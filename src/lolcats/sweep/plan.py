@@ -1,0 +1,167 @@
+"""A sweep's file: a base, rows of settings (listed, or a grid), seeds, and what to evaluate. Here it becomes runs.
+
+    title: What the table shows
+    base: {recipe: default, set: [transfer.max_steps=488]}
+    rows:
+      no sinks: [attention.sinks=0]
+      other text: [base.data=books]      # a name of base.sources
+    grid:                                # and every combination of one setting of each list
+      - [attention.window_size=32, attention.window_size=64]
+    seeds: [0, 1]
+    evaluate: {perplexity: {wikitext2: ""}, tasks: [paper, recall], limit: 500}
+
+The command gives the paths: base.model, base.data, base.sources.NAME, evaluate.perplexity.NAME, evaluate.data_dir,
+evaluate.text. base.recipe may be a file beside the sweep's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lolcats.config import Config, StageConfig, from_dict, load_config, parse_setting, read_yaml, set_key
+from lolcats.errors import LolcatsError
+
+SECTIONS = ("base", "evaluate", "seeds", "rows", "grid")
+DATA = "base.data="
+
+
+@dataclass(frozen=True)
+class Base:
+    """What every row has unless it says otherwise."""
+
+    model: str = ""
+    data: str = ""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Further data sets by name, for rows with ``base.data=NAME``."""
+    recipe: str = "default"
+    set: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What is measured of every trained row besides the perplexity on its held-out rows."""
+
+    perplexity: dict[str, str] = field(default_factory=dict)
+    """Data sets by name; those without a path are left out."""
+    tasks: list[str] = field(default_factory=list)
+    """As ``lolcats evaluate --tasks``. lm-eval's are left out where it is not installed, long ones without a text."""
+    limit: int = 0
+    lengths: list[int] = field(default_factory=list)
+    data_dir: str = ""
+    text: str = ""
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's file with the settings of the command."""
+
+    title: str = ""
+    base: Base = field(default_factory=Base)
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    grid: list[list[str]] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    last: list[str] = field(default_factory=list)
+    """Settings of the command, which go before those of rows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: a row's settings with one seed."""
+
+    name: str
+    settings: list[str]
+    config: Config
+    data: str
+    """The name of its data (one of base.sources), or empty for base.data."""
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:48]
+
+    def tokens(self, stage: str) -> int | None:
+        """Tokens that a stage trains on; None where only the data can tell."""
+        config: StageConfig = getattr(self.config, stage)
+        if config.max_steps < 0:
+            return None
+        return config.max_steps * config.batch_size * self.config.data.sequence_length
+
+
+def read_sweep(path: Path, changes: Iterable[str] = ()) -> Sweep:
+    """The file with ``a.b=c`` changes: of the sweep's own sections, or of the configuration of every row.
+
+    Raises:
+        LolcatsError: an unknown key, a wrong type, no row, or a row that is no valid configuration.
+    """
+    if not path.is_file():
+        raise LolcatsError(f"{path} does not exist.")
+    tree = read_yaml(path.read_text(), str(path)) or {}
+    last = []
+    for change in changes:
+        key, value = parse_setting(change)
+        if key.split(".")[0] in SECTIONS:
+            set_key(tree, key, value)
+        else:
+            last.append(change)
+    if not isinstance(tree, dict):
+        raise LolcatsError(f"{path}: expected a mapping of sections, got {type(tree).__name__}.")
+    sweep = from_dict(Sweep, {**tree, "last": last})
+    beside = path.parent / sweep.base.recipe
+    if beside.is_file():
+        sweep = replace(sweep, base=replace(sweep.base, recipe=str(beside)))
+    plan(sweep)
+    return sweep
+
+
+def plan(sweep: Sweep) -> list[Row]:
+    """Every row with the first seed, then with the next one, so that a table is whole as early as can be."""
+    named = list(sweep.rows.items()) + [(_name(chosen), list(chosen)) for chosen in _product(sweep.grid)]
+    if not named:
+        raise LolcatsError("The sweep has no rows: give it rows or a grid.")
+    return [_row(sweep, name, settings, seed) for seed in sweep.seeds for name, settings in named]
+
+
+def _row(sweep: Sweep, name: str, settings: list[str], seed: int) -> Row:
+    chosen = [s.removeprefix(DATA) for s in settings if s.startswith(DATA)]
+    for source in chosen:
+        if source not in sweep.base.sources:
+            raise LolcatsError(f"Row {name!r}: {source!r} is no name of base.sources.")
+    own = [s for s in settings if not s.startswith(DATA)]
+    try:
+        config = load_config(sweep.base.recipe, [*sweep.base.set, *own, *sweep.last, f"seed={seed}"])
+    except LolcatsError as error:
+        raise LolcatsError(f"Row {name!r}: {error}") from None
+    return Row(name, settings, config, chosen[-1] if chosen else "")
+
+
+def _product(grid: list[list[str]]) -> Iterable[tuple[str, ...]]:
+    return itertools.product(*grid) if grid else ()
+
+
+def _name(settings: Iterable[str]) -> str:
+    """``sinks=4, window=sliding``: the settings without their sections."""
+    return ", ".join(setting.split(".", 1)[-1] for setting in settings)
+
+
+def plan_rows(rows: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(header, rows) of what a sweep would do."""
+    header = ("row", "seed", "settings", "transfer tokens", "LoRA tokens", "controls")
+    return header, [
+        (
+            row.name, str(row.config.seed), " ".join(row.settings), _tokens(row, "transfer"), _tokens(row, "finetune"),
+            " ".join(row.config.controls),
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def _tokens(row: Row, stage: str) -> str:
+    count = row.tokens(stage)
+    stage_config: Any = getattr(row.config, stage)
+    return f"{stage_config.epochs:g} epochs" if count is None else f"{count:,}"

@@ -1,0 +1,56 @@
+"""The two controls: what LoRA alone brings, with the data, steps, seed and LoRA settings of the run they belong to.
+
+``window_lora`` has the run's window and sinks and no linear term: what linear attention adds is the difference to it.
+``teacher_lora`` keeps softmax attention: what it gains is adaptation to the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lolcats.config import Config
+from lolcats.modeling.base import Base
+from lolcats.modeling.checkpoint import LORA, merged_lora, save_adapter_config, save_lora
+from lolcats.modeling.layer import override
+from lolcats.training.data import Data
+from lolcats.training.finetune import finetune
+from lolcats.training.trainer import StageResult
+
+CONTROLS: dict[str, dict[str, Any]] = {"window_lora": {"kind": "window"}, "teacher_lora": {"mode": "teacher"}}
+"""What :func:`override` makes of a converted model for each of them; feature maps and gates play no part in either."""
+KINDS = {"window_lora": "window", "teacher_lora": "softmax"}
+
+
+def control_directory(run: Path, name: str) -> Path:
+    return run / "controls" / name
+
+
+def train_control(
+    model: PreTrainedModel, name: str, data: Data, config: Config, base: Base, run: Path
+) -> StageResult:  # fmt: skip
+    """Train control ``name`` on a converted model without LoRA, which is as it was afterwards.
+
+    ``controls/NAME`` of the directory ``run`` becomes an adapter that loads as any other, with its metrics.jsonl.
+    """
+    directory = control_directory(run, name)
+    directory.mkdir(parents=True, exist_ok=True)
+    frozen_maps = replace(config, finetune=replace(config.finetune, feature_map_learning_rate=0.0))
+    with override(model, **CONTROLS[name]):
+        wrapped, result = finetune(model, data, frozen_maps, directory)
+    save_lora(wrapped, base, directory / LORA)
+    wrapped.unload()
+    save_adapter_config(model, base, directory, KINDS[name])
+    return result
+
+
+@contextmanager
+def control(model: PreTrainedModel, name: str, run: Path) -> Iterator[PreTrainedModel]:
+    """For the block's duration, make ``model`` (the run's converted base model without LoRA) its trained control."""
+    with override(model, **CONTROLS[name]), merged_lora(model, control_directory(run, name) / LORA) as merged:
+        yield merged

@@ -1,0 +1,256 @@
+"""``lolcats evaluate --tasks``: lm-eval over local Parquet files, teacher beside baseline and student."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest
+import torch
+from conftest import SETTINGS
+from local_data import FILES, SUBJECTS, write_files
+from typer.testing import CliRunner
+
+import lolcats
+from lolcats.cli import app
+from lolcats.config import load_config
+from lolcats.errors import LolcatsError
+from lolcats.evaluation import harness, tasks
+from lolcats.evaluation.systems import check_baselines, systems
+from lolcats.modeling.base import find_base, load_model
+from lolcats.modeling.checkpoint import load
+from lolcats.modeling.layer import override
+from lolcats.pipeline import linearize
+from lolcats.run import Run
+
+CPU = (torch.device("cpu"), torch.float32)
+# Documents as the hub's data sets have them, of what the first row of each local file holds.
+HUB: dict[str, dict[str, Any]] = {
+    "piqa": FILES["piqa_valid"][0],
+    "arc_easy": FILES["arc_easy_test"][0],
+    "arc_challenge": FILES["arc_challenge_test"][0],
+    "winogrande": FILES["winogrande_xl_dev"][0],
+    "hellaswag": {"activity_label": "Cats", "ctx_a": "A cat sat.", "ctx_b": "she", "label": "0",
+                  "endings": FILES["hellaswag_val"][0]["endings"]},
+    "lambada_openai": {"text": "the cat saw warm milk"},
+    "wikitext": {"page": " = Cats = \n the cat saw warm milk . \n = = Milk = = \n"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_files(tmp_path_factory.mktemp("parquet"))
+
+
+@pytest.fixture(scope="module")
+def trained(model_dirs, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with feature maps, LoRA and a merged model."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    linearize(str(model_dirs["llama"]), str(chat_file), out, load_config("default", SETTINGS), say=lambda _: None)
+    return out
+
+
+@pytest.fixture
+def lm_eval() -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'lolcats[eval]'")
+
+
+def evaluate(*arguments: object, code: int = 0) -> str:
+    words = ["evaluate", *(str(a) for a in arguments), "--device", "cpu", "--dtype", "float32"]
+    result = CliRunner(env={"COLUMNS": "250"}).invoke(app, words)
+    if result.exit_code != code:
+        raise AssertionError(f"exit code {result.exit_code}: {result.output}") from result.exception
+    return result.output
+
+
+def rendered(task: Any) -> tuple[Any, ...]:
+    """Everything that lm-eval makes of a task's first document before a model sees it."""
+    document = task.eval_docs[0]
+    task.build_all_requests(limit=1)
+    requests = [instance.args for instance in task.instances]
+    return task.doc_to_target(document), requests, list(task.aggregation())
+
+
+@pytest.mark.usefixtures("lm_eval")
+@pytest.mark.parametrize("name", HUB)
+def test_local_documents_give_lm_evals_own_prompts(name: str, data_dir: Path) -> None:
+    from datasets import Dataset
+
+    splits = {split: Dataset.from_list([HUB[name]]) for split in ("train", "validation", "test")}
+    own = {"group": "hub", "task": [{"task": name, "custom_dataset": lambda **_: splits}]}
+    (hub,), (local,) = (harness.load_tasks([spec]) for spec in (own, tasks.named_spec(name, data_dir)))
+    (hub_task,), (local_task,) = hub.get_all_tasks(), local.get_all_tasks()
+    for task in (hub_task, local_task):
+        task.set_config("num_fewshot", 0)
+    assert rendered(local_task) == rendered(hub_task)
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_mmlu_has_its_own_examples_in_order(data_dir: Path) -> None:
+    (group,) = harness.load_tasks([tasks.mmlu_spec(data_dir)])
+    children = group.get_all_tasks()
+    assert [task.task_name for task in children] == [f"mmlu_{subject}" for subject in SUBJECTS]
+    prompt = children[0].fewshot_context(children[0].eval_docs[0], 5)
+    header = "The following are multiple choice questions (with answers) about anatomy.\n\n"
+    shot = "anatomy {i}?\nA. {w} 0\nB. {w} 1\nC. {w} 2\nD. {w} 3\nAnswer: {a}\n\n"
+    shots = "".join(
+        shot.format(i=i, w=FILES["mmlu_dev"][i]["choice0"].removesuffix(" 0"), a="ABCDA"[i]) for i in range(5)
+    )
+    assert prompt == f"{header}{shots}What is the?\nA. the\nB. cat\nC. sat\nD. on\nAnswer:"
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_tasks_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without local files the same specs ask the hub's data sets for lm-eval's own documents."""
+    import datasets
+
+    question = {"question": "?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 1}
+    rows = {"cais/mmlu": [question] * 5, "baber/piqa": [HUB["piqa"]], "allenai/ai2_arc": [HUB["arc_easy"]],
+            "Rowan/hellaswag": [HUB["hellaswag"]], "allenai/winogrande": [HUB["winogrande"]]}  # fmt: skip
+    asked: list[tuple[str, str | None]] = []
+
+    def load_dataset(path: str, name: str | None = None, **_: Any) -> dict[str, Any]:
+        asked.append((path, name))
+        return dict.fromkeys(("train", "dev", "validation", "test"), datasets.Dataset.from_list(rows[path]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    *_, mmlu = harness.load_tasks(tasks.paper_specs(None))
+    assert asked[:2] == [("baber/piqa", None), ("allenai/ai2_arc", "ARC-Easy")]
+    children = mmlu.get_all_tasks()
+    assert (mmlu.name, len(children), mmlu.has_aggregation) == ("mmlu", 57, True)
+    assert {task.config.num_fewshot for task in children} == {5}
+    (permuted,) = harness.load_tasks([tasks.permuted_mmlu_spec(None)])
+    assert [d["answer"] for d in permuted.get_all_tasks()[0].eval_docs][:5] == [1, 0, 3, 2, 1]
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_rotated_options_keep_the_answer_and_the_examples(data_dir: Path) -> None:
+    (plain,), (rotated,) = (
+        harness.load_tasks([spec]) for spec in (tasks.mmlu_spec(data_dir), tasks.permuted_mmlu_spec(data_dir))
+    )
+    before, after = plain.get_all_tasks()[1], rotated.get_all_tasks()[1]
+    for i, document in enumerate(after.eval_docs):
+        original = before.eval_docs[i // 4]
+        assert document["choices"][document["answer"]] == original["choices"][original["answer"]]
+        assert document["choices"].index(original["choices"][0]) == -(i % 4) % 4
+    assert after.fewshot_context(after.eval_docs[0], 5) == before.fewshot_context(before.eval_docs[0], 5)
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_gsm8k_never_asks_its_examples(data_dir: Path) -> None:
+    (group,) = harness.load_tasks([tasks.gsm8k_spec(data_dir)])
+    (task,) = group.get_all_tasks()
+    assert group.name == "gsm8k_train"
+    prompt = task.fewshot_context(task.eval_docs[0], 5)
+    assert [i for i in range(9) if f"The cat saw {i} dogs" in prompt] == [0, 1, 2, 3, 4, 5]
+    assert prompt.endswith("The cat saw 5 dogs and 5 birds. How many?\nAnswer:")
+
+
+def test_models_compared(trained: Path, model_dirs) -> None:
+    """The teacher is the base model to the bit, without LoRA; the untrained baseline has no trained part either."""
+    ids = torch.arange(3, 60)[None]
+    found = {}
+    with torch.no_grad():
+        for baseline in ("window", "window+sinks", "linear-off", str(trained / "merged")):
+            for name, model in systems(str(trained), [baseline], *CPU):
+                found[name] = model(input_ids=ids, use_cache=False).logits
+        base = load_model(Run.open(trained).base, torch.float32)
+        torch.testing.assert_close(found["teacher"], base(input_ids=ids).logits, rtol=0, atol=0)
+        student = load(trained)
+        torch.testing.assert_close(found["student"], student(input_ids=ids).logits)
+        torch.testing.assert_close(found[str(trained / "merged")], found["student"], rtol=1e-4, atol=1e-4)
+        with override(student, kind="window"):
+            torch.testing.assert_close(found["linear-off"], student(input_ids=ids).logits)
+        with override(student, mode="teacher"):
+            assert not torch.allclose(found["teacher"], student(input_ids=ids).logits, atol=1e-3), "that has LoRA"
+    assert not torch.allclose(found["window"], found["window+sinks"], atol=1e-3)
+    torch.testing.assert_close(found["window+sinks"][:, :8], found["teacher"][:, :8], rtol=1e-4, atol=1e-4)
+    assert [name for name, _ in systems(str(trained / "merged"), [], *CPU)] == ["student"]
+    assert [name for name, _ in systems(str(model_dirs["llama"]), [], *CPU)] == ["llama"]
+    for model, baseline in ((trained, "nothing"), (model_dirs["llama"], "window"), (trained / "merged", "window")):
+        with pytest.raises(LolcatsError):
+            check_baselines(str(model), [baseline])
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_benchmarks_end_to_end(trained: Path, data_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    text = evaluate(trained, "--tasks", "paper,mmlu-permuted,lambada_openai,wikitext", "--data-dir", data_dir,
+                    "--baseline", "window", "--limit", 3, "--output", output)  # fmt: skip
+    record = json.loads(output.read_text())
+    entries = {(e["task"], e["metric"]): e for e in record["scores"]}
+    assert [key for key in entries if key[1].startswith("acc") and "mmlu" not in key[0]] == [
+        ("piqa", "acc"), ("arc_easy", "acc"), ("arc_challenge", "acc_norm"), ("hellaswag", "acc_norm"),
+        ("winogrande", "acc"), ("zero-shot average", "acc, acc_norm"), ("lambada_openai", "acc"),
+    ]  # fmt: skip
+    for (task, metric), entry in entries.items():
+        assert list(entry["models"]) == ["teacher", "window", "student"]
+        assert f"{task} {metric}" in text
+    assert entries["mmlu_half", "acc"]["items"] == 3 * len(SUBJECTS)
+    permuted = entries["mmlu_permuted_half", "acc in the given order"]
+    assert permuted["results"] == entries["mmlu_half", "acc"]["results"]
+    average = sum(entries[task, metric]["models"]["student"]["value"] for task, metric in tasks.PAPER.items()) / 5
+    found = entries["zero-shot average", "acc, acc_norm"]["models"]["student"]["value"]
+    assert found == pytest.approx(average)
+    assert record["versions"]["lm_eval"]
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_batches_change_nothing(model_dirs, data_dir: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Likelihoods and generated answers (left-padded batches) of a student are those of single prompts."""
+    from lm_eval.models.huggingface import HFLM
+
+    answers: list[list[str]] = []
+    generate = HFLM.generate_until
+    monkeypatch.setattr(HFLM, "generate_until", lambda *a, **k: answers.append(generate(*a, **k)) or answers[-1])
+    model = lolcats.convert(load_model(find_base(str(model_dirs["llama"])), torch.float32))
+    loaded = harness.load_tasks([tasks.named_spec("piqa", data_dir), tasks.gsm8k_spec(data_dir)])
+    single, batched = (harness.run(model, tokenizer, loaded, None, size, 1234) for size in (1, 4))
+    assert [(s.key, s.items) for s in single] == [(s.key, s.items) for s in batched]
+    assert [s.key for s in single][-1] == ("gsm8k_train", "exact_match (flexible-extract)")
+    assert answers[0] == answers[1]
+    assert all(answers[0])
+    assert model.config.use_cache is True, "left as it was"
+
+
+def test_recall_and_positions_on_the_command_line(trained: Path, data_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    arguments = ("--tasks", "recall, positions", "--lengths", "512,600", "--limit", 1, "--output", output)
+    text = evaluate(trained, *arguments, "--data-dir", data_dir)
+    assert "Recall by depth: argmax" in text
+    entries = json.loads(output.read_text())["scores"]
+    assert {e["task"] for e in entries} == {
+        *(f"{task}@{n}" for task in ("passkey", "needle", "multi-query") for n in (512, 600)), "positions",
+    }  # fmt: skip
+    assert entries[0]["depths"] == ["0", "0.25", "0.5", "0.75", "1"]
+    book = tmp_path / "book.txt"
+    book.write_text(FILES["long_books"][0]["text"])
+    first = output.read_text()
+    evaluate(trained, *arguments, "--data", book)
+    again = json.loads(output.read_text())
+    assert again["scores"] == json.loads(first)["scores"], "the same text and seed: the same results"
+
+
+def test_mistakes_end_in_a_sentence(trained: Path, data_dir: Path, tmp_path: Path) -> None:
+    def fails(expected: str, *arguments: object) -> None:
+        output = " ".join(evaluate(trained, *arguments, code=2).split())
+        assert expected in output, output
+
+    fails("Nothing to evaluate")
+    fails("is no directory", "--tasks", "recall", "--output", tmp_path / "none" / "results.json")
+    fails("neither a linearized model nor one of window", "--tasks", "recall", "--baseline", "nonsense")
+    fails("need long text", "--tasks", "recall")
+    fails("holds no long_books.parquet", "--tasks", "recall", "--data-dir", tmp_path)
+    fails("expected numbers of tokens", "--tasks", "recall", "--lengths", "1k")
+    fails("No document has 99999 tokens", "--tasks", "positions", "--lengths", 99999, "--data-dir", data_dir)
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_unknown_tasks_and_missing_data_end_in_a_sentence(trained: Path, data_dir: Path, tmp_path: Path) -> None:
+    assert "Did you mean piqa" in evaluate(trained, "--tasks", "piqua", "--data-dir", data_dir, code=2)
+    assert "holds no piqa_valid.parquet" in evaluate(trained, "--tasks", "paper", "--data-dir", tmp_path, code=2)
+    assert "--data-dir takes" in evaluate(trained, "--tasks", "boolq", code=2)
