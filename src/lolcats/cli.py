@@ -215,6 +215,37 @@ def chat(model: Model, max_new_tokens: int = 512, temperature: float = 0.7, top_
 
 
 @command
+def serve(
+    directory: Directory,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    slots: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 16,
+    context: Annotated[int, typer.Option(min=0, help="Most tokens of prompt and answer; 0: the model's own.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 4096,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot; then 429.")] = 128,
+    prefix_mb: Annotated[int, typer.Option(min=0, help="MiB for states of prompts' beginnings.")] = 256,
+    deadline: Annotated[int, typer.Option(min=0, help="Seconds that running requests have after SIGTERM.")] = 30,
+    api_key: Annotated[str, typer.Option(envvar="LOLCATS_API_KEY", help="Clients must send it.")] = "",
+    set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """An OpenAI-compatible server and a chat page for a linearized model."""
+    try:
+        from lolcats.inference import server
+    except ImportError as error:
+        raise LolcatsError(f"The server needs more packages ({error}): pip install 'lolcats[serve]'.") from None
+    from lolcats.config import load_config
+    from lolcats.inference.engine import Engine
+
+    model, tokenizer = _load(str(directory), load_config("default", set_))
+    engine = Engine(model, tokenizer, slots, prefix_bytes=prefix_mb << 20)
+    own = getattr(model.config.get_text_config(), "max_position_embeddings", 8192)
+    limits = server.Limits(context or own, min(max_tokens, context or own), waiting=max_waiting)
+    app_ = server.create_app(engine, directory.resolve().name, limits, api_key)
+    out.print(f"{directory} on http://{host}:{port} ({slots} slots); Ctrl-C ends.", soft_wrap=True)
+    server.serve(app_, host, port, deadline)
+
+
+@command
 def export(directory: Directory, out_: Out,
            merge: Annotated[bool, typer.Option("--merge", help="Fold LoRA into the weights.")] = False,
            dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: as trained.")] = "auto",

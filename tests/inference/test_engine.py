@@ -1,4 +1,4 @@
-"""Continuous batching: a request's tokens are those of `generate`, whoever else is in the engine."""
+"""The engine gives what Hugging Face's generate gives, whatever else it runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import FAMILIES, tiny_model
+from serving import CONFIG, tiny_engine
 
 import lolcats
 from lolcats.config import AttentionConfig
@@ -15,190 +16,207 @@ from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Delta, Engine, Request
 from lolcats.inference.sampling import SamplingParams
 from lolcats.inference.states import Snapshot
+from lolcats.modeling.checkpoint import load
+
+VARIANTS = [
+    CONFIG,
+    AttentionConfig(window_size=8, sinks=0, feature_dim=8, window="sliding", key_maps="per_kv_head"),
+    AttentionConfig(kind="linear", feature_dim=8),
+    AttentionConfig(kind="window", window_size=8, sinks=2, feature_dim=8),
+]
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    torch.manual_seed(0)
-    return lolcats.convert(tiny_model(), AttentionConfig(window_size=8, sinks=2, feature_dim=8)).eval()
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Of lengths below, at and above the pieces of prefill."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [1, 5, 15, 16, 17, 32, 33, 70]
+    return [torch.randint(6, 300, (lengths[i % 8],), generator=generator).tolist() for i in range(count)]
 
 
-class Client:
-    """A request and what came of it."""
-
-    def __init__(self, engine: Engine, prompt: list[int], start: Snapshot | None = None, keep: bool = False,
-                 **params: Any) -> None:  # fmt: skip
-        self.deltas: list[Delta] = []
-        settings = SamplingParams(**{"max_tokens": 20, **params})
-        self.request = Request(prompt, settings, self.deltas.append, start=start, keep_state=keep)
-        engine.submit(self.request)
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for delta in self.deltas for token in delta.tokens]
-
-    @property
-    def text(self) -> str:
-        return "".join(delta.text for delta in self.deltas)
-
-    @property
-    def reason(self) -> str | None:
-        return self.deltas[-1].finish_reason
+def ask(engine: Engine, prompt: list[int], start: Snapshot | None = None, **params: Any) -> list[Delta]:
+    """Queue a prompt; its deltas, filled in as the engine runs."""
+    deltas: list[Delta] = []
+    engine.submit(Request(prompt, SamplingParams(**params), deltas.append, start, keep_state=True))
+    return deltas
 
 
-def prompts(count: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(count)
-    lengths = torch.randint(1, 60, (count,), generator=generator).tolist()
-    return [torch.randint(6, 300, (n,), generator=generator).tolist() for n in lengths]
+def tokens(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.tokens]
 
 
-def engine_of(model: Any, tokenizer: Any, **settings: Any) -> Engine:
-    return Engine(model, tokenizer, **{"slots": 4, "piece": 16, "stop_tokens": (), **settings})
-
-
-def greedy(model: Any, prompt: list[int], new: int = 20) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-    return out[0, len(prompt) :].tolist()
-
-
-def test_greedy_equals_generate_in_any_company(model: Any, tokenizer: Any) -> None:
-    engine = engine_of(model, tokenizer, slots=3)
-    clients = [Client(engine, prompt) for prompt in prompts(9)]
+def alone(engine: Engine, prompt: list[int], **params: Any) -> list[int]:
+    deltas = ask(engine, prompt, **params)
     engine.run()
-    assert engine.idle
-    for client, prompt in zip(clients, prompts(9), strict=True):
-        assert client.tokens == greedy(model, prompt)
-        assert client.reason == "length"
+    return tokens(deltas)
 
 
-def test_alone_and_among_31_others(model: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize("config", VARIANTS)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3"])
+def test_equals_generate(family: str, config: AttentionConfig, tokenizer: Any) -> None:
+    model = lolcats.convert(tiny_model(family), config)
+    engine = Engine(model, tokenizer, slots=4, piece=16, stop_tokens=())
+    asked = [(prompt, ask(engine, prompt, max_tokens=20 + i)) for i, prompt in enumerate(prompts(8))]
+    engine.run()
+    for i, (prompt, deltas) in enumerate(asked):
+        ids = torch.tensor([prompt])
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20 + i, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+        assert tokens(deltas) == expected[0, len(prompt) :].tolist()
+        assert [delta.finish_reason for delta in deltas] == [None] * (19 + i) + ["length"]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3, "top_p": 0.9, "repetition_penalty": 1.3}])
+def test_a_request_does_not_depend_on_its_batch_mates(sampling: dict[str, Any], tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=32, stop_tokens=(), prefix_bytes=0)
     many = prompts(32)
-    crowd = engine_of(model, tokenizer, slots=32)
-    clients = [Client(crowd, prompt, temperature=0.0 if i % 2 else 0.9, seed=i) for i, prompt in enumerate(many)]
-    crowd.run()
-    for i in (0, 7, 31):
-        alone = engine_of(model, tokenizer, slots=32)
-        client = Client(alone, many[i], temperature=0.0 if i % 2 else 0.9, seed=i)
-        alone.run()
-        assert client.tokens == clients[i].tokens
-
-
-def test_a_finished_slot_is_refilled_and_prefill_does_not_stall_others(model: Any, tokenizer: Any) -> None:
-    engine = engine_of(model, tokenizer, slots=2)
-    first = Client(engine, [7, 8, 9], max_tokens=100)
-    long = Client(engine, [6 + i % 290 for i in range(200)], max_tokens=2)
-    pieces = -(-len(long.request.prompt) // engine.piece)
-    assert pieces > 5
-    for _ in range(pieces - 1):
-        before = len(first.tokens)
-        engine.step()
-        assert len(first.tokens) > before  # a token for the running stream with every piece of the other's prompt
-    third = Client(engine, [5, 6], max_tokens=3)
+    asked = [ask(engine, prompt, max_tokens=40, **sampling) for prompt in many]
     engine.run()
-    assert [len(client.tokens) for client in (first, long, third)] == [100, 2, 3]
+    for prompt, deltas in zip(many, asked, strict=True):
+        assert tokens(deltas) == alone(engine, prompt, max_tokens=40, **sampling)
 
 
-def test_cancelled_requests_free_their_slots(model: Any, tokenizer: Any) -> None:
-    engine = engine_of(model, tokenizer, slots=2)
-    clients = [Client(engine, prompt, max_tokens=50) for prompt in prompts(6)]
-    for _ in range(12):
-        engine.step()
-    for client in clients[::3]:
-        assert engine.cancel(client.request)
-        assert not engine.cancel(client.request)
+def test_rows_are_the_same_bits_with_one_batch_size(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=8, batch_sizes=[8], stop_tokens=(), prefix_bytes=0)
+    many = prompts(8)
+    asked = [ask(engine, prompt, max_tokens=30, logprobs=2) for prompt in many]
     engine.run()
-    for i, (client, prompt) in enumerate(zip(clients, prompts(6), strict=True)):
-        assert client.reason == ("cancelled" if i % 3 == 0 else "length")
-        assert client.tokens == greedy(model, prompt, 50)[: len(client.tokens)]
-    assert not engine.running
-
-
-def test_prefix_states_are_used_and_change_nothing(model: Any, tokenizer: Any) -> None:
-    shared = [6 + 7 * i % 290 for i in range(70)]
-    engine = engine_of(model, tokenizer)
-    for tail in ([11], [12, 13]):
-        client = Client(engine, shared + tail)
+    for prompt, deltas in zip(many, asked, strict=True):
+        again = ask(engine, prompt, max_tokens=30, logprobs=2)
         engine.run()
-        assert client.tokens == greedy(model, shared + tail)
-    assert engine.prefixes.hits == 1
-    assert client.request.cached >= 32
-    small = engine_of(model, tokenizer, prefix_bytes=engine.prefixes.nbytes // 2)
-    for prompt in prompts(8):
-        Client(small, prompt + shared)
-    small.run()
-    assert 0 < small.prefixes.nbytes <= small.prefixes.limit
+        assert [d.logprobs for d in again] == [d.logprobs for d in deltas]
 
 
-def test_a_conversation_is_saved_restored_and_forked(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    prompt = prompts(2)[1] + [9]
-    engine = engine_of(model, tokenizer)
-    client = Client(engine, prompt, keep=True)
+def test_a_finished_slot_is_refilled_at_once_and_streams_never_stall(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=2, stop_tokens=())
+    first, _ = ask(engine, [5, 6, 7], max_tokens=60), ask(engine, [8, 9], max_tokens=4)
+    waiting, long = ask(engine, [10], max_tokens=4), ask(engine, prompts(8)[7], max_tokens=2)
+    running = []
+    while not engine.idle:
+        before = len(first)
+        engine.step()
+        running.append(len(engine.running))
+        assert len(first) > before or before == 60
+    assert running[:3] == [2, 2, 1]  # four tokens: one of prefill, three of decode
+    assert running[3:7] == [2, 2, 1, 1]  # the next one, in the very next step; then the long prompt's pieces
+    assert len(waiting) == 4
+    assert len(long) == 2
+
+
+def test_cancelling_frees_the_slot_before_the_next_step(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=2, stop_tokens=())
+    requests, seen = [], []
+    for prompt in prompts(3, seed=1):
+        requests.append(Request(prompt, SamplingParams(max_tokens=50), seen.append))
+        engine.submit(requests[-1])
+    engine.step()
+    engine.step()
+    assert engine.running == requests[:2]
+    assert engine.cancel(requests[0])
+    assert engine.running == requests[1:2]
+    assert seen[-1].finish_reason == "cancelled"
+    assert engine.cancel(requests[2])
+    assert not engine.cancel(requests[2])
     engine.run()
-    snapshot = client.deltas[-1].snapshot
+    expected = alone(engine, requests[1].prompt, max_tokens=50)
+    assert requests[1].generated == expected  # it was moved to the other's slot on the way
+
+
+def test_a_saved_state_goes_on_forks_and_survives_a_file(tokenizer: Any, tmp_path: Path) -> None:
+    engine = tiny_engine(tokenizer, stop_tokens=())
+    prompt = prompts(8)[6]
+    deltas = ask(engine, prompt, max_tokens=10)
+    engine.run()
+    snapshot = deltas[-1].snapshot
     assert snapshot is not None
-    assert list(snapshot.tokens) == (prompt + client.tokens)[:-1]
+    said = tokens(deltas)
+    assert list(snapshot.tokens) == prompt + said[:-1]
     snapshot.save(tmp_path / "state.safetensors")
-    restored = Snapshot.load(tmp_path / "state.safetensors")
-    continued = [client.tokens[-1], 17, 18]
-    for start in (snapshot, restored):
-        fork = Client(engine, continued, start=start)
-        engine.run()
-        assert fork.tokens == greedy(model, prompt + client.tokens + [17, 18])
+    loaded = Snapshot.load(tmp_path / "state.safetensors")
+    assert loaded.tokens == snapshot.tokens
+    turns = [[said[-1], 9, 10], [said[-1], 20, 21, 22]]
+    forks = [ask(engine, turn, start, max_tokens=25) for turn in turns for start in (snapshot, loaded)]
+    engine.run()
+    for turn, pair in zip(turns, (forks[:2], forks[2:]), strict=True):
+        expected = alone(engine, prompt + said[:-1] + turn, max_tokens=25)
+        assert [tokens(fork) for fork in pair] == [expected, expected]
+
+
+def test_a_state_of_another_model_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    engine = tiny_engine(tokenizer)
+    other = Engine(lolcats.convert(tiny_model(), AttentionConfig(window_size=16, feature_dim=8)), tokenizer, slots=1)
+    deltas = ask(engine, [5, 6], max_tokens=2)
+    engine.run()
+    with pytest.raises(LolcatsError, match="of another model"):
+        ask(other, [7], deltas[-1].snapshot)
+    (tmp_path / "no").write_text("no")
     with pytest.raises(LolcatsError, match="no saved state"):
-        Snapshot.load(tmp_path / "missing.safetensors")
+        Snapshot.load(tmp_path / "no")
 
 
-def test_stop_strings_hide_what_follows(model: Any, tokenizer: Any) -> None:
-    engine = engine_of(model, tokenizer)
-    whole = Client(engine, [7, 8, 9], max_tokens=30)
+def test_shared_prefixes_are_computed_once_and_stay_within_their_memory(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=1 << 20)
+    plain = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=0)
+    shared = prompts(8)[7]
+    for tail in ([7], [8, 9], list(range(10, 50))):
+        request = Request([*shared, *tail], SamplingParams(max_tokens=20), lambda _: None)
+        engine.submit(request)
+        engine.run()
+        assert request.cached == (0 if tail == [7] else 64)
+        assert request.generated == alone(plain, request.prompt, max_tokens=20)
+    assert plain.prefixes.entries == {}
+    engine.prefixes.limit = 3 * engine.state_bytes
+    for prompt in prompts(24, seed=5):
+        alone(engine, prompt, max_tokens=1)
+    entries = engine.prefixes.entries.values()
+    assert len(entries) == 3
+    assert sum(entry.nbytes for entry in entries) == engine.prefixes.nbytes <= engine.prefixes.limit
+
+
+def test_memory_does_not_grow_with_length(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=2, stop_tokens=())
+    before, addresses = engine.table.nbytes, [s.S.data_ptr() for s in engine.table.states]
+    assert len(alone(engine, [5, 6, 7], max_tokens=300)) == 300
+    assert engine.table.nbytes == before
+    assert [s.S.data_ptr() for s in engine.table.states] == addresses
+
+
+def test_a_model_can_be_saved_after_it_was_in_an_engine(tokenizer: Any, tmp_path: Path) -> None:
+    engine = tiny_engine(tokenizer)
+    ids = torch.tensor([prompts(8)[7]])
+    engine.model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(ids).logits, engine.model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_end_of_sequence_and_stop_strings_end_a_request(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, stop_tokens=())
+    free = ask(engine, [5, 6, 7], max_tokens=40)
     engine.run()
-    stop = whole.text[8:11]
-    client = Client(engine, [7, 8, 9], max_tokens=30, stop=(stop, "never there"))
+    text, chosen = "".join(d.text for d in free), tokens(free)
+    engine.stop_tokens = frozenset([chosen[12]])
+    ended = ask(engine, [5, 6, 7], max_tokens=40)
     engine.run()
-    assert client.reason == "stop"
-    assert client.text == whole.text[: whole.text.index(stop)]
-
-
-def test_sampling(model: Any, tokenizer: Any) -> None:
-    engine = engine_of(model, tokenizer, slots=16)
-    common = {"temperature": 1.5, "max_tokens": 12}
-    same = [Client(engine, [7, 8], seed=3, **common) for _ in range(2)]
-    other = Client(engine, [7, 8], seed=4, **common)
-    nearly_greedy = [
-        Client(engine, [7, 8], seed=5, **common, **x) for x in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1})
-    ]
-    once = Client(engine, [7, 8], repetition_penalty=100.0, max_tokens=30)
-    likely = Client(engine, [7, 8], logprobs=3, max_tokens=4)
+    assert tokens(ended) == chosen[: chosen.index(chosen[12]) + 1]
+    assert ended[-1].finish_reason == "stop"
+    engine.stop_tokens = frozenset()
+    stopped = ask(engine, [5, 6, 7], max_tokens=40, stop=(text[14:17],))
     engine.run()
-    assert same[0].tokens == same[1].tokens != other.tokens
-    for client in nearly_greedy:
-        assert client.tokens == greedy(model, [7, 8], 12)
-    assert len(set(once.tokens)) == 30
-    logits = model(torch.tensor([[7, 8]])).logits[0, -1]
-    report = likely.deltas[0].logprobs[0]
-    assert report.token == report.top[0][0] == int(logits.argmax())
-    assert report.logprob == pytest.approx(float(logits.log_softmax(-1).max()), abs=1e-4)
-    assert len(report.top) == 3
+    assert "".join(d.text for d in stopped) == text[: text.index(text[14:17])]
+    assert stopped[-1].finish_reason == "stop"
 
 
-def test_refusals(model: Any, tokenizer: Any) -> None:
-    engine = engine_of(model, tokenizer)
-    for prompt in ([], [-1], [10**6]):
-        with pytest.raises(LolcatsError, match="prompt"):
-            Client(engine, prompt)
-    for wrong in ({"temperature": -1}, {"top_p": 0}, {"max_tokens": 0}, {"stop": ("",)}, {"logprobs": 21}):
-        with pytest.raises(LolcatsError, match=next(iter(wrong))):
-            SamplingParams(**wrong)
-    with pytest.raises(LolcatsError, match="convert this one first"):
+def test_refusals(tokenizer: Any) -> None:
+    with pytest.raises(LolcatsError, match="Layers 0 kept softmax attention"):
+        Engine(lolcats.convert(tiny_model("gemma3"), CONFIG), tokenizer)
+    with pytest.raises(LolcatsError, match="linearized models"):
         Engine(tiny_model(), tokenizer)
-    with pytest.raises(LolcatsError, match="cache grows"):
-        Engine(lolcats.convert(tiny_model(), AttentionConfig(window_size=8, layers={"0": "softmax"})), tokenizer)
-
-
-def test_state_does_not_grow(model: Any, tokenizer: Any) -> None:
-    engine = engine_of(model, tokenizer, slots=1)
-    size = engine.table.nbytes
-    Client(engine, [7], max_tokens=500)
-    engine.run()
-    assert engine.table.nbytes == size == engine.state_bytes
+    engine = tiny_engine(tokenizer)
+    for prompt in ([], [-1], [320]):
+        with pytest.raises(LolcatsError, match="at least one token"):
+            ask(engine, prompt)
+    for wrong in ({"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"max_tokens": 0}, {"stop": ("",)}, {"top_k": -1}):
+        with pytest.raises(LolcatsError, match=next(iter(wrong))):
+            SamplingParams(**wrong)  # type: ignore[arg-type]

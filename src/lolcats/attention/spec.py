@@ -60,6 +60,11 @@ class AttentionSpec:
             return 0
         return 2 * self.window_size if self.window == "terraced" else self.window_size
 
+    @property
+    def stride(self) -> int:
+        """How many keys leave the window when it moves."""
+        return self.window_size if self.window == "terraced" else 1
+
     def window_start(self, n: Position) -> Position:
         """First position inside the window of the query at ``n`` (may be negative; ``n + 1``: no window at all)."""
         if self.kind == "linear":

@@ -40,6 +40,7 @@ class AttentionState:
     seen: (B,) int64, tokens so far; ring_k, ring_v: (B, G, W, D); sink_k, sink_v: (B, G, sinks, D);
     S: (B, H or G, F, D) fp32; z: (B, H or G, F) fp32. F = 0 where the kind has no linear term.
     count: ``seen`` where it is the same in every row and the host knows it, else None.
+    in_place: :func:`step` writes into these tensors, always the same memory, instead of making new ones; no gradients.
     """
 
     seen: Tensor
@@ -50,6 +51,7 @@ class AttentionState:
     S: Tensor
     z: Tensor
     count: int | None
+    in_place: bool = False
 
     @classmethod
     def empty(cls, k: Tensor, v: Tensor, maps: int, features: int, spec: AttentionSpec) -> AttentionState:
@@ -163,28 +165,57 @@ def step(
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
     """Output (B, H, 1, D) fp32 for one new token a row, and the state after it. Constant time and memory."""
     state = _fold(state, k, v, phi_k, spec)
-    n, heads = state.seen, q.shape[1]  # the new token's position, (B,)
-    ring_k, ring_v = _write(state.ring_k, k, n), _write(state.ring_v, v, n)
-    is_sink = (n[:, None] == torch.arange(state.sink_k.shape[2], device=n.device))[:, None, :, None]
-    sink_k, sink_v = torch.where(is_sink, k, state.sink_k), torch.where(is_sink, v, state.sink_v)
-    count = None if state.count is None else state.count + 1
-    state = AttentionState(n + 1, ring_k, ring_v, sink_k, sink_v, state.S, state.z, count)
+    n = state.seen.clone() if state.in_place else state.seen  # the new token's position, (B,)
+    state = _append(state, k, v)
     numerator = denominator = torch.zeros((), device=q.device)
     if spec.has_softmax:
         positions = state.ring_positions()
         reach = positions >= spec.window_start(n)[:, None].clamp_min(spec.sinks)
         sinks = torch.arange(spec.sinks, device=n.device) <= n[:, None]
-        keys, values = torch.cat([sink_k, ring_k], 2), torch.cat([sink_v, ring_v], 2)
-        keys, values = expand_heads(keys, heads), expand_heads(values, heads)
-        logits = softmax_logits(q.float(), keys, scale, softcap)
-        logits = logits.masked_fill(~torch.cat([sinks, reach], 1)[:, None, None], -torch.inf)
-        e = gamma.float().view(-1, 1, 1) * torch.exp(logits - logits.amax(-1, keepdim=True))
-        numerator, denominator = e @ values, e.sum(-1, keepdim=True)
+        queries, mask = _grouped(q.float(), k), torch.cat([sinks, reach], 1)[:, None, None]
+        parts = [softmax_logits(queries, keys.float(), scale, softcap) for keys in (state.sink_k, state.ring_k)]
+        logits = torch.cat(parts, -1).masked_fill(~mask, -torch.inf)
+        e = gamma.float().view(k.shape[1], -1, 1) * torch.exp(logits - logits.amax(-1, keepdim=True))
+        to_sinks, to_ring = e.split([x.shape[-1] for x in parts], -1)
+        numerator = _ungrouped(to_sinks @ state.sink_v.float() + to_ring @ state.ring_v.float())
+        denominator = _ungrouped(e.sum(-1, keepdim=True))
     if spec.has_linear:
-        fq = phi_q(q)
-        numerator = numerator + fq @ expand_heads(state.S, heads)
-        denominator = denominator + fq @ expand_heads(state.z, heads)[..., None]
+        fq = _grouped(phi_q(q), state.S)
+        numerator = numerator + _ungrouped(fq @ state.S)
+        denominator = denominator + _ungrouped(fq @ state.z[..., None])
     return normalize(numerator, denominator), state
+
+
+def _append(state: AttentionState, k: Tensor, v: Tensor) -> AttentionState:
+    """Put the arriving key and value (B, G, 1, D) into ring and sinks, and count them."""
+    n = state.seen[:, None]
+    is_sink = (n == torch.arange(state.sink_k.shape[2], device=n.device))[:, None, :, None]
+    sink_k, sink_v = torch.where(is_sink, k, state.sink_k), torch.where(is_sink, v, state.sink_v)
+    slots = state.ring_k.shape[2]
+    index = (n % max(slots, 1))[:, None, :, None]
+    if state.in_place:
+        state.sink_k.copy_(sink_k)
+        state.sink_v.copy_(sink_v)
+        if slots:
+            state.ring_k.scatter_(2, index.expand_as(k), k)
+            state.ring_v.scatter_(2, index.expand_as(v), v)
+        state.seen += 1
+        return state
+    return dataclasses.replace(
+        state, seen=state.seen + 1, sink_k=sink_k, sink_v=sink_v,
+        ring_k=state.ring_k.scatter(2, index.expand_as(k), k) if slots else state.ring_k,
+        ring_v=state.ring_v.scatter(2, index.expand_as(v), v) if slots else state.ring_v,
+        count=None if state.count is None else state.count + 1,
+    )  # fmt: skip
+
+
+def _add(state: AttentionState, rows: Tensor, S: Tensor, z: Tensor) -> AttentionState:
+    """Add to the sums of ``rows`` (R,)."""
+    if state.in_place:
+        state.S.index_add_(0, rows, S)
+        state.z.index_add_(0, rows, z)
+        return state
+    return dataclasses.replace(state, S=state.S.index_add(0, rows, S), z=state.z.index_add(0, rows, z))
 
 
 def _fold(state: AttentionState, k: Tensor, v: Tensor, phi_k: KeyMap, spec: AttentionSpec) -> AttentionState:
@@ -193,16 +224,31 @@ def _fold(state: AttentionState, k: Tensor, v: Tensor, phi_k: KeyMap, spec: Atte
         return state
     if spec.kind == "linear":  # no window: the new key itself
         fk = phi_k(k)
-        return dataclasses.replace(state, S=state.S + fk.mT @ expand_heads(v, fk.shape[1]), z=state.z + fk.sum(2))
+        rows = torch.arange(len(state.seen), device=k.device)
+        return _add(state, rows, fk.mT @ expand_heads(v, fk.shape[1]), fk.sum(2))
     if state.count is not None and spec.window_start(state.count) == spec.window_start(state.count - 1):
         return state
-    positions, n = state.ring_positions(), state.seen[:, None]
-    leaving = (positions >= spec.window_start(n - 1).clamp_min(spec.sinks)) & (positions < spec.window_start(n))
-    if state.count is None and not leaving.any():
+    n = state.seen[:, None]
+    first, end = spec.window_start(n - 1), spec.window_start(n)
+    positions = first + torch.arange(spec.stride, device=n.device)
+    leaving = (positions >= spec.sinks) & (positions < end)
+    rows = torch.arange(len(n), device=n.device) if state.count is not None else leaving.any(1).nonzero()[:, 0]
+    if not rows.numel():
         return state
-    fk = phi_k(state.ring_k) * leaving[:, None, :, None]
-    S = state.S + fk.mT @ expand_heads(state.ring_v, fk.shape[1])
-    return dataclasses.replace(state, S=S, z=state.z + fk.sum(2))
+    slots = positions[rows] % state.ring_k.shape[2]
+    old_k, old_v = _gather(state.ring_k[rows], slots), _gather(state.ring_v[rows], slots)
+    fk = phi_k(old_k) * leaving[rows, None, :, None]
+    return _add(state, rows, fk.mT @ expand_heads(old_v, fk.shape[1]), fk.sum(2))
+
+
+def _grouped(x: Tensor, shared: Tensor) -> Tensor:
+    """(B, H, 1, D) -> (B, G, H / G, D): the query heads that share one of the G heads of ``shared``, as its rows."""
+    return x[:, :, 0].unflatten(1, (shared.shape[1], -1))
+
+
+def _ungrouped(y: Tensor) -> Tensor:
+    """(B, G, H / G, D) -> (B, H, 1, D)"""
+    return y.flatten(1, 2)[:, :, None]
 
 
 class _Rows(NamedTuple):
@@ -252,13 +298,6 @@ def _sinks(row: Tensor, known: Tensor, start: Tensor) -> Tensor:
     count = known.shape[2]
     fresh = pad(row, (0, 0, 0, max(0, count - row.shape[2])))[:, :, :count]
     return torch.where((start == 0)[:, None, None, None], fresh, known)
-
-
-def _write(ring: Tensor, x: Tensor, position: Tensor) -> Tensor:
-    """``ring`` (B, G, W, D) with x (B, G, 1, D) in the slot of ``position`` (B,)."""
-    if not ring.shape[2]:
-        return ring
-    return ring.scatter(2, (position % ring.shape[2])[:, None, None, None].expand_as(x), x)
 
 
 def _scatter(x: Tensor, index: Tensor, room: int) -> Tensor:

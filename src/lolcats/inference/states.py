@@ -48,9 +48,9 @@ class Snapshot:
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
         try:
             tensors = load_file(path, device=str(device))
-        except (OSError, SafetensorError) as error:
+            tokens = tuple(tensors.pop("tokens").tolist())
+        except (OSError, KeyError, SafetensorError) as error:
             raise LolcatsError(f"{path}: no saved state ({error}).") from None
-        tokens = tuple(tensors.pop("tokens").tolist())
         layers: dict[int, dict[str, Any]] = {}
         for name, tensor in tensors.items():
             index, _, field = name.partition(".")
@@ -83,17 +83,18 @@ class SingleCache:
 class SlotTable:
     """States of all slots, one batched :class:`AttentionState` a layer, allocated once and written in place.
 
-    A decode step sees the first n slots, as transformers' cache.
+    A decode step sees the first n slots as transformers' cache, and moves the states of all n.
     """
 
     def __init__(self, layers: dict[int, LinearizedAttention], slots: int, dtype: torch.dtype, device: Any) -> None:
         self.slots = slots
-        self.states = []
+        self.states: list[AttentionState] = []
+        self.views: dict[int, list[AttentionState]] = {}
         for layer in layers.values():
             g = layer.geometry
             k = torch.empty(slots, g.kv_heads, 0, g.head_dim, dtype=dtype, device=device)
             v = torch.empty(slots, g.kv_heads, 0, g.value_dim, dtype=dtype, device=device)
-            self.states.append(replace(layer.empty_state(k, v), count=None))
+            self.states.append(replace(layer.empty_state(k, v), count=None, in_place=True))
         self.cache = DynamicCache()
         install_cache(self.cache, layers)
         self.layers: list[LinearizedCacheLayer] = [self.cache.layers[i] for i in layers]
@@ -103,20 +104,12 @@ class SlotTable:
         return sum(state.nbytes for state in self.states)
 
     def view(self, rows: int) -> DynamicCache:
-        """A cache of the first ``rows`` slots; its new states reach the table by :meth:`store`."""
-        for layer, state in zip(self.layers, self.states, strict=True):
-            layer.state, layer.length = state.map(lambda x: x[:rows]), 0
+        """A cache of the first ``rows`` slots, on the table's own memory."""
+        if rows not in self.views:
+            self.views[rows] = [state.map(lambda x: x[:rows]) for state in self.states]
+        for layer, state in zip(self.layers, self.views[rows], strict=True):
+            layer.state, layer.length = state, 0
         return self.cache
-
-    def store(self, rows: int) -> None:
-        """Write the first ``rows`` slots of the cache's moved states; what a step left alone is not copied."""
-        for layer, state in zip(self.layers, self.states, strict=True):
-            assert layer.state is not None
-            moved = layer.state.tensors()
-            for name, table in state.tensors().items():
-                if moved[name].data_ptr() != table.data_ptr():
-                    table[:rows].copy_(moved[name][:rows])
-            layer.state = None
 
     def put(self, slot: int, states: Sequence[AttentionState]) -> None:
         """Copy a sequence's states into a slot."""
@@ -131,8 +124,8 @@ class SlotTable:
 
     def take(self, slot: int, tokens: Sequence[int]) -> Snapshot:
         """A copy of what a slot remembers, which must be ``tokens``."""
-        layers = (replace(state.map(lambda x: x[slot : slot + 1].clone()), count=len(tokens)) for state in self.states)
-        return Snapshot(tuple(tokens), tuple(layers))
+        rows = (state.map(lambda x: x[slot : slot + 1].clone()) for state in self.states)
+        return Snapshot(tuple(tokens), tuple(replace(row, count=len(tokens), in_place=False) for row in rows))
 
 
 class PrefixCache:

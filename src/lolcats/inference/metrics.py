@@ -1,0 +1,47 @@
+"""The server's figures, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from lolcats.inference.engine import Delta, Request
+from lolcats.inference.worker import Worker
+
+
+class Metrics:
+    """Counters in a registry of their own, so that a process can have several servers."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.registry = CollectorRegistry()
+        engine = worker.engine
+        for name, about, read in (
+            ("running", "Requests in a slot", lambda: len(engine.running)),
+            ("waiting", "Requests that wait for a slot", lambda: worker.waiting),
+            ("slots", "Slots of the engine", lambda: engine.table.slots),
+            ("state_bytes", "Bytes of all slots' states", lambda: engine.table.nbytes),
+            ("prefix_bytes", "Bytes of cached prefixes' states", lambda: engine.prefixes.nbytes),
+            ("prefix_hits", "Prompts that began with a cached prefix", lambda: engine.prefixes.hits),
+        ):
+            Gauge(f"lolcats_{name}", about, registry=self.registry).set_function(read)
+        self.requests = Counter("lolcats_requests", "Requests that ended", ["reason"], registry=self.registry)
+        self.prompt_tokens = Counter("lolcats_prompt_tokens", "Tokens of prompts answered", registry=self.registry)
+        self.new_tokens = Counter("lolcats_generated_tokens", "Tokens generated", registry=self.registry)
+        self.first = Histogram("lolcats_first_token_seconds", "Until the first token", registry=self.registry)
+        self.whole = Histogram("lolcats_request_seconds", "Until the last token", registry=self.registry)
+
+    def count(self, request: Request, delta: Delta, seconds: float) -> None:
+        """A delta that came ``seconds`` after its request."""
+        self.new_tokens.inc(len(delta.tokens))
+        if len(request.generated) == 1 and delta.tokens:
+            self.first.observe(seconds)
+        if delta.finish_reason is not None:
+            self.prompt_tokens.inc(len(request.prompt))
+            self.requests.labels(delta.finish_reason).inc()
+            self.whole.observe(seconds)
+
+    def left(self, requests: int) -> None:
+        """Requests whose client went away."""
+        self.requests.labels("cancelled").inc(requests)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,115 @@
+"""Deltas of the engine as OpenAI's objects: whole answers and chunks of a stream."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from lolcats.inference.engine import Delta, Request
+from lolcats.inference.sampling import TokenLogprob
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Choice:
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    unsent: list[TokenLogprob] = field(default_factory=list)
+    """Of tokens whose text is still held back."""
+
+
+class Reply:
+    """One answer, whose choices are all of ``requests``; ``n`` of them share a prompt."""
+
+    def __init__(self, name: str, model: str, chat: bool, requests: list[Request], n: int, tokenizer: Any) -> None:
+        self.id, self.model, self.chat, self.requests, self.n = name, model, chat, requests, n
+        self.tokenizer, self.created = tokenizer, int(time.time())
+        self.choices = [Choice() for _ in requests]
+
+    def add(self, index: int, delta: Delta) -> None:
+        choice = self.choices[index]
+        choice.text += delta.text
+        choice.logprobs += delta.logprobs
+        choice.finish_reason = delta.finish_reason
+
+    def whole(self) -> Json:
+        kind = "chat.completion" if self.chat else "text_completion"
+        choices = []
+        for index, choice in enumerate(self.choices):
+            said: Json = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+            content = said if self.chat else {"text": choice.text}
+            choices.append(self._choice(index, content, choice.logprobs, choice.finish_reason, 0))
+        return {**self._head(kind), "choices": choices, "usage": self.usage()}
+
+    def opening(self) -> list[Json]:
+        """A chat's first chunks, which name the role."""
+        if not self.chat:
+            return []
+        return [self._chunk(i, {"role": "assistant", "content": ""}, [], None, 0) for i in range(len(self.choices))]
+
+    def chunks(self, index: int, delta: Delta) -> list[Json]:
+        """The chunk for a delta; none while there is nothing to show."""
+        choice, offset = self.choices[index], len(self.choices[index].text)
+        self.add(index, delta)
+        choice.unsent += delta.logprobs
+        if not delta.text and delta.finish_reason is None:
+            return []
+        logprobs, choice.unsent = choice.unsent, []
+        content = {"content": delta.text} if self.chat and delta.text else {} if self.chat else {"text": delta.text}
+        return [self._chunk(index, content, logprobs, delta.finish_reason, offset)]
+
+    def usage_chunk(self) -> Json:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {**self._head(kind), "choices": [], "usage": self.usage()}
+
+    def usage(self) -> Json:
+        prompt = sum(len(request.prompt) for request in self.requests[:: self.n])
+        new = sum(len(request.generated) for request in self.requests)
+        cached = sum(request.cached for request in self.requests[:: self.n])
+        return {
+            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }  # fmt: skip
+
+    def _head(self, kind: str) -> Json:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _chunk(self, index: int, content: Json, logprobs: list[TokenLogprob], reason: str | None, offset: int) -> Json:
+        content = {"delta": content} if self.chat else content
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {**self._head(kind), "choices": [self._choice(index, content, logprobs, reason, offset)]}
+
+    def _choice(self, index: int, content: Json, logprobs: list[TokenLogprob], reason: str | None, offset: int) -> Json:
+        shown = None
+        if logprobs:
+            shown = (
+                {"content": [self._chat_logprob(x) for x in logprobs]}
+                if self.chat
+                else self._logprobs(logprobs, offset)
+            )
+        return {"index": index, **content, "logprobs": shown, "finish_reason": reason}
+
+    def _chat_logprob(self, entry: TokenLogprob) -> Json:
+        return {
+            **self._token(entry.token, entry.logprob),
+            "top_logprobs": [self._token(token, logprob) for token, logprob in entry.top],
+        }
+
+    def _token(self, token: int, logprob: float) -> Json:
+        text = self._text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    def _logprobs(self, entries: list[TokenLogprob], offset: int) -> Json:
+        texts, offsets = [self._text(entry.token) for entry in entries], []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        tops = [{self._text(token): logprob for token, logprob in entry.top} for entry in entries]
+        logprobs = [entry.logprob for entry in entries]
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+    def _text(self, token: int) -> str:
+        return str(self.tokenizer.decode([token]))

@@ -1,0 +1,86 @@
+"""The engine in a thread of its own: others hand in requests and cancellations, it steps while there is work."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from lolcats.inference.engine import Delta, Engine, Request
+
+log = logging.getLogger(__name__)
+
+
+class QueueFull(Exception):
+    """As many requests wait as may."""
+
+
+class Worker:
+    """Runs an engine; every method may be called from any thread.
+
+    Args:
+        max_waiting: requests that may wait for a slot.
+    """
+
+    def __init__(self, engine: Engine, max_waiting: int = 128) -> None:
+        self.engine, self.max_waiting = engine, max_waiting
+        self.open = 0  # requests handed in that have not ended
+        self.lock = threading.Lock()
+        self.commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self.thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return max(0, self.open - len(self.engine.running))
+
+    def submit(self, requests: list[Request]) -> None:
+        """Hand in requests, all or none; their deltas come from the engine's thread.
+
+        Raises:
+            QueueFull: too many are waiting.
+            LolcatsError: the engine does not take one of them.
+        """
+        for request in requests:
+            self.engine.check(request)
+        with self.lock:
+            free = self.engine.table.slots - len(self.engine.running)
+            if self.waiting + len(requests) > self.max_waiting + free:
+                raise QueueFull
+            self.open += len(requests)
+        for request in requests:
+            request.on_delta = self._counted(request.on_delta)
+            self.commands.put(lambda request=request: self.engine.submit(request))  # type: ignore[misc]
+
+    def cancel(self, requests: list[Request]) -> None:
+        """Free the requests' slots before the next step; those that have ended already are left alone."""
+        for request in requests:
+            self.commands.put(lambda request=request: self.engine.cancel(request))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """End the thread after the step it is in."""
+        self.commands.put(None)
+        self.thread.join()
+
+    def _counted(self, report: Callable[[Delta], None]) -> Callable[[Delta], None]:
+        def on_delta(delta: Delta) -> None:
+            if delta.finish_reason is not None:
+                with self.lock:
+                    self.open -= 1
+            report(delta)
+
+        return on_delta
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                while not self.commands.empty() or self.engine.idle:
+                    command = self.commands.get()
+                    if command is None:
+                        return
+                    command()
+                self.engine.step()
+            except Exception as error:
+                log.exception("A step of the engine failed; all its requests end with an error.")
+                self.engine.abort(f"{type(error).__name__}: {error}")

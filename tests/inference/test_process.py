@@ -1,0 +1,152 @@
+"""``lolcats serve`` as a process: signals, restart, the real model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import tiny_model
+from serving import CONFIG, ready, wait_until
+
+import lolcats
+
+REAL = os.environ.get("LOLCATS_TEST_MODEL", "")  # a linearized SmolLM2-135M: DIR or DIR/merged of make demo
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    path = tmp_path_factory.mktemp("serve") / "tiny"
+    lolcats.convert(tiny_model(max_position_embeddings=100_000), CONFIG).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@contextmanager
+def served(directory: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A running ``lolcats serve`` and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "lolcats.cli", "serve", str(directory), "--port", port, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: ready(address), 60)
+        yield address, process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ask(address: str, tokens: int, replies: list[Any]) -> threading.Thread:
+    """A request in a thread; its reply or error is appended."""
+    body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": tokens, "temperature": 0}
+
+    def post() -> None:
+        try:
+            replies.append(httpx.post(f"{address}/v1/completions", json=body, timeout=60).json())
+        except httpx.TransportError as error:
+            replies.append(error)
+
+    thread = threading.Thread(target=post)
+    thread.start()
+    wait_until(lambda: httpx.get(f"{address}/health").json()["running"] == 1)
+    return thread
+
+
+def test_sigterm_finishes_what_runs(directory: Path) -> None:
+    with served(directory) as (address, process):
+        replies: list[Any] = []
+        thread = ask(address, 700, replies)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{address}/health")
+        thread.join(60)
+        assert replies[0]["usage"]["completion_tokens"] == 700
+        assert process.wait(20) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_at_the_deadline(directory: Path) -> None:
+    options = ("--deadline", "1", "--max-tokens", "90000")
+    with served(directory, *options) as (address, process):
+        replies: list[Any] = []
+        thread = ask(address, 90_000, replies)
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) in (0, -signal.SIGTERM)
+        assert time.monotonic() - started < 5
+        thread.join(10)
+        assert replies[0]["error"]["message"] == "The server shut down before the answer was complete."
+
+
+@pytest.mark.slow
+def test_a_killed_server_answers_the_same_after_its_restart(directory: Path) -> None:
+    answers, lost = [], list[Any]()
+    for _ in range(2):
+        with served(directory) as (address, process):
+            if not lost:
+                ask(address, 4000, lost)
+            body = {"model": "tiny", "prompt": "the cat", "max_tokens": 20, "temperature": 0}
+            answers.append(httpx.post(f"{address}/v1/completions", json=body).json()["choices"])
+            process.kill()
+            process.wait()
+            wait_until(lambda: lost)
+    assert answers[0] == answers[1]
+    assert isinstance(lost[0], httpx.TransportError)
+
+
+def test_a_model_that_is_none_is_a_sentence(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lolcats.cli", "serve", str(tmp_path / "no")], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "does not exist" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL, reason="LOLCATS_TEST_MODEL names no linearized SmolLM2-135M")
+def test_a_restart_is_ready_in_ten_seconds() -> None:
+    for _ in range(2):
+        started = time.monotonic()
+        with served(Path(REAL)) as (_, process):
+            seconds = time.monotonic() - started
+            process.kill()
+    assert seconds < 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL, reason="LOLCATS_TEST_MODEL names no linearized SmolLM2-135M")
+def test_a_real_request_does_not_depend_on_its_batch_mates() -> None:
+    from transformers import AutoTokenizer
+
+    from lolcats.inference.engine import Engine, Request
+    from lolcats.inference.sampling import SamplingParams
+    from lolcats.modeling.checkpoint import load
+
+    engine = Engine(load(REAL, "float32"), AutoTokenizer.from_pretrained(REAL), slots=32, prefix_bytes=0)
+    texts = [f"The {i} most important things about the number {i} are" for i in range(32)]
+
+    def submit(text: str) -> Request:
+        request = Request(engine.tokenizer(text)["input_ids"], SamplingParams(max_tokens=100), lambda _: None)
+        engine.submit(request)
+        return request
+
+    together = [submit(text) for text in texts]
+    engine.run()
+    for text, request in list(zip(texts, together, strict=True))[::8]:
+        alone = submit(text)
+        engine.run()
+        assert alone.generated == request.generated

@@ -1,0 +1,115 @@
+"""Sampling against transformers' own processors, and text that comes in pieces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import sentence
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lolcats.inference.sampling import Sampler, SamplingParams, filtered, sample, token_logprob
+from lolcats.inference.text import Detokenizer, StopStrings
+
+LOGITS = 3 * torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("params", "processors"),
+    [
+        ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
+        ({"temperature": 1.5, "top_k": 7}, [TemperatureLogitsWarper(1.5), TopKLogitsWarper(7)]),
+        ({"temperature": 1.0, "top_p": 0.8}, [TopPLogitsWarper(0.8)]),
+        ({"temperature": 1.0, "top_k": 9, "top_p": 0.7}, [TopKLogitsWarper(9), TopPLogitsWarper(0.7)]),
+        ({"temperature": 1.0, "min_p": 0.1}, [MinPLogitsWarper(0.1)]),
+        ({"temperature": 1.0, "repetition_penalty": 1.8}, [RepetitionPenaltyLogitsProcessor(1.8)]),
+    ],
+)
+def test_frequencies_are_those_of_transformers(params: dict[str, Any], processors: list[Any]) -> None:
+    seen = [3, 4, int(LOGITS.argmax())]
+    expected = LogitsProcessorList(processors)(torch.tensor([seen]), LOGITS.clone()).softmax(-1)[0]
+    draws = 20_000
+    rows = []
+    for start in range(0, draws, 1000):
+        samplers = [Sampler(SamplingParams(seed=start + i, **params), seen) for i in range(1000)]
+        rows += sample(LOGITS.expand(1000, -1), samplers)
+    counts = torch.bincount(torch.tensor(rows), minlength=50) / draws
+    assert (counts[expected == 0] == 0).all()
+    assert (counts - expected).abs().max() < 5 * (0.25 / draws) ** 0.5
+
+
+def test_filters_keep_at_least_the_likeliest() -> None:
+    probs = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    ones = torch.ones(1, 1)
+    kept = filtered(probs, ones.long() * 0, ones * 1e-9, ones * 0)
+    assert (kept > 0).tolist() == [[True, False, False, False]]
+    assert filtered(probs, ones.long() * 3, ones, ones * 0.6)[0].tolist() == pytest.approx([0.4, 0.3, 0, 0])
+
+
+def test_a_seed_repeats_itself_and_rows_are_independent() -> None:
+    def tokens(mates: int) -> list[int]:
+        own = Sampler(SamplingParams(temperature=4.0, seed=5, top_p=0.9), [])
+        others = [Sampler(SamplingParams(temperature=i % 2, repetition_penalty=1.2), [1]) for i in range(mates)]
+        return [sample(LOGITS.repeat(1 + mates, 1), [own, *others])[0] for _ in range(20)]
+
+    assert tokens(0) == tokens(0) == tokens(7)
+    assert len(set(tokens(0))) > 1
+
+
+def test_logprobs_are_of_the_model_itself() -> None:
+    entry = token_logprob(LOGITS[0], 4, 3)
+    expected = LOGITS[0].log_softmax(-1)
+    assert entry.logprob == pytest.approx(float(expected[4]))
+    assert [token for token, _ in entry.top] == expected.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("text", ["the cat — 猫 🐈‍⬛ sat", "ééé", "  spaces  and\nlines\n", "🐈" * 20])
+def test_text_in_pieces_is_the_text(text: str, tokenizer: Any) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.add(token) for token in tokenizer(text)["input_ids"]]
+    assert "".join(pieces) + detokenizer.rest() == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_broken_characters_come_at_the_end(tokenizer: Any) -> None:
+    detokenizer, ids = Detokenizer(tokenizer), tokenizer("🐈")["input_ids"]
+    assert [detokenizer.add(token) for token in ids[:-1]] == [""] * (len(ids) - 1)
+    assert set(detokenizer.rest()) == {"\ufffd"}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    ("stop", "text", "expected"),
+    [
+        (("END",), "a EN ENEND b", "a EN EN"),
+        (("aab",), "aaaab", "aa"),
+        (("xyz",), "abc xy", "abc xy"),
+        (("later", "cat"), "the cat later", "the "),
+        ((), "all of it", "all of it"),
+    ],
+)
+def test_stop_strings(size: int, stop: tuple[str, ...], text: str, expected: str) -> None:
+    stops, shown = StopStrings(stop), ""
+    for start in range(0, len(text), size):
+        if stops.stopped:
+            break
+        shown += stops.add(text[start : start + size])
+        assert expected.startswith(shown)
+    assert shown + stops.rest() == expected
+    assert stops.stopped == (expected != text)
+
+
+def test_sentences_of_the_tokenizer(tokenizer: Any) -> None:
+    import random
+
+    text = sentence(random.Random(3), 30)
+    detokenizer = Detokenizer(tokenizer)
+    assert "".join(detokenizer.add(token) for token in tokenizer(text)["input_ids"]) == text
