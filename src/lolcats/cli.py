@@ -56,7 +56,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 raise
             _fail("The disk is full. Free some space and run the same command again: it continues where it stopped.", 2)
 
-    return app.command()(guarded)
+    return app.command(function.__name__.removesuffix("_"))(guarded)
 
 
 @command
@@ -262,6 +262,22 @@ def export(directory: Directory, out_: Out,
         raise LolcatsError(f"{out_} is not empty; choose another --out.")
     export_merged(load(directory, dtype), _tokenizer(str(directory)), out_)
     out.print(f"Merged model: {out_}", soft_wrap=True)
+
+
+@command
+def import_(
+    base: Annotated[str, typer.Option(help="The base model: hub id, directory or .gguf file.")],
+    transfer: Annotated[Path, typer.Option(help=".pt file with feature maps and window factors.")],
+    out_: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    lora: Annotated[Path | None, typer.Option(help=".pt file with LoRA matrices.")] = None,
+    recipe: Recipe = "paper", set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """An adapter from checkpoints of the paper's own code. What they do not say (window, α): --set attention...=."""
+    from lolcats.config import load_config
+    from lolcats.reference_import import import_reference
+
+    import_reference(base, transfer, lora, out_, load_config(recipe, set_))
+    out.print(f"Adapter: {out_}", soft_wrap=True)
 
 
 @command

@@ -68,6 +68,17 @@ def load_model(base: Base, dtype: torch.dtype, device: torch.device | str = "cpu
     return model.to(device).eval()
 
 
+def empty_model(base: Base) -> PreTrainedModel:
+    """The base model's modules and shapes without memory for weights, on the meta device."""
+    path, kwargs = base.arguments
+    if base.form == "gguf":
+        _need_gguf()
+    with _readable(base, "Is it a decoder-only language model that transformers knows?"):
+        config = AutoConfig.from_pretrained(path, **kwargs)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+
 def load_tokenizer(base: Base) -> Any:
     path, kwargs = base.arguments
     if base.form == "gguf":
