@@ -92,7 +92,8 @@ class FinetuneTrainer(StageTrainer):
         return wrapped.get_base_model()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        return language_model_loss(self.base, self.head, inputs["input_ids"], self.stage_config.liger)
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        return language_model_loss(self.base, self.head, ids, self.stage_config.liger, positions)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW; feature maps, where they train, form a group with their own rate."""

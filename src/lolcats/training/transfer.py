@@ -7,6 +7,7 @@ reaches another layer's parameters: backward runs inside each layer's forward, a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +47,26 @@ class TransferTrainer(StageTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         scale = 1 / self.current_gradient_accumulation_steps
-        losses = layer_losses(model, self._prepare_inputs(inputs)["input_ids"], self.stage_config, scale)
+        inputs = self._prepare_inputs(inputs)
+        losses = layer_losses(model, inputs["input_ids"], self.stage_config, scale, inputs.get("position_ids"))
         return losses.mean() * scale
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        return layer_losses(model, inputs["input_ids"], self.stage_config).mean()
+        return layer_losses(
+            model, inputs["input_ids"], self.stage_config, positions=inputs.get("position_ids")
+        ).mean()  # fmt: skip
 
 
 def layer_losses(
-    model: PreTrainedModel, input_ids: Tensor, config: TransferConfig, backward_scale: float | None = None
-) -> Tensor:
+    model: PreTrainedModel, input_ids: Tensor, config: TransferConfig, backward_scale: float | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """(layers,) losses of one batch (B, T) of token ids.
 
     With ``backward_scale``, the gradient of backward_scale · mean(losses) is accumulated layer by layer on the way.
+
+    Args:
+        positions: (B, T), which start again where another document begins; None: rows are one sequence each.
     """
     losses: list[Tensor] = []
     count = len(linearized_layers(model))
@@ -72,13 +80,14 @@ def layer_losses(
 
     model.eval()  # the teacher has no dropout
     with torch.no_grad(), override(model, mode="transfer", observer=observe):
-        decoder(model)(input_ids=input_ids, use_cache=False)
+        given = {} if positions is None else {"position_ids": positions}
+        decoder(model)(input_ids=input_ids, use_cache=False, **given)
     return torch.stack(losses)
 
 
 def attention_loss(layer: LinearizedAttention, call: AttentionCall, config: TransferConfig) -> Tensor:
     """Scalar loss of one layer on one call."""
-    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding).transpose(1, 2)
+    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding, call.documents).transpose(1, 2)
     loss = config.mse_weight * mean_squared_error(y, call.target, call.padding)
     if config.xent_weight:
         loss = loss + config.xent_weight * _weight_cross_entropy(layer, call)
@@ -87,9 +96,14 @@ def attention_loss(layer: LinearizedAttention, call: AttentionCall, config: Tran
 
 def _weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
     """−Σ a·log â between softmax and hybrid attention weights, mean over queries. Causal, unpadded rows."""
-    a = softmax_weights(call.q, call.k, call.scale, call.softcap)
-    predicted = layer.weights(call.q, call.k, call.scale, call.softcap)
-    return -(a * predicted.clamp_min(1e-12).log()).sum(-1).mean()
+
+    def of_queries(q: Tensor, k: Tensor) -> Tensor:
+        a = softmax_weights(q, k, call.scale, call.softcap)
+        predicted = layer.weights(q, k, call.scale, call.softcap)
+        return -(a * predicted.clamp_min(1e-12).log()).sum(-1, keepdim=True)
+
+    per_query = of_queries if call.documents is None else partial(call.documents.apart, of_queries)
+    return per_query(call.q, call.k).mean()
 
 
 def layer_errors(model: PreTrainedModel, rows: Iterable[Tensor]) -> list[float]:
