@@ -85,9 +85,9 @@ def by_reference(layer: LinearizedAttention, tensors: list[Tensor]) -> Tensor:
     rows = []
     for row, lengths in enumerate(LENGTHS):
         parts = zip(*(x[row : row + 1].split(lengths, 2) for x in tensors), strict=True)
-        rows.append(torch.cat([
-            parallel_attention(q, k, v, layer.phi_q(q), layer.phi_k(k), layer.gamma, layer.spec, 0.3) for q, k, v in parts
-        ], 2))  # fmt: skip
+        common = (layer.gamma, layer.spec, 0.3)
+        y = [parallel_attention(q, k, v, layer.phi_q(q), layer.phi_k(k), *common) for q, k, v in parts]
+        rows.append(torch.cat(y, 2))
     return torch.cat(rows)
 
 

@@ -9,6 +9,6 @@ from lolcats.attention.spec import AttentionSpec
 from lolcats.attention.state import AttentionState, extend, step
 
 __all__ = [
-    "AttentionSpec", "AttentionState", "Documents", "FeatureMap", "attention", "attention_weights", "chunked_attention", "extend",
-    "parallel_attention", "recurrent_attention", "step", "use_backend", "uses_kernels",
+    "AttentionSpec", "AttentionState", "Documents", "FeatureMap", "attention", "attention_weights", "chunked_attention",
+    "extend", "parallel_attention", "recurrent_attention", "step", "use_backend", "uses_kernels",
 ]  # fmt: skip

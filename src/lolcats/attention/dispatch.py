@@ -68,16 +68,22 @@ def attention(
     """
     path = _kernels if uses_kernels(q, spec, final) else _chunked
     if documents is not None:
-        return _packed(path, documents, q, k, v, phi_q, phi_k, gamma, spec, scale, softcap), None, None
+        apart = _packed_kernels if path is _kernels else _packed_chunked
+        return apart(documents, q, k, v, phi_q, phi_k, gamma, spec, scale, softcap), None, None
     return path(q, k, v, phi_q, phi_k, gamma, spec, scale, softcap, context, lengths, final)
 
 
-def _packed(path: Any, documents: Documents, q: Tensor, k: Tensor, v: Tensor, *common: Any) -> Tensor:
-    """The kernels take all documents as they lie; the chunked path takes those of similar length together."""
-    if path is _kernels:
-        y = _kernels(*documents.laid_out((q, k, v)), *common, None, None, False, documents.cumulative)[0]
-        return y.unflatten(2, (q.shape[0], q.shape[2]))[0].transpose(0, 1)
-    return documents.apart(lambda *rows: _chunked(*rows, *common, None, None, False)[0], q, k, v)
+def _packed_kernels(documents: Documents, q: Tensor, k: Tensor, v: Tensor, *common: Any) -> Tensor:
+    """All documents as they lie."""
+    attend: Callable[..., Any] = _kernels
+    y = attend(*documents.laid_out((q, k, v)), *common, None, None, False, documents.cumulative)[0]
+    return y.unflatten(2, (q.shape[0], q.shape[2]))[0].transpose(0, 1)
+
+
+def _packed_chunked(documents: Documents, q: Tensor, k: Tensor, v: Tensor, *common: Any) -> Tensor:
+    """Documents of similar length together."""
+    attend: Callable[..., Any] = _chunked
+    return documents.apart(lambda *rows: attend(*rows, *common, None, None, False)[0], q, k, v)
 
 
 def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:

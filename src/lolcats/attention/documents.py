@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -39,15 +39,14 @@ class Documents:
         Of each group: (N, L) places of its tokens in B · T, the last one repeated behind a shorter document's end, and
         (N · L) bool, False there.
         """
-        begins, ends = self.cumulative[:-1], self.cumulative[1:]
-        by_size: dict[int, list[int]] = {}
-        for number, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-            by_size.setdefault((end - begin - 1).bit_length(), []).append(number)
+        by_size: dict[int, list[tuple[int, int]]] = {}
+        for begin, end in pairwise(self.cumulative):
+            by_size.setdefault((end - begin - 1).bit_length(), []).append((begin, end))
         groups = []
-        for numbers in by_size.values():
-            begin, end = (torch.tensor([x[n] for n in numbers], device=self.device)[:, None] for x in (begins, ends))
-            places = begin + torch.arange(int((end - begin).max()), device=self.device)
-            groups.append((places.minimum(end - 1), (places < end).flatten()))
+        for spans in by_size.values():
+            first, stop = torch.tensor(spans, device=self.device).split(1, 1)
+            places = first + torch.arange(max(end - begin for begin, end in spans), device=self.device)
+            groups.append((places.minimum(stop - 1), (places < stop).flatten()))
         return groups
 
     @cached_property
