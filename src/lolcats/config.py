@@ -69,9 +69,23 @@ class DataConfig:
     """Packed rows held out for the final table; nothing is chosen on them."""
     skip_broken: bool = False
     """Skip and count broken lines of a .jsonl file instead of stopping."""
+    streaming: bool = False
+    """Read a hub data set while it comes instead of downloading it first; meant with ``max_tokens``."""
+    max_tokens: int = 0
+    """Stop reading a source behind so many tokens; 0: read all of it."""
+    reset_at_documents: bool = False
+    """Documents packed into a row are sequences of their own: attention, softmax and linear, does not reach from one
+    into the next. Off is the paper."""
+    keep_longest_effective: float = 1.0
+    """Train on this fraction of the training rows: those with the longest effective sequence length in the base model's
+    attention (the paper's Eq. 9 and Table 15)."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "data", sequence_length=2, validation_rows=1, test_rows=1)
+        _at_least(self, "data", sequence_length=2, validation_rows=1, test_rows=1, max_tokens=0)
+        if not 0 < self.keep_longest_effective <= 1:
+            raise LolcatsError(
+                f"data.keep_longest_effective must be above 0 and at most 1, not {self.keep_longest_effective}."
+            )
 
 
 @dataclass(frozen=True)

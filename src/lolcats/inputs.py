@@ -29,7 +29,8 @@ class Inputs:
 
     def data(self, source: str, config: DataConfig, seed: int) -> Data:
         """The splits of ``source``; another seed, length or size of a split does not read or tokenize it again."""
-        reading = replace(config, sequence_length=2, validation_rows=1, test_rows=1)
+        packing = {"sequence_length": 2, "validation_rows": 1, "test_rows": 1, "reset_at_documents": False}
+        reading = replace(config, **packing, keep_longest_effective=1.0)
         if (source, reading) not in self._documents:
             self._documents[source, reading] = tokenize_source(source, self.tokenizer, config)
         return split(self._documents[source, reading], config, seed)

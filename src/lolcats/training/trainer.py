@@ -25,7 +25,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from lolcats.config import StageConfig
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import load_strictly, read_tensors, write_tensors, write_text
-from lolcats.training.data import Rows
+from lolcats.training.data import Data
 
 COMPLETE = "complete"
 TRAINABLE = "trainable.safetensors"
@@ -56,8 +56,8 @@ class StageTrainer(Trainer):
     """
 
     def __init__(
-        self, model: nn.Module, config: StageConfig, train: Tensor, validation: Tensor, stage: str, directory: Path,
-        metrics: Path, seed: int = 0, report_to: list[str] | None = None,
+        self, model: nn.Module, config: StageConfig, data: Data, stage: str, directory: Path, metrics: Path,
+        seed: int = 0, report_to: list[str] | None = None,
     ) -> None:  # fmt: skip
         self.keeper = BestKeeper(config.early_stopping_patience, directory / BEST)
         self.stage, self.directory, self.stage_config = stage, directory, config
@@ -67,8 +67,8 @@ class StageTrainer(Trainer):
             super().__init__(
                 model=model,
                 args=training_arguments(config, directory, seed, next(model.parameters()).device, report_to or []),
-                train_dataset=Rows(train),
-                eval_dataset=Rows(validation),
+                train_dataset=data.dataset("train"),
+                eval_dataset=data.dataset("validation"),
                 callbacks=[self.keeper, MetricsFile(metrics, stage)],
             )
         except (ImportError, RuntimeError, ValueError) as error:
