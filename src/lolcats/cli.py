@@ -8,7 +8,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -24,11 +24,14 @@ app = typer.Typer(
     name="lolcats", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Turn pretrained softmax-attention language models into linear-attention ones.",
 )  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on them.")
+app.add_typer(data_app, name="data")
 out, err = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Hub id, local model directory or .gguf file.", metavar="MODEL")]
 Directory = Annotated[Path, typer.Argument(help="A run directory or a linearized model.", metavar="DIR")]
-DataPath = Annotated[str, typer.Option("--data", help="Hub data set id or local .json, .jsonl, .parquet, .txt file.")]
+DataPath = Annotated[str, typer.Option("--data", help="Hub data set id; local .json, .jsonl, .parquet, .txt file; or "
+                                       "a .yaml file that mixes several.")]  # fmt: skip
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; an unfinished run in it is continued.")]
 Recipe = Annotated[str, typer.Option(help="paper, default, small, or a YAML file.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Change one setting: transfer.learning_rate=1e-3. Repeatable.")]
@@ -37,7 +40,7 @@ Controls = Annotated[bool, typer.Option("--controls", help="Also train window + 
                                         "term) and the teacher with it.")]  # fmt: skip
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
+def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
     """Register a command whose user errors end in one sentence."""
 
     @wraps(function)
@@ -56,7 +59,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 raise
             _fail("The disk is full. Free some space and run the same command again: it continues where it stopped.", 2)
 
-    return app.command(function.__name__.removesuffix("_"))(guarded)
+    return group.command(function.__name__.removesuffix("_"))(guarded)
 
 
 @command
@@ -264,6 +267,31 @@ def export(directory: Directory, out_: Out,
     out.print(f"Merged model: {out_}", soft_wrap=True)
 
 
+@partial(command, group=data_app)
+def stats(
+    model: Model, data: DataPath,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows to look at with the model.")] = 64,
+    picture: Annotated[Path, typer.Option(help="PNG file for the histograms.")] = Path("data-stats.png"),
+    recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Sizes, document lengths, and how far back MODEL's attention looks on DATA (effective sequence length)."""
+    from lolcats.config import load_config
+    from lolcats.data_stats import data_statistics
+    from lolcats.pipeline import device_and_dtype
+
+    if not picture.parent.is_dir():
+        raise LolcatsError(f"--picture {picture}: {picture.parent} is no directory.")
+    config = load_config(recipe, set_)
+    found = data_statistics(model, data, config, *device_and_dtype(config), rows)
+    facts = Table("", "", show_header=False)
+    for name, value in found.facts.items():
+        facts.add_row(name, value)
+    out.print(facts)
+    _print_rows(*found.rows(), title=Path(data).name)
+    found.draw(picture)
+    out.print(f"Histograms: {picture}", soft_wrap=True)
+
+
 @command
 def import_(
     base: Annotated[str, typer.Option(help="The base model: hub id, directory or .gguf file.")],
@@ -296,10 +324,13 @@ def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any,
     from lolcats.evaluation.compare import compare, evaluation_rows
     from lolcats.report.table import controls_hint
 
-    ids = evaluation_rows(model, data, _tokenizer(model), config)[: rows or None]
+    ids, positions = (
+        x if x is None else x[: rows or None] for x in evaluation_rows(model, data, _tokenizer(model), config)
+    )
+    assert ids is not None
     table = Table("model", title=f"{ids.numel():,} tokens of {Path(data).name}")
     table.add_column("perplexity", justify="right", no_wrap=True)
-    for name, value in compare(model, ids, *place, batch_size).items():
+    for name, value in compare(model, ids, *place, batch_size, positions).items():
         table.add_row(name, f"{value:.3f}")
     out.print(table)
     out.print(controls_hint(model))

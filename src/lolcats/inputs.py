@@ -29,11 +29,17 @@ class Inputs:
 
     def data(self, source: str, config: DataConfig, seed: int) -> Data:
         """The splits of ``source``; another seed, length or size of a split does not read or tokenize it again."""
-        packing = {"sequence_length": 2, "validation_rows": 1, "test_rows": 1, "reset_at_documents": False}
-        reading = replace(config, **packing, keep_longest_effective=1.0)
+        return split(self.documents(source, config), config, seed)
+
+    def documents(self, source: str, config: DataConfig) -> Documents:
+        """The documents of ``source``, tokenized once."""
+        reading = replace(
+            config, sequence_length=2, validation_rows=1, test_rows=1, reset_at_documents=False,
+            keep_longest_effective=1.0,
+        )  # fmt: skip
         if (source, reading) not in self._documents:
             self._documents[source, reading] = tokenize_source(source, self.tokenizer, config)
-        return split(self._documents[source, reading], config, seed)
+        return self._documents[source, reading]
 
     def model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The base model, untouched, for the caller to change."""

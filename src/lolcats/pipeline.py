@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lolcats.config import Config, Control, to_yaml
+from lolcats.data_stats import longest, select
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.attention_maps import FILE, measure_attention
 from lolcats.evaluation.memory import cache_bytes
@@ -97,6 +99,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log) 
     save_adapter_config(student, base, out)
     session = Session(run, config, student, tokenizer, rows, say)
     _baselines(session)
+    _keep_longest(session)
     if run.stage_done("transfer"):
         load_feature_maps(student, out / FEATURE_MAPS)
     return session
@@ -242,10 +245,31 @@ def _baselines(session: Session) -> None:
     run.measure("ppl_window_sinks", lambda: _measured(session, "window + sinks", kind="window", sinks=sinks))
 
 
+def _keep_longest(session: Session) -> None:
+    """Leave the session the training rows that ``data.keep_longest_effective`` asks for; measured once in a run."""
+    fraction, data = session.config.data.keep_longest_effective, session.data
+    if fraction == 1:
+        return
+
+    def measured() -> dict[str, Any]:
+        session.say(f"Effective sequence lengths of {len(data.train)} rows")
+        found, kept = longest(data, session.model, fraction, _batch(session))
+        means = {"all": found.rows.mean().item(), "kept": found.rows[kept].mean().item()}
+        return {"mean": means, "rows": kept.tolist()}
+
+    kept = session.run.measure("effective_length", measured)
+    session.data = select(data, torch.tensor(kept["rows"]))
+    means = kept["mean"]
+    session.say(
+        f"  training on the {len(kept['rows'])} of {len(data.train)} rows with the longest effective sequence length: "
+        f"{means['kept']:.1f} tokens in the mean, of all rows {means['all']:.1f}"
+    )
+
+
 def _measured(session: Session, label: str, mode: Any = None, **spec: Any) -> float:
     changed = override(session.model, mode=mode, **spec) if mode or spec else nullcontext()
     with changed:
-        value = perplexity(session.model, session.data.test, _batch(session))
+        value = perplexity(session.model, session.data.test, _batch(session), session.data.positions.get("test"))
     session.say(f"  perplexity, {label}: {value:.2f}")
     return value
 
@@ -290,4 +314,6 @@ def _measure_final_maps(session: Session) -> None:
 
 
 def _layer_errors(session: Session) -> list[float]:
-    return layer_errors(session.model, session.data.validation.split(_batch(session)))
+    data, size = session.data, _batch(session)
+    places = data.positions["validation"].split(size) if data.positions else repeat(None)
+    return layer_errors(session.model, data.validation.split(size), places)

@@ -35,7 +35,7 @@ class Measurement:
         files = {name: path for name, path in wanted.perplexity.items() if path}
         for name in wanted.perplexity.keys() - files.keys():
             say(f"No perplexity on {name}: --set evaluate.perplexity.{name}=FILE measures it.")
-        self.rows: dict[str, Tensor] = {
+        self.rows: dict[str, tuple[Tensor, Tensor | None]] = {
             name: load_rows(path, inputs.tokenizer, config.data) for name, path in files.items()
         }
         names = [name for name in wanted.tasks if _possible(name, wanted, say)]
@@ -48,7 +48,8 @@ class Measurement:
         self.key = short_hash({k: v for k, v in known.items() if k not in ("data_dir", "text", "batch_size")})
 
     def perplexities(self, model: PreTrainedModel) -> Measured:
-        values = {name: perplexity(model, rows, self.batch_size) for name, rows in self.rows.items()}
+        size = self.batch_size
+        values = {name: perplexity(model, rows, size, places) for name, (rows, places) in self.rows.items()}
         return {name: {"value": value, "stderr": None} for name, value in values.items()}
 
     def everything(self, model: PreTrainedModel) -> Measured:

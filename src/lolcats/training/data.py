@@ -104,7 +104,7 @@ class PackedRows(Dataset[Item]):
 
 
 class Rows(Dataset[Item]):
-    """Packed rows in memory, (N, L) int64, as transformers.Trainer wants them; ``positions`` (N, L) as in PackedRows."""
+    """Packed rows in memory, (N, L) int64, as transformers.Trainer wants them; ``positions`` as in PackedRows."""
 
     def __init__(self, rows: Tensor, positions: Tensor | None = None) -> None:
         self.rows, self.positions = rows, positions
@@ -121,8 +121,8 @@ class Rows(Dataset[Item]):
 class Data:
     """Three splits of (N, L) int64 token ids, and what they were made from.
 
-    ``train`` of a large source is read from its file while it trains. ``positions`` has (N, L) position ids of the splits
-    in memory where documents are kept apart (``data.reset_at_documents``).
+    ``train`` of a large source is read from its file while it trains. ``positions`` has (N, L) position ids of the
+    splits in memory where documents are kept apart (``data.reset_at_documents``).
     """
 
     train: Tensor | PackedRows
@@ -204,7 +204,9 @@ def split(documents: Documents, config: DataConfig, seed: int) -> Data:
     digest = hashlib.sha256(_identity(documents, train, seed))
     for rows in (validation, test):
         digest.update(rows.numpy().tobytes())
-    counted = {f"{name}_rows": len(rows) for name, rows in (("train", train), ("validation", validation), ("test", test))}
+    counted = {
+        f"{name}_rows": len(rows) for name, rows in (("train", train), ("validation", validation), ("test", test))
+    }
     summary = {**asdict(config), **documents.counts, **counted}
     return Data(train, validation, test, "sha256 " + digest.hexdigest(), summary, positions if reset else {})
 
@@ -231,10 +233,11 @@ def _within_shares(documents: Documents, order: Array) -> Array:
     return taken
 
 
-def load_rows(source: str, tokenizer: Any, config: DataConfig) -> Tensor:
-    """(N, L) rows of everything in ``source``, in order: a data set used for evaluation alone."""
+def load_rows(source: str, tokenizer: Any, config: DataConfig) -> tuple[Tensor, Tensor | None]:
+    """(N, L) rows of everything in ``source``, in order: a data set used for evaluation alone; and their position ids
+    with ``config.reset_at_documents``."""
     documents = tokenize_source(source, tokenizer, config, unique=False)
-    rows, _ = PackedRows(documents, np.arange(len(documents)), config.sequence_length).whole()
+    rows, positions = PackedRows(documents, np.arange(len(documents)), config.sequence_length).whole()
     if not len(rows):
         raise LolcatsError(f"{source} has fewer tokens than one row of {config.sequence_length}.")
-    return rows
+    return rows, positions if config.reset_at_documents else None

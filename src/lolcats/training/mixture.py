@@ -1,8 +1,8 @@
 """Several sources as one: a YAML file given as ``--data`` lists them with their shares of the tokens.
 
-    sources:
-    - {path: books.jsonl, weight: 3}
-    - {path: chats.parquet, weight: 1, format: chat}
+sources:
+- {path: books.jsonl, weight: 3}
+- {path: chats.parquet, weight: 1, format: chat}
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -188,26 +189,24 @@ def _txt(piece: Piece, broken: Broken) -> Iterator[Record]:
 
 def _paragraphs(path: Path) -> Iterator[str]:
     """What stands between empty lines; one longer than LONGEST in pieces."""
-    decoder, rest, place = codecs.getincrementaldecoder("utf-8")(), "", 0
+    decoder, rest, held, place = codecs.getincrementaldecoder("utf-8")(), "", "", 0
     with path.open("rb") as file:
         while True:
             block = file.read(BLOCK)
             pending = len(decoder.getstate()[0])
             try:
-                text = rest + decoder.decode(block, final=not block)
+                text = held + decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 raise LolcatsError(f"{path} is not UTF-8 text (byte {place - pending + error.start}).") from None
             place += len(block)
-            kept = "\r" if block and text.endswith("\r") else ""
-            *whole, rest = text.removesuffix(kept).replace("\r\n", "\n").split("\n\n")
+            held = "\r" if block and text.endswith("\r") else ""  # it may be half of a line's end
+            *whole, rest = (rest + text.removesuffix(held).replace("\r\n", "\n")).split("\n\n")
             yield from whole
-            rest += kept
-            if not block:
-                yield rest
-                return
-            if len(rest) > LONGEST:
+            if not block or len(rest) > LONGEST:
                 yield rest
                 rest = ""
+            if not block:
+                return
 
 
 def hub_dataset(name: str, config: DataConfig) -> Any:
@@ -219,30 +218,30 @@ def hub_dataset(name: str, config: DataConfig) -> Any:
             f"{name} is no local file, and reading a hub data set needs the datasets package: "
             "pip install 'lolcats[data]'."
         ) from None
-    with hub_errors(name):
+    with _hub_errors(name):
         return datasets.load_dataset(
             name, config.subset or None, split=config.split, streaming=config.streaming or None
         )  # fmt: skip
 
 
 def hub_records(dataset: Any, name: str) -> Iterator[Record]:
-    with hub_errors(name):
-        yield from dataset
+    records = iter(dataset)
+    while True:
+        with _hub_errors(name):
+            record = next(records, None)
+        if record is None:
+            return
+        yield record
 
 
-class hub_errors:  # noqa: N801  a context manager
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
     """Errors of datasets and the hub as one sentence."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, RuntimeError)):  # datasets and hub errors derive from these
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise LolcatsError(f"No data set {self.name!r} on disk or on the Hugging Face hub ({reason}).") from None
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:  # datasets and hub errors derive from these
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LolcatsError(f"No data set {name!r} on disk or on the Hugging Face hub ({reason}).") from None
 
 
 READERS: dict[str, Callable[[Piece, Broken], Iterator[Record]]] = {

@@ -23,7 +23,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from concurrent.futures.thread import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -45,6 +45,7 @@ CHARACTERS = 1 << 20  # or as many as have so many characters
 HASH = 16  # bytes
 HASHED = 64 << 20  # bytes hashed apart
 VERSION = 1  # of what a store holds
+ARRAYS = ("starts", "lengths", "hashes", "first")
 
 Array = NDArray[Any]
 
@@ -111,7 +112,7 @@ class Reading:
                 self._tokenize(texts, ids, lengths)
                 texts, characters = [], 0
         self._tokenize(texts, ids, lengths)
-        joined = [np.concatenate(parts) if parts else np.empty(0, np.int32) for parts in (ids, lengths)]
+        joined = _joined(ids), _joined(lengths)
         return Chunk(*joined, np.frombuffer(hashes, np.uint64).reshape(-1, 2), broken, number, empty, misfit)
 
     def _tokenize(self, texts: list[str], ids: list[Array], lengths: list[Array]) -> None:
@@ -124,6 +125,10 @@ class Reading:
         lengths.append(np.array([len(x) + len(end) for x in encoded["input_ids"]], np.int32))
         flat = chain.from_iterable(chain(x, end) for x in encoded["input_ids"])
         ids.append(np.fromiter(flat, np.int32, int(lengths[-1].sum())))
+
+
+def _joined(parts: list[Array]) -> Array:
+    return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -161,12 +166,17 @@ def open_source(source: str, tokenizer: Any, config: DataConfig) -> TokenStore:
     path = local_file(source)
     if path is None:
         return _open_hub(source, tokenizer, config)
-    probe: Callable[[], Iterator[Record]] = lambda: Piece(path).records(Broken())  # noqa: E731
-    chunks = lambda reading: _chunks(reading, pieces(path))  # noqa: E731
+
+    def build(folder: Path | None) -> TokenStore:
+        parts = pieces(path)
+        return _build(
+            source, lambda: Piece(path).records(Broken()), lambda reading: _chunks(reading, parts), tokenizer, config,
+            folder,
+        )  # fmt: skip
+
     if path.stat().st_size < LARGE:
-        return _build(source, probe, chunks, tokenizer, config, None)
-    key = _key([path.suffix, content_hash(path)], tokenizer, config)
-    return _cached(key, lambda folder: _build(source, probe, chunks, tokenizer, config, folder), source)
+        return build(None)
+    return _cached(_key([path.suffix, content_hash(path)], tokenizer, config), build, source)
 
 
 def _open_hub(name: str, tokenizer: Any, config: DataConfig) -> TokenStore:
@@ -198,49 +208,67 @@ def _build(
     source: str, probe: Callable[[], Iterator[Record]], chunks: Callable[[Reading], Iterable[Chunk]], tokenizer: Any,
     config: DataConfig, folder: Path | None,
 ) -> TokenStore:  # fmt: skip
-    """Read, render and tokenize everything, into ``folder`` or into memory."""
+    """Read, render and tokenize everything, into ``folder`` or into memory.
+
+    Args:
+        probe: the source's records, of which only the first is looked at.
+        chunks: all of them, tokenized.
+    """
     record = next(probe(), None)
+    form = "text" if record is None else record_format(record, config, tokenizer, source)
+    sinks: dict[str, Any] = {name: io.BytesIO() for name in ("ids", "lengths", "hashes")}
+    if folder is not None:
+        sinks["ids"] = (folder / "ids.bin").open("wb")
+    with sinks["ids"]:
+        total = _write(sinks, chunks(Reading(source, form, config, tokenizer)), source, form, config)
+        total.broken.check(source, config)
+        ids = np.frombuffer(sinks["ids"].getvalue(), np.int32) if folder is None else folder / "ids.bin"
     if record is None:
-        Broken().check(source, config)
-        first = next(iter(chunks(Reading(source, "text", config, tokenizer))), None)
-        if first is not None:
-            first.broken.check(source, config)
         raise LolcatsError(f"{source} is empty: no records.")
-    form = record_format(record, config, tokenizer, source)
-    parts: dict[str, Any] = {name: io.BytesIO() for name in ("lengths", "hashes")}
-    broken, records, empty, tokens = Broken(), 0, 0, 0
-    with io.BytesIO() if folder is None else (folder / "ids.bin").open("wb") as ids:
-        for chunk in chunks(Reading(source, form, config, tokenizer)):
-            if chunk.misfit:
-                number, reason = records + chunk.misfit[0], chunk.misfit[1]
-                raise LolcatsError(f"{source}: record {number} does not fit the {form} format ({reason}).")
-            if config.max_tokens and tokens + len(chunk.ids) >= config.max_tokens:
-                chunk = chunk.limited(config.max_tokens - tokens)
-            broken.extend(chunk.broken)
-            records, empty, tokens = records + chunk.records, empty + chunk.empty, tokens + len(chunk.ids)
-            ids.write(chunk.ids.tobytes())
-            for name, file in parts.items():
-                file.write(getattr(chunk, name).tobytes())
-            if config.max_tokens and tokens >= config.max_tokens:
-                break
-        content: Any = np.frombuffer(ids.getvalue(), np.int32) if isinstance(ids, io.BytesIO) else Path(ids.name)
-    broken.check(source, config)
-    lengths = np.frombuffer(parts["lengths"].getvalue(), np.int32)
-    hashes = np.frombuffer(parts["hashes"].getvalue(), np.uint64).reshape(-1, 2)
+    lengths = np.frombuffer(sinks["lengths"].getvalue(), np.int32)
+    hashes = np.frombuffer(sinks["hashes"].getvalue(), np.uint64).reshape(-1, 2)
     if not len(lengths):
         raise LolcatsError(f"{source}: every record is empty.")
-    first = first_occurrences(hashes)
+    unique = first_occurrences(hashes)
     counts = {
-        "source": source, "format": form, "empty_records": empty, "broken_lines_skipped": broken.count,
-        "documents": len(first), "duplicate_records": len(lengths) - len(first),
+        "source": source, "format": form, "empty_records": total.empty, "broken_lines_skipped": total.broken.count,
+        "documents": len(unique), "duplicate_records": len(lengths) - len(unique),
     }  # fmt: skip
-    starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    store = TokenStore(content, starts, lengths, hashes, first, counts)
+    store = TokenStore(ids, np.cumsum(lengths, dtype=np.int64) - lengths, lengths, hashes, unique, counts)
     if folder is not None:
-        for name in ("starts", "lengths", "hashes", "first"):
+        for name in ARRAYS:
             np.save(folder / f"{name}.npy", getattr(store, name))
-        (folder / "store.json").write_text(json.dumps({**counts, "tokens": tokens}))
+        (folder / "store.json").write_text(json.dumps({**counts, "tokens": total.tokens}))
     return store
+
+
+@dataclass
+class _Total:
+    """Of all chunks so far."""
+
+    broken: Broken = field(default_factory=Broken)
+    records: int = 0
+    empty: int = 0
+    tokens: int = 0
+
+
+def _write(sinks: dict[str, Any], chunks: Iterable[Chunk], source: str, form: str, config: DataConfig) -> _Total:
+    """Append the arrays of ``chunks`` to their sinks, until ``config.max_tokens`` are there."""
+    total = _Total()
+    for chunk in chunks:
+        if chunk.misfit:
+            number, reason = total.records + chunk.misfit[0], chunk.misfit[1]
+            raise LolcatsError(f"{source}: record {number} does not fit the {form} format ({reason}).")
+        if config.max_tokens and total.tokens + len(chunk.ids) >= config.max_tokens:
+            chunk = chunk.limited(config.max_tokens - total.tokens)
+        total.broken.extend(chunk.broken)
+        total.records, total.empty = total.records + chunk.records, total.empty + chunk.empty
+        total.tokens += len(chunk.ids)
+        for name, sink in sinks.items():
+            sink.write(getattr(chunk, name).tobytes())
+        if config.max_tokens and total.tokens >= config.max_tokens:
+            break
+    return total
 
 
 def first_occurrences(hashes: Array) -> Array:
@@ -256,12 +284,13 @@ def _load(folder: Path, source: str, identity: str = "", temporary: Any = None) 
     """A finished store. LolcatsError if its files are not what its record says."""
     try:
         counts = json.loads((folder / "store.json").read_text())
-        arrays = [np.load(folder / f"{name}.npy") for name in ("starts", "lengths", "hashes", "first")]
+        arrays = {name: np.load(folder / f"{name}.npy") for name in ARRAYS}
         if (folder / "ids.bin").stat().st_size != 4 * counts.pop("tokens"):
             raise ValueError("ids.bin has another size")
     except (OSError, ValueError, KeyError) as error:
         raise LolcatsError(f"The cached data in {folder} are damaged ({error}): delete that folder.") from None
-    return TokenStore(folder / "ids.bin", *arrays, {**counts, "source": source}, identity, temporary)
+    counts["source"] = source
+    return TokenStore(folder / "ids.bin", **arrays, counts=counts, identity=identity, temporary=temporary)
 
 
 def cache_directory() -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,12 @@ def _weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall) -> Te
     return per_query(call.q, call.k).mean()
 
 
-def layer_errors(model: PreTrainedModel, rows: Iterable[Tensor]) -> list[float]:
-    """Mean squared error of each linearized layer's output over batches of token ids (B, T)."""
-    unit = TransferConfig(mse_weight=1.0)
-    return torch.stack([layer_losses(model, ids.to(model.device), unit) for ids in rows]).mean(0).tolist()
+def layer_errors(
+    model: PreTrainedModel, rows: Iterable[Tensor], positions: Iterable[Tensor | None] = repeat(None)
+) -> list[float]:  # fmt: skip
+    """Mean squared error of each linearized layer's output over batches of token ids (B, T), and of their positions."""
+    unit, losses = TransferConfig(mse_weight=1.0), []
+    for ids, places in zip(rows, positions, strict=False):
+        places = None if places is None else places.to(model.device)
+        losses.append(layer_losses(model, ids.to(model.device), unit, positions=places))
+    return torch.stack(losses).mean(0).tolist()
