@@ -90,13 +90,17 @@ class PackedRows(Dataset[Item]):
         return ids, places
 
     def whole(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """The first ``count`` rows, or all, and their positions: (N, L) int64 each."""
-        found = [self.row(int(number)) for number in self.rows[:count]]
-        empty = torch.empty(0, self.length, dtype=torch.long)
-        return (
-            torch.stack([ids for ids, _ in found]) if found else empty,
-            torch.stack([places for _, places in found]) if found else empty,
-        )
+        """The first ``count`` rows, or all, and their positions, (N, L) int64 each: what is to be held in memory."""
+        rows = self.rows[:count]
+        tokens = (int(rows.max()) + 1) * self.length if len(rows) else 0
+        order = self.order[: int(np.searchsorted(self.ends, tokens)) + 1]
+        lengths = self.documents.length[order]
+        parts = [self.documents.read(number, 0, length) for number, length in zip(order, lengths, strict=True)]
+        ids = np.concatenate([np.empty(0, np.int32), *parts])[:tokens].astype(np.int64).reshape(-1, self.length)
+        begins = np.repeat(self.ends[: len(order)] - lengths, lengths)[:tokens].reshape(-1, self.length)
+        places = np.arange(tokens).reshape(-1, self.length)
+        positions = places - np.maximum(begins, places[:, :1])
+        return torch.from_numpy(ids[rows]), torch.from_numpy(positions[rows])
 
     def select(self, chosen: Array) -> PackedRows:
         """Some of the rows, by number."""

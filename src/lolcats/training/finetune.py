@@ -34,7 +34,7 @@ def finetune(
     if config.finetune.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = FinetuneTrainer(
-        wrapped, config.finetune, data, "finetune",
+        wrapped, config.finetune, data.dataset("train"), data.dataset("validation"), "finetune",
         directory / "checkpoints" / "finetune", directory / "metrics.jsonl", config.seed, config.report_to,
     )  # fmt: skip
     with fused_layers(model, config.finetune.liger):

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lolcats.config import StageConfig
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import load_strictly, read_tensors, write_tensors, write_text
-from lolcats.training.data import Data
+from lolcats.training.data import Item, Rows
 
 COMPLETE = "complete"
 TRAINABLE = "trainable.safetensors"
@@ -50,14 +51,15 @@ class StageTrainer(Trainer):
     """Trains whatever requires a gradient in ``model``. Subclasses define the loss.
 
     Args:
+        train, validation: rows (N, L) of token ids, or data sets of rows.
         stage: name for progress and metrics, ``transfer`` or ``finetune``.
         directory: working directory of the stage (checkpoints, best weights); kept until the caller removes it.
         metrics: ``metrics.jsonl`` of the run.
     """
 
     def __init__(
-        self, model: nn.Module, config: StageConfig, data: Data, stage: str, directory: Path, metrics: Path,
-        seed: int = 0, report_to: list[str] | None = None,
+        self, model: nn.Module, config: StageConfig, train: Tensor | Dataset[Item], validation: Tensor | Dataset[Item],
+        stage: str, directory: Path, metrics: Path, seed: int = 0, report_to: list[str] | None = None,
     ) -> None:  # fmt: skip
         self.keeper = BestKeeper(config.early_stopping_patience, directory / BEST)
         self.stage, self.directory, self.stage_config = stage, directory, config
@@ -67,8 +69,8 @@ class StageTrainer(Trainer):
             super().__init__(
                 model=model,
                 args=training_arguments(config, directory, seed, next(model.parameters()).device, report_to or []),
-                train_dataset=data.dataset("train"),
-                eval_dataset=data.dataset("validation"),
+                train_dataset=Rows(train) if isinstance(train, Tensor) else train,
+                eval_dataset=Rows(validation) if isinstance(validation, Tensor) else validation,
                 callbacks=[self.keeper, MetricsFile(metrics, stage)],
             )
         except (ImportError, RuntimeError, ValueError) as error:

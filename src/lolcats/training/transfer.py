@@ -34,7 +34,7 @@ def transfer(model: PreTrainedModel, data: Data, config: Config, directory: Path
     """
     train_only(model, lambda name: ".lolcats." in name)
     trainer = TransferTrainer(
-        model, config.transfer, data, "transfer",
+        model, config.transfer, data.dataset("train"), data.dataset("validation"), "transfer",
         directory / "checkpoints" / "transfer", directory / "metrics.jsonl", config.seed, config.report_to,
     )  # fmt: skip
     with fused_layers(model, config.transfer.liger):
