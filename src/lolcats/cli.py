@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 
-from lolcats.errors import Interrupted, LolcatsError
+from lolcats.errors import Interrupted, LolcatsError, out_of_memory
 
 app = typer.Typer(
     name="lolcats", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -40,6 +40,13 @@ Controls = Annotated[bool, typer.Option("--controls", help="Also train window + 
                                         "term) and the teacher with it.")]  # fmt: skip
 
 
+NO_MEMORY = (
+    "Memory ran out. Lower transfer.micro_batch_size and finetune.micro_batch_size (the batch stays as it is), use shorter "
+    "rows (data.sequence_length), or --set finetune.gradient_checkpointing=true. Evaluations: --batch-size; serving: "
+    "--slots. What was finished is saved."
+)
+
+
 def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
     """Register a command whose user errors end in one sentence."""
 
@@ -55,6 +62,8 @@ def command(function: Callable[..., None], group: typer.Typer = app) -> Callable
         except LolcatsError as error:
             _fail(str(error), 2)
         except Exception as error:
+            if out_of_memory(error):
+                _fail(NO_MEMORY, 2)
             if not _disk_full(error, [path for path in kwargs.values() if isinstance(path, Path)]):
                 raise
             _fail("The disk is full. Free some space and run the same command again: it continues where it stopped.", 2)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, out_of_memory
 from lolcats.files import hash_file
 
 STRIDE, SAMPLE = 1 << 20, 4096  # bytes: of each MiB of a weight file, 4 KiB are hashed
@@ -93,6 +93,8 @@ def _readable(base: Base, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, LolcatsError) or out_of_memory(error):
+            raise
         raise LolcatsError(f"Cannot load {base.path}: {_first_line(error)} {hint}") from error
 
 

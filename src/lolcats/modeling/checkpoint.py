@@ -19,8 +19,9 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, out_of_memory
 from lolcats.files import compare_keys, load_strictly, read_tensors, whole_directory, write_tensors
+from lolcats.modeling.auto import sealed
 from lolcats.modeling.base import Base, find_base, load_model
 from lolcats.modeling.layer import linearized_layers
 
@@ -36,13 +37,19 @@ def load(
 
     if not is_linearized(directory):
         raise LolcatsError(f"{directory} holds no linearized model (config.json with model_type lolcats).")
-    return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype).to(device).eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype).to(device).eval()
+    except Exception as error:  # damaged files make any of transformers' and safetensors' errors
+        if isinstance(error, LolcatsError) or out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LolcatsError(f"Cannot load {directory}: it is damaged or incomplete ({reason}).") from error
 
 
 def is_linearized(path: str | Path) -> bool:
     """Whether ``path`` is a directory with a linearized model in either form."""
     file = Path(path) / "config.json"
-    return file.is_file() and '"model_type": "lolcats"' in file.read_text()
+    return file.is_file() and '"model_type": "lolcats"' in file.read_text(encoding="utf-8", errors="replace")
 
 
 def feature_map_state(model: nn.Module) -> dict[str, Tensor]:
@@ -73,7 +80,7 @@ def save_adapter_config(model: PreTrainedModel, base: Base, directory: Path, kin
         record["attention"]["kind"] = kind
         for layer in record["layers"]:
             layer["kind"] = kind if layer["kind"] != "softmax" else "softmax"
-    config.lolcats = {**record, "form": "adapter", "base": asdict(base)}
+    config.lolcats = sealed({**record, "form": "adapter", "base": asdict(base)})
     config.dtype = model.dtype
     config.save_pretrained(directory)
 
@@ -109,6 +116,8 @@ def save_lora(model: Any, base: Base, directory: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = base.path
     with whole_directory(directory) as unfinished:
         model.save_pretrained(unfinished, save_embedding_layers=False)
+        weights = unfinished / "adapter_model.safetensors"
+        write_tensors(read_tensors(weights), weights)  # with our checksum
 
 
 def merge_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:

@@ -18,7 +18,8 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.training.data import Data
 from lolcats.training.liger import fused_layers
-from lolcats.training.trainer import StageResult, StageTrainer, train_only
+from lolcats.training.trainer import StageResult, StageTrainer, train_only, trainable
+from lolcats.training.watch import first_bad_layer, first_bad_weight
 
 
 def finetune(
@@ -93,7 +94,20 @@ class FinetuneTrainer(StageTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         ids, positions = inputs["input_ids"], inputs.get("position_ids")
-        return language_model_loss(self.base, self.head, ids, self.stage_config.liger, positions)
+        loss = language_model_loss(self.base, self.head, ids, self.stage_config.liger, positions)
+        if torch.is_grad_enabled():
+            self.watch.add(loss)
+            self.call = {"input_ids": ids} | ({} if positions is None else {"position_ids": positions})
+        return loss
+
+    def where(self, bad: Tensor) -> str:
+        """The weight that is no number, or the first layer whose output on the last batch is none."""
+        if name := first_bad_weight(trainable(self.model)):
+            return f", and so did {name}"
+        layers = self.base.config.lolcats["layers"]
+        modules = [self.base.get_submodule(entry["name"]) for entry in layers]
+        number = first_bad_layer(self.base, modules, self.call)
+        return "" if number is None else f" in layer {layers[number]['layer']}"
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW; feature maps, where they train, form a group with their own rate."""

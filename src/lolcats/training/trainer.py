@@ -27,6 +27,7 @@ from lolcats.config import StageConfig
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import load_strictly, read_tensors, write_tensors, write_text
 from lolcats.training.data import Item, Rows
+from lolcats.training.watch import ADVICE, LossWatch
 
 COMPLETE = "complete"
 TRAINABLE = "trainable.safetensors"
@@ -62,6 +63,7 @@ class StageTrainer(Trainer):
         stage: str, directory: Path, metrics: Path, seed: int = 0, report_to: list[str] | None = None,
     ) -> None:  # fmt: skip
         self.keeper = BestKeeper(config.early_stopping_patience, directory / BEST)
+        self.watch = LossWatch(stage, self.where)
         self.stage, self.directory, self.stage_config = stage, directory, config
         if "tensorboard" in (report_to or []):
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(metrics.parent / "tensorboard"))
@@ -71,7 +73,7 @@ class StageTrainer(Trainer):
                 args=training_arguments(config, directory, seed, next(model.parameters()).device, report_to or []),
                 train_dataset=Rows(train) if isinstance(train, Tensor) else train,
                 eval_dataset=Rows(validation) if isinstance(validation, Tensor) else validation,
-                callbacks=[self.keeper, MetricsFile(metrics, stage)],
+                callbacks=[self.watch, self.keeper, MetricsFile(metrics, stage)],
             )
         except (ImportError, RuntimeError, ValueError) as error:
             if report_to:
@@ -98,12 +100,17 @@ class StageTrainer(Trainer):
         load_strictly(trainable(self.model), read_tensors(self.directory / BEST), self.directory / BEST)
         return StageResult(state["global_step"], self.keeper.step, self.keeper.loss, state["log_history"])
 
+    def where(self, bad: Tensor) -> str:
+        """Where a loss became no number, as the end of a sentence; ``bad``: which of the losses given to the watch."""
+        return ""
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.watch.check_weights(self.state.global_step, trainable(self.model))
         super()._save_checkpoint(*args, **kwargs)
         marker = self.directory / f"checkpoint-{self.state.global_step}" / COMPLETE
         write_text(marker, json.dumps(self.keeper.progress()))
@@ -213,10 +220,7 @@ class BestKeeper(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise LolcatsError(
-                f"The loss became {logs['loss']} by step {state.global_step}. The last good checkpoint is kept; "
-                "lower the learning rate, or look for broken data."
-            )
+            raise LolcatsError(f"The loss became {logs['loss']} by step {state.global_step}. {ADVICE}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], model: Any,
                     **kwargs: Any) -> None:  # fmt: skip

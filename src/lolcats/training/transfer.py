@@ -50,7 +50,12 @@ class TransferTrainer(StageTrainer):
         scale = 1 / self.current_gradient_accumulation_steps
         inputs = self._prepare_inputs(inputs)
         losses = layer_losses(model, inputs["input_ids"], self.stage_config, scale, inputs.get("position_ids"))
+        self.watch.add(losses)
         return losses.mean() * scale
+
+    def where(self, bad: Tensor) -> str:
+        layers = [layer.geometry.layer for layer in linearized_layers(self.model)]
+        return f" in layer {layers[int(bad.long().argmax())]}"
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         return layer_losses(
