@@ -41,9 +41,9 @@ Controls = Annotated[bool, typer.Option("--controls", help="Also train window + 
 
 
 NO_MEMORY = (
-    "Memory ran out. Lower transfer.micro_batch_size and finetune.micro_batch_size (the batch stays as it is), use shorter "
-    "rows (data.sequence_length), or --set finetune.gradient_checkpointing=true. Evaluations: --batch-size; serving: "
-    "--slots. What was finished is saved."
+    "Memory ran out. Lower transfer.micro_batch_size and finetune.micro_batch_size (the batch stays as it is), use "
+    "shorter rows (data.sequence_length), or --set finetune.gradient_checkpointing=true. Evaluations: --batch-size; "
+    "serving: --slots. What was finished is saved."
 )
 
 
@@ -92,7 +92,8 @@ def transfer(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default"
     from lolcats.inputs import Inputs
     from lolcats.pipeline import run_transfer, start
 
-    session = start(Inputs(model), data, out_, load_config(recipe, set_))
+    config = load_config(recipe, set_)
+    session = start(Inputs(model, trust=config.trust_remote_code), data, out_, config)
     run_transfer(session)
     _show(session.run)
     out.print(f"\nFeature maps: {out_}. Next: lolcats finetune {out_}", soft_wrap=True)
@@ -397,13 +398,16 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _load(model: str, config: Any) -> tuple[Any, Any]:
     """A linearized directory, or any base model, with its tokenizer."""
-    from lolcats.modeling.base import find_base, load_model
+    from lolcats.modeling.base import find_base, load_model, load_tokenizer
     from lolcats.modeling.checkpoint import is_linearized, load
     from lolcats.pipeline import device_and_dtype
 
     device, dtype = device_and_dtype(config)
-    loaded = load(model, dtype, device) if is_linearized(model) else load_model(find_base(model), dtype, device)
-    return loaded, _tokenizer(model)
+    trust = config.trust_remote_code
+    if is_linearized(model):
+        return load(model, dtype, device, trust), _tokenizer(model)
+    base = find_base(model, trust)
+    return load_model(base, dtype, device, trust), load_tokenizer(base, trust)
 
 
 def _tokenizer(model: str) -> Any:

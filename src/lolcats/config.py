@@ -174,6 +174,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto``: bfloat16 on CUDA, float32 elsewhere."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the base model. Never on unless asked for."""
     report_to: list[str] = field(default_factory=list)
     """Trackers of transformers.Trainer, e.g. ``[tensorboard]`` or ``[wandb]``."""
 

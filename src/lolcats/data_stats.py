@@ -63,7 +63,7 @@ class Statistics:
 def data_statistics(model: str, source: str, config: Config, device: torch.device, dtype: torch.dtype,
                     count: int) -> Statistics:  # fmt: skip
     """Read ``source`` as a run would; look at ``count`` of its training rows, evenly spread, with the base model."""
-    inputs = Inputs(model)
+    inputs = Inputs(model, trust=config.trust_remote_code)
     data, documents = inputs.data(source, config.data, config.seed), inputs.documents(source, config.data)
     converted = convert(inputs.model(dtype, device), config)
     chosen = torch.linspace(0, len(data.train) - 1, min(count, len(data.train))).long().tolist()

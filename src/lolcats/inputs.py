@@ -16,16 +16,19 @@ from lolcats.training.data import Data, Documents, split, tokenize_source
 
 
 class Inputs:
-    """``keep``: a loaded model stays in host memory as it is, and every run is given a copy of it."""
+    """``keep``: a loaded model stays in host memory as it is, and every run is given a copy of it.
 
-    def __init__(self, model: str, keep: bool = False) -> None:
-        self.base, self.keep = find_base(model), keep
+    ``trust``: run Python code that comes with the model.
+    """
+
+    def __init__(self, model: str, keep: bool = False, trust: bool = False) -> None:
+        self.base, self.keep, self.trust = find_base(model, trust), keep, trust
         self._models: dict[torch.dtype, PreTrainedModel] = {}
         self._documents: dict[tuple[str, DataConfig], Documents] = {}
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.base)
+        return load_tokenizer(self.base, self.trust)
 
     def data(self, source: str, config: DataConfig, seed: int) -> Data:
         """The splits of ``source``; another seed, length or size of a split does not read or tokenize it again."""
@@ -44,7 +47,7 @@ class Inputs:
     def model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The base model, untouched, for the caller to change."""
         if not self.keep:
-            return load_model(self.base, dtype, device)
+            return load_model(self.base, dtype, device, self.trust)
         if dtype not in self._models:
-            self._models[dtype] = load_model(self.base, dtype)
+            self._models[dtype] = load_model(self.base, dtype, trust=self.trust)
         return copy.deepcopy(self._models[dtype]).to(device)

@@ -72,7 +72,7 @@ def linearize(model: str, data: str, out: Path, config: Config, merge: bool = Tr
 
     Called again with the same arguments it continues where it stopped, and ends with the same weights.
     """
-    session = start(Inputs(model), data, out, config, say)
+    session = start(Inputs(model, trust=config.trust_remote_code), data, out, config, say)
     run_transfer(session)
     run_controls(session)
     run_finetune(session)
@@ -109,7 +109,8 @@ def resume(directory: Path, say: Say = log, controls: Sequence[Control] = ()) ->
     """The session of an existing run directory, with ``controls`` added to what it is to have."""
     run = Run.open(directory)
     config = replace(run.config, controls=[*run.config.controls, *controls])
-    return start(Inputs(run.base.path), run.record["data"]["source"], directory, config, say)
+    inputs = Inputs(run.base.path, trust=config.trust_remote_code)
+    return start(inputs, run.record["data"]["source"], directory, config, say)
 
 
 def run_transfer(session: Session) -> None:

@@ -53,7 +53,9 @@ def import_reference(base: str, transfer: Path, lora: Path | None, out: Path, co
     """
     if out.exists() and any(out.iterdir()):
         raise LolcatsError(f"{out} is not empty; choose another --out.")
-    known, tokenizer = find_base(base), load_tokenizer(find_base(base))
+    trust = config.trust_remote_code
+    known = find_base(base, trust)
+    tokenizer = load_tokenizer(known, trust)
     maps, adapters = _sorted(read_state_dict(transfer), transfer)
     if adapters:
         raise LolcatsError(f"{transfer}: {_full(next(iter(adapters)))} belongs to LoRA: give this file as --lora.")
@@ -65,7 +67,7 @@ def import_reference(base: str, transfer: Path, lora: Path | None, out: Path, co
     columns = {tensor.shape[-1] for (_, key), tensor in maps.items() if key.endswith("mlp.layer")}
     if config.attention.feature_map != "t2r" and len(columns) == 1:
         config = replace(config, attention=replace(config.attention, feature_dim=columns.pop()))
-    model = convert(empty_model(known), config)
+    model = convert(empty_model(known, trust), config)
     names = {entry["layer"]: entry["name"] for entry in model.config.lolcats["layers"]}
     tensors = _feature_maps(model, names, maps, transfer)
     with whole_directory(out) as unfinished:

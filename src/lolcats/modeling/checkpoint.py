@@ -30,15 +30,19 @@ LORA = "lora"
 
 
 def load(
-    directory: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    directory: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu", trust: bool = False
 ) -> PreTrainedModel:
-    """Load a linearized model (adapter or merged form) in evaluation mode."""
+    """Load a linearized model (adapter or merged form) in evaluation mode.
+
+    ``trust``: run Python code that comes with the base model.
+    """
     from transformers import AutoModelForCausalLM
 
     if not is_linearized(directory):
         raise LolcatsError(f"{directory} holds no linearized model (config.json with model_type lolcats).")
     try:
-        return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype).to(device).eval()
+        kwargs = {"trust_remote_code": True} if trust else {}
+        return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, **kwargs).to(device).eval()
     except Exception as error:  # damaged files make any of transformers' and safetensors' errors
         if isinstance(error, LolcatsError) or out_of_memory(error):
             raise
@@ -86,15 +90,16 @@ def save_adapter_config(model: PreTrainedModel, base: Base, directory: Path, kin
 
 
 def load_adapter(
-    directory: str | Path, config: Any = None, dtype: torch.dtype | str = "auto", device_map: Any = None
-) -> PreTrainedModel:
+    directory: str | Path, config: Any = None, dtype: torch.dtype | str = "auto", device_map: Any = None,
+    trust: bool = False,
+) -> PreTrainedModel:  # fmt: skip
     """Base model + feature maps + LoRA (merged in memory). LolcatsError if the base has changed since."""
     from lolcats.modeling.convert import convert_as
 
     directory = Path(directory if Path(directory).is_dir() else snapshot_download(str(directory)))
     config = config if config is not None else AutoConfig.from_pretrained(str(directory))
     known = Base(**config.lolcats["base"])
-    base = find_base(known.path)
+    base = find_base(known.path, trust)
     if base.fingerprint != known.fingerprint:
         raise LolcatsError(
             f"{directory} was trained on {known.path} with fingerprint {known.fingerprint}, but that model now has "
@@ -103,7 +108,7 @@ def load_adapter(
     dtype = config.dtype or torch.float32 if dtype in ("auto", None) else dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     device = device_map.get("", "cpu") if isinstance(device_map, dict) else device_map
-    model = load_model(base, dtype, "cpu" if device in (None, "auto") else device)
+    model = load_model(base, dtype, "cpu" if device in (None, "auto") else device, trust)
     convert_as(model, config.lolcats)
     model.config.lolcats["base"] = asdict(known)
     if any(layer.spec.has_linear for layer in linearized_layers(model)) or (directory / FEATURE_MAPS).exists():

@@ -37,7 +37,8 @@ class LinearizedModel:
 
         config = kwargs.get("config")
         if config is not None and config.lolcats.get("form") == "adapter":
-            return load_adapter(path, config, kwargs.get("dtype", "auto"), kwargs.get("device_map"))
+            trust = bool(kwargs.get("trust_remote_code"))
+            return load_adapter(path, config, kwargs.get("dtype", "auto"), kwargs.get("device_map"), trust)
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
                 path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
