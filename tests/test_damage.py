@@ -27,14 +27,20 @@ from lolcats.config import AttentionConfig, FinetuneConfig
 from lolcats.errors import LolcatsError
 from lolcats.files import read_tensors
 from lolcats.modeling.base import find_base, load_model
-from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, save_adapter_config, save_feature_maps, save_lora
+from lolcats.modeling.checkpoint import (
+    FEATURE_MAPS,
+    LORA,
+    LORA_WEIGHTS,
+    save_adapter_config,
+    save_feature_maps,
+    save_lora,
+)
 from lolcats.modeling.gguf_header import check_gguf
 from lolcats.training.finetune import add_lora
 
 SECONDS = 20  # for one case
 HUGE = (0, 1, 255, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=4)
-WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +229,7 @@ def model_case(gguf_file: Path, place: Path) -> tuple[Callable, Callable]:
 
 def adapter_case(adapter: Path, place: Path) -> tuple[Callable, Callable]:
     shutil.copytree(adapter, place)
-    names = ("config.json", FEATURE_MAPS, f"{LORA}/{WEIGHTS}", f"{LORA}/adapter_config.json")
+    names = ("config.json", FEATURE_MAPS, f"{LORA}/{LORA_WEIGHTS}", f"{LORA}/adapter_config.json")
     whole = {name: (adapter / name).read_bytes() for name in names}
     expected = lolcats.load(adapter).state_dict()
 
@@ -247,7 +253,7 @@ def run(quick: bool, adapter: Path, gguf_file: Path, tmp_path: Path) -> dict[str
     """(cases, refused) of each kind."""
     kinds: dict[str, tuple[int, tuple[Callable, Callable]]] = {
         "feature maps": (4000, tensors_case(adapter / FEATURE_MAPS, tmp_path / "maps.safetensors")),
-        "lora": (2000, tensors_case(adapter / LORA / WEIGHTS, tmp_path / "lora.safetensors")),
+        "lora": (2000, tensors_case(adapter / LORA / LORA_WEIGHTS, tmp_path / "lora.safetensors")),
         "config": (1000, config_case(adapter, tmp_path / "config")),
         "gguf header": (2500, header_case(gguf_file, tmp_path / "a.gguf")),
         "gguf model": (200, model_case(gguf_file, tmp_path / "b.gguf")),
@@ -290,6 +296,14 @@ def test_a_changed_value_is_noticed(adapter: Path, tmp_path: Path) -> None:
     del tree["lolcats"]["sha256"]
     (place / "config.json").write_text(json.dumps(tree))
     assert lolcats.load(place).config.lolcats["attention"]["window_size"] == 9
+
+
+def test_a_changed_lora_setting_is_noticed(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    config = tmp_path / "adapter" / LORA / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 17'))
+    with pytest.raises(LolcatsError, match=r"adapter_config\.json is damaged"):
+        lolcats.load(tmp_path / "adapter")
 
 
 def test_files_without_a_checksum_are_read(tmp_path: Path) -> None:

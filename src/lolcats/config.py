@@ -287,7 +287,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
 def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers that are none are ValueErrors
         raise LolcatsError(f"{where}: not valid YAML ({error}).") from None
 
 

@@ -59,12 +59,12 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     unfinished.rename(directory)
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file so that a reader sees either the old file or the whole new one."""
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file so that a reader sees either the old file or the whole new one; with a checksum."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     written = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(written, partial, metadata={"format": "pt", CHECKSUM: tensor_hash(written)})
+    save_file(written, partial, metadata={**(metadata or {}), "format": "pt", CHECKSUM: tensor_hash(written)})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
@@ -73,8 +73,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, which must be what was written if we wrote it."""
     try:
-        with safe_open(path, "pt") as file:
-            known = (file.metadata() or {}).get(CHECKSUM)
+        known = read_metadata(path).get(CHECKSUM)
         tensors = load_file(path)
     except FileNotFoundError:
         raise LolcatsError(f"{path} is missing.") from None
@@ -83,6 +82,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if known is not None and known != tensor_hash(tensors):
         raise LolcatsError(f"{path} is damaged: its tensors are not those that were written (another checksum).")
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def tensor_hash(tensors: dict[str, Tensor]) -> str:

@@ -27,7 +27,7 @@ from lolcats.config import Config, to_yaml
 from lolcats.errors import LolcatsError
 from lolcats.files import compare_keys, whole_directory, write_tensors, write_text
 from lolcats.modeling.base import empty_model, find_base, load_tokenizer
-from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, feature_map_state, save_adapter_config
+from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, feature_map_state, save_adapter_config, seal_lora
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
 
@@ -158,8 +158,8 @@ def _save_lora(
         r=rank, lora_alpha=settings.alpha, target_modules=targets, bias="none", task_type="CAUSAL_LM",
         inference_mode=True, base_model_name_or_path=base,
     )  # fmt: skip
-    write_tensors(tensors, directory / "adapter_model.safetensors")
     peft.save_pretrained(str(directory))
+    seal_lora(directory, tensors)
     return replace(config, finetune=settings)
 
 

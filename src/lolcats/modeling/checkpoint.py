@@ -20,13 +20,23 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from lolcats.errors import LolcatsError, out_of_memory
-from lolcats.files import compare_keys, load_strictly, read_tensors, whole_directory, write_tensors
+from lolcats.files import (
+    compare_keys,
+    hash_file,
+    load_strictly,
+    read_metadata,
+    read_tensors,
+    whole_directory,
+    write_tensors,
+)
 from lolcats.modeling.auto import sealed
 from lolcats.modeling.base import Base, find_base, load_model
 from lolcats.modeling.layer import linearized_layers
 
 FEATURE_MAPS = "feature_maps.safetensors"
 LORA = "lora"
+LORA_WEIGHTS = "adapter_model.safetensors"
+CONFIG_CHECKSUM = "adapter_config"  # key in the weights' metadata
 
 
 def load(
@@ -121,8 +131,12 @@ def save_lora(model: Any, base: Base, directory: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = base.path
     with whole_directory(directory) as unfinished:
         model.save_pretrained(unfinished, save_embedding_layers=False)
-        weights = unfinished / "adapter_model.safetensors"
-        write_tensors(read_tensors(weights), weights)  # with our checksum
+        seal_lora(unfinished, read_tensors(unfinished / LORA_WEIGHTS))
+
+
+def seal_lora(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Write LoRA matrices beside their adapter_config.json, with a checksum of both."""
+    write_tensors(tensors, directory / LORA_WEIGHTS, {CONFIG_CHECKSUM: hash_file(directory / "adapter_config.json")})
 
 
 def merge_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
@@ -148,8 +162,11 @@ def merged_lora(model: PreTrainedModel, directory: Path) -> Iterator[PreTrainedM
 def _with_lora(model: PreTrainedModel, directory: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
+    saved = read_tensors(directory / LORA_WEIGHTS)
+    known = read_metadata(directory / LORA_WEIGHTS).get(CONFIG_CHECKSUM)
+    if known not in (None, hash_file(directory / "adapter_config.json")):
+        raise LolcatsError(f"{directory / 'adapter_config.json'} is damaged: it is not what was written.")
     wrapped = PeftModel.from_pretrained(model, str(directory))
-    saved = read_tensors(directory / "adapter_model.safetensors")
     compare_keys(set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)), set(saved), directory)
     return wrapped
 
