@@ -102,6 +102,11 @@ def _readable(base: Base, hint: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, LolcatsError) or out_of_memory(error):
             raise
+        if "trust_remote_code" in str(error):
+            raise LolcatsError(
+                f"{base.path} comes with Python code of its own, which is not run unless you ask for it: --set "
+                "trust_remote_code=true."
+            ) from error
         raise LolcatsError(f"Cannot load {base.path}: {_first_line(error)} {hint}") from error
 
 

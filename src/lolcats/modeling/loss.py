@@ -89,6 +89,8 @@ def find_head(model: PreTrainedModel) -> Head | None:
         model.train(training)
     if len(given) != 1 or given[0].shape != hidden.shape or logits.shape != answers[0].shape:
         return None
+    if not torch.isfinite(hidden).all():  # a broken model: its loss will say so
+        return None
     high, low = logits[0, 0, 0].item(), logits[0, 0, 1].item()
     capped = abs(high - 1e6 * low) > 1e-3 * abs(high)
     head = Head(module, 100 * low if capped else high / 1e4, high if capped else None)

@@ -94,19 +94,23 @@ class FinetuneTrainer(StageTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        self.call = {"input_ids": ids} | ({} if positions is None else {"position_ids": positions})
         loss = language_model_loss(self.base, self.head, ids, self.stage_config.liger, positions)
         if torch.is_grad_enabled():
             self.watch.add(loss)
-            self.call = {"input_ids": ids} | ({} if positions is None else {"position_ids": positions})
         return loss
 
     def where(self, bad: Tensor) -> str:
-        """The weight that is no number, or the first layer whose output on the last batch is none."""
-        if name := first_bad_weight(trainable(self.model)):
-            return f", and so did {name}"
+        """The first layer whose output on the last batch is no number without LoRA, or else the LoRA matrix that is
+        none, or else the layer with LoRA."""
         layers = self.base.config.lolcats["layers"]
         modules = [self.base.get_submodule(entry["name"]) for entry in layers]
-        number = first_bad_layer(self.base, modules, self.call)
+        wrapped: Any = self.model
+        with wrapped.disable_adapter():
+            number = first_bad_layer(self.base, modules, self.call)
+        if number is None and (name := first_bad_weight(trainable(self.model))):
+            return f", and so did {name}"
+        number = first_bad_layer(self.base, modules, self.call) if number is None else number
         return "" if number is None else f" in layer {layers[number]['layer']}"
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

@@ -19,42 +19,49 @@ ADVICE = (
 
 
 class LossWatch(TrainerCallback):
-    """Checks the losses of every step: on a CPU at the step's end, on a GPU as soon as they have come over by
-    themselves; before anything is saved all of them.
+    """Checks the losses of every step: on a CPU at once, before the step changes anything; on a GPU as soon as they
+    have come over by themselves; before anything is saved all of them.
 
     Args:
         where: called with (n,) bool, which of the losses given to ``add`` are no numbers; the place in words or "".
     """
 
     def __init__(self, stage: str, where: Callable[[Tensor], str]) -> None:
-        self.stage, self.where = stage, where
+        self.stage, self.where, self.step = stage, where, 1
         self.bad: Tensor | None = None  # of the step that is running
         self.steps: deque[tuple[int, Tensor, Any]] = deque()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step + 1
 
     def add(self, losses: Tensor) -> None:
         """The losses (n,) or () of a micro-batch."""
         bad = ~torch.isfinite(losses.detach()).reshape(-1)
-        self.bad = bad if self.bad is None else self.bad | bad
+        if bad.is_cuda:
+            self.bad = bad if self.bad is None else self.bad | bad
+        else:
+            self._stop_if(bad, self.step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bad is not None:
-            event = None
-            if self.bad.is_cuda:
-                self.bad, event = self.bad.to("cpu", non_blocking=True), torch.cuda.Event()
-                event.record()
-            self.steps.append((state.global_step, self.bad, event))
+            event = torch.cuda.Event()
+            self.steps.append((state.global_step, self.bad.to("cpu", non_blocking=True), event))
+            event.record()
         self.bad = None
         self.check(wait=False)
 
     def check(self, wait: bool = True) -> None:
         """LolcatsError if a step's loss was no number; without ``wait`` of those steps alone that are known."""
-        while self.steps and (wait or self.steps[0][2] is None or self.steps[0][2].query()):
+        while self.steps and (wait or self.steps[0][2].query()):
             step, bad, event = self.steps.popleft()
-            if event is not None:
-                event.synchronize()
-            if bad.any():
-                place = self.where(bad)
-                raise LolcatsError(f"In step {step} of {self.stage} the loss became no number{place}. {ADVICE}")
+            event.synchronize()
+            self._stop_if(bad, step)
+
+    def _stop_if(self, bad: Tensor, step: int) -> None:
+        if bad.any():
+            raise LolcatsError(
+                f"In step {step} of {self.stage} the loss became no number{self.where(bad)}. {ADVICE}"
+            )  # fmt: skip
 
     def check_weights(self, step: int, weights: dict[str, Tensor]) -> None:
         """LolcatsError unless everything that is about to be saved is a number."""
