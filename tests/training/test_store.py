@@ -309,9 +309,9 @@ print(peak() - before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss //
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, model_dirs) -> None:
-    """A file of 192 MB needs hardly more memory than one of 40 MB."""
+    """A file of 96 MB needs hardly more memory than one of 24 MB, though its token ids alone are over 100 MB."""
     rng = random.Random(0)
-    for name, megabytes in (("small", 40), ("large", 192)):
+    for name, megabytes in (("small", 24), ("large", 96)):
         with (tmp_path / f"{name}.jsonl").open("w") as file:
             size = 0
             while size < megabytes << 20:
@@ -320,6 +320,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, model_dirs) -> None:
     command = [sys.executable, "-c", MEASURE, str(tmp_path), str(model_dirs["llama"])]
     found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.split()
     grown, worker, rows = map(int, found)
-    assert rows * 128 * 4 > 150 << 20, "the ids alone are larger than what memory may grow by"
-    assert grown < 48
-    assert worker < 1200
+    assert rows * 128 * 4 > 100 << 20
+    assert grown < 40, f"{grown} MB more; a worker {worker} MB"
