@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lolcats.attention.chunked import Context
 from lolcats.attention.feature_maps import FeatureMap
-from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_kernel, sink_kernel
+from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_kernel, sink_kernel, weight_kernel
 from lolcats.attention.kernels.forward import output_kernel
 from lolcats.attention.kernels.layout import (
     Blocks,
@@ -103,7 +103,8 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, fq: Tensor | None, fk: Tensor | None, wq: Tensor | None,
         wk: Tensor | None, gamma: Tensor, call: Call,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        problem = Problem(call, *map(_ready, (q, k, v, fq, fk)), *map(_plain, (wq, wk, gamma)))
+        weights = (None if w is None else w.detach().to(q.dtype).contiguous() for w in (wq, wk))
+        problem = Problem(call, *map(_ready, (q, k, v, fq, fk)), *weights, gamma.detach().float().contiguous())
         save = any(ctx.needs_input_grad)
         o, softmax, S, z = problem.forward(save, peaks=any(ctx.needs_input_grad[:3]))
         if save:
@@ -173,7 +174,9 @@ class Problem:
     @cached_property
     def layout(self) -> Layout:
         grid = self.q.shape[0], self.q.shape[2]
-        return make_layout(self.call.rows, grid, self.tiling, self.heads, self.maps, self.q.device)
+        return make_layout(
+            self.call.rows, grid, self.tiling, self.heads, self.k.shape[1], self.maps, self.q.device
+        )
 
     def launch(self, kernel: str) -> Launch:
         fused = self.fq is None and self.call.spec.has_linear
@@ -182,7 +185,7 @@ class Problem:
     def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Softmax, Tensor | None, Tensor | None]:
         """Outputs, what backward needs of each query's softmax (``save``; ``peaks`` too), final S and z."""
         launch, peaks = self.launch("output"), peaks and self.call.spec.has_softmax
-        o = self.new_output(self.v.shape[3], torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32)
+        o = self.new_output(self.heads, self.v.shape[3], torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32)
         softmax = (
             self.per_query() if save else None,
             self.per_query() if peaks else None,
@@ -199,47 +202,36 @@ class Problem:
     def backward(
         self, do: Tensor, o: Tensor, softmax: Softmax, inputs: bool, weights: bool
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of TENSORS; those of q, k, v (``inputs``) and of the maps' ``weights`` only where wanted.
-
-        Together the two need more registers than there are: where both are wanted, the kernels run once for each.
-        """
+        """Gradients of TENSORS; those of q, k, v (``inputs``) and of the maps' ``weights`` only where wanted."""
         delta, pulls = self.delta(do, o), self.per_query(self.launch("query").pieces)
         softmax = tuple(do if x is None else x for x in softmax)  # type: ignore[assignment]
         weights = weights and self.wq is not None
-        runs = [(True, False), (False, True)] if inputs and weights else [(inputs, weights)]
-        states = self.forward_states()[:2]
-        queries = [self.query_gradients(do, softmax, delta, pulls, states, *run) for run in runs]
+        grads = self.query_gradients(do, softmax, delta, pulls, inputs, weights)
         sinks = self.sink_gradients(do, softmax, delta, pulls) if inputs else None
-        states = self.backward_states(do, softmax[0], delta)  # type: ignore[arg-type]
-        keys = [self.key_gradients(do, softmax, delta, pulls, sinks, states, *run) for run in runs]
-        grads: dict[str, Tensor] = {}
-        for part in (*queries, *keys):  # the first run counts where both give something
-            grads = {name: x for name, x in part.items() if x is not None} | grads
+        grads |= self.key_gradients(do, softmax, delta, pulls, sinks, inputs, weights)
         for name in ("q", "k", "v", "fq", "fk"):
-            if name in grads:
-                grads[name] = grads[name].to(getattr(self, name).dtype)
+            if (x := grads.get(name)) is not None:
+                grads[name] = x.to(getattr(self, name).dtype)
         return tuple(grads.get(name) for name in TENSORS)
 
     def query_gradients(
-        self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor, states: tuple[Tensor, Tensor], inputs: bool,
-        weights: bool,
-    ) -> dict[str, Tensor | None]:  # fmt: skip
+        self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor, inputs: bool, weights: bool
+    ) -> dict[str, Tensor | None]:
         """Of q, φ(q), φ_q's weights and γ; None where not wanted. Writes ``pulls``."""
         layout, launch, heads = self.layout, self.launch("query"), self.heads
         programs = launch.pieces * len(layout.walks)
-        dq = self.new_gradient(self.q.shape[3], launch.pieces, inputs)
-        dfq = self.new_gradient(2 * self.width, launch.pieces, self.fq is not None, torch.float32)
-        dwq = self.partial(programs, weights)
+        dq = self.new_gradient(heads, self.q.shape[3], launch.pieces, inputs)
+        df = self.new_feature_gradient(heads, launch.pieces, weights)
         d_gamma = self.q.new_empty(programs, heads, dtype=torch.float32)
         query_kernel[(len(layout.walks), heads, launch.pieces)](
             *self.tensors(), *_strided(do), *self.features(), self.wq, self.wk, *self.sinks(), softmax[0], delta,
-            *softmax[1:], *states, *_strided_pieces(dq, do), *_strided_pieces(dfq, do), dwq, d_gamma, pulls,
-            layout.walks, *self.tables(), *self.sizes(), pulls.stride(0),
+            *softmax[1:], *self.forward_states()[:2], *_strided_pieces(dq, do), *_strided_pieces(df, do), d_gamma,
+            pulls, layout.walks, *self.tables(), *self.sizes(), pulls.stride(0),
             INPUTS=inputs, WEIGHTS=weights, **self.sink_constants(), **self.constants(launch),
         )  # fmt: skip
         return {
-            "q": _reduce(dq, heads), "fq": _reduce(dfq, heads), "wq": None if dwq is None else dwq.sum(0),
-            "gamma": d_gamma.sum(0) / self.gamma,
+            "q": _add_pieces(dq), "gamma": d_gamma.sum(0) / self.gamma,
+            **self.feature_gradients("q", self.q, _add_pieces(df)),
         }  # fmt: skip
 
     def sink_gradients(
@@ -266,25 +258,38 @@ class Problem:
 
     def key_gradients(
         self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor, sinks: tuple[Tensor, Tensor] | None,
-        states: tuple[Tensor, Tensor], inputs: bool, weights: bool,
+        inputs: bool, weights: bool,
     ) -> dict[str, Tensor | None]:  # fmt: skip
         """Of k, v, φ(k) and φ_k's weights; None where not wanted."""
         layout, launch, kv_heads, maps = self.layout, self.launch("key"), self.k.shape[1], self.maps
-        pieces = launch.pieces
-        dk = self.new_gradient(self.q.shape[3], pieces, inputs)
-        dv = self.new_gradient(self.v.shape[3], 1, inputs)
-        dfk = self.new_gradient(2 * self.width, pieces, self.fq is not None, torch.float32)
-        dwk = self.partial(pieces * len(layout.walks), weights)
-        key_kernel[(len(layout.walks), self.heads, pieces)](
+        dk = self.new_gradient(kv_heads, self.q.shape[3], launch.pieces, inputs)
+        dv = self.new_gradient(kv_heads, self.v.shape[3], 1, inputs)
+        df = self.new_feature_gradient(maps, launch.pieces, weights)
+        heads, _, _, *sizes = self.sizes()
+        key_kernel[(len(layout.key_walks), kv_heads, launch.pieces)](
             *self.tensors(), *_strided(do), *self.features(), self.wq, self.wk, softmax[0], delta, *softmax[1:],
-            pulls, *(sinks or (do, do)), *states, *_strided_pieces(dk, do), *_strided_pieces(dv, do),
-            *_strided_pieces(dfk, do), dwk, layout.walks, *self.tables(), *self.sizes(), pulls.stride(0),
-            INPUTS=inputs, WEIGHTS=weights, SINKS_HERE=sinks is not None, **self.constants(launch),
+            pulls, *(sinks or (do, do)), *self.backward_states(do, softmax[0], delta), *_strided_pieces(dk, do),
+            *_strided_pieces(dv, do), *_strided_pieces(df, do), layout.key_walks, *self.tables(), heads, *sizes,
+            pulls.stride(0), len(layout.walks), INPUTS=inputs, WEIGHTS=weights, SINKS_HERE=sinks is not None,
+            GROUP=heads // kv_heads, MAPS=maps // kv_heads, BLOCK_SINKS=self.blocks.sinks, **self.constants(launch),
         )  # fmt: skip
         return {
-            "k": _reduce(dk, kv_heads), "v": _reduce(dv, kv_heads), "fk": _reduce(dfk, maps),
-            "wk": None if dwk is None else dwk.sum(0).unflatten(0, (maps, -1)).sum(1),
+            "k": _add_pieces(dk), "v": _add_pieces(dv), **self.feature_gradients("k", self.k, _add_pieces(df)),
         }  # fmt: skip
+
+    def feature_gradients(self, name: str, x: Tensor, df: Tensor | None) -> dict[str, Tensor | None]:
+        """Of φ(x), or of the weights of its map from those of x·W."""
+        if df is None or self.fq is not None:
+            return {f"f{name}": df}
+        layout, maps, launch = self.layout, df.shape[1], self.launch("weight")
+        walks = layout.walks if maps == self.heads else layout.key_walks
+        partial = x.new_empty(len(walks), maps, self.width, x.shape[3], dtype=torch.float32)
+        weight_kernel[(len(walks), maps)](
+            *_strided(x), *_strided(df), partial, walks, *self.tables(), maps // x.shape[1], DIM=x.shape[3],
+            WIDTH=self.width, LOW=tl.float32 if self.wide else tl.bfloat16, PRECISION=precision(), C=self.tiling.tile,
+            BLOCK_D=self.blocks.dim, BLOCK_F=self.blocks.feature, num_warps=launch.num_warps, num_stages=2,
+        )  # fmt: skip
+        return {f"w{name}": partial.sum(0).mT}
 
     def delta(self, do: Tensor, o: Tensor) -> Tensor:
         """(B, H, T): δ_n."""
@@ -303,8 +308,7 @@ class Problem:
         initial = None if context is None else self.pack(context.S, context.z)
         k, v = _strided(self.k), _strided(self.v)
         arguments = *k, *v, *self.features()[2:], self.wk, self.gamma, self.gamma  # forward sums are not weighted
-        groups = self.maps // self.k.shape[1], self.maps // self.v.shape[1]
-        states, sums, totals = self.states(arguments, groups, initial, self.maps, final=self.call.final)
+        states, sums, totals = self.states(arguments, self.maps // self.k.shape[1], initial, final=self.call.final)
         if totals is None:
             return states, sums, None, None
         # A sequence without tokens has no segment: it ends as it began.
@@ -315,18 +319,18 @@ class Problem:
         return states, sums, *self.unpack(final)
 
     def backward_states(self, do: Tensor, inverse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """dS and dz of all queries behind each step."""
+        """dS and dz of all queries behind each step, one of each key map."""
         if not self.call.spec.has_linear:
             return self.q, self.q
         x = (*_strided(self.q), *_strided(do))
-        return self.states((*x, *self.features()[:2], self.wq, inverse, delta), (1, 1), None, self.heads, True)[:2]
+        return self.states((*x, *self.features()[:2], self.wq, inverse, delta), 1, None, backward=True)[:2]
 
     def states(
-        self, arguments: tuple[Any, ...], groups: tuple[int, int], initial: Tensor | None, heads: int,
-        backward: bool = False, final: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """States (entries, heads, 2, Dv, f), sums (entries, heads, 2f), and totals behind each segment if ``final``."""
+        self, arguments: tuple[Any, ...], group: int, initial: Tensor | None, backward: bool = False, final: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """States (entries, maps, 2, Dv, f), sums (entries, maps, 2f), and totals behind each segment if ``final``."""
         layout, launch, width, value_dim = self.layout, self.launch("state"), self.width, self.v.shape[3]
+        heads = self.maps
         size, segments = 2 * width * (value_dim + 1), len(layout.segments)
         states = self.q.new_empty(
             layout.entries, heads, 2, value_dim, width, dtype=torch.float32 if self.wide else torch.bfloat16
@@ -337,8 +341,8 @@ class Problem:
 
         def run(starts: Tensor | None, totals: Tensor | None, store: bool) -> None:
             state_kernel[(segments, heads, launch.pieces)](
-                *arguments, starts, totals, states, sums, layout.segments, *self.tables(), heads, *groups,
-                self.q.shape[2], BACKWARD=backward, STORE=store,
+                *arguments, starts, totals, states, sums, layout.segments, *self.tables(), self.heads, group,
+                self.q.shape[2], HEADS=self.heads // heads if backward else 1, BACKWARD=backward, STORE=store,
                 HAS_STARTS=starts is not None, HAS_TOTALS=totals is not None, **constants,
             )  # fmt: skip
 
@@ -410,21 +414,21 @@ class Problem:
         """An unwritten (*lead, B, H, T) tensor."""
         return self.q.new_empty((*lead, self.q.shape[0], self.heads, self.q.shape[2]), dtype=dtype)
 
-    def new_output(self, dim: int, dtype: torch.dtype, *lead: int) -> Tensor:
-        """A (*lead, B, H, T, dim) tensor laid out with heads inside tokens, zero where no sequence will write."""
-        shape = (*lead, self.q.shape[0], self.q.shape[2], self.heads, dim)
+    def new_output(self, heads: int, dim: int, dtype: torch.dtype, *lead: int) -> Tensor:
+        """A (*lead, B, heads, T, dim) tensor laid out with heads inside tokens, zero where no sequence will write."""
+        shape = (*lead, self.q.shape[0], self.q.shape[2], heads, dim)
         make = self.q.new_empty if self.layout.complete else self.q.new_zeros
         return make(shape, dtype=dtype).transpose(-2, -3)
 
-    def new_gradient(self, dim: int, pieces: int, wanted: bool, dtype: torch.dtype | None = None) -> Tensor | None:
-        """(pieces, B, H, T, dim) for what each slice of the value dim and each query head contributes."""
-        dtype = dtype or (self.q.dtype if pieces == 1 else torch.float32)
-        return self.new_output(dim, dtype, pieces) if wanted else None
+    def new_gradient(self, heads: int, dim: int, pieces: int, wanted: bool) -> Tensor | None:
+        """(pieces, B, heads, T, dim) for what each slice of the value dim contributes."""
+        return self.new_output(heads, dim, self.q.dtype if pieces == 1 else torch.float32, pieces) if wanted else None
 
-    def partial(self, programs: int, wanted: bool) -> Tensor | None:
-        """(programs, H, D, f) for what each program contributes to the gradient of a feature map's weight."""
-        shape = (programs, self.heads, self.q.shape[3], self.width)
-        return self.q.new_empty(shape, dtype=torch.float32) if wanted else None
+    def new_feature_gradient(self, maps: int, pieces: int, weights: bool) -> Tensor | None:
+        """(pieces, B, maps, T, 2f) fp32 of given features, (pieces, B, maps, T, f) of x·W for those of weights."""
+        if self.fq is not None:
+            return self.new_output(maps, 2 * self.width, torch.float32, pieces)
+        return self.new_gradient(maps, self.width, pieces, weights)
 
 
 def precision() -> str:
@@ -436,12 +440,9 @@ NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants th
 NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "FUSED", "SPAN", "BLOCK_F")
 
 
-def _reduce(pieces: Tensor | None, heads: int) -> Tensor | None:
-    """(pieces, B, H, T, dim) -> (B, heads, T, dim): slices of the value dim and query heads of a group added up."""
-    if pieces is None:
-        return None
-    x = pieces[0] if pieces.shape[0] == 1 else pieces.sum(0)
-    return x if x.shape[1] == heads else x.unflatten(1, (heads, -1)).sum(2)
+def _add_pieces(x: Tensor | None) -> Tensor | None:
+    """(pieces, ...) -> (...): what the slices of the value dim contribute."""
+    return x if x is None else x[0] if x.shape[0] == 1 else x.sum(0)
 
 
 def _strided(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
@@ -464,7 +465,3 @@ def _strided_pieces(x: Tensor | None, unused: Tensor) -> tuple[Tensor, tuple[Any
 def _ready(x: Tensor | None) -> Any:
     """Detached, with neighbouring columns."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def _plain(x: Tensor | None) -> Any:
-    return None if x is None else x.detach().float().contiguous()
