@@ -58,19 +58,20 @@ def delta_kernel(
 
 @triton.jit
 def query_kernel(
-    q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
-    sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, delta, peaks, tops, states, sums, dq, dq_strides, df,
-    df_strides, d_gamma, pulls, walks, sequences, positions, heads, group, map_group, tokens, scale, cap,
+    q, q_strides, k, k_strides, v, v_strides, o, o_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q,
+    weight_k, sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, delta, peaks, tops, states, sums, dq, dq_strides,
+    df, df_strides, d_gamma, pulls, walks, sequences, positions, heads, group, map_group, tokens, scale, cap,
     pull_stride,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
     INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Gradients that belong to queries, dq, φ_q and γ, from one slice of the value dim (they are linear in dy, so
     slices add up).
 
+    WHOLE: the slice is all of the value dim; then δ_n is found here and stored, else ``delta_kernel`` did.
     INPUTS: gradients of q, k, v are wanted, and r_n is stored (``pulls``) for ``key_kernel``. TILES: that a window
     reaches. df: unless FUSED, gradients of the features; else, where WEIGHTS, those of x·W for ``weight_kernel``.
     """
@@ -82,7 +83,7 @@ def query_kernel(
     q, k, v, fq, fk = input_pointers(
         q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
     )  # fmt: skip
-    do = head_pointer(do, do_strides, batch, head, first)
+    do, o = head_pointer(do, do_strides, batch, head, first), head_pointer(o, o_strides, batch, head, first)
     dq = head_pointer(dq, dq_strides, batch, head, first) + piece.to(tl.int64) * dq_strides[3]
     df = head_pointer(df, df_strides, batch, head, first) + piece.to(tl.int64) * df_strides[3]
     rows = row_offset(batch, head, first, heads, tokens)
@@ -105,9 +106,16 @@ def query_kernel(
         t = at + row
         n = position + t
         q_tile = load_tile(q, q_strides[2], at, length, row, d, DIM)
-        do_tile = load_tile(do, do_strides[2], at, length, row, vd, VALUE_DIM).to(LOW)
+        do_tile = load_tile(do, do_strides[2], at, length, row, vd, VALUE_DIM)
+        if WHOLE:
+            o_tile = load_tile(o, o_strides[2], at, length, row, vd, VALUE_DIM)
+            h = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+            tl.store(delta + t, h, mask=t < length)
+        else:
+            h = load_rows(delta, t, length) * first_piece
+        do_tile = do_tile.to(LOW)
         r = load_rows(inverse, t, length)
-        h = load_rows(delta, t, length) * r * first_piece
+        h *= r
         pull = tl.zeros((C,), tl.float32)
         if INPUTS:
             grad_q = tl.zeros((C, BLOCK_D), tl.float32)
@@ -220,7 +228,7 @@ def sink_kernel(
     store_matrix(d_sink_v + (walk * heads + head).to(tl.int64) * SINKS * VALUE_DIM, sink, vd, SINKS, VALUE_DIM, dvs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def key_kernel(
     q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
     inverse, delta, peaks, tops, pulls, d_sink_k, d_sink_v, states, sums, dk, dk_strides, dv, dv_strides, df,
@@ -235,8 +243,9 @@ def key_kernel(
     """Gradients that belong to keys: dk, dv and φ_k, from one kv head and slice of the value dim.
 
     GROUP: query heads of a kv head; MAPS: its key maps. df: as in ``query_kernel``, of each map. Matrices of weights
-    are held transposed, (keys, queries), so that they enter the products as they are. The sinks' gradients, ``parts``
-    walks by ``sink_kernel``, are added in the first tile (SINKS_HERE: unless the sinks are a context's).
+    are (queries, keys), so that what belongs to queries takes two registers of a thread and not sixteen. The sinks'
+    gradients, ``parts`` walks by ``sink_kernel``, are added in the first tile (SINKS_HERE: unless the sinks are a
+    context's).
     """
     walk, kv_head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
@@ -276,8 +285,8 @@ def key_kernel(
                 S_down = load_state(states, index + m, 1, j, vd, WIDTH, VALUE_DIM)
                 z_up, z_down = load_sum(sums, index + m, 0, j, WIDTH), load_sum(sums, index + m, 1, j, WIDTH)
                 up, down = features(
-                    k_tile, wk, fk + tl.cast(m, tl.int64) * fk_strides[1], fk_strides[2], at, length, row, one, j, WIDTH,
-                    FUSED, PRECISION,
+                    k_tile, wk, fk + tl.cast(m, tl.int64) * fk_strides[1], fk_strides[2], at, length, row, one, j,
+                    WIDTH, FUSED, PRECISION,
                 )  # fmt: skip
                 up_low, down_low = tl.where(exists, up, 0.0).to(LOW), tl.where(exists, down, 0.0).to(LOW)
                 if INPUTS:
@@ -299,19 +308,19 @@ def key_kernel(
                         do_near = do_near.to(LOW)
                         wq = load_weight(weight_q, first_head + h, d, j, DIM, WIDTH) if FUSED else 0
                         q_up, q_down = features(
-                            q_near, wq, fq + tl.cast(h, tl.int64) * fq_strides[1], fq_strides[2], near, length, row, one, j,
-                            WIDTH, FUSED, PRECISION,
+                            q_near, wq, fq + tl.cast(h, tl.int64) * fq_strides[1], fq_strides[2], near, length, row,
+                            one, j, WIDTH, FUSED, PRECISION,
                         )  # fmt: skip
                         q_up, q_down = q_up.to(LOW), q_down.to(LOW)
-                        mask = linear_mask((position + s)[None, :], keys[:, None], WINDOW, SIZE)
-                        da = tl.dot(v_tile, tl.trans(do_near), input_precision=PRECISION) * r[None, :] - ratio[None, :]
-                        da = tl.where(mask, da, 0.0).to(LOW)
+                        mask = linear_mask((position + s)[:, None], keys[None, :], WINDOW, SIZE)
+                        da = tl.dot(do_near, tl.trans(v_tile), input_precision=PRECISION) * r[:, None] - ratio[:, None]
+                        da = tl.trans(tl.where(mask, da, 0.0).to(LOW))
                         d_up = tl.dot(da, q_up, d_up, input_precision=PRECISION)
                         d_down = tl.dot(da, q_down, d_down, input_precision=PRECISION)
                         if INPUTS:
-                            a = tl.dot(up_low, tl.trans(q_up), input_precision=PRECISION)
-                            a = tl.dot(down_low, tl.trans(q_down), a, input_precision=PRECISION)
-                            a = tl.where(mask, a * r[None, :], 0.0).to(LOW)
+                            a = tl.dot(q_up, tl.trans(up_low), input_precision=PRECISION)
+                            a = tl.dot(q_down, tl.trans(down_low), a, input_precision=PRECISION)
+                            a = tl.trans(tl.where(mask, a * r[:, None], 0.0).to(LOW))
                             grad_v = tl.dot(a, do_near, grad_v, input_precision=PRECISION)
                 d_up, d_down = tl.where(exists, d_up, 0.0), tl.where(exists, d_down, 0.0)
                 target = df + tl.cast(m, tl.int64) * df_strides[1]
@@ -333,17 +342,17 @@ def key_kernel(
                     VALUE_DIM,
                 )  # fmt: skip
                 do_tile = do_tile.to(LOW)
+                mask = window_mask((position + s)[:, None], keys[None, :], WINDOW, SIZE)
+                logits = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
+                da = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
                 peak, top = load_rows(peaks + h * tokens, s, length), load_rows(tops + h * tokens, s, length)
                 pull = load_rows(pulls + h * tokens, s, length)
-                mask = window_mask((position + s)[None, :], keys[:, None], WINDOW, SIZE)
-                is_top = (t[:, None] == top[None, :]) & mask
-                logits = softmax_logits(k_tile, q_tile, mask, scale, cap, CAPPED, PRECISION)
-                da = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
                 a, ds = softmax_backward(
-                    logits, da, peak[None, :], r[None, :], ratio[None, :], pull[None, :], is_top, scale, cap, CAPPED
-                )
-                grad_v = tl.dot((a * r[None, :]).to(LOW), do_tile, grad_v, input_precision=PRECISION)
-                grad_k = tl.dot(ds.to(LOW), q_tile.to(LOW), grad_k, input_precision=PRECISION)
+                    logits, da, peak[:, None], r[:, None], ratio[:, None], pull[:, None], t[None, :] == top[:, None],
+                    scale, cap, CAPPED,
+                )  # fmt: skip
+                grad_v = tl.dot(tl.trans((a * r[:, None]).to(LOW)), do_tile, grad_v, input_precision=PRECISION)
+                grad_k = tl.dot(tl.trans(ds.to(LOW)), q_tile.to(LOW), grad_k, input_precision=PRECISION)
         if INPUTS and SINKS_HERE:
             begin_walk, end_walk = tl.load(sequences + sequence * 6 + 4), tl.load(sequences + sequence * 6 + 5)
             is_sink = (row < SINKS)[:, None]

@@ -38,9 +38,9 @@ class Layout:
 
     sequences: (N, 6) int32: ``Rows``, the first entry among the states, the first walk and the one after the last;
     walks: (W, 3) int32, of a program for each query head: sequence, first tile, tile after the last; key_walks: the
-    same for each kv head; segments: (M, 3) int32, the same in steps of ``span`` tokens for each key map; ranges: (N + 1,) int32, first segment of each sequence; start: (N,) int32 zeros; entries: number of
-    states; split: whether any sequence has several segments; complete: whether every token of the (batch, tokens) grid
-    belongs to a sequence.
+    same for each kv head; segments: (M, 3) int32, the same in steps of ``span`` tokens for each key map; ranges:
+    (N + 1,) int32, first segment of each sequence; start: (N,) int32 zeros; entries: number of states; split: whether
+    any sequence has several segments; complete: whether every token of the (batch, tokens) grid belongs to a sequence.
     """
 
     rows: Rows
@@ -83,9 +83,10 @@ def make_layout(
     def table(entries: object) -> Tensor:
         return torch.tensor(entries, dtype=torch.int32).to(device)
 
+    sequences = [(*row, entry, *span) for row, (entry, span) in zip(rows, spans, strict=True)]
     return Layout(
-        rows, table([(*row, entry, *span) for row, (entry, span) in zip(rows, spans, strict=True)]).view(-1, 6),
-        table(_cut(tiles, walk)).view(-1, 3), table(_cut(tiles, key_walk)).view(-1, 3), table(segments).view(-1, 3), table(ranges), table([0] * len(rows)),
+        rows, table(sequences).view(-1, 6), table(_cut(tiles, walk)).view(-1, 3),
+        table(_cut(tiles, key_walk)).view(-1, 3), table(segments).view(-1, 3), table(ranges), table([0] * len(rows)),
         entries[-1], split=max(steps, default=0) > segment,
         complete=sum(length for _, _, length in rows) == grid[0] * grid[1],
     )  # fmt: skip
@@ -161,9 +162,10 @@ def choose_tiling(itemsize: int) -> Tiling:
 def choose_launch(kernel: str, value_dim: int, blocks: Blocks, tile: int, itemsize: int, fused: bool) -> Launch:
     """The widest slice of the value dim whose sums (fp32) fit in registers and whose operands in shared memory."""
     num_warps = 8 if blocks.dim > 128 else 4
+    back = 1 if itemsize == 2 else 2  # the same for both kernels, which have slices in common
+    keys = {"state": 0, "weight": 0, "output": 2, "query": back, "key": back}[kernel] * tile
     if itemsize == 4:
         itemsize = 6  # fp32 operands are split into parts
-    keys = {"state": 0, "weight": 0, "output": 2, "query": 1, "key": 1}[kernel] * tile
     fixed = (tile + keys) * blocks.dim + (blocks.dim * blocks.feature if fused else 0)
     column = tile + keys + 2 * blocks.feature
     registers = 2048 * num_warps // (blocks.feature if kernel == "state" else tile)

@@ -55,7 +55,7 @@ def state_kernel(
     row, d, j, two = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F), tl.arange(0, 16)[:, None]
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
     last = window_start(position + length - 1, WINDOW, SIZE)  # keys from here on are still in a window at the end
-    w = load_weight(weight, head, d, j, DIM, WIDTH) if FUSED and HEADS == 1 else 0
+    w = load_weight(weight, head * HEADS, d, j, DIM, WIDTH) if FUSED else 0
     index = segment * tl.num_programs(1) + head
     S_up, z_up = load_total(starts, index, 0, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS)
     S_down, z_down = load_total(starts, index, 1, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS)
