@@ -131,8 +131,11 @@ class Blocks:
     sinks: int
 
 
-def choose_blocks(dim: int, width: int) -> Blocks:
-    return Blocks(dim=max(16, power_of_two(dim)), feature=max(16, power_of_two(width)), sinks=16)
+def choose_blocks(dim: int, width: int, itemsize: int) -> Blocks:
+    """Half-precision products with 32 columns come out wrong on a GPU (LOG.md), so there are never fewer than 64."""
+    return Blocks(
+        dim=max(16, power_of_two(dim)), feature=max(64 if itemsize == 2 else 16, power_of_two(width)), sinks=16
+    )
 
 
 @dataclass(frozen=True)

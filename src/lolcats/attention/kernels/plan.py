@@ -63,7 +63,7 @@ class Plan:
 
     @cached_property
     def blocks(self) -> Blocks:
-        return choose_blocks(self.dim, self.width)
+        return choose_blocks(self.dim, self.width, self.dtype.itemsize)
 
     def layout(self, rows: Rows) -> Layout:
         grid = self.batch, self.tokens
