@@ -59,12 +59,16 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     unfinished.rename(directory)
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file so that a reader sees either the old file or the whole new one; with a checksum."""
+def write_tensors(tensors: dict[str, Tensor], path: Path, beside: str = "") -> None:
+    """Write a safetensors file so that a reader sees either the old file or the whole new one; with a checksum.
+
+    beside: checksum of what lies beside it, kept with its own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     written = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(written, partial, metadata={**(metadata or {}), "format": "pt", CHECKSUM: tensor_hash(written)})
+    # One entry alone: the order of several is random, and equal tensors are to be equal files.
+    save_file(written, partial, metadata={CHECKSUM: f"{tensor_hash(written)} {beside}".strip()})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
@@ -73,21 +77,22 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, which must be what was written if we wrote it."""
     try:
-        known = read_metadata(path).get(CHECKSUM)
+        known, _ = read_checksums(path)
         tensors = load_file(path)
     except FileNotFoundError:
         raise LolcatsError(f"{path} is missing.") from None
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise LolcatsError(f"{path} is damaged or truncated ({error}).") from None
-    if known is not None and known != tensor_hash(tensors):
+    if known and known != tensor_hash(tensors):
         raise LolcatsError(f"{path} is damaged: its tensors are not those that were written (another checksum).")
     return tensors
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says beside its tensors."""
+def read_checksums(path: Path) -> tuple[str, str]:
+    """Of a safetensors file's tensors, and of what lay beside it; empty where it says none."""
     with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+        own, _, beside = (file.metadata() or {}).get(CHECKSUM, "").partition(" ")
+    return own, beside
 
 
 def tensor_hash(tensors: dict[str, Tensor]) -> str:

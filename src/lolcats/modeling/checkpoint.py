@@ -24,7 +24,7 @@ from lolcats.files import (
     compare_keys,
     hash_file,
     load_strictly,
-    read_metadata,
+    read_checksums,
     read_tensors,
     whole_directory,
     write_tensors,
@@ -36,7 +36,6 @@ from lolcats.modeling.layer import linearized_layers
 FEATURE_MAPS = "feature_maps.safetensors"
 LORA = "lora"
 LORA_WEIGHTS = "adapter_model.safetensors"
-CONFIG_CHECKSUM = "adapter_config"  # key in the weights' metadata
 
 
 def load(
@@ -136,7 +135,7 @@ def save_lora(model: Any, base: Base, directory: Path) -> None:
 
 def seal_lora(directory: Path, tensors: dict[str, Tensor]) -> None:
     """Write LoRA matrices beside their adapter_config.json, with a checksum of both."""
-    write_tensors(tensors, directory / LORA_WEIGHTS, {CONFIG_CHECKSUM: hash_file(directory / "adapter_config.json")})
+    write_tensors(tensors, directory / LORA_WEIGHTS, hash_file(directory / "adapter_config.json"))
 
 
 def merge_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
@@ -163,8 +162,8 @@ def _with_lora(model: PreTrainedModel, directory: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     saved = read_tensors(directory / LORA_WEIGHTS)
-    known = read_metadata(directory / LORA_WEIGHTS).get(CONFIG_CHECKSUM)
-    if known not in (None, hash_file(directory / "adapter_config.json")):
+    _, known = read_checksums(directory / LORA_WEIGHTS)
+    if known and known != hash_file(directory / "adapter_config.json"):
         raise LolcatsError(f"{directory / 'adapter_config.json'} is damaged: it is not what was written.")
     wrapped = PeftModel.from_pretrained(model, str(directory))
     compare_keys(set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)), set(saved), directory)

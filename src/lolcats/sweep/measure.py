@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lolcats.config import Config
+from lolcats.config import Config, DataConfig
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import perplexity
 from lolcats.evaluation.suite import LONG, Options, Task, prepare
@@ -22,6 +22,7 @@ from lolcats.files import hash_file
 from lolcats.inputs import Inputs
 from lolcats.sweep.plan import Evaluate
 from lolcats.training.data import load_rows
+from lolcats.training.mixture import is_mixture, read_mixture
 
 Measured = dict[str, dict[str, float | None]]
 """By the name of what was measured: value and standard error."""
@@ -63,7 +64,10 @@ class Measurement:
 
 
 def source_identity(source: str) -> str:
-    """What a file holds, wherever it lies; a hub data set's own name."""
+    """What a file holds, wherever it lies; a hub data set's own name; of a mixture also what its sources hold."""
+    if is_mixture(source) and Path(source).is_file():
+        parts = [source_identity(share.source) for share in read_mixture(source, DataConfig())]
+        return short_hash([hash_file(Path(source)), *parts])
     return hash_file(Path(source)) if Path(source).is_file() else source
 
 
