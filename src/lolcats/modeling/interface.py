@@ -25,8 +25,6 @@ from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAtten
 
 IMPLEMENTATION = "lolcats"
 _packed: ContextVar[Documents | None] = ContextVar("documents of the decoder call that is running", default=None)
-
-
 NOT_APART = (
     "This model's family does not keep documents apart that are packed into one row (position_ids that start again). "
     "Give each document a row of its own."
@@ -277,7 +275,9 @@ def _documents(call: dict[str, Any]) -> Documents | None:
     """Positions that do not go on by one inside a row mean packed documents, to transformers and to us."""
     positions, mask = call.get("position_ids"), call.get("attention_mask")
     ids = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
-    if positions is None or positions.ndim != 2 or ids is None or _length(call.get("past_key_values")) > 0:
+    if positions is None or positions.ndim != 2 or positions.shape[1] < 2 or ids is None:
+        return None
+    if _length(call.get("past_key_values")) > 0:
         return None
     numbers = find_packed_sequence_indices(positions.expand(ids.shape[0], -1))
     if numbers is None:

@@ -44,9 +44,10 @@ class LossWatch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bad is not None:
-            event = torch.cuda.Event()
-            self.steps.append((state.global_step, self.bad.to("cpu", non_blocking=True), event))
+            event, bad = torch.cuda.Event(), torch.empty(self.bad.shape, dtype=torch.bool, pin_memory=True)
+            bad.copy_(self.bad, non_blocking=True)
             event.record()
+            self.steps.append((state.global_step, bad, event))
         self.bad = None
         self.check(wait=False)
 
