@@ -43,7 +43,7 @@ def _linearized(directory: Path) -> dict[str, Any]:
 def _base(model: str) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lolcats.modeling.convert import probe
+    from lolcats.modeling.probe import probe
 
     base = find_base(model)
     path, kwargs = base.arguments

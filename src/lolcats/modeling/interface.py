@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -34,6 +38,7 @@ class MaskRequest:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
         self._built: dict[str, Any] = {}
+        self._causal = False
         mask, length = arguments.get("attention_mask"), arguments["q_length"]
         self.padding: Tensor | None = None
         self.counts: list[int] | None = None  # tokens of each row, on the host: read once, not by every layer
@@ -43,6 +48,29 @@ class MaskRequest:
             counts = new.sum(1).tolist()
             if min(counts) < length:
                 self.padding, self.counts = new, counts
+
+    def verify(self) -> None:
+        """Raise unless the mask is causal, but for padding and a window: nothing else would have an effect here.
+
+        Bidirectional blocks of image tokens, prefixes and the like are known only in the call.
+        """
+        if self.arguments.get("allow_is_causal_skip", True) or self._causal:
+            return
+        mask = self.build("sdpa")
+        if mask is None:
+            return
+        length, total = mask.shape[-2:]
+        causal = torch.ones(length, total, dtype=torch.bool, device=mask.device).tril(total - length)
+        keys = self.arguments.get("attention_mask")
+        expected = causal if keys is None else causal & keys[:, None, None, -total:].bool()
+        queries = True if self.padding is None else self.padding[:, None, :, None]
+        wrong = mask & ~causal if self.arguments.get("local_size") else mask ^ expected
+        if (wrong & queries).any():
+            raise LolcatsError(
+                "This call asks for attention that is not causal (bidirectional image tokens, a prefix, documents of "
+                "their own): a linearized layer cannot compute that."
+            )
+        self._causal = True
 
     def build(self, implementation: str) -> Any:
         """The mask that ``implementation`` (``sdpa``, ``eager``, ...) would have been given."""
@@ -59,7 +87,12 @@ def attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """One layer's attention: q (B, H, T, D), k and v (B, G, T, D) -> (B, T, H, D), weights or None."""
-    layer = module.lolcats
+    layer = getattr(module, "lolcats", None)
+    if layer is None:
+        raise LolcatsError(
+            f"{type(module).__name__} was not called when this model was converted (cross-attention to images?): a "
+            "linearized model is its text decoder alone."
+        )
     if isinstance(layer, KeptAttention) or layer.mode == "teacher":
         return softmax_attention(module, query, key, value, attention_mask, **kwargs)
     assert isinstance(layer, LinearizedAttention)
@@ -79,7 +112,7 @@ def attention_function(
     else:
         state, counts = cache.take(layer, key, value), getattr(attention_mask, "counts", None)
         y, cache.state = layer.advance(state, query, key, value, scale, softcap, padding, counts)
-    return y.transpose(1, 2).to(query.dtype), None
+    return y.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
 def softmax_attention(
@@ -97,6 +130,7 @@ def _padding(mask: Any) -> Tensor | None:
     if mask is None:
         return None
     if isinstance(mask, MaskRequest):
+        mask.verify()
         return mask.padding
     raise LolcatsError(
         "A linearized model takes a 2-D attention mask (batch, tokens) with 0 for padding; "
@@ -114,8 +148,8 @@ class LinearizedCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, **_: Any) -> None:
-        super().__init__()
+    def __init__(self) -> None:
+        CacheLayerMixin.__init__(self)
         self.state: AttentionState | None = None
         self.length = 0  # positions seen, padding included: what transformers counts
         self.pending = False
@@ -128,6 +162,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
             raise RuntimeError("The keys of the last call never reached the attention function: family not supported.")
         self.is_initialized = self.pending = True
         self.length += key_states.shape[2]
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]  # for who looks: none are kept here
         key_states = key_states.view_as(key_states)
         key_states.lolcats_cache = self  # type: ignore[attr-defined]
         return key_states, value_states
@@ -178,15 +213,34 @@ class LinearizedCacheLayer(CacheLayerMixin):
         """See ``offload``."""
 
 
+class MixedCacheLayer(LinearizedCacheLayer, LinearAttentionAndFullAttentionLayer):
+    """The same for a layer that has attention and a convolution or recurrence side by side (Falcon-H1, Zamba 2)."""
+
+    def __init__(self, number_of_states: int = 1) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        LinearizedCacheLayer.__init__(self)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        LinearizedCacheLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LinearizedCacheLayer.reorder_cache(self, beam_idx)
+
+
 def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of the decoder: whatever empty cache is about to be filled gets our layers.
 
     forward, generate, pipeline and lm-eval all pass here, so none of them can end up with a growing cache.
     """
     config = decoder.config
-    if config._attn_implementation != IMPLEMENTATION:
+    if config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
         raise LolcatsError(
-            f"The attention implementation of this linearized model was changed to {config._attn_implementation!r}, "
+            f"The attention implementation of this linearized model was changed to {config.get_text_config(decoder=True)._attn_implementation!r}, "
             "which would silently run softmax attention. Use lolcats.override(model, mode='teacher') for that."
         )
     layers = {layer.geometry.layer: layer for layer in linearized_layers(decoder) if layer.mode == "student"}
@@ -237,7 +291,8 @@ def install_cache(cache: Any, layers: dict[int, LinearizedAttention]) -> None:
     while len(cache.layers) <= max(layers):
         cache.layers.append(template())  # type: ignore[misc]
     for index in layers:
-        cache.layers[index] = LinearizedCacheLayer()
+        states = getattr(cache.layers[index], "number_of_states", 0)  # of convolutions or recurrences beside attention
+        cache.layers[index] = MixedCacheLayer(states) if states else LinearizedCacheLayer()
 
 
 def _refuse_packed_positions(call: dict[str, Any]) -> None:
