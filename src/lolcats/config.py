@@ -135,8 +135,8 @@ class FinetuneConfig(StageConfig):
     alpha: float = 16.0
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
-    """Linear layers with LoRA. These four mean the attention's, whatever the family calls them (``qkv_proj``, ``dense``,
-    ...); others are names of modules, e.g. ``gate_proj``."""
+    """Linear layers with LoRA. These four mean the attention's, whatever the family calls them (``qkv_proj``, ``dense``
+    and so on); others are names of modules, e.g. ``gate_proj``."""
     use_dora: bool = False
     """DoRA: LoRA on the direction of each weight, its magnitude trained apart (Liu et al. 2024, arXiv 2402.09353)."""
     use_rslora: bool = False

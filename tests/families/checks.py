@@ -25,6 +25,7 @@ PADDING = torch.ones_like(IDS)
 PADDING[1, :13] = 0
 HYBRID = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
 TOLERANCE = 1e-4
+NOTABLE = 1e-3  # an error of the base model's own that the README mentions
 
 
 def forward(model: PreTrainedModel) -> Tensor:
@@ -95,7 +96,7 @@ class Outcome:
     recurrent: bool = False
     """It has other layers than attention."""
     own_cache: bool = False
-    """The base model's own cache changes its logits by more than the tolerance; ours must not add to that."""
+    """The base model's own cache changes its logits; ours must not add to that."""
     own_padding: bool = False
     """The base model itself gives a left-padded row other logits (its positions count the padding)."""
 
@@ -109,7 +110,6 @@ def outcome(model_type: str) -> Outcome:
     try:
         student = converted(model)
     except LolcatsError as error:
-        assert str(error).endswith("."), error
         return Outcome(model_type, str(error))
     check_teacher(model)
     check_window(model)
@@ -122,6 +122,4 @@ def outcome(model_type: str) -> Outcome:
         assert generated_alike(student)
     kinds = [entry["kind"] for entry in student.config.lolcats["layers"]]
     layers = student.config.get_text_config(decoder=True).num_hidden_layers
-    return Outcome(
-        model_type, "", "softmax" in kinds, len(kinds) < layers, own_decode > TOLERANCE, own_padding > TOLERANCE
-    )
+    return Outcome(model_type, "", "softmax" in kinds, len(kinds) < layers, own_decode > NOTABLE, own_padding > NOTABLE)

@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY, LAYERS = 320, 2

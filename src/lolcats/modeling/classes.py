@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from lolcats.errors import LolcatsError
 from lolcats.modeling.auto import MODEL_TYPE
@@ -56,6 +57,11 @@ class LinearizedModel:
         shim = resources.files("lolcats.modeling").joinpath("remote.py").read_text()
         (Path(directory) / REMOTE_CODE).write_text(shim)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As of the base: of custom code, transformers would not initialize buffers that are in no file."""
+        return bool(cls.__bases__[1].is_custom_code())  # type: ignore[attr-defined]
+
     def set_attn_implementation(self, implementation: Any, *args: Any, **kwargs: Any) -> None:
         if implementation != IMPLEMENTATION:
             raise LolcatsError(
@@ -80,7 +86,17 @@ def linearized_class(base: Any) -> Any:
     members = {"config_class": config_class, "__module__": __name__, "_keep_in_fp32_modules_strict": fp32}
     model_class = type(name, (LinearizedModel, base), members)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    _keep_conversions(base, name)
     return model_class
+
+
+def _keep_conversions(base: Any, name: str) -> None:
+    """Weights in files are arranged otherwise than in memory in some families (experts one by one, say), which
+    transformers looks up by class or model type: the class ``name`` is to be found as its base is."""
+    known = get_checkpoint_conversion_mapping(base.__name__)
+    known = known or get_checkpoint_conversion_mapping(base.config_class.model_type)
+    if known is not None:
+        register_checkpoint_conversion_mapping(name, known, overwrite=True)
 
 
 def classes_for(base_model_type: str) -> tuple[Any, type[PreTrainedModel]]:

@@ -238,9 +238,10 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
     forward, generate, pipeline and lm-eval all pass here, so none of them can end up with a growing cache.
     """
     config = decoder.config
-    if config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
+    implementation = config.get_text_config(decoder=True)._attn_implementation
+    if implementation != IMPLEMENTATION:
         raise LolcatsError(
-            f"The attention implementation of this linearized model was changed to {config.get_text_config(decoder=True)._attn_implementation!r}, "
+            f"The attention implementation of this linearized model was changed to {implementation!r}, "
             "which would silently run softmax attention. Use lolcats.override(model, mode='teacher') for that."
         )
     layers = {layer.geometry.layer: layer for layer in linearized_layers(decoder) if layer.mode == "student"}

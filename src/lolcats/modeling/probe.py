@@ -143,8 +143,8 @@ def _unfollowed(model: PreTrainedModel, failure: Exception | None) -> str:
     name = type(model).__name__
     if isinstance(failure, LolcatsError):
         return (
-            f"{name} {failure} (attention code of its own, or sparse, biased or block-wise attention) instead of leaving "
-            "attention to transformers' attention interface, so it cannot be swapped."
+            f"{name} {failure} (attention code of its own, or sparse, biased or block-wise attention) instead of "
+            "leaving attention to transformers' attention interface, so it cannot be swapped."
         )
     if failure is not None:
         reason = str(failure).strip().splitlines()[0].rstrip(".")

@@ -80,8 +80,8 @@ def lora_targets(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
         if not layers:
             known = sorted({name.rpartition(".")[2] for name in inside})
             raise LolcatsError(
-                f"finetune.targets {list(targets)} do not fit this model: nothing in it is {target!r}. Linear layers of "
-                f"its attention: {', '.join(known) or 'none'}."
+                f"finetune.targets {list(targets)} do not fit this model: nothing in it is {target!r}. Linear layers "
+                f"of its attention: {', '.join(known) or 'none'}."
             )
         found.update(dict.fromkeys(layers))
     return list(found)
