@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import lolcats
 from lolcats.config import Config, load_config
 from lolcats.errors import LolcatsError
+from lolcats.inference.engine import check_model
 from lolcats.modeling.base import find_base, load_model
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, save_adapter_config, save_feature_maps, save_lora
 from lolcats.modeling.layer import linearized_layers
@@ -85,6 +86,12 @@ def tuned(model: Any, base: Any, config: Config, out: Path) -> Any:
 def answer(model: Any) -> torch.Tensor:
     greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return model.generate(IDS[:, :20], attention_mask=PADDING[:, :20], **greedy)
+
+
+@pytest.mark.parametrize("family", ["Falcon-H1", "Qwen3-Next"])
+def test_engine_refuses_recurrent_layers(family: str) -> None:
+    with pytest.raises(LolcatsError, match="recurrence or convolution"):
+        check_model(converted(built(FAMILIES[family])))
 
 
 @pytest.mark.parametrize(("family", "reason"), REFUSED.values(), ids=list(REFUSED))

@@ -23,6 +23,18 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_lolcats.LolcatsForCausalLM",
 }
 
+ASSISTED = (
+    "assisted decoding takes tokens back, which cannot be taken out of a linear-attention state. Use greedy decoding, "
+    "sampling or beam search."
+)
+IMPOSSIBLE = {
+    "assistant_model": ASSISTED,
+    "prompt_lookup_num_tokens": ASSISTED,
+    "assistant_early_exit": ASSISTED,
+    "cache_implementation": "a linearized model keeps a state of fixed size and cannot use another cache. Leave it out.",
+}
+"""Arguments of ``generate`` that need what a linearized model does not have."""
+
 
 class LinearizedModel:
     """Mixin put before the family's class: builds the extra modules, loads strictly, saves under our model type."""
@@ -56,6 +68,15 @@ class LinearizedModel:
         super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
         shim = resources.files("lolcats.modeling").joinpath("remote.py").read_text()
         (Path(directory) / REMOTE_CODE).write_text(shim)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; what a state of fixed size cannot do is refused before it begins."""
+        config = kwargs.get("generation_config")
+        given = kwargs if config is None else {**vars(config), **kwargs}
+        for name, reason in IMPOSSIBLE.items():
+            if given.get(name) is not None:
+                raise LolcatsError(f"generate({name}=...): {reason}")
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -118,3 +139,5 @@ def become_linearized(model: PreTrainedModel, record: dict[str, Any]) -> None:
     config.lolcats = json.loads(json.dumps(record))
     config.base_model_type = base_type
     config.architectures = [cls.__name__]
+    if model.generation_config is not None:
+        model.generation_config.cache_implementation = None  # Gemma 2's asks for a cache of its own

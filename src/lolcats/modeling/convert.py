@@ -12,7 +12,7 @@ from lolcats.attention import AttentionSpec
 from lolcats.config import AttentionConfig, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.modeling.interface import IMPLEMENTATION, prepare_decoder_call
-from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention
+from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, linearized_layers
 from lolcats.modeling.probe import ProbedLayer, probe, text_config
 
 
@@ -70,6 +70,9 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
         module.lolcats = layer.to(next(module.parameters()).device)
     config._attn_implementation_internal = IMPLEMENTATION  # not of a vision or audio part
     for part in decoders(model):
+        part.lolcats_layers = linearized_layers(
+            part
+        )  # a list, so not in the model's own lists: looked at in every call
         part.register_forward_pre_hook(prepare_decoder_call, with_kwargs=True)
 
 

@@ -7,6 +7,7 @@ projections, norms and RoPE, with masks from ``ALL_MASK_ATTENTION_FUNCTIONS[impl
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from typing import Any
@@ -24,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lolcats.attention import AttentionState
 from lolcats.errors import LolcatsError
-from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention, linearized_layers
+from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention
 
 IMPLEMENTATION = "lolcats"
 
@@ -244,8 +245,8 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
             f"The attention implementation of this linearized model was changed to {implementation!r}, "
             "which would silently run softmax attention. Use lolcats.override(model, mode='teacher') for that."
         )
-    layers = {layer.geometry.layer: layer for layer in linearized_layers(decoder) if layer.mode == "student"}
-    names = list(inspect.signature(decoder.forward).parameters)
+    layers = {layer.geometry.layer: layer for layer in decoder.lolcats_layers if layer.mode == "student"}
+    names = _parameters(type(decoder))
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     if not layers:
         return None
@@ -260,6 +261,11 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
     if cache is not None:
         install_cache(cache, layers)
     return (), {**call, **changes}
+
+
+@functools.cache
+def _parameters(decoder: type[nn.Module]) -> list[str]:
+    return list(inspect.signature(decoder.forward).parameters)[1:]
 
 
 def _positions(call: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
