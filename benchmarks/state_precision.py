@@ -1,4 +1,6 @@
-"""How exact S and z stay over a long sequence, by the format they are kept in: ``python benchmarks/state_precision.py``.
+"""How exact S and z stay over a long sequence, by the format they are kept in.
+
+    python benchmarks/state_precision.py
 
 Keys are folded into S and z one terraced window at a time, as decoding does, by fp32 products added into a state of
 another format; the reference adds in fp64. Keys, values and queries are normal random numbers with a mean of their own

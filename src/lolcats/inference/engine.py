@@ -277,8 +277,8 @@ def check_model(model: PreTrainedModel) -> None:
     cache = DynamicCache(config=model.config).layers
     if others := [str(i) for i, layer in enumerate(cache) if isinstance(layer, LinearAttentionCacheLayerMixin)]:
         raise LolcatsError(
-            f"Layers {', '.join(others)} have a recurrence or convolution of the base model's own, whose state the engine "
-            "does not hold. Use lolcats generate for this model."
+            f"Layers {', '.join(others)} have a recurrence or convolution of the base model's own, whose state the "
+            "engine does not hold. Use lolcats generate for this model."
         )
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise LolcatsError(f"{type(model).__name__} takes no position_ids, which rows of different lengths need.")

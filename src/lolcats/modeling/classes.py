@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ IMPOSSIBLE = {
     "assistant_model": ASSISTED,
     "prompt_lookup_num_tokens": ASSISTED,
     "assistant_early_exit": ASSISTED,
-    "cache_implementation": "a linearized model keeps a state of fixed size and cannot use another cache. Leave it out.",
+    "cache_implementation": "a linearized model has a state of fixed size and cannot use another cache. Leave it out.",
 }
 """Arguments of ``generate`` that need what a linearized model does not have."""
 
@@ -108,7 +109,17 @@ def linearized_class(base: Any) -> Any:
     model_class = type(name, (LinearizedModel, base), members)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     _keep_conversions(base, name)
+    _publish(model_class)
     return model_class
+
+
+def _publish(cls: Any) -> None:
+    """``transformers serve`` looks a model's class up by its name in what it knows as ``transformers``, which need not be
+    the module of that name: transformers' import runs twice."""
+    server = sys.modules.get("transformers.cli.serving.model_manager")
+    for module in (sys.modules["transformers"], getattr(server, "transformers", None)):
+        if module is not None:
+            setattr(module, cls.__name__, cls)
 
 
 def _keep_conversions(base: Any, name: str) -> None:
