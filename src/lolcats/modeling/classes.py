@@ -114,8 +114,10 @@ def linearized_class(base: Any) -> Any:
 
 
 def _publish(cls: Any) -> None:
-    """``transformers serve`` looks a model's class up by its name in what it knows as ``transformers``, which need not be
-    the module of that name: transformers' import runs twice."""
+    """``transformers serve`` looks a model's class up by name in what it knows as ``transformers``.
+
+    That need not be the module of that name, since transformers' import runs twice.
+    """
     server = sys.modules.get("transformers.cli.serving.model_manager")
     for module in (sys.modules["transformers"], getattr(server, "transformers", None)):
         if module is not None:

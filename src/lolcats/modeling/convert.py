@@ -81,7 +81,7 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     return model.base_model
 
 
-def decoders(model: PreTrainedModel) -> list[nn.Module]:
+def decoders(model: PreTrainedModel) -> list[Any]:
     """Models inside ``model`` that hold its layers, outermost first; the head may call any (OPT's the inner one)."""
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
     return [m for m in parts if any(isinstance(x, KeptAttention | LinearizedAttention) for x in m.modules())] or [model]

@@ -246,7 +246,8 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
             "which would silently run softmax attention. Use lolcats.override(model, mode='teacher') for that."
         )
     layers = {layer.geometry.layer: layer for layer in decoder.lolcats_layers if layer.mode == "student"}
-    names = _parameters(type(decoder))
+    kind: Any = type(decoder)
+    names = _parameters(kind)
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     if not layers:
         return None
@@ -264,7 +265,8 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 @functools.cache
-def _parameters(decoder: type[nn.Module]) -> list[str]:
+def _parameters(decoder: Any) -> list[str]:
+    """Names of the arguments of a decoder class's forward."""
     return list(inspect.signature(decoder.forward).parameters)[1:]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
@@ -100,7 +100,7 @@ def _compute_in_input_dtype(model: nn.Module) -> None:
     In a 16-bit model that is most of the memory of its attention layers.
     """
     for layer in model.modules():
-        if isinstance(layer, LoraLinear):
+        if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = False
             for part in (*layer.lora_A.values(), *layer.lora_B.values()):
                 part.__class__ = InputDtypeLinear
