@@ -35,7 +35,8 @@ FAMILIES = {
     "Falcon-3": Family("llama", {"head_dim": 32, "num_key_value_heads": 1}),
     "Falcon-H1": Family("falcon_h1", quick=True),
     "Gemma": Family("gemma"),
-    "Gemma 2": Family("gemma2", {"attn_logit_softcapping": 2.0}, quick=True),
+    # The oldest transformers' SDPA leaves the cap out.
+    "Gemma 2": Family("gemma2", {"attn_logit_softcapping": 2.0, "attn_implementation": "eager"}, quick=True),
     "Gemma 3": Family("gemma3_text", {"head_dim": 256}, quick=True),
     "Gemma 3 with vision": Family("gemma3"),
     "Gemma 4": Family("gemma4_text", {"num_kv_shared_layers": 0}),

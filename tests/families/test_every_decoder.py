@@ -7,6 +7,7 @@ import transformers
 from checks import outcome
 from table import NOT_BUILT, model_types, render, written
 
+OF_THE_TABLE = f"| transformers {transformers.__version__} |" in written()
 TRIED = [t for t in model_types() if t not in NOT_BUILT]
 
 
@@ -20,11 +21,11 @@ def test_linearized_right_or_refused(model_type: str) -> None:
 @pytest.mark.slow
 def test_table_in_the_readme() -> None:
     """``python tests/families/table.py`` writes it anew."""
-    if f"| transformers {transformers.__version__} |" not in written():
+    if not OF_THE_TABLE:
         pytest.skip("the table is of another version of transformers")
     assert written() == render(outcome(t) for t in TRIED)
 
 
 def test_every_class_is_tried_or_listed() -> None:
     assert len(TRIED) > 150
-    assert set(NOT_BUILT) <= {*model_types(), "blt"}
+    assert not OF_THE_TABLE or set(NOT_BUILT) <= set(model_types())
