@@ -50,6 +50,16 @@ def check_teacher(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
+def check_kept(model: PreTrainedModel) -> None:
+    """Where not all can be linearized, layers that stay as they are change nothing, or are refused as well."""
+    try:
+        logits = forward(converted(model, AttentionConfig(kind="softmax")))
+    except LolcatsError:
+        return
+    assert torch.equal(logits, forward(model))
+
+
+@torch.no_grad()
 def check_window(model: PreTrainedModel) -> None:
     """A window as wide as the base model's is the base model: masks, scales, caps and positions are the family's."""
     student = converted(model, AttentionConfig(kind="window", sinks=0))
@@ -110,6 +120,7 @@ def outcome(model_type: str) -> Outcome:
     try:
         student = converted(model)
     except LolcatsError as error:
+        check_kept(model)
         return Outcome(model_type, str(error))
     check_teacher(model)
     check_window(model)

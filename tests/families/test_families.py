@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checks import HYBRID, IDS, PADDING, check_teacher, check_window, converted, decode_error, forward, padding_error
+from checks import (
+    HYBRID,
+    IDS,
+    PADDING,
+    check_teacher,
+    check_window,
+    converted,
+    decode_error,
+    forward,
+    generated_alike,
+    padding_error,
+)
 from families import FAMILIES, REFUSED, Family
 from tiny import tiny
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import lolcats
-from lolcats.config import Config, load_config
+from lolcats.config import AttentionConfig, Config, load_config
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import check_model
 from lolcats.modeling.base import find_base, load_model
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, save_adapter_config, save_feature_maps, save_lora
 from lolcats.modeling.layer import linearized_layers
+from lolcats.modeling.probe import probe
 from lolcats.training.data import Data
 from lolcats.training.finetune import finetune
 from lolcats.training.transfer import layer_errors, transfer
@@ -86,6 +99,35 @@ def tuned(model: Any, base: Any, config: Config, out: Path) -> Any:
 def answer(model: Any) -> torch.Tensor:
     greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return model.generate(IDS[:, :20], attention_mask=PADDING[:, :20], **greedy)
+
+
+SHARING = {
+    "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2,
+}  # fmt: skip
+PARTLY = {
+    "Gemma 3n": Family("gemma3n_text", {**SHARING, "activation_sparsity_pattern": [0.0] * 6}),
+    "Gemma 4 E": Family("gemma4_text", SHARING),
+}
+
+
+@pytest.mark.parametrize("family", PARTLY.values(), ids=list(PARTLY))
+def test_layers_that_cannot_be_linearized_may_stay(family: Family) -> None:
+    model = built(family)
+    layers = {str(layer.geometry.layer): "softmax" for layer in probe(model) if layer.obstacle}
+    student = converted(model, replace(HYBRID, layers=layers))
+    assert len(linearized_layers(student)) == 1
+    with lolcats.override(student, mode="teacher"), torch.no_grad():
+        assert torch.equal(forward(student), forward(model))
+        assert torch.equal(answer(student), answer(model))
+    assert decode_error(student, 21) < 1e-4
+    assert padding_error(student) < 1e-4
+    assert generated_alike(student)
+
+
+def test_sparse_layers_cannot_even_stay() -> None:
+    """The indexer's choice would get lost."""
+    with pytest.raises(LolcatsError, match="keys that an indexer picks"):
+        converted(built(Family("minimax_m3_vl_text")), AttentionConfig(kind="softmax"))
 
 
 @pytest.mark.parametrize("family", ["Falcon-H1", "Qwen3-Next"])

@@ -33,7 +33,7 @@ def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = No
     layers = probe(model)
     kinds = layer_kinds(attention, layers)
     for layer in layers:
-        if kinds[layer.geometry.layer] != "softmax" and layer.obstacle:
+        if layer.obstacle and (kinds[layer.geometry.layer] != "softmax" or not layer.keepable):
             raise LolcatsError(f"Layer {layer.geometry.layer} of {type(model).__name__} {layer.obstacle}.")
     record = {
         "attention": to_dict(attention),

@@ -13,10 +13,12 @@ OBSTACLES = {
     "s_aux": "has learned sink logits of its own (s_aux), which the hybrid attention does not model",
     "sinks": "has learned sink logits of its own (sinks), which the hybrid attention does not model",
     "position_bias": "adds a position bias to its attention logits, which the hybrid attention does not model",
-    "indices": "attends to keys that an indexer picks (sparse attention)",
-    "block_indices": "attends to blocks of keys that an indexer picks (sparse attention)",
 }
-"""Keywords of an attention call that mean another function; any that stands neither here nor above is one, too."""
+"""Keywords of an attention call that mean another function. As softmax such a layer may stay."""
+
+SPARSE = {"indices", "block_indices"}
+"""Keywords of families that choose keys by an indexer, and tell implementations they know by a mask instead: under
+another implementation's name not even softmax layers would be theirs. So it is with keywords that are not here."""
 
 PROJECTIONS = {
     "q_proj": ("q_proj", "query", "Wq"),

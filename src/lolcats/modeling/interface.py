@@ -79,6 +79,23 @@ class MaskRequest:
             self._built[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
         return self._built[implementation]
 
+    def __getitem__(self, index: Any) -> SlicedMask:
+        return SlicedMask(self, index)
+
+
+class SlicedMask(MaskRequest):
+    """The mask of some queries: Gemma 4 drops the others before its last layers, which share keys and stay softmax."""
+
+    def __init__(self, whole: MaskRequest, index: Any) -> None:
+        super().__init__({**whole.arguments, "allow_is_causal_skip": False})
+        self.index = index
+
+    def build(self, implementation: str) -> Any:
+        return super().build(implementation)[self.index]
+
+    def verify(self) -> None:
+        raise LolcatsError("This model drops queries in front of a linearized layer, whose state needs them all.")
+
 
 def mask_function(**arguments: Any) -> MaskRequest:
     return MaskRequest(arguments)
@@ -120,8 +137,14 @@ def softmax_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The base model's own attention, with the base model's own mask."""
-    implementation = module.lolcats.base_implementation
-    mask = attention_mask.build(implementation) if isinstance(attention_mask, MaskRequest) else attention_mask
+    implementation, mask = module.lolcats.base_implementation, attention_mask
+    if isinstance(mask, MaskRequest):
+        if key.shape[2] != mask.arguments["kv_length"]:
+            raise LolcatsError(
+                f"{type(module).__name__} attends to other keys than those of the tokens (compressed ones, say), "
+                "which it can do under its own attention implementation only: this model cannot be converted."
+            )
+        mask = mask.build(implementation)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     return function(module, query, key, value, mask, **kwargs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling.families import HARMLESS, OBSTACLES
+from lolcats.modeling.families import HARMLESS, OBSTACLES, SPARSE
 from lolcats.modeling.layer import Geometry
 
 PROBE = "lolcats_probe"
@@ -31,6 +31,8 @@ class ProbedLayer:
     """How many keys its mask lets a query see, where it limits them (a sliding window, or chunks)."""
     obstacle: str | None
     """Why this layer cannot be linearized; None if it can."""
+    keepable: bool
+    """Whether it can stay as it is in a converted model."""
 
 
 class _Mask:
@@ -73,6 +75,8 @@ class _Call:
     geometry: Geometry
     layer: int | None
     """Index under which the call's keys went into the cache."""
+    added: int
+    """Keys that are no token's: there are more of them than queries."""
     mask: Any
     keywords: dict[str, Any]
 
@@ -92,7 +96,7 @@ def probe(model: PreTrainedModel) -> list[ProbedLayer]:
         index = getattr(module, "layer_idx", None) if layer is None else layer
         heads, channels = (query.shape[1], key.shape[1]), (query.shape[3], value.shape[3])
         geometry = Geometry(len(calls) if index is None else index, *heads, *channels)
-        calls.append(_Call(module, geometry, layer, attention_mask, keywords))
+        calls.append(_Call(module, geometry, layer, key.shape[2] - query.shape[2], attention_mask, keywords))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     failure: Exception | None = None
@@ -112,7 +116,7 @@ def probe(model: PreTrainedModel) -> list[ProbedLayer]:
     return [
         ProbedLayer(
             names[call.module], call.module, call.geometry, call.keywords.get("sliding_window") or _window(call.mask),
-            _obstacle(call, modules[call.module] > 1, keys[call.layer] > 1),
+            _obstacle(call, modules[call.module] > 1, keys[call.layer] > 1), _keepable(call),
         )
         for call in calls
     ]  # fmt: skip
@@ -155,11 +159,24 @@ def _unfollowed(model: PreTrainedModel, failure: Exception | None) -> str:
     )
 
 
+def _unknown(call: _Call) -> str | None:
+    """A keyword of the call that may change what its attention computes."""
+    return next((name for name, value in call.keywords.items() if value is not None and name not in HARMLESS), None)
+
+
+def _keepable(call: _Call) -> bool:
+    return not call.added and _unknown(call) in (None, *OBSTACLES)
+
+
 def _obstacle(call: _Call, repeated: bool, shared: bool) -> str | None:
-    geometry, keywords = call.geometry, {k: v for k, v in call.keywords.items() if v is not None}
-    if unknown := [k for k in keywords if k not in HARMLESS]:
-        return OBSTACLES.get(unknown[0], f"passes {unknown[0]!r} to its attention, of which nothing is known here")
-    if getattr(call.module, "is_causal", True) is False or keywords.get("is_causal") is False:
+    geometry, unknown = call.geometry, _unknown(call)
+    if call.added:
+        return "attends to keys of its own besides those of the tokens (compressed or learned ones)"
+    if unknown in SPARSE:
+        return f"attends to keys that an indexer picks ({unknown}: sparse attention)"
+    if unknown is not None:
+        return OBSTACLES.get(unknown, f"passes {unknown!r} to its attention, of which nothing is known here")
+    if getattr(call.module, "is_causal", True) is False or call.keywords.get("is_causal") is False:
         return "attends in both directions (an encoder): linear attention here is causal"
     if geometry.head_dim != geometry.value_dim:
         return f"has queries and values of different size ({geometry.head_dim} and {geometry.value_dim})"
