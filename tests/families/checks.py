@@ -70,6 +70,16 @@ def check_window(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
+def check_cache(student: PreTrainedModel) -> None:
+    """A call that says nothing of a cache gets states of fixed size for linearized layers."""
+    cache = getattr(student(IDS), "past_key_values", None)  # RecurrentGemma returns none
+    for layer in linearized_layers(student) if cache is not None else ():
+        state = cache.layers[layer.geometry.layer].state
+        assert state.seen.tolist() == [IDS.shape[1]] * len(IDS)
+        assert state.ring_k.shape[2] == layer.spec.span
+
+
+@torch.no_grad()
 def decode_error(model: PreTrainedModel, *cuts: int) -> float:
     """Largest difference of logits between a whole forward pass and prefill in pieces up to ``cuts``, then decoding."""
     cache, outputs = DynamicCache(config=model.config.get_text_config(decoder=True)), []
@@ -124,6 +134,7 @@ def outcome(model_type: str) -> Outcome:
         return Outcome(model_type, str(error))
     check_teacher(model)
     check_window(model)
+    check_cache(student)
     positions = {"position_ids": (PADDING.cumsum(1) - 1).clamp_min(0)}
     own_decode, own_padding = decode_error(model, 21), padding_error(model, **positions)
     assert decode_error(student, 21) < max(TOLERANCE, 2 * own_decode)

@@ -12,6 +12,7 @@ from checks import (
     HYBRID,
     IDS,
     PADDING,
+    check_cache,
     check_teacher,
     check_window,
     converted,
@@ -57,6 +58,7 @@ def test_function(family: Family) -> None:
     check_teacher(model)
     check_window(model)
     student = converted(model)
+    check_cache(student)
     assert decode_error(student, 21) < max(1e-4, 2 * decode_error(model, 21))
     assert padding_error(student) < 1e-4
 
@@ -122,6 +124,22 @@ def test_layers_that_cannot_be_linearized_may_stay(family: Family) -> None:
     assert decode_error(student, 21) < 1e-4
     assert padding_error(student) < 1e-4
     assert generated_alike(student)
+
+
+@torch.no_grad()
+def test_bidirectional_image_tokens_are_refused_in_the_call() -> None:
+    """Text alone is causal in Gemma 3; where tokens are marked as an image's, they see each other."""
+    model = built(FAMILIES["Gemma 3 with vision"])
+    kinds = torch.zeros_like(IDS)
+    kinds[:, 5:15] = 1
+    student = converted(model)
+    with lolcats.override(student, mode="teacher"):
+        marked = student(IDS, token_type_ids=kinds, use_cache=False).logits
+        assert torch.equal(marked, model(IDS, token_type_ids=kinds, use_cache=False).logits)
+        assert not torch.equal(marked, forward(student))
+    with pytest.raises(LolcatsError, match="attention that is not causal"):
+        student(IDS, token_type_ids=kinds, use_cache=False)
+    torch.testing.assert_close(student(IDS, token_type_ids=0 * kinds, use_cache=False).logits, forward(student))
 
 
 def test_sparse_layers_cannot_even_stay() -> None:

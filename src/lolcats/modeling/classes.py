@@ -79,11 +79,6 @@ class LinearizedModel:
                 raise LolcatsError(f"generate({name}=...): {reason}")
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """As of the base: of custom code, transformers would not initialize buffers that are in no file."""
-        return bool(cls.__bases__[1].is_custom_code())  # type: ignore[attr-defined]
-
     def set_attn_implementation(self, implementation: Any, *args: Any, **kwargs: Any) -> None:
         if implementation != IMPLEMENTATION:
             raise LolcatsError(
@@ -100,12 +95,12 @@ class LinearizedModel:
 def linearized_class(base: Any) -> Any:
     """The linearized subclass of a Hugging Face model class, with its own config class."""
     base_config = base.config_class
-    config_class = type(
-        f"Lolcats{base_config.__name__}", (base_config,), {"model_type": MODEL_TYPE, "__module__": __name__}
-    )
-    name = f"Lolcats{base.__name__}"
+    # As custom code, transformers would rename layer types and leave buffers that are in no file uninitialized.
+    common = {"__module__": __name__, "is_custom_code": base.is_custom_code}
+    name, config_name = f"Lolcats{base.__name__}", f"Lolcats{base_config.__name__}"
+    config_class = type(config_name, (base_config,), {**common, "model_type": MODEL_TYPE})
     fp32 = [*(base._keep_in_fp32_modules_strict or []), "lolcats"]
-    members = {"config_class": config_class, "__module__": __name__, "_keep_in_fp32_modules_strict": fp32}
+    members = {**common, "config_class": config_class, "_keep_in_fp32_modules_strict": fp32}
     model_class = type(name, (LinearizedModel, base), members)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     _keep_conversions(base, name)

@@ -261,8 +261,8 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
     forward, generate, pipeline and lm-eval all pass here, so none of them can end up with a growing cache.
     """
-    config = decoder.config
-    implementation = config.get_text_config(decoder=True)._attn_implementation
+    config = decoder.config.get_text_config(decoder=True)
+    implementation = config._attn_implementation
     if implementation != IMPLEMENTATION:
         raise LolcatsError(
             f"The attention implementation of this linearized model was changed to {implementation!r}, "
@@ -277,11 +277,11 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
     _refuse_packed_positions(call)
     changes = _positions(call, names)
     cache, use_cache = call.get("past_key_values"), call.get("use_cache")
-    wants_cache = (config.use_cache if use_cache is None else use_cache) and not (
+    wants_cache = (getattr(config, "use_cache", False) if use_cache is None else use_cache) and not (
         decoder.training and torch.is_grad_enabled()
     )
     if cache is None and wants_cache:
-        cache = changes["past_key_values"] = DynamicCache(config=config.get_text_config(decoder=True))
+        cache = changes["past_key_values"] = DynamicCache(config=config)
     if cache is not None:
         install_cache(cache, layers)
     return (), {**call, **changes}
