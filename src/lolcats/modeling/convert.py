@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from lolcats.attention import AttentionSpec
 from lolcats.config import AttentionConfig, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
+from lolcats.modeling.auto import SEAL
 from lolcats.modeling.interface import IMPLEMENTATION, prepare_decoder_call
 from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, linearized_layers
 from lolcats.modeling.probe import ProbedLayer, probe, text_config
@@ -49,7 +50,7 @@ def convert_as(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedMode
     """Linearize ``model`` exactly as a saved ``config.lolcats`` record says."""
     from lolcats.modeling.classes import become_linearized
 
-    become_linearized(model, {k: v for k, v in record.items() if k not in ("form", "base")})
+    become_linearized(model, {k: v for k, v in record.items() if k not in ("form", "base", SEAL)})
     install(model, record)
     return model
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,14 +21,19 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, find_packed_sequence_indices
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lolcats.attention import AttentionState
+from lolcats.attention import AttentionState, Documents
 from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention
 
 IMPLEMENTATION = "lolcats"
+_packed: ContextVar[Documents | None] = ContextVar("documents of the decoder call that is running", default=None)
+NOT_APART = (
+    "This model's family does not keep documents apart that are packed into one row (position_ids that start again). "
+    "Give each document a row of its own."
+)
 
 
 class MaskRequest:
@@ -49,14 +55,17 @@ class MaskRequest:
             counts = new.sum(1).tolist()
             if min(counts) < length:
                 self.padding, self.counts = new, counts
+        self.documents = _packed.get()
+        if self.documents is not None:
+            self._check_documents(self.documents)
 
     def verify(self) -> None:
         """Raise unless the mask is causal, but for padding and a window: nothing else would have an effect here.
 
         Bidirectional blocks of image tokens, prefixes and the like are known only in the call.
         """
-        if self.arguments.get("allow_is_causal_skip", True) or self._causal:
-            return
+        if self.documents is not None or self.arguments.get("allow_is_causal_skip", True) or self._causal:
+            return  # documents of a packed row are kept apart
         mask = self.build("sdpa")
         if mask is None:
             return
@@ -68,8 +77,8 @@ class MaskRequest:
         wrong = mask & ~causal if self.arguments.get("local_size") else mask ^ expected
         if (wrong & queries).any():
             raise LolcatsError(
-                "This call asks for attention that is not causal (bidirectional image tokens, a prefix, documents of "
-                "their own): a linearized layer cannot compute that."
+                "This call asks for attention that is not causal (bidirectional image tokens, a prefix): a "
+                "linearized layer cannot compute that."
             )
         self._causal = True
 
@@ -78,6 +87,13 @@ class MaskRequest:
         if implementation not in self._built:
             self._built[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
         return self._built[implementation]
+
+    def _check_documents(self, documents: Documents) -> None:
+        """LolcatsError unless the family's own mask keeps the first two documents of a packed row apart."""
+        row, first = next((row, lengths[0]) for row, lengths in enumerate(documents.lengths) if len(lengths) > 1)
+        place = [torch.tensor(x, device=documents.device) for x in (row, 0, first, first - 1)]
+        if bool(self.arguments["mask_function"](*place)):
+            raise LolcatsError(NOT_APART)
 
     def __getitem__(self, index: Any) -> SlicedMask:
         return SlicedMask(self, index)
@@ -116,17 +132,17 @@ def attention_function(
     assert isinstance(layer, LinearizedAttention)
     scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    padding = _padding(attention_mask)
+    padding, documents = _padding(attention_mask), _documents_of(attention_mask)
     if layer.mode == "transfer":
         with torch.no_grad():
             target, weights = softmax_attention(module, query, key, value, attention_mask, **kwargs)
         if layer.observer is not None:
-            call = AttentionCall(query.detach(), key.detach(), value.detach(), target, scale, softcap, padding)
-            layer.observer(layer, call)
+            q, k, v = query.detach(), key.detach(), value.detach()
+            layer.observer(layer, AttentionCall(q, k, v, target, scale, softcap, padding, documents))
         return target, weights
     cache: LinearizedCacheLayer | None = getattr(key, "lolcats_cache", None)
     if cache is None:
-        y = layer(query, key, value, scale, softcap, padding)
+        y = layer(query, key, value, scale, softcap, padding, documents)
     else:
         state, counts = cache.take(layer, key, value), getattr(attention_mask, "counts", None)
         y, cache.state = layer.advance(state, query, key, value, scale, softcap, padding, counts)
@@ -160,6 +176,15 @@ def _padding(mask: Any) -> Tensor | None:
         "A linearized model takes a 2-D attention mask (batch, tokens) with 0 for padding; "
         f"custom masks are not supported (got shape {tuple(mask.shape)})."
     )
+
+
+def _documents_of(mask: Any) -> Documents | None:
+    """Those of the call that the mask was asked for in: with gradient checkpointing, the call is over by now."""
+    if isinstance(mask, MaskRequest):
+        return mask.documents
+    if _packed.get() is not None:  # the family asks for no mask
+        raise LolcatsError(NOT_APART)
+    return None
 
 
 class LinearizedCacheLayer(CacheLayerMixin):
@@ -268,14 +293,20 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
             f"The attention implementation of this linearized model was changed to {implementation!r}, "
             "which would silently run softmax attention. Use lolcats.override(model, mode='teacher') for that."
         )
-    layers = {layer.geometry.layer: layer for layer in decoder.lolcats_layers if layer.mode == "student"}
+    linearized = decoder.lolcats_layers
+    layers = {layer.geometry.layer: layer for layer in linearized if layer.mode == "student"}
     kind: Any = type(decoder)
     names = _parameters(kind)
     call = {**dict(zip(names, args, strict=False)), **kwargs}
+    changes: dict[str, Any] = {}
+    documents = _documents(call) if any(layer.mode != "teacher" for layer in linearized) else None
+    _packed.set(documents)
+    if documents is not None:
+        _check_packed(call, {layer.base_implementation for layer in linearized})
+        call["use_cache"] = changes["use_cache"] = False
     if not layers:
-        return None
-    _refuse_packed_positions(call)
-    changes = _positions(call, names)
+        return ((), {**call, **changes}) if changes else None
+    changes |= _positions(call, names)
     cache, use_cache = call.get("past_key_values"), call.get("use_cache")
     wants_cache = (getattr(config, "use_cache", False) if use_cache is None else use_cache) and not (
         decoder.training and torch.is_grad_enabled()
@@ -327,15 +358,43 @@ def install_cache(cache: Any, layers: dict[int, LinearizedAttention]) -> None:
         cache.layers[index] = MixedCacheLayer(states) if states else LinearizedCacheLayer()
 
 
-def _refuse_packed_positions(call: dict[str, Any]) -> None:
-    """Positions that start again inside a row mean packed documents to transformers: never mix them silently."""
-    positions = call.get("position_ids")
-    if positions is None or positions.ndim != 2:
-        return
-    if call.get("attention_mask") is not None or call.get("past_key_values") is not None:
-        return
-    if (positions[:, 1:] <= positions[:, :-1]).any():
-        raise LolcatsError("Packed rows (position_ids that start again) are not supported by linearized layers yet.")
+def _documents(call: dict[str, Any]) -> Documents | None:
+    """Positions that do not go on by one inside a row mean packed documents, to transformers and to us."""
+    positions, mask = call.get("position_ids"), call.get("attention_mask")
+    ids = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    if positions is None or positions.ndim != 2 or positions.shape[1] < 2 or ids is None:
+        return None
+    if _length(call.get("past_key_values")) > 0:
+        return None
+    numbers = find_packed_sequence_indices(positions.expand(ids.shape[0], -1))
+    if numbers is None:
+        return None
+    if mask is None:
+        return Documents.of(numbers)
+    if not isinstance(mask, Tensor):  # made by the model around this one, whose call was looked at before
+        return _packed.get()
+    if mask.ndim == 2 and mask.shape == numbers.shape:
+        real = mask[:, 1:].bool() & mask[:, :-1].bool()
+        if ((numbers[:, 1:] != numbers[:, :-1]) & real).any():
+            raise LolcatsError("Packed rows (position_ids that start again) take no attention_mask.")
+    return None
+
+
+def _check_packed(call: dict[str, Any], implementations: set[str]) -> None:
+    """What packed documents cannot be combined with: here, or in transformers' own masks."""
+    if call.get("past_key_values") is not None or call.get("use_cache"):
+        raise LolcatsError(
+            "Packed rows (position_ids that start again) have no cache: a state belongs to one sequence. Pass "
+            "use_cache=False, or give each document a row of its own."
+        )
+    if flash := [name for name in implementations if "flash" in name]:
+        raise LolcatsError(
+            f"Packed rows need the base model's sdpa or eager attention; this one was loaded with {flash[0]}."
+        )
+
+
+def _length(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def register() -> None:

@@ -21,7 +21,8 @@ from lolcats.modeling.families import FUSED, PROJECTIONS
 from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.training.data import Data
 from lolcats.training.liger import fused_layers
-from lolcats.training.trainer import StageResult, StageTrainer, train_only
+from lolcats.training.trainer import StageResult, StageTrainer, train_only, trainable
+from lolcats.training.watch import first_bad_layer, first_bad_weight
 
 
 def finetune(
@@ -37,7 +38,7 @@ def finetune(
     if config.finetune.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = FinetuneTrainer(
-        wrapped, config.finetune, data.train, data.validation, "finetune",
+        wrapped, config.finetune, data.dataset("train"), data.dataset("validation"), "finetune",
         directory / "checkpoints" / "finetune", directory / "metrics.jsonl", config.seed, config.report_to,
     )  # fmt: skip
     with fused_layers(model, config.finetune.liger):
@@ -122,7 +123,25 @@ class FinetuneTrainer(StageTrainer):
         return wrapped.get_base_model()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        return language_model_loss(self.base, self.head, inputs["input_ids"], self.stage_config.liger)
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        self.call = {"input_ids": ids} | ({} if positions is None else {"position_ids": positions})
+        loss = language_model_loss(self.base, self.head, ids, self.stage_config.liger, positions)
+        if torch.is_grad_enabled():
+            self.watch.add(loss)
+        return loss
+
+    def where(self, bad: Tensor) -> str:
+        """The first layer whose output on the last batch is no number without LoRA, or else the LoRA matrix that is
+        none, or else the layer with LoRA."""
+        layers = self.base.config.lolcats["layers"]
+        modules = [self.base.get_submodule(entry["name"]) for entry in layers]
+        wrapped: Any = self.model
+        with wrapped.disable_adapter():
+            number = first_bad_layer(self.base, modules, self.call)
+        if number is None and (name := first_bad_weight(trainable(self.model))):
+            return f", and so did {name}"
+        number = first_bad_layer(self.base, modules, self.call) if number is None else number
+        return "" if number is None else f" in layer {layers[number]['layer']}"
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW; feature maps, where they train, form a group with their own rate."""
