@@ -149,6 +149,15 @@ class FinetuneConfig(StageConfig):
     alpha: float = 16.0
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    """Linear layers with LoRA. These four mean the attention's, whatever the family calls them (``qkv_proj``, ``dense``
+    and so on); others are names of modules, e.g. ``gate_proj``."""
+    use_dora: bool = False
+    """DoRA: LoRA on the direction of each weight, its magnitude trained apart (Liu et al. 2024, arXiv 2402.09353)."""
+    use_rslora: bool = False
+    """rsLoRA: scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)."""
+    quantize_base: Literal["none", "nf4"] = "none"
+    """``nf4``: train LoRA on a base model in 4 bits (bitsandbytes, CUDA only), for memory. The adapter goes onto the
+    untouched base model all the same."""
     feature_map_learning_rate: float = 0.0
     """Rate for feature maps and γ in stage 2; 0 keeps them frozen (the paper). Meant for runs without stage 1."""
     gradient_checkpointing: bool = False
@@ -180,6 +189,11 @@ class Config:
     """Trackers of transformers.Trainer, e.g. ``[tensorboard]`` or ``[wandb]``."""
 
     def __post_init__(self) -> None:
+        if self.controls and self.finetune.quantize_base != "none":
+            raise LolcatsError(
+                "controls: they train on the base model as it is, which a student on a quantized one "
+                "(finetune.quantize_base) cannot be compared with. Leave out one of the two."
+            )
         length, window = self.data.sequence_length, self.attention.window_size
         if self.attention.kind in ("hybrid", "window") and length < 2 * window:
             raise LolcatsError(

@@ -27,6 +27,7 @@ from lolcats.evaluation.systems import ABLATIONS
 from lolcats.files import whole_directory, write_text
 from lolcats.inference.generate import generate
 from lolcats.inputs import Inputs
+from lolcats.modeling.base import check_quantized, load_model, load_quantized
 from lolcats.modeling.checkpoint import (
     FEATURE_MAPS,
     LORA,
@@ -36,7 +37,7 @@ from lolcats.modeling.checkpoint import (
     save_feature_maps,
     save_lora,
 )
-from lolcats.modeling.convert import convert
+from lolcats.modeling.convert import convert, convert_as
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.run import Run
 from lolcats.training.controls import control, control_directory, train_control
@@ -84,6 +85,8 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log) 
     """Load base model, tokenizer and data, measure the teacher and the untrained baselines, convert."""
     device, dtype = device_and_dtype(config)
     base, tokenizer = inputs.base, inputs.tokenizer
+    if config.finetune.quantize_base != "none":
+        check_quantized(base, device)
     data = str(Path(data).resolve()) if Path(data).exists() else data
     say(f"Reading {data}")
     rows = inputs.data(data, config.data, config.seed)
@@ -164,6 +167,10 @@ def run_finetune(session: Session) -> None:
     if session.config.finetune.max_steps == 0:
         run.finish_stage("finetune", {"skipped": True})
         return
+    quantized = session.config.finetune.quantize_base != "none"
+    if quantized:
+        del model  # two models at a time would undo what quantizing saves
+        model = _reload(session, load_quantized)
     session.say(_headline(session, "Stage 2: low-rank linearizing", "finetune"))
     started = time.time()
     wrapped, result = finetune(model, session.data, session.config, out)
@@ -172,7 +179,20 @@ def run_finetune(session: Session) -> None:
         save_feature_maps(wrapped, out / FEATURE_MAPS)
     run.finish_stage("finetune", _summary(result, started))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    session.model = wrapped.merge_and_unload().eval()
+    if quantized:
+        del wrapped, model
+        session.model = merge_lora(_reload(session, load_model), out / LORA)
+    else:
+        session.model = wrapped.merge_and_unload().eval()
+
+
+def _reload(session: Session, load: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """The session's student after stage 1, its base model loaded anew by ``load`` in the place of the one it had."""
+    record, device, dtype = session.model.config.lolcats, session.model.device, session.model.dtype
+    del session.model
+    session.model = convert_as(load(session.run.base, dtype, device, session.config.trust_remote_code), record)
+    load_feature_maps(session.model, session.run.directory / FEATURE_MAPS)
+    return session.model
 
 
 def finish(session: Session, merge: bool = True, pictures: bool = True) -> None:

@@ -117,7 +117,7 @@ def test_set_attn_implementation_is_refused() -> None:
 def test_refusals_say_why() -> None:
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     falcon = AutoModelForCausalLM.from_config(FalconConfig(**sizes))
-    with pytest.raises(LolcatsError, match="does not call transformers' attention interface"):
+    with pytest.raises(LolcatsError, match="instead of leaving attention to transformers' attention interface"):
         lolcats.convert(falcon, SMALL)
     bert = AutoModelForCausalLM.from_config(BertConfig(**sizes, intermediate_size=32))
     with pytest.raises(LolcatsError, match="encoder"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lolcats.errors import LolcatsError, out_of_memory
 from lolcats.files import hash_file
 from lolcats.modeling.gguf_header import check_gguf
 
+HINT = "Is it a complete decoder-only language model that transformers knows?"
 STRIDE, SAMPLE = 1 << 20, 4096  # bytes: of each MiB of a weight file, 4 KiB are hashed
 
 
@@ -66,7 +68,7 @@ def load_model(
     """The base model in evaluation mode; LolcatsError with a reason if it cannot be loaded."""
     path, kwargs = base.arguments
     _check_gguf(base)
-    with _readable(base, "Is it a complete decoder-only language model that transformers knows?"):
+    with _readable(base, HINT):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, trust_remote_code=trust, **kwargs
         )
@@ -75,6 +77,32 @@ def load_model(
     if base.form == "gguf":
         model = _plain(model)
     return model.to(device).eval()
+
+
+def load_quantized(base: Base, dtype: torch.dtype, device: torch.device, trust: bool = False) -> PreTrainedModel:
+    """The base model with the weights of its linear layers in NF4 (bitsandbytes), computing in ``dtype``.
+
+    Embeddings, norms and the output layer stay as they are.
+    """
+    check_quantized(base, device)
+    compute = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    with _readable(base, HINT):
+        model = AutoModelForCausalLM.from_pretrained(
+            base.path, dtype=dtype, quantization_config=compute, device_map={"": device}, trust_remote_code=trust
+        )
+    return model.eval()
+
+
+def check_quantized(base: Base, device: torch.device) -> None:
+    """LolcatsError unless ``base`` can be loaded in 4 bits here: better before stage 1 than after it."""
+    if device.type != "cuda":
+        raise LolcatsError(f"finetune.quantize_base: 4-bit weights need a CUDA GPU, and this runs on {device.type}.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LolcatsError("finetune.quantize_base needs bitsandbytes: pip install 'lolcats[quantize]'.")
+    if base.form == "gguf":
+        raise LolcatsError("finetune.quantize_base: a GGUF file is quantized already; give a hub id or a directory.")
 
 
 def empty_model(base: Base, trust: bool = False) -> PreTrainedModel:

@@ -39,7 +39,7 @@ def _linearized(directory: Path) -> dict[str, Any]:
 
 def _base(model: str) -> dict[str, Any]:
     from lolcats.modeling.base import empty_model
-    from lolcats.modeling.convert import probe
+    from lolcats.modeling.probe import probe
 
     base = find_base(model)
     empty = empty_model(base)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lolcats.config import Config, FinetuneConfig
 from lolcats.errors import LolcatsError
+from lolcats.modeling.families import FUSED, PROJECTIONS
 from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.training.data import Data
 from lolcats.training.liger import fused_layers
@@ -44,9 +47,10 @@ def finetune(
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
     """LoRA on ``config.targets``; sets what requires a gradient."""
+    targets = lora_targets(model, config.targets)
     lora = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets),
-        bias="none", task_type="CAUSAL_LM",
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none",
+        task_type="CAUSAL_LM", use_dora=config.use_dora, use_rslora=config.use_rslora,
     )  # fmt: skip
     try:
         wrapped = get_peft_model(model, lora)
@@ -56,6 +60,32 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
     train_only(wrapped, lambda name: "lora_" in name or (maps and ".lolcats." in name))
     _compute_in_input_dtype(wrapped)
     return wrapped
+
+
+def lora_targets(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
+    """Full names of the layers that ``targets`` mean.
+
+    ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` mean the layers of the attention modules that play these parts,
+    whatever the family calls them; a layer that makes q, k and v at once plays three. Other names mean what ends so.
+    """
+    attentions = [name for name, module in model.named_modules() if hasattr(module, "lolcats")]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    inside = {name: set(name.removeprefix(a + ".").split(".")) for name in linear for a in attentions
+              if name.startswith(a + ".")}  # fmt: skip
+    found: dict[str, None] = {}
+    for target in targets:
+        called = {*PROJECTIONS.get(target, ()), *(FUSED if target in ("q_proj", "k_proj", "v_proj") else ())}
+        layers = [name for name, parts in inside.items() if parts & called]
+        if not called:
+            layers = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{target}")]
+        if not layers:
+            known = sorted({name.rpartition(".")[2] for name in inside})
+            raise LolcatsError(
+                f"finetune.targets {list(targets)} do not fit this model: nothing in it is {target!r}. Linear layers "
+                f"of its attention: {', '.join(known) or 'none'}."
+            )
+        found.update(dict.fromkeys(layers))
+    return list(found)
 
 
 class InputDtypeLinear(nn.Linear):
@@ -71,7 +101,7 @@ def _compute_in_input_dtype(model: nn.Module) -> None:
     In a 16-bit model that is most of the memory of its attention layers.
     """
     for layer in model.modules():
-        if isinstance(layer, LoraLinear):
+        if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = False
             for part in (*layer.lora_A.values(), *layer.lora_B.values()):
                 part.__class__ = InputDtypeLinear
