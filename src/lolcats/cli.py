@@ -275,6 +275,47 @@ def info(model: Model) -> None:
     out.print(table)
 
 
+@command
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub id, model directory, config.json, or llama-3-8b, llama-3.1-70b, "
+                                              "llama-3.1-405b.", metavar="MODEL")],
+    gpus: Annotated[int, typer.Option(help="All GPUs of the run.")] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Of each.")] = "80GiB",
+    host_memory: Annotated[str, typer.Option(help="Of each node.")] = "128GiB",
+    disk: Annotated[str, typer.Option(help="Free space of each node; default: not checked.")] = "",
+    read_speed: Annotated[str, typer.Option(help="Reading of weights on each node.")] = "3GB/s",
+    gpus_per_node: Annotated[int, typer.Option()] = 8,
+    tokens: Annotated[str, typer.Option(help="Tokens of stage 1, all epochs together.")] = "20M",
+    finetune_tokens: Annotated[str, typer.Option(help="Tokens of stage 2, all epochs together.")] = "40M",
+    block_size: Annotated[int, typer.Option(help="Layers of a block; 0: as many as fit.")] = 0,
+    recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Memory, disk and time of both stages from the model's configuration alone, and the commands to run."""
+    from lolcats.config import load_config
+    from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_config, report, size_of
+
+    read = report.parse_quantity
+    machine = Machine(
+        gpus, read(gpu_memory, "--gpu-memory"), read(host_memory, "--host-memory"), read(read_speed, "--read-speed"),
+        read(disk or "1e30", "--disk"), gpus_per_node,
+    )  # fmt: skip
+    work = Work(read(tokens, "--tokens"), read(finetune_tokens, "--finetune-tokens"), block_size)
+    config = load_config(recipe, set_)
+    size = size_of(read_config(model), config)
+    stages = [plans(size, config, machine, work) for plans in (plan_transfer, plan_finetune)]
+    _print_rows(
+        report.HEADER, report.plan_rows([*stages[0], *stages[1]]), title=report.title(model, size, machine, work)
+    )
+    out.print(report.paper_line(size, work, stages[0]), soft_wrap=True)
+    chosen = [plan for plans in stages for plan in report.recommended(plans)]
+    for best in chosen:
+        _print_rows(("where", "part", "amount"), report.part_rows(best), f"{best.stage}, {best.schedule}")
+    for line in report.commands(chosen, model, recipe, set_, machine):
+        out.print(f"\n{line}", soft_wrap=True, markup=False, highlight=False)
+    if refused := " ".join(filter(None, (report.refusal(p, size, config, machine, work) for p in stages))):
+        raise LolcatsError(refused)
+
+
 def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any, Any], batch_size: int) -> None:
     """The table of ``evaluate --data``."""
     from lolcats.evaluation.compare import compare, evaluation_rows
