@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import FAMILIES, tiny_model
 from transformers import MixtralConfig
 from typer.testing import CliRunner
 
@@ -22,7 +23,6 @@ from lolcats.modeling.layer import linearized_layers
 from lolcats.plan import Machine, Size, Speeds, Work, plan_finetune, plan_transfer, read_config, report, size_of
 from lolcats.plan.costs import GIB, finetune_token, gpu_need, transfer_token
 from lolcats.training.finetune import add_lora
-from tests.conftest import FAMILIES, tiny_model
 
 MEASURED = json.loads((Path(__file__).parent.parent / "benchmarks/results/training.json").read_text())
 SMALL = ["attention.window_size=8", "attention.feature_dim=8", "data.sequence_length=32"]

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from lolcats.errors import LolcatsError
-from lolcats.files import compare_keys, load_strictly, read_tensors, whole_directory, write_tensors
+from lolcats.files import compare_keys, load_strictly, read_tensors, whole, whole_directory, write_tensors
 from lolcats.modeling.base import Base, find_base, load_model
 from lolcats.modeling.layer import linearized_layers
 
@@ -105,10 +106,13 @@ def load_adapter(
 
 
 def save_lora(model: Any, base: Base, directory: Path) -> None:
-    """Write the LoRA of a PEFT model in PEFT's format, whole or not at all."""
+    """Write the LoRA of a PEFT model in PEFT's format, whole or not at all. Of a sharded one, all ranks call it."""
     model.peft_config["default"].base_model_name_or_path = base.path
+    weights = {name: whole(p) for name, p in model.state_dict().items() if "lora_" in name}
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     with whole_directory(directory) as unfinished:
-        model.save_pretrained(unfinished, save_embedding_layers=False)
+        model.save_pretrained(unfinished, save_embedding_layers=False, state_dict=weights)
 
 
 def merge_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:

@@ -28,6 +28,7 @@ from lolcats.attention import (
 from lolcats.attention.reference import attention_weights
 from lolcats.attention.state import SEGMENT, compacted
 from lolcats.config import AttentionConfig
+from lolcats.errors import LolcatsError
 
 Mode = Literal["student", "teacher", "transfer"]
 
@@ -148,6 +149,14 @@ class LinearizedAttention(nn.Module):
 def linearized_layers(model: nn.Module) -> list[LinearizedAttention]:
     """The linearized layers of a model (or PEFT wrapper) in order."""
     return [m for m in model.modules() if isinstance(m, LinearizedAttention)]
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a converted model: the list whose members hold the linearized attentions."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and linearized_layers(module):
+            return module
+    raise LolcatsError(f"{type(model).__name__} has no list of decoder layers.")
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from lolcats.config import Config, read_yaml
 from lolcats.errors import LolcatsError
-from lolcats.modeling.convert import convert, decoder
-from lolcats.modeling.layer import LinearizedAttention, linearized_layers
+from lolcats.modeling.convert import convert
+from lolcats.modeling.layer import decoder_layers, linearized_layers
 from lolcats.training.finetune import add_lora
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what families call their number of experts
@@ -114,15 +114,6 @@ def size_of(model_config: Any, config: Config) -> Size:
         head=0 if head is None or head is embedding else head.numel(), maps=maps,
         lora=sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name),
     )  # fmt: skip
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers: the one whose members hold the attention modules."""
-    lists = [module for module in decoder(model).modules() if isinstance(module, nn.ModuleList)]
-    for module in lists:
-        if any(isinstance(part, LinearizedAttention) for part in module.modules()):
-            return module
-    raise LolcatsError(f"{type(model).__name__} has no list of decoder layers.")
 
 
 def chosen_share(config: Any) -> float:

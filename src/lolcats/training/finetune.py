@@ -17,6 +17,7 @@ from lolcats.config import Config, FinetuneConfig
 from lolcats.errors import LolcatsError
 from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.training.data import Data
+from lolcats.training.distributed import is_sharded, join, shard, world_size
 from lolcats.training.liger import fused_layers
 from lolcats.training.trainer import StageResult, StageTrainer, train_only
 
@@ -26,6 +27,8 @@ def finetune(
 ) -> tuple[PeftModel, StageResult]:  # fmt: skip
     """Wrap ``model`` with LoRA (PEFT) and train it; only LoRA matrices train unless the recipe says otherwise.
 
+    Under torchrun the model is sharded over all ranks first, and stays so.
+
     Returns:
         the PEFT model with its best weights (``.merge_and_unload()`` folds them in), and what the stage did.
     """
@@ -33,6 +36,8 @@ def finetune(
     wrapped = add_lora(model, config.finetune)
     if config.finetune.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if world_size() > 1 and not is_sharded(model):
+        shard(model, join(model.device))
     trainer = FinetuneTrainer(
         wrapped, config.finetune, data.train, data.validation, "finetune",
         directory / "checkpoints" / "finetune", directory / "metrics.jsonl", config.seed, config.report_to,
