@@ -15,6 +15,7 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.auto import MODEL_TYPE
 from lolcats.modeling.convert import install
 from lolcats.modeling.interface import IMPLEMENTATION
+from lolcats.modeling.parallel import add_plan, is_split, settle
 
 REMOTE_CODE = "modeling_lolcats.py"
 AUTO_MAP = {
@@ -29,6 +30,7 @@ class LinearizedModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self, config.lolcats)  # type: ignore[arg-type]
+        add_plan(self, config.lolcats)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -37,6 +39,11 @@ class LinearizedModel:
 
         config = kwargs.get("config")
         if config is not None and config.lolcats.get("form") == "adapter":
+            if kwargs.get("tp_plan") or kwargs.get("distributed_config"):
+                raise LolcatsError(
+                    f"{path} is an adapter; only merged models load in parts for tensor parallel. Merge it first: "
+                    f"lolcats export {path} --merge --out MERGED."
+                )
             return load_adapter(path, config, kwargs.get("dtype", "auto"), kwargs.get("device_map"))
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
@@ -45,10 +52,13 @@ class LinearizedModel:
         except SafetensorError as error:
             raise LolcatsError(f"{path}: a weight file is damaged or truncated ({error}).") from None
         verify_loading(info, path)
+        settle(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers' own, in safetensors, plus the file that ``trust_remote_code`` imports."""
+        if is_split(self):  # type: ignore[arg-type]
+            raise LolcatsError("This rank holds some of the model's heads only: save it where it is loaded whole.")
         config = self.config  # type: ignore[attr-defined]
         config.auto_map = dict(AUTO_MAP)
         config.lolcats = {k: v for k, v in config.lolcats.items() if k != "base"}  # merged: stands alone
@@ -102,3 +112,4 @@ def become_linearized(model: PreTrainedModel, record: dict[str, Any]) -> None:
     config.lolcats = json.loads(json.dumps(record))
     config.base_model_type = base_type
     config.architectures = [cls.__name__]
+    add_plan(model, record)

@@ -82,6 +82,7 @@ class LinearizedAttention(nn.Module):
         super().__init__()
         self.geometry, self.spec, self.base_implementation = geometry, spec, implementation
         self.mode: Mode = "student"
+        self.ranks = 1  # that share the heads, in tensor parallel
         self.observer: Observer | None = None
         groups = geometry.heads // geometry.kv_heads
         self.maps = geometry.kv_heads if config.key_maps == "per_kv_head" else geometry.heads
@@ -95,6 +96,17 @@ class LinearizedAttention(nn.Module):
                 else:
                     key_map.copy_(query_map)
         self.gate = nn.Parameter(torch.full((geometry.heads,), config.gate_init))
+
+    def split_heads(self, ranks: int) -> None:
+        """Become one of ``ranks`` that each have some of the heads; the caller splits the parameters."""
+        if self.geometry.kv_heads % ranks:
+            raise LolcatsError(
+                f"Layer {self.geometry.layer} has {self.geometry.kv_heads} key/value heads, which {ranks} ranks cannot "
+                "share equally: use a number of ranks that divides it."
+            )
+        self.ranks, self.maps = ranks, self.maps // ranks
+        self.phi_q.heads //= ranks
+        self.phi_k.heads //= ranks
 
     @property
     def gamma(self) -> Tensor:
