@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -46,3 +47,29 @@ def test_needs_a_gpu_and_says_so(training: ModuleType, tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "argv", ["training.py", "--tiny"])
     with pytest.raises(SystemExit, match="--out"):
         training.main()
+
+
+@pytest.mark.slow
+def test_several_gpus(tmp_path: Path) -> None:
+    """Both stages and generation on one and two processes, from the same weights: the same losses and tokens."""
+    script = Path(__file__).parent.parent / "benchmarks" / "multi_gpu.py"
+    subprocess.run([sys.executable, script, "--tiny", "--out", tmp_path, "--deadline", "400"], check=True)
+    results = json.loads((tmp_path / "multi_gpu.json").read_text())
+    assert not results["failures"]
+    assert set(results["parts"]) == {"stage 1", "stage 2", "large stage 2", "generation"}
+    for name, part in results["parts"].items():
+        assert set(part) == {"1", "2"}, name
+        if name != "generation":
+            losses = part["2"]["losses"]
+            assert losses[-1] < losses[0] - 1e-4
+            assert part["2"]["loss_difference"] < 1e-4
+    for rows, batch in results["parts"]["generation"]["2"]["batches"].items():
+        assert batch["first_row"] == results["parts"]["generation"]["1"]["batches"][rows]["first_row"]
+    assert (tmp_path / "multi_gpu.md").read_text().count("| 2 |") >= 4
+
+
+def test_several_gpus_need_an_output(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "multi_gpu.py"
+    done = subprocess.run([sys.executable, script, "--tiny"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "choose another --out" in done.stderr

@@ -23,6 +23,7 @@ from lolcats.files import read_tensors, whole
 from lolcats.modeling.base import Base
 from lolcats.modeling.checkpoint import save_lora
 from lolcats.modeling.layer import decoder_layers, linearized_layers
+from lolcats.modeling.loss import gathered
 from lolcats.training.data import Data
 from lolcats.training.distributed import (
     SHARDED,
@@ -109,6 +110,11 @@ def assert_sharded(wrapped: Any) -> None:
     assert all(isinstance(p, DTensor) for p in others)
     large = decoder_layers(model)[0].mlp.up_proj.weight
     assert large.to_local().numel() * 2 == large.numel()
+    head = model.get_output_embeddings()
+    with gathered(head):
+        assert not isinstance(head.weight, DTensor)
+        assert head.weight.shape == (320, 32)
+    assert isinstance(head.weight, DTensor)
 
 
 def assert_gradients_and_clip() -> None:

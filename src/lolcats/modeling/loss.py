@@ -108,7 +108,7 @@ def language_model_loss(model: PreTrainedModel, head: Head | None, ids: Tensor, 
     plain = isinstance(head.module, nn.Linear) and type(head.module).forward is nn.Linear.forward
     plain = plain and head.module.bias is None
     if liger and plain and hidden.is_cuda and has_liger():
-        with _whole(head.module):
+        with gathered(head.module):
             return _liger_loss(head, hidden, targets)
     parts = zip(hidden.split(PIECE), targets.split(PIECE), strict=True)
     total = sum(
@@ -119,7 +119,7 @@ def language_model_loss(model: PreTrainedModel, head: Head | None, ids: Tensor, 
 
 
 @contextmanager
-def _whole(module: Any) -> Iterator[None]:
+def gathered(module: Any) -> Iterator[None]:
     """The weights of an output layer that FSDP2 shards are gathered while they are used without calling it."""
     if hasattr(module, "unshard"):
         module.unshard()
