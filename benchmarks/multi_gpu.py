@@ -376,8 +376,9 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"`python benchmarks/multi_gpu.py`, {results['date']}, up to {most} × {results['device']}; {packages}.",
         f"Random weights in bf16; {small}, and {large} with recomputed layers in the large stage 2. Every number "
-        f"of GPUs trains on the same rows of {sizes['length']} tokens: {most} micro-batches of {sizes['transfer_rows']}, "
-        f"{sizes['finetune_rows']} and (large) {sizes['large_rows']} rows a step. Stage 1 is data-parallel, stage 2 "
+        f"of GPUs trains on the same rows of {sizes['length']} tokens: {most} micro-batches of "
+        f"{sizes['transfer_rows']}, {sizes['finetune_rows']} and (large) {sizes['large_rows']} rows a step. Stage 1 is "
+        "data-parallel, stage 2 "
         "sharded (FSDP2). Efficiency: tokens/s against one GPU's times the number of GPUs. Peak: PyTorch's allocated "
         "memory, weights included, of the fullest GPU; planned: what `lolcats plan` says.",
         "",
