@@ -189,19 +189,8 @@ class BestKeeper(TrainerCallback):
     @contextmanager
     def stop_on_interrupt(self) -> Iterator[None]:
         """First Ctrl-C: finish the step, save, stop. Second: stop at once."""
-        if threading.current_thread() is not threading.main_thread():
+        with noting_interrupt(lambda: setattr(self, "interrupted", True)):
             yield
-            return
-
-        def handler(signum: int, frame: FrameType | None) -> None:
-            self.interrupted = True
-            signal.signal(signal.SIGINT, previous)
-
-        previous = signal.signal(signal.SIGINT, handler)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -227,6 +216,24 @@ class BestKeeper(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
+@contextmanager
+def noting_interrupt(note: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C calls ``note``, the second acts as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        note()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 class MetricsFile(TrainerCallback):
     """One JSON object a line, for both stages; on resuming, lines after the checkpoint are dropped."""
 
@@ -234,14 +241,20 @@ class MetricsFile(TrainerCallback):
         self.path, self.stage = path, stage
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        others = [line for line in lines if json.loads(line)["stage"] != self.stage]
-        ours = [json.dumps({"stage": self.stage, **entry}) for entry in state.log_history]
-        self.path.write_text("".join(line + "\n" for line in others + ours))
+        replace_metrics(self.path, self.stage, state.log_history)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"stage": self.stage, **logs, "step": state.global_step}) + "\n")
+
+
+def replace_metrics(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
+    """Make ``history`` all that a metrics file says of a stage."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    others = [line for line in lines if json.loads(line)["stage"] != stage]
+    ours = [json.dumps({"stage": stage, **entry}) for entry in history]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(line + "\n" for line in others + ours))
 
 
 class StageProgress(ProgressCallback):  # type: ignore[misc]
