@@ -7,7 +7,7 @@ of them the keywords (rotary embeddings, masks, positions) that their layer woul
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
+from lolcats.memory import free_host_memory
 from lolcats.modeling.base import Base, load_model
 from lolcats.modeling.convert import convert, decoder
 from lolcats.modeling.layer import LinearizedAttention
-from lolcats.modeling.weights import Loaded, WeightSource, shards_of
+from lolcats.modeling.weights import Loaded, OtherNames, WeightSource, shards_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -181,16 +182,32 @@ def build_skeleton(
     base: Base, attention: AttentionConfig, dtype: torch.dtype, device: torch.device, seed: int
 ) -> Skeleton:
     """The skeleton of a base model, with the feature maps that :func:`convert` would give the loaded one."""
-    path, kwargs = base.arguments
     if base.form == "gguf":  # its tensors are quantized and named otherwise: transformers reads it whole
-        whole = load_model(base, dtype)
-        model = empty_model(whole.config, dtype)
-        source: WeightSource = Loaded({name: p.detach() for name, p in whole.named_parameters()})
-    else:
-        model = empty_model(AutoConfig.from_pretrained(path, **kwargs), dtype)
-        source = shards_of(base, model.base_model_prefix)
+        return _of_loaded(load_model(base, dtype), attention, dtype, device, seed)
+    model = empty_model(AutoConfig.from_pretrained(base.path), dtype)
+    source = shards_of(base, model.base_model_prefix)
     torch.manual_seed(seed)
-    return Skeleton(convert_empty(model, attention), source, device)
+    convert_empty(model, attention)
+    try:
+        return Skeleton(model, source, device)
+    except OtherNames as error:
+        size, free = sum(p.numel() * p.element_size() for p in model.parameters()), free_host_memory()
+        if size > free:
+            raise LolcatsError(
+                f"{error} transformers could rearrange them if the whole model were in host memory: it takes "
+                f"{size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free."
+            ) from None
+        return _of_loaded(load_model(base, dtype), attention, dtype, device, seed)
+
+
+def _of_loaded(
+    whole: PreTrainedModel, attention: AttentionConfig, dtype: torch.dtype, device: torch.device, seed: int
+) -> Skeleton:  # fmt: skip
+    """The skeleton of a model that stays in host memory."""
+    model = empty_model(whole.config, dtype)
+    torch.manual_seed(seed)
+    convert_empty(model, attention)
+    return Skeleton(model, Loaded({name: p.detach() for name, p in whole.named_parameters()}), device)
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -209,15 +226,39 @@ def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def convert_empty(model: PreTrainedModel, attention: AttentionConfig) -> PreTrainedModel:
-    """:func:`convert` for a model of :func:`empty_model`, probed on the meta device."""
-    buffers = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    for place, name, buffer in buffers:
-        place[name] = buffer.to("meta")
+    """:func:`convert` for a model of :func:`empty_model`: probed on the meta device, or, if its family looks at values,
+    with zeros that share their memory."""
+    own: list[tuple[dict[str, Any], str, Tensor]] = [
+        (place, name, tensor)
+        for module in model.modules()
+        for place in (module._parameters, module._buffers)
+        for name, tensor in place.items()
+        if tensor is not None
+    ]
+
+    def put(change: Callable[[Tensor], Tensor]) -> None:
+        for place, name, tensor in own:
+            place[name] = change(tensor)
+
     try:
+        put(lambda t: t.to("meta") if not isinstance(t, nn.Parameter) else t)
+        return convert(model, attention)
+    except LolcatsError:
+        zeros: dict[Any, Tensor] = {}
+        put(lambda t: t if t.device.type != "meta" else nn.Parameter(_zeros(t, zeros), requires_grad=False))
         return convert(model, attention)
     finally:
-        for place, name, buffer in buffers:
-            place[name] = buffer
+        put(lambda t: t)
+
+
+def _zeros(like: Tensor, known: dict[Any, Tensor]) -> Tensor:
+    """Zeros that cost little: one element for matrices, one tensor a shape for stacks of them (kernels want strides)."""
+    if like.ndim < 3:
+        return torch.zeros((), dtype=like.dtype).expand(like.shape)
+    key = (like.shape, like.dtype)
+    if key not in known:
+        known[key] = torch.zeros(like.shape, dtype=like.dtype)
+    return known[key]
 
 
 def layers_path(model: PreTrainedModel) -> str:

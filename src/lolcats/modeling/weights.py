@@ -21,6 +21,10 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 READERS = 4  # threads that read tensors of one layer
 
 
+class OtherNames(LolcatsError):
+    """A checkpoint that does not name its tensors as the model does."""
+
+
 class WeightSource(Protocol):
     """Gives tensors by their names in the model.
 
@@ -76,9 +80,9 @@ class Shards:
         for stored in (name, name.removeprefix(self.prefix), f"{self.prefix}{name}"):
             if stored in self.files:
                 return self.directory / self.files[stored], stored
-        raise LolcatsError(
-            f"{self.directory}: tensor {name} is in none of its safetensors files. Layers can be read one by one only "
-            "where the files name tensors as the model does; with transfer.order=joint the whole model is loaded."
+        raise OtherNames(
+            f"{self.directory}: tensor {name} is in none of its safetensors files, so layers cannot be read from them "
+            "one by one."
         )
 
     def _shapes(self, file: Path) -> dict[str, list[int]]:

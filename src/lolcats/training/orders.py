@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from lolcats.config import Config
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
+from lolcats.memory import free_host_memory
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.skeleton import Skeleton
@@ -269,17 +269,6 @@ def join_units(directory: Path, others: Sequence[Path]) -> None:
                 partial.replace(ours)
     if own is None and known is not None:
         write_text(here / JOB, json.dumps(known, indent=1) + "\n")
-
-
-def free_host_memory() -> int:
-    """Bytes that this process and its siblings may still take: of the machine, or of the container if that is less."""
-    free = psutil.virtual_memory().available
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no such container, or no limit
-        return int(free)
-    return int(min(free, limit - used))
 
 
 @contextmanager
