@@ -1,7 +1,8 @@
-"""Attention transfer in three orders: the same feature maps, also after a kill, and as transformers' Trainer has them."""
+"""Attention transfer in three orders: the same feature maps, also after a kill, and as transformers' Trainer."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -125,8 +126,9 @@ def test_each_layer_is_trained_by_itself(job: Job, tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", ["reduce_on_plateau", "cosine"])
 def test_equals_transformers_trainer(schedule: str, job: Job, tmp_path: Path) -> None:
     """Joint coupling of all layers, over two epochs with accumulation and a last step of fewer batches."""
-    changes = ["transfer.coupling=joint", f"transfer.schedule={schedule}", "transfer.max_steps=-1", "transfer.epochs=2",
-               "transfer.micro_batch_size=2", "transfer.early_stopping_patience=0", "transfer.warmup_steps=2"]  # fmt: skip
+    changes = ["transfer.coupling=joint", f"transfer.schedule={schedule}", "transfer.max_steps=-1",
+               "transfer.epochs=2", "transfer.micro_batch_size=2", "transfer.early_stopping_patience=0",
+               "transfer.warmup_steps=2"]  # fmt: skip
     config = job.config(*changes)
     maps, result = job.train(tmp_path / "trainer", config)
     model = load_model(find_base(str(job.model)), torch.float32)
@@ -193,9 +195,10 @@ def test_killed_anywhere_continues_bit_for_bit(order: str, job: Job, tmp_path: P
     if order == "blocks":
         kills = [(Boundary, "done", 3, False), (Boundary, "done", 2, True), *kills, (Boundary, "remove", 1, False)]
     for kill in kills:
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+        with monkeypatch.context() as patch:
             kill_at(patch, *kill)
-            job.train(tmp_path / "b", config)
+            with pytest.raises(Killed):
+                job.train(tmp_path / "b", config)
     maps, again = job.train(tmp_path / "b", config)
     assert_same(expected, maps)
     assert again == result
@@ -210,10 +213,8 @@ def test_what_is_done_is_not_done_again(order: str, job: Job, tmp_path: Path, mo
         with monkeypatch.context() as patch:
             count = kill_at(patch, LayerTrainer, "_save", kill, True)
             steps = kill_at(patch, lolcats.training.units.Unit, "update", 10**9, True)
-            try:
+            with contextlib.suppress(Killed):
                 job.train(tmp_path / "out", config)
-            except Killed:
-                pass
             counts.append(steps())
             assert count() > 0
     assert sum(counts) == 3 * 9
@@ -274,8 +275,12 @@ def test_blocks_one_after_another_by_command_share_boundaries(job: Job, tmp_path
 
 def test_another_job_in_the_same_place(job: Job, tmp_path: Path) -> None:
     job.train(tmp_path / "out", job.config("transfer.order=stream"))
-    for change, message in [("transfer.learning_rate=0.1", r"transfer\.learning_rate was 0.5 and is now 0.1"),
-                            ("attention.feature_dim=4", r"attention\.feature_dim was 8"), ("seed=4", "seed was 1")]:  # fmt: skip
+    changes = {
+        "transfer.learning_rate=0.1": r"transfer\.learning_rate was 0.5 and is now 0.1",
+        "attention.feature_dim=4": r"attention\.feature_dim was 8",
+        "seed=4": "seed was 1",
+    }
+    for change, message in changes.items():
         with pytest.raises(LolcatsError, match=message):
             job.train(tmp_path / "out", job.config("transfer.order=stream", change))
     other = replace(job, data=replace(job.data, fingerprint="others"))
