@@ -40,7 +40,8 @@ from lolcats.config import FinetuneConfig, TransferConfig, load_config
 from lolcats.modeling.loss import find_head, language_model_loss
 from lolcats.modeling.parallel import tensor_parallel
 from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_config, size_of
-from lolcats.training.distributed import all_reduce_gradients, clip_gradients, join, materialize, shard, world_size
+from lolcats.ranks import ranks
+from lolcats.training.distributed import all_reduce_gradients, clip_gradients, materialize, own_device, shard
 from lolcats.training.finetune import add_lora
 from lolcats.training.liger import fused_layers
 from lolcats.training.trainer import train_only
@@ -79,8 +80,8 @@ class Bench:
     """One rank. ``ranks``: how many there are; ``most``: how many there are in the largest measurement."""
 
     def __init__(self, sizes: Sizes, device: torch.device, most: int) -> None:
-        self.sizes, self.ranks, self.most = sizes, world_size(), most
-        self.device = join(device)
+        self.sizes, self.ranks, self.most = sizes, ranks().size, most
+        self.device = own_device(device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.config = load_config("default", sizes.settings)
 

@@ -74,30 +74,50 @@ def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default
 
 
 @command
-def transfer(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = []) -> None:  # noqa: B006
-    """Stage 1 alone: attention transfer."""
+def transfer(
+    model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+    schedule: Annotated[str, typer.Option(help="Order of the work: joint, stream or blocks, as --set transfer.order=; "
+                                               "the last two set transfer.coupling=per_layer.")] = "",
+    block_size: Annotated[int, typer.Option(help="Layers in a block, as --set transfer.block_size=.")] = 0,
+    block: Annotated[int, typer.Option(help="With --schedule blocks: train this block alone, counted from 0.")] = -1,
+    join: Annotated[list[Path], typer.Option(help="Another directory of the same run whose layers to take over; "
+                                                  "repeatable.")] = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Stage 1 alone: attention transfer. Runs under torchrun, too."""
     from lolcats.config import load_config
     from lolcats.inputs import Inputs
     from lolcats.pipeline import run_transfer, start
+    from lolcats.ranks import is_first, ranks
+    from lolcats.training.orders import join_units
 
-    session = start(Inputs(model), data, out_, load_config(recipe, set_))
-    run_transfer(session)
-    _show(session.run)
-    out.print(f"\nFeature maps: {out_}. Next: lolcats finetune {out_}", soft_wrap=True)
+    order = [f"transfer.order={schedule}"] if schedule else []
+    order += ["transfer.coupling=per_layer"] if schedule in ("stream", "blocks") else []
+    order += [f"transfer.block_size={block_size}"] if block_size else []
+    session = start(Inputs(model), data, out_, load_config(recipe, [*order, *set_]))
+    if is_first():
+        join_units(out_, join)
+    ranks().wait()
+    run_transfer(session, None if block < 0 else block)
+    if is_first():
+        _show(session.run)
+        if session.run.stage_done("transfer"):
+            out.print(f"\nFeature maps: {out_}. Next: lolcats finetune {out_}", soft_wrap=True)
 
 
 @command
 def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True,
              controls: Controls = False) -> None:  # fmt: skip
-    """Stage 2 alone: LoRA, in a run directory that attention transfer has finished."""
+    """Stage 2 alone: LoRA, in a run directory that attention transfer has finished. Under torchrun sharded (FSDP2)."""
     from lolcats.config import Control
     from lolcats.pipeline import finish, resume, run_controls, run_finetune
+    from lolcats.ranks import is_first
 
     session = resume(directory, controls=get_args(Control) if controls else ())
     run_controls(session)
     run_finetune(session)
     finish(session, merge)
-    _show(session.run)
+    if is_first():
+        _show(session.run)
 
 
 @command
@@ -405,9 +425,11 @@ def _show(run: Any) -> None:
     table = Table("model", title=f"Perplexity on {rows} × {length} held-out tokens")
     for name in ("perplexity", "against teacher"):
         table.add_column(name, justify="right")
-    for row in perplexity_rows(run):
+    perplexities = perplexity_rows(run)  # none behind a stage 1 that brought layers in turn
+    for row in perplexities:
         table.add_row(*row)
-    out.print(table)
+    if perplexities:
+        out.print(table)
     for text in remarks(run):
         out.print(text)
     if sizes := memory_rows(run):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,12 +19,17 @@ from lolcats.errors import LolcatsError
 
 def write_text(path: Path, text: str) -> None:
     """Write so that a reader sees either the old file or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     with partial.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    """The unfinished file beside ``path``: another one for each rank, since ranks may write the same thing."""
+    return path.with_name(f"{path.name}.partial{os.environ.get('RANK', '')}")
 
 
 def append_line(path: Path, line: str) -> None:
@@ -57,11 +62,11 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     unfinished.rename(directory)
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file so that a reader sees either the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial)
+    partial = _partial(path)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata)
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
@@ -72,6 +77,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except FileNotFoundError:
         raise LolcatsError(f"{path} is missing.") from None
+    except (SafetensorError, OSError) as error:
+        raise LolcatsError(f"{path} is damaged or truncated ({error}).") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise LolcatsError(f"{path} is damaged or truncated ({error}).") from None
 

@@ -27,6 +27,7 @@ from lolcats.config import Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.base import Base
+from lolcats.ranks import is_first
 
 RECORD = "run.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
@@ -99,7 +100,9 @@ class Run:
         return self.record["results"][name]
 
     def save(self) -> None:
-        """Write the record; creates the directory."""
+        """Write the record; creates the directory. Of several ranks, the first writes."""
+        if not is_first():
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         write_text(self.directory / RECORD, json.dumps(self.record, indent=2) + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,20 @@ import lolcats
 from lolcats.config import Config, load_config
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import read_tensors, whole
+from lolcats.inputs import Inputs
 from lolcats.modeling.base import Base
-from lolcats.modeling.checkpoint import save_lora
+from lolcats.modeling.checkpoint import load, save_lora
 from lolcats.modeling.layer import decoder_layers, linearized_layers
 from lolcats.modeling.loss import gathered
+from lolcats.pipeline import finish, resume, run_finetune, run_transfer, start
 from lolcats.training.data import Data
 from lolcats.training.distributed import (
     SHARDED,
     all_reduce_gradients,
     clip_gradients,
-    join,
+    is_sharded,
     load_sharded,
+    own_device,
     save_sharded,
 )
 from lolcats.training.finetune import finetune
@@ -85,7 +89,17 @@ def assert_same_run(one: Path, other: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def finetune_run(directory: Path) -> None:
+    """``lolcats finetune DIR``, twice: the second time there is nothing left to train."""
+    for _ in range(2):
+        session = resume(directory, say=lambda text: None)
+        run_finetune(session)
+        finish(session, pictures=False)
+        assert is_sharded(session.model) == dist.is_initialized()
+
+
 def on_two_ranks(root: Path) -> None:
+    finetune_run(root / "run_two")
     wrapped, _ = tune(root / "two", PLAIN)
     assert_sharded(wrapped)
     tune(root / "two_maps", TRAINED_MAPS)
@@ -156,9 +170,14 @@ def assert_round_trip(directory: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path], chat_file: Path) -> Path:
     """Runs of one process, and of two."""
     root = tmp_path_factory.mktemp("ranks")
+    config = load_config("default", SETTINGS)
+    session = start(Inputs(str(model_dirs["llama"])), str(chat_file), root / "run_one", config, lambda text: None)
+    run_transfer(session)
+    shutil.copytree(root / "run_one", root / "run_two")
+    finetune_run(root / "run_one")
     tune(root / "one", PLAIN)
     tune(root / "one_maps", TRAINED_MAPS)
     tune(root / "one_tied", PLAIN, tied=True)
@@ -171,6 +190,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["", "_maps", "_tied"])
 def test_two_ranks_are_one_process(kind: str, root: Path) -> None:
     assert_same_run(root / f"one{kind}", root / f"two{kind}")
+
+
+def test_a_run_is_finetuned_by_two_ranks(root: Path) -> None:
+    """The base model is read in parts; LoRA, losses and measurements are those of one process."""
+    one, two = root / "run_one", root / "run_two"
+    assert_same_run(one, two)
+    ours, theirs = (json.loads((path / "run.json").read_text())["results"] for path in (one, two))
+    assert ours.keys() == theirs.keys()
+    for name in ("ppl_teacher", "ppl_student", "ppl_linear_off"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    assert (one / "merged").is_dir()
+    assert not (two / "merged").exists()
+    assert not list(two.glob("*.partial*"))
+    ids = data().test
+    logits = [load(path)(ids).logits for path in (one, two)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
 def test_checkpoint_of_two_ranks_continues_in_one_process(root: Path) -> None:
@@ -189,7 +224,7 @@ def test_checkpoint_of_one_process_continues_on_two_ranks(root: Path) -> None:
 
 def test_one_process_needs_no_process_group(tmp_path: Path) -> None:
     assert not dist.is_initialized()
-    assert join(torch.device("cpu")) == torch.device("cpu")
+    assert own_device(torch.device("cpu")) == torch.device("cpu")
     layer = nn.Linear(2, 2)
     layer(torch.ones(1, 2)).sum().backward()
     before = layer.weight.grad.clone()

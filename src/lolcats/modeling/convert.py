@@ -80,7 +80,8 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
             continue
         spec = AttentionSpec(entry["kind"], attention.window, attention.window_size, attention.sinks)
         layer = LinearizedAttention(geometry, attention, spec, base_implementation)
-        module.lolcats = layer.to(next(module.parameters()).device)
+        device = next(module.parameters()).device
+        module.lolcats = layer if device.type == "meta" else layer.to(device)  # of a skeleton, they alone are real
     model.config._attn_implementation = IMPLEMENTATION
     decoder(model).register_forward_pre_hook(prepare_decoder_call, with_kwargs=True)
 

@@ -7,7 +7,6 @@ CPUs (gloo) and GPUs (nccl).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
@@ -28,28 +27,16 @@ from lolcats.errors import LolcatsError
 from lolcats.files import copy_whole, whole
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import decoder_layers, linearized_layers
+from lolcats.modeling.weights import Shards
+from lolcats.ranks import ranks
 
 SHARDED = "sharded"  # directory of a checkpoint that torch.distributed.checkpoint wrote
 
 
-def world_size() -> int:
-    """Ranks that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def is_first() -> bool:
-    """Whether this process writes what all ranks share."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def join(device: torch.device) -> torch.device:
-    """Enter the process group that torchrun describes, once; the device of this rank."""
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
+def own_device(device: torch.device) -> torch.device:
+    """The device of this rank, whose process group is made if it is not there; ``device`` where there is one rank."""
+    ranks()
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
 def shard(model: PreTrainedModel, device: torch.device, mesh: DeviceMesh | None = None) -> PreTrainedModel:
@@ -59,7 +46,7 @@ def shard(model: PreTrainedModel, device: torch.device, mesh: DeviceMesh | None 
     and the output layer themselves, so those two are the roots, not the model. Tied embeddings stay whole. Parameters
     may be on the meta device: see :func:`materialize`.
     """
-    mesh = mesh if mesh is not None else init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = mesh if mesh is not None else init_device_mesh(device.type, (ranks().size,))
     maps = {p for layer in linearized_layers(model) for p in layer.parameters()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is head.weight:
@@ -86,6 +73,19 @@ def materialize(model: nn.Module, device: torch.device, fill: Callable[[str, Ten
             fill(name, parameters[name])
 
 
+def fill_part(parameter: Tensor, source: Shards, name: str) -> None:
+    """Read this rank's part of a parameter."""
+    cut = [p.dim for p in getattr(parameter, "placements", ()) if isinstance(p, Shard)]
+    if not isinstance(parameter, DTensor) or not cut:
+        parameter.copy_(source.read({name: parameter}, torch.device("cpu"))[name])
+        return
+    each = -(-parameter.shape[cut[0]] // ranks().size)
+    start = min(ranks().rank * each, parameter.shape[cut[0]])
+    stop = min(start + each, parameter.shape[cut[0]])
+    if stop > start:
+        parameter.to_local().copy_(source.read_part(name, cut[0], start, stop))
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether this rank holds parts of the model's parameters."""
     return any(isinstance(p, DTensor) for p in model.parameters())
@@ -93,15 +93,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace gradients by their mean over all ranks; those of sharded parameters are that already."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if ranks().size == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-    if not gradients:
-        return
-    flat = torch.cat([g.flatten() for g in gradients]) / dist.get_world_size()
-    dist.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    ranks().sum(gradients)
+    for gradient in gradients:
+        gradient /= ranks().size
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -150,7 +147,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
 
 def any_rank(value: bool, device: torch.device) -> bool:
     """Whether ``value`` holds on one rank at least."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if ranks().size == 1:
         return value
     flag = torch.tensor(float(value), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)

@@ -26,18 +26,17 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from lolcats.config import StageConfig
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import load_strictly, read_tensors, whole, write_tensors, write_text
+from lolcats.ranks import is_first, ranks
 from lolcats.training.data import Rows
 from lolcats.training.distributed import (
     SHARDED,
     all_reduce_gradients,
     any_rank,
     clip_gradients,
-    is_first,
     is_sharded,
     load_sharded,
     load_whole_optimizer,
     save_sharded,
-    world_size,
 )
 
 COMPLETE = "complete"
@@ -210,11 +209,11 @@ def training_arguments(
 ) -> TrainingArguments:
     """Our settings in transformers' terms. Under torchrun a batch is shared equally by the ranks."""
     plateau = config.schedule == "reduce_on_plateau"
-    ranks = world_size()
-    if config.batch_size % (config.micro_batch_size * ranks):
+    count = ranks().size
+    if config.batch_size % (config.micro_batch_size * count):
         raise LolcatsError(
-            f"A batch of {config.batch_size} rows cannot be shared by {ranks} ranks in micro-batches of "
-            f"{config.micro_batch_size}: set batch_size to a multiple of {config.micro_batch_size * ranks}, or a "
+            f"A batch of {config.batch_size} rows cannot be shared by {count} ranks in micro-batches of "
+            f"{config.micro_batch_size}: set batch_size to a multiple of {config.micro_batch_size * count}, or a "
             "smaller micro_batch_size."
         )
     plateau_kwargs = {
@@ -223,8 +222,8 @@ def training_arguments(
     return TrainingArguments(
         output_dir=str(directory),
         per_device_train_batch_size=config.micro_batch_size,
-        per_device_eval_batch_size=evaluation_batch(config.micro_batch_size, validation_rows, ranks),
-        gradient_accumulation_steps=config.batch_size // (config.micro_batch_size * ranks),
+        per_device_eval_batch_size=evaluation_batch(config.micro_batch_size, validation_rows, count),
+        gradient_accumulation_steps=config.batch_size // (config.micro_batch_size * count),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         num_train_epochs=config.epochs,
@@ -277,19 +276,8 @@ class BestKeeper(TrainerCallback):
     @contextmanager
     def stop_on_interrupt(self) -> Iterator[None]:
         """First Ctrl-C: finish the step, save, stop. Second: stop at once."""
-        if threading.current_thread() is not threading.main_thread():
+        with noting_interrupt(lambda: setattr(self, "interrupted", True)):
             yield
-            return
-
-        def handler(signum: int, frame: FrameType | None) -> None:
-            self.interrupted = True
-            signal.signal(signal.SIGINT, previous)
-
-        previous = signal.signal(signal.SIGINT, handler)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.interrupted = any_rank(self.interrupted, args.device)
@@ -318,6 +306,24 @@ class BestKeeper(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
+@contextmanager
+def noting_interrupt(note: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C calls ``note``, the second acts as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        note()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 class MetricsFile(TrainerCallback):
     """One JSON object a line, for both stages; on resuming, lines after the checkpoint are dropped."""
 
@@ -325,17 +331,22 @@ class MetricsFile(TrainerCallback):
         self.path, self.stage = path, stage
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not is_first():
-            return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        others = [line for line in lines if json.loads(line)["stage"] != self.stage]
-        ours = [json.dumps({"stage": self.stage, **entry}) for entry in state.log_history]
-        self.path.write_text("".join(line + "\n" for line in others + ours))
+        if is_first():
+            replace_metrics(self.path, self.stage, state.log_history)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if is_first():
             with self.path.open("a") as file:
                 file.write(json.dumps({"stage": self.stage, **logs, "step": state.global_step}) + "\n")
+
+
+def replace_metrics(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
+    """Make ``history`` all that a metrics file says of a stage."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    others = [line for line in lines if json.loads(line)["stage"] != stage]
+    ours = [json.dumps({"stage": stage, **entry}) for entry in history]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(line + "\n" for line in others + ours))
 
 
 class StageProgress(ProgressCallback):  # type: ignore[misc]
