@@ -38,7 +38,9 @@ def settings(order: str, *changes: str) -> list[str]:
 def launch(ranks: int, model: Path, tasks: Sequence[Task]) -> list[int | None]:
     """Exit codes of as many processes as torchrun would start; they are forked from one that has torch loaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rank_worker"])
+    context.set_forkserver_preload(
+        ["lolcats.training.transfer", "lolcats.modeling.skeleton", "transformers.models.llama"]
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

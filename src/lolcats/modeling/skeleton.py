@@ -252,7 +252,7 @@ def convert_empty(model: PreTrainedModel, attention: AttentionConfig) -> PreTrai
 
 
 def _zeros(like: Tensor, known: dict[Any, Tensor]) -> Tensor:
-    """Zeros that cost little: one element for matrices, one tensor a shape for stacks of them (there strides matter)."""
+    """Zeros that cost little: one element for matrices, one tensor a shape for stacks of them (strides matter)."""
     if like.ndim < 3:
         return torch.zeros((), dtype=like.dtype).expand(like.shape)
     key = (like.shape, like.dtype)

@@ -258,13 +258,14 @@ def stream(size: Size, config: Config, machine: Machine, work: Work, speeds: Spe
     host["hidden states of a chunk"] = 2.0 * size.hidden * (chunk + held) / machine.nodes
     chunks = math.ceil(work.transfer_tokens / chunk)
     read = chunks * 2.0 * size.decoder + 2.0 * size.embedding
-    copies = 4.0 * size.hidden * work.transfer_tokens * size.layers / machine.gpus  # in and out of every layer
+    hidden = 4.0 * size.hidden * work.transfer_tokens * size.layers / machine.gpus  # in and out of every layer
     seconds = {
-        "computing": compute, "reading": read / machine.read_speed,
-        "copying": (copies + chunks * 2.0 * size.decoder) / speeds.host_link,
-    }  # fmt: skip
+        "computing": compute + chunks * 2.0 * size.decoder / speeds.host_link,  # a layer's copy is waited for
+        "reading": read / machine.read_speed,
+        "copying": hidden / speeds.host_link,
+    }
     disk = {"model": 2.0 * size.total, "feature maps, Adam, best": 16.0 * size.maps}
-    gpu = layer_memory(size, config, rows, layers=2)
+    gpu = layer_memory(size, config, rows, layers=1)
     settings = [f"transfer.chunk_tokens={chunk}"]
     return Plan("stage 1", "stream", work.transfer_tokens, gpu, host, disk, read, seconds, settings)
 
@@ -305,6 +306,7 @@ def layer_memory(size: Size, config: Config, rows: int, layers: int) -> dict[str
     length = config.data.sequence_length
     return {
         "weights": 2.0 * size.layer * layers,
+        "embedding": 2.0 * size.embedding if layers > 1 else 0.0,  # blocks: the first begins with token ids
         "feature maps, gradients, Adam": adam(size.maps / size.linearized * layers),
         "hidden states in and out": 4 * 2.0 * rows * length * size.hidden,
         "activations": transfer_activations(size, rows, length), "workspace": WORKSPACE,
