@@ -138,6 +138,17 @@ def test_more_gpus_share_weights_and_time() -> None:
     assert nodes.limit == "gathering"  # the network between nodes
 
 
+def test_gpus_without_rows_do_not_help() -> None:
+    size, config = llama("llama-3.1-70b", "transfer.micro_batch_size=1")
+    four, six, eight, many = (
+        plan_transfer(size, config, Machine(gpus=n, host_memory=2**43), Work())[1].seconds["computing"]
+        for n in (4, 6, 8, 24)
+    )
+    assert four == pytest.approx(six, rel=0.01)  # two of eight rows each
+    assert four == pytest.approx(2 * eight, rel=0.02)
+    assert eight == pytest.approx(many, rel=0.2)
+
+
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
     size, config = llama("llama-3.1-405b", "finetune.micro_batch_size=1")
     machine = Machine(gpus=8)

@@ -30,7 +30,7 @@ Model = Annotated[str, typer.Argument(help="Hub id, local model directory or .gg
 Directory = Annotated[Path, typer.Argument(help="A run directory or a linearized model.", metavar="DIR")]
 DataPath = Annotated[str, typer.Option("--data", help="Hub data set id or local .json, .jsonl, .parquet, .txt file.")]
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; an unfinished run in it is continued.")]
-Recipe = Annotated[str, typer.Option(help="paper, default, small, or a YAML file.")]
+Recipe = Annotated[str, typer.Option(help="default, paper, paper-70b, paper-405b, small, or a YAML file.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Change one setting: transfer.learning_rate=1e-3. Repeatable.")]
 
 Controls = Annotated[bool, typer.Option("--controls", help="Also train window + sinks with the same LoRA (no linear "

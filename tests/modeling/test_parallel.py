@@ -74,6 +74,10 @@ def on_two_ranks(root: Path) -> None:
         assert_same(answers(model), torch.load(root / f"{name}.pt"))
     with pytest.raises(LolcatsError, match="some of the model's heads only"):
         model.save_pretrained(root / "saved")
+    for family in ("mistral", "qwen2", "gemma3"):
+        model = AutoModelForCausalLM.from_pretrained(root / family, tp_plan="auto")
+        assert {layer.ranks for layer in linearized_layers(model)} == {2}
+        assert_same(answers(model), torch.load(root / f"{family}.pt"))
     for name in ("query", "kv"):  # a model in memory
         model = tensor_parallel(student(settings=MAPS[name]), init_device_mesh("cpu", (2,)))
         assert_same(answers(model), torch.load(root / f"{name}.pt"))
@@ -83,8 +87,8 @@ def on_two_ranks(root: Path) -> None:
 
 
 def test_two_ranks_give_the_same_logits(tmp_path: Path) -> None:
-    for name, settings in MAPS.items():
-        model = student(settings=settings)
+    students = {name: student(settings=settings) for name, settings in MAPS.items()}
+    for name, model in {**students, **{f: student(f) for f in ("mistral", "qwen2", "gemma3")}}.items():
         model.save_pretrained(tmp_path / name)
         torch.save(answers(model), tmp_path / f"{name}.pt")
     run_ranks(2, on_two_ranks, tmp_path)

@@ -218,10 +218,15 @@ def rows_each(name: str, stage: StageConfig, ranks: int) -> int:
     return max(n for n in range(1, min(each, stage.micro_batch_size) + 1) if each % n == 0)
 
 
+def share(stage: StageConfig, machine: Machine) -> int:
+    """Rows of a step of stage 1 on the GPU that has most of them; the others wait for it."""
+    return -(-stage.batch_size // machine.gpus)
+
+
 def plan_transfer(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds | None = None) -> list[Plan]:
     """Stage 1 in its three schedules, each with what keeps it from running here, if anything."""
     speeds = speeds or Speeds()
-    rows = rows_each("transfer", config.transfer, machine.gpus)
+    rows = min(config.transfer.micro_batch_size, share(config.transfer, machine))
     plans = [schedule(size, config, machine, work, speeds, rows) for schedule in (joint, stream, blocks)]
     smaller = [f"transfer.micro_batch_size={rows}"] if rows != config.transfer.micro_batch_size else []
     return [checked(replace(plan, settings=plan.settings + smaller), machine) for plan in plans]
@@ -318,7 +323,8 @@ def transfer_compute(size: Size, config: Config, machine: Machine, work: Work, s
     seconds = work.transfer_tokens * transfer_token(size, config, speeds) * with_evaluation(config, config.transfer)
     steps = work.transfer_tokens / (config.transfer.batch_size * config.data.sequence_length)
     reduced = 2 * 4.0 * size.maps * (machine.gpus - 1) / machine.gpus
-    return seconds / machine.gpus + steps * reduced / machine.gather_speed(speeds)
+    busy = config.transfer.batch_size / share(config.transfer, machine)
+    return seconds / busy + steps * reduced / machine.gather_speed(speeds)
 
 
 def checkpoints(parameters: float) -> float:
