@@ -237,7 +237,7 @@ def run_finetune(session: Session) -> None:
     run, model, out = session.run, session.model, session.run.directory
     if not run.stage_done("transfer"):
         raise LolcatsError(f"{out}: attention transfer comes first (lolcats transfer).")
-    _measure_final_maps(session)
+    run_transfer(session)  # what a stage 1 without the whole model could not measure
     if run.stage_done("finetune"):
         if session.wrapped is not None and (out / LORA).is_dir():
             load_lora(session.wrapped, out / LORA)
