@@ -6,6 +6,7 @@ import multiprocessing
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,12 +36,16 @@ def settings(order: str, *changes: str) -> list[str]:
     return [*PER_LAYER, f"transfer.order={order}", *changes]
 
 
-def launch(ranks: int, model: Path, tasks: Sequence[Task]) -> list[int | None]:
-    """Exit codes of as many processes as torchrun would start; they are forked from one that has torch loaded."""
+def forked() -> Any:
+    """Processes forked from one that has everything loaded and no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["lolcats.training.transfer", "lolcats.modeling.skeleton", "transformers.models.llama"]
-    )
+    context.set_forkserver_preload(["lolcats.training.transfer", "transformers.models.llama"])
+    return context
+
+
+def launch(ranks: int, model: Path, tasks: Sequence[Task]) -> list[int | None]:
+    """Exit codes of as many processes as torchrun would start."""
+    context = forked()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
