@@ -104,8 +104,9 @@ def on_two_ranks(root: Path) -> None:
     assert_sharded(wrapped)
     tune(root / "two_maps", TRAINED_MAPS)
     tune(root / "two_tied", PLAIN, tied=True)
-    with pytest.raises(Interrupted):
-        tune(root / "two_then_one", PLAIN, stop=True)
+    for name in ("two_then_one", "two_then_four"):
+        with pytest.raises(Interrupted):
+            tune(root / name, PLAIN, stop=True)
     tune(root / "one_then_two", PLAIN)  # begun by one process
     assert_gradients_and_clip()
     assert_round_trip(root / "round_trip")
@@ -216,6 +217,12 @@ def test_checkpoint_of_two_ranks_continues_in_one_process(root: Path) -> None:
     assert not list(checkpoint.glob("*.safetensors"))
     tune(directory, PLAIN)
     assert_same_run(root / "one", directory)
+
+
+@pytest.mark.slow
+def test_checkpoint_of_two_ranks_continues_on_four(root: Path) -> None:
+    run_ranks(4, tune, root / "two_then_four", [*PLAIN, "finetune.micro_batch_size=1"])
+    assert_same_run(root / "one", root / "two_then_four")
 
 
 def test_checkpoint_of_one_process_continues_on_two_ranks(root: Path) -> None:
