@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ from lolcats.plan import Machine, Size, Speeds, Work, plan_finetune, plan_transf
 from lolcats.plan.costs import GIB, finetune_token, gpu_need, transfer_token
 from lolcats.training.finetune import add_lora
 
-MEASURED = json.loads((Path(__file__).parent.parent / "benchmarks/results/training.json").read_text())
+ROOT = Path(__file__).parent.parent
+MEASURED = json.loads((ROOT / "benchmarks/results/training.json").read_text())
 SMALL = ["attention.window_size=8", "attention.feature_dim=8", "data.sequence_length=32"]
 
 
@@ -87,6 +91,17 @@ def test_memory_and_time_are_those_measured(part: str, measured_geometry: tuple[
     assert plan.peak / GIB == pytest.approx(found["peak_gib"], rel=0.1)
     token = (transfer_token if stage == "transfer" else finetune_token)(size, config, Speeds())
     assert token * found["tokens"] == pytest.approx(statistics.median(found["seconds"]), rel=0.25)
+
+
+def test_the_table_of_speeds_is_what_was_measured() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/plan_speeds.py"], capture_output=True, text=True, check=True
+    )
+    values = [re.match(r"(\w+): (\S+) ", line) for line in done.stdout.splitlines()]
+    assert len(values) == 6
+    for match in values:
+        assert match is not None
+        assert getattr(Speeds(), match[1]) == pytest.approx(float(match[2]), rel=0.05), match[1]
 
 
 def llama(name: str, *settings: str) -> tuple[Size, Config]:

@@ -25,14 +25,8 @@ GATHERED = 3  # decoder layers that FSDP2 holds whole: computing, next, and the 
 
 @dataclass(frozen=True)
 class Speeds:
-    """The calibration, in one place. Measured on one H100 80GB, 2026-11-24: ``benchmarks/results/training.json``.
-
-    With t(part) the median seconds of a part's steps of 8192 tokens of the 8B geometry, and N = 8192 · 32 · 32 tokens
-    times heads times layers: forward = operations of the layers / (t(teacher) − softmax attention) / matmul; training
-    the same for t(stage 2, softmax attention) with backward and head; transfer_ns = (t(stage 1) − t(teacher)) / N;
-    finetune_ns = (t(stage 2) − its matrix products) / N; recompute_ns = (t(recomputed layers) − t(stage 2) − a
-    forward pass) / N; chunked_ns = (t(chunked) − t(teacher)) / N.
-    """
+    """The calibration, in one place: one H100 80GB, 2026-11-24, from ``benchmarks/results/training.json`` by
+    ``python benchmarks/plan_speeds.py``, which has the formulas; a test compares. What was not measured says so."""
 
     matmul: float = 782e12
     """Operations a second of the fastest bf16 matrix product (of one GPU, as all below)."""
