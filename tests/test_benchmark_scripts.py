@@ -77,6 +77,15 @@ def test_several_gpus(tmp_path: Path) -> None:
     assert (tmp_path / "multi_gpu.md").read_text().count("| 2 |") >= 4
 
 
+@pytest.mark.parametrize("name", ["one_node.sh", "slurm.sbatch", "slurm_blocks.sbatch"])
+def test_launch_files_are_bash(name: str) -> None:
+    path = Path(__file__).parent.parent / "examples" / "launch" / name
+    subprocess.run(["bash", "-n", path], check=True)
+    done = subprocess.run(["bash", path], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode != 0
+    assert "MODEL: a " in done.stderr  # nothing starts without a model
+
+
 def test_several_gpus_need_an_output(tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / "benchmarks" / "multi_gpu.py"
     done = subprocess.run([sys.executable, script, "--tiny"], capture_output=True, text=True)

@@ -219,7 +219,7 @@ def training_arguments(
     plateau_kwargs = {
         "factor": config.plateau_factor, "patience": config.plateau_patience, "min_lr": config.min_learning_rate,
     }  # fmt: skip
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         per_device_train_batch_size=config.micro_batch_size,
         per_device_eval_batch_size=evaluation_batch(config.micro_batch_size, validation_rows, count),
@@ -248,6 +248,9 @@ def training_arguments(
         dataloader_pin_memory=device.type == "cuda",
         report_to=report_to or "none",
     )
+    if arguments.n_gpu > 1:  # one process has one GPU: several are for torchrun, never DataParallel
+        arguments._n_gpu = 1
+    return arguments
 
 
 def evaluation_batch(most: int, rows: int, ranks: int) -> int:
