@@ -99,9 +99,12 @@ def test_mistakes_end_in_a_sentence(tokenizer, chat_file: Path, settings, tmp_pa
     shard.write_bytes(content)
     assert not (tmp_path / "out").exists(), "a refused run leaves nothing behind"
     with monkeypatch.context() as patch:
-        patch.setattr("lolcats.training.orders.free_host_memory", lambda: 1 << 20)
-        fails("GiB of host memory", "--set", "transfer.chunk_tokens=100000000", "--set", "transfer.max_steps=1000")
-    fails("transfer.max_steps was 1000 and is now 7", "--set", "transfer.max_steps=7")
+        patch.setattr("lolcats.training.orders.free_host_memory", lambda: 150_000)
+        fails("GiB of host memory")
+        small = ("--schedule", "stream", "--set", "transfer.chunk_tokens=300")
+        common = (tmp_path / "model", "--data", chat_file, "--out", tmp_path / "out", *sets(settings))
+        fails("transfer.max_steps was 6 and is now 7", "--set", "transfer.max_steps=7")
+        assert "Next: lolcats finetune" in invoke("transfer", *common, *small)
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     fails("this run has none", "--block", 1)
 

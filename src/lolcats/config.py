@@ -20,6 +20,8 @@ from lolcats.errors import LolcatsError
 
 T = TypeVar("T")
 
+PLACEMENT = ("order", "block_size", "chunk_tokens")  # of stage 1: where its work is done; they change no result
+
 Kind = Literal["hybrid", "linear", "window", "softmax"]
 Control = Literal["window_lora", "teacher_lora"]
 
