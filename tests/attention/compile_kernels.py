@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lolcats.attention import AttentionSpec, FeatureMap
-from lolcats.attention.kernels import function
+from lolcats.attention.kernels import function, plan
 
 
 class NoDevice:
@@ -53,7 +53,7 @@ class Compiled:
 
 def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str) -> None:
     driver.set_active(NoDevice())
-    function.precision = lambda: "tf32x3"
+    plan.precision = lambda: "tf32x3"
     shared: dict[str, int] = {}
     for name in dir(function):
         if name.endswith("_kernel"):
