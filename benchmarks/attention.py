@@ -152,7 +152,7 @@ def forward_rows() -> Iterator[list[Any]]:
 
 
 def backward_rows() -> Iterator[list[Any]]:
-    """SDPA gives the gradients of q, k and v, which is what stage 2 needs; ours are also timed with those of the maps."""
+    """SDPA gives the gradients of q, k and v, as stage 2 needs them; ours are also timed with those of the maps."""
     for (batch, length), target in BATCHES.items():
         peers = softmax_peers(Problem.random(batch, length))
         direction = torch.randn_like(Problem.random(batch, length).qkv[0])
@@ -230,6 +230,8 @@ def error_rows(activations: Path | None) -> Iterator[list[Any]]:
         for spec in (HYBRID, replace(HYBRID, window="sliding"), replace(HYBRID, kind="linear")):
             name = f"random, 1 × 1000, {str(dtype).removeprefix('torch.')}, {spec.kind} {spec.window}"
             yield compare(name, replace(Problem.random(1, 1000, dtype=dtype), spec=spec))
+    problem = Problem.random(1, 1000)
+    yield compare("random, 1 × 1000, dy = y", problem, problem.kernels().detach())
     if activations:
         from safetensors.torch import load_file
 
@@ -239,9 +241,10 @@ def error_rows(activations: Path | None) -> Iterator[list[Any]]:
             yield compare(f"real, layer {layer}, {' × '.join(map(str, q.shape))}", Problem.of([q, k, v], q.shape[1]))
 
 
-def compare(name: str, problem: Problem) -> list[str]:
+def compare(name: str, problem: Problem, direction: Tensor | None = None) -> list[str]:
+    """``direction``: the gradient of the outputs, random if None."""
     kv_heads, count = problem.qkv[1].shape[1], len(problem.qkv)
-    direction = torch.randn_like(problem.qkv[0])
+    direction = torch.randn_like(problem.qkv[0]) if direction is None else direction
     try:
         with poisoned():
             y = problem.kernels()
@@ -301,8 +304,8 @@ def sections(activations: Path | None) -> dict[str, tuple[str, Callable[[], Iter
         ),
         "Forward and backward": (
             "tokens | key maps per head of | fastest SDPA layout | SDPA ms | kernels ms, gradients of q, k, v | "
-            "ratio | target | with those of maps and γ, ms | ratio | maps alone (stage 1), ms | SDPA ms, eager | kernels ms, "
-            "eager | ratio, eager", backward_rows,
+            "ratio | target | with those of maps and γ, ms | ratio | maps alone (stage 1), ms | SDPA ms, eager | "
+            "kernels ms, eager | ratio, eager", backward_rows,
         ),
         "Plain linear attention": (
             "tokens | fla ms | kernels ms | ratio | fla ms, with backward | kernels ms | ratio | difference",

@@ -1,10 +1,9 @@
-"""Stage 1 in turn, as a user meets it: commands, stage 2 behind it, torchrun, kills, a real model."""
+"""Stage 1 in turn, as a user meets it: commands, stage 2 behind it, torchrun, a real model."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -100,37 +99,14 @@ def test_mistakes_end_in_a_sentence(tokenizer, chat_file: Path, settings, tmp_pa
     shard.write_bytes(content)
     assert not (tmp_path / "out").exists(), "a refused run leaves nothing behind"
     with monkeypatch.context() as patch:
-        patch.setattr("lolcats.training.orders.free_host_memory", lambda: 1 << 20)
-        fails("GiB of host memory", "--set", "transfer.chunk_tokens=100000000", "--set", "transfer.max_steps=1000")
-    fails("transfer.max_steps was 1000 and is now 7", "--set", "transfer.max_steps=7")
+        patch.setattr("lolcats.training.orders.free_host_memory", lambda: 150_000)
+        fails("GiB of host memory")
+        small = ("--schedule", "stream", "--set", "transfer.chunk_tokens=300")
+        common = (tmp_path / "model", "--data", chat_file, "--out", tmp_path / "out", *sets(settings))
+        fails("transfer.max_steps was 6 and is now 7", "--set", "transfer.max_steps=7")
+        assert "Next: lolcats finetune" in invoke("transfer", *common, *small)
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     fails("this run has none", "--block", 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["joint", "stream", "blocks"])
-def test_killed_at_any_moment(order: str, tmp_path: Path) -> None:
-    """SIGKILL from outside at moments that nobody chose, again and again, until a run gets through."""
-    from rank_worker import Task, train, work
-    from test_ranks import forked, settings
-
-    tiny_model(num_hidden_layers=3).save_pretrained(tmp_path / "model")
-    changes = settings(order, "transfer.max_steps=40", "transfer.save_steps=3", "transfer.early_stopping_patience=0")
-    expected = train(tmp_path / "model", Task(tmp_path / "a", changes))
-    rng, kills, task = random.Random(0), 0, Task(tmp_path / "b", changes)
-    for attempt in range(40):
-        process = forked().Process(target=work, args=(0, 1, 0, tmp_path / "model", [task]))
-        process.start()
-        process.join(rng.uniform(0.3, 1.5) if attempt < 6 else 120)
-        if process.exitcode is not None:
-            break
-        process.kill()
-        process.join()
-        kills += 1
-    assert process.exitcode == 0
-    assert kills >= 3
-    maps = load_file(tmp_path / "b" / "maps.safetensors")
-    assert [n for n in expected if not torch.equal(maps[n], expected[n])] == []
 
 
 @pytest.mark.slow
@@ -146,7 +122,7 @@ def test_torchrun(model_dirs, chat_file: Path, settings, tmp_path: Path, finishe
     assert done.stdout.count("Next: lolcats finetune") == 1
     maps, expected = load_file(out / MAPS), load_file(finished / MAPS)
     for name, tensor in expected.items():
-        torch.testing.assert_close(maps[name], tensor, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(maps[name], tensor, atol=1e-5, rtol=1e-5)
     assert "after stage 2" in invoke("finetune", out)
 
 
@@ -154,7 +130,6 @@ def test_torchrun(model_dirs, chat_file: Path, settings, tmp_path: Path, finishe
 @pytest.mark.skipif(not Path(GGUF).is_file(), reason="LOLCATS_TEST_GGUF names no GGUF file of SmolLM2-135M")
 def test_a_real_model_within_rounding(tmp_path: Path) -> None:
     """SmolLM2-135M in bf16: all orders, from sharded files and from the GGUF file itself."""
-    torch.set_num_threads(2)
     changes = ["transfer.coupling=per_layer", "transfer.max_steps=2", "transfer.batch_size=1",
                "transfer.micro_batch_size=1", "transfer.chunk_tokens=64", "transfer.block_size=13",
                "data.sequence_length=64", "attention.window_size=16"]  # fmt: skip

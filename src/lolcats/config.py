@@ -20,6 +20,8 @@ from lolcats.errors import LolcatsError
 
 T = TypeVar("T")
 
+PLACEMENT = ("order", "block_size", "chunk_tokens")  # of stage 1: where its work is done; they change no result
+
 Kind = Literal["hybrid", "linear", "window", "softmax"]
 Control = Literal["window_lora", "teacher_lora"]
 
@@ -179,7 +181,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto``: bfloat16 on CUDA, float32 elsewhere."""
     report_to: list[str] = field(default_factory=list)
-    """Trackers of transformers.Trainer, e.g. ``[tensorboard]`` or ``[wandb]``."""
+    """Trackers of transformers.Trainer, e.g. ``[tensorboard]`` or ``[wandb]``. A stage 1 of uncoupled layers or several
+    processes does without the Trainer, and without them."""
 
     def __post_init__(self) -> None:
         length, window = self.data.sequence_length, self.attention.window_size

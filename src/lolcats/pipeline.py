@@ -138,6 +138,7 @@ def _begin_measuring(session: Session) -> None:
     _baselines(session)
     if session.run.stage_done("transfer"):
         load_feature_maps(session.model, session.run.directory / FEATURE_MAPS)
+        _measure_transfer(session)
 
 
 def load_whole(session: Session) -> None:
@@ -149,7 +150,7 @@ def load_whole(session: Session) -> None:
     session.skeleton = None
     session.model, session.wrapped = _load_converted(session.inputs, session.config, session.say, True)
     _begin_measuring(session)
-    run_transfer(session)
+    _measure_final_maps(session)
 
 
 def resume(directory: Path, say: Say = log, controls: Sequence[Control] = ()) -> Session:
@@ -181,10 +182,15 @@ def run_transfer(session: Session, block: int | None = None) -> None:
         _finish_transfer(session, summary)
     if session.skeleton is not None:
         return
-    run.measure("ppl_transfer", lambda: _measured(session, "after transfer"))
-    if learns:
-        run.measure("layer_errors_after", partial(_layer_errors, session))
+    _measure_transfer(session)
     _measure_final_maps(session)
+
+
+def _measure_transfer(session: Session) -> None:
+    """What stage 1 brought, unless measured; the model has its feature maps, and no LoRA yet."""
+    session.run.measure("ppl_transfer", lambda: _measured(session, "after transfer"))
+    if any(layer.spec.has_linear for layer in linearized_layers(session.model)):
+        session.run.measure("layer_errors_after", partial(_layer_errors, session))
 
 
 def _train_transfer(session: Session, block: int | None) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import lolcats
-from lolcats.config import Config, from_dict, to_dict
+from lolcats.config import PLACEMENT, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.base import Base
@@ -47,6 +47,8 @@ class Run:
             run = cls.open(directory)
             asked = {"controls": list(dict.fromkeys([*run.config.controls, *config.controls]))}  # may be added later
             known = {**run.record, "config": {**to_dict(run.config), **asked}}  # newer settings have their defaults
+            transfer = identity["config"]["transfer"]
+            known["config"]["transfer"] |= {key: transfer[key] for key in PLACEMENT}
             identity["config"] |= asked
             if changed := _difference(known, identity):
                 raise LolcatsError(

@@ -335,6 +335,21 @@ def test_damaged_files_are_named(job: Job, tmp_path: Path) -> None:
         job.train(out, config)
 
 
+def test_a_disk_that_fills_up(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that the command line knows, not a signal; with more room the same command goes on."""
+    config = job.config("transfer.order=blocks")
+    expected, _ = job.train(tmp_path / "a", config)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lolcats.training.hidden.os.posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            job.train(tmp_path / "b", config)
+    assert_same(expected, job.train(tmp_path / "b", config)[0])
+
+
 def test_a_loss_that_is_no_number(job: Job, tmp_path: Path) -> None:
     config = job.config("transfer.order=stream", "transfer.learning_rate=1e38", "transfer.max_grad_norm=0",
                         "transfer.early_stopping_patience=0")  # fmt: skip

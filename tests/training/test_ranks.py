@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,11 +61,11 @@ def launch(ranks: int, model: Path, tasks: Sequence[Task]) -> list[int | None]:
 
 
 def assert_close(found: Path, expected: dict[str, torch.Tensor]) -> None:
-    """Within reduction order: AdamW's first steps turn rounding of small gradients into parts of the learning rate."""
+    """Within the order of sums."""
     maps = load_file(found / "maps.safetensors")
     assert set(maps) == set(expected)
     for name, tensor in expected.items():
-        torch.testing.assert_close(maps[name], tensor, atol=2e-4, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(maps[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def said(out: Path, ranks: int) -> list[str]:
@@ -126,4 +127,26 @@ def test_a_lost_rank_and_another_number_of_ranks(order: str, model: Path, tmp_pa
     maps = train(model, Task(out, settings(order)))
     expected = train(model, Task(tmp_path / "one", settings(order)))
     for name, tensor in expected.items():
-        torch.testing.assert_close(maps[name], tensor, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(maps[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["joint", "stream", "blocks"])
+def test_killed_at_any_moment(order: str, model: Path, tmp_path: Path) -> None:
+    """SIGKILL from outside at moments that nobody chose, again and again, until a run gets through."""
+    changes = settings(order, "transfer.max_steps=40", "transfer.save_steps=3", "transfer.early_stopping_patience=0")
+    expected = train(model, Task(tmp_path / "a", changes))
+    rng, kills, task = random.Random(0), 0, Task(tmp_path / "b", changes)
+    for attempt in range(40):
+        process = forked().Process(target=work, args=(0, 1, 0, model, [task]))
+        process.start()
+        process.join(rng.uniform(0.3, 1.5) if attempt < 6 else 120)
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    assert process.exitcode == 0
+    assert kills >= 3
+    maps = load_file(tmp_path / "b" / "maps.safetensors")
+    assert [n for n in expected if not torch.equal(maps[n], expected[n])] == []

@@ -26,8 +26,7 @@ from lolcats.errors import LolcatsError
 
 KeyMap = Callable[[Tensor], Tensor]
 BACKENDS = ("auto", "triton", "chunked")
-TRUSTED_DIM = 128  # head dim that all gradients were right for on a GPU; at 64 those of the maps were not (LOG.md)
-HALF = (torch.bfloat16, torch.float16)
+TRUSTED = {torch.bfloat16: 256, torch.float16: 128}  # head dims up to which all gradients were right on a GPU (LOG.md)
 
 _backend = os.environ.get("LOLCATS_ATTENTION", "auto")
 
@@ -81,7 +80,7 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
     if name == "chunked" or (final and torch.is_grad_enabled()):
         return False
     if name == "auto":
-        fits = q.dtype in HALF and q.shape[3] == TRUSTED_DIM and not _misfit(q, spec)
+        fits = q.shape[3] <= TRUSTED.get(q.dtype, 0) and not _misfit(q, spec)
         return q.is_cuda and fits and _has_triton()
     if not _has_triton():
         raise LolcatsError("The Triton kernels were asked for, but triton is not installed: pip install triton.")

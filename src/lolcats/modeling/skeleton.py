@@ -23,7 +23,7 @@ from lolcats.memory import free_host_memory
 from lolcats.modeling.base import Base, load_model
 from lolcats.modeling.convert import convert, decoder
 from lolcats.modeling.layer import LinearizedAttention
-from lolcats.modeling.weights import Loaded, OtherNames, WeightSource, shards_of
+from lolcats.modeling.weights import Loaded, OtherNames, WeightSource, shards_of, use_device
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -36,11 +36,13 @@ class Skeleton:
     """
 
     def __init__(self, model: PreTrainedModel, source: WeightSource, device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.model, self.source, self.device = model, source, device
         self.width, self.dtype = 0, model.dtype  # of hidden states, known after the first embedding
         self.path = layers_path(model)
         self.layers: Any = model.get_submodule(self.path)
-        self._reader = ThreadPoolExecutor(1)
+        self._reader = ThreadPoolExecutor(1, initializer=use_device, initargs=(device,))
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self._calls: dict[tuple[int, int], list[Call]] = {}
         source.check({name: p for i in range(-1, len(self.layers)) for name, p in self._wanted(i).items()})

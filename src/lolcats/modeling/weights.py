@@ -67,7 +67,7 @@ class Shards:
         def one(name: str) -> Tensor:
             return self._read(name, wanted[name], pinned=device.type == "cuda")
 
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(READERS, initializer=use_device, initargs=(device,)) as pool:
             return dict(zip(wanted, pool.map(one, wanted), strict=True))
 
     def read_part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
@@ -136,6 +136,12 @@ class Random:
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
         return tensor.normal_(0, self.std, generator=generator)
+
+
+def use_device(device: torch.device) -> None:
+    """What a thread does first: else pinned memory would be a matter of GPU 0, whichever the process has."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def shards_of(base: Base, prefix: str) -> Shards:

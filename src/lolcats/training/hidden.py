@@ -157,6 +157,7 @@ class Boundary:
         number = self._shard_of[batch.step]
         if self._writing is None or self._writing[0] != number:
             self.directory.mkdir(parents=True, exist_ok=True)
+            _allocate(self._partial(number), len(self._rows[number]) * self._row_bytes)
             self._writing = (number, self._map(self._partial(number), number, shared=True))
         self._writing[1][self._place(number, batch)].copy_(hidden)
 
@@ -256,6 +257,13 @@ def feed(source: Source, batches: Iterable[Batch], device: torch.device) -> Iter
             coming[1].record_stream(main)
     if coming is not None:
         yield coming
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Take the space now: on a disk that fills up, writing to a mapped file would end the process by a signal."""
+    with path.open("ab") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _key(batch: Batch) -> tuple[bool, int]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import lolcats
-from lolcats.config import Config, to_dict
+from lolcats.config import PLACEMENT, Config, to_dict
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, Observer
@@ -33,7 +33,7 @@ from lolcats.training.units import Unit
 from lolcats.training.visits import VALIDATION, Batch, Visits, validation_batches
 
 STAGE, JOB = "transfer", "job.json"
-PLACEMENT = ("order", "block_size", "chunk_tokens", "save_steps", "log_steps")  # settings that change no result
+HARMLESS = (*PLACEMENT, "save_steps", "log_steps")  # settings that change no result
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def compare_jobs(known: dict[str, Any], asked: dict[str, Any], directory: Path) 
 
 def job_of(config: Config, data: Data, layers: list[str], base: str) -> dict[str, Any]:
     """All that the units' contents depend on."""
-    settings = {f"transfer.{k}": v for k, v in asdict(config.transfer).items() if k not in PLACEMENT}
+    settings = {f"transfer.{k}": v for k, v in asdict(config.transfer).items() if k not in HARMLESS}
     settings |= {f"attention.{k}": v for k, v in to_dict(config.attention).items()}
     rows = {"data": data.fingerprint, "rows": len(data.train)}
     return {"base": base, **settings, "seed": config.seed, **rows, "layers": layers}

@@ -66,8 +66,8 @@ class Unit:
         self.progress = Progress()
         self.saved_step = -1
         self.best: dict[str, Tensor] = {}
-        self.loss = torch.zeros(())  # of the step at hand
-        self._losses = torch.zeros(())  # since the last entry of the history
+        self.loss: Tensor | None = None  # of the step at hand
+        self._losses: Tensor | None = None  # since the last entry of the history
         decay = [p for name, p in self.parameters.items() if "bias" not in name]
         rest = [p for name, p in self.parameters.items() if "bias" in name]
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -80,30 +80,30 @@ class Unit:
 
     def add(self, loss: Tensor) -> None:
         """Count part of the mean loss of the step at hand."""
-        self.loss = self.loss.to(loss.device) + loss
+        self.loss = loss.float() if self.loss is None else self.loss + loss
 
     def gradients(self) -> list[Tensor]:
         """What ranks have to sum: the gradients and the loss. A rank without rows has zeros."""
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        device = next(iter(self.parameters.values())).device
-        self.loss = self.loss.to(device, torch.float32)
+        if self.loss is None:
+            self.loss = torch.zeros((), device=next(iter(self.parameters.values())).device)
         return [*(p.grad for p in self.parameters.values() if p.grad is not None), self.loss]
 
     def update(self) -> None:
         """End an optimizer step: clip, step, schedule, history."""
         config, progress = self.config, self.progress
-        norm = torch.zeros(())
-        if config.max_grad_norm > 0:
-            norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
+        limit = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
         progress.step += 1
-        self._losses = self._losses.to(self.loss.device) + self.loss
-        self.loss = torch.zeros(())
+        assert self.loss is not None
+        self._losses = self.loss if self._losses is None else self._losses + self.loss
+        self.loss = None
         if progress.step % config.log_steps == 0:
             self._log(norm)
 
@@ -120,7 +120,7 @@ class Unit:
         self.progress.loss_sum = 0.0
 
     def _taken(self) -> float:
-        value, self._losses = self._losses.item(), torch.zeros(())
+        value, self._losses = 0.0 if self._losses is None else self._losses.item(), None
         return value
 
     def evaluated(self, loss: float, errors: list[float]) -> None:
