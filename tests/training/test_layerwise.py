@@ -21,7 +21,7 @@ from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.skeleton import build_skeleton
 from lolcats.ranks import Ranks
 from lolcats.training import orders
-from lolcats.training.data import Data
+from lolcats.training.data import Data, Rows
 from lolcats.training.hidden import Boundary, Embeddings
 from lolcats.training.layerwise import LayerTrainer
 from lolcats.training.orders import join_units, train_joint
@@ -333,6 +333,21 @@ def test_damaged_files_are_named(job: Job, tmp_path: Path) -> None:
     unit.write_bytes(unit.read_bytes()[:-8])
     with pytest.raises(LolcatsError, match=rf"{unit.name} is damaged or truncated"):
         job.train(out, config)
+
+
+def test_rows_may_be_read_when_asked_for(job: Job, tmp_path: Path) -> None:
+    config = job.config("transfer.order=stream")
+    expected, _ = job.train(tmp_path / "a", config)
+    lazily = replace(job, data=replace(job.data, train=Rows(job.data.train)))
+    for order in ("stream", "joint"):
+        maps, _ = lazily.train(tmp_path / order, job.config(f"transfer.order={order}"))
+        assert_same(expected, maps)
+
+
+def test_rows_of_several_documents_are_refused(job: Job, tmp_path: Path) -> None:
+    object.__setattr__(job.data, "positions", {"train": job.data.train})
+    with pytest.raises(LolcatsError, match="only where all layers are coupled and one process trains"):
+        job.train(tmp_path / "out", job.config("transfer.order=stream"))
 
 
 def test_a_disk_that_fills_up(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

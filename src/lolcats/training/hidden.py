@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
@@ -22,6 +23,7 @@ from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import Ranks
 from lolcats.training.visits import VALIDATION, Batch, Visits
 
+Split = Tensor | Dataset[dict[str, Tensor]]
 SHARD = 1 << 28  # bytes of hidden states in a file, if a step has no more
 
 
@@ -47,17 +49,17 @@ class Target(Protocol):
 class Tokens:
     """Token ids, for a model that embeds them itself."""
 
-    def __init__(self, train: Tensor, validation: Tensor) -> None:
+    def __init__(self, train: Split, validation: Split) -> None:
         self.train, self.validation = train, validation
 
     def read(self, batch: Batch) -> Tensor:
-        return (self.validation if batch.step == VALIDATION else self.train)[batch.rows]
+        return token_rows(self.validation if batch.step == VALIDATION else self.train, batch.rows)
 
 
 class Embeddings(Tokens):
     """What enters the first layer. Inside ``skeleton.brought([-1])``."""
 
-    def __init__(self, train: Tensor, validation: Tensor, skeleton: Skeleton) -> None:
+    def __init__(self, train: Split, validation: Split, skeleton: Skeleton) -> None:
         super().__init__(train, validation)
         self.skeleton = skeleton
 
@@ -257,6 +259,13 @@ def feed(source: Source, batches: Iterable[Batch], device: torch.device) -> Iter
             coming[1].record_stream(main)
     if coming is not None:
         yield coming
+
+
+def token_rows(split: Split, rows: Tensor) -> Tensor:
+    """(N, T) token ids of some rows, of a tensor or of a data set that reads them when asked."""
+    if isinstance(split, Tensor):
+        return split[rows]
+    return torch.stack([split[int(row)]["input_ids"] for row in rows])
 
 
 def _allocate(path: Path, size: int) -> None:

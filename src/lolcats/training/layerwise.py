@@ -68,6 +68,11 @@ class LayerTrainer:
         device: torch.device, base: str = "", tick: Callable[[int], None] = lambda step: None,
     ) -> None:  # fmt: skip
         self.config, self.ranks, self.device, self.data, self.tick = config.transfer, ranks, device, data, tick
+        if getattr(data, "positions", None):  # rows of several documents that do not see each other
+            raise LolcatsError(
+                "Documents are kept apart inside rows only where all layers are coupled and one process trains "
+                "(transfer.coupling=joint, transfer.order=joint)."
+            )
         if self.config.batch_size < ranks.size:
             raise LolcatsError(
                 f"transfer.batch_size ({self.config.batch_size}) is below the number of ranks ({ranks.size}): some "

@@ -24,7 +24,7 @@ from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import Ranks
 from lolcats.training.data import Data
-from lolcats.training.hidden import Boundary, Embeddings, HostStates, Nowhere, Source, Target, Tokens
+from lolcats.training.hidden import Boundary, Embeddings, HostStates, Nowhere, Source, Target, Tokens, token_rows
 from lolcats.training.layerwise import JOB, STAGE, Group, LayerTrainer, LayerwiseResult, compare_jobs, read_job
 from lolcats.training.liger import fused_layers
 from lolcats.training.units import Unit, read_progress
@@ -90,7 +90,7 @@ class LayerByLayer:
         self.units: dict[int, Unit] = {
             i: self.trainer.unit_of(layer) for i in range(self.count) if (layer := skeleton.attention(i)) is not None
         }
-        self.length = data.train.shape[1]
+        self.length = token_rows(data.train, torch.tensor([0])).shape[1]
 
     def unfinished(self, steps: range, layers: range) -> list[int]:
         """Those of ``layers`` that have something to learn from ``steps``."""
