@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lolcats.config import Config, Control, to_yaml
+from lolcats.data_stats import longest, select
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.attention_maps import FILE, measure_attention
 from lolcats.evaluation.memory import cache_bytes
@@ -82,7 +84,7 @@ def linearize(model: str, data: str, out: Path, config: Config, merge: bool = Tr
 
     Called again with the same arguments it continues where it stopped, and ends with the same weights.
     """
-    session = start(Inputs(model), data, out, config, say)
+    session = start(Inputs(model, trust=config.trust_remote_code), data, out, config, say)
     run_transfer(session)
     run_controls(session)
     run_finetune(session)
@@ -102,6 +104,10 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log) 
     ranks().wait()  # all have looked at the directory before one of them writes
     skeleton = wrapped = None
     if config.transfer.order != "joint" and not run.stage_done("transfer"):
+        if config.data.keep_longest_effective < 1:
+            raise LolcatsError(
+                "data.keep_longest_effective chooses rows by the whole model's attention: use transfer.order=joint."
+            )
         say(f"Reading {base.path} layer by layer ({dtype}, {device})".replace("torch.", ""))
         skeleton = build_skeleton(base, config.attention, dtype, device, config.seed)
         student = skeleton.model
@@ -136,6 +142,7 @@ def _load_converted(
 def _begin_measuring(session: Session) -> None:
     """What is measured of the untrained model; then it gets the feature maps that stage 1 has made, if it has."""
     _baselines(session)
+    _keep_longest(session)
     if session.run.stage_done("transfer"):
         load_feature_maps(session.model, session.run.directory / FEATURE_MAPS)
         _measure_transfer(session)
@@ -157,7 +164,8 @@ def resume(directory: Path, say: Say = log, controls: Sequence[Control] = ()) ->
     """The session of an existing run directory, with ``controls`` added to what it is to have."""
     run = Run.open(directory)
     config = replace(run.config, controls=[*run.config.controls, *controls])
-    return start(Inputs(run.base.path), run.record["data"]["source"], directory, config, say)
+    inputs = Inputs(run.base.path, trust=config.trust_remote_code)
+    return start(inputs, run.record["data"]["source"], directory, config, say)
 
 
 def run_transfer(session: Session, block: int | None = None) -> None:
@@ -344,10 +352,31 @@ def _baselines(session: Session) -> None:
     run.measure("ppl_window_sinks", lambda: _measured(session, "window + sinks", kind="window", sinks=sinks))
 
 
+def _keep_longest(session: Session) -> None:
+    """Leave the session the training rows that ``data.keep_longest_effective`` asks for; measured once in a run."""
+    fraction, data = session.config.data.keep_longest_effective, session.data
+    if fraction == 1:
+        return
+
+    def measured() -> dict[str, Any]:
+        session.say(f"Effective sequence lengths of {len(data.train)} rows")
+        found, kept = longest(data, session.model, fraction, _batch(session))
+        means = {"all": found.rows.mean().item(), "kept": found.rows[kept].mean().item()}
+        return {"mean": means, "rows": kept.tolist()}
+
+    kept = session.run.measure("effective_length", measured)
+    session.data = select(data, torch.tensor(kept["rows"]))
+    means = kept["mean"]
+    session.say(
+        f"  training on the {len(kept['rows'])} of {len(data.train)} rows with the longest effective sequence length: "
+        f"{means['kept']:.1f} tokens in the mean, of all rows {means['all']:.1f}"
+    )
+
+
 def _measured(session: Session, label: str, mode: Any = None, **spec: Any) -> float:
     changed = override(session.model, mode=mode, **spec) if mode or spec else nullcontext()
     with changed:
-        value = perplexity(session.model, session.data.test, _batch(session))
+        value = perplexity(session.model, session.data.test, _batch(session), session.data.positions.get("test"))
     session.say(f"  perplexity, {label}: {value:.2f}")
     return value
 
@@ -392,4 +421,6 @@ def _measure_final_maps(session: Session) -> None:
 
 
 def _layer_errors(session: Session) -> list[float]:
-    return layer_errors(session.model, session.data.validation.split(_batch(session)))
+    data, size = session.data, _batch(session)
+    places = data.positions["validation"].split(size) if data.positions else repeat(None)
+    return layer_errors(session.model, data.validation.split(size), places)

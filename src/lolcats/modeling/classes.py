@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling.auto import MODEL_TYPE
+from lolcats.modeling.auto import MODEL_TYPE, sealed
 from lolcats.modeling.convert import install
 from lolcats.modeling.interface import IMPLEMENTATION
 from lolcats.modeling.parallel import add_plan, is_split, settle
@@ -44,7 +44,8 @@ class LinearizedModel:
                     f"{path} is an adapter; only merged models load in parts for tensor parallel. Merge it first: "
                     f"lolcats export {path} --merge --out MERGED."
                 )
-            return load_adapter(path, config, kwargs.get("dtype", "auto"), kwargs.get("device_map"))
+            trust = bool(kwargs.get("trust_remote_code"))
+            return load_adapter(path, config, kwargs.get("dtype", "auto"), kwargs.get("device_map"), trust)
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
                 path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -61,7 +62,7 @@ class LinearizedModel:
             raise LolcatsError("This rank holds some of the model's heads only: save it where it is loaded whole.")
         config = self.config  # type: ignore[attr-defined]
         config.auto_map = dict(AUTO_MAP)
-        config.lolcats = {k: v for k, v in config.lolcats.items() if k != "base"}  # merged: stands alone
+        config.lolcats = sealed({k: v for k, v in config.lolcats.items() if k != "base"})  # merged: stands alone
         super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
         shim = resources.files("lolcats.modeling").joinpath("remote.py").read_text()
         (Path(directory) / REMOTE_CODE).write_text(shim)
@@ -95,7 +96,7 @@ def linearized_class(base: Any) -> Any:
 
 def classes_for(base_model_type: str) -> tuple[Any, type[PreTrainedModel]]:
     """Config and model class for a family by its Hugging Face model type, e.g. ``llama``."""
-    if base_model_type not in CONFIG_MAPPING:
+    if not isinstance(base_model_type, str) or base_model_type not in CONFIG_MAPPING:
         raise LolcatsError(f"This model was linearized from model type {base_model_type!r}, unknown to transformers.")
     model_class = linearized_class(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_model_type]])
     return model_class.config_class, model_class

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from lolcats.attention import AttentionSpec
 from lolcats.config import AttentionConfig, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
+from lolcats.modeling.auto import SEAL
 from lolcats.modeling.interface import IMPLEMENTATION, prepare_decoder_call
 from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention
 
@@ -63,7 +64,7 @@ def convert_as(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedMode
     """Linearize ``model`` exactly as a saved ``config.lolcats`` record says."""
     from lolcats.modeling.classes import become_linearized
 
-    become_linearized(model, {k: v for k, v in record.items() if k not in ("form", "base")})
+    become_linearized(model, {k: v for k, v in record.items() if k not in ("form", "base", SEAL)})
     install(model, record)
     return model
 

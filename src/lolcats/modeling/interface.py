@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import inspect
 import sys
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, find_packed_sequence_indices
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lolcats.attention import AttentionState
+from lolcats.attention import AttentionState, Documents
 from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention, linearized_layers
 
 IMPLEMENTATION = "lolcats"
+_packed: ContextVar[Documents | None] = ContextVar("documents of the decoder call that is running", default=None)
+NOT_APART = (
+    "This model's family does not keep documents apart that are packed into one row (position_ids that start again). "
+    "Give each document a row of its own."
+)
 
 
 class MaskRequest:
@@ -43,12 +49,22 @@ class MaskRequest:
             counts = new.sum(1).tolist()
             if min(counts) < length:
                 self.padding, self.counts = new, counts
+        self.documents = _packed.get()
+        if self.documents is not None:
+            self._check_documents(self.documents)
 
     def build(self, implementation: str) -> Any:
         """The mask that ``implementation`` (``sdpa``, ``eager``, ...) would have been given."""
         if implementation not in self._built:
             self._built[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
         return self._built[implementation]
+
+    def _check_documents(self, documents: Documents) -> None:
+        """LolcatsError unless the family's own mask keeps the first two documents of a packed row apart."""
+        row, first = next((row, lengths[0]) for row, lengths in enumerate(documents.lengths) if len(lengths) > 1)
+        place = [torch.tensor(x, device=documents.device) for x in (row, 0, first, first - 1)]
+        if bool(self.arguments["mask_function"](*place)):
+            raise LolcatsError(NOT_APART)
 
 
 def mask_function(**arguments: Any) -> MaskRequest:
@@ -65,19 +81,19 @@ def attention_function(
     assert isinstance(layer, LinearizedAttention)
     scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    padding = _padding(attention_mask)
+    padding, documents = _padding(attention_mask), _documents_of(attention_mask)
     if padding is not None and padding.device != query.device:  # this layer is on another GPU than the first
         padding = padding.to(query.device)
     if layer.mode == "transfer":
         with torch.no_grad():
             target, weights = softmax_attention(module, query, key, value, attention_mask, **kwargs)
         if layer.observer is not None:
-            call = AttentionCall(query.detach(), key.detach(), value.detach(), target, scale, softcap, padding)
-            layer.observer(layer, call)
+            q, k, v = query.detach(), key.detach(), value.detach()
+            layer.observer(layer, AttentionCall(q, k, v, target, scale, softcap, padding, documents))
         return target, weights
     cache: LinearizedCacheLayer | None = getattr(key, "lolcats_cache", None)
     if cache is None:
-        y = layer(query, key, value, scale, softcap, padding)
+        y = layer(query, key, value, scale, softcap, padding, documents)
     else:
         state, counts = cache.take(layer, key, value), getattr(attention_mask, "counts", None)
         y, cache.state = layer.advance(state, query, key, value, scale, softcap, padding, counts)
@@ -106,6 +122,15 @@ def _padding(mask: Any) -> Tensor | None:
         "A linearized model takes a 2-D attention mask (batch, tokens) with 0 for padding; "
         f"custom masks are not supported (got shape {tuple(mask.shape)})."
     )
+
+
+def _documents_of(mask: Any) -> Documents | None:
+    """Those of the call that the mask was asked for in: with gradient checkpointing, the call is over by now."""
+    if isinstance(mask, MaskRequest):
+        return mask.documents
+    if _packed.get() is not None:  # the family asks for no mask
+        raise LolcatsError(NOT_APART)
+    return None
 
 
 class LinearizedCacheLayer(CacheLayerMixin):
@@ -193,13 +218,19 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
             f"The attention implementation of this linearized model was changed to {config._attn_implementation!r}, "
             "which would silently run softmax attention. Use lolcats.override(model, mode='teacher') for that."
         )
-    layers = {layer.geometry.layer: layer for layer in linearized_layers(decoder) if layer.mode == "student"}
+    linearized = linearized_layers(decoder)
+    layers = {layer.geometry.layer: layer for layer in linearized if layer.mode == "student"}
     names = list(inspect.signature(decoder.forward).parameters)
     call = {**dict(zip(names, args, strict=False)), **kwargs}
+    changes: dict[str, Any] = {}
+    documents = _documents(call) if any(layer.mode != "teacher" for layer in linearized) else None
+    _packed.set(documents)
+    if documents is not None:
+        _check_packed(call, {layer.base_implementation for layer in linearized})
+        call["use_cache"] = changes["use_cache"] = False
     if not layers:
-        return None
-    _refuse_packed_positions(call)
-    changes = _positions(call, names)
+        return ((), {**call, **changes}) if changes else None
+    changes |= _positions(call, names)
     cache, use_cache = call.get("past_key_values"), call.get("use_cache")
     wants_cache = (config.use_cache if use_cache is None else use_cache) and not (
         decoder.training and torch.is_grad_enabled()
@@ -244,15 +275,41 @@ def install_cache(cache: Any, layers: dict[int, LinearizedAttention]) -> None:
         cache.layers[index] = LinearizedCacheLayer()
 
 
-def _refuse_packed_positions(call: dict[str, Any]) -> None:
-    """Positions that start again inside a row mean packed documents to transformers: never mix them silently."""
-    positions = call.get("position_ids")
-    if positions is None or positions.ndim != 2:
-        return
-    if call.get("attention_mask") is not None or call.get("past_key_values") is not None:
-        return
-    if (positions[:, 1:] <= positions[:, :-1]).any():
-        raise LolcatsError("Packed rows (position_ids that start again) are not supported by linearized layers yet.")
+def _documents(call: dict[str, Any]) -> Documents | None:
+    """Positions that do not go on by one inside a row mean packed documents, to transformers and to us."""
+    positions, mask = call.get("position_ids"), call.get("attention_mask")
+    ids = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    if positions is None or positions.ndim != 2 or positions.shape[1] < 2 or ids is None:
+        return None
+    if _length(call.get("past_key_values")) > 0:
+        return None
+    numbers = find_packed_sequence_indices(positions.expand(ids.shape[0], -1))
+    if numbers is None:
+        return None
+    if mask is None:
+        return Documents.of(numbers)
+    if mask.ndim == 2 and mask.shape == numbers.shape:
+        real = mask[:, 1:].bool() & mask[:, :-1].bool()
+        if ((numbers[:, 1:] != numbers[:, :-1]) & real).any():
+            raise LolcatsError("Packed rows (position_ids that start again) take no attention_mask.")
+    return None
+
+
+def _check_packed(call: dict[str, Any], implementations: set[str]) -> None:
+    """What packed documents cannot be combined with: here, or in transformers' own masks."""
+    if call.get("past_key_values") is not None or call.get("use_cache"):
+        raise LolcatsError(
+            "Packed rows (position_ids that start again) have no cache: a state belongs to one sequence. Pass "
+            "use_cache=False, or give each document a row of its own."
+        )
+    if flash := [name for name in implementations if "flash" in name]:
+        raise LolcatsError(
+            f"Packed rows need the base model's sdpa or eager attention; this one was loaded with {flash[0]}."
+        )
+
+
+def _length(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def register() -> None:

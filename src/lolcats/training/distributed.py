@@ -86,6 +86,11 @@ def fill_part(parameter: Tensor, source: Shards, name: str) -> None:
         parameter.to_local().copy_(source.read_part(name, cut[0], start, stop))
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether this rank holds parts of the model's parameters."""
     return any(isinstance(p, DTensor) for p in model.parameters())

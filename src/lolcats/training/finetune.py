@@ -27,7 +27,8 @@ from lolcats.ranks import ranks
 from lolcats.training.data import Data
 from lolcats.training.distributed import fill_part, is_sharded, materialize, own_device, shard
 from lolcats.training.liger import fused_layers
-from lolcats.training.trainer import StageResult, StageTrainer, train_only
+from lolcats.training.trainer import StageResult, StageTrainer, train_only, trainable
+from lolcats.training.watch import first_bad_layer, first_bad_weight
 
 
 def finetune(
@@ -48,7 +49,7 @@ def finetune(
     if ranks().size > 1 and not is_sharded(model):
         shard(model, own_device(model.device))
     trainer = FinetuneTrainer(
-        wrapped, config.finetune, data.train, data.validation, "finetune",
+        wrapped, config.finetune, data.dataset("train"), data.dataset("validation"), "finetune",
         directory / "checkpoints" / "finetune", directory / "metrics.jsonl", config.seed, config.report_to,
     )  # fmt: skip
     with fused_layers(model, config.finetune.liger):
@@ -78,7 +79,7 @@ def load_over_ranks(base: Base, config: Config, dtype: torch.dtype, device: torc
     """
     device, model = own_device(device), None
     if base.form != "gguf":
-        model = empty_model(AutoConfig.from_pretrained(base.path), dtype)
+        model = empty_model(AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code), dtype)
         source = shards_of(base, model.base_model_prefix)
         try:
             source.check(dict(model.named_parameters()))
@@ -86,7 +87,7 @@ def load_over_ranks(base: Base, config: Config, dtype: torch.dtype, device: torc
             model = None
     torch.manual_seed(config.seed)
     if model is None:
-        wrapped = add_lora(convert(load_model(base, dtype), config), config.finetune)
+        wrapped = add_lora(convert(load_model(base, dtype, trust=config.trust_remote_code), config), config.finetune)
         shard(wrapped.get_base_model(), device)
         return wrapped.to(device) if device.type == "cpu" else wrapped
     convert_empty(model, config.attention)
@@ -160,7 +161,25 @@ class FinetuneTrainer(StageTrainer):
         return wrapped.get_base_model()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        return language_model_loss(self.base, self.head, inputs["input_ids"], self.stage_config.liger)
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        self.call = {"input_ids": ids} | ({} if positions is None else {"position_ids": positions})
+        loss = language_model_loss(self.base, self.head, ids, self.stage_config.liger, positions)
+        if torch.is_grad_enabled():
+            self.watch.add(loss)
+        return loss
+
+    def where(self, bad: Tensor) -> str:
+        """The first layer whose output on the last batch is no number without LoRA, or else the LoRA matrix that is
+        none, or else the layer with LoRA."""
+        layers = self.base.config.lolcats["layers"]
+        modules = [self.base.get_submodule(entry["name"]) for entry in layers]
+        wrapped: Any = self.model
+        with wrapped.disable_adapter():
+            number = first_bad_layer(self.base, modules, self.call)
+        if number is None and (name := first_bad_weight(trainable(self.model))):
+            return f", and so did {name}"
+        number = first_bad_layer(self.base, modules, self.call) if number is None else number
+        return "" if number is None else f" in layer {layers[number]['layer']}"
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW; feature maps, where they train, form a group with their own rate."""

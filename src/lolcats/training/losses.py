@@ -5,6 +5,8 @@ Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F featu
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +31,7 @@ def attention_losses(
     layer: LinearizedAttention, call: AttentionCall, config: TransferConfig
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and the mean squared error in it."""
-    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding).transpose(1, 2)
+    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding, call.documents).transpose(1, 2)
     error = mean_squared_error(y, call.target, call.padding)
     loss = config.mse_weight * error
     if config.xent_weight:
@@ -50,6 +52,8 @@ def weight_cross_entropy(
     """
     if call.padding is not None:
         raise LolcatsError("The cross-entropy of attention weights (transfer.xent_weight) takes rows without padding.")
+    if call.documents is not None:
+        return call.documents.apart(partial(_of_queries, layer, call), call.q, call.k).mean()
     q, k = call.q, call.k
     fq, fk, gamma = layer.phi_q(q), layer.phi_k(k), layer.gamma
     length = q.shape[2]
@@ -63,6 +67,14 @@ def weight_cross_entropy(
             common = (layer.spec, call.scale, call.softcap, first)
             total = total + checkpoint(_summed, *part, *common, use_reentrant=False, preserve_rng_state=False)
     return total / (q.shape[0] * q.shape[1] * length)
+
+
+def _of_queries(layer: LinearizedAttention, call: AttentionCall, q: Tensor, k: Tensor) -> Tensor:
+    """(B, H, T, 1) cross-entropy of each query of whole documents, all weights at once."""
+    with torch.no_grad():
+        target = softmax_weights(q, k, call.scale, call.softcap)
+    predicted = layer.weights(q, k, call.scale, call.softcap)
+    return -(target * predicted.clamp_min(1e-12).log()).sum(-1, keepdim=True)
 
 
 def _summed(
