@@ -32,19 +32,20 @@ class Speeds:
     """Operations a second of the fastest bf16 matrix product (of one GPU, as all below)."""
     memory: float = 3.0e12
     """Bytes a second from and to GPU memory."""
-    forward: float = 0.80
+    forward: float = 0.78
     """Share of ``matmul`` that forward passes without gradients reach, everything between the products included."""
-    training: float = 0.65
+    training: float = 0.66
     """The same with gradients."""
     softmax: float = 0.5
     """Share of ``matmul`` that softmax attention reaches. Not measured alone."""
-    transfer_ns: float = 4.6
+    transfer_ns: float = 4.2
     """Linear attention of stage 1 with its backward: ns for a token, head and layer at D = F = 128, by the kernels."""
-    finetune_ns: float = 27.0
+    finetune_ns: float = 4.4
     """The same in stage 2."""
-    recompute_ns: float = 13.5
-    """Its forward once more in stage 2."""
-    chunked_ns: float = 48.0
+    recompute_ns: float = 24.0
+    """Its forward once more in stage 2, and whatever else recomputing whole layers costs beyond their products: mostly
+    the host, which keeps up better with larger layers."""
+    chunked_ns: float = 47.0
     """Stage 1 on the chunked path: other head dims than 128."""
     link: float = 300e9
     """Bytes a second that a GPU receives in all-gathers inside a node (NVLink). Assumed, not measured."""
