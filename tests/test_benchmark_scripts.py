@@ -1,9 +1,10 @@
-"""The training benchmark runs, at a size that measures nothing."""
+"""The benchmarks of training run, at a size that measures nothing."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,16 +13,25 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="module")
-def training() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "training.py"
-    spec = importlib.util.spec_from_file_location("benchmark_of_training", path)
+def script(name: str) -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_of_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def training() -> ModuleType:
+    return script("training")
+
+
+@pytest.fixture(scope="module")
+def scale() -> ModuleType:
+    return script("scale")
 
 
 def test_every_part(training: ModuleType, tmp_path: Path) -> None:
@@ -46,3 +56,69 @@ def test_needs_a_gpu_and_says_so(training: ModuleType, tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "argv", ["training.py", "--tiny"])
     with pytest.raises(SystemExit, match="--out"):
         training.main()
+
+
+@pytest.mark.slow
+def test_several_gpus(tmp_path: Path) -> None:
+    """Both stages and generation on one and two processes, from the same weights: the same losses and tokens."""
+    script = Path(__file__).parent.parent / "benchmarks" / "multi_gpu.py"
+    subprocess.run([sys.executable, script, "--tiny", "--out", tmp_path, "--deadline", "400"], check=True)
+    results = json.loads((tmp_path / "multi_gpu.json").read_text())
+    assert not results["failures"]
+    assert set(results["parts"]) == {"stage 1", "stage 2", "large stage 2", "generation"}
+    for name, part in results["parts"].items():
+        assert set(part) == {"1", "2"}, name
+        if name != "generation":
+            losses = part["2"]["losses"]
+            assert losses[-1] < losses[0] - 1e-4
+            assert part["2"]["loss_difference"] < 1e-4
+    for rows, batch in results["parts"]["generation"]["2"]["batches"].items():
+        assert batch["first_row"] == results["parts"]["generation"]["1"]["batches"][rows]["first_row"]
+    assert (tmp_path / "multi_gpu.md").read_text().count("| 2 |") >= 4
+
+
+@pytest.mark.parametrize("name", ["one_node.sh", "slurm.sbatch", "slurm_blocks.sbatch"])
+def test_launch_files_are_bash(name: str) -> None:
+    path = Path(__file__).parent.parent / "examples" / "launch" / name
+    subprocess.run(["bash", "-n", path], check=True)
+    done = subprocess.run(["bash", path], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode != 0
+    assert "MODEL: a " in done.stderr  # nothing starts without a model
+
+
+def test_several_gpus_need_an_output(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "multi_gpu.py"
+    done = subprocess.run([sys.executable, script, "--tiny"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "choose another --out" in done.stderr
+
+
+def test_scale(scale: ModuleType, tmp_path: Path) -> None:
+    results = scale.measure(scale.TINY, torch.device("cpu"), 100, tmp_path)
+    assert json.loads((tmp_path / "scale.json").read_text()) == results
+    found = results["geometries"]["tiny"]
+    assert (found["layers_run"], found["complete"], found["tokens"]) == (3, True, 4 * 2 * 64)
+    assert len(found["turn_seconds"]) == 3
+    assert found["layer_bytes"] == 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64)
+    assert "| tiny | 3 of 5 | 512 |" in (tmp_path / "scale.md").read_text()
+
+
+def test_hours_of_a_whole_run(scale: ModuleType) -> None:
+    """70B at 3 GB/s: 20 chunks of 122 steps of 8 rows; where reading takes longer than computing, it is what counts."""
+    geometry = scale.GEOMETRIES["Llama 3.1 70B"]
+    found = {"step_seconds": 0.03, "evaluation_seconds": 0.01, "layer_bytes": 1.8e9, "copy_bytes_per_second": 50e9}
+    run = scale.Run(tokens=8192 * 2000, chunk_tokens=8192 * 100)
+    whole = scale.whole_run(geometry, found, run)
+    training, validation, reading, copying = 60.0, 40 * 4 * 0.01, 20 * 0.6, 20 * 0.036
+    assert whole["chunks"] == 20
+    assert whole["hours"] == pytest.approx(80 * (training + validation + copying) / 3600)
+    slow = scale.whole_run(geometry, {**found, "step_seconds": 0.001}, run)
+    assert slow["hours"] == pytest.approx(80 * (reading + copying) / 3600)
+
+
+def test_scale_stops_at_its_deadline(scale: ModuleType, tmp_path: Path) -> None:
+    results = scale.measure(scale.TINY, torch.device("cpu"), 0, tmp_path)
+    assert results["geometries"]["tiny"]["missing"] == "no time left"
+    bench = scale.Bench(scale.TINY["tiny"], torch.device("cpu"), 0, tmp_path)
+    assert bench.run() == {"missing": "no time left"}
+    assert "no time left" in (tmp_path / "scale.md").read_text()

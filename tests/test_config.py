@@ -12,7 +12,7 @@ from lolcats.errors import LolcatsError
 
 
 def test_shipped_recipes() -> None:
-    assert recipe_names() == ["default", "paper", "small"]
+    assert recipe_names() == ["default", "paper", "paper-405b", "paper-70b", "small"]
     for name in recipe_names():
         config = load_config(name)
         assert from_dict(Config, yaml.safe_load(to_yaml(config))) == config
@@ -20,6 +20,16 @@ def test_shipped_recipes() -> None:
         assert "/" not in text, "no path and no model name in a recipe"
         assert config.transfer.weight_decay == 0
         assert config.transfer.max_grad_norm == 1
+
+
+def test_recipes_of_the_papers_large_models() -> None:
+    small, medium, large = (load_config(name) for name in ("paper", "paper-70b", "paper-405b"))
+    assert small.attention == medium.attention == large.attention
+    assert medium.transfer.max_steps * medium.transfer.batch_size * medium.data.sequence_length == 20_480_000
+    assert (medium.transfer.xent_weight, large.transfer.mse_weight, large.transfer.xent_weight) == (0, 1000, 1)
+    assert (large.transfer.order, large.transfer.block_size) == ("blocks", 9)
+    assert (medium.finetune.rank, large.finetune.rank, large.finetune.dropout) == (8, 4, 0.05)
+    assert large.finetune.batch_size % 24 == 0  # three nodes of eight
 
 
 def test_paper_recipe_is_the_papers_table_8() -> None:

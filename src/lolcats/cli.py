@@ -33,7 +33,7 @@ Directory = Annotated[Path, typer.Argument(help="A run directory or a linearized
 DataPath = Annotated[str, typer.Option("--data", help="Hub data set id; local .json, .jsonl, .parquet, .txt file; or "
                                        "a .yaml file that mixes several.")]  # fmt: skip
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; an unfinished run in it is continued.")]
-Recipe = Annotated[str, typer.Option(help="paper, default, small, or a YAML file.")]
+Recipe = Annotated[str, typer.Option(help="default, paper, paper-70b, paper-405b, small, or a YAML file.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Change one setting: transfer.learning_rate=1e-3. Repeatable.")]
 
 Controls = Annotated[bool, typer.Option("--controls", help="Also train window + sinks with the same LoRA (no linear "
@@ -86,31 +86,51 @@ def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default
 
 
 @command
-def transfer(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = []) -> None:  # noqa: B006
-    """Stage 1 alone: attention transfer."""
+def transfer(
+    model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+    schedule: Annotated[str, typer.Option(help="Order of the work: joint, stream or blocks, as --set transfer.order=; "
+                                               "the last two set transfer.coupling=per_layer.")] = "",
+    block_size: Annotated[int, typer.Option(help="Layers in a block, as --set transfer.block_size=.")] = 0,
+    block: Annotated[int, typer.Option(help="With --schedule blocks: train this block alone, counted from 0.")] = -1,
+    join: Annotated[list[Path], typer.Option(help="Another directory of the same run whose layers to take over; "
+                                                  "repeatable.")] = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Stage 1 alone: attention transfer. Runs under torchrun, too."""
     from lolcats.config import load_config
     from lolcats.inputs import Inputs
     from lolcats.pipeline import run_transfer, start
+    from lolcats.ranks import is_first, ranks
+    from lolcats.training.orders import join_units
 
-    config = load_config(recipe, set_)
+    order = [f"transfer.order={schedule}"] if schedule else []
+    order += ["transfer.coupling=per_layer"] if schedule in ("stream", "blocks") else []
+    order += [f"transfer.block_size={block_size}"] if block_size else []
+    config = load_config(recipe, [*order, *set_])
     session = start(Inputs(model, trust=config.trust_remote_code), data, out_, config)
-    run_transfer(session)
-    _show(session.run)
-    out.print(f"\nFeature maps: {out_}. Next: lolcats finetune {out_}", soft_wrap=True)
+    if is_first():
+        join_units(out_, join)
+    ranks().wait()
+    run_transfer(session, None if block < 0 else block)
+    if is_first():
+        _show(session.run)
+        if session.run.stage_done("transfer"):
+            out.print(f"\nFeature maps: {out_}. Next: lolcats finetune {out_}", soft_wrap=True)
 
 
 @command
 def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True,
              controls: Controls = False) -> None:  # fmt: skip
-    """Stage 2 alone: LoRA, in a run directory that attention transfer has finished."""
+    """Stage 2 alone: LoRA, in a run directory that attention transfer has finished. Under torchrun sharded (FSDP2)."""
     from lolcats.config import Control
     from lolcats.pipeline import finish, resume, run_controls, run_finetune
+    from lolcats.ranks import is_first
 
     session = resume(directory, controls=get_args(Control) if controls else ())
     run_controls(session)
     run_finetune(session)
     finish(session, merge)
-    _show(session.run)
+    if is_first():
+        _show(session.run)
 
 
 @command
@@ -329,6 +349,47 @@ def info(model: Model) -> None:
     out.print(table)
 
 
+@command
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub id, model directory, config.json, or llama-3-8b, llama-3.1-70b, "
+                                              "llama-3.1-405b.", metavar="MODEL")],
+    gpus: Annotated[int, typer.Option(help="All GPUs of the run.")] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Of each.")] = "80GiB",
+    host_memory: Annotated[str, typer.Option(help="Of each node.")] = "128GiB",
+    disk: Annotated[str, typer.Option(help="Free space of each node; default: not checked.")] = "",
+    read_speed: Annotated[str, typer.Option(help="Reading of weights on each node.")] = "3GB/s",
+    gpus_per_node: Annotated[int, typer.Option()] = 8,
+    tokens: Annotated[str, typer.Option(help="Tokens of stage 1, all epochs together.")] = "20M",
+    finetune_tokens: Annotated[str, typer.Option(help="Tokens of stage 2, all epochs together.")] = "40M",
+    block_size: Annotated[int, typer.Option(help="Layers of a block; 0: as many as fit.")] = 0,
+    recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Memory, disk and time of both stages from the model's configuration alone, and the commands to run."""
+    from lolcats.config import load_config
+    from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_config, report, size_of
+
+    read = report.parse_quantity
+    machine = Machine(
+        gpus, read(gpu_memory, "--gpu-memory"), read(host_memory, "--host-memory"), read(read_speed, "--read-speed"),
+        read(disk or "1e30", "--disk"), gpus_per_node,
+    )  # fmt: skip
+    work = Work(read(tokens, "--tokens"), read(finetune_tokens, "--finetune-tokens"), block_size)
+    config = load_config(recipe, set_)
+    size = size_of(read_config(model), config)
+    stages = [plans(size, config, machine, work) for plans in (plan_transfer, plan_finetune)]
+    _print_rows(
+        report.HEADER, report.plan_rows([*stages[0], *stages[1]]), title=report.title(model, size, machine, work)
+    )
+    out.print(report.paper_line(size, work, stages[0]), soft_wrap=True)
+    chosen = [plan for plans in stages for plan in report.recommended(plans)]
+    for best in chosen:
+        _print_rows(("where", "part", "amount"), report.part_rows(best), f"{best.stage}, {best.schedule}")
+    for line in report.commands(chosen, model, recipe, set_, machine):
+        out.print(f"\n{line}", soft_wrap=True, markup=False, highlight=False)
+    if refused := " ".join(filter(None, (report.refusal(p, size, config, machine, work) for p in stages))):
+        raise LolcatsError(refused)
+
+
 def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any, Any], batch_size: int) -> None:
     """The table of ``evaluate --data``."""
     from lolcats.evaluation.compare import compare, evaluation_rows
@@ -424,9 +485,11 @@ def _show(run: Any) -> None:
     table = Table("model", title=f"Perplexity on {rows} × {length} held-out tokens")
     for name in ("perplexity", "against teacher"):
         table.add_column(name, justify="right")
-    for row in perplexity_rows(run):
+    perplexities = perplexity_rows(run)  # none behind a stage 1 that brought layers in turn
+    for row in perplexities:
         table.add_row(*row)
-    out.print(table)
+    if perplexities:
+        out.print(table)
     for text in remarks(run):
         out.print(text)
     if sizes := memory_rows(run):

@@ -20,6 +20,8 @@ from lolcats.errors import LolcatsError
 
 T = TypeVar("T")
 
+PLACEMENT = ("order", "block_size", "chunk_tokens")  # of stage 1: where its work is done; they change no result
+
 Kind = Literal["hybrid", "linear", "window", "softmax"]
 Control = Literal["window_lora", "teacher_lora"]
 
@@ -136,7 +138,25 @@ class TransferConfig(StageConfig):
     early_stopping_patience: int = 10
     mse_weight: float = 1000.0
     xent_weight: float = 0.0
-    """Cross-entropy between attention weights (the paper's 405B used 1). Quadratic in the sequence length."""
+    """Cross-entropy between attention weights (the paper's 405B used 1). Quadratic time in the sequence length."""
+    coupling: Literal["joint", "per_layer"] = "joint"
+    """Who shares gradient clip, mean loss, plateau, early stopping, best checkpoint: all layers (the paper) or none."""
+    order: Literal["joint", "stream", "blocks"] = "joint"
+    """Of the work, see docs/scale.md: the whole model in memory; layers streamed through it, a chunk of tokens at a
+    time; blocks of layers, hidden states on disk. The last two need ``coupling: per_layer``."""
+    block_size: int = 1
+    """Layers in a block of ``order: blocks``."""
+    chunk_tokens: int = 1_000_000
+    """Tokens whose hidden states are in host memory at a time with ``order: stream``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, "transfer", block_size=1, chunk_tokens=1)
+        if self.order != "joint" and self.coupling != "per_layer":
+            raise LolcatsError(
+                f"transfer.order={self.order} trains each layer by itself: it needs transfer.coupling=per_layer, which "
+                "gives each layer its own gradient clip, schedule, early stopping and best checkpoint."
+            )
 
 
 @dataclass(frozen=True)
@@ -186,7 +206,8 @@ class Config:
     trust_remote_code: bool = False
     """Run Python code that comes with the base model. Never on unless asked for."""
     report_to: list[str] = field(default_factory=list)
-    """Trackers of transformers.Trainer, e.g. ``[tensorboard]`` or ``[wandb]``."""
+    """Trackers of transformers.Trainer, e.g. ``[tensorboard]`` or ``[wandb]``. A stage 1 of uncoupled layers or several
+    processes does without the Trainer, and without them."""
 
     def __post_init__(self) -> None:
         if self.controls and self.finetune.quantize_base != "none":

@@ -21,12 +21,17 @@ CHECKSUM = "lolcats_sha256"  # key in a safetensors file's metadata
 
 def write_text(path: Path, text: str) -> None:
     """Write so that a reader sees either the old file or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     with partial.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    """The unfinished file beside ``path``: another one for each rank, since ranks may write the same thing."""
+    return path.with_name(f"{path.name}.partial{os.environ.get('RANK', '')}")
 
 
 def append_line(path: Path, line: str) -> None:
@@ -59,16 +64,17 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     unfinished.rename(directory)
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, beside: str = "") -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path, beside: str = "",
+                  metadata: dict[str, str] | None = None) -> None:  # fmt: skip
     """Write a safetensors file so that a reader sees either the old file or the whole new one; with a checksum.
 
-    beside: checksum of what lies beside it, kept with its own.
+    beside: checksum of what lies beside it, kept with its own; metadata: more entries.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     written = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     # One entry alone: the order of several is random, and equal tensors are to be equal files.
-    save_file(written, partial, metadata={CHECKSUM: f"{tensor_hash(written)} {beside}".strip()})
+    save_file(written, partial, metadata={**(metadata or {}), CHECKSUM: f"{tensor_hash(written)} {beside}".strip()})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
@@ -104,6 +110,15 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise LolcatsError(f"{path} is damaged or truncated ({error}).") from None
+
+
 def load_strictly(target: dict[str, Tensor], source: dict[str, Tensor], path: Path) -> None:
     """Copy ``source`` into the tensors of ``target``; a missing, extra or mis-shaped one is an error that names it."""
     compare_keys(set(target), set(source), path)
@@ -114,7 +129,22 @@ def load_strictly(target: dict[str, Tensor], source: dict[str, Tensor], path: Pa
             )
     with torch.no_grad():
         for name, tensor in target.items():
-            tensor.copy_(source[name])
+            copy_whole(tensor, source[name])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded over ranks, which then call this together."""
+    return tensor.full_tensor() if isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor") else tensor
+
+
+def copy_whole(target: Tensor, source: Tensor) -> None:
+    """Copy a whole tensor, the same on all ranks, into one that may be sharded."""
+    if hasattr(target, "placements"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
+        source = distribute_tensor(source.to(target.device, target.dtype), target.device_mesh, target.placements)
+    target.copy_(source)
 
 
 def compare_keys(expected: set[str], found: set[str], path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import repeat
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lolcats.config import Config, Control, to_yaml
@@ -39,12 +40,15 @@ from lolcats.modeling.checkpoint import (
 )
 from lolcats.modeling.convert import convert, convert_as
 from lolcats.modeling.layer import linearized_layers, override
+from lolcats.modeling.skeleton import Skeleton, build_skeleton
+from lolcats.ranks import is_first, ranks
 from lolcats.run import Run
 from lolcats.training.controls import control, control_directory, train_control
 from lolcats.training.data import Data
-from lolcats.training.finetune import finetune
+from lolcats.training.distributed import is_sharded
+from lolcats.training.finetune import finetune, load_lora, load_over_ranks
 from lolcats.training.trainer import StageResult
-from lolcats.training.transfer import layer_errors, transfer
+from lolcats.training.transfer import layer_errors, transfer, transfer_in_turn
 
 PROMPT = "What is a good way to spend a rainy weekend? Explain your ideas."
 LENGTHS = (1024, 8192, 65536)
@@ -52,20 +56,28 @@ Say = Callable[[str], None]
 
 
 def log(message: str) -> None:
-    """Progress goes to standard error, results to standard output."""
-    print(message, file=sys.stderr, flush=True)
+    """Progress goes to standard error, results to standard output; of several ranks the first speaks."""
+    if is_first():
+        print(message, file=sys.stderr, flush=True)
 
 
 @dataclass
 class Session:
-    """A run with everything loaded that its stages need."""
+    """A run with everything loaded that its stages need.
+
+    ``wrapped``: the model with untrained LoRA in it, where it was loaded over several ranks for stage 2.
+    ``skeleton``: where stage 1 brings layers in turn, its ``model``; :func:`load_whole` puts the whole one there.
+    """
 
     run: Run
     config: Config
     model: PreTrainedModel
     tokenizer: Any
     data: Data
+    inputs: Inputs
     say: Say = log
+    skeleton: Skeleton | None = None
+    wrapped: PeftModel | None = None
 
 
 def linearize(model: str, data: str, out: Path, config: Config, merge: bool = True, say: Say = log) -> Run:
@@ -92,20 +104,63 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log) 
     rows = inputs.data(data, config.data, config.seed)
     run = Run.start(out, base, {**rows.summary, "fingerprint": rows.fingerprint}, config)
     config = run.config
-    say(f"Loading {base.path} ({dtype}, {device})".replace("torch.", ""))
+    ranks().wait()  # all have looked at the directory before one of them writes
+    skeleton = wrapped = None
+    if config.transfer.order != "joint" and not run.stage_done("transfer"):
+        if config.data.keep_longest_effective < 1:
+            raise LolcatsError(
+                "data.keep_longest_effective chooses rows by the whole model's attention: use transfer.order=joint."
+            )
+        say(f"Reading {base.path} layer by layer ({dtype}, {device})".replace("torch.", ""))
+        skeleton = build_skeleton(base, config.attention, dtype, device, config.seed)
+        student = skeleton.model
+    else:
+        student, wrapped = _load_converted(inputs, config, say, run.stage_done("transfer"))
+    if is_first():
+        run.save()
+        write_text(out / "config.yaml", to_yaml(config))
+        tokenizer.save_pretrained(out)
+        save_adapter_config(student, base, out)
+    session = Session(run, config, student, tokenizer, rows, inputs, say, skeleton, wrapped)
+    if skeleton is None:
+        _begin_measuring(session)
+    return session
+
+
+def _load_converted(
+    inputs: Inputs, config: Config, say: Say, for_finetuning: bool
+) -> tuple[PreTrainedModel, PeftModel | None]:  # fmt: skip
+    """The converted model; for stage 2 on several ranks sharded over them, also as a PEFT model."""
+    device, dtype = device_and_dtype(config)
+    if for_finetuning and ranks().size > 1:
+        say(f"Loading {inputs.base.path} over {ranks().size} ranks ({dtype}, {device})".replace("torch.", ""))
+        wrapped = load_over_ranks(inputs.base, config, dtype, device)
+        return wrapped.get_base_model(), wrapped
+    say(f"Loading {inputs.base.path} ({dtype}, {device})".replace("torch.", ""))
     base_model = inputs.model(dtype, device)
     torch.manual_seed(config.seed)
-    student = convert(base_model, config)
-    run.save()
-    write_text(out / "config.yaml", to_yaml(config))
-    tokenizer.save_pretrained(out)
-    save_adapter_config(student, base, out)
-    session = Session(run, config, student, tokenizer, rows, say)
+    return convert(base_model, config), None
+
+
+def _begin_measuring(session: Session) -> None:
+    """What is measured of the untrained model; then it gets the feature maps that stage 1 has made, if it has."""
     _baselines(session)
     _keep_longest(session)
-    if run.stage_done("transfer"):
-        load_feature_maps(student, out / FEATURE_MAPS)
-    return session
+    if session.run.stage_done("transfer"):
+        load_feature_maps(session.model, session.run.directory / FEATURE_MAPS)
+        _measure_transfer(session)
+
+
+def load_whole(session: Session) -> None:
+    """Load the model of a session whose stage 1 has brought layers in turn: stage 2 and measurements need all of it."""
+    if session.skeleton is None:
+        return
+    if not session.run.stage_done("transfer"):
+        raise LolcatsError(f"{session.run.directory}: attention transfer comes first (lolcats transfer).")
+    session.skeleton = None
+    session.model, session.wrapped = _load_converted(session.inputs, session.config, session.say, True)
+    _begin_measuring(session)
+    _measure_final_maps(session)
 
 
 def resume(directory: Path, say: Say = log, controls: Sequence[Control] = ()) -> Session:
@@ -116,32 +171,71 @@ def resume(directory: Path, say: Say = log, controls: Sequence[Control] = ()) ->
     return start(inputs, run.record["data"]["source"], directory, config, say)
 
 
-def run_transfer(session: Session) -> None:
-    """Stage 1, unless done: feature maps and gates, saved as ``feature_maps.safetensors``; then what it brought."""
-    run, model, out = session.run, session.model, session.run.directory
+def run_transfer(session: Session, block: int | None = None) -> None:
+    """Stage 1, unless done: feature maps and gates, saved as ``feature_maps.safetensors``; then what it brought.
+
+    ``block``: of ``transfer.order: blocks``, train this one alone; the stage is done when all are.
+    """
+    run, model = session.run, session.model
+    if block is not None and session.config.transfer.order != "blocks":
+        raise LolcatsError("--block chooses a block of transfer.order=blocks (--schedule blocks): this run has none.")
     learns = any(layer.spec.has_linear for layer in linearized_layers(model))
     if not run.stage_done("transfer"):
-        summary: dict[str, Any] = {"skipped": True}
-        if learns:
+        summary: dict[str, Any] | None = {"skipped": True}
+        if learns and session.skeleton is None:
             run.measure("layer_errors_before", partial(_layer_errors, session))
         if learns and session.config.transfer.max_steps != 0:
             session.say(_headline(session, "Stage 1: attention transfer", "transfer"))
-            started = time.time()
-            summary = _summary(transfer(model, session.data, session.config, out), started)
-        save_feature_maps(model, out / FEATURE_MAPS)
-        run.finish_stage("transfer", summary)
-        shutil.rmtree(out / "checkpoints" / "transfer", ignore_errors=True)
-    run.measure("ppl_transfer", lambda: _measured(session, "after transfer"))
-    if learns:
-        run.measure("layer_errors_after", partial(_layer_errors, session))
+            summary = _train_transfer(session, block)
+        if summary is None:
+            session.say("Other blocks are still untrained: train them too, and bring them together with --join.")
+            return
+        _finish_transfer(session, summary)
+    if session.skeleton is not None:
+        return
+    _measure_transfer(session)
     _measure_final_maps(session)
+
+
+def _measure_transfer(session: Session) -> None:
+    """What stage 1 brought, unless measured; the model has its feature maps, and no LoRA yet."""
+    session.run.measure("ppl_transfer", lambda: _measured(session, "after transfer"))
+    if any(layer.spec.has_linear for layer in linearized_layers(session.model)):
+        session.run.measure("layer_errors_after", partial(_layer_errors, session))
+
+
+def _train_transfer(session: Session, block: int | None) -> dict[str, Any] | None:
+    """The stage's entry in run.json; None as long as there are untrained blocks."""
+    run, data, config, base = session.run, session.data, session.config, session.run.base.fingerprint
+    started = time.time()
+    if session.skeleton is None:
+        return _summary(transfer(session.model, data, config, run.directory, base), started)
+    result = transfer_in_turn(session.skeleton, data, config, run.directory, base, block, session.say)
+    if result is None:
+        return None
+    run.measure("layer_errors_before", lambda: result.errors_before)
+    run.measure("layer_errors_after", lambda: result.errors_after)
+    return _summary(result, started)
+
+
+def _finish_transfer(session: Session, summary: dict[str, Any]) -> None:
+    run, out = session.run, session.run.directory
+    if is_first():
+        save_feature_maps(session.model, out / FEATURE_MAPS)
+    run.finish_stage("transfer", summary)
+    ranks().wait()
+    if is_first():
+        shutil.rmtree(out / "checkpoints" / "transfer", ignore_errors=True)
 
 
 def run_controls(session: Session) -> None:
     """The controls that the configuration asks for, unless done. They come before stage 2: they need the base model's
     weights without the student's LoRA, and leave them so."""
+    load_whole(session)
     run, model, config = session.run, session.model, session.config
     comparable = config.finetune.max_steps != 0 and any(layer.spec.has_linear for layer in linearized_layers(model))
+    if comparable and config.controls and ranks().size > 1:
+        raise LolcatsError("Controls are trained by one process: run lolcats finetune --controls without torchrun.")
     for name in config.controls if comparable else ():
         if not run.stage_done(name):
             session.say(_headline(session, f"Control {name.replace('_', ' + ')}", "finetune"))
@@ -156,30 +250,39 @@ def run_controls(session: Session) -> None:
 
 def run_finetune(session: Session) -> None:
     """Stage 2, unless done: LoRA, saved in ``lora/``. The session's model ends with LoRA merged into its weights."""
+    load_whole(session)
     run, model, out = session.run, session.model, session.run.directory
     if not run.stage_done("transfer"):
         raise LolcatsError(f"{out}: attention transfer comes first (lolcats transfer).")
-    _measure_final_maps(session)
+    run_transfer(session)  # what a stage 1 without the whole model could not measure
     if run.stage_done("finetune"):
-        if (out / LORA).is_dir():
+        if session.wrapped is not None and (out / LORA).is_dir():
+            load_lora(session.wrapped, out / LORA)
+        elif (out / LORA).is_dir():
             session.model = merge_lora(model, out / LORA)
         return
     if session.config.finetune.max_steps == 0:
         run.finish_stage("finetune", {"skipped": True})
         return
     quantized = session.config.finetune.quantize_base != "none"
+    if quantized and ranks().size > 1:
+        raise LolcatsError("finetune.quantize_base trains on one GPU: run this without torchrun.")
     if quantized:
         del model  # two models at a time would undo what quantizing saves
         model = _reload(session, load_quantized)
     session.say(_headline(session, "Stage 2: low-rank linearizing", "finetune"))
     started = time.time()
-    wrapped, result = finetune(model, session.data, session.config, out)
+    wrapped, result = finetune(session.wrapped or model, session.data, session.config, out)
     save_lora(wrapped, run.base, out / LORA)
     if session.config.finetune.feature_map_learning_rate > 0:
         save_feature_maps(wrapped, out / FEATURE_MAPS)
     run.finish_stage("finetune", _summary(result, started))
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    if quantized:
+    ranks().wait()
+    if is_first():
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    if is_sharded(wrapped):  # LoRA stays beside the weights
+        session.model, session.wrapped = wrapped.get_base_model().eval(), wrapped
+    elif quantized:
         del wrapped, model
         session.model = merge_lora(_reload(session, load_model), out / LORA)
     else:
@@ -209,9 +312,13 @@ def finish(session: Session, merge: bool = True, pictures: bool = True) -> None:
     run.measure("cache_bytes", lambda: {str(n): cache_bytes(model, n) for n in LENGTHS})
     measure_maps(session, "student")  # feature maps that were trained in stage 2 as well
     run.measure("gamma", lambda: [layer.gamma.tolist() for layer in linearized_layers(model)])
-    if merge and not (out / "merged").is_dir():
+    if merge and is_sharded(model):
+        session.say(f"No merged model: its parts are on several ranks. lolcats export {out} --merge --out MERGED")
+    elif merge and not (out / "merged").is_dir():
         session.say(f"Writing {out / 'merged'}")
         export_merged(model, session.tokenizer, out / "merged")
+    if not is_first():
+        return
     if pictures:
         draw_report(run)
         write_html(run)
@@ -317,7 +424,7 @@ def _headline(session: Session, title: str, stage: str) -> str:
 
 def _summary(result: StageResult, started: float) -> dict[str, Any]:
     """A stage's entry in run.json; ``seconds`` are those since the stage was last started or continued."""
-    entry = {key: value for key, value in asdict(result).items() if key != "history"}
+    entry = {key: getattr(result, key) for key in ("steps", "best_step", "best_loss")}
     return {**entry, "seconds": round(time.time() - started, 1)}
 
 

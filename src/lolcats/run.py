@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import lolcats
-from lolcats.config import Config, from_dict, to_dict
+from lolcats.config import PLACEMENT, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.base import Base
+from lolcats.ranks import is_first
 
 RECORD = "run.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
@@ -46,6 +47,8 @@ class Run:
             run = cls.open(directory)
             asked = {"controls": list(dict.fromkeys([*run.config.controls, *config.controls]))}  # may be added later
             known = {**run.record, "config": {**to_dict(run.config), **asked}}  # newer settings have their defaults
+            transfer = identity["config"]["transfer"]
+            known["config"]["transfer"] |= {key: transfer[key] for key in PLACEMENT}
             identity["config"] |= asked
             if changed := _difference(known, identity):
                 raise LolcatsError(
@@ -99,7 +102,9 @@ class Run:
         return self.record["results"][name]
 
     def save(self) -> None:
-        """Write the record; creates the directory."""
+        """Write the record; creates the directory. Of several ranks, the first writes."""
+        if not is_first():
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         write_text(self.directory / RECORD, json.dumps(self.record, indent=2) + "\n")
 

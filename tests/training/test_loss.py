@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,13 +10,19 @@ import pytest
 import torch
 from conftest import COMMON, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Cohere2Config, CohereConfig, Gemma2Config, GraniteConfig
 
 import lolcats
 import lolcats.modeling.loss as loss_module
+from lolcats.attention.reference import softmax_weights
 from lolcats.config import AttentionConfig, FinetuneConfig
+from lolcats.errors import LolcatsError
+from lolcats.modeling.layer import AttentionCall
 from lolcats.modeling.loss import find_head, language_model_loss, mean_squared_error, next_token_loss
 from lolcats.training.finetune import add_lora
+from lolcats.training.losses import weight_cross_entropy
 
 IDS = torch.randint(6, 300, (2, 45), generator=torch.Generator().manual_seed(0))
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
@@ -127,3 +134,52 @@ def test_mean_squared_error_of_16_bit_tensors_is_summed_in_fp32() -> None:
     assert loss.dtype == torch.float32
     assert y.grad.dtype == torch.bfloat16
     torch.testing.assert_close(loss, expected, atol=0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("kind", ["hybrid", "linear"])
+@pytest.mark.parametrize("key_maps", ["per_query_head", "per_kv_head"])
+def test_cross_entropy_of_weights_equals_the_naive_one(kind: Any, key_maps: Any, softcap: float | None) -> None:
+    """In value and gradients, for pieces of queries and rows that do not come out even."""
+    config = AttentionConfig(kind=kind, window_size=8, sinks=2, feature_dim=8, key_maps=key_maps)
+    layer = lolcats.convert(tiny_model(), config).model.layers[0].self_attn.lolcats
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(3, heads, 45, 8, generator=generator) for heads in (4, 2, 2))
+    call = AttentionCall(q, k, v, q.transpose(1, 2), 0.7, softcap, None)
+    a = softmax_weights(q, k, 0.7, softcap)
+    naive = -(a * layer.weights(q, k, 0.7, softcap).clamp_min(1e-12).log()).sum(-1).mean()
+    expected = torch.autograd.grad(naive, list(layer.parameters()), allow_unused=True)
+    for queries, weights in ((64, 1 << 25), (7, 1), (16, 4 * 16 * 45 * 2)):
+        loss = weight_cross_entropy(layer, call, queries, weights)
+        torch.testing.assert_close(loss, naive)
+        found = torch.autograd.grad(loss, list(layer.parameters()), allow_unused=True)
+        for gradient, right in zip(found, expected, strict=True):
+            assert (gradient is None) == (right is None)
+            if right is not None:
+                torch.testing.assert_close(gradient, right)
+    with pytest.raises(LolcatsError, match="without padding"):
+        weight_cross_entropy(layer, replace(call, padding=torch.ones(3, 45, dtype=torch.bool)))
+
+
+def test_cross_entropy_of_weights_has_no_square_tensor() -> None:
+    """Neither in forward nor kept for backward: the largest is one piece of queries."""
+    layer = lolcats.convert(tiny_model(), AttentionConfig(window_size=8, sinks=2, feature_dim=8)).model.layers[0]
+    q, k, v = (torch.randn(1, heads, 512, 8) for heads in (4, 2, 2))
+    call = AttentionCall(q, k, v, q.transpose(1, 2), 0.7, None, None)
+    largest = Largest()
+    with largest:
+        weight_cross_entropy(layer.self_attn.lolcats, call, queries=32).backward()
+    assert 4 * 32 * 512 <= largest.elements <= 2 * 4 * 32 * 512
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out

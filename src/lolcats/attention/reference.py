@@ -24,10 +24,10 @@ def softmax_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = N
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def softmax_weights(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-    """The teacher's causal attention weights (B, H, T, T) fp32 of unpadded rows."""
+def softmax_weights(q: Tensor, k: Tensor, scale: float, softcap: float | None = None, first: int = 0) -> Tensor:
+    """The teacher's causal attention weights (B, H, T, T) fp32 of unpadded rows; ``first``: position of q[:, :, 0]."""
     logits = softmax_logits(q.float(), expand_heads(k, q.shape[1]), scale, softcap)
-    causal = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    causal = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril(first)
     return logits.masked_fill(~causal, -torch.inf).softmax(-1)
 
 
@@ -43,17 +43,20 @@ def normalize(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 def attention_weights(
     q: Tensor, k: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
-    softcap: float | None = None,
+    softcap: float | None = None, first: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Parallel form: the whole (B, H, T, T) matrix of attention weights, quadratic in T."""
-    heads, length = q.shape[1], q.shape[2]
+    """Parallel form: the whole (B, H, T, T) matrix of attention weights, quadratic in T.
+
+    With ``first``, the position of q[:, :, 0], q and fq may be some of the queries alone.
+    """
+    heads, length = q.shape[1], k.shape[2]
     k, fk = expand_heads(k, heads), expand_heads(fk, heads)
-    n = torch.arange(length, device=q.device)[:, None]
+    n = first + torch.arange(q.shape[2], device=q.device)[:, None]
     i = torch.arange(length, device=q.device)[None, :]
     sink = i < spec.softmax_sinks
     older = ~sink & (i < spec.window_start(n)) & (i <= n)
     soft = (i <= n) & ~older
-    weights = torch.zeros(q.shape[0], heads, length, length, device=q.device)
+    weights = torch.zeros(q.shape[0], heads, q.shape[2], length, device=q.device)
     if spec.has_softmax:
         logits = softmax_logits(q.float(), k, scale, softcap).masked_fill(~soft, -torch.inf)
         weights = weights + gamma[:, None, None] * torch.exp(logits - logits.amax(-1, keepdim=True))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -26,6 +27,7 @@ from lolcats.files import (
     load_strictly,
     read_checksums,
     read_tensors,
+    whole,
     whole_directory,
     write_tensors,
 )
@@ -116,20 +118,39 @@ def load_adapter(
         )
     dtype = config.dtype or torch.float32 if dtype in ("auto", None) else dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    device = device_map.get("", "cpu") if isinstance(device_map, dict) else device_map
-    model = load_model(base, dtype, "cpu" if device in (None, "auto") else device, trust)
+    device = device_map.get("") if isinstance(device_map, dict) else device_map
+    several = isinstance(device_map, (str, dict)) and device in (None, "auto", "balanced", "sequential")
+    model = load_model(base, dtype, "cpu" if several or device is None else device, trust)
     convert_as(model, config.lolcats)
     model.config.lolcats["base"] = asdict(known)
     if any(layer.spec.has_linear for layer in linearized_layers(model)) or (directory / FEATURE_MAPS).exists():
         load_feature_maps(model, directory / FEATURE_MAPS)
-    return merge_lora(model, directory / LORA) if (directory / LORA).is_dir() else model
+    model = merge_lora(model, directory / LORA) if (directory / LORA).is_dir() else model
+    return spread(model, device_map) if several else model
+
+
+def spread(model: PreTrainedModel, device_map: Any) -> PreTrainedModel:
+    """Put the layers of a model in host memory on the devices of ``device_map`` (accelerate's: ``auto`` or by name)."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    from lolcats.modeling.parallel import settle
+
+    if isinstance(device_map, str):
+        whole = list(model._no_split_modules or ())
+        memory = None if device_map == "sequential" else get_balanced_memory(model, no_split_module_classes=whole)
+        device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    return settle(dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement))
 
 
 def save_lora(model: Any, base: Base, directory: Path) -> None:
-    """Write the LoRA of a PEFT model in PEFT's format, whole or not at all."""
+    """Write the LoRA of a PEFT model in PEFT's format, whole or not at all. Of a sharded one, all ranks call it."""
     model.peft_config["default"].base_model_name_or_path = base.path
+    weights = {name: whole(p) for name, p in model.state_dict().items() if "lora_" in name}
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     with whole_directory(directory) as unfinished:
-        model.save_pretrained(unfinished, save_embedding_layers=False)
+        model.save_pretrained(unfinished, save_embedding_layers=False, state_dict=weights)
         seal_lora(unfinished, read_tensors(unfinished / LORA_WEIGHTS))
 
 

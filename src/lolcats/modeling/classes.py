@@ -17,6 +17,7 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.auto import MODEL_TYPE, sealed
 from lolcats.modeling.convert import install
 from lolcats.modeling.interface import IMPLEMENTATION
+from lolcats.modeling.parallel import add_plan, is_split, settle
 
 REMOTE_CODE = "modeling_lolcats.py"
 AUTO_MAP = {
@@ -43,6 +44,7 @@ class LinearizedModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self, config.lolcats)  # type: ignore[arg-type]
+        add_plan(self, config.lolcats)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -51,6 +53,11 @@ class LinearizedModel:
 
         config = kwargs.get("config")
         if config is not None and config.lolcats.get("form") == "adapter":
+            if kwargs.get("tp_plan") or kwargs.get("distributed_config"):
+                raise LolcatsError(
+                    f"{path} is an adapter; only merged models load in parts for tensor parallel. Merge it first: "
+                    f"lolcats export {path} --merge --out MERGED."
+                )
             trust = bool(kwargs.get("trust_remote_code"))
             return load_adapter(path, config, kwargs.get("dtype", "auto"), kwargs.get("device_map"), trust)
         try:
@@ -60,10 +67,13 @@ class LinearizedModel:
         except SafetensorError as error:
             raise LolcatsError(f"{path}: a weight file is damaged or truncated ({error}).") from None
         verify_loading(info, path)
+        settle(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers' own, in safetensors, plus the file that ``trust_remote_code`` imports."""
+        if is_split(self):  # type: ignore[arg-type]
+            raise LolcatsError("This rank holds some of the model's heads only: save it where it is loaded whole.")
         config = self.config  # type: ignore[attr-defined]
         config.auto_map = dict(AUTO_MAP)
         config.lolcats = sealed({k: v for k, v in config.lolcats.items() if k != "base"})  # merged: stands alone
@@ -150,3 +160,4 @@ def become_linearized(model: PreTrainedModel, record: dict[str, Any]) -> None:
     config.architectures = [cls.__name__]
     if model.generation_config is not None:
         model.generation_config.cache_implementation = None  # Gemma 2's asks for a cache of its own
+    add_plan(model, record)

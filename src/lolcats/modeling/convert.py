@@ -68,12 +68,12 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
             continue
         spec = AttentionSpec(entry["kind"], attention.window, attention.window_size, attention.sinks)
         layer = LinearizedAttention(geometry, attention, spec, base_implementation)
-        module.lolcats = layer.to(next(module.parameters()).device)
+        device = next(module.parameters()).device
+        module.lolcats = layer if device.type == "meta" else layer.to(device)  # of a skeleton, they alone are real
     config._attn_implementation_internal = IMPLEMENTATION  # not of a vision or audio part
     for part in decoders(model):
-        part.lolcats_layers = linearized_layers(
-            part
-        )  # a list, so not in the model's own lists: looked at in every call
+        # A list, so not in the model's own lists: looked at in every call.
+        part.lolcats_layers = linearized_layers(part)
         part.register_forward_pre_hook(prepare_decoder_call, with_kwargs=True)
 
 

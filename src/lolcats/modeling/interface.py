@@ -133,6 +133,8 @@ def attention_function(
     scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     padding, documents = _padding(attention_mask), _documents_of(attention_mask)
+    if padding is not None and padding.device != query.device:  # this layer is on another GPU than the first
+        padding = padding.to(query.device)
     if layer.mode == "transfer":
         with torch.no_grad():
             target, weights = softmax_attention(module, query, key, value, attention_mask, **kwargs)
@@ -161,6 +163,8 @@ def softmax_attention(
                 "which it can do under its own attention implementation only: this model cannot be converted."
             )
         mask = mask.build(implementation)
+    if isinstance(mask, Tensor) and mask.device != query.device:
+        mask = mask.to(query.device)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     return function(module, query, key, value, mask, **kwargs)

@@ -29,6 +29,7 @@ from lolcats.attention import (
 from lolcats.attention.reference import attention_weights
 from lolcats.attention.state import SEGMENT, compacted
 from lolcats.config import AttentionConfig
+from lolcats.errors import LolcatsError
 
 Mode = Literal["student", "teacher", "transfer"]
 
@@ -84,6 +85,7 @@ class LinearizedAttention(nn.Module):
         super().__init__()
         self.geometry, self.spec, self.base_implementation = geometry, spec, implementation
         self.mode: Mode = "student"
+        self.ranks = 1  # that share the heads, in tensor parallel
         self.observer: Observer | None = None
         groups = geometry.heads // geometry.kv_heads
         self.maps = geometry.kv_heads if config.key_maps == "per_kv_head" else geometry.heads
@@ -97,6 +99,17 @@ class LinearizedAttention(nn.Module):
                 else:
                     key_map.copy_(query_map)
         self.gate = nn.Parameter(torch.full((geometry.heads,), config.gate_init))
+
+    def split_heads(self, ranks: int) -> None:
+        """Become one of ``ranks`` that each have some of the heads; the caller splits the parameters."""
+        if self.geometry.kv_heads % ranks:
+            raise LolcatsError(
+                f"Layer {self.geometry.layer} has {self.geometry.kv_heads} key/value heads, which {ranks} ranks cannot "
+                "share equally: use a number of ranks that divides it."
+            )
+        self.ranks, self.maps = ranks, self.maps // ranks
+        self.phi_q.heads //= ranks
+        self.phi_k.heads //= ranks
 
     @property
     def gamma(self) -> Tensor:
@@ -158,6 +171,14 @@ class LinearizedAttention(nn.Module):
 def linearized_layers(model: nn.Module) -> list[LinearizedAttention]:
     """The linearized layers of a model (or PEFT wrapper) in order."""
     return [m for m in model.modules() if isinstance(m, LinearizedAttention)]
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a converted model: the list whose members hold the linearized attentions."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and linearized_layers(module):
+            return module
+    raise LolcatsError(f"{type(model).__name__} has no list of decoder layers.")
 
 
 @contextmanager

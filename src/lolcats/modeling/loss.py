@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,15 +116,27 @@ def language_model_loss(
         return next_token_loss(model(**call).logits, ids, positions)
     hidden = decoder(model)(**call)[0].flatten(0, 1)
     targets = _targets(ids, positions)
-    plain = type(head.module) is nn.Linear and head.module.bias is None
+    plain = isinstance(head.module, nn.Linear) and type(head.module).forward is nn.Linear.forward
+    plain = plain and head.module.bias is None
     if liger and plain and hidden.is_cuda and has_liger():
-        return _liger_loss(head, hidden, targets)
+        with gathered(head.module):
+            return _liger_loss(head, hidden, targets)
     parts = zip(hidden.split(PIECE), targets.split(PIECE), strict=True)
     total = sum(
         checkpoint(_head_and_loss, head, part, target, use_reentrant=False, preserve_rng_state=not plain)
         for part, target in parts
     )
     return torch.as_tensor(total) / (targets >= 0).sum()
+
+
+@contextmanager
+def gathered(module: Any) -> Iterator[None]:
+    """The weights of an output layer that FSDP2 shards are gathered while they are used without calling it."""
+    if hasattr(module, "unshard"):
+        module.unshard()
+    yield
+    if hasattr(module, "reshard"):
+        module.reshard()
 
 
 def _head_and_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:

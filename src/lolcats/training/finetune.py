@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,43 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lolcats.config import Config, FinetuneConfig
 from lolcats.errors import LolcatsError
+from lolcats.files import load_strictly, read_tensors
+from lolcats.modeling.base import Base, load_model
+from lolcats.modeling.convert import convert
 from lolcats.modeling.families import FUSED, PROJECTIONS
 from lolcats.modeling.loss import Head, find_head, language_model_loss
+from lolcats.modeling.skeleton import convert_empty, empty_model
+from lolcats.modeling.weights import OtherNames, shards_of
+from lolcats.ranks import ranks
 from lolcats.training.data import Data
+from lolcats.training.distributed import fill_part, is_sharded, materialize, own_device, shard
 from lolcats.training.liger import fused_layers
 from lolcats.training.trainer import StageResult, StageTrainer, train_only, trainable
 from lolcats.training.watch import first_bad_layer, first_bad_weight
 
 
 def finetune(
-    model: PreTrainedModel, data: Data, config: Config, directory: Path
+    model: PreTrainedModel | PeftModel, data: Data, config: Config, directory: Path
 ) -> tuple[PeftModel, StageResult]:  # fmt: skip
     """Wrap ``model`` with LoRA (PEFT) and train it; only LoRA matrices train unless the recipe says otherwise.
+
+    Under torchrun the model is sharded over all ranks first, unless it is (:func:`load_over_ranks`), and stays so.
 
     Returns:
         the PEFT model with its best weights (``.merge_and_unload()`` folds them in), and what the stage did.
     """
     torch.manual_seed(config.seed)
-    wrapped = add_lora(model, config.finetune)
+    wrapped = model if isinstance(model, PeftModel) else add_lora(model, config.finetune)
+    model = wrapped.get_base_model()
     if config.finetune.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if ranks().size > 1 and not is_sharded(model):
+        shard(model, own_device(model.device))
     trainer = FinetuneTrainer(
         wrapped, config.finetune, data.dataset("train"), data.dataset("validation"), "finetune",
         directory / "checkpoints" / "finetune", directory / "metrics.jsonl", config.seed, config.report_to,
@@ -86,6 +99,60 @@ def lora_targets(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
             )
         found.update(dict.fromkeys(layers))
     return list(found)
+
+
+def load_over_ranks(base: Base, config: Config, dtype: torch.dtype, device: torch.device) -> PeftModel:
+    """The converted model with untrained LoRA, sharded over all ranks; each reads its own part of the weights.
+
+    Models whose files name tensors otherwise than the model (GGUF among them) are read whole by every rank first.
+    """
+    device, model = own_device(device), None
+    if base.form != "gguf":
+        model = empty_model(AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code), dtype)
+        source = shards_of(base, model.base_model_prefix)
+        try:
+            source.check(dict(model.named_parameters()))
+        except OtherNames:
+            model = None
+    torch.manual_seed(config.seed)
+    if model is None:
+        wrapped = add_lora(convert(load_model(base, dtype, trust=config.trust_remote_code), config), config.finetune)
+        shard(wrapped.get_base_model(), device)
+        return wrapped.to(device) if device.type == "cpu" else wrapped
+    convert_empty(model, config.attention)
+    torch.manual_seed(config.seed)
+    with _light_weights(model):
+        wrapped = add_lora(model, config.finetune)
+    shard(model, device)
+    materialize(model, device, lambda name, p: fill_part(p, source, name.replace(".base_layer", "")))
+    return wrapped.eval()
+
+
+@contextmanager
+def _light_weights(model: nn.Module) -> Iterator[None]:
+    """PEFT puts LoRA, initialized, where the base weights are: instead of the meta device into host memory, where each
+    base weight is one element for the block's duration."""
+    empty = [
+        (module._parameters, name, p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if p is not None and p.is_meta
+    ]
+    for place, name, p in empty:
+        place[name] = nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), requires_grad=False)
+    try:
+        yield
+    finally:
+        for place, name, p in empty:
+            p.requires_grad_(False)
+            place[name] = p
+
+
+def load_lora(wrapped: PeftModel, directory: Path) -> None:
+    """Give the LoRA of a model that may be sharded the values saved in ``directory``."""
+    path = directory / "adapter_model.safetensors"
+    ours = {n.replace(".default.", "."): p for n, p in wrapped.named_parameters() if "lora_" in n}
+    load_strictly({name: p.detach() for name, p in ours.items()}, read_tensors(path), path)
 
 
 class InputDtypeLinear(nn.Linear):

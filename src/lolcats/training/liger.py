@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
@@ -18,14 +19,16 @@ LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # parts of a patch tha
 
 
 @contextmanager
-def fused_layers(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+def fused_layers(model: PreTrainedModel, wanted: bool, device: torch.device | None = None) -> Iterator[None]:
     """For the block's duration, the layers that liger-kernel has for the family of a converted ``model`` run fused.
 
     Nothing happens unless ``wanted``, the model is on CUDA, and liger-kernel is installed (the extra ``gpu``) and knows
     the family. Behind the block model and family are as they were.
+
+    ``device``: where the model's layers compute, if their weights are not there all the time.
     """
     with ExitStack() as undo:
-        if wanted and model.device.type == "cuda" and has_liger():
+        if wanted and (device or model.device).type == "cuda" and has_liger():
             _patch(model, undo)
         yield
 

@@ -19,19 +19,33 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lolcats.config import StageConfig
 from lolcats.errors import Interrupted, LolcatsError
-from lolcats.files import load_strictly, read_tensors, write_tensors, write_text
+from lolcats.files import load_strictly, read_tensors, whole, write_tensors, write_text
+from lolcats.ranks import is_first, ranks
 from lolcats.training.data import Item, Rows
+from lolcats.training.distributed import (
+    SHARDED,
+    all_reduce_gradients,
+    any_rank,
+    clip_gradients,
+    is_sharded,
+    load_sharded,
+    load_whole_optimizer,
+    local,
+    save_sharded,
+)
 from lolcats.training.watch import ADVICE, LossWatch
 
 COMPLETE = "complete"
 TRAINABLE = "trainable.safetensors"
 BEST = "best.safetensors"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # transformers' names
 SCHEDULES = {
     "reduce_on_plateau": "reduce_lr_on_plateau", "constant": "constant_with_warmup", "linear": "linear",
     "cosine": "cosine",
@@ -70,7 +84,14 @@ class StageTrainer(Trainer):
         try:
             super().__init__(
                 model=model,
-                args=training_arguments(config, directory, seed, next(model.parameters()).device, report_to or []),
+                args=training_arguments(
+                    config,
+                    directory,
+                    seed,
+                    next(model.parameters()).device,
+                    report_to or [],
+                    len(validation),  # type: ignore[arg-type]
+                ),
                 train_dataset=Rows(train) if isinstance(train, Tensor) else train,
                 eval_dataset=Rows(validation) if isinstance(validation, Tensor) else validation,
                 callbacks=[self.watch, self.keeper, MetricsFile(metrics, stage)],
@@ -79,6 +100,7 @@ class StageTrainer(Trainer):
             if report_to:
                 raise LolcatsError(f"report_to {', '.join(report_to)}: {error}") from error
             raise
+        self.sharded = is_sharded(model)
         self.model_accepts_loss_kwargs = False  # rows are of equal length: the mean over micro-batches is exact
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -95,6 +117,7 @@ class StageTrainer(Trainer):
             with self.keeper.stop_on_interrupt():
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             state = {"global_step": self.state.global_step, "log_history": self.state.log_history}
+            self.accelerator.wait_for_everyone()  # rank 0 writes what all read
             if self.keeper.interrupted:
                 raise Interrupted(f"Stopped in {self.stage} after step {self.state.global_step}; its state is saved.")
         load_strictly(trainable(self.model), read_tensors(self.directory / BEST), self.directory / BEST)
@@ -110,17 +133,69 @@ class StageTrainer(Trainer):
         return loss.detach(), None, None
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.watch.check_weights(self.state.global_step, trainable(self.model))
+        own = {name: local(p) for name, p in trainable(self.model).items()}
+        self.watch.check_weights(self.state.global_step, own)
         super()._save_checkpoint(*args, **kwargs)
+        self.accelerator.wait_for_everyone()
         marker = self.directory / f"checkpoint-{self.state.global_step}" / COMPLETE
-        write_text(marker, json.dumps(self.keeper.progress()))
+        if is_first():
+            write_text(marker, json.dumps(self.keeper.progress()))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        write_tensors(trainable(self.model), Path(output_dir or self.directory) / TRAINABLE)
+        if not self.sharded:
+            write_tensors(trainable(self.model), Path(output_dir or self.directory) / TRAINABLE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINABLE
-        load_strictly(trainable(self.model), read_tensors(path), path)
+        if not (path.parent / SHARDED).is_dir():
+            load_strictly(trainable(self.model), read_tensors(path), path)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_sharded(Path(output_dir) / SHARDED, self.model, self.optimizer.optimizer)
+        if is_first():
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """From either form of checkpoint, into a model that is sharded or not."""
+        if checkpoint is None or not (self.sharded or (Path(checkpoint) / SHARDED).is_dir()):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if (Path(checkpoint) / SHARDED).is_dir():
+            load_sharded(Path(checkpoint) / SHARDED, self.model, self.optimizer.optimizer)
+        else:
+            state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
+            load_whole_optimizer(self.optimizer.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.__class__ = UnwrappingAccelerator
+
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.args.world_size == 1:
+            return super()._clip_grad_norm(model)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        all_reduce_gradients(trained)
+        return clip_gradients(trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self.args.world_size > 1:  # without a limit nobody has summed the gradients yet
+            grad_norm = self._clip_grad_norm(model)
+        return super()._get_grad_norm(model, grad_norm)
+
+
+class UnwrappingAccelerator(Accelerator):  # type: ignore[misc]
+    """Leaves models as they are: no DDP. What ranks share is sharded already, or summed in ``_clip_grad_norm``."""
+
+    def prepare_model(self, model: Any, device_placement: Any = None, evaluation_mode: bool = False) -> Any:
+        return super().prepare_model(model, False if is_sharded(model) else device_placement, evaluation_mode=True)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -141,18 +216,30 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 def training_arguments(
-    config: StageConfig, directory: Path, seed: int, device: torch.device, report_to: list[str]
+    config: StageConfig,
+    directory: Path,
+    seed: int,
+    device: torch.device,
+    report_to: list[str],
+    validation_rows: int = 0,
 ) -> TrainingArguments:
-    """Our settings in transformers' terms."""
+    """Our settings in transformers' terms. Under torchrun a batch is shared equally by the ranks."""
     plateau = config.schedule == "reduce_on_plateau"
+    count = ranks().size
+    if config.batch_size % (config.micro_batch_size * count):
+        raise LolcatsError(
+            f"A batch of {config.batch_size} rows cannot be shared by {count} ranks in micro-batches of "
+            f"{config.micro_batch_size}: set batch_size to a multiple of {config.micro_batch_size * count}, or a "
+            "smaller micro_batch_size."
+        )
     plateau_kwargs = {
         "factor": config.plateau_factor, "patience": config.plateau_patience, "min_lr": config.min_learning_rate,
     }  # fmt: skip
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         per_device_train_batch_size=config.micro_batch_size,
-        per_device_eval_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.batch_size // config.micro_batch_size,
+        per_device_eval_batch_size=evaluation_batch(config.micro_batch_size, validation_rows, count),
+        gradient_accumulation_steps=config.batch_size // (config.micro_batch_size * count),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         num_train_epochs=config.epochs,
@@ -177,6 +264,16 @@ def training_arguments(
         dataloader_pin_memory=device.type == "cuda",
         report_to=report_to or "none",
     )
+    if arguments.n_gpu > 1:  # one process has one GPU: several are for torchrun, never DataParallel
+        arguments._n_gpu = 1
+    return arguments
+
+
+def evaluation_batch(most: int, rows: int, ranks: int) -> int:
+    """Rows of an evaluation at a time, at most ``most``; so that no rank of several repeats one inside a batch."""
+    if ranks == 1:
+        return most
+    return max((n for n in range(1, most + 1) if rows % (n * ranks) == 0), default=1)
 
 
 class BestKeeper(TrainerCallback):
@@ -198,21 +295,11 @@ class BestKeeper(TrainerCallback):
     @contextmanager
     def stop_on_interrupt(self) -> Iterator[None]:
         """First Ctrl-C: finish the step, save, stop. Second: stop at once."""
-        if threading.current_thread() is not threading.main_thread():
+        with noting_interrupt(lambda: setattr(self, "interrupted", True)):
             yield
-            return
-
-        def handler(signum: int, frame: FrameType | None) -> None:
-            self.interrupted = True
-            signal.signal(signal.SIGINT, previous)
-
-        previous = signal.signal(signal.SIGINT, handler)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.interrupted = any_rank(self.interrupted, args.device)
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
         if self.interrupted:
@@ -226,11 +313,31 @@ class BestKeeper(TrainerCallback):
                     **kwargs: Any) -> None:  # fmt: skip
         if metrics["eval_loss"] < self.loss:
             self.loss, self.step, self.waited = metrics["eval_loss"], state.global_step, 0
-            write_tensors(trainable(model), self.path)
+            weights = {name: whole(p) for name, p in trainable(model).items()}
+            if is_first():
+                write_tensors(weights, self.path)
         else:
             self.waited += 1
         if self.exhausted:
             control.should_training_stop = control.should_save = True
+
+
+@contextmanager
+def noting_interrupt(note: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C calls ``note``, the second acts as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        note()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class MetricsFile(TrainerCallback):
@@ -240,14 +347,22 @@ class MetricsFile(TrainerCallback):
         self.path, self.stage = path, stage
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        others = [line for line in lines if json.loads(line)["stage"] != self.stage]
-        ours = [json.dumps({"stage": self.stage, **entry}) for entry in state.log_history]
-        self.path.write_text("".join(line + "\n" for line in others + ours))
+        if is_first():
+            replace_metrics(self.path, self.stage, state.log_history)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"stage": self.stage, **logs, "step": state.global_step}) + "\n")
+        if is_first():
+            with self.path.open("a") as file:
+                file.write(json.dumps({"stage": self.stage, **logs, "step": state.global_step}) + "\n")
+
+
+def replace_metrics(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
+    """Make ``history`` all that a metrics file says of a stage."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    others = [line for line in lines if json.loads(line)["stage"] != stage]
+    ours = [json.dumps({"stage": stage, **entry}) for entry in history]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(line + "\n" for line in others + ours))
 
 
 class StageProgress(ProgressCallback):  # type: ignore[misc]

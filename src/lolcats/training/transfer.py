@@ -7,7 +7,6 @@ reaches another layer's parameters: backward runs inside each layer's forward, a
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,56 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lolcats.attention.reference import softmax_weights
 from lolcats.config import Config, TransferConfig
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
-from lolcats.modeling.loss import mean_squared_error
+from lolcats.modeling.skeleton import Skeleton
+from lolcats.ranks import ranks
 from lolcats.training.data import Data
+from lolcats.training.layerwise import LayerwiseResult
 from lolcats.training.liger import fused_layers
+from lolcats.training.losses import attention_loss
+from lolcats.training.orders import LayerByLayer, Say, train_joint
 from lolcats.training.trainer import StageResult, StageTrainer, train_only
 
 
-def transfer(model: PreTrainedModel, data: Data, config: Config, directory: Path) -> StageResult:
+def transfer(
+    model: PreTrainedModel, data: Data, config: Config, directory: Path, base: str = ""
+) -> StageResult:  # fmt: skip
     """Train the feature maps and gates of a converted model in place; everything else is frozen.
+
+    In one process with ``coupling: joint`` by transformers' Trainer, else by :mod:`lolcats.training.layerwise`.
 
     Args:
         directory: run directory: ``metrics.jsonl`` and working files under ``checkpoints/transfer`` go there.
+        base: fingerprint of the base model, to tell a run from another one.
     """
     train_only(model, lambda name: ".lolcats." in name)
+    here = ranks()
+    if here.size > 1 or config.transfer.coupling == "per_layer":
+        return train_joint(model, data, config, directory, here, base)
     trainer = TransferTrainer(
         model, config.transfer, data.dataset("train"), data.dataset("validation"), "transfer",
         directory / "checkpoints" / "transfer", directory / "metrics.jsonl", config.seed, config.report_to,
     )  # fmt: skip
     with fused_layers(model, config.transfer.liger):
         return trainer.run()
+
+
+def transfer_in_turn(
+    skeleton: Skeleton, data: Data, config: Config, directory: Path, base: str = "", only: int | None = None,
+    say: Say = lambda text: None,
+) -> LayerwiseResult | None:  # fmt: skip
+    """As :func:`transfer`, in the orders that bring layers to the device in turn.
+
+    Args:
+        only: of ``order: blocks``, the one block to train.
+
+    Returns:
+        None as long as other blocks are untrained.
+    """
+    work = LayerByLayer(skeleton, data, config, directory, ranks(), base, say)
+    return work.stream() if config.transfer.order == "stream" else work.blocks(only)
 
 
 class TransferTrainer(StageTrainer):
@@ -89,27 +115,6 @@ def layer_losses(
         given = {} if positions is None else {"position_ids": positions}
         decoder(model)(input_ids=input_ids, use_cache=False, **given)
     return torch.stack(losses)
-
-
-def attention_loss(layer: LinearizedAttention, call: AttentionCall, config: TransferConfig) -> Tensor:
-    """Scalar loss of one layer on one call."""
-    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding, call.documents).transpose(1, 2)
-    loss = config.mse_weight * mean_squared_error(y, call.target, call.padding)
-    if config.xent_weight:
-        loss = loss + config.xent_weight * _weight_cross_entropy(layer, call)
-    return loss
-
-
-def _weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
-    """−Σ a·log â between softmax and hybrid attention weights, mean over queries. Causal, unpadded rows."""
-
-    def of_queries(q: Tensor, k: Tensor) -> Tensor:
-        a = softmax_weights(q, k, call.scale, call.softcap)
-        predicted = layer.weights(q, k, call.scale, call.softcap)
-        return -(a * predicted.clamp_min(1e-12).log()).sum(-1, keepdim=True)
-
-    per_query = of_queries if call.documents is None else partial(call.documents.apart, of_queries)
-    return per_query(call.q, call.k).mean()
 
 
 def layer_errors(

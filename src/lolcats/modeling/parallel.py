@@ -1,0 +1,93 @@
+"""A converted model over several devices: tensor parallel, or layers on different ones (``device_map``).
+
+Feature maps and gates are per head, so tensor parallel cuts them along their first dimension with the heads. They are
+0.2 % of the parameters: where layers are offloaded to host memory or disk, they stay on the device that computes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers import PreTrainedModel
+from transformers.integrations import tensor_parallel as styles
+
+from lolcats.errors import LolcatsError
+from lolcats.modeling.layer import LinearizedAttention, linearized_layers
+
+STYLE = "lolcats_heads"
+COLUMNS = "colwise"  # the style of projections whose outputs, and so heads, are split over the ranks
+
+
+class HeadsParallel(styles.TensorParallelLayer):  # type: ignore[misc]
+    """transformers' style for :class:`LinearizedAttention` and its feature maps: each rank keeps its heads'."""
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        whole = module._parameters[param]
+        if whole is not None:
+            part = distribute_tensor(whole.data, mesh, [Shard(0)], src_data_rank=None)
+            module._parameters[param] = nn.Parameter(part, whole.requires_grad)
+
+    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        if isinstance(module, LinearizedAttention):
+            module.split_heads(mesh.size())
+        return module
+
+
+styles.ALL_PARALLEL_STYLES.register(STYLE, HeadsParallel())
+
+
+def add_plan(model: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Put the modules that ``record`` lists into the model's tensor-parallel plan, where that splits its heads."""
+    plan = dict(model._tp_plan or {})
+    for entry in record["layers"]:
+        name = styles.replace_layer_number_by_wildcard(entry["name"])
+        if entry["kind"] != "softmax" and plan.get(f"{name}.k_proj") == COLUMNS:
+            plan |= {f"{name}.lolcats{part}": STYLE for part in ("", ".phi_q", ".phi_k")}
+    model._tp_plan = plan
+
+
+def tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
+    """Split a converted model over the ranks of ``mesh``, in place; every rank has the same whole model before.
+
+    Parameters may be on the meta device (and are filled by the caller). ``from_pretrained(DIR, tp_plan="auto")`` reads
+    each rank's part of a merged model instead.
+    """
+    if not model._tp_plan:
+        raise LolcatsError(f"transformers has no tensor-parallel plan for {type(model).__name__}.")
+    if "tp_plan" in inspect.signature(styles.apply_tensor_parallelism).parameters:
+        styles.apply_tensor_parallelism(model, mesh, model._expand_parallel_plan(model.tp_plan))
+    else:  # before transformers 5.20
+        styles.apply_tensor_parallelism(model, mesh)
+    return settle(model)
+
+
+def settle(model: PreTrainedModel) -> PreTrainedModel:
+    """Make feature maps and gates plain tensors on the device that computes with them, whatever loading made of them.
+
+    Their parts on this rank, where tensor parallel split them; whole where accelerate's hooks would fetch them only for
+    a module's ``forward``, which the kernels do not call.
+    """
+    for layer in linearized_layers(model):
+        for module in layer.modules():
+            hook = getattr(module, "_hf_hook", None)
+            for name, parameter in list(module._parameters.items()):
+                if isinstance(parameter, DTensor):
+                    module._parameters[name] = nn.Parameter(parameter.to_local(), parameter.requires_grad)
+                elif hook is not None and parameter is not None and parameter.is_meta:
+                    value = hook.weights_map[name].to(hook.execution_device)
+                    module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
+            if hook is not None:
+                from accelerate.hooks import remove_hook_from_module
+
+                remove_hook_from_module(module)
+    return model
+
+
+def is_split(model: PreTrainedModel) -> bool:
+    """Whether this rank holds only some of the heads."""
+    return dist.is_initialized() and any(layer.ranks > 1 for layer in linearized_layers(model))

@@ -1,0 +1,289 @@
+"""A converted model without weights, whose decoder layers come to the device a few at a time. No code per family.
+
+The family's own decoder forward runs with a stub in the place of each layer: the first is handed the embeddings, all
+of them the keywords (rotary embeddings, masks, positions) that their layer would get.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lolcats.config import AttentionConfig
+from lolcats.errors import LolcatsError
+from lolcats.memory import free_host_memory
+from lolcats.modeling.base import Base, load_model
+from lolcats.modeling.convert import convert, decoder
+from lolcats.modeling.layer import LinearizedAttention
+from lolcats.modeling.weights import Loaded, OtherNames, WeightSource, shards_of, use_device
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Skeleton:
+    """Args:
+    model: converted, its base parameters on the meta device, feature maps and gates real.
+    source: where the base parameters come from.
+    device: where layers compute.
+    """
+
+    def __init__(self, model: PreTrainedModel, source: WeightSource, device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.model, self.source, self.device = model, source, device
+        self.width, self.dtype = 0, model.dtype  # of hidden states, known after the first embedding
+        self.path = layers_path(model)
+        self.layers: Any = model.get_submodule(self.path)
+        self._reader = ThreadPoolExecutor(1, initializer=use_device, initargs=(device,))
+        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        source.check({name: p for i in range(-1, len(self.layers)) for name, p in self._wanted(i).items()})
+
+    def attention(self, index: int) -> LinearizedAttention | None:
+        """The linearized attention of layer ``index``; None if it has none."""
+        found = [m for m in self.layers[index].modules() if isinstance(m, LinearizedAttention)]
+        return found[0] if found else None
+
+    def bytes(self, index: int) -> int:
+        """Size of a layer's base parameters; of everything else of the decoder for index −1."""
+        return sum(p.numel() * p.element_size() for p in self._wanted(index).values())
+
+    def read_ahead(self, index: int) -> None:
+        """Begin to read layer ``index`` into host memory."""
+        if self.source.ahead and index not in self._coming:
+            wanted = self._wanted(index)
+            self._coming[index] = self._reader.submit(self.source.read, wanted, self.device)
+
+    @contextmanager
+    def brought(self, indices: Sequence[int]) -> Iterator[None]:
+        """For the block's duration, the base parameters and buffers of these layers are on the device."""
+        placed: list[tuple[dict[str, Any], str, Any]] = []
+        try:
+            for index in indices:
+                self._place(index, placed)
+            yield
+        finally:
+            for place, name, before in placed:
+                place[name] = before
+
+    def _place(self, index: int, placed: list[tuple[dict[str, Any], str, Any]]) -> None:
+        coming = self._coming.pop(index, None)
+        tensors = coming.result() if coming else self.source.read(self._wanted(index), self.device)
+        for module_name, module in self._modules(index):
+            places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for place in places:
+                for name, before in place.items():
+                    if before is None:
+                        continue
+                    placed.append((place, name, before))
+                    tensor = tensors.pop(f"{module_name}.{name}", before.detach())
+                    tensor = tensor.to(self.device, non_blocking=True)
+                    place[name] = nn.Parameter(tensor, requires_grad=False) if place is module._parameters else tensor
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) token ids on the device -> what enters the first layer, (B, T, E). Inside ``brought([-1])``."""
+        hidden, calls, _ = self._stubbed(ids)
+        self._calls.setdefault((ids.shape[0], ids.shape[1]), calls)
+        self.width, self.dtype = hidden.shape[-1], hidden.dtype
+        return hidden
+
+    def prepare(self, rows: Sequence[int], length: int) -> None:
+        """Learn the layers' keywords for batches of so many rows, and whether they depend on the tokens.
+
+        Raises:
+            LolcatsError: they do.
+        """
+        missing = [n for n in rows if (n, length) not in self._calls]
+        if not missing:
+            return
+        with self.brought([-1]):
+            for n in missing:
+                ids = torch.zeros(n, length, dtype=torch.long, device=self.device)
+                self.embed(ids)
+            _, others, _ = self._stubbed(ids + 1)
+        if not all(_same(a, b) for a, b in zip(self._calls[n, length], others, strict=True)):
+            raise LolcatsError(
+                f"{type(self.model).__name__} hands its layers something besides hidden states that depends on the "
+                "tokens, so they cannot be trained one by one: use transfer.order=joint."
+            )
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """Layer ``index`` on hidden states (B, T, E)."""
+        args, kwargs = self._calls[hidden.shape[0], hidden.shape[1]][index]
+        out = self.layers[index](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def _stubbed(self, ids: Tensor, tuples: bool = False) -> tuple[Tensor, list[Call], list[Tensor]]:
+        """Embeddings, each layer's further arguments, and the hidden states that reached each stub."""
+        calls: list[Call] = []
+        reached: list[Tensor] = []
+        parent, _, name = self.path.rpartition(".")
+        owner: Any = self.model.get_submodule(parent)
+        setattr(owner, name, nn.ModuleList(_Stub(layer, calls, reached, tuples) for layer in self.layers))
+        try:
+            decoder(self.model)(input_ids=ids, use_cache=False)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            if tuples or not calls:
+                raise
+        finally:
+            setattr(owner, name, self.layers)
+        if not tuples and (len(calls) < len(self.layers) or any(h.shape != reached[0].shape for h in reached)):
+            return self._stubbed(ids, tuples=True)  # this family takes element 0 of what a layer returns
+        return reached[0], calls, reached
+
+    def _modules(self, index: int) -> Iterator[tuple[str, nn.Module]]:
+        """Modules whose own parameters belong to layer ``index`` (−1: to no layer, output head excluded), by name."""
+        root = f"{self.path}.{index}" if index >= 0 else _name(self.model, decoder(self.model))
+        for name, module in self.model.get_submodule(root).named_modules(prefix=root):
+            inside = f"{name}.".startswith(f"{self.path}.")
+            if ".lolcats" not in name and (index >= 0 or not inside):
+                yield name, module
+
+    def _wanted(self, index: int) -> dict[str, Tensor]:
+        return {
+            f"{module_name}.{name}": parameter
+            for module_name, module in self._modules(index)
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+
+
+class _Stub(nn.Module):
+    """Stands where a layer was, with its attributes: hands hidden states on and notes the rest of the call."""
+
+    def __init__(self, layer: nn.Module, calls: list[Call], reached: list[Tensor], tuples: bool) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer
+        self.__dict__["_noted"] = (calls, reached, tuples)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        calls, reached, tuples = self.__dict__["_noted"]
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            hidden = kwargs.pop("hidden_states")
+        reached.append(hidden)
+        calls.append((args, kwargs))
+        return (hidden,) if tuples else hidden
+
+
+def build_skeleton(
+    base: Base, attention: AttentionConfig, dtype: torch.dtype, device: torch.device, seed: int
+) -> Skeleton:
+    """The skeleton of a base model, with the feature maps that :func:`convert` would give the loaded one."""
+    if base.form == "gguf":  # its tensors are quantized and named otherwise: transformers reads it whole
+        return _of_loaded(load_model(base, dtype), attention, dtype, device, seed)
+    model = empty_model(AutoConfig.from_pretrained(base.path), dtype)
+    source = shards_of(base, model.base_model_prefix)
+    torch.manual_seed(seed)
+    convert_empty(model, attention)
+    try:
+        return Skeleton(model, source, device)
+    except OtherNames as error:
+        size, free = sum(p.numel() * p.element_size() for p in model.parameters()), free_host_memory()
+        if size > free:
+            raise LolcatsError(
+                f"{error} transformers could rearrange them if the whole model were in host memory: it takes "
+                f"{size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free."
+            ) from None
+        return _of_loaded(load_model(base, dtype), attention, dtype, device, seed)
+
+
+def _of_loaded(
+    whole: PreTrainedModel, attention: AttentionConfig, dtype: torch.dtype, device: torch.device, seed: int
+) -> Skeleton:  # fmt: skip
+    """The skeleton of a model that stays in host memory."""
+    model = empty_model(whole.config, dtype)
+    torch.manual_seed(seed)
+    convert_empty(model, attention)
+    return Skeleton(model, Loaded({name: p.detach() for name, p in whole.named_parameters()}), device)
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of that configuration: parameters on the meta device, in the dtypes that loading would give them."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    keep = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        keep |= set(model._keep_in_fp32_modules or ())
+    if keep:
+        wide = re.compile("|".join(rf"(^|\.){re.escape(name)}(\.|$)" for name in sorted(keep)))
+        for name, parameter in model.named_parameters():
+            if wide.search(name):
+                parameter.data = parameter.data.float()
+    return model.eval().requires_grad_(False)
+
+
+def convert_empty(model: PreTrainedModel, attention: AttentionConfig) -> PreTrainedModel:
+    """:func:`convert` for a model of :func:`empty_model`: probed on the meta device, or, if its family looks at values,
+    with zeros that share their memory."""
+    own: list[tuple[dict[str, Any], str, Tensor]] = [
+        (place, name, tensor)
+        for module in model.modules()
+        for place in (module._parameters, module._buffers)
+        for name, tensor in place.items()
+        if tensor is not None
+    ]
+
+    def put(change: Callable[[Tensor], Tensor]) -> None:
+        for place, name, tensor in own:
+            place[name] = change(tensor)
+
+    try:
+        put(lambda t: t.to("meta") if not isinstance(t, nn.Parameter) else t)
+        return convert(model, attention)
+    except LolcatsError:
+        zeros: dict[Any, Tensor] = {}
+        put(lambda t: t if t.device.type != "meta" else nn.Parameter(_zeros(t, zeros), requires_grad=False))
+        return convert(model, attention)
+    finally:
+        put(lambda t: t)
+
+
+def _zeros(like: Tensor, known: dict[Any, Tensor]) -> Tensor:
+    """Zeros that cost little: one element for matrices, one tensor a shape for stacks of them (strides matter)."""
+    if like.ndim < 3:
+        return torch.zeros((), dtype=like.dtype).expand(like.shape)
+    key = (like.shape, like.dtype)
+    if key not in known:
+        known[key] = torch.zeros(like.shape, dtype=like.dtype)
+    return known[key]
+
+
+def layers_path(model: PreTrainedModel) -> str:
+    """Name of the list of decoder layers: the one with all attention modules of the conversion below it."""
+    names = [entry["name"] for entry in model.config.lolcats["layers"]]
+    parts = names[0].split(".")
+    for end in range(len(parts), 0, -1):
+        path = ".".join(parts[:end])
+        if isinstance(model.get_submodule(path), nn.ModuleList) and all(n.startswith(f"{path}.") for n in names):
+            return path
+    raise LolcatsError(f"{type(model).__name__} keeps its layers in no list, so they cannot come one by one.")
+
+
+def _name(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two calls' arguments hold equal tensors."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return True

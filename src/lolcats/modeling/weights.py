@@ -1,0 +1,193 @@
+"""Where a model's weights come from when they are not all in memory: safetensors shards, a loaded model, or a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lolcats.errors import LolcatsError
+from lolcats.modeling.base import Base
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+READERS = 4  # threads that read tensors of one layer
+
+
+class OtherNames(LolcatsError):
+    """A checkpoint that does not name its tensors as the model does."""
+
+
+class WeightSource(Protocol):
+    """Gives tensors by their names in the model.
+
+    ``ahead``: worth reading in a thread before they are needed; otherwise they are made on the device itself.
+    """
+
+    ahead: bool
+
+    def check(self, wanted: Mapping[str, Tensor]) -> None:
+        """LolcatsError, naming file and tensor, if one of these (on the meta device, by shape) cannot be had."""
+
+    def read(self, wanted: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Tensors of these shapes and dtypes: on ``device``, or in host memory if ``ahead`` (pinned for a GPU)."""
+
+
+class Shards:
+    """A directory of safetensors files as transformers writes it, or its copy in the hub's cache.
+
+    Args:
+        prefix: name of the decoder in the model, which names in checkpoints may have or lack.
+    """
+
+    ahead = True
+
+    def __init__(self, directory: Path, prefix: str = "model") -> None:
+        self.directory, self.prefix = directory, f"{prefix}."
+        self.files = _index(directory)
+
+    def check(self, wanted: Mapping[str, Tensor]) -> None:
+        for file in sorted({self._find(name)[0] for name in wanted}):
+            shapes = self._shapes(file)
+            for name, tensor in wanted.items():
+                place, stored = self._find(name)
+                if place == file and shapes.get(stored) != list(tensor.shape):
+                    raise LolcatsError(
+                        f"{file}: tensor {stored} has shape {shapes.get(stored)}, expected {list(tensor.shape)}."
+                    )
+
+    def read(self, wanted: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        def one(name: str) -> Tensor:
+            return self._read(name, wanted[name], pinned=device.type == "cuda")
+
+        with ThreadPoolExecutor(READERS, initializer=use_device, initargs=(device,)) as pool:
+            return dict(zip(wanted, pool.map(one, wanted), strict=True))
+
+    def read_part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Indices start to stop of a tensor's dimension ``dim``; the rest of it is not read."""
+        file, stored = self._find(name)
+        with _readable(file), safe_open(file, framework="pt") as opened:
+            return opened.get_slice(stored)[*[slice(None)] * dim, start:stop]
+
+    def _read(self, name: str, like: Tensor, pinned: bool) -> Tensor:
+        file, stored = self._find(name)
+        with _readable(file), safe_open(file, framework="pt") as opened:
+            tensor = torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned)
+            return tensor.copy_(opened.get_tensor(stored))
+
+    def _find(self, name: str) -> tuple[Path, str]:
+        for stored in (name, name.removeprefix(self.prefix), f"{self.prefix}{name}"):
+            if stored in self.files:
+                return self.directory / self.files[stored], stored
+        raise OtherNames(
+            f"{self.directory}: tensor {name} is in none of its safetensors files, so layers cannot be read from them "
+            "one by one."
+        )
+
+    def _shapes(self, file: Path) -> dict[str, list[int]]:
+        with _readable(file), safe_open(file, framework="pt") as opened:
+            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+
+
+class Loaded:
+    """The tensors of a model that is in host memory as a whole."""
+
+    ahead = True
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def check(self, wanted: Mapping[str, Tensor]) -> None:
+        if missing := [name for name in wanted if name not in self.tensors]:
+            raise LolcatsError(f"The loaded model has no tensor {missing[0]} ({len(missing)} in all).")
+
+    def read(self, wanted: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        return {name: self.tensors[name].to(like.dtype) for name, like in wanted.items()}
+
+
+class Random:
+    """Weights drawn anew, on the device, each time they are asked for: the same for the same seed and name there.
+
+    Matrices are normal with ``std``; vectors are ones (norms) or, biases, zeros.
+    """
+
+    ahead = False
+
+    def __init__(self, seed: int = 0, std: float = 0.02) -> None:
+        self.seed, self.std = seed, std
+
+    def check(self, wanted: Mapping[str, Tensor]) -> None:
+        """Nothing can be missing."""
+
+    def read(self, wanted: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        return {name: self._draw(name, like, device) for name, like in wanted.items()}
+
+    def _draw(self, name: str, like: Tensor, device: torch.device) -> Tensor:
+        tensor = torch.empty(like.shape, dtype=like.dtype, device=device)
+        if tensor.ndim < 2:
+            return tensor.fill_(0 if name.endswith("bias") else 1)
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+        return tensor.normal_(0, self.std, generator=generator)
+
+
+def use_device(device: torch.device) -> None:
+    """What a thread does first: else pinned memory would be a matter of GPU 0, whichever the process has."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def shards_of(base: Base, prefix: str) -> Shards:
+    """The safetensors files of a directory or of a model of the hub (downloaded unless in the cache)."""
+    if base.form == "directory":
+        return Shards(Path(base.path), prefix)
+    revision = base.fingerprint.removeprefix("commit ")
+    try:
+        place = snapshot_download(
+            base.path, revision=None if revision == "None" else revision, allow_patterns=["*.safetensors", "*.json"]
+        )
+    except (OSError, ValueError) as error:
+        raise LolcatsError(f"Cannot fetch the weights of {base.path} ({str(error).splitlines()[0]}).") from None
+    return Shards(Path(place), prefix)
+
+
+def _index(directory: Path) -> dict[str, str]:
+    """Tensor name -> file name."""
+    if (directory / INDEX).exists():
+        try:
+            files = dict(json.loads((directory / INDEX).read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise LolcatsError(f"{directory / INDEX} is damaged ({type(error).__name__}: {error}).") from None
+        for file in sorted(set(files.values())):
+            if not (directory / file).exists():
+                raise LolcatsError(f"{directory / file} is missing: {INDEX} names it. Fetch the model again.")
+        return files
+    if not (directory / SINGLE).exists():
+        raise LolcatsError(
+            f"{directory} has neither {INDEX} nor {SINGLE}: layers can be read one by one from safetensors files alone."
+        )
+    with _readable(directory / SINGLE), safe_open(directory / SINGLE, framework="pt") as opened:
+        return dict.fromkeys(opened.keys(), SINGLE)
+
+
+class _readable:
+    """Errors of reading a weight file as a sentence that names it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FileNotFoundError):
+            raise LolcatsError(f"{self.file} is missing. Fetch the model again.") from None
+        if isinstance(error, (SafetensorError, OSError)):
+            raise LolcatsError(f"{self.file} is damaged or truncated ({error}). Fetch the model again.") from None

@@ -1,0 +1,9 @@
+"""What a run would need and take, from a model's configuration alone: ``lolcats plan``."""
+
+from lolcats.plan import report
+from lolcats.plan.costs import Machine, Plan, Speeds, Work, plan_finetune, plan_transfer
+from lolcats.plan.size import Size, read_config, size_of
+
+__all__ = [
+    "Machine", "Plan", "Size", "Speeds", "Work", "plan_finetune", "plan_transfer", "read_config", "report", "size_of",
+]  # fmt: skip

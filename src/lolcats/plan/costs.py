@@ -1,0 +1,400 @@
+"""Memory, disk and time of both stages, counted from sizes and a few measured speeds.
+
+Bytes unless said otherwise. Weights and activations are bf16 (2 bytes), feature maps, gates and LoRA fp32.
+Units of the formulas: E hidden size, H query heads, G key/value heads, D head dim, F features, T tokens a row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from lolcats.config import Config, StageConfig
+from lolcats.errors import LolcatsError
+from lolcats.plan.size import Size
+
+GIB = 2**30
+WORKSPACE = 0.1 * GIB  # cuBLAS and small buffers: what stage 1 of results/training.json takes beyond what is counted
+CONTEXT = 1.5 * GIB  # CUDA context, NCCL: of the GPU's memory, but not of PyTorch's allocator
+SLACK = 1.05  # fragments of the allocator: it reserves more than is allocated
+PROCESS = 4 * GIB  # host memory of one process with torch and CUDA loaded
+PIECE = 1024  # tokens whose logits exist at a time (modeling/loss.py)
+CHUNK = 1e6  # tokens whose hidden states stream holds in host memory, unless reading weights that often takes too long
+GATHERED = 3  # decoder layers that FSDP2 holds whole: computing, next, and the buffer it arrives in
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """The calibration, in one place: one H100 80GB, 2026-11-24, from ``benchmarks/results/training.json`` by
+    ``python benchmarks/plan_speeds.py``, which has the formulas; a test compares. What was not measured says so."""
+
+    matmul: float = 782e12
+    """Operations a second of the fastest bf16 matrix product (of one GPU, as all below)."""
+    memory: float = 3.0e12
+    """Bytes a second from and to GPU memory."""
+    forward: float = 0.78
+    """Share of ``matmul`` that forward passes without gradients reach, everything between the products included."""
+    training: float = 0.66
+    """The same with gradients."""
+    softmax: float = 0.5
+    """Share of ``matmul`` that softmax attention reaches. Not measured alone."""
+    transfer_ns: float = 4.2
+    """Linear attention of stage 1 with its backward: ns for a token, head and layer at D = F = 128, by the kernels."""
+    finetune_ns: float = 4.4
+    """The same in stage 2."""
+    recompute_ns: float = 24.0
+    """Its forward once more in stage 2, and whatever else recomputing whole layers costs beyond their products: mostly
+    the host, which keeps up better with larger layers."""
+    chunked_ns: float = 47.0
+    """Stage 1 on the chunked path: other head dims than 128."""
+    link: float = 300e9
+    """Bytes a second that a GPU receives in all-gathers inside a node (NVLink). Assumed, not measured."""
+    network: float = 40e9
+    """The same between nodes (400 Gb/s a GPU). Assumed, not measured."""
+    host_link: float = 50e9
+    """Bytes a second from pinned host memory to a GPU (PCIe 5.0 x16). Assumed, not measured."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is. ``host_memory``, ``read_speed`` and ``disk`` are of one node."""
+
+    gpus: int = 1
+    gpu_memory: float = 80 * GIB
+    host_memory: float = 128 * GIB
+    read_speed: float = 3e9
+    disk: float = math.inf
+    gpus_per_node: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "gpu_memory", "host_memory", "read_speed", "disk", "gpus_per_node"):
+            if not getattr(self, name) > 0:
+                raise LolcatsError(f"{name.replace('_', ' ')} must be above 0, not {getattr(self, name):g}.")
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def ranks(self) -> int:
+        """Processes of one node."""
+        return min(self.gpus, self.gpus_per_node)
+
+    def gather_speed(self, speeds: Speeds) -> float:
+        return speeds.link if self.nodes == 1 else speeds.network
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked for: tokens that each stage sees, repetitions of the same text included."""
+
+    transfer_tokens: float = 20e6
+    finetune_tokens: float = 40e6
+    block_size: int = 0
+    """Layers of a block in the schedule ``blocks``; 0: as many as fit."""
+
+    def __post_init__(self) -> None:
+        if self.transfer_tokens < 1 or self.finetune_tokens < 1 or self.block_size < 0:
+            raise LolcatsError("Tokens of both stages must be at least 1, and the block size at least 0.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run one stage. ``seconds`` are of things that overlap: the longest one is the time."""
+
+    stage: str
+    schedule: str
+    tokens: float
+    gpu: dict[str, float]
+    host: dict[str, float]
+    disk: dict[str, float]
+    read: float
+    seconds: dict[str, float]
+    settings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> float:
+        """Peak of PyTorch's allocated memory of each GPU."""
+        return sum(self.gpu.values())
+
+    @property
+    def time(self) -> float:
+        return max(self.seconds.values())
+
+    @property
+    def limit(self) -> str:
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+
+def adam(parameters: float) -> float:
+    """fp32 weight, gradient and two moments."""
+    return 16 * parameters
+
+
+def uses_kernels(size: Size) -> bool:
+    return size.head_dim == 128
+
+
+def forward_operations(size: Size, length: int) -> tuple[float, float]:
+    """Operations of one token's forward pass through all decoder layers: matrix products, causal softmax attention."""
+    return 2.0 * size.active, 2.0 * length * size.heads * size.head_dim * size.layers
+
+
+def linear_attention(size: Size, nanoseconds: float) -> float:
+    """Seconds of linear attention for one token in all layers."""
+    return 1e-9 * nanoseconds * size.linearized * size.heads * size.features * size.head_dim / 128**2
+
+
+def transfer_token(size: Size, config: Config, speeds: Speeds) -> float:
+    """Seconds of stage 1 for one token on one GPU, all layers, nothing waited for."""
+    length = config.data.sequence_length
+    products, attention = forward_operations(size, length)
+    seconds = (products / speeds.forward + attention / speeds.softmax) / speeds.matmul
+    seconds += linear_attention(size, speeds.transfer_ns if uses_kernels(size) else speeds.chunked_ns)
+    if config.transfer.xent_weight:  # both weights of a query and their gradients, fp32: about ten passes over T / 2
+        seconds += 10 * 4 * (length / 2) * size.heads * size.linearized / speeds.memory
+    return seconds
+
+
+def finetune_token(size: Size, config: Config, speeds: Speeds) -> float:
+    """Seconds of stage 2 for one token on one GPU. Frozen weights need no gradient: 4 operations each, not 6."""
+    products, attention = forward_operations(size, config.data.sequence_length)
+    head = 4.0 * (size.head or size.embedding)
+    kept = (size.layers - size.linearized) / size.layers  # layers that stay softmax attention
+    seconds = (2 * products + head) / speeds.training / speeds.matmul
+    seconds += kept * 3.5 * attention / speeds.softmax / speeds.matmul
+    slower = 1.0 if uses_kernels(size) else speeds.chunked_ns / speeds.transfer_ns
+    seconds += linear_attention(size, slower * speeds.finetune_ns)
+    if config.finetune.gradient_checkpointing:
+        seconds += products / speeds.forward / speeds.matmul + linear_attention(size, slower * speeds.recompute_ns)
+    return seconds
+
+
+def with_evaluation(config: Config, stage: StageConfig) -> float:
+    """Training and validation against training alone: validation rows every ``eval_steps``, a third of the work."""
+    return 1 + config.data.validation_rows / (3 * stage.eval_steps * stage.batch_size)
+
+
+def transfer_activations(size: Size, rows: int, length: int) -> float:
+    """Working set of one layer in stage 1, without gradients through the layer itself."""
+    channels = size.heads * size.head_dim
+    mlp = 3 * size.hidden + 1.5 * size.mlp  # the layer's input, residual, norm; gate, up and their product
+    if uses_kernels(size):  # q, k, v, target, output, error, gradient; states of every 64 tokens and their gradients
+        states = 2 * size.heads * size.features * size.head_dim / 64
+        attention = 3 * size.hidden + 5 * channels + 4 * size.kv_heads * size.head_dim + states
+    else:
+        attention = (
+            3 * size.hidden + 60 * channels
+        )  # measured: autograd keeps the chunked path's fp32 features and weights
+    return 2.0 * rows * length * max(mlp, attention)
+
+
+def finetune_activations(size: Size, rows: int, length: int) -> float:
+    """What one decoder layer keeps for backward in stage 2: inputs of norms and LoRA, q, k, v, output, gate and up."""
+    channels = 2 * size.heads * size.head_dim + 2 * size.kv_heads * size.head_dim
+    return 2.0 * rows * length * (3 * size.hidden + channels + size.mlp)
+
+
+def head_memory(size: Size, rows: int, length: int) -> float:
+    """Logits of one piece, their gradient in place (liger-kernel), and the gradient of the hidden states."""
+    return 2.0 * min(PIECE, rows * length) * size.vocabulary + 2.0 * rows * length * size.hidden
+
+
+def rows_each(name: str, stage: StageConfig, ranks: int) -> int:
+    """Rows of a micro-batch on each of ``ranks``: at most micro_batch_size, and equal parts of a batch."""
+    if stage.batch_size % ranks:
+        options = [n for n in range(1, stage.batch_size + 1) if stage.batch_size % n == 0]
+        raise LolcatsError(
+            f"{name}.batch_size is {stage.batch_size} rows, which {ranks} GPUs cannot share equally. Use "
+            f"{', '.join(map(str, options))} GPUs, or --set {name}.batch_size={-(-stage.batch_size // ranks) * ranks}."
+        )
+    each = stage.batch_size // ranks
+    return max(n for n in range(1, min(each, stage.micro_batch_size) + 1) if each % n == 0)
+
+
+def share(stage: StageConfig, machine: Machine) -> int:
+    """Rows of a step of stage 1 on the GPU that has most of them; the others wait for it."""
+    return -(-stage.batch_size // machine.gpus)
+
+
+def plan_transfer(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds | None = None) -> list[Plan]:
+    """Stage 1 in its three schedules, each with what keeps it from running here, if anything."""
+    speeds = speeds or Speeds()
+    rows = min(config.transfer.micro_batch_size, share(config.transfer, machine))
+    plans = [schedule(size, config, machine, work, speeds, rows) for schedule in (joint, stream, blocks)]
+    smaller = [f"transfer.micro_batch_size={rows}"] if rows != config.transfer.micro_batch_size else []
+    return [checked(replace(plan, settings=plan.settings + smaller), machine) for plan in plans]
+
+
+def joint(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds, rows: int) -> Plan:
+    """All layers at once on every GPU; ranks are data-parallel."""
+    weights = 2.0 * size.total
+    gpu = {
+        "weights": weights, "feature maps, gradients, Adam": adam(size.maps),
+        "activations": transfer_activations(size, rows, config.data.sequence_length), "workspace": WORKSPACE,
+    }  # fmt: skip
+    host = {"processes": PROCESS * machine.ranks, "weights while loading": weights * machine.ranks}
+    compute = transfer_compute(size, config, machine, work, speeds)
+    seconds = {"computing": compute, "reading": weights / machine.read_speed}
+    disk = {"model": weights, "checkpoints": checkpoints(size.maps)}
+    return Plan("stage 1", "joint", work.transfer_tokens, gpu, host, disk, weights, seconds)
+
+
+def stream(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds, rows: int) -> Plan:
+    """Layer after layer over a chunk of tokens whose hidden states lie in host memory; then the next chunk."""
+    step = config.transfer.batch_size * config.data.sequence_length
+    held = config.data.validation_rows * config.data.sequence_length  # validation rows travel with every chunk
+    host = {
+        "processes": PROCESS * machine.ranks, "a layer and the next": 2 * 2.0 * size.layer * machine.ranks,
+        "feature maps, Adam, best": 16.0 * size.maps * machine.ranks,
+    }  # fmt: skip
+    room = machine.nodes * (0.9 * machine.host_memory - sum(host.values())) / (2 * size.hidden) - held
+    compute = transfer_compute(size, config, machine, work, speeds)
+    hides = (
+        2 * 2.0 * size.decoder / machine.read_speed / (compute / work.transfer_tokens)
+    )  # reading is half of computing
+    chunk = step * max(1, int(min(max(CHUNK, hides), room, work.transfer_tokens) // step))
+    host["hidden states of a chunk"] = 2.0 * size.hidden * (chunk + held) / machine.nodes
+    chunks = math.ceil(work.transfer_tokens / chunk)
+    read = chunks * 2.0 * size.decoder + 2.0 * size.embedding
+    hidden = 4.0 * size.hidden * work.transfer_tokens * size.layers / machine.gpus  # in and out of every layer
+    seconds = {
+        "computing": compute + chunks * 2.0 * size.decoder / speeds.host_link,  # a layer's copy is waited for
+        "reading": read / machine.read_speed,
+        "copying": hidden / speeds.host_link,
+    }
+    disk = {"model": 2.0 * size.total, "feature maps, Adam, best": 16.0 * size.maps}
+    gpu = layer_memory(size, config, rows, layers=1)
+    settings = [f"transfer.chunk_tokens={chunk}"]
+    return Plan("stage 1", "stream", work.transfer_tokens, gpu, host, disk, read, seconds, settings)
+
+
+def blocks(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds, rows: int) -> Plan:
+    """k layers after k layers over all tokens; hidden states at both ends of a block lie on disk."""
+    k = work.block_size or next(
+        (k for k in range(size.layers, 0, -1)
+         if gpu_need(sum(layer_memory(size, config, rows, k).values())) <= machine.gpu_memory), 1
+    )  # fmt: skip
+    k = min(k, size.layers)
+    boundaries = math.ceil(size.layers / k) - 1
+    hidden = 2.0 * size.hidden * work.transfer_tokens
+    read = 2.0 * size.decoder + 2.0 * size.embedding + boundaries * hidden
+    host = {
+        "processes": PROCESS * machine.ranks, "a layer and the next": 2 * 2.0 * size.layer * machine.ranks,
+        "feature maps, Adam, best": 16.0 * size.maps * machine.ranks,
+    }  # fmt: skip
+    disk = {
+        "model": 2.0 * size.total, "hidden states at two boundaries": min(2, boundaries) * hidden,
+        "feature maps, Adam, best": 16.0 * size.maps,
+    }  # fmt: skip
+    seconds = {
+        "computing": transfer_compute(size, config, machine, work, speeds),
+        "reading and writing": (read + boundaries * hidden) / machine.read_speed,
+    }  # fmt: skip
+    gpu, settings = layer_memory(size, config, rows, k), [f"transfer.block_size={k}"]
+    return Plan("stage 1", f"blocks of {k}", work.transfer_tokens, gpu, host, disk, read, seconds, settings)
+
+
+def paper_disk(size: Size, work: Work, block: int) -> float:
+    """The paper's cost model of block-wise training, which stores every block's input."""
+    return 2.0 * work.transfer_tokens * size.hidden * size.layers / block
+
+
+def layer_memory(size: Size, config: Config, rows: int, layers: int) -> dict[str, float]:
+    """GPU memory with ``layers`` of the model at a time."""
+    length = config.data.sequence_length
+    return {
+        "weights": 2.0 * size.layer * layers,
+        "embedding": 2.0 * size.embedding if layers > 1 else 0.0,  # blocks: the first begins with token ids
+        "feature maps, gradients, Adam": adam(size.maps / size.linearized * layers),
+        "hidden states in and out": 4 * 2.0 * rows * length * size.hidden,
+        "activations": transfer_activations(size, rows, length), "workspace": WORKSPACE,
+    }  # fmt: skip
+
+
+def transfer_compute(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds) -> float:
+    """Seconds of computing, with validation and the sums of gradients over the ranks, which nothing hides."""
+    seconds = work.transfer_tokens * transfer_token(size, config, speeds) * with_evaluation(config, config.transfer)
+    steps = work.transfer_tokens / (config.transfer.batch_size * config.data.sequence_length)
+    reduced = 2 * 4.0 * size.maps * (machine.gpus - 1) / machine.gpus
+    busy = config.transfer.batch_size / share(config.transfer, machine)
+    return seconds / busy + steps * reduced / machine.gather_speed(speeds)
+
+
+def checkpoints(parameters: float) -> float:
+    """Two checkpoints (weights and moments) and the best weights."""
+    return 2 * 12.0 * parameters + 4.0 * parameters
+
+
+def plan_finetune(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds | None = None) -> list[Plan]:
+    """Stage 2 as the recipe has it and with recomputed layers, on one GPU or sharded over all of them (FSDP2)."""
+    speeds = speeds or Speeds()
+    variants = [config]
+    if not config.finetune.gradient_checkpointing:
+        variants.append(replace(config, finetune=replace(config.finetune, gradient_checkpointing=True)))
+    return [checked(lora(size, variant, machine, work, speeds), machine) for variant in variants]
+
+
+def lora(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds) -> Plan:
+    """LoRA on one GPU, or with base, LoRA and its moments sharded over all of them."""
+    stage, length, ranks = config.finetune, config.data.sequence_length, machine.gpus
+    rows = rows_each("finetune", stage, ranks)
+    weights = 2.0 * size.total
+    shards = weights / ranks if size.head else 2.0 * (size.decoder / ranks + size.embedding)  # tied: not sharded
+    layer, trains_maps = finetune_activations(size, rows, length), stage.feature_map_learning_rate > 0
+    kept = 2.0 * rows * length * size.hidden if stage.gradient_checkpointing else layer
+    gathered = GATHERED * 2.0 * size.layer if ranks > 1 else 0.0
+    in_backward = gathered + (layer if stage.gradient_checkpointing else 0) + 2.0 * rows * length * size.mlp
+    in_head = head_memory(size, rows, length) + (2.0 * size.head if ranks > 1 else 0)
+    gpu = {
+        "weights": shards, "feature maps": adam(size.maps) if trains_maps else 4.0 * size.maps,
+        "LoRA, gradients, Adam": adam(size.lora) / ranks, "activations kept for backward": kept * size.layers,
+        "gathered layers or logits": max(in_backward, in_head), "workspace": WORKSPACE,
+    }  # fmt: skip
+    loading = weights if ranks == 1 else 2.0 * max(size.embedding, size.head, size.layer) * machine.ranks
+    host = {"processes": PROCESS * machine.ranks, "weights while loading": loading}
+    seconds = {"computing": work.finetune_tokens * finetune_token(size, config, speeds) / ranks
+               * with_evaluation(config, stage)}  # fmt: skip
+    if ranks > 1:  # weights are gathered in forward and again in backward, for every micro-batch
+        micro_batches = work.finetune_tokens / (rows * length * ranks)
+        gathers = 2 * weights * (ranks - 1) / ranks
+        seconds["gathering"] = micro_batches * gathers / machine.gather_speed(speeds)
+    seconds["reading"] = weights / machine.read_speed
+    disk = {"model": weights, "checkpoints": checkpoints(size.lora), "merged model": weights}
+    settings = ["finetune.gradient_checkpointing=true"] if stage.gradient_checkpointing else []
+    settings += [f"finetune.micro_batch_size={rows}"] if rows != stage.micro_batch_size else []
+    form = ("FSDP2" if ranks > 1 else "one GPU") + (", recomputed" if stage.gradient_checkpointing else "")
+    return Plan("stage 2", form, work.finetune_tokens, gpu, host, disk, weights, seconds, settings)
+
+
+def gpu_need(peak: float) -> float:
+    """Memory that a GPU must have for a peak of allocated bytes."""
+    return peak * SLACK + CONTEXT
+
+
+def checked(plan: Plan, machine: Machine) -> Plan:
+    """The plan with what keeps it from running on this machine."""
+    needs = (
+        ("GPU memory", gpu_need(plan.peak), machine.gpu_memory, plan.gpu),
+        ("host memory", sum(plan.host.values()), machine.host_memory, plan.host),
+        ("disk", sum(plan.disk.values()), machine.disk, plan.disk),
+    )
+    problems = [
+        f"{name}: {need / GIB:.0f} GiB needed (most for {max(parts, key=parts.__getitem__)}), {have / GIB:.0f} there"
+        for name, need, have, parts in needs
+        if need > have
+    ]
+    return replace(plan, problems=problems)
+
+
+def enough_gpus(size: Size, config: Config, machine: Machine, work: Work) -> tuple[int, Plan] | None:
+    """The smallest power of two of these GPUs that holds stage 2, whatever the host memory, and its plan."""
+    for gpus in (2**n for n in range(11)):
+        stage = replace(config.finetune, batch_size=max(config.finetune.batch_size, gpus), micro_batch_size=1)
+        stage = replace(stage, batch_size=-(-stage.batch_size // gpus) * gpus)
+        larger = replace(machine, gpus=gpus, host_memory=math.inf, disk=math.inf)
+        for plan in plan_finetune(size, replace(config, finetune=stage), larger, work):
+            if not plan.problems:
+                return gpus, plan
+    return None

@@ -1,0 +1,123 @@
+"""Plans as tables, commands, and the sentence that refuses what does not fit."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from lolcats.config import Config
+from lolcats.errors import LolcatsError
+from lolcats.plan.costs import GIB, Machine, Plan, Work, enough_gpus, gpu_need, paper_disk
+from lolcats.plan.size import Size
+
+UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
+HEADER = ("stage", "schedule", "GPU GiB", "host GiB", "disk GB", "read GB", "hours", "tokens/s", "limited by", "fits")
+PAPER_BLOCK = 9  # layers a block of the paper's 405B run: 126 layers in 14 blocks
+HEADROOM = 1.1  # host memory that a plan wants beyond what it counts
+
+
+def parse_quantity(text: str, option: str) -> float:
+    """``80GiB``, ``3GB/s``, ``20M`` or a plain number as a number of bytes, bytes a second, or tokens."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kMGT]i?)?(?:B|B/s)?", text.strip())
+    if not match:
+        raise LolcatsError(f"{option} {text}: expected a quantity such as 80GiB, 3GB/s or 20M.")
+    return float(match[1]) * UNITS[match[2] or ""]
+
+
+def title(model: str, size: Size, machine: Machine, work: Work) -> str:
+    return (
+        f"{model}: {size.total / 1e9:.2f} billion parameters, {size.maps / 1e6:.1f} million in feature maps, "
+        f"{size.lora / 1e6:.1f} million in LoRA; {work.transfer_tokens / 1e6:g}M + {work.finetune_tokens / 1e6:g}M "
+        f"tokens on {machine.gpus} × {machine.gpu_memory / GIB:.0f} GiB"
+    )
+
+
+def recommended(plans: Sequence[Plan]) -> list[Plan]:
+    """The fastest plan that fits; none if none does. Of equally fast ones the first."""
+    return sorted((plan for plan in plans if not plan.problems), key=lambda plan: plan.time)[:1]
+
+
+def plan_rows(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
+    """A line for each plan, in the columns of ``HEADER``."""
+    return [
+        (
+            plan.stage, plan.schedule, f"{plan.peak / GIB:.1f}", f"{sum(plan.host.values()) / GIB:.0f}",
+            f"{sum(plan.disk.values()) / 1e9:,.0f}", f"{plan.read / 1e9:,.0f}", f"{plan.time / 3600:.2f}",
+            f"{plan.tokens / plan.time:,.0f}", plan.limit, "; ".join(plan.problems) or "yes",
+        )
+        for plan in plans
+    ]  # fmt: skip
+
+
+def part_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """What the plan's memory, disk and time are made of: place, part, amount."""
+    parts = [("GPU", plan.gpu, GIB, "GiB"), ("host", plan.host, GIB, "GiB"), ("disk", plan.disk, 1e9, "GB"),
+             ("time", plan.seconds, 3600, "h")]  # fmt: skip
+    return [
+        (place, name, f"{amount / unit:,.2f} {symbol}")
+        for place, amounts, unit, symbol in parts
+        for name, amount in amounts.items()
+    ]
+
+
+def commands(plans: Sequence[Plan], model: str, recipe: str, sets: Sequence[str], machine: Machine) -> list[str]:
+    """The command lines that run the plans of both stages. A run has one configuration: stage 1 gets all settings."""
+    words = ["lolcats", "transfer", model, "--data", "DATA", "--out", "DIR", "--recipe", recipe]
+    settings = [word for text in (*sets, *(s for plan in plans for s in plan.settings)) for word in ("--set", text)]
+    lines = []
+    for plan in plans:
+        if plan.stage == "stage 1":
+            lines.append([*words, "--schedule", plan.schedule.split()[0], *settings])
+        else:
+            lines.append(["lolcats", "finetune", "DIR"])
+    return [shlex.join([*launcher(machine), *line]) for line in lines]
+
+
+def launcher(machine: Machine) -> list[str]:
+    """What stands before ``lolcats`` where several processes run: torchrun, on every node."""
+    if machine.gpus == 1:
+        return []
+    words = ["torchrun", "--nproc-per-node", str(machine.ranks), "--no-python"]
+    if machine.nodes > 1:
+        words[1:1] = ["--nnodes", str(machine.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "FIRST_NODE:29500"]
+    return words
+
+
+def paper_line(size: Size, work: Work, plans: Sequence[Plan]) -> str:
+    """The paper's cost of block-wise training beside ours."""
+    ours = next(plan for plan in plans if plan.schedule.startswith("blocks"))
+    kept = ours.disk["hidden states at two boundaries"]
+    return (
+        "Hidden states on disk: the paper's blocks store 2 × tokens × hidden × layers / k bytes, "
+        f"{paper_disk(size, work, PAPER_BLOCK) / 1e12:.2f} TB in blocks of {PAPER_BLOCK}; {ours.schedule} here keep "
+        f"two boundaries, {kept / 1e12:.2f} TB; stream and joint store none."
+    )
+
+
+def refusal(plans: Sequence[Plan], size: Size, config: Config, machine: Machine, work: Work) -> str:
+    """Why no plan of one stage fits and what would do; empty if one fits."""
+    if any(not plan.problems for plan in plans):
+        return ""
+    best = min(plans, key=lambda plan: (len(plan.problems), plan.peak))
+    text = (
+        f"{best.stage.capitalize()} does not fit in any form. The nearest, {best.schedule}: {'; '.join(best.problems)}."
+    )
+    if best.stage == "stage 1":
+        needs = f"{_host_need(best):.0f} GiB of host memory and {gpu_need(best.peak) / GIB:.0f} GiB on each GPU"
+        return f"{text} {_less(best)}As it is, it takes {needs}."
+    if found := enough_gpus(size, config, machine, work):
+        host = f"{_host_need(found[1]):.0f} GiB of host memory in each node"
+        return f"{text} {found[0]} such GPUs would do ({found[1].schedule}, one row at a time), with {host}."
+    return f"{text} No number of such GPUs would do: a few decoder layers are too large for them."
+
+
+def _host_need(plan: Plan) -> float:
+    return sum(plan.host.values()) * HEADROOM / GIB
+
+
+def _less(plan: Plan) -> str:
+    """What to turn down first."""
+    if any(problem.startswith("GPU") for problem in plan.problems):
+        return "A smaller transfer.micro_batch_size or a smaller block takes less. "
+    return ""

@@ -1,0 +1,149 @@
+"""Counts of a model, its feature maps and its LoRA, from the configuration: the model is built without memory.
+
+Shapes: H query heads, G key/value heads, D head dim, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from lolcats.config import Config, read_yaml
+from lolcats.errors import LolcatsError
+from lolcats.modeling.convert import convert
+from lolcats.modeling.layer import decoder_layers, linearized_layers
+from lolcats.training.finetune import add_lora
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what families call their number of experts
+CHOSEN = ("num_experts_per_tok", "top_k_experts")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers of parameters and channels; of the largest layer where layers differ."""
+
+    family: str
+    layers: int
+    linearized: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    features: int
+    mlp: int
+    """Channels inside the MLP that backward needs for a token: gate and up together."""
+    vocabulary: int
+    layer: int
+    """Parameters of one decoder layer."""
+    decoder: int
+    """Parameters of all decoder layers."""
+    active: int
+    """Of those, the ones that a token is multiplied with: all, but for experts that are not chosen."""
+    embedding: int
+    head: int
+    """Parameters of the output layer; 0 where it is the embedding."""
+    maps: int
+    """Feature maps and gates of all layers."""
+    lora: int
+
+    @property
+    def total(self) -> int:
+        """Parameters of the base model."""
+        return self.decoder + self.embedding + self.head
+
+
+def geometries() -> dict[str, dict[str, int]]:
+    """Shipped configurations by name."""
+    text = resources.files("lolcats.plan").joinpath("geometries.yaml").read_text()
+    return dict(read_yaml(text, "geometries.yaml"))
+
+
+def read_config(model: str) -> Any:
+    """The configuration of a hub id, a directory, a ``config.json``, or of a geometry known by name."""
+    if model in geometries():
+        return LlamaConfig(**geometries()[model], vocab_size=128256, max_position_embeddings=8192)
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        raise LolcatsError(f"{model}: a GGUF file fits on one small GPU; lolcats plan reads config.json or a hub id.")
+    try:
+        return AutoConfig.from_pretrained(path if path.exists() else model)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = ", ".join(geometries())
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise LolcatsError(
+            f"No configuration of {model!r} ({reason}). Give a hub id, a model directory, a config.json, or one of "
+            f"{known}."
+        ) from None
+
+
+def size_of(model_config: Any, config: Config) -> Size:
+    """Count everything by building the model, its feature maps and LoRA on the meta device."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise LolcatsError(f"transformers cannot build this {model_config.model_type} model: {reason}.") from None
+    share, family = chosen_share(model_config), model_config.model_type
+    embedding, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
+    with torch.device("meta"):
+        convert(model, config)
+    layers = decoder_layers(model)
+    counts = [_parameters(layer) for layer in layers]
+    found = linearized_layers(model)
+    if not found:
+        raise LolcatsError("attention.kind and attention.layers leave every layer as it is: nothing to plan.")
+    largest = max(found, key=lambda layer: layer.geometry.heads * layer.geometry.head_dim)
+    active = sum(_active(layer, share) for layer in layers)
+    maps = sum(p.numel() for layer in found for p in layer.parameters())
+    with torch.device("meta"):
+        wrapped = add_lora(model, config.finetune)
+    return Size(
+        family=family, layers=len(layers), linearized=len(found), hidden=embedding.shape[1],
+        heads=largest.geometry.heads, kv_heads=largest.geometry.kv_heads, head_dim=largest.geometry.head_dim,
+        features=largest.phi_k.num_features, mlp=max(_mlp_channels(layer, model_config) for layer in layers),
+        vocabulary=embedding.shape[0], layer=max(counts), decoder=sum(counts),
+        active=active, embedding=embedding.numel(),
+        head=0 if head is None or head is embedding else head.numel(), maps=maps,
+        lora=sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name),
+    )  # fmt: skip
+
+
+def chosen_share(config: Any) -> float:
+    """Experts that a token goes through, of all; 1 for dense models."""
+    text = config.get_text_config()
+    total = next((n for name in EXPERTS if (n := getattr(text, name, None))), None)
+    chosen = next((n for name in CHOSEN if (n := getattr(text, name, None))), None)
+    return chosen / total if total and chosen else 1.0
+
+
+def _base_parameters(layer: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in layer.named_parameters() if "lolcats." not in name)
+
+
+def _parameters(layer: nn.Module) -> int:
+    return sum(p.numel() for _, p in _base_parameters(layer))
+
+
+def _active(layer: nn.Module, share: float) -> int:
+    return round(sum(p.numel() * (share if "experts." in name else 1) for name, p in _base_parameters(layer)))
+
+
+def _mlp_channels(layer: nn.Module, config: Any) -> int:
+    """Channels inside the layer's MLP: outputs, other than hidden states, of the weights outside its attention."""
+    text = config.get_text_config()
+    attention = [m for m in layer.modules() if isinstance(getattr(m, "lolcats", None), nn.Module)]
+    inside = {p for module in attention for p in module.parameters()}
+    outside = [(name, p) for name, p in layer.named_parameters() if p not in inside and p.ndim > 1]
+    dense = sum(p.shape[0] for name, p in outside if "experts." not in name and p.shape[0] != text.hidden_size)
+    if not any("experts." in name for name, _ in outside):
+        return dense
+    chosen = next((n for name in CHOSEN if (n := getattr(text, name, None))), 1)
+    return dense + 2 * chosen * (getattr(text, "moe_intermediate_size", None) or text.intermediate_size)

@@ -1,0 +1,108 @@
+"""Several processes that train one model: torchrun starts them, rank 0 alone writes.
+
+No wrapper around the model: what has to be summed is summed explicitly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lolcats.errors import LolcatsError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among ``size`` that work together."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what all share."""
+        return self.rank == 0
+
+    def share(self, whole: range) -> range:
+        """This rank's consecutive part; the first ranks have one more where it does not come out even."""
+        least, more = divmod(len(whole), self.size)
+        start = whole.start + self.rank * least + min(self.rank, more)
+        return range(start, start + least + (self.rank < more))
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors of one dtype and device over all ranks, in place and in one message."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        with _together():
+            dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            with _together():
+                dist.barrier()
+
+    def shared(self, value: Any) -> Any:
+        """Rank 0's ``value``."""
+        if self.size == 1:
+            return value
+        values = [value]
+        with _together():
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def agree(self, identity: dict[str, Any]) -> None:
+        """LolcatsError on every rank if what they were started with differs."""
+        if self.size == 1:
+            return
+        everyone: list[dict[str, Any]] = [{} for _ in range(self.size)]
+        with _together():
+            dist.all_gather_object(everyone, identity)
+        for rank, other in enumerate(everyone):
+            for key in everyone[0].keys() | other.keys():
+                first, here = everyone[0].get(key), other.get(key)
+                if first != here:
+                    raise LolcatsError(
+                        f"The ranks disagree: {key} is {first!r} on rank 0 and {here!r} on rank {rank}. Start all of "
+                        "them with the same command, files and versions."
+                    )
+
+
+def ranks() -> Ranks:
+    """This process's place; the process group is made at the first call under torchrun."""
+    if not dist.is_available() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Ranks()
+    if not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        with _together():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def is_first() -> bool:
+    """Whether this process writes what all share."""
+    return ranks().is_first
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What a lost rank does to the others, as a sentence."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        raise LolcatsError(
+            f"Another rank was lost ({str(error).splitlines()[0]}). What was saved is kept: run the same command "
+            "again, on any number of ranks."
+        ) from error

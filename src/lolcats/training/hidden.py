@@ -1,0 +1,283 @@
+"""Hidden states between layers: nowhere (token ids), in host memory, or on disk as checksummed memory-mapped shards.
+
+Shapes: N rows of a batch, T tokens, E hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lolcats.errors import LolcatsError
+from lolcats.files import write_text
+from lolcats.modeling.skeleton import Skeleton
+from lolcats.ranks import Ranks
+from lolcats.training.visits import VALIDATION, Batch, Visits
+
+Split = Tensor | Dataset[dict[str, Tensor]]
+SHARD = 1 << 28  # bytes of hidden states in a file, if a step has no more
+
+
+class Source(Protocol):
+    """What enters a group of layers."""
+
+    def read(self, batch: Batch) -> Tensor:
+        """(N, T) token ids or (N, T, E) hidden states of a batch that has rows."""
+
+
+class Target(Protocol):
+    """Where a group of layers leaves the teacher's hidden states."""
+
+    def wants(self, step: int) -> bool:
+        """Whether the rows of this step (or ``VALIDATION``) are still to be written."""
+
+    def write(self, batch: Batch, hidden: Tensor) -> None: ...
+
+    def done(self, step: int) -> None:
+        """The step has been written, or (``VALIDATION``) all of them."""
+
+
+class Tokens:
+    """Token ids, for a model that embeds them itself."""
+
+    def __init__(self, train: Split, validation: Split) -> None:
+        self.train, self.validation = train, validation
+
+    def read(self, batch: Batch) -> Tensor:
+        return token_rows(self.validation if batch.step == VALIDATION else self.train, batch.rows)
+
+
+class Embeddings(Tokens):
+    """What enters the first layer. Inside ``skeleton.brought([-1])``."""
+
+    def __init__(self, train: Split, validation: Split, skeleton: Skeleton) -> None:
+        super().__init__(train, validation)
+        self.skeleton = skeleton
+
+    def read(self, batch: Batch) -> Tensor:
+        return self.skeleton.embed(super().read(batch).to(self.skeleton.device))
+
+
+class Nowhere:
+    """For layers whose output nobody needs."""
+
+    def wants(self, step: int) -> bool:
+        return False
+
+    def write(self, batch: Batch, hidden: Tensor) -> None:
+        raise AssertionError("nothing is written nowhere")
+
+    def done(self, step: int) -> None:
+        pass
+
+
+class HostStates:
+    """A tensor for each batch in host memory (pinned for a GPU), read and written over by one layer after another."""
+
+    def __init__(self, device: torch.device, validation: bool) -> None:
+        self.device, self.validation = device, validation
+        self._tensors: dict[tuple[bool, int], Tensor] = {}
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def read(self, batch: Batch) -> Tensor:
+        return self._tensors[_key(batch)]
+
+    def wants(self, step: int) -> bool:
+        return step != VALIDATION or self.validation
+
+    def write(self, batch: Batch, hidden: Tensor) -> None:
+        key = _key(batch)
+        if key not in self._tensors:  # one for each batch: pinned memory comes in powers of two
+            self._tensors[key] = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=self._stream is not None)
+        if self._stream is None:
+            self._tensors[key].copy_(hidden)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            self._tensors[key].copy_(hidden, non_blocking=True)
+        hidden.record_stream(self._stream)
+
+    def done(self, step: int) -> None:
+        if step == VALIDATION and self._stream is not None:
+            self._stream.synchronize()
+
+
+class Boundary:
+    """The hidden states of all visits that enter one layer, in files of whole optimizer steps.
+
+    Args:
+        shape: (T, E); dtype: bfloat16, or float32 for fp32 models.
+        validation: number of validation rows.
+    """
+
+    def __init__(
+        self, directory: Path, visits: Visits, validation: int, shape: tuple[int, int], dtype: torch.dtype, ranks: Ranks
+    ) -> None:  # fmt: skip
+        self.directory, self.shape, self.dtype, self.ranks = directory, shape, dtype, ranks
+        row = shape[0] * shape[1] * dtype.itemsize
+        chunks = visits.chunks(max(1, SHARD // row))
+        self._shard_of = {step: number for number, steps in enumerate(chunks) for step in steps}
+        self._shard_of[VALIDATION] = VALIDATION
+        self._rows = {n: range(visits.steps[c[0]].start, visits.steps[c[-1]].stop) for n, c in enumerate(chunks)}
+        self._rows[VALIDATION] = range(validation)
+        self._ends = {steps[-1] for steps in chunks} | {VALIDATION}
+        self._written = set(ranks.shared([n for n in self._rows if self._record(n).exists()]))
+        self._reading: tuple[int, Tensor] | None = None
+        self._writing: tuple[int, Tensor] | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self._written == set(self._rows)
+
+    @property
+    def missing_bytes(self) -> int:
+        return sum(len(self._rows[n]) * self._row_bytes for n in self._rows if n not in self._written)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def wants(self, step: int) -> bool:
+        return self._shard_of[step] not in self._written
+
+    def read(self, batch: Batch) -> Tensor:
+        number = self._shard_of[batch.step]
+        if self._reading is None or self._reading[0] != number:
+            self._reading = (number, self._verified(number))
+        return self._reading[1][self._place(number, batch)]
+
+    def write(self, batch: Batch, hidden: Tensor) -> None:
+        number = self._shard_of[batch.step]
+        if self._writing is None or self._writing[0] != number:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _allocate(self._partial(number), len(self._rows[number]) * self._row_bytes)
+            self._writing = (number, self._map(self._partial(number), number, shared=True))
+        self._writing[1][self._place(number, batch)].copy_(hidden)
+
+    def done(self, step: int) -> None:
+        if step not in self._ends or not self.wants(step):
+            return
+        number, self._writing = self._shard_of[step], None
+        self.ranks.wait()
+        if self.ranks.is_first:
+            partial = self._partial(number)
+            descriptor = os.open(partial, os.O_RDWR)
+            os.fsync(descriptor)
+            os.close(descriptor)
+            checksum = zlib.crc32(_bytes(self._map(partial, number, shared=False)))
+            partial.replace(self._file(number))
+            write_text(self._record(number), json.dumps({**self._description(number), "crc32": checksum}))
+        self.ranks.wait()
+        self._written.add(number)
+
+    def remove(self) -> None:
+        self._reading = self._writing = None
+        if self.ranks.is_first:
+            for record in self.directory.glob("*.json"):  # first: without them nothing counts
+                record.unlink()
+            shutil.rmtree(self.directory, ignore_errors=True)
+        self._written.clear()
+        self.ranks.wait()
+
+    def _verified(self, number: int) -> Tensor:
+        path = self._file(number)
+        again = f"Remove {self.directory} and run again: the hidden states are computed anew."
+        try:
+            record = json.loads(self._record(number).read_text())
+            size = path.stat().st_size
+        except (OSError, ValueError):
+            raise LolcatsError(f"{path}, a file of hidden states, is missing or without its record. {again}") from None
+        if {k: v for k, v in record.items() if k != "crc32"} != self._description(number):
+            raise LolcatsError(f"{path} holds hidden states of another run. {again}")
+        if size == len(self._rows[number]) * self._row_bytes:
+            tensor = self._map(path, number, shared=False)
+            if zlib.crc32(_bytes(tensor)) == record["crc32"]:
+                return tensor
+        raise LolcatsError(f"{path}, a file of hidden states, is damaged (its checksum is wrong). {again}")
+
+    def _map(self, path: Path, number: int, shared: bool) -> Tensor:
+        shape = (len(self._rows[number]), *self.shape)
+        size = shape[0] * shape[1] * shape[2]
+        try:
+            return torch.from_file(str(path), shared=shared, size=size, dtype=self.dtype).view(shape)
+        except RuntimeError as error:
+            raise LolcatsError(f"{path} cannot be mapped into memory ({str(error).splitlines()[0]}).") from None
+
+    def _place(self, number: int, batch: Batch) -> slice:
+        start = self._rows[number].start
+        return slice(batch.visits.start - start, batch.visits.stop - start)
+
+    def _description(self, number: int) -> dict[str, object]:
+        return {"rows": len(self._rows[number]), "shape": list(self.shape), "dtype": str(self.dtype)}
+
+    def _file(self, number: int) -> Path:
+        return self.directory / ("validation.bin" if number == VALIDATION else f"{number:05d}.bin")
+
+    def _partial(self, number: int) -> Path:
+        return self._file(number).with_suffix(".partial")
+
+    def _record(self, number: int) -> Path:
+        return self._file(number).with_suffix(".json")
+
+
+def feed(source: Source, batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Tensor | None]]:
+    """Batches with what ``source`` has of them, on the device; None for a batch without rows.
+
+    On a GPU the next batch comes from pinned memory while the caller works on this one.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch, source.read(batch).to(device) if batch.visits else None
+        return
+    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def begin(batch: Batch) -> tuple[Batch, Tensor | None]:
+        if not batch.visits:
+            return batch, None
+        tensor = source.read(batch)
+        if tensor.device.type == "cuda":
+            return batch, tensor
+        with torch.cuda.stream(side):
+            return batch, tensor.to(device, non_blocking=True)
+
+    coming = None
+    for batch in batches:
+        here, coming = coming, begin(batch)
+        if here is not None:
+            yield here
+        main.wait_stream(side)
+        if coming[1] is not None:
+            coming[1].record_stream(main)
+    if coming is not None:
+        yield coming
+
+
+def token_rows(split: Split, rows: Tensor) -> Tensor:
+    """(N, T) token ids of some rows, of a tensor or of a data set that reads them when asked."""
+    if isinstance(split, Tensor):
+        return split[rows]
+    return torch.stack([split[int(row)]["input_ids"] for row in rows])
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Take the space now: on a disk that fills up, writing to a mapped file would end the process by a signal."""
+    with path.open("ab") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
+def _key(batch: Batch) -> tuple[bool, int]:
+    return batch.step == VALIDATION, batch.visits.start
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data

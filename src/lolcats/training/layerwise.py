@@ -1,0 +1,304 @@
+"""Attention transfer as one loop that every order of the work shares.
+
+A group of layers sees the batches of some optimizer steps: the teacher's hidden states pass through, and each layer
+whose unit has not done that step learns from it on the way (backward inside its forward, so no layer's activations
+outlive it). Orders differ in what a group is, which steps it sees at a time, and where hidden states live.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lolcats
+from lolcats.config import PLACEMENT, Config, to_dict
+from lolcats.errors import Interrupted, LolcatsError
+from lolcats.files import write_text
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention, Observer
+from lolcats.ranks import Ranks
+from lolcats.training.data import Data
+from lolcats.training.hidden import Source, Target, feed
+from lolcats.training.losses import attention_loss, attention_losses
+from lolcats.training.trainer import StageResult, noting_interrupt, replace_metrics
+from lolcats.training.units import Unit
+from lolcats.training.visits import VALIDATION, Batch, Visits, validation_batches
+
+STAGE, JOB = "transfer", "job.json"
+HARMLESS = (*PLACEMENT, "save_steps", "log_steps")  # settings that change no result
+
+
+@dataclass(frozen=True)
+class LayerwiseResult(StageResult):
+    """``best_loss`` is the mean over units. Errors: of each layer's output on the validation rows."""
+
+    errors_before: list[float]
+    errors_after: list[float]
+
+
+@dataclass
+class Group:
+    """Layers that are on the device together, and what passes a batch through them."""
+
+    layers: list[LinearizedAttention]
+    run: Callable[[Tensor], Tensor]
+    units: list[Unit]
+
+
+class LayerTrainer:
+    """The units of a run, and the loop that trains them.
+
+    Args:
+        layers: linearized layers by the name of their attention module, in order.
+        directory: of the run; units lie under ``checkpoints/transfer``.
+        base: fingerprint of the base model.
+        tick: called after each optimizer step of a group, with the number of steps it has done.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, LinearizedAttention], data: Data, config: Config, directory: Path, ranks: Ranks,
+        device: torch.device, base: str = "", tick: Callable[[int], None] = lambda step: None,
+    ) -> None:  # fmt: skip
+        self.config, self.ranks, self.device, self.data, self.tick = config.transfer, ranks, device, data, tick
+        if getattr(data, "positions", None):  # rows of several documents that do not see each other
+            raise LolcatsError(
+                "Documents are kept apart inside rows only where all layers are coupled and one process trains "
+                "(transfer.coupling=joint, transfer.order=joint)."
+            )
+        if self.config.batch_size < ranks.size:
+            raise LolcatsError(
+                f"transfer.batch_size ({self.config.batch_size}) is below the number of ranks ({ranks.size}): some "
+                "would have nothing to do."
+            )
+        self.run_directory, self.directory = directory, directory / "checkpoints" / STAGE
+        self.visits = Visits.draw(len(data.train), self.config, config.seed)
+        self.validation = validation_batches(len(data.validation), self.config.micro_batch_size, ranks)
+        self.interrupted = False
+        alone = self.config.coupling == "per_layer"
+        split = [[name] for name in layers] if alone else [list(layers)]
+        self.units = [
+            Unit([layers[n] for n in names], names, self.config, len(self.visits.steps), self._unit_path(names))
+            for names in split
+        ]
+        self._check_job(job_of(config, data, list(layers), base))
+        for unit in self.units:
+            if saved := ranks.shared(unit.read() if ranks.is_first else None):
+                unit.restore(*saved)
+
+    def _unit_path(self, names: Sequence[str]) -> Path:
+        return self.directory / "units" / f"{names[0] if len(names) == 1 else 'all-layers'}.safetensors"
+
+    def _check_job(self, job: dict[str, Any]) -> None:
+        """That all ranks do the same, and that files in the directory were made by the same job."""
+        versions = {name: version(name) for name in ("torch", "transformers")}
+        self.ranks.agree({**job, **versions, "lolcats": lolcats.__version__})
+        known = self.ranks.shared(read_job(self.directory) if self.ranks.is_first else None)
+        if known is not None:
+            compare_jobs(known, job, self.directory)
+        elif self.ranks.is_first:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_text(self.directory / JOB, json.dumps(job, indent=1) + "\n")
+
+    def unit_of(self, layer: LinearizedAttention) -> Unit:
+        return next(unit for unit in self.units if any(layer is one for one in unit.layers))
+
+    def sweep(self, group: Group, source: Source, target: Target, steps: range, learn: bool = True) -> None:
+        """Pass the rows of ``steps`` through a group; its units learn from those that they have not done.
+
+        ``learn``: False where the hidden states alone are wanted.
+        """
+        units = group.units if learn else []
+        if any(unit.learns_from(0) and not unit.progress.errors_before for unit in units):
+            self._evaluate(group, [unit for unit in units if unit.progress.step == 0], source, before=True)
+        wanted = (b for b in self._batches(steps) if target.wants(b.step) or _learning(units, b.step))
+        with torch.no_grad(), self._ctrl_c():
+            for batch, x in feed(source, wanted, self.device):
+                learning, keep = _learning(units, batch.step), target.wants(batch.step)
+                if not (learning or keep):
+                    continue
+                if x is not None:
+                    hidden = self._learn(group, learning, batch, x)
+                    if keep:
+                        target.write(batch, hidden)
+                if batch.last:
+                    self._end_step(group, learning, source, batch.step)
+                    if keep:
+                        target.done(batch.step)
+            if target.wants(VALIDATION):
+                for batch, x in feed(source, self.validation, self.device):
+                    if x is not None:
+                        target.write(batch, self._learn(group, [], batch, x))
+            target.done(VALIDATION)
+        self._save(units)
+
+    def _batches(self, steps: range) -> Iterator[Batch]:
+        return self.visits.batches(steps, self.config.micro_batch_size, self.ranks)
+
+    def _learn(self, group: Group, units: list[Unit], batch: Batch, x: Tensor) -> Tensor:
+        """One batch through the group; gradients of its share of the mean loss are added up in the units' layers."""
+        owner = _owners(units)
+
+        def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
+            unit = owner[layer]
+            share = batch.weight / len(unit.layers)
+            with torch.enable_grad():
+                loss = attention_loss(layer, call, self.config)
+                (loss * share).backward()
+            unit.add(loss.detach() * share)
+
+        with _observed(group.layers, owner, observe):
+            return group.run(x)
+
+    def _end_step(self, group: Group, units: list[Unit], source: Source, step: int) -> None:
+        self.ranks.sum([tensor for unit in units for tensor in unit.gradients()])
+        for unit in units:
+            unit.update()
+        done = step + 1
+        if units and (done % self.config.eval_steps == 0 or done == len(self.visits.steps)):
+            self._evaluate(group, units, source)
+        if done % self.config.save_steps == 0:
+            self._save(units)
+        self.tick(done)
+        if self.interrupted:
+            self._save(group.units)
+            raise Interrupted(f"Stopped in {STAGE} after step {done} of {_describe(group)}; its state is saved.")
+
+    @torch.no_grad()
+    def _evaluate(self, group: Group, units: list[Unit], source: Source, before: bool = False) -> None:
+        """Validation loss and error of the units' layers; ``before``: only to know where they start."""
+        owner = _owners(units)
+        layers = list(owner)
+        sums = {layer: torch.zeros(2, device=self.device) for layer in layers}
+        weight = 0.0
+
+        def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
+            sums[layer] += torch.stack(attention_losses(layer, call, self.config)).float() * weight
+
+        for batch, x in feed(source, self.validation, self.device):
+            weight = batch.weight
+            if x is not None:
+                with _observed(group.layers, owner, observe):
+                    group.run(x)
+        self.ranks.sum(list(sums.values()))
+        table = dict(zip(layers, torch.stack(list(sums.values())).tolist(), strict=True)) if layers else {}
+        for unit in units:
+            losses, errors = zip(*(table[layer] for layer in unit.layers), strict=True)
+            if before:
+                unit.progress.errors_before = list(errors)
+            else:
+                unit.evaluated(statistics.fmean(losses), list(errors))
+
+    def _save(self, units: list[Unit]) -> None:
+        if self.ranks.is_first:
+            for unit in units:
+                unit.save()
+
+    @contextmanager
+    def _ctrl_c(self) -> Iterator[None]:
+        """Ctrl-C ends after the step at hand; ranks, which would wait for each other, end at once."""
+        if self.ranks.size > 1:
+            yield
+        else:
+            with noting_interrupt(lambda: setattr(self, "interrupted", True)):
+                yield
+
+    @property
+    def finished(self) -> bool:
+        return all(unit.finished for unit in self.units)
+
+    def write_metrics(self) -> None:
+        """metrics.jsonl of the run, as far as all units have come."""
+        if self.ranks.is_first:
+            replace_metrics(self.run_directory / "metrics.jsonl", STAGE, self.history())
+
+    def history(self) -> list[dict[str, float]]:
+        """Means over units by step; a unit that has stopped early counts with its last values."""
+        reached = min((u.progress.step for u in self.units if not u.progress.stopped), default=len(self.visits.steps))
+        entries: list[dict[str, float]] = []
+        for key in ("loss", "eval_loss"):
+            own = [{e["step"]: e for e in u.progress.history if key in e} for u in self.units]
+            last: list[dict[str, float] | None] = [None] * len(own)
+            for step in sorted({s for one in own for s in one if s <= reached}):
+                last = [one.get(step, old) for one, old in zip(own, last, strict=True)]
+                known = [entry for entry in last if entry is not None]
+                keys = [k for k in known[0] if k != "step"]
+                entries.append({"step": step, **{k: statistics.fmean(e[k] for e in known) for k in keys}})
+        return sorted(entries, key=lambda entry: (entry["step"], "eval_loss" in entry))
+
+    def result(self) -> LayerwiseResult:
+        """What all units did; the layers get their best weights."""
+        for unit in self.units:
+            unit.take_best()
+        self.write_metrics()
+        progress = [unit.progress for unit in self.units]
+        return LayerwiseResult(
+            steps=max(p.step for p in progress),
+            best_step=max(p.best_step for p in progress),
+            best_loss=statistics.fmean(p.best_loss for p in progress),
+            history=self.history(),
+            errors_before=[error for p in progress for error in p.errors_before],
+            errors_after=[error for p in progress for error in p.errors_best],
+        )
+
+
+def compare_jobs(known: dict[str, Any], asked: dict[str, Any], directory: Path) -> None:
+    """LolcatsError, naming the first difference, if a directory's files belong to another job."""
+    for key in [*known, *asked]:
+        if known.get(key) != asked.get(key):
+            raise LolcatsError(
+                f"{directory} holds another job: {key} was {known.get(key)!r} and is now {asked.get(key)!r}. Nothing "
+                "was changed; repeat the command it was made with, or choose another --out."
+            )
+
+
+def job_of(config: Config, data: Data, layers: list[str], base: str) -> dict[str, Any]:
+    """All that the units' contents depend on."""
+    settings = {f"transfer.{k}": v for k, v in asdict(config.transfer).items() if k not in HARMLESS}
+    settings |= {f"attention.{k}": v for k, v in to_dict(config.attention).items()}
+    rows = {"data": data.fingerprint, "rows": len(data.train)}
+    return {"base": base, **settings, "seed": config.seed, **rows, "layers": layers}
+
+
+def read_job(directory: Path) -> Any:
+    """What a directory of attention transfer was begun with; None where there is nothing."""
+    path = directory / JOB
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise LolcatsError(f"{path} is damaged ({error}).") from None
+
+
+def _learning(units: list[Unit], step: int) -> list[Unit]:
+    return [unit for unit in units if unit.learns_from(step)]
+
+
+def _owners(units: list[Unit]) -> dict[LinearizedAttention, Unit]:
+    return {layer: unit for unit in units for layer in unit.layers}
+
+
+@contextmanager
+def _observed(
+    layers: list[LinearizedAttention], chosen: Mapping[LinearizedAttention, Unit], observer: Observer
+) -> Iterator[None]:  # fmt: skip
+    """For the block's duration, ``chosen`` layers show their calls, and all pass the teacher's output on."""
+    before = [(layer.mode, layer.observer) for layer in layers]
+    for layer in layers:
+        layer.mode, layer.observer = ("transfer", observer) if layer in chosen else ("teacher", None)
+    try:
+        yield
+    finally:
+        for layer, (mode, old) in zip(layers, before, strict=True):
+            layer.mode, layer.observer = mode, old
+
+
+def _describe(group: Group) -> str:
+    first, last = group.layers[0].geometry.layer, group.layers[-1].geometry.layer
+    return f"layer {first}" if first == last else f"layers {first} to {last}"

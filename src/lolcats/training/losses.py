@@ -1,0 +1,88 @@
+"""The loss of attention transfer: one layer's linear attention against its softmax attention.
+
+Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F features.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lolcats.attention.reference import attention_weights, softmax_weights
+from lolcats.attention.spec import AttentionSpec
+from lolcats.config import TransferConfig
+from lolcats.errors import LolcatsError
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention
+from lolcats.modeling.loss import mean_squared_error
+
+QUERIES = 64  # whose weights exist at a time
+WEIGHTS = 1 << 25  # weights at a time, over all heads and as many rows as they allow: 128 MiB in fp32
+
+
+def attention_loss(layer: LinearizedAttention, call: AttentionCall, config: TransferConfig) -> Tensor:
+    """Scalar loss of one layer on one call: mse_weight · MSE(ŷ, y) + xent_weight · cross-entropy of weights."""
+    return attention_losses(layer, call, config)[0]
+
+
+def attention_losses(
+    layer: LinearizedAttention, call: AttentionCall, config: TransferConfig
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss, and the mean squared error in it."""
+    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding, call.documents).transpose(1, 2)
+    error = mean_squared_error(y, call.target, call.padding)
+    loss = config.mse_weight * error
+    if config.xent_weight:
+        loss = loss + config.xent_weight * weight_cross_entropy(layer, call)
+    return loss, error
+
+
+def weight_cross_entropy(
+    layer: LinearizedAttention, call: AttentionCall, queries: int = QUERIES, weights: int = WEIGHTS
+) -> Tensor:  # fmt: skip
+    """−Σ a·log â between softmax and hybrid attention weights, mean over queries, heads and rows. Unpadded rows.
+
+    Quadratic time, but no T × T tensor: weights exist for some rows and ``queries`` queries at a time, and are computed
+    again in backward.
+
+    Args:
+        weights: most elements of one tensor of weights; a single row may exceed it.
+    """
+    if call.padding is not None:
+        raise LolcatsError("The cross-entropy of attention weights (transfer.xent_weight) takes rows without padding.")
+    if call.documents is not None:
+        return call.documents.apart(partial(_of_queries, layer, call), call.q, call.k).mean()
+    q, k = call.q, call.k
+    fq, fk, gamma = layer.phi_q(q), layer.phi_k(k), layer.gamma
+    length = q.shape[2]
+    rows = max(1, weights // (q.shape[1] * min(queries, length) * length))
+    total = torch.zeros((), device=q.device)
+    for row in range(0, q.shape[0], rows):
+        some = slice(row, row + rows)
+        for first in range(0, length, queries):
+            last = min(first + queries, length)
+            part = (q[some, :, first:last], k[some, :, :last], fq[some, :, first:last], fk[some, :, :last], gamma)
+            common = (layer.spec, call.scale, call.softcap, first)
+            total = total + checkpoint(_summed, *part, *common, use_reentrant=False, preserve_rng_state=False)
+    return total / (q.shape[0] * q.shape[1] * length)
+
+
+def _of_queries(layer: LinearizedAttention, call: AttentionCall, q: Tensor, k: Tensor) -> Tensor:
+    """(B, H, T, 1) cross-entropy of each query of whole documents, all weights at once."""
+    with torch.no_grad():
+        target = softmax_weights(q, k, call.scale, call.softcap)
+    predicted = layer.weights(q, k, call.scale, call.softcap)
+    return -(target * predicted.clamp_min(1e-12).log()).sum(-1, keepdim=True)
+
+
+def _summed(
+    q: Tensor, k: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
+    softcap: float | None, first: int,
+) -> Tensor:  # fmt: skip
+    """The cross-entropy of queries from position ``first`` on, summed over everything."""
+    with torch.no_grad():
+        target = softmax_weights(q, k, scale, softcap, first)
+    predicted = attention_weights(q, k, fq, fk, gamma, spec, scale, softcap, first)
+    return -(target * predicted.clamp_min(1e-12).log()).sum()

@@ -1,0 +1,226 @@
+"""lolcats plan: counts against real models, memory and time against the committed measurements, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FAMILIES, tiny_model
+from transformers import MixtralConfig
+from typer.testing import CliRunner
+
+import lolcats
+from lolcats.cli import app
+from lolcats.config import Config, load_config
+from lolcats.errors import LolcatsError
+from lolcats.modeling.convert import decoder
+from lolcats.modeling.layer import linearized_layers
+from lolcats.plan import Machine, Size, Speeds, Work, plan_finetune, plan_transfer, read_config, report, size_of
+from lolcats.plan.costs import GIB, finetune_token, gpu_need, transfer_token
+from lolcats.training.finetune import add_lora
+
+ROOT = Path(__file__).parent.parent
+MEASURED = json.loads((ROOT / "benchmarks/results/training.json").read_text())
+SMALL = ["attention.window_size=8", "attention.feature_dim=8", "data.sequence_length=32"]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("maps", ["per_query_head", "per_kv_head"])
+def test_counts_are_those_of_the_model(family: str, maps: str) -> None:
+    config = load_config("default", [*SMALL, f"attention.key_maps={maps}"])
+    size = size_of(FAMILIES[family](vocab_size=320), config)
+    model = tiny_model(family)
+    total, layers = sum(p.numel() for p in model.parameters()), len(decoder(model).layers)
+    model = lolcats.convert(model, config)
+    assert size.maps == sum(p.numel() for layer in linearized_layers(model) for p in layer.parameters())
+    assert (size.layers, size.linearized) == (layers, len(linearized_layers(model)))
+    assert size.total + size.hidden == total  # but for the last norm
+    wrapped = add_lora(model, config.finetune)
+    assert size.lora == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    assert size.mlp == 2 * model.config.intermediate_size
+
+
+def test_experts_that_a_token_skips_cost_nothing() -> None:
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=8, num_experts_per_tok=2, vocab_size=320,
+    )  # fmt: skip
+    size = size_of(config, load_config("default", SMALL))
+    experts = 2 * 8 * 3 * 32 * 48
+    assert size.decoder - size.active == experts * 6 // 8
+    assert size.mlp == 2 * 2 * 48 + 8
+
+
+@pytest.fixture(scope="module")
+def measured_geometry() -> tuple[Size, Config]:
+    """The geometry and batches of benchmarks/training.py."""
+    g = MEASURED["geometry"]
+    config = load_config("default", [
+        f"attention.feature_dim={g['feature_dim']}", f"attention.sinks={g['sinks']}",
+        f"data.sequence_length={g['length']}", f"transfer.batch_size={g['transfer_rows']}",
+        f"transfer.micro_batch_size={g['transfer_rows']}", f"finetune.micro_batch_size={g['finetune_rows']}",
+        f"finetune.batch_size={g['finetune_rows'] * g['accumulated']}",
+    ])  # fmt: skip
+    size = size_of(read_config("llama-3-8b"), config)
+    assert (size.layers, size.heads, size.kv_heads, size.head_dim) == (
+        g["layers"], g["heads"], g["kv_heads"], g["head_dim"])  # fmt: skip
+    return size, config
+
+
+PARTS = {
+    "stage 1, a key map per query head": (0, "transfer"), "stage 2, linear attention": (0, "finetune"),
+    "stage 2, linear attention, recomputed layers": (1, "finetune"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_memory_and_time_are_those_measured(part: str, measured_geometry: tuple[Size, Config]) -> None:
+    (size, config), (number, stage) = measured_geometry, PARTS[part]
+    found = MEASURED["parts"][part]
+    if number:
+        config = replace(config, finetune=replace(config.finetune, gradient_checkpointing=True))
+    plan = (plan_transfer if stage == "transfer" else plan_finetune)(size, config, Machine(), Work())[0]
+    assert plan.peak / GIB == pytest.approx(found["peak_gib"], rel=0.1)
+    token = (transfer_token if stage == "transfer" else finetune_token)(size, config, Speeds())
+    assert token * found["tokens"] == pytest.approx(statistics.median(found["seconds"]), rel=0.25)
+
+
+def test_the_table_of_speeds_is_what_was_measured() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/plan_speeds.py"], capture_output=True, text=True, check=True
+    )
+    values = [re.match(r"(\w+): (\S+) ", line) for line in done.stdout.splitlines()]
+    assert len(values) == 6
+    for match in values:
+        assert match is not None
+        assert getattr(Speeds(), match[1]) == pytest.approx(float(match[2]), rel=0.05), match[1]
+
+
+def llama(name: str, *settings: str) -> tuple[Size, Config]:
+    config = load_config("default", settings)
+    return size_of(read_config(name), config), config
+
+
+def test_schedules_of_70b_on_one_gpu() -> None:
+    size, config = llama("llama-3.1-70b", "transfer.micro_batch_size=1")
+    assert size.total == pytest.approx(70.55e9, rel=1e-3)
+    joint, stream, blocks = plan_transfer(size, config, Machine(), Work())
+    assert "GPU memory" in joint.problems[0]
+    assert not stream.problems
+    assert stream.peak < 10 * GIB
+    assert not blocks.problems
+    chunk = int(stream.settings[0].split("=")[1])
+    assert stream.host["hidden states of a chunk"] == 2 * 8192 * (chunk + 32 * 1024)
+    assert stream.read == math.ceil(20e6 / chunk) * 2 * size.decoder + 2 * size.embedding
+    assert blocks.disk["hidden states at two boundaries"] <= 2 * 2 * 8192 * 20e6
+    assert stream.time == stream.seconds[stream.limit] >= max(stream.seconds.values())
+
+
+def test_slow_disks_are_named_as_the_limit() -> None:
+    size, config = llama("llama-3.1-70b")
+    work, slow = Work(block_size=10), Machine(read_speed=20e6)
+    assert plan_transfer(size, config, slow, work)[1].limit == "reading"
+    assert plan_transfer(size, config, slow, work)[2].limit == "reading and writing"
+    assert plan_transfer(size, config, Machine(), work)[2].schedule == "blocks of 10"
+
+
+def test_blocks_take_as_many_layers_as_fit() -> None:
+    size, config = llama("llama-3.1-405b", "transfer.micro_batch_size=1")
+    blocks = plan_transfer(size, config, Machine(), Work())[2]
+    k = int(blocks.schedule.split()[-1])
+    larger = plan_transfer(size, config, Machine(), Work(block_size=k + 1))[2]
+    assert gpu_need(blocks.peak) <= 80 * GIB < gpu_need(larger.peak)
+    assert report.paper_line(size, Work(), [blocks]).startswith("Hidden states on disk: the paper's blocks store")
+    assert f"{2 * 20e6 * 16384 * 14 / 1e12:.2f} TB in blocks of 9" in report.paper_line(size, Work(), [blocks])
+
+
+def test_more_gpus_share_weights_and_time() -> None:
+    size, config = llama("llama-3.1-70b", "finetune.micro_batch_size=1")
+    two, eight = (plan_finetune(size, config, Machine(gpus=n), Work())[1] for n in (2, 8))
+    assert two.gpu["weights"] == 4 * eight.gpu["weights"] == size.total
+    assert two.seconds["computing"] == pytest.approx(4 * eight.seconds["computing"])
+    assert eight.gpu["gathered layers or logits"] > 0
+    assert eight.seconds["gathering"] > two.seconds["gathering"] / 4
+    nodes = plan_finetune(size, load_config("default", ["finetune.batch_size=16"]), Machine(gpus=16), Work())[1]
+    assert nodes.limit == "gathering"  # the network between nodes
+
+
+def test_gpus_without_rows_do_not_help() -> None:
+    size, config = llama("llama-3.1-70b", "transfer.micro_batch_size=1")
+    four, six, eight, many = (
+        plan_transfer(size, config, Machine(gpus=n, host_memory=2**43), Work())[1].seconds["computing"]
+        for n in (4, 6, 8, 24)
+    )
+    assert four == pytest.approx(six, rel=0.01)  # two of eight rows each
+    assert four == pytest.approx(2 * eight, rel=0.02)
+    assert eight == pytest.approx(many, rel=0.2)
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    size, config = llama("llama-3.1-405b", "finetune.micro_batch_size=1")
+    machine = Machine(gpus=8)
+    plans = plan_finetune(size, config, machine, Work())
+    text = report.refusal(plans, size, config, machine, Work())
+    assert "Stage 2 does not fit in any form" in text
+    assert "16 such GPUs would do" in text
+    enough = Machine(gpus=16)
+    roomy = load_config("default", ["finetune.batch_size=16", "finetune.micro_batch_size=1"])
+    assert not report.refusal(plan_finetune(size, roomy, enough, Work()), size, roomy, enough, Work())
+    tiny = Machine(gpu_memory=GIB)
+    assert "No number of such GPUs" in report.refusal(
+        plan_finetune(size, config, tiny, Work()), size, config, tiny, Work())  # fmt: skip
+    assert "GiB of host memory and" in report.refusal(
+        plan_transfer(size, config, tiny, Work()), size, config, tiny, Work())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("80GiB", 80 * GIB), ("3GB/s", 3e9), ("20M", 20e6), ("7", 7), ("1.5 TB", 1.5e12)]
+)
+def test_quantities(text: str, value: float) -> None:
+    assert report.parse_quantity(text, "--x") == value
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_command_line(model_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    done = run("llama-3-8b", "--gpus", "2", "--set", "transfer.micro_batch_size=8")
+    assert done.exit_code == 0, done.output
+    for word in ("joint", "stream", "blocks of 32", "FSDP2, recomputed", "feature maps, gradients, Adam", "tokens/s"):
+        assert word in done.output
+    assert "torchrun --nproc-per-node 2 --no-python lolcats transfer llama-3-8b" in done.output
+    assert "--set transfer.micro_batch_size=8" in done.output
+    small = ["--set", "attention.window_size=8", "--set", "data.sequence_length=32"]
+    assert run(str(model_dirs["gemma3"]), *small).exit_code == 0
+    assert run(str(model_dirs["gemma3"] / "config.json"), *small).exit_code == 0
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["nowhere/at-all"], "No configuration of"),
+    (["llama-3-8b", "--gpus", "3"], "3 GPUs cannot share equally. Use 1, 2, 4, 8 GPUs"),
+    (["llama-3-8b", "--gpus", "0"], "gpus must be above 0"),
+    (["llama-3-8b", "--tokens", "many"], "--tokens many: expected a quantity"),
+    (["llama-3.1-70b"], "2 such GPUs would do"),
+    (["llama-3-8b", "--disk", "1GB"], "disk"),
+])  # fmt: skip
+def test_bad_input_is_a_sentence(arguments: list[str], sentence: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert sentence in done.output
+    assert "Traceback" not in done.output
+
+
+def test_models_that_are_no_decoders_are_refused() -> None:
+    from transformers import BertConfig
+
+    with pytest.raises(LolcatsError):
+        size_of(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32), Config())

@@ -1,0 +1,88 @@
+"""What one process of a distributed test does: stage 1 of a tiny model, in several settings one after another."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import lolcats
+from lolcats.config import load_config
+from lolcats.errors import LolcatsError
+from lolcats.files import write_tensors
+from lolcats.modeling.base import find_base, load_model
+from lolcats.modeling.checkpoint import feature_map_state
+from lolcats.modeling.skeleton import build_skeleton
+from lolcats.ranks import ranks
+from lolcats.training.data import Data
+from lolcats.training.layerwise import LayerTrainer
+from lolcats.training.transfer import transfer, transfer_in_turn
+
+
+@dataclass
+class Task:
+    """One run into ``out``; the first rank saves its feature maps there.
+
+    different: a setting that the last rank alone has; die: (rank, optimizer step of a layer before whose end it dies).
+    """
+
+    out: Path
+    settings: Sequence[str]
+    different: str = ""
+    die: tuple[int, int] | None = None
+
+
+def train(model_path: Path, task: Task) -> dict[str, torch.Tensor]:
+    """The feature maps that this process ends with."""
+    here = ranks()
+    changed = [task.different] if task.different and here.rank == here.size - 1 else []
+    config = load_config("default", [*task.settings, *changed])
+    rows = torch.randint(6, 300, (33, 32), generator=torch.Generator().manual_seed(0))
+    data, base = Data(rows[11:], rows[:5], rows[5:8], "fingerprint", {}), find_base(str(model_path))
+    if config.transfer.order == "joint":
+        model = load_model(base, torch.float32)
+        torch.manual_seed(config.seed)
+        transfer(lolcats.convert(model, config), data, config, task.out)
+    else:
+        skeleton = build_skeleton(base, config.attention, torch.float32, torch.device("cpu"), config.seed)
+        model = skeleton.model
+        transfer_in_turn(skeleton, data, config, task.out)
+    return feature_map_state(model)
+
+
+def work(rank: int, size: int, port: int, model_path: Path, tasks: Sequence[Task]) -> None:
+    """The whole life of a process; what goes wrong is said in OUT/RANK.txt."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    torch.set_num_threads(1)
+    for task in tasks:
+        if task.die and task.die[0] == rank:
+            _die_at(task.die[1])
+        try:
+            maps = train(model_path, task)
+        except LolcatsError as error:
+            task.out.mkdir(parents=True, exist_ok=True)
+            (task.out / f"{rank}.txt").write_text(str(error))
+            if task.die:
+                sys.exit(1)
+        else:
+            if rank == 0:
+                write_tensors(maps, task.out / "maps.safetensors")
+
+
+def _die_at(step: int) -> None:
+    original, count = LayerTrainer._end_step, 0
+
+    def counted(self, *rest):
+        nonlocal count
+        count += 1
+        if count == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, *rest)
+
+    LayerTrainer._end_step = counted

@@ -1,0 +1,390 @@
+"""Attention transfer in three orders: the same feature maps, also after a kill, and as transformers' Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import Tensor
+
+import lolcats
+from lolcats.config import Config, load_config
+from lolcats.errors import Interrupted, LolcatsError
+from lolcats.modeling.base import find_base, load_model
+from lolcats.modeling.checkpoint import feature_map_state
+from lolcats.modeling.skeleton import build_skeleton
+from lolcats.ranks import Ranks
+from lolcats.training import orders
+from lolcats.training.data import Data, Rows
+from lolcats.training.hidden import Boundary, Embeddings
+from lolcats.training.layerwise import LayerTrainer
+from lolcats.training.orders import join_units, train_joint
+from lolcats.training.trainer import StageResult
+from lolcats.training.transfer import layer_errors, transfer, transfer_in_turn
+from lolcats.training.visits import Visits
+
+CPU = torch.device("cpu")
+HARD = [  # an uneven last batch, accumulation, all that depends on validation, chunks that end anywhere
+    "transfer.coupling=per_layer", "transfer.max_steps=9", "transfer.batch_size=8", "transfer.micro_batch_size=4",
+    "transfer.eval_steps=2", "transfer.save_steps=3", "transfer.schedule=reduce_on_plateau",
+    "transfer.plateau_patience=0", "transfer.early_stopping_patience=2", "transfer.learning_rate=0.5",
+    "transfer.chunk_tokens=700", "transfer.block_size=2", "seed=1",
+]  # fmt: skip
+APART = [  # layers stop at different steps
+    "transfer.learning_rate=3", "transfer.early_stopping_patience=1", "transfer.max_steps=14", "transfer.eval_steps=1",
+    "transfer.plateau_patience=3",
+]  # fmt: skip
+
+
+@dataclass
+class Job:
+    """A base model on disk and what it is trained with."""
+
+    model: Path
+    data: Data
+    settings: list[str]
+
+    def config(self, *changes: str) -> Config:
+        return load_config("default", [*self.settings, *HARD, *changes])
+
+    def train(
+        self, out: Path, config: Config, only: int | None = None
+    ) -> tuple[dict[str, Tensor], StageResult | None]:  # fmt: skip
+        """The feature maps that an order gives."""
+        base = find_base(str(self.model))
+        if config.transfer.order == "joint":
+            model = load_model(base, torch.float32)
+            torch.manual_seed(config.seed)
+            lolcats.convert(model, config)
+            result: StageResult | None = transfer(model, self.data, config, out)
+        else:
+            skeleton = build_skeleton(base, config.attention, torch.float32, CPU, config.seed)
+            model = skeleton.model
+            result = transfer_in_turn(skeleton, self.data, config, out, only=only)
+        return feature_map_state(model), result
+
+
+@pytest.fixture
+def data() -> Data:
+    rows = torch.randint(6, 300, (33, 32), generator=torch.Generator().manual_seed(0))
+    return Data(rows[11:], rows[:5], rows[5:8], "fingerprint", {})
+
+
+@pytest.fixture
+def job(data: Data, settings: list[str], tmp_path: Path) -> Job:
+    tiny_model(num_hidden_layers=3).save_pretrained(tmp_path / "model", max_shard_size="30KB")
+    return Job(tmp_path / "model", data, settings)
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert set(a) == set(b)
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    ("llama", []), ("llama", APART), ("qwen2", ["transfer.xent_weight=0.5"]), ("gemma3", APART),
+])  # fmt: skip
+def test_three_orders_give_the_same(family: str, changes: list[str], model_dirs, job: Job, tmp_path: Path) -> None:
+    """Gemma 3's first layer slides: it is not trained, and passes the states on."""
+    if family != "llama":
+        job = replace(job, model=model_dirs[family])
+    maps, result = job.train(tmp_path / "joint", job.config(*changes))
+    for order in ("stream", "blocks"):
+        others, same = job.train(tmp_path / order, job.config(*changes, f"transfer.order={order}"))
+        assert_same(maps, others)
+        assert same == result
+        lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("joint", order)]
+        assert lines[0] == lines[1]
+    assert not list((tmp_path / "blocks").rglob("*.bin"))
+
+
+def test_each_layer_is_trained_by_itself(job: Job, tmp_path: Path) -> None:
+    """Layers stop at different steps, and each ends with its own best weights."""
+    config = job.config(*APART)
+    _, result = job.train(tmp_path / "joint", config)
+    model = load_model(find_base(str(job.model)), torch.float32)
+    torch.manual_seed(config.seed)
+    layers = orders.layers_by_name(lolcats.convert(model, config))
+    before = layer_errors(model, [job.data.validation])
+    trainer = LayerTrainer(layers, job.data, config, tmp_path / "joint", Ranks(), CPU)
+    assert result.errors_before == pytest.approx(before, rel=1e-4)
+    assert len({unit.progress.step for unit in trainer.units}) > 1, "choose settings in which layers stop apart"
+    trainer.result()
+    after = layer_errors(model, [job.data.validation])
+    assert result.errors_after == pytest.approx(after, rel=1e-4)
+    assert result.best_loss == pytest.approx(1000 * sum(after) / len(after), rel=1e-4)
+    for unit in trainer.units:
+        assert unit.progress.best_loss == min(e["eval_loss"] for e in unit.progress.history if "eval_loss" in e)
+
+
+@pytest.mark.parametrize("schedule", ["reduce_on_plateau", "cosine"])
+def test_equals_transformers_trainer(schedule: str, job: Job, tmp_path: Path) -> None:
+    """Joint coupling of all layers, over two epochs with accumulation and a last step of fewer batches."""
+    changes = ["transfer.coupling=joint", f"transfer.schedule={schedule}", "transfer.max_steps=-1",
+               "transfer.epochs=2", "transfer.micro_batch_size=2", "transfer.early_stopping_patience=0",
+               "transfer.warmup_steps=2"]  # fmt: skip
+    config = job.config(*changes)
+    maps, result = job.train(tmp_path / "trainer", config)
+    model = load_model(find_base(str(job.model)), torch.float32)
+    torch.manual_seed(config.seed)
+    own = train_joint(lolcats.convert(model, config), job.data, config, tmp_path / "own", Ranks())
+    assert_same(maps, feature_map_state(model))
+    assert (own.steps, own.best_step) == (result.steps, result.best_step)
+    assert own.best_loss == pytest.approx(result.best_loss, rel=1e-6)
+
+
+def test_one_layer_needs_no_coupling(job: Job, tmp_path: Path) -> None:
+    """With a single linearized layer both couplings are transformers' Trainer."""
+    only = ["attention.layers={0-1: softmax}", "transfer.micro_batch_size=2"]
+    maps, _ = job.train(tmp_path / "trainer", job.config(*only, "transfer.coupling=joint"))
+    for order in ("joint", "stream"):
+        assert_same(maps, job.train(tmp_path / order, job.config(*only, f"transfer.order={order}"))[0])
+
+
+def test_visits_cover_each_epoch_once() -> None:
+    config = load_config("default", ["transfer.batch_size=8", "transfer.epochs=2.5"]).transfer
+    visits = Visits.draw(22, config, seed=3)
+    assert [len(step) for step in visits.steps] == [8, 8, 6, 8, 8, 6, 8, 8]
+    assert sorted(visits.rows[:22].tolist()) == sorted(visits.rows[22:44].tolist()) == list(range(22))
+    for ranks in (1, 2, 3, 5):
+        seen = [b for r in range(ranks) for b in visits.batches(range(8), 2, Ranks(r, ranks))]
+        assert sorted(v for batch in seen for v in batch.visits) == list(range(len(visits.rows)))
+        assert sum(batch.weight for batch in seen) == pytest.approx(8)
+        assert sum(batch.last for batch in seen) == 8 * ranks
+    assert [list(c) for c in visits.chunks(16)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [list(c) for c in visits.chunks(1)] == [[i] for i in range(8)]
+
+
+class Killed(BaseException):
+    """What ends a run at once; only files are left, as behind SIGKILL."""
+
+
+def kill_at(patch: pytest.MonkeyPatch, owner: type, name: str, call: int, after: bool) -> Callable[[], int]:
+    """The ``call``-th call of a method ends the run, before or after it does its work."""
+    original, count = getattr(owner, name), 0
+
+    def counted(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == call and not after:
+            raise Killed
+        result = original(self, *args, **kwargs)
+        if count == call and after:
+            raise Killed
+        return result
+
+    patch.setattr(owner, name, counted)
+    return lambda: count
+
+
+@pytest.mark.parametrize("order", ["joint", "stream", "blocks"])
+def test_killed_anywhere_continues_bit_for_bit(order: str, job: Job, tmp_path: Path, monkeypatch) -> None:
+    """Killed again and again in the same directory, at another place each time."""
+    config = job.config(f"transfer.order={order}", "transfer.early_stopping_patience=0")
+    monkeypatch.setattr("lolcats.training.hidden.SHARD", 20000)  # several files a boundary
+    expected, result = job.train(tmp_path / "a", config)
+    kills = [(LayerTrainer, "_end_step", 2, False), (LayerTrainer, "_learn", 5, True), (LayerTrainer, "_save", 1, True),
+             (LayerTrainer, "_evaluate", 1, False), (LayerTrainer, "_end_step", 4, True),
+             (LayerTrainer, "_evaluate", 1, True), (LayerTrainer, "_learn", 3, False)]  # fmt: skip
+    if order == "blocks":
+        kills = [(Boundary, "done", 3, False), (Boundary, "done", 2, True), *kills, (Boundary, "remove", 1, False)]
+    for kill in kills:
+        with monkeypatch.context() as patch:
+            kill_at(patch, *kill)
+            with pytest.raises(Killed):
+                job.train(tmp_path / "b", config)
+    maps, again = job.train(tmp_path / "b", config)
+    assert_same(expected, maps)
+    assert again == result
+
+
+@pytest.mark.parametrize("order", ["joint", "stream", "blocks"])
+def test_what_is_done_is_not_done_again(order: str, job: Job, tmp_path: Path, monkeypatch) -> None:
+    """A continued run steps each optimizer only from where its layer was."""
+    config = job.config(f"transfer.order={order}", "transfer.early_stopping_patience=0", "transfer.save_steps=1")
+    counts = []
+    for kill in (5, 10**9):
+        with monkeypatch.context() as patch:
+            count = kill_at(patch, LayerTrainer, "_save", kill, True)
+            steps = kill_at(patch, lolcats.training.units.Unit, "update", 10**9, True)
+            with contextlib.suppress(Killed):
+                job.train(tmp_path / "out", config)
+            counts.append(steps())
+            assert count() > 0
+    assert sum(counts) == 3 * 9
+
+
+def test_ctrl_c_saves(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    config = job.config("transfer.order=stream")
+    expected, _ = job.train(tmp_path / "a", config)
+    original = LayerTrainer._end_step
+
+    def interrupted(self, group, units, source, step):
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        original(self, group, units, source, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerTrainer, "_end_step", interrupted)
+        with pytest.raises(Interrupted, match="Stopped in transfer after step 5 of layer 0"):
+            job.train(tmp_path / "b", config)
+    assert_same(expected, job.train(tmp_path / "b", config)[0])
+
+
+def test_blocks_apart_and_joined(job: Job, tmp_path: Path) -> None:
+    """Each block in a directory of its own, none of which has the other's hidden states; then brought together."""
+    config = job.config("transfer.order=blocks")
+    expected, result = job.train(tmp_path / "whole", config)
+    for block in (0, 1):
+        maps, unfinished = job.train(tmp_path / str(block), config, only=block)
+        assert unfinished is None
+    assert not torch.equal(maps[next(n for n in maps if ".0." in n)], expected[next(n for n in expected if ".0." in n)])
+    join_units(tmp_path / "joined", [tmp_path / "0", tmp_path / "1"])
+    maps, joined = job.train(tmp_path / "joined", config)
+    assert_same(expected, maps)
+    assert joined == result
+    with pytest.raises(LolcatsError, match="blocks 0 to 1"):
+        job.train(tmp_path / "0", config, only=2)
+    other = job.config("transfer.order=blocks", "transfer.learning_rate=0.1")
+    job.train(tmp_path / "other", other, only=0)
+    with pytest.raises(LolcatsError, match=r"transfer\.learning_rate was 0.5 and is now 0.1"):
+        join_units(tmp_path / "1", [tmp_path / "other"])
+    with pytest.raises(LolcatsError, match=r"no layers in training"):
+        join_units(tmp_path / "1", [tmp_path / "nothing"])
+
+
+def test_blocks_one_after_another_by_command_share_boundaries(job: Job, tmp_path: Path, monkeypatch) -> None:
+    config = job.config("transfer.order=blocks", "transfer.early_stopping_patience=0")
+    expected, _ = job.train(tmp_path / "whole", config)
+    job.train(tmp_path / "out", config, only=0)
+    boundary = tmp_path / "out" / "checkpoints" / "transfer" / "hidden" / "002"
+    assert (boundary / "validation.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Embeddings, "read", None)  # nothing begins at the tokens again
+        maps, _ = job.train(tmp_path / "out", config, only=1)
+    assert_same(expected, maps)
+
+
+def test_another_job_in_the_same_place(job: Job, tmp_path: Path) -> None:
+    job.train(tmp_path / "out", job.config("transfer.order=stream"))
+    changes = {
+        "transfer.learning_rate=0.1": r"transfer\.learning_rate was 0.5 and is now 0.1",
+        "attention.feature_dim=4": r"attention\.feature_dim was 8",
+        "seed=4": "seed was 1",
+    }
+    for change, message in changes.items():
+        with pytest.raises(LolcatsError, match=message):
+            job.train(tmp_path / "out", job.config("transfer.order=stream", change))
+    other = replace(job, data=replace(job.data, fingerprint="others"))
+    with pytest.raises(LolcatsError, match="data was 'fingerprint' and is now 'others'"):
+        other.train(tmp_path / "out", job.config("transfer.order=stream"))
+    path = tmp_path / "out" / "checkpoints" / "transfer" / "job.json"
+    path.write_text("{")
+    with pytest.raises(LolcatsError, match=r"job\.json is damaged"):
+        job.train(tmp_path / "out", job.config("transfer.order=stream"))
+
+
+def test_too_little_memory_or_disk_is_said_before(job: Job, tmp_path: Path, monkeypatch) -> None:
+    row = 32 * 32 * 4
+    with monkeypatch.context() as patch:
+        patch.setattr(orders, "free_host_memory", lambda: 11 * row + 2 * 320 * 32 * 4)
+        with pytest.raises(LolcatsError, match=r"needs .* GiB of host memory.*transfer.chunk_tokens=160 would fit"):
+            job.train(tmp_path / "a", job.config("transfer.order=stream"))
+        job.train(
+            tmp_path / "b", job.config("transfer.order=stream", "transfer.chunk_tokens=160", "transfer.batch_size=4")
+        )
+        patch.setattr(orders, "free_host_memory", lambda: 1)
+        with pytest.raises(LolcatsError, match="needs a larger machine"):
+            job.train(tmp_path / "c", job.config("transfer.order=stream"))
+    with monkeypatch.context() as patch:
+        free = type("Usage", (), {"free": 10})
+        patch.setattr(orders.shutil, "disk_usage", lambda path: free)
+        with pytest.raises(LolcatsError, match=r"writes .* GiB of hidden states under .* are free there"):
+            job.train(tmp_path / "d", job.config("transfer.order=blocks"))
+    assert not list(tmp_path.glob("[acd]/**/*.safetensors"))
+
+
+def test_damaged_files_are_named(job: Job, tmp_path: Path) -> None:
+    config = job.config("transfer.order=blocks", "transfer.block_size=1")
+    expected, _ = job.train(tmp_path / "whole", config)
+    out = tmp_path / "out"
+    job.train(out, config, only=0)
+    shard = out / "checkpoints" / "transfer" / "hidden" / "001" / "00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(LolcatsError, match=r"001/00000\.bin.*damaged.*Remove .*/001 and run again"):
+        job.train(out, config)
+    shard.unlink()
+    with pytest.raises(LolcatsError, match=r"001/00000\.bin.*is missing"):
+        job.train(out, config)
+    for file in shard.parent.iterdir():
+        file.unlink()
+    assert_same(expected, job.train(out, config)[0])
+    unit = sorted((out / "checkpoints" / "transfer" / "units").glob("*"))[1]
+    unit.write_bytes(unit.read_bytes()[:-8])
+    with pytest.raises(LolcatsError, match=rf"{unit.name} is damaged or truncated"):
+        job.train(out, config)
+
+
+def test_rows_may_be_read_when_asked_for(job: Job, tmp_path: Path) -> None:
+    config = job.config("transfer.order=stream")
+    expected, _ = job.train(tmp_path / "a", config)
+    lazily = replace(job, data=replace(job.data, train=Rows(job.data.train)))
+    for order in ("stream", "joint"):
+        maps, _ = lazily.train(tmp_path / order, job.config(f"transfer.order={order}"))
+        assert_same(expected, maps)
+
+
+def test_rows_of_several_documents_are_refused(job: Job, tmp_path: Path) -> None:
+    object.__setattr__(job.data, "positions", {"train": job.data.train})
+    with pytest.raises(LolcatsError, match="only where all layers are coupled and one process trains"):
+        job.train(tmp_path / "out", job.config("transfer.order=stream"))
+
+
+def test_a_disk_that_fills_up(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that the command line knows, not a signal; with more room the same command goes on."""
+    config = job.config("transfer.order=blocks")
+    expected, _ = job.train(tmp_path / "a", config)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lolcats.training.hidden.os.posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            job.train(tmp_path / "b", config)
+    assert_same(expected, job.train(tmp_path / "b", config)[0])
+
+
+def test_a_loss_that_is_no_number(job: Job, tmp_path: Path) -> None:
+    config = job.config("transfer.order=stream", "transfer.learning_rate=1e38", "transfer.max_grad_norm=0",
+                        "transfer.early_stopping_patience=0")  # fmt: skip
+    with pytest.raises(LolcatsError, match="The loss became"):
+        job.train(tmp_path / "out", config)
+
+
+def test_orders_need_layers_of_their_own(settings: list[str]) -> None:
+    for order in ("stream", "blocks"):
+        with pytest.raises(LolcatsError, match=r"needs transfer\.coupling=per_layer"):
+            load_config("default", [*settings, f"transfer.order={order}"])
+    with pytest.raises(LolcatsError, match=r"transfer\.block_size must be at least 1"):
+        load_config("default", [*settings, "transfer.block_size=0"])
+
+
+def test_metrics_keep_other_stages(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"stage": "finetune", "loss": 1.0, "step": 1}\n')
+    _, result = job.train(tmp_path / "out", job.config("transfer.order=stream"))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"stage": "finetune", "loss": 1.0, "step": 1}
+    assert [{k: v for k, v in line.items() if k != "stage"} for line in lines[1:]] == result.history
+    assert [e["step"] for e in result.history if "loss" in e] == list(range(1, result.steps + 1))
