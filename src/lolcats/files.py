@@ -64,17 +64,18 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     unfinished.rename(directory)
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, beside: str = "",
-                  metadata: dict[str, str] | None = None) -> None:  # fmt: skip
+def write_tensors(
+    tensors: dict[str, Tensor], path: Path, beside: str = "", more: dict[str, str] | None = None
+) -> None:  # fmt: skip
     """Write a safetensors file so that a reader sees either the old file or the whole new one; with a checksum.
 
-    beside: checksum of what lies beside it, kept with its own; metadata: more entries.
+    beside: checksum of what lies beside it, kept with its own; more: further metadata.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     written = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     # One entry alone: the order of several is random, and equal tensors are to be equal files.
-    save_file(written, partial, metadata={**(metadata or {}), CHECKSUM: f"{tensor_hash(written)} {beside}".strip()})
+    save_file(written, partial, metadata={CHECKSUM: f"{tensor_hash(written)} {beside}".strip(), **(more or {})})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)

@@ -112,7 +112,12 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log) 
                 "data.keep_longest_effective chooses rows by the whole model's attention: use transfer.order=joint."
             )
         say(f"Reading {base.path} layer by layer ({dtype}, {device})".replace("torch.", ""))
-        skeleton = build_skeleton(base, config.attention, dtype, device, config.seed)
+        if config.data.keep_longest_effective < 1:
+            raise LolcatsError(
+                "data.keep_longest_effective measures the base model's attention, for which the whole model must be in "
+                "memory: use transfer.order=joint."
+            )
+        skeleton = build_skeleton(base, config.attention, dtype, device, config.seed, inputs.trust)
         student = skeleton.model
     else:
         student, wrapped = _load_converted(inputs, config, say, run.stage_done("transfer"))

@@ -345,7 +345,7 @@ def test_rows_may_be_read_when_asked_for(job: Job, tmp_path: Path) -> None:
 
 
 def test_rows_of_several_documents_are_refused(job: Job, tmp_path: Path) -> None:
-    object.__setattr__(job.data, "positions", {"train": job.data.train})
+    job.data = replace(job.data, positions={"train": job.data.train})
     with pytest.raises(LolcatsError, match="only where all layers are coupled and one process trains"):
         job.train(tmp_path / "out", job.config("transfer.order=stream"))
 

@@ -181,12 +181,12 @@ class _Stub(nn.Module):
 
 
 def build_skeleton(
-    base: Base, attention: AttentionConfig, dtype: torch.dtype, device: torch.device, seed: int
-) -> Skeleton:
+    base: Base, attention: AttentionConfig, dtype: torch.dtype, device: torch.device, seed: int, trust: bool = False
+) -> Skeleton:  # fmt: skip
     """The skeleton of a base model, with the feature maps that :func:`convert` would give the loaded one."""
     if base.form == "gguf":  # its tensors are quantized and named otherwise: transformers reads it whole
-        return _of_loaded(load_model(base, dtype), attention, dtype, device, seed)
-    model = empty_model(AutoConfig.from_pretrained(base.path), dtype)
+        return _of_loaded(load_model(base, dtype, trust=trust), attention, dtype, device, seed)
+    model = empty_model(AutoConfig.from_pretrained(base.path, trust_remote_code=trust), dtype, trust)
     source = shards_of(base, model.base_model_prefix)
     torch.manual_seed(seed)
     convert_empty(model, attention)
@@ -199,7 +199,7 @@ def build_skeleton(
                 f"{error} transformers could rearrange them if the whole model were in host memory: it takes "
                 f"{size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free."
             ) from None
-        return _of_loaded(load_model(base, dtype), attention, dtype, device, seed)
+        return _of_loaded(load_model(base, dtype, trust=trust), attention, dtype, device, seed)
 
 
 def _of_loaded(
@@ -212,10 +212,10 @@ def _of_loaded(
     return Skeleton(model, Loaded({name: p.detach() for name, p in whole.named_parameters()}), device)
 
 
-def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(config: Any, dtype: torch.dtype, trust: bool = False) -> PreTrainedModel:
     """A model of that configuration: parameters on the meta device, in the dtypes that loading would give them."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
     keep = set(model._keep_in_fp32_modules_strict or ())
     if dtype == torch.float16:
         keep |= set(model._keep_in_fp32_modules or ())

@@ -68,10 +68,10 @@ class LayerTrainer:
         device: torch.device, base: str = "", tick: Callable[[int], None] = lambda step: None,
     ) -> None:  # fmt: skip
         self.config, self.ranks, self.device, self.data, self.tick = config.transfer, ranks, device, data, tick
-        if getattr(data, "positions", None):  # rows of several documents that do not see each other
+        if data.positions:
             raise LolcatsError(
-                "Documents are kept apart inside rows only where all layers are coupled and one process trains "
-                "(transfer.coupling=joint, transfer.order=joint)."
+                "Documents are kept apart inside rows (data.reset_at_documents) only where all layers are coupled and "
+                "one process trains (transfer.coupling=joint, transfer.order=joint)."
             )
         if self.config.batch_size < ranks.size:
             raise LolcatsError(

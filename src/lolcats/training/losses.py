@@ -52,37 +52,31 @@ def weight_cross_entropy(
     """
     if call.padding is not None:
         raise LolcatsError("The cross-entropy of attention weights (transfer.xent_weight) takes rows without padding.")
-    if call.documents is not None:
-        return call.documents.apart(partial(_of_queries, layer, call), call.q, call.k).mean()
-    q, k = call.q, call.k
-    fq, fk, gamma = layer.phi_q(q), layer.phi_k(k), layer.gamma
-    length = q.shape[2]
-    rows = max(1, weights // (q.shape[1] * min(queries, length) * length))
-    total = torch.zeros((), device=q.device)
-    for row in range(0, q.shape[0], rows):
-        some = slice(row, row + rows)
-        for first in range(0, length, queries):
-            last = min(first + queries, length)
-            part = (q[some, :, first:last], k[some, :, :last], fq[some, :, first:last], fk[some, :, :last], gamma)
-            common = (layer.spec, call.scale, call.softcap, first)
-            total = total + checkpoint(_summed, *part, *common, use_reentrant=False, preserve_rng_state=False)
-    return total / (q.shape[0] * q.shape[1] * length)
+
+    def of_rows(q: Tensor, k: Tensor) -> Tensor:
+        fq, fk, gamma = layer.phi_q(q), layer.phi_k(k), layer.gamma
+        length, found = q.shape[2], []
+        rows = max(1, weights // (q.shape[1] * min(queries, length) * length))
+        for row in range(0, q.shape[0], rows):
+            some, pieces = slice(row, row + rows), []
+            for first in range(0, length, queries):
+                last = min(first + queries, length)
+                part = (q[some, :, first:last], k[some, :, :last], fq[some, :, first:last], fk[some, :, :last], gamma)
+                common = (layer.spec, call.scale, call.softcap, first)
+                pieces.append(checkpoint(_of_queries, *part, *common, use_reentrant=False, preserve_rng_state=False))
+            found.append(torch.cat(pieces, 2))
+        return torch.cat(found)
+
+    per_query = of_rows if call.documents is None else partial(call.documents.apart, of_rows)
+    return per_query(call.q, call.k).mean()
 
 
-def _of_queries(layer: LinearizedAttention, call: AttentionCall, q: Tensor, k: Tensor) -> Tensor:
-    """(B, H, T, 1) cross-entropy of each query of whole documents, all weights at once."""
-    with torch.no_grad():
-        target = softmax_weights(q, k, call.scale, call.softcap)
-    predicted = layer.weights(q, k, call.scale, call.softcap)
-    return -(target * predicted.clamp_min(1e-12).log()).sum(-1, keepdim=True)
-
-
-def _summed(
+def _of_queries(
     q: Tensor, k: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
     softcap: float | None, first: int,
 ) -> Tensor:  # fmt: skip
-    """The cross-entropy of queries from position ``first`` on, summed over everything."""
+    """(B, H, T, 1) cross-entropy of each of the queries from position ``first`` on."""
     with torch.no_grad():
         target = softmax_weights(q, k, scale, softcap, first)
     predicted = attention_weights(q, k, fq, fk, gamma, spec, scale, softcap, first)
-    return -(target * predicted.clamp_min(1e-12).log()).sum()
+    return -(target * predicted.clamp_min(1e-12).log()).sum(-1, keepdim=True)

@@ -163,7 +163,7 @@ class Unit:
             "scheduler": self.scheduler.state_dict(),
             "rates": [group["lr"] for group in self.optimizer.param_groups],
         }
-        write_tensors(tensors, self.path, metadata={"unit": json.dumps(record)})
+        write_tensors(tensors, self.path, more={"unit": json.dumps(record)})
         self.saved_step = self.progress.step
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
