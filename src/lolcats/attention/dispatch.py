@@ -95,6 +95,15 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
     return True
 
 
+def uses_decode_kernel(q: Tensor, phi_q: Any, spec: AttentionSpec) -> bool:
+    """Whether the decode kernel moves a state by one token; it has the hedgehog map inside, and no gradients."""
+    if _known(_backend) == "chunked" or torch.is_grad_enabled() or _misfit(q, spec) or not _has_triton():
+        return False
+    if not q.is_cuda and (_backend != "triton" or q.dtype != torch.float32):  # the interpreter has no 16-bit products
+        return False
+    return not spec.has_linear or getattr(phi_q, "name", "") == "hedgehog"
+
+
 def _misfit(q: Tensor, spec: AttentionSpec) -> str:
     """What the kernels would need instead; empty if they have this geometry."""
     if spec.softmax_sinks > 16:
