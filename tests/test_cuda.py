@@ -20,9 +20,9 @@ from lolcats.attention import (
 )
 from lolcats.config import AttentionConfig, load_config
 from lolcats.modeling.layer import Geometry, LinearizedAttention
+from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import find_head, language_model_loss
 from lolcats.pipeline import linearize
-from lolcats.modeling.liger import fused_layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -1,4 +1,4 @@
-"""The decode kernel against the PyTorch step and the reference: on a GPU where there is one, else interpreted (fp32)."""
+"""The decode kernel against the PyTorch step and the reference: on a GPU where there is one, or interpreted (fp32)."""
 
 from __future__ import annotations
 

@@ -30,13 +30,13 @@ from lolcats.inference.graphs import DecodeGraphs, capture
 from lolcats.inference.sampling import BatchSampler, Sampler, SamplingParams, TokenLogprob
 from lolcats.inference.states import PrefillCache, PrefixCache, SlotTable, Snapshot
 from lolcats.inference.text import Detokenizer, StopStrings
-from lolcats.modeling.layer import linearized_layers
+from lolcats.modeling.layer import LinearizedAttention, linearized_layers
 from lolcats.modeling.liger import fused_layers
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
-@dataclass
+@dataclass(slots=True)
 class Delta:
     """What one step added to a request: text that can be shown, tokens, and on the last one why it ended."""
 
@@ -276,10 +276,13 @@ class Engine:
         return self._forward(ids, positions, self.table.view(rows))
 
     def _has_kernels(self) -> bool:
+        def has(layer: LinearizedAttention) -> bool:
+            shape = (0, 0, 1, layer.geometry.head_dim)
+            q = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+            return uses_decode_kernel(q, layer.phi_q, layer.spec)
+
         with torch.inference_mode():
-            layers = self.layers.values()
-            q = (torch.empty(0, 0, 0, x.geometry.head_dim, dtype=self.model.dtype, device=self.model.device) for x in layers)
-            return all(uses_decode_kernel(x, layer.phi_q, layer.spec) for x, layer in zip(q, layers, strict=True))
+            return all(map(has, self.layers.values()))
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """(B, T) -> logits (B, V) behind the last token."""
@@ -295,19 +298,18 @@ class Engine:
         tokens, logprobs = self.sampler.sample(logits, [r.sampler for r in requests])
         self.inputs[0, slots.start : slots.stop] = torch.tensor(tokens)
         self.inputs[1, slots.start : slots.stop] += 1
-        deltas = [self._delta(*x) for x in zip(requests, tokens, logprobs, strict=True)]
-        for slot, request, delta in reversed(list(zip(slots, requests, deltas, strict=True))):
-            if delta.finish_reason is not None:
-                if request.keep_state:
-                    delta.snapshot = self.table.take(slot, request.history[:-1])
-                self._free(slot)
+        deltas = list(map(self._delta, requests, tokens, logprobs))
+        for i in reversed([i for i, delta in enumerate(deltas) if delta.finish_reason is not None]):
+            if requests[i].keep_state:
+                deltas[i].snapshot = self.table.take(slots[i], requests[i].history[:-1])
+            self._free(slots[i])
         for request, delta in zip(requests, deltas, strict=True):
             request.on_delta(delta)
 
     def _delta(self, request: Request, token: int, logprob: TokenLogprob | None) -> Delta:
-        request.generated.append(token)
-        ended = token in self.stop_tokens
-        full = len(request.generated) == request.params.max_tokens
+        generated = request.generated
+        generated.append(token)
+        ended, full = token in self.stop_tokens, len(generated) == request.params.max_tokens
         text = self._text(request, token, ended, full) if request.text else ""
         stopped = ended or request.stops.stopped
         reason: FinishReason | None = "stop" if stopped else "length" if full else None

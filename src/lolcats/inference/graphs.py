@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class DecodeGraphs:
         for rows in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
             self.graphs[rows] = self._capture(forward, rows, pool)
 
-    def _capture(self, forward: Forward, rows: int, pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, forward: Forward, rows: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         ids, positions = self.inputs[:, :rows, None]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

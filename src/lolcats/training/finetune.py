@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from lolcats.config import Config, FinetuneConfig
 from lolcats.errors import LolcatsError
+from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.training.data import Data
-from lolcats.modeling.liger import fused_layers
 from lolcats.training.trainer import StageResult, StageTrainer, train_only
 
 

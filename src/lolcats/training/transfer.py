@@ -18,9 +18,9 @@ from lolcats.attention.reference import softmax_weights
 from lolcats.config import Config, TransferConfig
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
+from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import mean_squared_error
 from lolcats.training.data import Data
-from lolcats.modeling.liger import fused_layers
 from lolcats.training.trainer import StageResult, StageTrainer, train_only
 
 

@@ -84,8 +84,8 @@ def decode_kernel(
         if SINKS > 0:
             sink = tl.arange(0, BLOCK_SINKS)
             peak, total, soft = attend(
-                q_tile, sink_k, sink_v, new_k, new_v, sink, (sink < SINKS) & (sink < n), (sink < SINKS) & (sink == n), d,
-                peak, total, soft, scale, cap, DIM, CAPPED, PRECISION,
+                q_tile, sink_k, sink_v, new_k, new_v, sink, (sink < SINKS) & (sink < n), (sink < SINKS) & (sink == n),
+                d, peak, total, soft, scale, cap, DIM, CAPPED, PRECISION,
             )  # fmt: skip
         start = tl.maximum(window_start(n, WINDOW, SIZE), SINKS)
         for at in range(0, SPAN, BLOCK_K):
