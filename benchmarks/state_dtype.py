@@ -3,8 +3,8 @@
     python benchmarks/state_dtype.py                  # prints a table; a GPU takes seconds a row, a CPU minutes
 
 One layer, one sequence, random keys, queries and values around means of their own (so that S grows as in a real layer),
-decoded one token at a time by ``step``. The error is ‖y − y₃₂‖ / ‖y₃₂‖ over 64 tokens of the linear readout alone and of
-the whole output, with stochastic rounding and, for comparison, rounded to the nearest.
+decoded one token at a time by ``step``. The error is ‖y − y₃₂‖ / ‖y₃₂‖ over 64 tokens, of the linear readout alone and
+of the whole output, with stochastic rounding and, for comparison, rounded to the nearest.
 """
 
 import argparse

@@ -91,7 +91,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None
 @pytest.mark.parametrize("window", ["terraced", "sliding"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_equals_step_and_reference(kind: Any, window: Any, shared: bool) -> None:
-    Decoding(AttentionSpec(kind, window, 8, 3), [0, 13], 21, shared=shared).check()
+    Decoding(AttentionSpec(kind, window, 8, 3), [0, 13], 21, heads=2, kv_heads=1, shared=shared).check()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,8 @@ def test_softcap() -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_states_in_bf16_round_alike(window: Any, shared: bool) -> None:
     """The kernel's bf16 state is that of the PyTorch step, up to a step where fp32 sums differ in their last bit."""
-    decoding = Decoding(AttentionSpec("hybrid", window, 8, 3), [0, 13], 20, shared=shared, state_dtype=torch.bfloat16)
+    spec, bf16 = AttentionSpec("hybrid", window, 8, 3), torch.bfloat16
+    decoding = Decoding(spec, [0, 13], 20, heads=2, kv_heads=1, shared=shared, state_dtype=bf16)
     y, state = decoding.run("triton")
     expected, other = decoding.run("chunked")
     assert state.S.dtype == torch.bfloat16

@@ -101,6 +101,62 @@ def test_the_decode_kernel_gives_the_same_tokens(tokenizer: Any) -> None:
     assert [tokens(deltas) for deltas in asked] == expected
 
 
+class Ahead:
+    """Stands in for CUDA graphs where there are none: runs what they would replay."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.runs = engine, 0
+        self.inputs = torch.zeros(2, engine.table.slots, dtype=torch.long)
+
+    def run(self, rows: int, inputs: torch.Tensor | None = None) -> torch.Tensor:
+        if inputs is None:
+            self.runs += 1
+        else:
+            self.inputs[:, :rows] = inputs
+        return self.engine._decode_rows(*self.inputs[:, :rows, None], rows)
+
+    def follow(self, tokens: torch.Tensor) -> Ahead:
+        self.inputs[0, : len(tokens)] = tokens
+        self.inputs[1, : len(tokens)] += 1
+        self.tokens = tokens
+        landing = Ahead.__new__(Ahead)
+        landing.tokens = tokens.clone()
+        return landing
+
+    def wait(self) -> list[int]:
+        return self.tokens.tolist()
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3, "top_k": 40, "repetition_penalty": 1.3}])
+def test_steps_that_are_launched_ahead_change_no_token(sampling: dict[str, Any], tokenizer: Any) -> None:
+    """Ends by length and by a stop token, cancellations, refilled slots, and requests that need each step's tokens."""
+    plain = tiny_engine(tokenizer, slots=4, prefix_bytes=0, stop_tokens=(40, 41, 42))
+    engine = tiny_engine(tokenizer, slots=4, prefix_bytes=0, stop_tokens=(40, 41, 42))
+    engine.graphs = ahead = Ahead(engine)  # type: ignore[assignment]
+    many, results = prompts(12), []
+    for which in (engine, plain):
+        seen: list[list[Delta]] = [[] for _ in many]
+        requests = [
+            Request(prompt, SamplingParams(max_tokens=10 + 5 * i, **sampling), deltas.append, keep_state=i == 7)
+            for i, (prompt, deltas) in enumerate(zip(many, seen, strict=True))
+        ]
+        for request in requests:
+            which.submit(request)
+        while not which.idle:
+            which.step()
+            if len(seen[5]) >= 7 and seen[5][-1].finish_reason is None:
+                which.cancel(requests[5])
+        results.append([(tokens(deltas)[: 7 if i == 5 else None], deltas[-1].finish_reason, deltas[-1].snapshot)
+                        for i, deltas in enumerate(seen)])  # fmt: skip
+    assert ahead.runs > 20
+    assert engine.flying is None
+    for got, expected in zip(*results, strict=True):
+        assert got[:2] == expected[:2]
+    assert results[0][7][2].tokens == results[1][7][2].tokens
+    for a, b in zip(results[0][7][2].layers, results[1][7][2].layers, strict=True):
+        torch.testing.assert_close(a.tensors(), b.tensors())
+
+
 def test_prompts_of_one_length_can_be_prefilled_together(tokenizer: Any) -> None:
     engine = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=0, prefill_rows=3)
     single = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=0)

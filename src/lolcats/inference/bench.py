@@ -156,6 +156,7 @@ def benchmark(student: PreTrainedModel, options: Options) -> Iterator[Row]:
                 measured["engine"] = engine
             for name, result in measured.items():
                 yield row(name, batch, result, student, engine, options, about)
+        engine, systems = "gone", {}  # so that its memory is free for the next one
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from lolcats.attention import AttentionState
 from lolcats.attention.dispatch import uses_decode_kernel
 from lolcats.errors import LolcatsError
-from lolcats.inference.graphs import DecodeGraphs, capture
+from lolcats.inference.graphs import DecodeGraphs, Landing, capture
 from lolcats.inference.sampling import BatchSampler, Sampler, SamplingParams, TokenLogprob
 from lolcats.inference.states import PrefillCache, PrefixCache, SlotTable, Snapshot
 from lolcats.inference.text import Detokenizer, StopStrings
@@ -119,6 +119,8 @@ class Engine:
         self.prefixes = PrefixCache(prefix_bytes, piece)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.flying: tuple[list[Request], Landing] | None = None
+        """Of a step that was launched ahead: its requests in the order of its rows, and their tokens."""
         self.sampler = BatchSampler()
         self.inputs = torch.zeros(2, slots, dtype=torch.long, pin_memory=model.device.type == "cuda")
         """Of each slot, on the host: its newest token, whose key is not in the state yet, and that token's position."""
@@ -164,6 +166,7 @@ class Engine:
 
     def cancel(self, request: Request) -> bool:
         """Take a request out at once; its slot is free for the next step. False if it had ended already."""
+        self._catch_up()
         if request in self.waiting:
             self.waiting.remove(request)
         elif request in self.running:
@@ -176,6 +179,7 @@ class Engine:
     def abort(self, message: str) -> None:
         """End everything with an error."""
         requests = [*self.running, *self.waiting]
+        self.flying = None
         self.running.clear()
         self.waiting.clear()
         for request in requests:
@@ -184,6 +188,8 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """At most one piece's worth of prefill, then one token for every running request."""
+        if self.waiting:
+            self._catch_up()
         self._prefill()
         if self.running:
             self._decode()
@@ -264,13 +270,56 @@ class Engine:
     def _decode(self) -> None:
         count = len(self.running)
         rows = next(size for size in self.batch_sizes if size >= count)
+        if self._may_overlap():
+            return self._decode_ahead(count, rows)
+        self._catch_up()
+        if count != len(self.running):
+            return None
         inputs = self.inputs[:, :rows]
         if self.graphs is not None:
-            logits = self.graphs.run(inputs)
+            logits = self.graphs.run(rows, inputs)
         else:
             ids, positions = inputs.to(self.model.device)[:, :, None]
             logits = self._decode_rows(ids, positions, rows)
         self._advance(logits[:count], range(count))
+        return None
+
+    def _may_overlap(self) -> bool:
+        """Whether a step may begin before the tokens of the last one are on the host: if nothing there needs them.
+
+        A request that turns out to have ended was computed for one token more, which is thrown away.
+        """
+        return self.graphs is not None and all(not r.keep_state and r.params.logprobs is None for r in self.running)
+
+    def _decode_ahead(self, count: int, rows: int) -> None:
+        """Launch a step, and handle the tokens of the one before it while the device is at work."""
+        assert self.graphs is not None
+        before = self.flying
+        logits = self.graphs.run(rows, self.inputs[:, :rows] if before is None else None)
+        tokens = self.sampler.choose(logits[:count], [r.sampler for r in self.running])
+        self.flying = list(self.running), self.graphs.follow(tokens)
+        if before is not None:
+            self._land(*before)
+        if len(self.running) < count:  # rows have moved: the next step starts from the host again
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Handle the tokens of a step that was launched ahead."""
+        if self.flying is not None:
+            flying, self.flying = self.flying, None
+            self._land(*flying)
+
+    def _land(self, requests: list[Request], landing: Landing) -> None:
+        """Report the tokens of requests that have not ended since their step was launched."""
+        tokens = landing.wait()
+        if requests != self.running:
+            slots = {request: slot for slot, request in enumerate(self.running)}
+            alive = [(slots[r], r, token) for r, token in zip(requests, tokens, strict=True) if r in slots]
+        else:
+            alive = list(zip(range(len(tokens)), requests, tokens, strict=True))
+        for _, request, token in alive:
+            request.sampler.saw(token)
+        self._report([slot for slot, _, _ in alive], [token for _, _, token in alive], [None] * len(alive))
 
     def _decode_rows(self, ids: Tensor, positions: Tensor, rows: int) -> Tensor:
         return self._forward(ids, positions, self.table.view(rows))
@@ -293,13 +342,19 @@ class Engine:
         return logits
 
     def _advance(self, logits: Tensor, slots: range) -> None:
-        """Sample a token for each slot from its row of logits (B, V); report it; free the slots of those that ended."""
+        """Sample a token for each slot from its row of logits (B, V), and report it."""
         requests = self.running[slots.start : slots.stop]
-        tokens, logprobs = self.sampler.sample(logits, [r.sampler for r in requests])
-        self.inputs[0, slots.start : slots.stop] = torch.tensor(tokens)
-        self.inputs[1, slots.start : slots.stop] += 1
+        self._report(slots, *self.sampler.sample(logits, [r.sampler for r in requests]))
+
+    def _report(self, slots: Sequence[int], tokens: list[int], logprobs: list[TokenLogprob | None]) -> None:
+        """Hand each slot's token to its request; free the slots of those that ended."""
+        requests = [self.running[slot] for slot in slots]
+        where = torch.tensor(slots, dtype=torch.long)
+        self.inputs[0, where] = torch.tensor(tokens, dtype=torch.long)
+        self.inputs[1, where] += 1
         deltas = list(map(self._delta, requests, tokens, logprobs))
-        for i in reversed([i for i, delta in enumerate(deltas) if delta.finish_reason is not None]):
+        ended = [i for i, delta in enumerate(deltas) if delta.finish_reason is not None]
+        for i in sorted(ended, key=lambda i: -slots[i]):
             if requests[i].keep_state:
                 deltas[i].snapshot = self.table.take(slots[i], requests[i].history[:-1])
             self._free(slots[i])

@@ -17,6 +17,19 @@ log = logging.getLogger(__name__)
 Forward = Callable[[Tensor, Tensor, int], Tensor]
 
 
+class Landing:
+    """Tokens (B,) on their way to the host."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens, self.arrived = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
+        self.arrived.record()
+
+    def wait(self) -> list[int]:
+        self.arrived.synchronize()
+        tokens: list[int] = self.tokens.tolist()
+        return tokens
+
+
 class DecodeGraphs:
     """Captures ``forward(ids, positions, rows)``, (rows, 1) both -> logits (rows, V), for every one of ``sizes``.
 
@@ -42,13 +55,22 @@ class DecodeGraphs:
             logits = forward(ids, positions, rows)
         return graph, logits
 
-    def run(self, inputs: Tensor) -> Tensor:
-        """inputs: (2, rows) ids and positions, on the host -> logits (rows, V), valid until the next run."""
-        rows = inputs.shape[1]
-        self.inputs[:, :rows].copy_(inputs, non_blocking=True)
+    def run(self, rows: int, inputs: Tensor | None = None) -> Tensor:
+        """Logits (rows, V), valid until the next run.
+
+        inputs: (2, rows) ids and positions, on the host; None: what :meth:`follow` left.
+        """
+        if inputs is not None:
+            self.inputs[:, :rows].copy_(inputs, non_blocking=True)
         graph, logits = self.graphs[rows]
         graph.replay()
         return logits
+
+    def follow(self, tokens: Tensor) -> Landing:
+        """Make ``tokens`` (B,) the inputs of the next run, one position on, and send them to the host."""
+        self.inputs[0, : len(tokens)] = tokens
+        self.inputs[1, : len(tokens)] += 1
+        return Landing(tokens)
 
 
 def capture(forward: Forward, sizes: Sequence[int], device: torch.device) -> DecodeGraphs | None:

@@ -100,6 +100,14 @@ class BatchSampler:
 
         A row's token depends on that row and its own sampler alone.
         """
+        tokens = self.choose(logits, samplers)
+        result: list[int] = tokens.tolist()
+        for row in self.penalized_rows:
+            samplers[row].saw(result[row])
+        return result, self._logprobs(logits, tokens, result)
+
+    def choose(self, logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+        """The tokens (B,) alone, on the device; the samplers are yet to be told that they saw them."""
         if self.samplers != list(samplers):
             self._compose(list(samplers), logits)
         changed = self._penalize(logits)
@@ -112,10 +120,7 @@ class BatchSampler:
             tokens[index] = draw(changed if every else changed[index], uniform.to(logits.device), columns, self.filters)
         if len(self.penalized):
             self.seen[self.rows, tokens[self.penalized]] = True
-        result: list[int] = tokens.tolist()
-        for row in self.penalized_rows:
-            samplers[row].saw(result[row])
-        return result, self._logprobs(logits, tokens, result)
+        return tokens
 
     def _compose(self, samplers: list[Sampler], logits: Tensor) -> None:
         """Bring to the device what a batch of other requests needs."""

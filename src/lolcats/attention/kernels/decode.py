@@ -49,7 +49,7 @@ def decode_kernel(
     LINEAR: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr, SINKS: tl.constexpr,
     CAPPED: tl.constexpr, ROUNDED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_SINKS: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_SINKS: tl.constexpr,
 ):  # fmt: skip
     """q: (B, H, D), k, v: (B, G, D) by their strides; o: (B, H, D) and the state's tensors, contiguous.
 
@@ -75,68 +75,43 @@ def decode_kernel(
                 )  # fmt: skip
                 tl.debug_barrier()  # S and z are read again by other threads
     heads = tl.arange(0, BLOCK_H)
-    peak = tl.full((BLOCK_H,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_H,), tl.float32)
-    soft = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+    place, real = heads[:, None] * DIM + d[None, :], (heads < GROUP)[:, None] & (d < DIM)[None, :]
+    q_tile = tl.load(q + heads[:, None] * q_strides[1] + d[None, :], mask=real, other=0.0)
+    numerator, denominator = tl.zeros((BLOCK_H, BLOCK_D), tl.float32), tl.zeros((BLOCK_H,), tl.float32)
     if SOFTMAX:
-        real = (heads < GROUP)[:, None] & (d < DIM)[None, :]
-        q_tile = tl.load(q + heads[:, None] * q_strides[1] + d[None, :], mask=real, other=0.0)
+        logits = tl.sum(q_tile.to(tl.float32) * new_k.to(tl.float32)[None, :], 1)
+        peak = capped(logits, scale, cap, CAPPED) * log2_scale(scale, CAPPED)
+        total, soft = tl.full((BLOCK_H,), 1.0, tl.float32), numerator + new_v.to(tl.float32)[None, :]
         if SINKS > 0:
             sink = tl.arange(0, BLOCK_SINKS)
+            earlier = (sink < SINKS) & (sink < n)
             peak, total, soft = attend(
-                q_tile, sink_k, sink_v, new_k, new_v, sink, (sink < SINKS) & (sink < n), (sink < SINKS) & (sink == n),
-                d, peak, total, soft, scale, cap, DIM, CAPPED, PRECISION,
-            )  # fmt: skip
+                q_tile, sink_k, sink_v, sink, earlier, d, peak, total, soft, scale, cap, DIM, CAPPED, PRECISION
+            )
         start = tl.maximum(window_start(n, WINDOW, SIZE), SINKS)
-        for at in range(0, SPAN, BLOCK_K):
-            slot = at + tl.arange(0, BLOCK_K)
+        for at in range(0, SPAN, BLOCK_W):
+            slot = at + tl.arange(0, BLOCK_W)
             position = n - (n % SPAN - slot + SPAN) % SPAN
-            visible = (slot < SPAN) & (position >= start)
+            stored = (slot < SPAN) & (position >= start) & (position < n)
             peak, total, soft = attend(
-                q_tile, ring_k, ring_v, new_k, new_v, slot, visible & (position < n), visible & (position == n), d,
-                peak, total, soft, scale, cap, DIM, CAPPED, PRECISION,
-            )  # fmt: skip
-    numerator = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-    denominator = tl.zeros((BLOCK_H,), tl.float32)
-    if SOFTMAX:
+                q_tile, ring_k, ring_v, slot, stored, d, peak, total, soft, scale, cap, DIM, CAPPED, PRECISION
+            )
         weight = tl.load(gamma + kv * GROUP + heads, mask=heads < GROUP, other=0.0)
         numerator, denominator = soft * weight[:, None], total * weight
     if LINEAR:
         leaves, old_k, old_v = leaving_key(ring_k, ring_v, new_k, new_v, n, d, DIM, WINDOW, SIZE, SPAN, SINKS)
-        y = tl.zeros((BLOCK_H, BLOCK_F), tl.float32)
-        for h in range(GROUP):
-            x = tl.load(q + h * q_strides[1] + d, mask=d < DIM, other=0.0).to(tl.float32)
-            projected = tl.sum(x[:, None] * load_weight(weight_q, kv * GROUP + h, d, j, DIM, WIDTH), 0)
-            y = tl.where((heads == h)[:, None], projected[None, :], y)
-        up, down = hedgehog(y, tl.full((BLOCK_H,), 1.0, tl.float32), j, WIDTH)
-        for m in range(MAPS):
-            readers = (heads // (GROUP // MAPS) == m) & (heads < GROUP)
-            if WINDOW != "terraced":
-                key_up, key_down = hedgehog_vector(
-                    old_k, load_weight(weight_k, kv * MAPS + m, d, j, DIM, WIDTH), leaves, j, WIDTH
-                )  # fmt: skip
-            for half in tl.static_range(2):
-                S_half, z_half = S + (2 * m + half) * (WIDTH * DIM), z + (2 * m + half) * WIDTH
-                sums = load_state(S_half, j, d, WIDTH, DIM)
-                total_z = tl.load(z_half + j, mask=j < WIDTH, other=0.0)
-                if WINDOW != "terraced":
-                    phi_k = key_up if half == 0 else key_down
-                    index = ((kv * MAPS + m) * 2 + half) * (WIDTH * DIM)
-                    sums = store_sum(
-                        S_half, sums, phi_k[:, None] * old_v[None, :], index, n, leaves, j, d, WIDTH, DIM, ROUNDED
-                    )  # fmt: skip
-                    total_z += phi_k
-                    tl.store(z_half + j, total_z, mask=j < WIDTH)
-                phi_q = up if half == 0 else down
-                denominator += tl.where(readers, tl.sum(phi_q * total_z[None, :], 1), 0.0)
-                for reader in range(GROUP // MAPS):
-                    here = heads == m * (GROUP // MAPS) + reader
-                    row_phi = tl.sum(tl.where(here[:, None], phi_q, 0.0), 0)
-                    added = tl.sum(row_phi[:, None] * sums, 0)
-                    numerator += tl.where(here[:, None], added[None, :], 0.0)
+        if MAPS < GROUP and tl.bfloat16 == LOW:
+            numerator, denominator = read_shared(
+                q, q_strides[1], S, z, weight_q, weight_k, numerator, denominator, kv, old_k, old_v, leaves, n, heads,
+                d, j, GROUP, DIM, WIDTH, WINDOW, ROUNDED, BLOCK_H, BLOCK_F,
+            )  # fmt: skip
+        else:
+            numerator, denominator = read_own(
+                q, q_strides[1], S, z, weight_q, weight_k, numerator, denominator, kv, old_k, old_v, leaves, n, heads,
+                d, j, GROUP, MAPS, DIM, WIDTH, WINDOW, ROUNDED,
+            )  # fmt: skip
     y = numerator / tl.where(denominator == 0, 1.0, denominator)[:, None]
-    place, mask = o + heads[:, None] * DIM + d[None, :], (heads < GROUP)[:, None] & (d < DIM)[None, :]
-    tl.store(place, y.to(o.dtype.element_ty), mask=mask)
+    tl.store(o + place, y.to(o.dtype.element_ty), mask=real)
     tl.debug_barrier()  # every thread has read the slot that is overwritten now
     if SPAN > 0:
         tl.store(ring_k + n % SPAN * DIM + d, new_k, mask=d < DIM)
@@ -183,6 +158,93 @@ def fold_chunk(
                 store_sum(S_half, before, added, index, n, True, j, vd, WIDTH, DIM, ROUNDED)
                 here = (j < WIDTH) & (piece == 0)
                 tl.store(z_half + j, tl.load(z_half + j, mask=here, other=0.0) + sums, mask=here)
+
+
+@triton.jit
+def read_own(
+    q, q_stride, S, z, weight_q, weight_k, numerator, denominator, kv, old_k, old_v, leaves, n, heads, d, j,
+    GROUP: tl.constexpr, MAPS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
+    ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """Add φ(q)ᵀ S and φ(q)ᵀ z, one query head after the other, in fp32."""
+    READERS: tl.constexpr = GROUP // MAPS
+    for m in range(MAPS):
+        key_up, key_down = leaving_features(old_k, weight_k, kv * MAPS + m, leaves, d, j, DIM, WIDTH, WINDOW)
+        if READERS == 1:
+            up, down = query_features(q, q_stride, weight_q, kv * GROUP, m, d, j, DIM, WIDTH)
+        for half in tl.static_range(2):
+            key_phi = key_up if half == 0 else key_down
+            sums, total = load_half(
+                S, z, key_phi, old_v, kv * MAPS, m, half, n, leaves, d, j, DIM, WIDTH, WINDOW, ROUNDED
+            )  # fmt: skip
+            for reader in range(READERS):
+                h = m * READERS + reader
+                if READERS > 1:
+                    up, down = query_features(q, q_stride, weight_q, kv * GROUP, h, d, j, DIM, WIDTH)
+                phi = up if half == 0 else down
+                numerator += tl.where((heads == h)[:, None], tl.sum(phi[:, None] * sums, 0)[None, :], 0.0)
+                denominator += tl.where(heads == h, tl.sum(phi * total, 0), 0.0)
+    return numerator, denominator
+
+
+@triton.jit
+def read_shared(
+    q, q_stride, S, z, weight_q, weight_k, numerator, denominator, kv, old_k, old_v, leaves, n, heads, d, j,
+    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, ROUNDED: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """The same for query heads that share a key map, as products of bf16 parts: φ and, if it is fp32, S in two each."""
+    y = tl.zeros((BLOCK_H, BLOCK_F), tl.float32)
+    for h in range(GROUP):
+        x = tl.load(q + h * q_stride + d, mask=d < DIM, other=0.0).to(tl.float32)
+        projected = tl.sum(x[:, None] * load_weight(weight_q, kv * GROUP + h, d, j, DIM, WIDTH), 0)
+        y = tl.where((heads == h)[:, None], projected[None, :], y)
+    up, down = hedgehog(y, tl.full((BLOCK_H,), 1.0, tl.float32), j, WIDTH)
+    key_up, key_down = leaving_features(old_k, weight_k, kv, leaves, d, j, DIM, WIDTH, WINDOW)
+    for half in tl.static_range(2):
+        key_phi, phi = key_up if half == 0 else key_down, up if half == 0 else down
+        sums, total = load_half(S, z, key_phi, old_v, kv, 0, half, n, leaves, d, j, DIM, WIDTH, WINDOW, ROUNDED)
+        denominator += tl.sum(phi * total[None, :], 1)
+        phi_high, sums_high = phi.to(tl.bfloat16), sums.to(tl.bfloat16)
+        numerator = tl.dot(phi_high, sums_high, numerator)
+        numerator = tl.dot((phi - phi_high.to(tl.float32)).to(tl.bfloat16), sums_high, numerator)
+        if not ROUNDED:
+            numerator = tl.dot(phi_high, (sums - sums_high.to(tl.float32)).to(tl.bfloat16), numerator)
+    return numerator, denominator
+
+
+@triton.jit
+def query_features(q, q_stride, weight_q, first_head, h, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Both halves of φ of query head h of a key/value head's."""
+    x = tl.load(q + h * q_stride + d, mask=d < DIM, other=0.0).to(tl.float32)
+    return hedgehog_vector(x, load_weight(weight_q, first_head + h, d, j, DIM, WIDTH), True, j, WIDTH)
+
+
+@triton.jit
+def leaving_features(
+    old_k, weight_k, key_map, leaves, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr
+):  # fmt: skip
+    """Both halves of φ of the key that leaves; terraced windows let whole chunks leave instead."""
+    if WINDOW == "terraced":
+        return j, j
+    else:
+        return hedgehog_vector(old_k, load_weight(weight_k, key_map, d, j, DIM, WIDTH), leaves, j, WIDTH)
+
+
+@triton.jit
+def load_half(
+    S, z, key_phi, old_v, first_map, m, half, n, leaves, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """Half of a map's S (f, D) and z (f,), the leaving key in them."""
+    S, z = S + (2 * m + half) * (WIDTH * DIM), z + (2 * m + half) * WIDTH + j
+    sums, total = load_state(S, j, d, WIDTH, DIM), tl.load(z, mask=j < WIDTH, other=0.0)
+    if WINDOW != "terraced":
+        index = ((first_map + m) * 2 + half) * (WIDTH * DIM)
+        added = key_phi[:, None] * old_v[None, :]
+        sums, total = store_sum(S, sums, added, index, n, leaves, j, d, WIDTH, DIM, ROUNDED), total + key_phi
+        tl.store(z, total, mask=j < WIDTH)
+    return sums, total
 
 
 @triton.jit
@@ -251,25 +313,28 @@ def hedgehog_vector(x, w, wanted, j, WIDTH: tl.constexpr):
 
 @triton.jit
 def attend(
-    q_tile, keys, values, new_k, new_v, slot, stored, arriving, d, peak, total, soft, scale, cap, DIM: tl.constexpr,
-    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    q_tile, keys, values, slot, stored, d, peak, total, soft, scale, cap, DIM: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over some slots more: the keys ``stored`` there, and the new one where it is ``arriving``.
+    """Softmax over the keys ``stored`` in some slots more.
 
     Of each query: the highest logit in base 2, Σ exp(s − highest), and that sum with the values.
     """
     place, mask = slot[:, None] * DIM + d[None, :], stored[:, None] & (d < DIM)[None, :]
     k_tile = tl.load(keys + place, mask=mask, other=0.0, cache_modifier=".cg")
     v_tile = tl.load(values + place, mask=mask, other=0.0, cache_modifier=".cg")
-    k_tile = tl.where(arriving[:, None], new_k[None, :], k_tile)
-    v_tile = tl.where(arriving[:, None], new_v[None, :], v_tile)
-    visible = (stored | arriving)[None, :]
-    logits = softmax_logits(q_tile, k_tile, visible, scale, cap, CAPPED, PRECISION) * log2_scale(scale, CAPPED)
+    logits = softmax_logits(q_tile, k_tile, stored[None, :], scale, cap, CAPPED, PRECISION)
+    logits *= log2_scale(scale, CAPPED)
     highest = tl.maximum(peak, tl.max(logits, 1))
-    shift = tl.where(highest == -float("inf"), 0.0, highest)  # no key yet
-    e, smaller = tl.exp2(logits - shift[:, None]), tl.exp2(peak - shift)
+    e, smaller = tl.exp2(logits - highest[:, None]), tl.exp2(peak - highest)
     soft = tl.dot(e.to(v_tile.dtype), v_tile, soft * smaller[:, None], input_precision=PRECISION)
     return highest, total * smaller + tl.sum(e, 1), soft
+
+
+@triton.jit
+def capped(logits, scale, cap, CAPPED: tl.constexpr):
+    """What ``softmax_logits`` makes of q·k."""
+    return cap * (2 * tl.sigmoid(2 * logits * scale / cap) - 1) if CAPPED else logits
 
 
 def decode(
@@ -301,6 +366,7 @@ def decode(
         LOW=tl.float32 if q.dtype == torch.float32 else tl.bfloat16, PRECISION=precision(),
         BLOCK_H=max(16, power_of_two(group)), BLOCK_D=block_d, BLOCK_F=block_f,
         BLOCK_K=max(16, min(32, power_of_two(spec.window_size))), BLOCK_V=min(block_d, 32), BLOCK_SINKS=16,
+        BLOCK_W=max(16, min(64, power_of_two(spec.span))),
         num_warps=8 if block_d * block_f > 8192 else 4, num_stages=1,
     )  # fmt: skip
     return o[:, :, None]
