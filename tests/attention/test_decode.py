@@ -11,6 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from interpreted import add_bf16_products
+
+import lolcats.attention.dispatch as dispatch
+import lolcats.attention.state as states
 from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, extend, parallel_attention, step, use_backend
 from lolcats.attention.dispatch import uses_decode_kernel
 from lolcats.attention.rounding import stochastic
@@ -131,6 +135,17 @@ def test_states_in_bf16_round_alike(window: Any, shared: bool) -> None:
     assert (state.S == other.S).float().mean() > 0.99
     close(y, expected, 1e-4, "step")
     close(y[0], decoding.reference(0), 1e-2, "reference")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's own, with its missing products put in")
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_bf16_in_the_interpreter(state_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared key maps are read by products of bf16 parts there, and nowhere else."""
+    add_bf16_products(monkeypatch)
+    monkeypatch.setattr(states, "uses_decode_kernel", lambda *_: dispatch._backend == "triton")
+    spec = AttentionSpec("hybrid", "terraced", 16, 2)
+    decoding = Decoding(spec, [0, 47], 4, 32, 16, 4, 2, True, None, state_dtype, torch.bfloat16)
+    decoding.check(2e-2)
 
 
 def test_stochastic_rounding_is_right_on_average_and_never_farther_than_one_step() -> None:

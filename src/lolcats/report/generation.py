@@ -76,7 +76,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{first['features']} features; {first['window']}; prompt {first['prompt']}; the column *new* has how many "
             f"tokens were generated for each sequence. {versions}; {first['date']}.",
             "",
-            *(f"`{command}`" for command in commands),
+            *(f"- `{command}`" for command in commands),
             "",
             f"The bound of a step: max({first['weight_bytes'] / 1e9:.1f} GB / {first['bandwidth'] / 1e12:.2f} TB/s, "
             f"batch · {2 * first['weights'] / 1e9:.1f} GFLOP / {first['flops'] / 1e12:.0f} TFLOP/s) + batch · state / "

@@ -16,6 +16,7 @@ Shapes: B rows, H query heads, G key/value heads, M key maps (H or G), D head di
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -356,17 +357,32 @@ def decode(
     width = weights[0].shape[2] if linear else 16
     group, maps = heads // kv_heads, state.S.shape[1] // kv_heads
     o = q.new_empty(batch, heads, dim, dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32)
-    block_d, block_f = max(16, power_of_two(dim)), max(16, power_of_two(width))
+    wide, shared = q.dtype == torch.float32, linear and maps < group
     decode_kernel[(batch, kv_heads)](
         q, q.stride()[:2], k, k.stride()[:2], v, v.stride()[:2], o, state.ring_k, state.ring_v, state.sink_k,
         state.sink_v, state.S, state.z, state.seen, *weights, gamma, scale, float(softcap or 0),
         GROUP=group, MAPS=maps if linear else group, DIM=dim, WIDTH=width, SOFTMAX=spec.has_softmax, LINEAR=linear,
         WINDOW="none" if spec.kind == "linear" else spec.window, SIZE=spec.window_size, SPAN=spec.span,
         SINKS=spec.softmax_sinks, CAPPED=softcap is not None, ROUNDED=state.S.dtype == torch.bfloat16,
-        LOW=tl.float32 if q.dtype == torch.float32 else tl.bfloat16, PRECISION=precision(),
-        BLOCK_H=max(16, power_of_two(group)), BLOCK_D=block_d, BLOCK_F=block_f,
-        BLOCK_K=max(16, min(32, power_of_two(spec.window_size))), BLOCK_V=min(block_d, 32), BLOCK_SINKS=16,
-        BLOCK_W=max(16, min(64, power_of_two(spec.span))),
-        num_warps=8 if block_d * block_f > 8192 else 4, num_stages=1,
+        LOW=tl.float32 if wide else tl.bfloat16, PRECISION=precision(), BLOCK_H=max(16, power_of_two(group)),
+        **choose_blocks(dim, width, spec, shared, wide),
     )  # fmt: skip
     return o[:, :, None]
+
+
+@lru_cache(maxsize=64)
+def choose_blocks(dim: int, width: int, spec: AttentionSpec, shared: bool, wide: bool) -> dict[str, int]:
+    """Block sizes and how a program runs, by measurement at D 128 and f 64 (benchmarks/LOG.md).
+
+    128 registers a thread let four programs of four warps share a processor, whose waits overlap.
+    """
+    block_d, block_f = max(16, power_of_two(dim)), max(16, power_of_two(width))
+    window = max(16, min(64 if shared else 32, power_of_two(spec.span)))
+    chosen = {
+        "BLOCK_D": block_d, "BLOCK_F": block_f, "BLOCK_K": max(16, min(32, power_of_two(spec.window_size))),
+        "BLOCK_V": min(block_d, 32), "BLOCK_W": window, "BLOCK_SINKS": 16,
+        "num_warps": 8 if block_d * block_f > 8192 else 4, "num_stages": 1,
+    }  # fmt: skip
+    if spec.window == "terraced" and chosen["num_warps"] == 4 and not wide and torch.version.hip is None:
+        chosen["maxnreg"] = 128
+    return chosen
