@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py                          # writes results/attention.json, attention.md, attention.png
     python benchmarks/attention.py --activations FILE       # errors on real activations, too (see activations.py)
+    python benchmarks/attention.py --only errors            # sections whose name has the word; the others stay
     python benchmarks/attention.py --plot                   # table and picture again, from the JSON
 
 Geometry of one Llama-3-8B layer: 32 query heads, 8 kv heads, head dim 128, f = 64, window 64, 4 sinks; random data.
@@ -151,27 +152,33 @@ def forward_rows() -> Iterator[list[Any]]:
 
 
 def backward_rows() -> Iterator[list[Any]]:
+    """SDPA gives the gradients of q, k and v, as stage 2 needs them; ours are also timed with those of the maps."""
     for (batch, length), target in BATCHES.items():
-        problem = Problem.random(batch, length)
-        direction = torch.randn_like(problem.qkv[0])
-        peers = softmax_peers(problem)
+        peers = softmax_peers(Problem.random(batch, length))
+        direction = torch.randn_like(Problem.random(batch, length).qkv[0])
         steps = {n: both(peer, list(peer.args), direction) for n, peer in peers.items()}  # type: ignore[attr-defined]
         name, softmax = fastest({n: replayed(step) for n, step in steps.items()})
-        step = both(problem.kernels, problem.leaves(), direction)
-        every, launched = replayed(step), eager(steps[name]) / eager(step)
-        maps = [*problem.phi_q.parameters(), *problem.phi_k.parameters()]
-        for weight in maps:
-            weight.requires_grad_(False)
-        inputs = replayed(both(problem.kernels, problem.qkv, direction))
-        for tensor in problem.qkv:
-            tensor.requires_grad_(False)
-        for weight in maps:
-            weight.requires_grad_(True)
-        alone = replayed(both(problem.kernels, maps, direction))
-        yield [
-            f"{batch} × {length}", name, f"{softmax:.2f}", f"{every:.2f}", f"{softmax / every:.2f}", f"{target}",
-            f"{inputs:.2f}", f"{softmax / inputs:.2f}", f"{alone:.2f}", f"{launched:.2f}",
-        ]  # fmt: skip
+        launched = eager(steps[name])
+        for maps in (H, G):
+            problem = Problem.random(batch, length, maps)
+            weights = [*problem.phi_q.parameters(), *problem.phi_k.parameters()]
+            every = replayed(both(problem.kernels, problem.leaves(), direction))
+            inputs = both(frozen(problem, weights).kernels, problem.qkv, direction)
+            timed, slow = replayed(inputs), eager(inputs)
+            alone = replayed(both(frozen(problem, problem.qkv).kernels, weights, direction))
+            yield [
+                f"{batch} × {length}", "query" if maps == H else "kv", name, f"{softmax:.2f}", f"{timed:.2f}",
+                f"{softmax / timed:.2f}", f"{target}", f"{every:.2f}", f"{softmax / every:.2f}", f"{alone:.2f}",
+                f"{launched:.2f}", f"{slow:.2f}", f"{launched / slow:.2f}",
+            ]  # fmt: skip
+
+
+def frozen(problem: Problem, tensors: list[Any]) -> Problem:
+    """No gradient for γ and these; for all others."""
+    leaves = problem.leaves()
+    for leaf in leaves:
+        leaf.requires_grad_(not any(leaf is x for x in (problem.gamma, *tensors)))
+    return problem
 
 
 def linear_rows() -> Iterator[list[Any]]:
@@ -223,6 +230,8 @@ def error_rows(activations: Path | None) -> Iterator[list[Any]]:
         for spec in (HYBRID, replace(HYBRID, window="sliding"), replace(HYBRID, kind="linear")):
             name = f"random, 1 × 1000, {str(dtype).removeprefix('torch.')}, {spec.kind} {spec.window}"
             yield compare(name, replace(Problem.random(1, 1000, dtype=dtype), spec=spec))
+    problem = Problem.random(1, 1000)
+    yield compare("random, 1 × 1000, dy = y", problem, problem.kernels().detach())
     if activations:
         from safetensors.torch import load_file
 
@@ -232,9 +241,10 @@ def error_rows(activations: Path | None) -> Iterator[list[Any]]:
             yield compare(f"real, layer {layer}, {' × '.join(map(str, q.shape))}", Problem.of([q, k, v], q.shape[1]))
 
 
-def compare(name: str, problem: Problem) -> list[str]:
+def compare(name: str, problem: Problem, direction: Tensor | None = None) -> list[str]:
+    """``direction``: the gradient of the outputs, random if None."""
     kv_heads, count = problem.qkv[1].shape[1], len(problem.qkv)
-    direction = torch.randn_like(problem.qkv[0])
+    direction = torch.randn_like(problem.qkv[0]) if direction is None else direction
     try:
         with poisoned():
             y = problem.kernels()
@@ -293,8 +303,9 @@ def sections(activations: Path | None) -> dict[str, tuple[str, Callable[[], Iter
             forward_rows,
         ),
         "Forward and backward": (
-            "tokens | fastest SDPA layout | SDPA ms | kernels ms | ratio | target | q, k, v alone (stage 2), ms | "
-            "ratio | maps alone (stage 1), ms | ratio, eager", backward_rows,
+            "tokens | key maps per head of | fastest SDPA layout | SDPA ms | kernels ms, gradients of q, k, v | "
+            "ratio | target | with those of maps and γ, ms | ratio | maps alone (stage 1), ms | SDPA ms, eager | "
+            "kernels ms, eager | ratio, eager", backward_rows,
         ),
         "Plain linear attention": (
             "tokens | fla ms | kernels ms | ratio | fla ms, with backward | kernels ms | ratio | difference",
@@ -307,13 +318,19 @@ def sections(activations: Path | None) -> dict[str, tuple[str, Callable[[], Iter
     }  # fmt: skip
 
 
-def run(directory: Path, activations: Path | None) -> dict[str, Any]:
-    """Everything; what is measured is written, should a later section fail."""
+def run(directory: Path, activations: Path | None, only: str) -> dict[str, Any]:
+    """Sections with ``only`` in their name; what is measured is written, should a later section fail."""
     results: dict[str, Any] = {
         "date": str(date.today()), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
         "triton": triton.__version__, "sections": {},
     }  # fmt: skip
-    for name, (columns, rows) in sections(activations).items():
+    known = directory / "attention.json"
+    before = json.loads(known.read_text())["sections"] if only and known.exists() else {}
+    every = sections(activations)
+    results["sections"] = {name: before[name] for name in every if name in before}
+    for name, (columns, rows) in every.items():
+        if only not in name:
+            continue
         section = {"columns": columns.split(" | "), "rows": []}
         results["sections"][name] = section
         for row in rows():
@@ -385,6 +402,7 @@ def draw(results: dict[str, Any], directory: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--activations", type=Path, help="q, k, v of real layers, written by activations.py")
+    parser.add_argument("--only", default="", help="measure sections with this in their name")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     parser.add_argument("--plot", action="store_true", help="only write table and picture again from the JSON")
     arguments = parser.parse_args()
@@ -392,7 +410,7 @@ def main() -> None:
         results = json.loads((arguments.out / "attention.json").read_text())
         write(results, arguments.out)
     elif torch.cuda.is_available():
-        results = run(arguments.out, arguments.activations)
+        results = run(arguments.out, arguments.activations, arguments.only)
     else:
         sys.exit("This benchmark needs a CUDA (or ROCm) GPU; torch finds none.")
     draw(results, arguments.out)

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lolcats.attention import AttentionSpec, AttentionState, FeatureMap
-from lolcats.attention.kernels import decode, function
+from lolcats.attention.kernels import decode, function, plan
 
 
 class NoDevice:
@@ -53,7 +53,7 @@ class Compiled:
 
 def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str) -> None:
     driver.set_active(NoDevice())
-    function.precision = lambda: "tf32x3"
+    plan.precision = lambda: "tf32x3"
     shared: dict[str, int] = {}
     for name in dir(function):
         if name.endswith("_kernel"):
@@ -72,7 +72,7 @@ def decode_kernels(
     shared: dict[str, int],
 ) -> None:  # fmt: skip
     """Of key maps per query and per key/value head, with the state in fp32 and bf16."""
-    decode.precision = function.precision
+    decode.precision = plan.precision
     kernel = decode.decode_kernel
     token = [x.detach()[:, :, :1] for x in (q, k, v)]
     for maps in (4, 2):

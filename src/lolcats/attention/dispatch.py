@@ -26,8 +26,9 @@ from lolcats.errors import LolcatsError
 
 KeyMap = Callable[[Tensor], Tensor]
 BACKENDS = ("auto", "triton", "chunked")
-TRUSTED_DIM = 128  # head dim that all gradients were right for on a GPU; at 64 those of the maps were not (LOG.md)
-HALF = (torch.bfloat16, torch.float16)
+TRUSTED = {torch.bfloat16: 256, torch.float16: 128}  # head dims up to which all gradients were right on a GPU (LOG.md)
+
+DECODED = 64 * 1024  # bytes up to which one map's weights, in the dtype of the queries, fit the decode kernel
 
 _backend = os.environ.get("LOLCATS_ATTENTION", "auto")
 
@@ -81,7 +82,7 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
     if name == "chunked" or (final and torch.is_grad_enabled()):
         return False
     if name == "auto":
-        fits = q.dtype in HALF and q.shape[3] == TRUSTED_DIM and not _misfit(q, spec)
+        fits = q.shape[3] <= TRUSTED.get(q.dtype, 0) and not _misfit(q, spec)
         return q.is_cuda and fits and _has_triton()
     if not _has_triton():
         raise LolcatsError("The Triton kernels were asked for, but triton is not installed: pip install triton.")
@@ -101,7 +102,12 @@ def uses_decode_kernel(q: Tensor, phi_q: Any, spec: AttentionSpec) -> bool:
         return False
     if not q.is_cuda and (_backend != "triton" or q.dtype != torch.float32):  # the interpreter has no 16-bit products
         return False
-    return not spec.has_linear or getattr(phi_q, "name", "") == "hedgehog"
+    if not spec.has_linear:
+        return True
+    if getattr(phi_q, "name", "") != "hedgehog":
+        return False
+    columns, rows = (1 << (n - 1).bit_length() for n in phi_q.weight.shape[1:])
+    return bool(rows * columns * q.dtype.itemsize <= DECODED)  # folding a chunk holds a map's weights in shared memory
 
 
 def _misfit(q: Tensor, spec: AttentionSpec) -> str:

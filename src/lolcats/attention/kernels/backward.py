@@ -58,21 +58,22 @@ def delta_kernel(
 
 @triton.jit
 def query_kernel(
-    q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
-    sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, delta, peaks, tops, states, sums, dq, dq_strides, dfq,
-    dfq_strides, d_weight, d_gamma, pulls, walks, sequences, positions, heads, group, map_group, tokens, scale, cap,
+    q, q_strides, k, k_strides, v, v_strides, o, o_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q,
+    weight_k, sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, delta, peaks, tops, states, sums, dq, dq_strides,
+    df, df_strides, d_gamma, pulls, walks, sequences, positions, heads, group, map_group, tokens, scale, cap,
     pull_stride,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
     INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Gradients that belong to queries, dq, φ_q and γ, from one slice of the value dim (they are linear in dy, so
     slices add up).
 
-    INPUTS: gradients of q, k, v are wanted, and r_n is stored (``pulls``) for ``key_kernel``. WEIGHTS: so are those of
-    the feature map's weights. TILES: that a window reaches.
+    WHOLE: the slice is all of the value dim; then δ_n is found here and stored, else ``delta_kernel`` did.
+    INPUTS: gradients of q, k, v are wanted, and r_n is stored (``pulls``) for ``key_kernel``. TILES: that a window
+    reaches. df: unless FUSED, gradients of the features; else, where WEIGHTS, those of x·W for ``weight_kernel``.
     """
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
@@ -82,19 +83,17 @@ def query_kernel(
     q, k, v, fq, fk = input_pointers(
         q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
     )  # fmt: skip
-    do = head_pointer(do, do_strides, batch, head, first)
+    do, o = head_pointer(do, do_strides, batch, head, first), head_pointer(o, o_strides, batch, head, first)
     dq = head_pointer(dq, dq_strides, batch, head, first) + piece.to(tl.int64) * dq_strides[3]
-    dfq = head_pointer(dfq, dfq_strides, batch, head, first) + piece.to(tl.int64) * dfq_strides[3]
+    df = head_pointer(df, df_strides, batch, head, first) + piece.to(tl.int64) * df_strides[3]
     rows = row_offset(batch, head, first, heads, tokens)
     inverse, delta, peaks, tops = inverse + rows, delta + rows, peaks + rows, tops + rows
     pulls += rows + piece.to(tl.int64) * pull_stride
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
     first_piece, one = tl.where(piece == 0, 1.0, 0.0), tl.full((C,), 1.0, tl.float32)
-    wq = load_weight(weight_q, head, d, j, DIM, WIDTH).to(q.dtype.element_ty) if FUSED and LINEAR else 0
-    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH).to(k.dtype.element_ty) if FUSED and NEAR else 0
-    if WEIGHTS:
-        dw = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
+    wq = load_weight(weight_q, head, d, j, DIM, WIDTH) if FUSED and LINEAR else 0
+    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH) if FUSED and NEAR else 0
     if SOFTMAX and SINKS > 0 and INPUTS:
         sink = tl.arange(0, BLOCK_SINKS)
         ks = load_sinks(sink_k, sink_k_strides, sequence, batch, first, length, kv_head, sink, d, DIM, SINKS, CONTEXT)
@@ -107,9 +106,16 @@ def query_kernel(
         t = at + row
         n = position + t
         q_tile = load_tile(q, q_strides[2], at, length, row, d, DIM)
-        do_tile = load_tile(do, do_strides[2], at, length, row, vd, VALUE_DIM).to(LOW)
+        do_tile = load_tile(do, do_strides[2], at, length, row, vd, VALUE_DIM)
+        if WHOLE:
+            o_tile = load_tile(o, o_strides[2], at, length, row, vd, VALUE_DIM)
+            h = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+            tl.store(delta + t, h, mask=t < length)
+        else:
+            h = load_rows(delta, t, length) * first_piece
+        do_tile = do_tile.to(LOW)
         r = load_rows(inverse, t, length)
-        h = load_rows(delta, t, length) * r * first_piece
+        h *= r
         pull = tl.zeros((C,), tl.float32)
         if INPUTS:
             grad_q = tl.zeros((C, BLOCK_D), tl.float32)
@@ -141,14 +147,14 @@ def query_kernel(
             pull = -tl.sum(up * d_up, 1) - tl.sum(down * d_down, 1)
             sum_pull += tl.where(t < length, pull, 0.0)
             if FUSED:
-                dy = hedgehog_backward(up, down, d_up, d_down).to(LOW)
+                dy = hedgehog_backward(up, down, d_up, d_down)
                 if WEIGHTS:
-                    dw = tl.dot(tl.trans(q_tile.to(LOW)), dy, dw, input_precision=PRECISION)
+                    store_tile(df, df_strides[2], at, length, row, j, WIDTH, dy)
                 if INPUTS:
-                    grad_q = tl.dot(dy, tl.trans(wq).to(LOW), grad_q, input_precision=PRECISION)
+                    grad_q = tl.dot(dy.to(LOW), tl.trans(wq).to(LOW), grad_q, input_precision=PRECISION)
             else:
-                store_tile(dfq, dfq_strides[2], at, length, row, j, WIDTH, d_up)
-                store_tile(dfq + WIDTH, dfq_strides[2], at, length, row, j, WIDTH, d_down)
+                store_tile(df, df_strides[2], at, length, row, j, WIDTH, d_up)
+                store_tile(df + WIDTH, df_strides[2], at, length, row, j, WIDTH, d_down)
         if INPUTS and SOFTMAX:
             tl.store(pulls + t, pull, mask=t < length)
             peak, top = load_rows(peaks, t, length)[:, None], load_rows(tops, t, length)[:, None]
@@ -175,8 +181,6 @@ def query_kernel(
         if INPUTS:
             store_tile(dq, dq_strides[2], at, length, row, d, DIM, grad_q)
     tl.store(d_gamma + program, tl.sum(sum_pull, 0))
-    if WEIGHTS:
-        store_matrix(d_weight + program.to(tl.int64) * DIM * WIDTH, d, j, DIM, WIDTH, dw)
 
 
 @triton.jit
@@ -224,44 +228,43 @@ def sink_kernel(
     store_matrix(d_sink_v + (walk * heads + head).to(tl.int64) * SINKS * VALUE_DIM, sink, vd, SINKS, VALUE_DIM, dvs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def key_kernel(
     q, q_strides, k, k_strides, v, v_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
-    inverse, delta, peaks, tops, pulls, d_sink_k, d_sink_v, states, sums, dk, dk_strides, dv, dv_strides, dfk,
-    dfk_strides, d_weight, walks, sequences, positions, heads, group, map_group, tokens, scale, cap, pull_stride,
+    inverse, delta, peaks, tops, pulls, d_sink_k, d_sink_v, states, sums, dk, dk_strides, dv, dv_strides, df,
+    df_strides, walks, sequences, positions, heads, tokens, scale, cap, pull_stride, parts,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
     INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_F: tl.constexpr, SINKS_HERE: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, SINKS_HERE: tl.constexpr, GROUP: tl.constexpr,
+    MAPS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients that belong to keys: dk, dv and φ_k, from one query head and slice of the value dim.
+    """Gradients that belong to keys: dk, dv and φ_k, from one kv head and slice of the value dim.
 
-    Every query head has its own output, also where heads share keys or maps; the caller adds them up. Matrices of
-    weights are held transposed, (keys, queries), so that they enter the products as they are. The sinks' gradients by
-    ``sink_kernel`` are added in the first tile (SINKS_HERE: unless the sinks are a context's).
+    GROUP: query heads of a kv head; MAPS: its key maps. df: as in ``query_kernel``, of each map. Matrices of weights
+    are (queries, keys), so that what belongs to queries takes two registers of a thread and not sixteen. The sinks'
+    gradients, ``parts`` walks by ``sink_kernel``, are added in the first tile (SINKS_HERE: unless the sinks are a
+    context's).
     """
-    walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    walk, kv_head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
-    kv_head, map_head = head // group, head // map_group
-    program = (piece * tl.num_programs(0) + walk) * heads + head
+    maps = tl.num_programs(1) * MAPS
+    first_head, first_map = kv_head * GROUP, kv_head * MAPS
     q, k, v, fq, fk = input_pointers(
-        q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
+        q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, first_head, kv_head,
+        first_map,
     )  # fmt: skip
-    do = head_pointer(do, do_strides, batch, head, first)
-    dk = head_pointer(dk, dk_strides, batch, head, first) + piece.to(tl.int64) * dk_strides[3]
-    dv = head_pointer(dv, dv_strides, batch, head, first)
-    dfk = head_pointer(dfk, dfk_strides, batch, head, first) + piece.to(tl.int64) * dfk_strides[3]
-    rows = row_offset(batch, head, first, heads, tokens)
+    do = head_pointer(do, do_strides, batch, first_head, first)
+    dk = head_pointer(dk, dk_strides, batch, kv_head, first) + piece.to(tl.int64) * dk_strides[3]
+    dv = head_pointer(dv, dv_strides, batch, kv_head, first)
+    df = head_pointer(df, df_strides, batch, first_map, first) + piece.to(tl.int64) * df_strides[3]
+    rows = row_offset(batch, first_head, first, heads, tokens)
     inverse, delta, peaks, tops = inverse + rows, delta + rows, peaks + rows, tops + rows
     pulls += rows + piece.to(tl.int64) * pull_stride
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
     first_piece, one = tl.where(piece == 0, 1.0, 0.0), tl.full((C,), 1.0, tl.float32)
-    wq = load_weight(weight_q, head, d, j, DIM, WIDTH).to(q.dtype.element_ty) if FUSED and NEAR else 0
-    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH).to(k.dtype.element_ty) if FUSED and LINEAR else 0
-    if WEIGHTS:
-        dw = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
     for tile in range(begin, end):
         at = tile * C
         t = at + row
@@ -274,84 +277,133 @@ def key_kernel(
         if LINEAR:
             # Queries from step ``after`` on see all keys of this tile; the last step's state holds none.
             after = tl.cdiv(window_end(position + at + C - 1, WINDOW, SIZE) - position, SPAN)
-            index = (entry + tl.minimum(after, tl.cdiv(length, SPAN)) - 1) * heads + head
-            S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
-            S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
-            z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
-            up, down = features(k_tile, wk, fk, fk_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
+            index = (entry + tl.minimum(after, tl.cdiv(length, SPAN)) - 1) * maps + first_map
             exists = (keys >= 0)[:, None]
-            up_low, down_low = tl.where(exists, up, 0.0).to(LOW), tl.where(exists, down, 0.0).to(LOW)
-            if INPUTS:
-                grad_v = tl.dot(up_low, tl.trans(S_up), grad_v, input_precision=PRECISION)
-                grad_v = tl.dot(down_low, tl.trans(S_down), grad_v, input_precision=PRECISION)
-            d_up = tl.dot(v_tile, S_up, input_precision=PRECISION) - z_up[None, :] * first_piece
-            d_down = tl.dot(v_tile, S_down, input_precision=PRECISION) - z_down[None, :] * first_piece
-            if NEAR:
-                near_begin = (window_end(position + at, WINDOW, SIZE) - position) // C
-                for near_tile in range(near_begin, tl.minimum(after * (SPAN // C), tl.cdiv(length, C))):
-                    near = near_tile * C
-                    s = near + row
-                    q_near = load_tile(q, q_strides[2], near, length, row, d, DIM)
-                    do_near = load_tile(do, do_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
-                    r = load_rows(inverse, s, length)
-                    h = load_rows(delta, s, length) * r * first_piece
-                    q_up, q_down = features(
-                        q_near, wq, fq, fq_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION
-                    )
-                    q_up, q_down = q_up.to(LOW), q_down.to(LOW)
-                    mask = linear_mask((position + s)[None, :], keys[:, None], WINDOW, SIZE)
-                    da = tl.dot(v_tile, tl.trans(do_near), input_precision=PRECISION) * r[None, :] - h[None, :]
-                    da = tl.where(mask, da, 0.0).to(LOW)
-                    d_up = tl.dot(da, q_up, d_up, input_precision=PRECISION)
-                    d_down = tl.dot(da, q_down, d_down, input_precision=PRECISION)
-                    if INPUTS:
-                        a = tl.dot(up_low, tl.trans(q_up), input_precision=PRECISION)
-                        a = tl.dot(down_low, tl.trans(q_down), a, input_precision=PRECISION)
-                        a = tl.where(mask, a * r[None, :], 0.0).to(LOW)
-                        grad_v = tl.dot(a, do_near, grad_v, input_precision=PRECISION)
-            d_up, d_down = tl.where(exists, d_up, 0.0), tl.where(exists, d_down, 0.0)
-            if FUSED:
-                dy = hedgehog_backward(up, down, d_up, d_down).to(LOW)
-                if WEIGHTS:
-                    dw = tl.dot(tl.trans(k_tile.to(LOW)), dy, dw, input_precision=PRECISION)
+            for m in range(MAPS):
+                wk = load_weight(weight_k, first_map + m, d, j, DIM, WIDTH) if FUSED else 0
+                S_up = load_state(states, index + m, 0, j, vd, WIDTH, VALUE_DIM)
+                S_down = load_state(states, index + m, 1, j, vd, WIDTH, VALUE_DIM)
+                z_up, z_down = load_sum(sums, index + m, 0, j, WIDTH), load_sum(sums, index + m, 1, j, WIDTH)
+                up, down = features(
+                    k_tile, wk, fk + tl.cast(m, tl.int64) * fk_strides[1], fk_strides[2], at, length, row, one, j,
+                    WIDTH, FUSED, PRECISION,
+                )  # fmt: skip
+                up_low, down_low = tl.where(exists, up, 0.0).to(LOW), tl.where(exists, down, 0.0).to(LOW)
                 if INPUTS:
-                    grad_k = tl.dot(dy, tl.trans(wk).to(LOW), grad_k, input_precision=PRECISION)
-            else:
-                store_tile(dfk, dfk_strides[2], at, length, row, j, WIDTH, d_up)
-                store_tile(dfk + WIDTH, dfk_strides[2], at, length, row, j, WIDTH, d_down)
+                    grad_v = tl.dot(up_low, tl.trans(S_up), grad_v, input_precision=PRECISION)
+                    grad_v = tl.dot(down_low, tl.trans(S_down), grad_v, input_precision=PRECISION)
+                d_up = tl.dot(v_tile, S_up, input_precision=PRECISION) - z_up[None, :] * first_piece
+                d_down = tl.dot(v_tile, S_down, input_precision=PRECISION) - z_down[None, :] * first_piece
+                if NEAR:
+                    near_begin = (window_end(position + at, WINDOW, SIZE) - position) // C
+                    near_tiles = tl.maximum(tl.minimum(after * (SPAN // C), tl.cdiv(length, C)) - near_begin, 0)
+                    for i in range(near_tiles * (GROUP // MAPS)):  # the tiles of a head, then the next head
+                        h = m * (GROUP // MAPS) + i // near_tiles
+                        near = (near_begin + i % near_tiles) * C
+                        s = near + row
+                        r, ratio, q_near, do_near = load_query(
+                            q, q_strides, do, do_strides, inverse, delta, h, near, tokens, length, first_piece, row, d,
+                            vd, DIM, VALUE_DIM,
+                        )  # fmt: skip
+                        do_near = do_near.to(LOW)
+                        wq = load_weight(weight_q, first_head + h, d, j, DIM, WIDTH) if FUSED else 0
+                        q_up, q_down = features(
+                            q_near, wq, fq + tl.cast(h, tl.int64) * fq_strides[1], fq_strides[2], near, length, row,
+                            one, j, WIDTH, FUSED, PRECISION,
+                        )  # fmt: skip
+                        q_up, q_down = q_up.to(LOW), q_down.to(LOW)
+                        mask = linear_mask((position + s)[:, None], keys[None, :], WINDOW, SIZE)
+                        da = tl.dot(do_near, tl.trans(v_tile), input_precision=PRECISION) * r[:, None] - ratio[:, None]
+                        da = tl.trans(tl.where(mask, da, 0.0).to(LOW))
+                        d_up = tl.dot(da, q_up, d_up, input_precision=PRECISION)
+                        d_down = tl.dot(da, q_down, d_down, input_precision=PRECISION)
+                        if INPUTS:
+                            a = tl.dot(q_up, tl.trans(up_low), input_precision=PRECISION)
+                            a = tl.dot(q_down, tl.trans(down_low), a, input_precision=PRECISION)
+                            a = tl.trans(tl.where(mask, a * r[:, None], 0.0).to(LOW))
+                            grad_v = tl.dot(a, do_near, grad_v, input_precision=PRECISION)
+                d_up, d_down = tl.where(exists, d_up, 0.0), tl.where(exists, d_down, 0.0)
+                target = df + tl.cast(m, tl.int64) * df_strides[1]
+                if FUSED:
+                    dy = hedgehog_backward(up, down, d_up, d_down)
+                    if WEIGHTS:
+                        store_tile(target, df_strides[2], at, length, row, j, WIDTH, dy)
+                    if INPUTS:
+                        grad_k = tl.dot(dy.to(LOW), tl.trans(wk).to(LOW), grad_k, input_precision=PRECISION)
+                else:
+                    store_tile(target, df_strides[2], at, length, row, j, WIDTH, d_up)
+                    store_tile(target + WIDTH, df_strides[2], at, length, row, j, WIDTH, d_down)
         if INPUTS and SOFTMAX:
-            for ahead in range(TILES):  # queries of the same tile, then of the next ones
-                near = at + ahead * C
+            for i in range(GROUP * TILES):  # a head's queries of the same tile, then of the next ones; the next head
+                h, near = i // TILES, at + (i % TILES) * C
                 s = near + row
-                n = (position + s)[None, :]
-                q_tile = load_tile(q, q_strides[2], near, length, row, d, DIM)
-                do_tile = load_tile(do, do_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
-                peak, top = load_rows(peaks, s, length)[None, :], load_rows(tops, s, length)[None, :]
-                r, pull = load_rows(inverse, s, length)[None, :], load_rows(pulls, s, length)[None, :]
-                h = load_rows(delta, s, length)[None, :] * r * first_piece
-                mask = window_mask(n, keys[:, None], WINDOW, SIZE)
-                is_top = (t[:, None] == top) & mask
-                logits = softmax_logits(k_tile, q_tile, mask, scale, cap, CAPPED, PRECISION)
-                da = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-                a, ds = softmax_backward(logits, da, peak, r, h, pull, is_top, scale, cap, CAPPED)
-                grad_v = tl.dot((a * r).to(LOW), do_tile, grad_v, input_precision=PRECISION)
-                grad_k = tl.dot(ds.to(LOW), q_tile.to(LOW), grad_k, input_precision=PRECISION)
+                r, ratio, q_tile, do_tile = load_query(
+                    q, q_strides, do, do_strides, inverse, delta, h, near, tokens, length, first_piece, row, d, vd, DIM,
+                    VALUE_DIM,
+                )  # fmt: skip
+                do_tile = do_tile.to(LOW)
+                mask = window_mask((position + s)[:, None], keys[None, :], WINDOW, SIZE)
+                logits = softmax_logits(q_tile, k_tile, mask, scale, cap, CAPPED, PRECISION)
+                da = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+                peak, top = load_rows(peaks + h * tokens, s, length), load_rows(tops + h * tokens, s, length)
+                pull = load_rows(pulls + h * tokens, s, length)
+                a, ds = softmax_backward(
+                    logits, da, peak[:, None], r[:, None], ratio[:, None], pull[:, None], t[None, :] == top[:, None],
+                    scale, cap, CAPPED,
+                )  # fmt: skip
+                grad_v = tl.dot(tl.trans((a * r[:, None]).to(LOW)), do_tile, grad_v, input_precision=PRECISION)
+                grad_k = tl.dot(tl.trans(ds.to(LOW)), q_tile.to(LOW), grad_k, input_precision=PRECISION)
         if INPUTS and SINKS_HERE:
-            counts = sequences + sequence * 6 + 4
-            begin_walk, end_walk = tl.load(counts), tl.load(counts + 1)
+            begin_walk, end_walk = tl.load(sequences + sequence * 6 + 4), tl.load(sequences + sequence * 6 + 5)
             is_sink = (row < SINKS)[:, None]
-            for part in range(begin_walk, tl.where(tile == 0, end_walk, begin_walk)):
-                parts = ((piece * tl.num_programs(0) + part) * heads + head).to(tl.int64) * SINKS * DIM
+            count = tl.where(tile == 0, end_walk - begin_walk, 0) * GROUP
+            for i in range(count):
+                part = (piece * parts + begin_walk + i // GROUP) * heads + first_head + i % GROUP
                 grad_k += tl.load(
-                    d_sink_k + parts + row[:, None] * DIM + d[None, :], mask=is_sink & (d < DIM)[None, :], other=0.0
-                )
-                parts = (part * heads + head).to(tl.int64) * SINKS * VALUE_DIM
+                    d_sink_k + part.to(tl.int64) * SINKS * DIM + row[:, None] * DIM + d[None, :],
+                    mask=is_sink & (d < DIM)[None, :], other=0.0,
+                )  # fmt: skip
+                part = (begin_walk + i // GROUP) * heads + first_head + i % GROUP
                 grad_v += tl.load(
-                    d_sink_v + parts + row[:, None] * VALUE_DIM + vd[None, :],
+                    d_sink_v + part.to(tl.int64) * SINKS * VALUE_DIM + row[:, None] * VALUE_DIM + vd[None, :],
                     mask=is_sink & (vd < VALUE_DIM)[None, :], other=0.0,
                 )  # fmt: skip
         if INPUTS:
             store_tile(dk, dk_strides[2], at, length, row, d, DIM, grad_k)
             store_tile(dv, dv_strides[2], at, length, row, vd, VALUE_DIM, grad_v)
-    if WEIGHTS:
-        store_matrix(d_weight + program.to(tl.int64) * DIM * WIDTH, d, j, DIM, WIDTH, dw)
+
+
+@triton.jit
+def load_query(
+    q, q_strides, do, do_strides, inverse, delta, head, at, tokens, length, first_piece, row, d, vd,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of queries of the group's head ``head``: 1 / d_n, δ_n / d_n, q and dy."""
+    h = tl.cast(head, tl.int64)
+    r = load_rows(inverse + h * tokens, at + row, length)
+    ratio = load_rows(delta + h * tokens, at + row, length) * r * first_piece
+    q_tile = load_tile(q + h * q_strides[1], q_strides[2], at, length, row, d, DIM)
+    do_tile = load_tile(do + h * do_strides[1], do_strides[2], at, length, row, vd, VALUE_DIM)
+    return r, ratio, q_tile, do_tile
+
+
+@triton.jit
+def weight_kernel(
+    x, x_strides, dy, dy_strides, d_weight, walks, sequences, positions, x_group,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a feature map's weight, Σ x_nᵀ dy_n, from the tokens of one walk: (walks, maps, f, D) fp32."""
+    walk, head = tl.program_id(0), tl.program_id(1)
+    _, begin, end, batch, first, length, _, _ = walk_bounds(walks, sequences, positions, walk)
+    x = head_pointer(x, x_strides, batch, head // x_group, first)
+    dy = head_pointer(dy, dy_strides, batch, head, first)
+    row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    total = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
+    for tile in range(begin, end):
+        at = tile * C
+        x_tile = load_tile(x, x_strides[2], at, length, row, d, DIM).to(LOW)
+        dy_tile = load_tile(dy, dy_strides[2], at, length, row, j, WIDTH).to(LOW)
+        total = tl.dot(tl.trans(dy_tile), x_tile, total, input_precision=PRECISION)
+    program = (walk * tl.num_programs(1) + head).to(tl.int64)
+    store_matrix(d_weight + program * WIDTH * DIM, j, d, WIDTH, DIM, total)

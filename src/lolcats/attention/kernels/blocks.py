@@ -95,7 +95,7 @@ def store_matrix(base, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, x
 
 @triton.jit
 def load_weight(weight, head, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """One head's (D, f) of the feature maps' weights, fp32."""
+    """One head's (D, f) of the feature maps' weights."""
     return load_matrix(weight + head.to(tl.int64) * DIM * WIDTH, d, j, DIM, WIDTH)
 
 

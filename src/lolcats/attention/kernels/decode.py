@@ -34,8 +34,8 @@ from lolcats.attention.kernels.blocks import (
     softmax_logits,
     window_start,
 )
-from lolcats.attention.kernels.function import precision
 from lolcats.attention.kernels.layout import power_of_two
+from lolcats.attention.kernels.plan import precision
 from lolcats.attention.spec import AttentionSpec
 
 COUNT = tl.constexpr(0xFFFFFFFF)  # bits of ``seen`` that count tokens; above them a running launch counts its programs

@@ -15,28 +15,14 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from lolcats.attention.chunked import Context
 from lolcats.attention.feature_maps import FeatureMap
-from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_kernel, sink_kernel
+from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_kernel, sink_kernel, weight_kernel
 from lolcats.attention.kernels.forward import output_kernel
-from lolcats.attention.kernels.layout import (
-    Blocks,
-    Launch,
-    Layout,
-    Rows,
-    Tiling,
-    choose_blocks,
-    choose_launch,
-    choose_tiling,
-    dense_rows,
-    fuses,
-    make_layout,
-    packed_rows,
-    window_tiles,
-)
+from lolcats.attention.kernels.layout import Layout, Rows, Tiling, dense_rows, fuses, packed_rows
+from lolcats.attention.kernels.plan import Plan, find_plan
 from lolcats.attention.kernels.states import scan_kernel, state_kernel
 from lolcats.attention.spec import AttentionSpec
 
@@ -103,13 +89,15 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, fq: Tensor | None, fk: Tensor | None, wq: Tensor | None,
         wk: Tensor | None, gamma: Tensor, call: Call,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        problem = Problem(call, *map(_ready, (q, k, v, fq, fk)), *map(_plain, (wq, wk, gamma)))
+        weights = (w if w is None else w.detach().to(q.dtype).contiguous() for w in (wq, wk))
+        tensors = *map(_ready, (q, k, v, fq, fk)), *weights, gamma.detach().float().contiguous()
+        problem = Problem.of(call, tensors)
         save = any(ctx.needs_input_grad)
         o, softmax, S, z = problem.forward(save, peaks=any(ctx.needs_input_grad[:3]))
         if save:
             nothing: dict[str, Any] = dict.fromkeys(TENSORS)
             ctx.problem = dataclasses.replace(problem, **nothing)
-            ctx.save_for_backward(*(getattr(problem, name) for name in TENSORS), o, *softmax)
+            ctx.save_for_backward(*tensors, o, *softmax)
         ctx.mark_non_differentiable(*(x for x in (S, z) if x is not None))
         return o, S, z
 
@@ -117,8 +105,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         *tensors, o, inverse, peaks, tops = ctx.saved_tensors
         problem = dataclasses.replace(ctx.problem, **dict(zip(TENSORS, tensors, strict=True)))
-        inputs, weights = any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[5:7])
-        return (*problem.backward(_ready(do), o, (inverse, peaks, tops), inputs, weights), None)
+        wanted = Wanted(any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[5:7]), ctx.needs_input_grad[7])
+        return (*problem.backward(_ready(do), o, (inverse, peaks, tops), wanted), None)
 
 
 Softmax = tuple[Tensor | None, Tensor | None, Tensor | None]  # of each query: 1 / d_n, c_n, key of c_n; (B, H, T)
@@ -126,10 +114,21 @@ TENSORS = ("q", "k", "v", "fq", "fk", "wq", "wk", "gamma")
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """Which gradients: of q, k and v (inputs), of the maps' weights, of γ."""
+
+    inputs: bool
+    weights: bool
+    gamma: bool
+
+
+@dataclass(frozen=True)
 class Problem:
-    """One call's tensors and sizes; launches the kernels."""
+    """One call's tensors; launches the kernels."""
 
     call: Call
+    plan: Plan
+    layout: Layout
     q: Tensor
     k: Tensor
     v: Tensor
@@ -139,172 +138,54 @@ class Problem:
     wk: Tensor | None
     gamma: Tensor
 
-    @property
-    def heads(self) -> int:
-        return self.q.shape[1]
-
-    @property
-    def maps(self) -> int:
-        for x, dim in ((self.wk, 0), (self.fk, 1)):
-            if x is not None:
-                return x.shape[dim]
-        return self.heads
-
-    @property
-    def width(self) -> int:
-        """f: half of the features."""
-        if self.wq is not None:
-            return self.wq.shape[2]
-        return 16 if self.fq is None else self.fq.shape[3] // 2
-
-    @property
-    def wide(self) -> bool:
-        """Whether products are made in fp32."""
-        return self.q.dtype == torch.float32
-
-    @cached_property
-    def tiling(self) -> Tiling:
-        return self.call.tiling or choose_tiling(self.q.dtype.itemsize)
-
-    @cached_property
-    def blocks(self) -> Blocks:
-        return choose_blocks(self.q.shape[3], self.width)
-
-    @cached_property
-    def layout(self) -> Layout:
-        grid = self.q.shape[0], self.q.shape[2]
-        return make_layout(self.call.rows, grid, self.tiling, self.heads, self.maps, self.q.device)
-
-    def launch(self, kernel: str) -> Launch:
-        fused = self.fq is None and self.call.spec.has_linear
-        return choose_launch(kernel, self.v.shape[3], self.blocks, self.tiling.tile, self.q.dtype.itemsize, fused)
+    @classmethod
+    def of(cls, call: Call, tensors: tuple[Any, ...]) -> Problem:
+        """``tensors``: in the order of TENSORS."""
+        named, context = dict(zip(TENSORS, tensors, strict=True)), call.context
+        if context is not None:
+            named |= {"sink_k": _ready(context.sink_k), "sink_v": _ready(context.sink_v)}
+        plan = find_plan(call.spec, call.softcap is not None, call.tiling, context is not None, named)
+        return cls(call, plan, plan.layout(call.rows), *tensors)
 
     def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Softmax, Tensor | None, Tensor | None]:
         """Outputs, what backward needs of each query's softmax (``save``; ``peaks`` too), final S and z."""
-        launch, peaks = self.launch("output"), peaks and self.call.spec.has_softmax
-        o = self.new_output(self.v.shape[3], torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32)
+        plan, peaks = self.plan, peaks and self.call.spec.has_softmax
+        pieces = plan.launch("output").pieces
+        o = self.new_output(plan.heads, plan.value_dim, torch.float32 if plan.dtype != torch.bfloat16 else plan.dtype)
         softmax = (
             self.per_query() if save else None,
             self.per_query() if peaks else None,
             self.per_query(dtype=torch.int32) if peaks else None,
         )
         states, sums, S, z = self.forward_states()
-        output_kernel[(len(self.layout.walks), self.heads, launch.pieces)](
-            *self.tensors(), *_strided(o), *self.features(), self.wq, self.wk, self.gamma, *self.sinks(),
+        args = (
+            *self.inputs(), *plan.strided("o", o), *self.features(), self.wq, self.wk, self.gamma, *self.sinks(),
             *(o if x is None else x for x in softmax), states, sums, self.layout.walks, *self.tables(), *self.sizes(),
-            SAVE=save, PEAKS=peaks, **self.sink_constants(), **self.constants(launch),
+        )  # fmt: skip
+        plan.run(
+            output_kernel, "output", (self.layout.walks.shape[0], plan.heads, pieces), args, SAVE=save, PEAKS=peaks,
+            **self.sink_constants(),
         )  # fmt: skip
         return o, softmax, S, z
 
-    def backward(
-        self, do: Tensor, o: Tensor, softmax: Softmax, inputs: bool, weights: bool
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of TENSORS; those of q, k, v (``inputs``) and of the maps' ``weights`` only where wanted.
-
-        Together the two need more registers than there are: where both are wanted, the kernels run once for each.
-        """
-        delta, pulls = self.delta(do, o), self.per_query(self.launch("query").pieces)
-        softmax = tuple(do if x is None else x for x in softmax)  # type: ignore[assignment]
-        weights = weights and self.wq is not None
-        runs = [(True, False), (False, True)] if inputs and weights else [(inputs, weights)]
-        states = self.forward_states()[:2]
-        queries = [self.query_gradients(do, softmax, delta, pulls, states, *run) for run in runs]
-        sinks = self.sink_gradients(do, softmax, delta, pulls) if inputs else None
-        states = self.backward_states(do, softmax[0], delta)  # type: ignore[arg-type]
-        keys = [self.key_gradients(do, softmax, delta, pulls, sinks, states, *run) for run in runs]
-        grads: dict[str, Tensor] = {}
-        for part in (*queries, *keys):  # the first run counts where both give something
-            grads = {name: x for name, x in part.items() if x is not None} | grads
+    def backward(self, do: Tensor, o: Tensor, softmax: Softmax, wanted: Wanted) -> tuple[Tensor | None, ...]:
+        """Gradients of TENSORS, None where not wanted."""
+        back = Backward(self, do, o, *(do if x is None else x for x in softmax), wanted)
+        grads = {**back.query_gradients(), **back.key_gradients()}
         for name in ("q", "k", "v", "fq", "fk"):
-            if name in grads:
-                grads[name] = grads[name].to(getattr(self, name).dtype)
+            if (x := grads.get(name)) is not None:
+                grads[name] = x.to(getattr(self, name).dtype)
         return tuple(grads.get(name) for name in TENSORS)
-
-    def query_gradients(
-        self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor, states: tuple[Tensor, Tensor], inputs: bool,
-        weights: bool,
-    ) -> dict[str, Tensor | None]:  # fmt: skip
-        """Of q, φ(q), φ_q's weights and γ; None where not wanted. Writes ``pulls``."""
-        layout, launch, heads = self.layout, self.launch("query"), self.heads
-        programs = launch.pieces * len(layout.walks)
-        dq = self.new_gradient(self.q.shape[3], launch.pieces, inputs)
-        dfq = self.new_gradient(2 * self.width, launch.pieces, self.fq is not None, torch.float32)
-        dwq = self.partial(programs, weights)
-        d_gamma = self.q.new_empty(programs, heads, dtype=torch.float32)
-        query_kernel[(len(layout.walks), heads, launch.pieces)](
-            *self.tensors(), *_strided(do), *self.features(), self.wq, self.wk, *self.sinks(), softmax[0], delta,
-            *softmax[1:], *states, *_strided_pieces(dq, do), *_strided_pieces(dfq, do), dwq, d_gamma, pulls,
-            layout.walks, *self.tables(), *self.sizes(), pulls.stride(0),
-            INPUTS=inputs, WEIGHTS=weights, **self.sink_constants(), **self.constants(launch),
-        )  # fmt: skip
-        return {
-            "q": _reduce(dq, heads), "fq": _reduce(dfq, heads), "wq": None if dwq is None else dwq.sum(0),
-            "gamma": d_gamma.sum(0) / self.gamma,
-        }  # fmt: skip
-
-    def sink_gradients(
-        self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """By walk and query head, of the sinks' keys (pieces, W, H, sinks, D) and values (W, H, sinks, Dv).
-
-        None if there are no sinks among the tokens at hand.
-        """
-        spec = self.call.spec
-        if not (spec.softmax_sinks and spec.has_softmax) or self.call.context is not None:
-            return None
-        layout, launch, heads = self.layout, self.launch("query"), self.heads
-        shape = (len(layout.walks), heads, spec.softmax_sinks)
-        dk = self.q.new_empty(launch.pieces, *shape, self.q.shape[3], dtype=torch.float32)
-        dv = self.q.new_empty(*shape, self.v.shape[3], dtype=torch.float32)
-        constants = {name: x for name, x in self.constants(launch).items() if name not in NOT_OF_SINKS}
-        sink_kernel[(len(layout.walks), heads, launch.pieces)](
-            *_strided(self.q), *_strided(do), *self.sinks(), softmax[0], delta, *softmax[1:], pulls, dk, dv,
-            layout.walks, *self.tables(), heads, heads // self.k.shape[1], *self.sizes()[3:], pulls.stride(0),
-            **self.sink_constants(), **constants,
-        )  # fmt: skip
-        return dk, dv
-
-    def key_gradients(
-        self, do: Tensor, softmax: Softmax, delta: Tensor, pulls: Tensor, sinks: tuple[Tensor, Tensor] | None,
-        states: tuple[Tensor, Tensor], inputs: bool, weights: bool,
-    ) -> dict[str, Tensor | None]:  # fmt: skip
-        """Of k, v, φ(k) and φ_k's weights; None where not wanted."""
-        layout, launch, kv_heads, maps = self.layout, self.launch("key"), self.k.shape[1], self.maps
-        pieces = launch.pieces
-        dk = self.new_gradient(self.q.shape[3], pieces, inputs)
-        dv = self.new_gradient(self.v.shape[3], 1, inputs)
-        dfk = self.new_gradient(2 * self.width, pieces, self.fq is not None, torch.float32)
-        dwk = self.partial(pieces * len(layout.walks), weights)
-        key_kernel[(len(layout.walks), self.heads, pieces)](
-            *self.tensors(), *_strided(do), *self.features(), self.wq, self.wk, softmax[0], delta, *softmax[1:],
-            pulls, *(sinks or (do, do)), *states, *_strided_pieces(dk, do), *_strided_pieces(dv, do),
-            *_strided_pieces(dfk, do), dwk, layout.walks, *self.tables(), *self.sizes(), pulls.stride(0),
-            INPUTS=inputs, WEIGHTS=weights, SINKS_HERE=sinks is not None, **self.constants(launch),
-        )  # fmt: skip
-        return {
-            "k": _reduce(dk, kv_heads), "v": _reduce(dv, kv_heads), "fk": _reduce(dfk, maps),
-            "wk": None if dwk is None else dwk.sum(0).unflatten(0, (maps, -1)).sum(1),
-        }  # fmt: skip
-
-    def delta(self, do: Tensor, o: Tensor) -> Tensor:
-        """(B, H, T): δ_n."""
-        delta, tokens, value_dim = self.per_query(), self.q.shape[2], self.v.shape[3]
-        delta_kernel[(triton.cdiv(tokens, 32), self.heads, self.q.shape[0])](
-            *_strided(o), *_strided(do), delta, self.heads, tokens, VALUE_DIM=value_dim, BLOCK_T=32,
-            BLOCK_V=triton.next_power_of_2(value_dim),
-        )  # fmt: skip
-        return delta
 
     def forward_states(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """S and z of all keys before each step, and those at the end of each sequence if the call wants them."""
-        if not self.call.spec.has_linear:
+        plan, context = self.plan, self.call.context
+        if not plan.spec.has_linear:
             return self.q, self.q, None, None
-        context = self.call.context
         initial = None if context is None else self.pack(context.S, context.z)
-        k, v = _strided(self.k), _strided(self.v)
+        k, v = plan.strided("k", self.k), plan.strided("v", self.v)
         arguments = *k, *v, *self.features()[2:], self.wk, self.gamma, self.gamma  # forward sums are not weighted
-        groups = self.maps // self.k.shape[1], self.maps // self.v.shape[1]
-        states, sums, totals = self.states(arguments, groups, initial, self.maps, final=self.call.final)
+        states, sums, totals = self.states(arguments, plan.maps // plan.kv_heads, initial, final=self.call.final)
         if totals is None:
             return states, sums, None, None
         # A sequence without tokens has no segment: it ends as it began.
@@ -314,157 +195,245 @@ class Problem:
         final = torch.where(present[:, None, None], totals[(ends - 1).clamp_min(0)], final) if len(totals) else final
         return states, sums, *self.unpack(final)
 
-    def backward_states(self, do: Tensor, inverse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """dS and dz of all queries behind each step."""
-        if not self.call.spec.has_linear:
-            return self.q, self.q
-        x = (*_strided(self.q), *_strided(do))
-        return self.states((*x, *self.features()[:2], self.wq, inverse, delta), (1, 1), None, self.heads, True)[:2]
-
     def states(
-        self, arguments: tuple[Any, ...], groups: tuple[int, int], initial: Tensor | None, heads: int,
-        backward: bool = False, final: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """States (entries, heads, 2, Dv, f), sums (entries, heads, 2f), and totals behind each segment if ``final``."""
-        layout, launch, width, value_dim = self.layout, self.launch("state"), self.width, self.v.shape[3]
-        size, segments = 2 * width * (value_dim + 1), len(layout.segments)
-        states = self.q.new_empty(
-            layout.entries, heads, 2, value_dim, width, dtype=torch.float32 if self.wide else torch.bfloat16
-        )
-        sums = self.q.new_empty(layout.entries, heads, 2 * width, dtype=torch.float32)
-        constants = self.constants(launch)
-        constants = {name: value for name, value in constants.items() if name not in NOT_OF_STATES}
+        self, arguments: tuple[Any, ...], group: int, initial: Tensor | None, variant: Any = None, final: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """States (entries, maps, 2, Dv, f), sums (entries, maps, 2f), and totals behind each segment if ``final``.
+
+        variant: None in the forward pass; in the backward pass the strides of dy.
+        """
+        plan, layout, backward = self.plan, self.layout, variant is not None
+        pieces, maps, width, value_dim = plan.launch("state").pieces, plan.maps, plan.width, plan.value_dim
+        size, segments = 2 * width * (value_dim + 1), layout.segments.shape[0]
+        low = torch.float32 if plan.wide else torch.bfloat16
+        states = self.q.new_empty(layout.entries, maps, 2, value_dim, width, dtype=low)
+        sums = self.q.new_empty(layout.entries, maps, 2 * width, dtype=torch.float32)
 
         def run(starts: Tensor | None, totals: Tensor | None, store: bool) -> None:
-            state_kernel[(segments, heads, launch.pieces)](
-                *arguments, starts, totals, states, sums, layout.segments, *self.tables(), heads, *groups,
-                self.q.shape[2], BACKWARD=backward, STORE=store,
-                HAS_STARTS=starts is not None, HAS_TOTALS=totals is not None, **constants,
+            args = (
+                *arguments, starts, totals, states, sums, layout.segments, *self.tables(), plan.heads, group,
+                plan.tokens,
+            )  # fmt: skip
+            plan.run(
+                state_kernel, "state", (segments, maps, pieces), args, variant,
+                HEADS=plan.heads // maps if backward else 1, BACKWARD=backward, STORE=store,
+                HAS_STARTS=starts is not None, HAS_TOTALS=totals is not None,
             )  # fmt: skip
 
         starts = initial
         if layout.split:
-            starts = self.q.new_empty(segments, heads, size, dtype=torch.float32)
+            starts = self.q.new_empty(segments, maps, size, dtype=torch.float32)
             run(None, starts, store=False)
-            scan_kernel[(len(layout.rows), heads, triton.cdiv(size, 1024))](
+            scan_kernel[(len(layout.rows), maps, triton.cdiv(size, 1024))](
                 starts, initial, layout.ranges, size, HAS_INITIAL=initial is not None, REVERSE=backward, BLOCK=1024
             )
         elif initial is not None:
             starts = initial[layout.segments[:, 0].long()]
-        totals = self.q.new_empty(segments, heads, size, dtype=torch.float32) if final else None
+        totals = self.q.new_empty(segments, maps, size, dtype=torch.float32) if final else None
         run(starts, totals, store=True)
         return states, sums, totals
 
     def pack(self, S: Tensor, z: Tensor) -> Tensor:
         """(N, M, 2f · (D + 1)) fp32 as the kernels hold a state: both halves of Sᵀ, then z."""
-        halves = S.float().unflatten(2, (2, self.width)).mT
+        halves = S.float().unflatten(2, (2, self.plan.width)).mT
         return torch.cat([halves.flatten(2), z.float()], 2).contiguous()
 
     def unpack(self, totals: Tensor) -> tuple[Tensor, Tensor]:
         """S (N, M, 2f, D) and z (N, M, 2f) of packed states."""
-        width, value_dim = self.width, self.v.shape[3]
+        width, value_dim = self.plan.width, self.plan.value_dim
         S, z = totals.split([2 * width * value_dim, 2 * width], 2)
         return S.unflatten(2, (2, value_dim, width)).mT.flatten(2, 3), z.contiguous()
 
-    def tensors(self) -> tuple[Any, ...]:
-        return *_strided(self.q), *_strided(self.k), *_strided(self.v)
+    def inputs(self) -> tuple[Any, ...]:
+        strided = self.plan.strided
+        return *strided("q", self.q), *strided("k", self.k), *strided("v", self.v)
 
     def features(self) -> tuple[Any, ...]:
-        fq, fk = (self.q, self.k) if self.fq is None or self.fk is None else (self.fq, self.fk)
-        return *_strided(fq), *_strided(fk)
+        strided = self.plan.strided
+        if self.fq is None or self.fk is None:
+            return *strided("q", self.q), *strided("k", self.k)
+        return *strided("fq", self.fq), *strided("fk", self.fk)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         context = self.call.context
         return self.layout.sequences, self.layout.start if context is None else context.offset.int()
 
     def sizes(self) -> tuple[Any, ...]:
-        heads, call = self.heads, self.call
-        groups = heads // self.k.shape[1], heads // self.maps
-        return heads, *groups, self.q.shape[2], call.scale, float(call.softcap or 0)
-
-    def constants(self, launch: Launch) -> dict[str, Any]:
-        spec, blocks, tiling = self.call.spec, self.blocks, self.tiling
-        tiles = window_tiles(spec, tiling.tile)
-        # A step's state is all that is older than the window if windows of its tiles begin where steps do.
-        whole = spec.kind != "linear" and spec.window == "terraced" and spec.window_size % tiling.span == 0
-        return {
-            "DIM": self.q.shape[3], "VALUE_DIM": self.v.shape[3], "WIDTH": self.width,
-            "SOFTMAX": spec.has_softmax, "LINEAR": spec.has_linear, "NEAR": spec.has_linear and not whole,
-            "WINDOW": "none" if spec.kind == "linear" else spec.window, "SIZE": spec.window_size,
-            "SINKS": spec.softmax_sinks, "CAPPED": self.call.softcap is not None, "FUSED": self.fq is None,
-            "LOW": tl.float32 if self.wide else tl.bfloat16, "PRECISION": precision(), "TILES": tiles,
-            "C": tiling.tile, "SPAN": tiling.span, "BLOCK_D": blocks.dim, "BLOCK_V": launch.value,
-            "BLOCK_F": blocks.feature, "num_warps": launch.num_warps, "num_stages": launch.num_stages,
-        }  # fmt: skip
+        plan, call = self.plan, self.call
+        groups = plan.heads // plan.kv_heads, plan.heads // plan.maps
+        return plan.heads, *groups, plan.tokens, call.scale, float(call.softcap or 0)
 
     def sinks(self) -> tuple[Any, ...]:
         """Where keys and values of the sinks are: with a context there, else the first tokens of each sequence."""
-        context = self.call.context
-        k, v = (self.k, self.v) if context is None else (context.sink_k, context.sink_v)
-        return *_strided(_ready(k)), *_strided(_ready(v))
+        context, strided = self.call.context, self.plan.strided
+        if context is None:
+            return *strided("k", self.k), *strided("v", self.v)
+        return *strided("sink_k", _ready(context.sink_k)), *strided("sink_v", _ready(context.sink_v))
 
     def sink_constants(self) -> dict[str, Any]:
-        return {"CONTEXT": self.call.context is not None, "BLOCK_SINKS": self.blocks.sinks}
+        return {"CONTEXT": self.call.context is not None, "BLOCK_SINKS": self.plan.blocks.sinks}
 
     def per_query(self, *lead: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An unwritten (*lead, B, H, T) tensor."""
-        return self.q.new_empty((*lead, self.q.shape[0], self.heads, self.q.shape[2]), dtype=dtype)
+        return self.q.new_empty((*lead, self.plan.batch, self.plan.heads, self.plan.tokens), dtype=dtype)
 
-    def new_output(self, dim: int, dtype: torch.dtype, *lead: int) -> Tensor:
-        """A (*lead, B, H, T, dim) tensor laid out with heads inside tokens, zero where no sequence will write."""
-        shape = (*lead, self.q.shape[0], self.q.shape[2], self.heads, dim)
+    def new_output(self, heads: int, dim: int, dtype: torch.dtype, *lead: int) -> Tensor:
+        """A (*lead, B, heads, T, dim) tensor laid out with heads inside tokens, zero where no sequence will write."""
+        shape = (*lead, self.plan.batch, self.plan.tokens, heads, dim)
         make = self.q.new_empty if self.layout.complete else self.q.new_zeros
         return make(shape, dtype=dtype).transpose(-2, -3)
 
-    def new_gradient(self, dim: int, pieces: int, wanted: bool, dtype: torch.dtype | None = None) -> Tensor | None:
-        """(pieces, B, H, T, dim) for what each slice of the value dim and each query head contributes."""
-        dtype = dtype or (self.q.dtype if pieces == 1 else torch.float32)
-        return self.new_output(dim, dtype, pieces) if wanted else None
 
-    def partial(self, programs: int, wanted: bool) -> Tensor | None:
-        """(programs, H, D, f) for what each program contributes to the gradient of a feature map's weight."""
-        shape = (programs, self.heads, self.q.shape[3], self.width)
-        return self.q.new_empty(shape, dtype=torch.float32) if wanted else None
+@dataclass(frozen=True)
+class Backward:
+    """The backward pass of a problem. do, o: (B, H, T, Dv); the rest (B, H, T), any tensor where nothing is known."""
+
+    problem: Problem
+    do: Tensor
+    o: Tensor
+    inverse: Tensor
+    peaks: Tensor
+    tops: Tensor
+    wanted: Wanted
+
+    @property
+    def plan(self) -> Plan:
+        return self.problem.plan
+
+    @cached_property
+    def dy(self) -> tuple[Tensor, tuple[Any, ...]]:
+        """dy and its strides, on which the kernels are specialised besides the plan."""
+        return self.plan.strided(f"do {self.do.stride()}", self.do)
+
+    @cached_property
+    def variant(self) -> Any:
+        return self.do.stride(), self.do.dtype, self.do.data_ptr() % 16 == 0
+
+    @cached_property
+    def pulls(self) -> Tensor:
+        return self.problem.per_query(self.plan.launch("query").pieces)
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """(B, H, T): δ_n; not written yet where one program of the query kernel holds all of the value dim."""
+        plan, delta = self.plan, self.problem.per_query()
+        if plan.launch("query").pieces > 1:
+            delta_kernel[(triton.cdiv(plan.tokens, 32), plan.heads, plan.batch)](
+                *plan.strided("o", self.o), *self.dy, delta, plan.heads, plan.tokens, VALUE_DIM=plan.value_dim,
+                BLOCK_T=32, BLOCK_V=triton.next_power_of_2(plan.value_dim),
+            )  # fmt: skip
+        return delta
+
+    def query_gradients(self) -> dict[str, Tensor | None]:
+        """Of q, φ(q), φ_q's weights and γ; None where not wanted. Writes ``delta`` and ``pulls``."""
+        problem, plan, wanted = self.problem, self.plan, self.wanted
+        walks, pieces = problem.layout.walks, plan.launch("query").pieces
+        dq = self.new_gradient(plan.heads, plan.dim, pieces, wanted.inputs)
+        df = self.new_feature_gradient(plan.heads, pieces)
+        d_gamma = problem.q.new_empty(pieces * walks.shape[0], plan.heads, dtype=torch.float32)
+        args = (
+            *problem.inputs(), *plan.strided("o", self.o), *self.dy, *problem.features(), problem.wq, problem.wk,
+            *problem.sinks(), self.inverse, self.delta, self.peaks, self.tops, *problem.forward_states()[:2],
+            *self.output("dq", dq), *self.output("dfq", df), d_gamma, self.pulls, walks, *problem.tables(),
+            *problem.sizes(), self.pulls.stride(0),
+        )  # fmt: skip
+        plan.run(
+            query_kernel, "query", (walks.shape[0], plan.heads, pieces), args, self.variant, INPUTS=wanted.inputs,
+            WEIGHTS=wanted.weights, WHOLE=pieces == 1, **problem.sink_constants(),
+        )  # fmt: skip
+        gamma = d_gamma.sum(0) / problem.gamma if wanted.gamma else None
+        return {"q": _add_pieces(dq), "gamma": gamma, **self.feature_gradients("q", problem.q, _add_pieces(df))}
+
+    def sink_gradients(self) -> tuple[Tensor, Tensor] | None:
+        """By walk and query head, of the sinks' keys (pieces, W, H, sinks, D) and values (W, H, sinks, Dv).
+
+        None where no inputs' gradients are wanted, or there are no sinks among the tokens at hand.
+        """
+        problem, plan, spec = self.problem, self.plan, self.plan.spec
+        here = spec.softmax_sinks and spec.has_softmax and problem.call.context is None
+        if not (here and self.wanted.inputs):
+            return None
+        walks, pieces = problem.layout.walks, plan.launch("query").pieces
+        shape = (walks.shape[0], plan.heads, spec.softmax_sinks)
+        dk = problem.q.new_empty(pieces, *shape, plan.dim, dtype=torch.float32)
+        dv = problem.q.new_empty(*shape, plan.value_dim, dtype=torch.float32)
+        heads, group, _, *sizes = problem.sizes()
+        args = (
+            *plan.strided("q", problem.q), *self.dy, *problem.sinks(), self.inverse, self.delta, self.peaks, self.tops,
+            self.pulls, dk, dv, walks, *problem.tables(), heads, group, *sizes, self.pulls.stride(0),
+        )  # fmt: skip
+        grid = walks.shape[0], plan.heads, pieces
+        plan.run(sink_kernel, "sink", grid, args, self.variant, **problem.sink_constants())
+        return dk, dv
+
+    def key_gradients(self) -> dict[str, Tensor | None]:
+        """Of k, v, φ(k) and φ_k's weights; None where not wanted. After ``query_gradients``."""
+        problem, plan, wanted = self.problem, self.plan, self.wanted
+        layout, pieces, kv_heads, maps = problem.layout, plan.launch("key").pieces, plan.kv_heads, plan.maps
+        dk = self.new_gradient(kv_heads, plan.dim, pieces, wanted.inputs)
+        dv = self.new_gradient(kv_heads, plan.value_dim, 1, wanted.inputs)
+        df = self.new_feature_gradient(maps, pieces)
+        heads, _, _, *sizes = problem.sizes()
+        sinks = self.sink_gradients()
+        args = (
+            *problem.inputs(), *self.dy, *problem.features(), problem.wq, problem.wk, self.inverse, self.delta,
+            self.peaks, self.tops, self.pulls, *(sinks or (self.do, self.do)), *self.states(),
+            *self.output("dk", dk), *self.output("dv", dv), *self.output("dfk", df), layout.key_walks,
+            *problem.tables(), heads, *sizes, self.pulls.stride(0), layout.walks.shape[0],
+        )  # fmt: skip
+        plan.run(
+            key_kernel, "key", (layout.key_walks.shape[0], kv_heads, pieces), args, self.variant, INPUTS=wanted.inputs,
+            WEIGHTS=wanted.weights, SINKS_HERE=sinks is not None, GROUP=heads // kv_heads,
+            MAPS=maps // kv_heads, BLOCK_SINKS=plan.blocks.sinks,
+        )  # fmt: skip
+        return {
+            "k": _add_pieces(dk), "v": _add_pieces(dv), **self.feature_gradients("k", problem.k, _add_pieces(df)),
+        }  # fmt: skip
+
+    def feature_gradients(self, name: str, x: Tensor, df: Tensor | None) -> dict[str, Tensor | None]:
+        """Of φ(x), or of the weights of its map from those of x·W."""
+        problem, plan = self.problem, self.plan
+        if df is None or not plan.fused:
+            return {f"f{name}": df}
+        maps = df.shape[1]
+        walks = problem.layout.walks if maps == plan.heads else problem.layout.key_walks
+        partial = x.new_empty(walks.shape[0], maps, plan.width, plan.dim, dtype=torch.float32)
+        args = (
+            *plan.strided(name, x), *plan.strided(f"sum of df{name}", df), partial, walks, *problem.tables(),
+            maps // x.shape[1],
+        )  # fmt: skip
+        plan.run(weight_kernel, "weight", (walks.shape[0], maps, 1), args, name)
+        return {f"w{name}": partial.sum(0).mT}
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        """dS and dz of all queries behind each step, one of each key map."""
+        problem = self.problem
+        if not self.plan.spec.has_linear:
+            return problem.q, problem.q
+        x = (*self.plan.strided("q", problem.q), *self.dy, *problem.features()[:2])
+        return problem.states((*x, problem.wq, self.inverse, self.delta), 1, None, self.variant)[:2]
+
+    def output(self, name: str, x: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
+        """A (pieces, ...) tensor to be written; kernels do arithmetic on the pointers of those not wanted, too."""
+        return self.plan.strided("none", self.do) if x is None else self.plan.strided(name, x)
+
+    def new_gradient(self, heads: int, dim: int, pieces: int, wanted: bool) -> Tensor | None:
+        """(pieces, B, heads, T, dim) for what each slice of the value dim contributes."""
+        dtype = self.plan.dtype if pieces == 1 else torch.float32
+        return self.problem.new_output(heads, dim, dtype, pieces) if wanted else None
+
+    def new_feature_gradient(self, maps: int, pieces: int) -> Tensor | None:
+        """(pieces, B, maps, T, 2f) fp32 of given features, (pieces, B, maps, T, f) of x·W for those of weights."""
+        if not self.plan.fused:
+            return self.problem.new_output(maps, 2 * self.plan.width, torch.float32, pieces)
+        return self.new_gradient(maps, self.plan.width, pieces, self.wanted.weights)
 
 
-def precision() -> str:
-    """Of products of fp32 tiles: on NVIDIA's tensor cores three tf32 products, whose sum has fp32's precision."""
-    return "tf32x3" if torch.cuda.is_available() and torch.version.hip is None else "ieee"
-
-
-NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants that these kernels do not take
-NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "FUSED", "SPAN", "BLOCK_F")
-
-
-def _reduce(pieces: Tensor | None, heads: int) -> Tensor | None:
-    """(pieces, B, H, T, dim) -> (B, heads, T, dim): slices of the value dim and query heads of a group added up."""
-    if pieces is None:
-        return None
-    x = pieces[0] if pieces.shape[0] == 1 else pieces.sum(0)
-    return x if x.shape[1] == heads else x.unflatten(1, (heads, -1)).sum(2)
-
-
-def _strided(x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    """A (B, heads, T, dim) tensor and its strides; that of tokens is compiled in, to save registers."""
-    batch, head, token, _ = x.stride()
-    return x, (batch, head, tl.constexpr(token))
-
-
-def _strided_pieces(x: Tensor | None, unused: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    """A (pieces, B, heads, T, dim) tensor and its strides in the order of the kernels: batch, head, token, piece.
-
-    ``unused`` stands in for an output that is not wanted: kernels do arithmetic on its pointer.
-    """
-    if x is None:
-        return unused, (0, 0, tl.constexpr(0), 0)
-    piece, batch, head, token, _ = x.stride()
-    return x, (batch, head, tl.constexpr(token), piece)
+def _add_pieces(x: Tensor | None) -> Tensor | None:
+    """(pieces, ...) -> (...): what the slices of the value dim contribute."""
+    return x if x is None else x[0] if x.shape[0] == 1 else x.sum(0)
 
 
 def _ready(x: Tensor | None) -> Any:
     """Detached, with neighbouring columns."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def _plain(x: Tensor | None) -> Any:
-    return None if x is None else x.detach().float().contiguous()

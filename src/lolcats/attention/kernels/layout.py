@@ -37,15 +37,16 @@ class Layout:
     """Sequences and how they are cut up, as tables the kernels read.
 
     sequences: (N, 6) int32: ``Rows``, the first entry among the states, the first walk and the one after the last;
-    walks: (W, 3) int32: sequence, first tile, tile after the last; segments: (M, 3) int32, the same in steps of
-    ``span`` tokens; ranges: (N + 1,) int32, first segment of each sequence; start: (N,) int32 zeros; entries: number of
-    states; split: whether any sequence has several segments; complete: whether every token of the (batch, tokens) grid
-    belongs to a sequence.
+    walks: (W, 3) int32, of a program for each query head: sequence, first tile, tile after the last; key_walks: the
+    same for each kv head; segments: (M, 3) int32, the same in steps of ``span`` tokens for each key map; ranges:
+    (N + 1,) int32, first segment of each sequence; start: (N,) int32 zeros; entries: number of states; split: whether
+    any sequence has several segments; complete: whether every token of the (batch, tokens) grid belongs to a sequence.
     """
 
     rows: Rows
     sequences: Tensor
     walks: Tensor
+    key_walks: Tensor
     segments: Tensor
     ranges: Tensor
     start: Tensor
@@ -66,13 +67,14 @@ def packed_rows(cu_seqlens: Sequence[int]) -> Rows:
 
 @lru_cache(maxsize=64)
 def make_layout(
-    rows: Rows, grid: tuple[int, int], tiling: Tiling, heads: int, maps: int, device: torch.device
+    rows: Rows, grid: tuple[int, int], tiling: Tiling, heads: int, kv_heads: int, maps: int, device: torch.device
 ) -> Layout:
-    """``heads``, ``maps``: programs that run for each walk and each segment."""
+    """``heads``, ``kv_heads``, ``maps``: programs that run for each walk, key walk and segment."""
     tiles = [-(-length // tiling.tile) for _, _, length in rows]
     steps = [-(-length // tiling.span) for _, _, length in rows]
     slots = RESIDENT * processors(device)
     walk = tiling.walk or per_program(tiles, heads, slots, split_cost=1)
+    key_walk = tiling.walk or per_program(tiles, kv_heads, slots, split_cost=1)
     segment = tiling.segment or per_program(steps, maps, slots, split_cost=2)  # totals first, then states
     segments = _cut(steps, segment)
     entries, ranges = _offsets(steps, 1), _offsets(steps, segment)
@@ -81,9 +83,10 @@ def make_layout(
     def table(entries: object) -> Tensor:
         return torch.tensor(entries, dtype=torch.int32).to(device)
 
+    sequences = [(*row, entry, *span) for row, (entry, span) in zip(rows, spans, strict=True)]
     return Layout(
-        rows, table([(*row, entry, *span) for row, (entry, span) in zip(rows, spans, strict=True)]).view(-1, 6),
-        table(_cut(tiles, walk)).view(-1, 3), table(segments).view(-1, 3), table(ranges), table([0] * len(rows)),
+        rows, table(sequences).view(-1, 6), table(_cut(tiles, walk)).view(-1, 3),
+        table(_cut(tiles, key_walk)).view(-1, 3), table(segments).view(-1, 3), table(ranges), table([0] * len(rows)),
         entries[-1], split=max(steps, default=0) > segment,
         complete=sum(length for _, _, length in rows) == grid[0] * grid[1],
     )  # fmt: skip
@@ -128,8 +131,11 @@ class Blocks:
     sinks: int
 
 
-def choose_blocks(dim: int, width: int) -> Blocks:
-    return Blocks(dim=max(16, power_of_two(dim)), feature=max(16, power_of_two(width)), sinks=16)
+def choose_blocks(dim: int, width: int, itemsize: int) -> Blocks:
+    """Half-precision products with 32 columns come out wrong on a GPU (LOG.md), so there are never fewer than 64."""
+    return Blocks(
+        dim=max(16, power_of_two(dim)), feature=max(64 if itemsize == 2 else 16, power_of_two(width)), sinks=16
+    )
 
 
 @dataclass(frozen=True)
@@ -159,9 +165,10 @@ def choose_tiling(itemsize: int) -> Tiling:
 def choose_launch(kernel: str, value_dim: int, blocks: Blocks, tile: int, itemsize: int, fused: bool) -> Launch:
     """The widest slice of the value dim whose sums (fp32) fit in registers and whose operands in shared memory."""
     num_warps = 8 if blocks.dim > 128 else 4
+    back = 1 if itemsize == 2 else 2  # the same for both kernels, which have slices in common
+    keys = {"state": 0, "weight": 0, "output": 2, "query": back, "key": back}[kernel] * tile
     if itemsize == 4:
         itemsize = 6  # fp32 operands are split into parts
-    keys = {"state": 0, "output": 2, "query": 1, "key": 1}[kernel] * tile
     fixed = (tile + keys) * blocks.dim + (blocks.dim * blocks.feature if fused else 0)
     column = tile + keys + 2 * blocks.feature
     registers = 2048 * num_warps // (blocks.feature if kernel == "state" else tile)

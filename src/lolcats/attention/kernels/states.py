@@ -29,9 +29,9 @@ from lolcats.attention.kernels.blocks import (
 @triton.jit
 def state_kernel(
     x, x_strides, u, u_strides, f, f_strides, weight, inverse, delta, starts, totals, states, sums, segments, sequences,
-    positions, heads, x_group, u_group, tokens,
+    positions, heads, x_group, tokens,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr,
-    SINKS: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr, HAS_STARTS: tl.constexpr,
+    SINKS: tl.constexpr, HEADS: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr, HAS_STARTS: tl.constexpr,
     HAS_TOTALS: tl.constexpr, FUSED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
     SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -39,6 +39,7 @@ def state_kernel(
 
     starts, totals: (segments, maps, 2 · WIDTH · (VALUE_DIM + 1)) fp32, the state before the segment and behind it.
     states: (entries, maps, 2, VALUE_DIM, WIDTH) and sums: (entries, maps, 2 · WIDTH) fp32: S and z of each step.
+    x_group: maps that share a head of x and u. HEADS: heads of x, u, f and ``weight`` that add to one map's states.
     BACKWARD: rows enter S weighted by ``inverse`` (1 / denominator), and z by that times ``delta``.
 
     z is a product with φ, too, so that it needs no sum across warps. Row 0 of the left factor holds the weights of
@@ -46,37 +47,42 @@ def state_kernel(
     """
     segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, begin, end, batch, first, length, entry, position = walk_bounds(segments, sequences, positions, segment)
-    x = head_pointer(x, x_strides, batch, head // x_group, first)
-    u = head_pointer(u, u_strides, batch, head // u_group, first)
-    f = head_pointer(f, f_strides, batch, head, first)
-    inverse += row_offset(batch, head, first, heads, tokens)
-    delta += row_offset(batch, head, first, heads, tokens)
+    x = head_pointer(x, x_strides, batch, head * HEADS // x_group, first)
+    u = head_pointer(u, u_strides, batch, head * HEADS // x_group, first)
+    f = head_pointer(f, f_strides, batch, head * HEADS, first)
+    inverse += row_offset(batch, head * HEADS, first, heads, tokens)
+    delta += row_offset(batch, head * HEADS, first, heads, tokens)
     row, d, j, two = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F), tl.arange(0, 16)[:, None]
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
     last = window_start(position + length - 1, WINDOW, SIZE)  # keys from here on are still in a window at the end
-    w = load_weight(weight, head, d, j, DIM, WIDTH).to(x.dtype.element_ty) if FUSED else 0
+    w = load_weight(weight, head * HEADS, d, j, DIM, WIDTH) if FUSED else 0
     index = segment * tl.num_programs(1) + head
     S_up, z_up = load_total(starts, index, 0, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS)
     S_down, z_down = load_total(starts, index, 1, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS)
     PER_STEP: tl.constexpr = SPAN // C
-    for i in range(begin * PER_STEP, end * PER_STEP):
-        tile = (begin + end) * PER_STEP - 1 - i if BACKWARD else i
+    for i in range(begin * PER_STEP * HEADS, end * PER_STEP * HEADS):  # the heads of a tile, then the next tile
+        tile = (begin + end) * PER_STEP - 1 - i // HEADS if BACKWARD else i // HEADS
         if STORE:
-            if i % PER_STEP == 0:
+            if i % (PER_STEP * HEADS) == 0:
                 entries = (entry + tile // PER_STEP) * tl.num_programs(1) + head
                 store_state(states, sums, entries, 0, S_up, z_up, j, vd, piece, WIDTH, VALUE_DIM)
                 store_state(states, sums, entries, 1, S_down, z_down, j, vd, piece, WIDTH, VALUE_DIM)
         at = tile * C
         t = at + row
-        x_tile = load_tile(x, x_strides[2], at, length, row, d, DIM)
-        u_tile = tl.trans(load_tile(u, u_strides[2], at, length, row, vd, VALUE_DIM).to(LOW))
+        h = tl.cast(i % HEADS, tl.int64)
+        x_tile = load_tile(x + h * x_strides[1], x_strides[2], at, length, row, d, DIM)
+        u_tile = tl.trans(load_tile(u + h * u_strides[1], u_strides[2], at, length, row, vd, VALUE_DIM).to(LOW))
+        if FUSED and HEADS > 1:
+            w = load_weight(weight, head * HEADS + i % HEADS, d, j, DIM, WIDTH)
         if BACKWARD:
-            row_S, row_z = load_rows(inverse, t, length), load_rows(delta, t, length)
+            row_S, row_z = load_rows(inverse + h * tokens, t, length), load_rows(delta + h * tokens, t, length)
         else:
             key = key_positions(t, length, position, SINKS)
             row_S = ((key >= 0) & (key < last)).to(tl.float32)
             row_z = row_S
-        up, down = features(x_tile, w, f, f_strides[2], at, length, row, row_S, j, WIDTH, FUSED, PRECISION)
+        up, down = features(
+            x_tile, w, f + h * f_strides[1], f_strides[2], at, length, row, row_S, j, WIDTH, FUSED, PRECISION
+        )
         up, down = up.to(LOW), down.to(LOW)
         S_up = tl.dot(u_tile, up, S_up, input_precision=PRECISION)
         S_down = tl.dot(u_tile, down, S_down, input_precision=PRECISION)

@@ -1,0 +1,157 @@
+"""What calls of one kind share: sizes, block sizes, strides, and the kernels compiled for them.
+
+Triton looks at every argument of a launch, compile-time constants too, to find the compiled kernel: some 50 to 100 µs
+for kernels with as many arguments as these, more than many of them run. A plan looks once. It is found by everything
+that Triton specialises a kernel on: dtypes, shapes, strides and alignment of what comes in; those of what is allocated
+here follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lolcats.attention.kernels.layout import (
+    Blocks,
+    Launch,
+    Layout,
+    Rows,
+    Tiling,
+    choose_blocks,
+    choose_launch,
+    choose_tiling,
+    make_layout,
+    window_tiles,
+)
+from lolcats.attention.spec import AttentionSpec
+
+MOST = 1024  # plans kept
+NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants that these kernels do not take
+NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "FUSED", "SPAN", "BLOCK_F")
+ONLY_WEIGHTS = ("DIM", "WIDTH", "LOW", "PRECISION", "C", "BLOCK_D", "BLOCK_F", "num_warps")
+
+_plans: dict[Any, Plan] = {}
+
+
+class Plan:
+    """For one kind of call; ``heads`` of queries, ``kv_heads``, key ``maps``; ``width``: f, half of the features."""
+
+    def __init__(
+        self, spec: AttentionSpec, capped: bool, tiling: Tiling | None, tensors: Mapping[str, Tensor | None]
+    ) -> None:
+        q, k, v = tensors["q"], tensors["k"], tensors["v"]
+        assert q is not None and k is not None and v is not None  # noqa: PT018
+        fq, fk, wq, wk = (tensors[name] for name in ("fq", "fk", "wq", "wk"))
+        self.spec, self.capped, self.device, self.dtype = spec, capped, q.device, q.dtype
+        self.batch, self.heads, self.tokens, self.dim = q.shape
+        self.kv_heads, self.value_dim = k.shape[1], v.shape[3]
+        self.maps = self.heads if wk is None and fk is None else fk.shape[1] if wk is None else wk.shape[0]  # type: ignore[union-attr]
+        self.width = wq.shape[2] if wq is not None else 16 if fq is None else fq.shape[3] // 2
+        self.fused = fq is None
+        self.wide = q.dtype == torch.float32  # products are made in fp32
+        self.tiling = tiling or choose_tiling(q.dtype.itemsize)
+        self.strides = {name: _strides(x) for name, x in tensors.items() if x is not None and x.ndim == 4}
+        self.strides["none"] = 0, 0, tl.constexpr(0), 0
+        self._constants: dict[str, dict[str, Any]] = {}
+        self._launches: dict[str, Launch] = {}
+        self._compiled: dict[Any, Any] = {}
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        return choose_blocks(self.dim, self.width, self.dtype.itemsize)
+
+    def layout(self, rows: Rows) -> Layout:
+        grid = self.batch, self.tokens
+        return make_layout(rows, grid, self.tiling, self.heads, self.kv_heads, self.maps, self.device)
+
+    def launch(self, kernel: str) -> Launch:
+        if kernel not in self._launches:
+            fused = self.fused and self.spec.has_linear
+            self._launches[kernel] = choose_launch(
+                kernel, self.value_dim, self.blocks, self.tiling.tile, self.dtype.itemsize, fused
+            )
+        return self._launches[kernel]
+
+    def strided(self, name: str, x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        """A tensor and its strides as the kernels take them. ``name``: of tensors whose strides the plan implies."""
+        strides = self.strides.get(name)
+        if strides is None:
+            strides = self.strides[name] = _strides(x)
+        return x, strides
+
+    def run(self, kernel: Any, kind: str, grid: tuple[int, int, int], args: tuple[Any, ...], variant: Any = (),
+            **constants: Any) -> None:  # fmt: skip
+        """Launch a kernel.
+
+        Args:
+            kind: ``state``, ``output``, ``query``, ``sink``, ``key`` or ``weight``: whose constants it takes.
+            variant: what it depends on besides the plan and ``constants``.
+        """
+        key = kind, variant, tuple(constants.values())
+        known = self._compiled.get(key)
+        if known is not None:
+            compiled, unused = known
+            compiled[grid](*args, *unused)
+            return
+        compiled = kernel[grid](*args, **constants, **self.constants(kind))
+        if hasattr(compiled, "packed_metadata"):  # not so in the interpreter
+            self._compiled[key] = compiled, (None,) * sum(parameter.is_constexpr for parameter in kernel.params)
+
+    def constants(self, kind: str) -> dict[str, Any]:
+        if kind not in self._constants:
+            every = self._every_constant(self.launch("query" if kind == "sink" else kind))
+            if kind in ("state", "sink"):
+                left_out = NOT_OF_STATES if kind == "state" else NOT_OF_SINKS
+                every = {name: value for name, value in every.items() if name not in left_out}
+            elif kind == "weight":
+                every = {name: every[name] for name in ONLY_WEIGHTS} | {"num_stages": 2}
+            self._constants[kind] = every
+        return self._constants[kind]
+
+    def _every_constant(self, launch: Launch) -> dict[str, Any]:
+        spec, blocks, tiling = self.spec, self.blocks, self.tiling
+        # A step's state is all that is older than the window if windows of its tiles begin where steps do.
+        whole = spec.kind != "linear" and spec.window == "terraced" and spec.window_size % tiling.span == 0
+        return {
+            "DIM": self.dim, "VALUE_DIM": self.value_dim, "WIDTH": self.width,
+            "SOFTMAX": spec.has_softmax, "LINEAR": spec.has_linear, "NEAR": spec.has_linear and not whole,
+            "WINDOW": "none" if spec.kind == "linear" else spec.window, "SIZE": spec.window_size,
+            "SINKS": spec.softmax_sinks, "CAPPED": self.capped, "FUSED": self.fused,
+            "LOW": tl.float32 if self.wide else tl.bfloat16, "PRECISION": precision(),
+            "TILES": window_tiles(spec, tiling.tile), "C": tiling.tile, "SPAN": tiling.span, "BLOCK_D": blocks.dim,
+            "BLOCK_V": launch.value, "BLOCK_F": blocks.feature, "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
+        }  # fmt: skip
+
+
+def find_plan(
+    spec: AttentionSpec, capped: bool, tiling: Tiling | None, context: bool, tensors: Mapping[str, Tensor | None]
+) -> Plan:
+    """The plan of calls like this one."""
+    key = spec, capped, tiling, context, *map(_kind, tensors.values())
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= MOST:
+            _plans.clear()
+        plan = _plans[key] = Plan(spec, capped, tiling, tensors)
+    return plan
+
+
+def precision() -> str:
+    """Of products of fp32 tiles: on NVIDIA's tensor cores three tf32 products, whose sum has fp32's precision."""
+    return "tf32x3" if torch.cuda.is_available() and torch.version.hip is None else "ieee"
+
+
+def _kind(x: Tensor | None) -> Any:
+    return x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+
+
+def _strides(x: Tensor) -> tuple[Any, ...]:
+    """Strides of batch, head, token and, of a 5-D tensor, piece; that of tokens is compiled in, to save registers."""
+    *piece, batch, head, token, _ = x.stride()
+    return batch, head, tl.constexpr(token), *piece
