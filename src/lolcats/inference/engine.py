@@ -12,6 +12,7 @@ products of different batch sizes (in fp32 about 1e-6 of a logit); a single batc
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -33,6 +34,7 @@ from lolcats.inference.text import Detokenizer, StopStrings
 from lolcats.modeling.layer import LinearizedAttention, linearized_layers
 from lolcats.modeling.liger import fused_layers
 
+log = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -128,7 +130,10 @@ class Engine:
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         )
         self.resources = ExitStack()
-        self.resources.enter_context(fused_layers(model, True))
+        try:
+            self.resources.enter_context(fused_layers(model, True))
+        except LolcatsError as error:
+            log.warning("Generating without liger-kernel: %s", error)
         self.graphs: DecodeGraphs | None = None
         if graphs if graphs is not None else model.device.type == "cuda" and self._has_kernels():
             with torch.inference_mode():
