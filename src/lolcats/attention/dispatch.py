@@ -100,6 +100,8 @@ def uses_decode_kernel(q: Tensor, phi_q: Any, spec: AttentionSpec) -> bool:
     """Whether the decode kernel moves a state by one token; it has the hedgehog map inside, and no gradients."""
     if _known(_backend) == "chunked" or torch.is_grad_enabled() or _misfit(q, spec) or not _has_triton():
         return False
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
     if not q.is_cuda and (_backend != "triton" or q.dtype != torch.float32):  # the interpreter has no 16-bit products
         return False
     if not spec.has_linear:
