@@ -8,7 +8,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -18,17 +18,20 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 
-from lolcats.errors import Interrupted, LolcatsError
+from lolcats.errors import Interrupted, LolcatsError, out_of_memory
 
 app = typer.Typer(
     name="lolcats", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Turn pretrained softmax-attention language models into linear-attention ones.",
 )  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on them.")
+app.add_typer(data_app, name="data")
 out, err = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Hub id, local model directory or .gguf file.", metavar="MODEL")]
 Directory = Annotated[Path, typer.Argument(help="A run directory or a linearized model.", metavar="DIR")]
-DataPath = Annotated[str, typer.Option("--data", help="Hub data set id or local .json, .jsonl, .parquet, .txt file.")]
+DataPath = Annotated[str, typer.Option("--data", help="Hub data set id; local .json, .jsonl, .parquet, .txt file; or "
+                                       "a .yaml file that mixes several.")]  # fmt: skip
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; an unfinished run in it is continued.")]
 Recipe = Annotated[str, typer.Option(help="paper, default, small, or a YAML file.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Change one setting: transfer.learning_rate=1e-3. Repeatable.")]
@@ -37,7 +40,14 @@ Controls = Annotated[bool, typer.Option("--controls", help="Also train window + 
                                         "term) and the teacher with it.")]  # fmt: skip
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
+NO_MEMORY = (
+    "Memory ran out. Lower transfer.micro_batch_size and finetune.micro_batch_size (the batch stays as it is), use "
+    "shorter rows (data.sequence_length), or --set finetune.gradient_checkpointing=true. Evaluations: --batch-size; "
+    "serving: --slots. What was finished is saved."
+)
+
+
+def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
     """Register a command whose user errors end in one sentence."""
 
     @wraps(function)
@@ -52,11 +62,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except LolcatsError as error:
             _fail(str(error), 2)
         except Exception as error:
+            if out_of_memory(error):
+                _fail(NO_MEMORY, 2)
             if not _disk_full(error, [path for path in kwargs.values() if isinstance(path, Path)]):
                 raise
             _fail("The disk is full. Free some space and run the same command again: it continues where it stopped.", 2)
 
-    return app.command()(guarded)
+    return group.command(function.__name__.removesuffix("_"))(guarded)
 
 
 @command
@@ -80,7 +92,8 @@ def transfer(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default"
     from lolcats.inputs import Inputs
     from lolcats.pipeline import run_transfer, start
 
-    session = start(Inputs(model), data, out_, load_config(recipe, set_))
+    config = load_config(recipe, set_)
+    session = start(Inputs(model, trust=config.trust_remote_code), data, out_, config)
     run_transfer(session)
     _show(session.run)
     out.print(f"\nFeature maps: {out_}. Next: lolcats finetune {out_}", soft_wrap=True)
@@ -307,6 +320,47 @@ def export(directory: Directory, out_: Out,
     out.print(f"Merged model: {out_}", soft_wrap=True)
 
 
+@partial(command, group=data_app)
+def stats(
+    model: Model, data: DataPath,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows to look at with the model.")] = 64,
+    picture: Annotated[Path, typer.Option(help="PNG file for the histograms.")] = Path("data-stats.png"),
+    recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Sizes, document lengths, and how far back MODEL's attention looks on DATA (effective sequence length)."""
+    from lolcats.config import load_config
+    from lolcats.data_stats import data_statistics
+    from lolcats.pipeline import device_and_dtype
+
+    if not picture.parent.is_dir():
+        raise LolcatsError(f"--picture {picture}: {picture.parent} is no directory.")
+    config = load_config(recipe, set_)
+    found = data_statistics(model, data, config, *device_and_dtype(config), rows)
+    facts = Table("", "", show_header=False)
+    for name, value in found.facts.items():
+        facts.add_row(name, value)
+    out.print(facts)
+    _print_rows(*found.rows(), title=Path(data).name)
+    found.draw(picture)
+    out.print(f"Histograms: {picture}", soft_wrap=True)
+
+
+@command
+def import_(
+    base: Annotated[str, typer.Option(help="The base model: hub id, directory or .gguf file.")],
+    transfer: Annotated[Path, typer.Option(help=".pt file with feature maps and window factors.")],
+    out_: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    lora: Annotated[Path | None, typer.Option(help=".pt file with LoRA matrices.")] = None,
+    recipe: Recipe = "paper", set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """An adapter from checkpoints of the paper's own code. What they do not say (window, α): --set attention...=."""
+    from lolcats.config import load_config
+    from lolcats.reference_import import import_reference
+
+    import_reference(base, transfer, lora, out_, load_config(recipe, set_))
+    out.print(f"Adapter: {out_}", soft_wrap=True)
+
+
 @command
 def info(model: Model) -> None:
     """What a linearized model is, or how a base model would be linearized."""
@@ -323,10 +377,13 @@ def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any,
     from lolcats.evaluation.compare import compare, evaluation_rows
     from lolcats.report.table import controls_hint
 
-    ids = evaluation_rows(model, data, _tokenizer(model), config)[: rows or None]
+    ids, positions = (
+        x if x is None else x[: rows or None] for x in evaluation_rows(model, data, _tokenizer(model), config)
+    )
+    assert ids is not None
     table = Table("model", title=f"{ids.numel():,} tokens of {Path(data).name}")
     table.add_column("perplexity", justify="right", no_wrap=True)
-    for name, value in compare(model, ids, *place, batch_size).items():
+    for name, value in compare(model, ids, *place, batch_size, positions).items():
         table.add_row(name, f"{value:.3f}")
     out.print(table)
     out.print(controls_hint(model))
@@ -392,13 +449,16 @@ def _numbers(text: str, option: str = "--lengths") -> tuple[int, ...]:
 
 def _load(model: str, config: Any) -> tuple[Any, Any]:
     """A linearized directory, or any base model, with its tokenizer."""
-    from lolcats.modeling.base import find_base, load_model
+    from lolcats.modeling.base import find_base, load_model, load_tokenizer
     from lolcats.modeling.checkpoint import is_linearized, load
     from lolcats.pipeline import device_and_dtype
 
     device, dtype = device_and_dtype(config)
-    loaded = load(model, dtype, device) if is_linearized(model) else load_model(find_base(model), dtype, device)
-    return loaded, _tokenizer(model)
+    trust = config.trust_remote_code
+    if is_linearized(model):
+        return load(model, dtype, device, trust), _tokenizer(model)
+    base = find_base(model, trust)
+    return load_model(base, dtype, device, trust), load_tokenizer(base, trust)
 
 
 def _tokenizer(model: str) -> Any:

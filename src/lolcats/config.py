@@ -69,9 +69,23 @@ class DataConfig:
     """Packed rows held out for the final table; nothing is chosen on them."""
     skip_broken: bool = False
     """Skip and count broken lines of a .jsonl file instead of stopping."""
+    streaming: bool = False
+    """Read a hub data set while it comes instead of downloading it first; meant with ``max_tokens``."""
+    max_tokens: int = 0
+    """Stop reading a source behind so many tokens; 0: read all of it."""
+    reset_at_documents: bool = False
+    """Documents packed into a row are sequences of their own: attention, softmax and linear, does not reach from one
+    into the next. Off is the paper."""
+    keep_longest_effective: float = 1.0
+    """Train on this fraction of the training rows: those with the longest effective sequence length in the base model's
+    attention (the paper's Eq. 9 and Table 15)."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "data", sequence_length=2, validation_rows=1, test_rows=1)
+        _at_least(self, "data", sequence_length=2, validation_rows=1, test_rows=1, max_tokens=0)
+        if not 0 < self.keep_longest_effective <= 1:
+            raise LolcatsError(
+                f"data.keep_longest_effective must be above 0 and at most 1, not {self.keep_longest_effective}."
+            )
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,15 @@ class FinetuneConfig(StageConfig):
     alpha: float = 16.0
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    """Linear layers with LoRA. These four mean the attention's, whatever the family calls them (``qkv_proj``, ``dense``
+    and so on); others are names of modules, e.g. ``gate_proj``."""
+    use_dora: bool = False
+    """DoRA: LoRA on the direction of each weight, its magnitude trained apart (Liu et al. 2024, arXiv 2402.09353)."""
+    use_rslora: bool = False
+    """rsLoRA: scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)."""
+    quantize_base: Literal["none", "nf4"] = "none"
+    """``nf4``: train LoRA on a base model in 4 bits (bitsandbytes, CUDA only), for memory. The adapter goes onto the
+    untouched base model all the same."""
     feature_map_learning_rate: float = 0.0
     """Rate for feature maps and γ in stage 2; 0 keeps them frozen (the paper). Meant for runs without stage 1."""
     gradient_checkpointing: bool = False
@@ -160,10 +183,17 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto``: bfloat16 on CUDA, float32 elsewhere."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the base model. Never on unless asked for."""
     report_to: list[str] = field(default_factory=list)
     """Trackers of transformers.Trainer, e.g. ``[tensorboard]`` or ``[wandb]``."""
 
     def __post_init__(self) -> None:
+        if self.controls and self.finetune.quantize_base != "none":
+            raise LolcatsError(
+                "controls: they train on the base model as it is, which a student on a quantized one "
+                "(finetune.quantize_base) cannot be compared with. Leave out one of the two."
+            )
         length, window = self.data.sequence_length, self.attention.window_size
         if self.attention.kind in ("hybrid", "window") and length < 2 * window:
             raise LolcatsError(
@@ -271,7 +301,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
 def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers that are none are ValueErrors
         raise LolcatsError(f"{where}: not valid YAML ({error}).") from None
 
 

@@ -7,3 +7,9 @@ class LolcatsError(Exception):
 
 class Interrupted(LolcatsError):
     """Training was stopped by Ctrl-C after its state had been saved."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out: PyTorch's own error on a GPU, a plain RuntimeError on a CPU."""
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lolcats.errors import LolcatsError
+
+CHECKSUM = "lolcats_sha256"  # key in a safetensors file's metadata
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,23 +59,49 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     unfinished.rename(directory)
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file so that a reader sees either the old file or the whole new one."""
+def write_tensors(tensors: dict[str, Tensor], path: Path, beside: str = "") -> None:
+    """Write a safetensors file so that a reader sees either the old file or the whole new one; with a checksum.
+
+    beside: checksum of what lies beside it, kept with its own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial)
+    written = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    # One entry alone: the order of several is random, and equal tensors are to be equal files.
+    save_file(written, partial, metadata={CHECKSUM: f"{tensor_hash(written)} {beside}".strip()})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which must be what was written if we wrote it."""
     try:
-        return load_file(path)
+        known, _ = read_checksums(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise LolcatsError(f"{path} is missing.") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise LolcatsError(f"{path} is damaged or truncated ({error}).") from None
+    if known and known != tensor_hash(tensors):
+        raise LolcatsError(f"{path} is damaged: its tensors are not those that were written (another checksum).")
+    return tensors
+
+
+def read_checksums(path: Path) -> tuple[str, str]:
+    """Of a safetensors file's tensors, and of what lay beside it; empty where it says none."""
+    with safe_open(path, "pt") as file:
+        own, _, beside = (file.metadata() or {}).get(CHECKSUM, "").partition(" ")
+    return own, beside
+
+
+def tensor_hash(tensors: dict[str, Tensor]) -> str:
+    """sha256 of names, dtypes, shapes and values of contiguous tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_strictly(target: dict[str, Tensor], source: dict[str, Tensor], path: Path) -> None:

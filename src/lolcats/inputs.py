@@ -16,28 +16,38 @@ from lolcats.training.data import Data, Documents, split, tokenize_source
 
 
 class Inputs:
-    """``keep``: a loaded model stays in host memory as it is, and every run is given a copy of it."""
+    """``keep``: a loaded model stays in host memory as it is, and every run is given a copy of it.
 
-    def __init__(self, model: str, keep: bool = False) -> None:
-        self.base, self.keep = find_base(model), keep
+    ``trust``: run Python code that comes with the model.
+    """
+
+    def __init__(self, model: str, keep: bool = False, trust: bool = False) -> None:
+        self.base, self.keep, self.trust = find_base(model, trust), keep, trust
         self._models: dict[torch.dtype, PreTrainedModel] = {}
         self._documents: dict[tuple[str, DataConfig], Documents] = {}
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.base)
+        return load_tokenizer(self.base, self.trust)
 
     def data(self, source: str, config: DataConfig, seed: int) -> Data:
         """The splits of ``source``; another seed, length or size of a split does not read or tokenize it again."""
-        reading = replace(config, sequence_length=2, validation_rows=1, test_rows=1)
+        return split(self.documents(source, config), config, seed)
+
+    def documents(self, source: str, config: DataConfig) -> Documents:
+        """The documents of ``source``, tokenized once."""
+        reading = replace(
+            config, sequence_length=2, validation_rows=1, test_rows=1, reset_at_documents=False,
+            keep_longest_effective=1.0,
+        )  # fmt: skip
         if (source, reading) not in self._documents:
             self._documents[source, reading] = tokenize_source(source, self.tokenizer, config)
-        return split(self._documents[source, reading], config, seed)
+        return self._documents[source, reading]
 
     def model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The base model, untouched, for the caller to change."""
         if not self.keep:
-            return load_model(self.base, dtype, device)
+            return load_model(self.base, dtype, device, self.trust)
         if dtype not in self._models:
-            self._models[dtype] = load_model(self.base, dtype)
+            self._models[dtype] = load_model(self.base, dtype, trust=self.trust)
         return copy.deepcopy(self._models[dtype]).to(device)

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lolcats.config import Config, Control, to_yaml
+from lolcats.data_stats import longest, select
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.attention_maps import FILE, measure_attention
 from lolcats.evaluation.memory import cache_bytes
@@ -25,6 +27,7 @@ from lolcats.evaluation.systems import ABLATIONS
 from lolcats.files import whole_directory, write_text
 from lolcats.inference.generate import generate
 from lolcats.inputs import Inputs
+from lolcats.modeling.base import check_quantized, load_model, load_quantized
 from lolcats.modeling.checkpoint import (
     FEATURE_MAPS,
     LORA,
@@ -34,7 +37,7 @@ from lolcats.modeling.checkpoint import (
     save_feature_maps,
     save_lora,
 )
-from lolcats.modeling.convert import convert
+from lolcats.modeling.convert import convert, convert_as
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.run import Run
 from lolcats.training.controls import control, control_directory, train_control
@@ -70,7 +73,7 @@ def linearize(model: str, data: str, out: Path, config: Config, merge: bool = Tr
 
     Called again with the same arguments it continues where it stopped, and ends with the same weights.
     """
-    session = start(Inputs(model), data, out, config, say)
+    session = start(Inputs(model, trust=config.trust_remote_code), data, out, config, say)
     run_transfer(session)
     run_controls(session)
     run_finetune(session)
@@ -82,6 +85,8 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log) 
     """Load base model, tokenizer and data, measure the teacher and the untrained baselines, convert."""
     device, dtype = device_and_dtype(config)
     base, tokenizer = inputs.base, inputs.tokenizer
+    if config.finetune.quantize_base != "none":
+        check_quantized(base, device)
     data = str(Path(data).resolve()) if Path(data).exists() else data
     say(f"Reading {data}")
     rows = inputs.data(data, config.data, config.seed)
@@ -97,6 +102,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log) 
     save_adapter_config(student, base, out)
     session = Session(run, config, student, tokenizer, rows, say)
     _baselines(session)
+    _keep_longest(session)
     if run.stage_done("transfer"):
         load_feature_maps(student, out / FEATURE_MAPS)
     return session
@@ -106,7 +112,8 @@ def resume(directory: Path, say: Say = log, controls: Sequence[Control] = ()) ->
     """The session of an existing run directory, with ``controls`` added to what it is to have."""
     run = Run.open(directory)
     config = replace(run.config, controls=[*run.config.controls, *controls])
-    return start(Inputs(run.base.path), run.record["data"]["source"], directory, config, say)
+    inputs = Inputs(run.base.path, trust=config.trust_remote_code)
+    return start(inputs, run.record["data"]["source"], directory, config, say)
 
 
 def run_transfer(session: Session) -> None:
@@ -160,6 +167,10 @@ def run_finetune(session: Session) -> None:
     if session.config.finetune.max_steps == 0:
         run.finish_stage("finetune", {"skipped": True})
         return
+    quantized = session.config.finetune.quantize_base != "none"
+    if quantized:
+        del model  # two models at a time would undo what quantizing saves
+        model = _reload(session, load_quantized)
     session.say(_headline(session, "Stage 2: low-rank linearizing", "finetune"))
     started = time.time()
     wrapped, result = finetune(model, session.data, session.config, out)
@@ -168,7 +179,20 @@ def run_finetune(session: Session) -> None:
         save_feature_maps(wrapped, out / FEATURE_MAPS)
     run.finish_stage("finetune", _summary(result, started))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    session.model = wrapped.merge_and_unload().eval()
+    if quantized:
+        del wrapped, model
+        session.model = merge_lora(_reload(session, load_model), out / LORA)
+    else:
+        session.model = wrapped.merge_and_unload().eval()
+
+
+def _reload(session: Session, load: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """The session's student after stage 1, its base model loaded anew by ``load`` in the place of the one it had."""
+    record, device, dtype = session.model.config.lolcats, session.model.device, session.model.dtype
+    del session.model
+    session.model = convert_as(load(session.run.base, dtype, device, session.config.trust_remote_code), record)
+    load_feature_maps(session.model, session.run.directory / FEATURE_MAPS)
+    return session.model
 
 
 def finish(session: Session, merge: bool = True, pictures: bool = True) -> None:
@@ -242,10 +266,31 @@ def _baselines(session: Session) -> None:
     run.measure("ppl_window_sinks", lambda: _measured(session, "window + sinks", kind="window", sinks=sinks))
 
 
+def _keep_longest(session: Session) -> None:
+    """Leave the session the training rows that ``data.keep_longest_effective`` asks for; measured once in a run."""
+    fraction, data = session.config.data.keep_longest_effective, session.data
+    if fraction == 1:
+        return
+
+    def measured() -> dict[str, Any]:
+        session.say(f"Effective sequence lengths of {len(data.train)} rows")
+        found, kept = longest(data, session.model, fraction, _batch(session))
+        means = {"all": found.rows.mean().item(), "kept": found.rows[kept].mean().item()}
+        return {"mean": means, "rows": kept.tolist()}
+
+    kept = session.run.measure("effective_length", measured)
+    session.data = select(data, torch.tensor(kept["rows"]))
+    means = kept["mean"]
+    session.say(
+        f"  training on the {len(kept['rows'])} of {len(data.train)} rows with the longest effective sequence length: "
+        f"{means['kept']:.1f} tokens in the mean, of all rows {means['all']:.1f}"
+    )
+
+
 def _measured(session: Session, label: str, mode: Any = None, **spec: Any) -> float:
     changed = override(session.model, mode=mode, **spec) if mode or spec else nullcontext()
     with changed:
-        value = perplexity(session.model, session.data.test, _batch(session))
+        value = perplexity(session.model, session.data.test, _batch(session), session.data.positions.get("test"))
     session.say(f"  perplexity, {label}: {value:.2f}")
     return value
 
@@ -290,4 +335,6 @@ def _measure_final_maps(session: Session) -> None:
 
 
 def _layer_errors(session: Session) -> list[float]:
-    return layer_errors(session.model, session.data.validation.split(_batch(session)))
+    data, size = session.data, _batch(session)
+    places = data.positions["validation"].split(size) if data.positions else repeat(None)
+    return layer_errors(session.model, data.validation.split(size), places)

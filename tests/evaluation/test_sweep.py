@@ -102,8 +102,8 @@ def test_sweep_resumes_and_skips(file: Path, place: list[str], tmp_path: Path, m
     book.write_text(FILES["long_books"][0]["text"])
     sweep, out = read_sweep(file, [*place, f"evaluate.text={book}"]), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(execute, "_references", lambda *_: time.sleep(0.2) or {"systems": {}, "seconds": {}})
-        results, said = run(sweep, tmp_path / "late", deadline=0.1)
+        patch.setattr(execute, "_references", lambda *_: time.sleep(1.2) or {"systems": {}, "seconds": {}})
+        results, said = run(sweep, tmp_path / "late", deadline=1.0)
         assert len(results) == 1
         assert "Deadline: 2 rows are left" in said
 

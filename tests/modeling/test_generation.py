@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from threading import Thread
 
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
-from transformers import StaticCache, pipeline
+from transformers import GenerationConfig, StaticCache, TextIteratorStreamer, pipeline
 
 import lolcats
 from lolcats.config import AttentionConfig
@@ -91,14 +92,77 @@ def test_left_padded_rows_equal_rows_alone(config: AttentionConfig) -> None:
     torch.testing.assert_close(logits[1:, 13:], model(IDS[1:, 13:30], use_cache=False).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 4},
+        {"num_beams": 3, "do_sample": True},
+    ],
+    ids=lambda a: "-".join(a),
+)
 @torch.no_grad()
-def test_beam_search_and_return_sequences() -> None:
+def test_sampling_and_beams_equal_whole_forward_passes(arguments: dict) -> None:
+    """Two prompts of different lengths; the same random numbers with our cache (reordered by beams) and with none."""
     model = lolcats.convert(tiny_model("llama"), VARIANTS[0])
-    beams = model.generate(IDS[:, :20], max_new_tokens=12, num_beams=3, **GREEDY)
-    assert torch.equal(beams, model.generate(IDS[:, :20], max_new_tokens=12, num_beams=3, use_cache=False, **GREEDY))
-    torch.manual_seed(0)
-    many = model.generate(IDS[:, :20], max_new_tokens=5, do_sample=True, num_return_sequences=3, pad_token_id=0)
-    assert many.shape[0] == 6
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :7] = 0
+    arguments = {**GREEDY, **arguments, "attention_mask": mask, "max_new_tokens": 16}
+    answers = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        answers.append(model.generate(IDS[:, :20], use_cache=use_cache, **arguments))
+    assert torch.equal(*answers)
+    assert len(answers[0]) == 2 * arguments.get("num_return_sequences", 1)
+
+
+@torch.no_grad()
+def test_batch_of_prompts_of_different_lengths() -> None:
+    model = lolcats.convert(tiny_model("llama"), VARIANTS[0])
+    lengths = (1, 7, 16, 17, 30)
+    prompts = [IDS[0, start : start + length] for start, length in enumerate(lengths)]
+    ids = torch.stack([torch.nn.functional.pad(p, (30 - len(p), 0)) for p in prompts])
+    mask = torch.arange(30) >= 30 - torch.tensor(lengths)[:, None]
+    together = model.generate(ids, attention_mask=mask.long(), max_new_tokens=25, **GREEDY)
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = model.generate(prompt[None], max_new_tokens=25, **GREEDY)
+        assert torch.equal(row[30 - len(prompt) :], alone[0])
+
+
+def test_streaming(tokenizer) -> None:
+    model = lolcats.convert(tiny_model("llama"), VARIANTS[0])
+    inputs = tokenizer("the cat sat on a mat", return_tensors="pt", return_token_type_ids=False)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    arguments = {**inputs, **GREEDY, "max_new_tokens": 30}
+    thread = Thread(target=model.generate, kwargs={**arguments, "streamer": streamer})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    whole = model.generate(**arguments)[0, inputs["input_ids"].shape[1] :]
+    assert len(pieces) > 3
+    assert "".join(pieces) == tokenizer.decode(whole)
+
+
+def test_what_a_fixed_state_cannot_do_is_refused_at_once() -> None:
+    model = lolcats.convert(tiny_model("llama"), VARIANTS[0])
+    assisted = {"assistant_model": tiny_model("llama", seed=1)}, {"prompt_lookup_num_tokens": 3}
+    for arguments in (*assisted, {"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}):
+        with pytest.raises(LolcatsError, match="assisted decoding takes tokens back"):
+            model.generate(IDS, max_new_tokens=5, **arguments)
+    with pytest.raises(LolcatsError, match="cannot use another cache"):
+        model.generate(IDS, max_new_tokens=5, cache_implementation="static")
+    with pytest.raises(LolcatsError, match="cannot be taken back"):  # and as the assistant of another model
+        tiny_model("llama", seed=1).generate(IDS[:1], max_new_tokens=5, assistant_model=model, **GREEDY)
+
+
+def test_cache_that_a_checkpoint_asks_for_is_ignored() -> None:
+    """Gemma 2's generation settings name a cache implementation."""
+    model = tiny_model("llama")
+    model.generation_config.cache_implementation = "static"
+    lolcats.convert(model, VARIANTS[0])
+    assert model.generate(IDS, max_new_tokens=5, **GREEDY).shape == (2, 65)
 
 
 @torch.no_grad()

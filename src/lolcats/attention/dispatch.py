@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lolcats.attention.chunked import Context, chunked_attention
+from lolcats.attention.documents import Documents
 from lolcats.attention.reference import expand_heads
 from lolcats.attention.spec import AttentionSpec
 from lolcats.errors import LolcatsError
@@ -47,7 +48,7 @@ def use_backend(name: str) -> Iterator[None]:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor, spec: AttentionSpec, scale: float,
     softcap: float | None = None, *, context: Context | None = None, lengths: Sequence[int] | Tensor | None = None,
-    final: bool = False,
+    final: bool = False, documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Hybrid or linear attention of whole rows.
 
@@ -59,6 +60,7 @@ def attention(
         lengths: of each row, where rows are shorter than T; matters for the final state alone. The kernels need them on
             the host: a tensor on the GPU is waited for.
         final: also return the state behind each row's last token.
+        documents: rows are several sequences one behind the other; without ``context`` and ``final``.
 
     Returns:
         outputs (B, H, T, D), bf16 from the kernels for bf16 inputs and fp32 otherwise; and, with ``final`` where the
@@ -66,7 +68,23 @@ def attention(
         last token no longer reaches; else None. The kernels' S and z carry no gradient, see :func:`uses_kernels`.
     """
     path = _kernels if uses_kernels(q, spec, final) else _chunked
+    if documents is not None:
+        apart = _packed_kernels if path is _kernels else _packed_chunked
+        return apart(documents, q, k, v, phi_q, phi_k, gamma, spec, scale, softcap), None, None
     return path(q, k, v, phi_q, phi_k, gamma, spec, scale, softcap, context, lengths, final)
+
+
+def _packed_kernels(documents: Documents, q: Tensor, k: Tensor, v: Tensor, *common: Any) -> Tensor:
+    """All documents as they lie."""
+    attend: Callable[..., Any] = _kernels
+    y = attend(*documents.laid_out((q, k, v)), *common, None, None, False, documents.cumulative)[0]
+    return y.unflatten(2, (q.shape[0], q.shape[2]))[0].transpose(0, 1)
+
+
+def _packed_chunked(documents: Documents, q: Tensor, k: Tensor, v: Tensor, *common: Any) -> Tensor:
+    """Documents of similar length together."""
+    attend: Callable[..., Any] = _chunked
+    return documents.apart(lambda *rows: attend(*rows, *common, None, None, False)[0], q, k, v)
 
 
 def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
@@ -122,6 +140,7 @@ def _misfit(q: Tensor, spec: AttentionSpec) -> str:
 def _kernels(
     q: Tensor, k: Tensor, v: Tensor, phi_q: Any, phi_k: Any, gamma: Tensor, spec: AttentionSpec, scale: float,
     softcap: float | None, context: Context | None, lengths: Sequence[int] | Tensor | None, final: bool,
+    cu_seqlens: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     from lolcats.attention.kernels import triton_attention
 
@@ -132,8 +151,9 @@ def _kernels(
             context = context._replace(sink_k=context.sink_k.float(), sink_v=context.sink_v.float())
     host = lengths.tolist() if isinstance(lengths, Tensor) else lengths
     y, S, z = triton_attention(
-        q, k, v, phi_q, phi_k, gamma, spec, scale, softcap, context=context, lengths=host, final=final
-    )
+        q, k, v, phi_q, phi_k, gamma, spec, scale, softcap, context=context, lengths=host, cu_seqlens=cu_seqlens,
+        final=final,
+    )  # fmt: skip
     return y.to(dtype), S, z
 
 

@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from lolcats.attention import AttentionState
 from lolcats.attention.dispatch import uses_decode_kernel
@@ -409,6 +410,12 @@ def check_model(model: PreTrainedModel) -> None:
         raise LolcatsError(
             f"Layers {', '.join(map(str, kept))} kept softmax attention, whose cache grows with every token: "
             "the engine holds states of fixed size only. Use lolcats generate for this model."
+        )
+    cache = DynamicCache(config=model.config).layers
+    if others := [str(i) for i, layer in enumerate(cache) if isinstance(layer, LinearAttentionCacheLayerMixin)]:
+        raise LolcatsError(
+            f"Layers {', '.join(others)} have a recurrence or convolution of the base model's own, whose state the "
+            "engine does not hold. Use lolcats generate for this model."
         )
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise LolcatsError(f"{type(model).__name__} takes no position_ids, which rows of different lengths need.")

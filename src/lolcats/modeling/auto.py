@@ -6,11 +6,16 @@ the family's subclasses (:mod:`lolcats.modeling.classes`), so that AutoModelForC
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from lolcats.errors import LolcatsError
+
 MODEL_TYPE = "lolcats"
+SEAL = "sha256"
 
 
 class LolcatsConfig(PretrainedConfig):
@@ -22,9 +27,27 @@ class LolcatsConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         from lolcats.modeling.classes import classes_for
 
+        check_record(config_dict.get("lolcats"))
         config_dict = {k: v for k, v in config_dict.items() if k != "model_type"}
         config_class, _ = classes_for(config_dict.get("base_model_type", ""))
         return config_class.from_dict(config_dict, **kwargs)
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """``record`` with the checksum of what it says."""
+    plain = {key: value for key, value in record.items() if key != SEAL}
+    return {**plain, SEAL: hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
+def check_record(record: Any) -> None:
+    """LolcatsError unless the ``lolcats`` section of a config.json is one, and says what was written."""
+    if not isinstance(record, dict) or not isinstance(record.get("layers"), list):
+        raise LolcatsError("config.json has no lolcats section that says how the model was linearized: it is damaged.")
+    if SEAL in record and sealed(record) != record:
+        raise LolcatsError(
+            f"The lolcats section of config.json is not what was written (another checksum): it is damaged. If you "
+            f"changed it on purpose, take lolcats.{SEAL} out of it."
+        )
 
 
 AutoConfig.register(MODEL_TYPE, LolcatsConfig, exist_ok=True)

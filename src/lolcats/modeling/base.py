@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, out_of_memory
 from lolcats.files import hash_file
+from lolcats.modeling.gguf_header import check_gguf
 
+HINT = "Is it a complete decoder-only language model that transformers knows?"
 STRIDE, SAMPLE = 1 << 20, 4096  # bytes: of each MiB of a weight file, 4 KiB are hashed
 
 
@@ -36,8 +39,11 @@ class Base:
         return self.path, {}
 
 
-def find_base(model: str) -> Base:
-    """Look up ``model`` without loading its weights; LolcatsError if it is neither on disk nor on the hub."""
+def find_base(model: str, trust: bool = False) -> Base:
+    """Look up ``model`` without loading its weights; LolcatsError if it is neither on disk nor on the hub.
+
+    Here and below, ``trust``: run Python code that comes with the model (transformers' trust_remote_code).
+    """
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -50,30 +56,70 @@ def find_base(model: str) -> Base:
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith("."):
         raise LolcatsError(f"{model} does not exist.")
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise LolcatsError(f"No model {model!r} on disk or on the Hugging Face hub ({_first_line(error)}).") from None
     return Base(model, "hub", f"commit {getattr(config, '_commit_hash', None)}")
 
 
-def load_model(base: Base, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_model(
+    base: Base, dtype: torch.dtype, device: torch.device | str = "cpu", trust: bool = False
+) -> PreTrainedModel:
     """The base model in evaluation mode; LolcatsError with a reason if it cannot be loaded."""
     path, kwargs = base.arguments
-    if base.form == "gguf":
-        _need_gguf()
-    with _readable(base, "Is it a complete decoder-only language model that transformers knows?"):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+    _check_gguf(base)
+    with _readable(base, HINT):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=trust, **kwargs
+        )
+        if missing := sorted(info["missing_keys"]):  # transformers would go on with random weights
+            raise LolcatsError(f"{base.path} is incomplete: tensor {missing[0]} is missing ({len(missing)} in all).")
     if base.form == "gguf":
         model = _plain(model)
     return model.to(device).eval()
 
 
-def load_tokenizer(base: Base) -> Any:
-    path, kwargs = base.arguments
+def load_quantized(base: Base, dtype: torch.dtype, device: torch.device, trust: bool = False) -> PreTrainedModel:
+    """The base model with the weights of its linear layers in NF4 (bitsandbytes), computing in ``dtype``.
+
+    Embeddings, norms and the output layer stay as they are.
+    """
+    check_quantized(base, device)
+    compute = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    with _readable(base, HINT):
+        model = AutoModelForCausalLM.from_pretrained(
+            base.path, dtype=dtype, quantization_config=compute, device_map={"": device}, trust_remote_code=trust
+        )
+    return model.eval()
+
+
+def check_quantized(base: Base, device: torch.device) -> None:
+    """LolcatsError unless ``base`` can be loaded in 4 bits here: better before stage 1 than after it."""
+    if device.type != "cuda":
+        raise LolcatsError(f"finetune.quantize_base: 4-bit weights need a CUDA GPU, and this runs on {device.type}.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LolcatsError("finetune.quantize_base needs bitsandbytes: pip install 'lolcats[quantize]'.")
     if base.form == "gguf":
-        _need_gguf()
+        raise LolcatsError("finetune.quantize_base: a GGUF file is quantized already; give a hub id or a directory.")
+
+
+def empty_model(base: Base, trust: bool = False) -> PreTrainedModel:
+    """The base model's modules and shapes without memory for weights, on the meta device."""
+    path, kwargs = base.arguments
+    _check_gguf(base)
+    with _readable(base, "Is it a decoder-only language model that transformers knows?"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust, **kwargs)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+
+
+def load_tokenizer(base: Base, trust: bool = False) -> Any:
+    path, kwargs = base.arguments
+    _check_gguf(base)
     with _readable(base, "It needs a tokenizer beside its weights."):
-        return AutoTokenizer.from_pretrained(path, **kwargs)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust, **kwargs)
 
 
 @contextmanager
@@ -82,6 +128,13 @@ def _readable(base: Base, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, LolcatsError) or out_of_memory(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise LolcatsError(
+                f"{base.path} comes with Python code of its own, which is not run unless you ask for it: --set "
+                "trust_remote_code=true."
+            ) from error
         raise LolcatsError(f"Cannot load {base.path}: {_first_line(error)} {hint}") from error
 
 
@@ -97,11 +150,15 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _need_gguf() -> None:
+def _check_gguf(base: Base) -> None:
+    """Of a GGUF file, that it can be read and that its header fits it."""
+    if base.form != "gguf":
+        return
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise LolcatsError("Reading GGUF files needs the gguf package: pip install 'lolcats[gguf]'.") from None
+    check_gguf(Path(base.path))
 
 
 def _hash_directory(path: Path) -> str:

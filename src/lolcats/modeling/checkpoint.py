@@ -19,30 +19,50 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from lolcats.errors import LolcatsError
-from lolcats.files import compare_keys, load_strictly, read_tensors, whole_directory, write_tensors
+from lolcats.errors import LolcatsError, out_of_memory
+from lolcats.files import (
+    compare_keys,
+    hash_file,
+    load_strictly,
+    read_checksums,
+    read_tensors,
+    whole_directory,
+    write_tensors,
+)
+from lolcats.modeling.auto import sealed
 from lolcats.modeling.base import Base, find_base, load_model
 from lolcats.modeling.layer import linearized_layers
 
 FEATURE_MAPS = "feature_maps.safetensors"
 LORA = "lora"
+LORA_WEIGHTS = "adapter_model.safetensors"
 
 
 def load(
-    directory: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    directory: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu", trust: bool = False
 ) -> PreTrainedModel:
-    """Load a linearized model (adapter or merged form) in evaluation mode."""
+    """Load a linearized model (adapter or merged form) in evaluation mode.
+
+    ``trust``: run Python code that comes with the base model.
+    """
     from transformers import AutoModelForCausalLM
 
     if not is_linearized(directory):
         raise LolcatsError(f"{directory} holds no linearized model (config.json with model_type lolcats).")
-    return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype).to(device).eval()
+    try:
+        kwargs = {"trust_remote_code": True} if trust else {}
+        return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, **kwargs).to(device).eval()
+    except Exception as error:  # damaged files make any of transformers' and safetensors' errors
+        if isinstance(error, LolcatsError) or out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LolcatsError(f"Cannot load {directory}: it is damaged or incomplete ({reason}).") from error
 
 
 def is_linearized(path: str | Path) -> bool:
     """Whether ``path`` is a directory with a linearized model in either form."""
     file = Path(path) / "config.json"
-    return file.is_file() and '"model_type": "lolcats"' in file.read_text()
+    return file.is_file() and '"model_type": "lolcats"' in file.read_text(encoding="utf-8", errors="replace")
 
 
 def feature_map_state(model: nn.Module) -> dict[str, Tensor]:
@@ -73,21 +93,22 @@ def save_adapter_config(model: PreTrainedModel, base: Base, directory: Path, kin
         record["attention"]["kind"] = kind
         for layer in record["layers"]:
             layer["kind"] = kind if layer["kind"] != "softmax" else "softmax"
-    config.lolcats = {**record, "form": "adapter", "base": asdict(base)}
+    config.lolcats = sealed({**record, "form": "adapter", "base": asdict(base)})
     config.dtype = model.dtype
     config.save_pretrained(directory)
 
 
 def load_adapter(
-    directory: str | Path, config: Any = None, dtype: torch.dtype | str = "auto", device_map: Any = None
-) -> PreTrainedModel:
+    directory: str | Path, config: Any = None, dtype: torch.dtype | str = "auto", device_map: Any = None,
+    trust: bool = False,
+) -> PreTrainedModel:  # fmt: skip
     """Base model + feature maps + LoRA (merged in memory). LolcatsError if the base has changed since."""
     from lolcats.modeling.convert import convert_as
 
     directory = Path(directory if Path(directory).is_dir() else snapshot_download(str(directory)))
     config = config if config is not None else AutoConfig.from_pretrained(str(directory))
     known = Base(**config.lolcats["base"])
-    base = find_base(known.path)
+    base = find_base(known.path, trust)
     if base.fingerprint != known.fingerprint:
         raise LolcatsError(
             f"{directory} was trained on {known.path} with fingerprint {known.fingerprint}, but that model now has "
@@ -96,7 +117,7 @@ def load_adapter(
     dtype = config.dtype or torch.float32 if dtype in ("auto", None) else dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     device = device_map.get("", "cpu") if isinstance(device_map, dict) else device_map
-    model = load_model(base, dtype, "cpu" if device in (None, "auto") else device)
+    model = load_model(base, dtype, "cpu" if device in (None, "auto") else device, trust)
     convert_as(model, config.lolcats)
     model.config.lolcats["base"] = asdict(known)
     if any(layer.spec.has_linear for layer in linearized_layers(model)) or (directory / FEATURE_MAPS).exists():
@@ -109,6 +130,12 @@ def save_lora(model: Any, base: Base, directory: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = base.path
     with whole_directory(directory) as unfinished:
         model.save_pretrained(unfinished, save_embedding_layers=False)
+        seal_lora(unfinished, read_tensors(unfinished / LORA_WEIGHTS))
+
+
+def seal_lora(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Write LoRA matrices beside their adapter_config.json, with a checksum of both."""
+    write_tensors(tensors, directory / LORA_WEIGHTS, hash_file(directory / "adapter_config.json"))
 
 
 def merge_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
@@ -134,8 +161,11 @@ def merged_lora(model: PreTrainedModel, directory: Path) -> Iterator[PreTrainedM
 def _with_lora(model: PreTrainedModel, directory: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
+    saved = read_tensors(directory / LORA_WEIGHTS)
+    _, known = read_checksums(directory / LORA_WEIGHTS)
+    if known and known != hash_file(directory / "adapter_config.json"):
+        raise LolcatsError(f"{directory / 'adapter_config.json'} is damaged: it is not what was written.")
     wrapped = PeftModel.from_pretrained(model, str(directory))
-    saved = read_tensors(directory / "adapter_model.safetensors")
     compare_keys(set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)), set(saved), directory)
     return wrapped
 

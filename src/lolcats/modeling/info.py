@@ -7,9 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lolcats.errors import LolcatsError
 from lolcats.modeling.base import find_base
 from lolcats.modeling.checkpoint import is_linearized
 
@@ -41,23 +38,16 @@ def _linearized(directory: Path) -> dict[str, Any]:
 
 
 def _base(model: str) -> dict[str, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from lolcats.modeling.convert import probe
+    from lolcats.modeling.base import empty_model
+    from lolcats.modeling.probe import probe
 
     base = find_base(model)
-    path, kwargs = base.arguments
-    try:
-        config = AutoConfig.from_pretrained(path, **kwargs)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise LolcatsError(f"Cannot read {model}: {str(error).splitlines()[0]}") from None
+    empty = empty_model(base)
     layers = probe(empty)
     first = layers[0].geometry
     return {
         "form": f"base model ({base.form})",
-        "family": config.model_type,
+        "family": empty.config.model_type,
         "fingerprint": base.fingerprint,
         "parameters": f"{sum(p.numel() for p in empty.parameters()):,}",
         "attention layers": len(layers),

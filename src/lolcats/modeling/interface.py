@@ -7,22 +7,33 @@ projections, norms and RoPE, with masks from ``ALL_MASK_ATTENTION_FUNCTIONS[impl
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, find_packed_sequence_indices
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lolcats.attention import AttentionState
+from lolcats.attention import AttentionState, Documents
 from lolcats.errors import LolcatsError
-from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention, linearized_layers
+from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention
 
 IMPLEMENTATION = "lolcats"
+_packed: ContextVar[Documents | None] = ContextVar("documents of the decoder call that is running", default=None)
+NOT_APART = (
+    "This model's family does not keep documents apart that are packed into one row (position_ids that start again). "
+    "Give each document a row of its own."
+)
 
 
 class MaskRequest:
@@ -34,6 +45,7 @@ class MaskRequest:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
         self._built: dict[str, Any] = {}
+        self._causal = False
         mask, length = arguments.get("attention_mask"), arguments["q_length"]
         self.padding: Tensor | None = None
         self.counts: list[int] | None = None  # tokens of each row, on the host: read once, not by every layer
@@ -43,12 +55,62 @@ class MaskRequest:
             counts = new.sum(1).tolist()
             if min(counts) < length:
                 self.padding, self.counts = new, counts
+        self.documents = _packed.get()
+        if self.documents is not None:
+            self._check_documents(self.documents)
+
+    def verify(self) -> None:
+        """Raise unless the mask is causal, but for padding and a window: nothing else would have an effect here.
+
+        Bidirectional blocks of image tokens, prefixes and the like are known only in the call.
+        """
+        if self.documents is not None or self.arguments.get("allow_is_causal_skip", True) or self._causal:
+            return  # documents of a packed row are kept apart
+        mask = self.build("sdpa")
+        if mask is None:
+            return
+        length, total = mask.shape[-2:]
+        causal = torch.ones(length, total, dtype=torch.bool, device=mask.device).tril(total - length)
+        keys = self.arguments.get("attention_mask")
+        expected = causal if keys is None else causal & keys[:, None, None, -total:].bool()
+        queries = True if self.padding is None else self.padding[:, None, :, None]
+        wrong = mask & ~causal if self.arguments.get("local_size") else mask ^ expected
+        if (wrong & queries).any():
+            raise LolcatsError(
+                "This call asks for attention that is not causal (bidirectional image tokens, a prefix): a "
+                "linearized layer cannot compute that."
+            )
+        self._causal = True
 
     def build(self, implementation: str) -> Any:
         """The mask that ``implementation`` (``sdpa``, ``eager``, ...) would have been given."""
         if implementation not in self._built:
             self._built[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
         return self._built[implementation]
+
+    def _check_documents(self, documents: Documents) -> None:
+        """LolcatsError unless the family's own mask keeps the first two documents of a packed row apart."""
+        row, first = next((row, lengths[0]) for row, lengths in enumerate(documents.lengths) if len(lengths) > 1)
+        place = [torch.tensor(x, device=documents.device) for x in (row, 0, first, first - 1)]
+        if bool(self.arguments["mask_function"](*place)):
+            raise LolcatsError(NOT_APART)
+
+    def __getitem__(self, index: Any) -> SlicedMask:
+        return SlicedMask(self, index)
+
+
+class SlicedMask(MaskRequest):
+    """The mask of some queries: Gemma 4 drops the others before its last layers, which share keys and stay softmax."""
+
+    def __init__(self, whole: MaskRequest, index: Any) -> None:
+        super().__init__({**whole.arguments, "allow_is_causal_skip": False})
+        self.index = index
+
+    def build(self, implementation: str) -> Any:
+        return super().build(implementation)[self.index]
+
+    def verify(self) -> None:
+        raise LolcatsError("This model drops queries in front of a linearized layer, whose state needs them all.")
 
 
 def mask_function(**arguments: Any) -> MaskRequest:
@@ -59,35 +121,46 @@ def attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """One layer's attention: q (B, H, T, D), k and v (B, G, T, D) -> (B, T, H, D), weights or None."""
-    layer = module.lolcats
+    layer = getattr(module, "lolcats", None)
+    if layer is None:
+        raise LolcatsError(
+            f"{type(module).__name__} was not called when this model was converted (cross-attention to images?): a "
+            "linearized model is its text decoder alone."
+        )
     if isinstance(layer, KeptAttention) or layer.mode == "teacher":
         return softmax_attention(module, query, key, value, attention_mask, **kwargs)
     assert isinstance(layer, LinearizedAttention)
     scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    padding = _padding(attention_mask)
+    padding, documents = _padding(attention_mask), _documents_of(attention_mask)
     if layer.mode == "transfer":
         with torch.no_grad():
             target, weights = softmax_attention(module, query, key, value, attention_mask, **kwargs)
         if layer.observer is not None:
-            call = AttentionCall(query.detach(), key.detach(), value.detach(), target, scale, softcap, padding)
-            layer.observer(layer, call)
+            q, k, v = query.detach(), key.detach(), value.detach()
+            layer.observer(layer, AttentionCall(q, k, v, target, scale, softcap, padding, documents))
         return target, weights
     cache: LinearizedCacheLayer | None = getattr(key, "lolcats_cache", None)
     if cache is None:
-        y = layer(query, key, value, scale, softcap, padding)
+        y = layer(query, key, value, scale, softcap, padding, documents)
     else:
         state, counts = cache.take(layer, key, value), getattr(attention_mask, "counts", None)
         y, cache.state = layer.advance(state, query, key, value, scale, softcap, padding, counts)
-    return y.transpose(1, 2).to(query.dtype), None
+    return y.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
 def softmax_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The base model's own attention, with the base model's own mask."""
-    implementation = module.lolcats.base_implementation
-    mask = attention_mask.build(implementation) if isinstance(attention_mask, MaskRequest) else attention_mask
+    implementation, mask = module.lolcats.base_implementation, attention_mask
+    if isinstance(mask, MaskRequest):
+        if key.shape[2] != mask.arguments["kv_length"]:
+            raise LolcatsError(
+                f"{type(module).__name__} attends to other keys than those of the tokens (compressed ones, say), "
+                "which it can do under its own attention implementation only: this model cannot be converted."
+            )
+        mask = mask.build(implementation)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     return function(module, query, key, value, mask, **kwargs)
@@ -97,11 +170,21 @@ def _padding(mask: Any) -> Tensor | None:
     if mask is None:
         return None
     if isinstance(mask, MaskRequest):
+        mask.verify()
         return mask.padding
     raise LolcatsError(
         "A linearized model takes a 2-D attention mask (batch, tokens) with 0 for padding; "
         f"custom masks are not supported (got shape {tuple(mask.shape)})."
     )
+
+
+def _documents_of(mask: Any) -> Documents | None:
+    """Those of the call that the mask was asked for in: with gradient checkpointing, the call is over by now."""
+    if isinstance(mask, MaskRequest):
+        return mask.documents
+    if _packed.get() is not None:  # the family asks for no mask
+        raise LolcatsError(NOT_APART)
+    return None
 
 
 class LinearizedCacheLayer(CacheLayerMixin):
@@ -114,8 +197,8 @@ class LinearizedCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, **_: Any) -> None:
-        super().__init__()
+    def __init__(self) -> None:
+        CacheLayerMixin.__init__(self)
         self.state: AttentionState | None = None
         self.length = 0  # positions seen, padding included: what transformers counts
         self.pending = False
@@ -128,6 +211,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
             raise RuntimeError("The keys of the last call never reached the attention function: family not supported.")
         self.is_initialized = self.pending = True
         self.length += key_states.shape[2]
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]  # for who looks: none are kept here
         key_states = key_states.view_as(key_states)
         key_states.lolcats_cache = self  # type: ignore[attr-defined]
         return key_states, value_states
@@ -178,33 +262,66 @@ class LinearizedCacheLayer(CacheLayerMixin):
         """See ``offload``."""
 
 
+class MixedCacheLayer(LinearizedCacheLayer, LinearAttentionAndFullAttentionLayer):
+    """The same for a layer that has attention and a convolution or recurrence side by side (Falcon-H1, Zamba 2)."""
+
+    def __init__(self, number_of_states: int = 1) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        LinearizedCacheLayer.__init__(self)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        LinearizedCacheLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LinearizedCacheLayer.reorder_cache(self, beam_idx)
+
+
 def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of the decoder: whatever empty cache is about to be filled gets our layers.
 
     forward, generate, pipeline and lm-eval all pass here, so none of them can end up with a growing cache.
     """
-    config = decoder.config
-    if config._attn_implementation != IMPLEMENTATION:
+    config = decoder.config.get_text_config(decoder=True)
+    implementation = config._attn_implementation
+    if implementation != IMPLEMENTATION:
         raise LolcatsError(
-            f"The attention implementation of this linearized model was changed to {config._attn_implementation!r}, "
+            f"The attention implementation of this linearized model was changed to {implementation!r}, "
             "which would silently run softmax attention. Use lolcats.override(model, mode='teacher') for that."
         )
-    layers = {layer.geometry.layer: layer for layer in linearized_layers(decoder) if layer.mode == "student"}
-    names = list(inspect.signature(decoder.forward).parameters)
+    linearized = decoder.lolcats_layers
+    layers = {layer.geometry.layer: layer for layer in linearized if layer.mode == "student"}
+    kind: Any = type(decoder)
+    names = _parameters(kind)
     call = {**dict(zip(names, args, strict=False)), **kwargs}
+    changes: dict[str, Any] = {}
+    documents = _documents(call) if any(layer.mode != "teacher" for layer in linearized) else None
+    _packed.set(documents)
+    if documents is not None:
+        _check_packed(call, {layer.base_implementation for layer in linearized})
+        call["use_cache"] = changes["use_cache"] = False
     if not layers:
-        return None
-    _refuse_packed_positions(call)
-    changes = _positions(call, names)
+        return ((), {**call, **changes}) if changes else None
+    changes |= _positions(call, names)
     cache, use_cache = call.get("past_key_values"), call.get("use_cache")
-    wants_cache = (config.use_cache if use_cache is None else use_cache) and not (
+    wants_cache = (getattr(config, "use_cache", False) if use_cache is None else use_cache) and not (
         decoder.training and torch.is_grad_enabled()
     )
     if cache is None and wants_cache:
-        cache = changes["past_key_values"] = DynamicCache(config=config.get_text_config(decoder=True))
+        cache = changes["past_key_values"] = DynamicCache(config=config)
     if cache is not None:
         install_cache(cache, layers)
     return (), {**call, **changes}
+
+
+@functools.cache
+def _parameters(decoder: Any) -> list[str]:
+    """Names of the arguments of a decoder class's forward."""
+    return list(inspect.signature(decoder.forward).parameters)[1:]
 
 
 def _positions(call: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
@@ -237,18 +354,47 @@ def install_cache(cache: Any, layers: dict[int, LinearizedAttention]) -> None:
     while len(cache.layers) <= max(layers):
         cache.layers.append(template())  # type: ignore[misc]
     for index in layers:
-        cache.layers[index] = LinearizedCacheLayer()
+        states = getattr(cache.layers[index], "number_of_states", 0)  # of convolutions or recurrences beside attention
+        cache.layers[index] = MixedCacheLayer(states) if states else LinearizedCacheLayer()
 
 
-def _refuse_packed_positions(call: dict[str, Any]) -> None:
-    """Positions that start again inside a row mean packed documents to transformers: never mix them silently."""
-    positions = call.get("position_ids")
-    if positions is None or positions.ndim != 2:
-        return
-    if call.get("attention_mask") is not None or call.get("past_key_values") is not None:
-        return
-    if (positions[:, 1:] <= positions[:, :-1]).any():
-        raise LolcatsError("Packed rows (position_ids that start again) are not supported by linearized layers yet.")
+def _documents(call: dict[str, Any]) -> Documents | None:
+    """Positions that do not go on by one inside a row mean packed documents, to transformers and to us."""
+    positions, mask = call.get("position_ids"), call.get("attention_mask")
+    ids = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    if positions is None or positions.ndim != 2 or positions.shape[1] < 2 or ids is None:
+        return None
+    if _length(call.get("past_key_values")) > 0:
+        return None
+    numbers = find_packed_sequence_indices(positions.expand(ids.shape[0], -1))
+    if numbers is None:
+        return None
+    if mask is None:
+        return Documents.of(numbers)
+    if not isinstance(mask, Tensor):  # made by the model around this one, whose call was looked at before
+        return _packed.get()
+    if mask.ndim == 2 and mask.shape == numbers.shape:
+        real = mask[:, 1:].bool() & mask[:, :-1].bool()
+        if ((numbers[:, 1:] != numbers[:, :-1]) & real).any():
+            raise LolcatsError("Packed rows (position_ids that start again) take no attention_mask.")
+    return None
+
+
+def _check_packed(call: dict[str, Any], implementations: set[str]) -> None:
+    """What packed documents cannot be combined with: here, or in transformers' own masks."""
+    if call.get("past_key_values") is not None or call.get("use_cache"):
+        raise LolcatsError(
+            "Packed rows (position_ids that start again) have no cache: a state belongs to one sequence. Pass "
+            "use_cache=False, or give each document a row of its own."
+        )
+    if flash := [name for name in implementations if "flash" in name]:
+        raise LolcatsError(
+            f"Packed rows need the base model's sdpa or eager attention; this one was loaded with {flash[0]}."
+        )
+
+
+def _length(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def register() -> None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lolcats.attention import (
     AttentionSpec,
     AttentionState,
+    Documents,
     FeatureMap,
     attention,
     extend,
@@ -46,6 +47,8 @@ class AttentionCall:
     scale: float
     softcap: float | None
     padding: Tensor | None
+    documents: Documents | None = None
+    """Of rows that hold several sequences."""
 
 
 Observer = Callable[["LinearizedAttention", AttentionCall], None]
@@ -101,7 +104,7 @@ class LinearizedAttention(nn.Module):
         return torch.sigmoid(self.gate.float())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
-                padding: Tensor | None = None) -> Tensor:  # fmt: skip
+                padding: Tensor | None = None, documents: Documents | None = None) -> Tensor:  # fmt: skip
         """Outputs (B, H, T, D) for whole sequences, bf16 from the kernels for bf16 inputs, else fp32.
 
         The kernels keep q, k, v, the output and one number a query for backward; the chunked path keeps q, k, v and
@@ -109,7 +112,12 @@ class LinearizedAttention(nn.Module):
 
         Args:
             padding: (B, T) bool, False where padded.
+            documents: rows are several sequences one behind the other, none padded.
         """
+        if documents is not None:
+            if uses_kernels(q, self.spec):
+                return self._whole(q, k, v, scale, softcap, documents)
+            return documents.apart(partial(self.forward, scale=scale, softcap=softcap), q, k, v)
         if uses_kernels(q, self.spec):
             whole = partial(self._whole, scale=scale, softcap=softcap)
             return whole(q, k, v) if padding is None else compacted(q, k, v, padding, whole)
@@ -124,8 +132,10 @@ class LinearizedAttention(nn.Module):
         with use_backend("chunked"):  # also when backward, outside of any block that chose it, comes here again
             return self._whole(*args)
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
-        return attention(q, k, v, self.phi_q, self.phi_k, self.gamma, self.spec, scale, softcap)[0]
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None,
+               documents: Documents | None = None) -> Tensor:  # fmt: skip
+        common = (self.phi_q, self.phi_k, self.gamma, self.spec, scale, softcap)
+        return attention(q, k, v, *common, documents=documents)[0]
 
     def advance(
         self, state: AttentionState, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,

@@ -22,9 +22,12 @@ TOKENS = 512  # logits turned into fp32 log-probabilities at a time: with 128k w
 PIECE = 1024  # tokens whose logits exist at a time where the loss computes them itself
 
 
-def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean −log p(ids[:, n+1] | ids[:, ≤n]) in fp32; logits (B, T, V) in any float dtype, ids (B, T) int64."""
-    targets = _targets(ids)
+def next_token_loss(logits: Tensor, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Mean −log p(ids[:, n+1] | ids[:, ≤n]) in fp32; logits (B, T, V) in any float dtype, ids (B, T) int64.
+
+    positions: (B, T), 0 where another document begins: nothing predicts its first token.
+    """
+    targets = _targets(ids, positions)
     parts = zip(logits.flatten(0, 1).split(TOKENS), targets.split(TOKENS), strict=True)
     total = sum(checkpoint(_summed, part, target, use_reentrant=False) for part, target in parts)
     return torch.as_tensor(total) / (targets >= 0).sum()
@@ -34,8 +37,10 @@ def _summed(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def _targets(ids: Tensor) -> Tensor:
-    """(B, T) -> (B · T,): the next token of each, −100 behind the last."""
+def _targets(ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """(B, T) -> (B · T,): the next token of each, −100 behind the last of a row or document."""
+    if positions is not None:
+        ids = ids.masked_fill(positions == 0, -100)
     return pad(ids[:, 1:], (0, 1), value=-100).flatten()
 
 
@@ -84,6 +89,8 @@ def find_head(model: PreTrainedModel) -> Head | None:
         model.train(training)
     if len(given) != 1 or given[0].shape != hidden.shape or logits.shape != answers[0].shape:
         return None
+    if not torch.isfinite(hidden).all():  # a broken model: its loss will say so
+        return None
     high, low = logits[0, 0, 0].item(), logits[0, 0, 1].item()
     capped = abs(high - 1e6 * low) > 1e-3 * abs(high)
     head = Head(module, 100 * low if capped else high / 1e4, high if capped else None)
@@ -92,17 +99,21 @@ def find_head(model: PreTrainedModel) -> Head | None:
     return head if same and torch.allclose(head.shape(answers[0]), logits.float(), rtol=1e-4, atol=1e-4) else None
 
 
-def language_model_loss(model: PreTrainedModel, head: Head | None, ids: Tensor, liger: bool = True) -> Tensor:
+def language_model_loss(
+    model: PreTrainedModel, head: Head | None, ids: Tensor, liger: bool = True, positions: Tensor | None = None
+) -> Tensor:
     """:func:`next_token_loss` of the model on ids (B, T) without the logits of the whole batch.
 
     Args:
         head: of :func:`find_head`; None: the family's own forward, whose logits are all there at once.
         liger: on CUDA, use liger-kernel's fused head and loss if it is installed (the extra ``gpu``).
+        positions: (B, T), which start again at 0 where another document begins; None: rows are one sequence each.
     """
+    call = {"input_ids": ids, "use_cache": False} | ({} if positions is None else {"position_ids": positions})
     if head is None:
-        return next_token_loss(model(input_ids=ids, use_cache=False).logits, ids)
-    hidden = decoder(model)(input_ids=ids, use_cache=False)[0].flatten(0, 1)
-    targets = _targets(ids)
+        return next_token_loss(model(**call).logits, ids, positions)
+    hidden = decoder(model)(**call)[0].flatten(0, 1)
+    targets = _targets(ids, positions)
     plain = type(head.module) is nn.Linear and head.module.bias is None
     if liger and plain and hidden.is_cuda and has_liger():
         return _liger_loss(head, hidden, targets)

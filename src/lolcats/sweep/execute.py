@@ -64,7 +64,7 @@ def run_sweep(
     """
     started, rows = time.monotonic(), plan(sweep)
     _check_paths(sweep, rows)
-    inputs = Inputs(sweep.base.model, keep=True)
+    inputs = Inputs(sweep.base.model, keep=True, trust=rows[0].config.trust_remote_code)
     out.mkdir(parents=True, exist_ok=True)
     setup = Setup(
         sweep, inputs, Measurement(sweep.evaluate, inputs, rows[0].config, say), out, _provenance(command), say

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lolcats.config import Config
+from lolcats.config import Config, DataConfig
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import perplexity
 from lolcats.evaluation.suite import LONG, Options, Task, prepare
@@ -22,6 +22,7 @@ from lolcats.files import hash_file
 from lolcats.inputs import Inputs
 from lolcats.sweep.plan import Evaluate
 from lolcats.training.data import load_rows
+from lolcats.training.mixture import is_mixture, read_mixture
 
 Measured = dict[str, dict[str, float | None]]
 """By the name of what was measured: value and standard error."""
@@ -35,7 +36,7 @@ class Measurement:
         files = {name: path for name, path in wanted.perplexity.items() if path}
         for name in wanted.perplexity.keys() - files.keys():
             say(f"No perplexity on {name}: --set evaluate.perplexity.{name}=FILE measures it.")
-        self.rows: dict[str, Tensor] = {
+        self.rows: dict[str, tuple[Tensor, Tensor | None]] = {
             name: load_rows(path, inputs.tokenizer, config.data) for name, path in files.items()
         }
         names = [name for name in wanted.tasks if _possible(name, wanted, say)]
@@ -48,7 +49,8 @@ class Measurement:
         self.key = short_hash({k: v for k, v in known.items() if k not in ("data_dir", "text", "batch_size")})
 
     def perplexities(self, model: PreTrainedModel) -> Measured:
-        values = {name: perplexity(model, rows, self.batch_size) for name, rows in self.rows.items()}
+        size = self.batch_size
+        values = {name: perplexity(model, rows, size, places) for name, (rows, places) in self.rows.items()}
         return {name: {"value": value, "stderr": None} for name, value in values.items()}
 
     def everything(self, model: PreTrainedModel) -> Measured:
@@ -62,7 +64,10 @@ class Measurement:
 
 
 def source_identity(source: str) -> str:
-    """What a file holds, wherever it lies; a hub data set's own name."""
+    """What a file holds, wherever it lies; a hub data set's own name; of a mixture also what its sources hold."""
+    if is_mixture(source) and Path(source).is_file():
+        parts = [source_identity(share.source) for share in read_mixture(source, DataConfig())]
+        return short_hash([hash_file(Path(source)), *parts])
     return hash_file(Path(source)) if Path(source).is_file() else source
 
 

@@ -1,68 +1,145 @@
-"""From records to packed rows of token ids, split into training, validation and test rows that share no document."""
+"""From documents to packed rows of token ids, split into training, validation and test rows that share no document."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from itertools import chain
+from array import array
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lolcats.config import DataConfig
 from lolcats.errors import LolcatsError
-from lolcats.training.sources import Record, read_records
+from lolcats.training.mixture import is_mixture, read_mixture
+from lolcats.training.store import Array, TokenStore, first_occurrences, open_source
 
-# The prompts that the Alpaca data set was made with (Taori et al. 2023).
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
-ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-NO_INPUT = {"", "noinput", "<noinput>", "no input"}
-NO_OUTPUT = {"", "nooutput", "<nooutput>", "no output"}
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-BATCH = 1_000  # documents tokenized at a time
-
-
-class Rows(Dataset[dict[str, Tensor]]):
-    """Packed rows, (N, L) int64, as transformers.Trainer wants them."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
-
-
-@dataclass(frozen=True)
-class Data:
-    """Three splits of (N, L) int64 token ids, and what they were made from."""
-
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-    fingerprint: str
-    summary: dict[str, Any]
+Item = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The token ids of each document of a source, and what was read."""
+    """Documents of one or several sources: token ids [begin, begin + length) of the store ``which``.
 
-    ids: list[list[int]]
+    ``shares``: of the tokens that each store is to have, where several are mixed.
+    """
+
+    stores: tuple[TokenStore, ...]
+    which: Array
+    begin: Array
+    length: Array
     counts: dict[str, Any]
+    shares: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    @property
+    def in_memory(self) -> bool:
+        return all(isinstance(store.ids, np.ndarray) for store in self.stores)
+
+    def read(self, number: int, start: int, stop: int) -> Array:
+        """Token ids [start, stop) of a document."""
+        store = self.stores[self.which[number]]
+        return store.read(int(self.begin[number]) + start, stop - start)
+
+
+class PackedRows(Dataset[Item]):
+    """Documents one after another in rows of L tokens, put together when asked for; what fills no row is dropped.
+
+    Args:
+        order: numbers of the documents.
+        positions: also give position_ids, which start again with each document (and with each row).
+        rows: which of the rows; by default all.
+    """
+
+    def __init__(
+        self, documents: Documents, order: Array, length: int, positions: bool = False, rows: Array | None = None
+    ) -> None:  # fmt: skip
+        self.documents, self.order, self.length, self.positions = documents, order, length, positions
+        self.ends = np.cumsum(documents.length[order], dtype=np.int64)
+        self.rows = np.arange((self.ends[-1] if len(order) else 0) // length) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        ids, positions = self.row(int(self.rows[index]))
+        item = {"input_ids": ids, "labels": ids}
+        return item | {"position_ids": positions} if self.positions else item
+
+    def row(self, number: int) -> tuple[Tensor, Tensor]:
+        """Token ids and positions (L,) int64 of a row."""
+        place, end = number * self.length, (number + 1) * self.length
+        parts, positions = [], []
+        at = int(np.searchsorted(self.ends, place, side="right"))
+        while place < end:
+            document = int(self.order[at])
+            first = int(self.ends[at]) - int(self.documents.length[document])
+            stop = min(int(self.ends[at]), end)
+            parts.append(self.documents.read(document, place - first, stop - first))
+            positions.append(np.arange(stop - place))
+            place, at = stop, at + 1
+        ids, places = (torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in (parts, positions))
+        return ids, places
+
+    def whole(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """The first ``count`` rows, or all, and their positions, (N, L) int64 each: what is to be held in memory."""
+        rows = self.rows[:count]
+        tokens = (int(rows.max()) + 1) * self.length if len(rows) else 0
+        order = self.order[: int(np.searchsorted(self.ends, tokens)) + 1]
+        lengths = self.documents.length[order]
+        parts = [self.documents.read(number, 0, length) for number, length in zip(order, lengths, strict=True)]
+        ids = np.concatenate([np.empty(0, np.int32), *parts])[:tokens].astype(np.int64).reshape(-1, self.length)
+        begins = np.repeat(self.ends[: len(order)] - lengths, lengths)[:tokens].reshape(-1, self.length)
+        places = np.arange(tokens).reshape(-1, self.length)
+        positions = places - np.maximum(begins, places[:, :1])
+        return torch.from_numpy(ids[rows]), torch.from_numpy(positions[rows])
+
+    def select(self, chosen: Array) -> PackedRows:
+        """Some of the rows, by number."""
+        return PackedRows(self.documents, self.order, self.length, self.positions, self.rows[chosen])
+
+
+class Rows(Dataset[Item]):
+    """Packed rows in memory, (N, L) int64, as transformers.Trainer wants them; ``positions`` as in PackedRows."""
+
+    def __init__(self, rows: Tensor, positions: Tensor | None = None) -> None:
+        self.rows, self.positions = rows, positions
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        item = {"input_ids": self.rows[index], "labels": self.rows[index]}
+        return item if self.positions is None else item | {"position_ids": self.positions[index]}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Three splits of (N, L) int64 token ids, and what they were made from.
+
+    ``train`` of a large source is read from its file while it trains. ``positions`` has (N, L) position ids of the
+    splits in memory where documents are kept apart (``data.reset_at_documents``).
+    """
+
+    train: Tensor | PackedRows
+    validation: Tensor
+    test: Tensor
+    fingerprint: str
+    summary: dict[str, Any]
+    positions: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def dataset(self, split: str) -> Dataset[Item]:
+        """A split as transformers.Trainer wants it."""
+        rows = getattr(self, split)
+        return rows if isinstance(rows, PackedRows) else Rows(rows, self.positions.get(split))
 
 
 def load_data(source: str, tokenizer: Any, config: DataConfig, seed: int = 0) -> Data:
@@ -70,129 +147,101 @@ def load_data(source: str, tokenizer: Any, config: DataConfig, seed: int = 0) ->
     return split(tokenize_source(source, tokenizer, config), config, seed)
 
 
-def tokenize_source(source: str, tokenizer: Any, config: DataConfig) -> Documents:
-    """Documents that occur twice are used once, so no text of the held-out splits is trained on."""
-    rendered, counts = _read(source, tokenizer, config)
-    texts = list(dict.fromkeys(rendered))
-    counts |= {"documents": len(texts), "duplicate_records": len(rendered) - len(texts)}
-    return Documents(_tokenize(texts, tokenizer, counts["format"]), counts)
+def tokenize_source(source: str, tokenizer: Any, config: DataConfig, unique: bool = True) -> Documents:
+    """The documents of a file, a hub data set or a mixture of them.
+
+    ``unique``: those that occur twice are used once, so no text of the held-out splits is trained on.
+    """
+    if not is_mixture(source):
+        return _table([open_source(source, tokenizer, config)], unique)
+    parts = read_mixture(source, config)
+    stores = [open_source(part.source, tokenizer, part.config) for part in parts]
+    table = _table(stores, unique, tuple(part.share for part in parts))
+    counts: dict[str, Any] = {"source": source, "format": ", ".join(store.counts["format"] for store in stores)}
+    for name in ("empty_records", "broken_lines_skipped"):
+        counts[name] = sum(store.counts[name] for store in stores)
+    records = sum(len(store.lengths) for store in stores)
+    counts |= {"documents": len(table), "duplicate_records": records - len(table) if unique else 0}
+    return Documents(table.stores, table.which, table.begin, table.length, counts, table.shares)
+
+
+def _table(stores: list[TokenStore], unique: bool, shares: tuple[float, ...] = ()) -> Documents:
+    """All documents of ``stores`` in order."""
+    chosen = [store.first if unique else np.arange(len(store.lengths)) for store in stores]
+    which = np.repeat(np.arange(len(stores), dtype=np.int16), [len(x) for x in chosen])
+    begin, length = (
+        np.concatenate([getattr(store, name)[x] for store, x in zip(stores, chosen, strict=True)])
+        for name in ("starts", "lengths")
+    )
+    if unique and len(stores) > 1:
+        kept = first_occurrences(np.concatenate([s.hashes[x] for s, x in zip(stores, chosen, strict=True)]))
+        which, begin, length = which[kept], begin[kept], length[kept]
+    return Documents(tuple(stores), which, begin, length, stores[0].counts, shares)
 
 
 def split(documents: Documents, config: DataConfig, seed: int) -> Data:
-    """Shuffle the documents, split by document and pack."""
-    shuffled = list(documents.ids)
-    random.Random(seed).shuffle(shuffled)
-    splits = _split(shuffled, config, documents.counts["source"])
-    digest = hashlib.sha256(b"".join(rows.numpy().tobytes() for rows in splits))
-    summary = {
-        **asdict(config),
-        **documents.counts,
-        **{f"{n}_rows": len(r) for n, r in zip(("train", "validation", "test"), splits, strict=True)},
+    """Shuffle the documents, cut a mixture to its shares, split by document and pack."""
+    numbers = array("q", range(len(documents)))
+    random.Random(seed).shuffle(numbers)
+    order = np.frombuffer(numbers, np.int64)
+    if documents.shares:
+        order = order[_within_shares(documents, order)]
+    length, place, reset = config.sequence_length, 0, config.reset_at_documents
+    ends = np.cumsum(documents.length[order], dtype=np.int64)
+    held_out = []
+    for wanted in (config.test_rows, config.validation_rows):
+        before = int(ends[place - 1]) if place else 0
+        stop = min(int(np.searchsorted(ends, before + wanted * length)) + 1, len(order))
+        held_out.append(PackedRows(documents, order[place:stop], length, reset).whole(wanted))
+        place = stop
+    (test, test_positions), (validation, validation_positions) = held_out
+    train: Tensor | PackedRows = PackedRows(documents, order[place:], length, reset)
+    if len(test) < config.test_rows or len(validation) < config.validation_rows or not len(train):
+        raise LolcatsError(
+            f"{documents.counts['source']} has {int(ends[-1])} tokens, too few: validation ({config.validation_rows} "
+            f"rows) and test ({config.test_rows}) of {length} tokens leave nothing to train on. Use more data, shorter "
+            "rows (data.sequence_length) or smaller splits (data.validation_rows, data.test_rows)."
+        )
+    positions = {"validation": validation_positions, "test": test_positions}
+    if documents.in_memory and isinstance(train, PackedRows):
+        train, positions["train"] = train.whole()
+    digest = hashlib.sha256(_identity(documents, train, seed))
+    for rows in (validation, test):
+        digest.update(rows.numpy().tobytes())
+    counted = {
+        f"{name}_rows": len(rows) for name, rows in (("train", train), ("validation", validation), ("test", test))
     }
-    return Data(*splits, fingerprint="sha256 " + digest.hexdigest(), summary=summary)
+    summary = {**asdict(config), **documents.counts, **counted}
+    return Data(train, validation, test, "sha256 " + digest.hexdigest(), summary, positions if reset else {})
 
 
-def load_rows(source: str, tokenizer: Any, config: DataConfig) -> Tensor:
-    """(N, L) rows of everything in ``source``, in order: a data set used for evaluation alone."""
-    texts, counts = _read(source, tokenizer, config)
-    rows = _pack(_tokenize(texts, tokenizer, counts["format"]), config.sequence_length)
+def _identity(documents: Documents, train: Tensor | PackedRows, seed: int) -> bytes:
+    """Of the training rows: themselves, or what a large source's rows depend on."""
+    if isinstance(train, Tensor):
+        return train.numpy().tobytes()
+    sources = [store.identity or hashlib.sha256(store.hashes.tobytes()).hexdigest() for store in documents.stores]
+    return json.dumps([sources, documents.shares, seed, len(train), train.length]).encode()
+
+
+def _within_shares(documents: Documents, order: Array) -> Array:
+    """Which of the shuffled documents to take so that each store has its share of the tokens, none used twice: of the
+    scarcest store all, of the others as many."""
+    length, which = documents.length[order].astype(np.int64), documents.which[order]
+    tokens = [int(length[which == store].sum()) for store in range(len(documents.stores))]
+    total = min(have / share for have, share in zip(tokens, documents.shares, strict=True))
+    taken = np.zeros(len(order), bool)
+    for store, share in enumerate(documents.shares):
+        own = which == store
+        before = np.cumsum(length[own]) - length[own]
+        taken[own] = before < share * total
+    return taken
+
+
+def load_rows(source: str, tokenizer: Any, config: DataConfig) -> tuple[Tensor, Tensor | None]:
+    """(N, L) rows of everything in ``source``, in order: a data set used for evaluation alone; and their position ids
+    with ``config.reset_at_documents``."""
+    documents = tokenize_source(source, tokenizer, config, unique=False)
+    rows, positions = PackedRows(documents, np.arange(len(documents)), config.sequence_length).whole()
     if not len(rows):
         raise LolcatsError(f"{source} has fewer tokens than one row of {config.sequence_length}.")
-    return rows
-
-
-def _read(source: str, tokenizer: Any, config: DataConfig) -> tuple[list[str], dict[str, Any]]:
-    """The texts of all records that have any, and what was read."""
-    records, broken = read_records(source, config)
-    render = _renderer(records[0], config, tokenizer, source)
-    rendered = [_rendered(render, record, number, source) for number, record in enumerate(records, 1)]
-    texts = [text for text in rendered if text]
-    if not texts:
-        raise LolcatsError(f"{source}: every record is empty.")
-    empty = len(rendered) - len(texts)
-    return texts, {
-        "source": source,
-        "format": render.__name__,
-        "empty_records": empty,
-        "broken_lines_skipped": broken,
-    }
-
-
-def _renderer(record: Record, config: DataConfig, tokenizer: Any, source: str) -> Callable[[Record], str]:
-    """The function that turns a record into text; ``auto`` decides by the first record's columns."""
-
-    def chat(record: Record) -> str:
-        turns = record.get("messages") or record.get("conversations") or []
-        messages = [
-            {"role": ROLES[t.get("role", t.get("from"))], "content": t.get("content", t.get("value"))} for t in turns
-        ]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False)) if messages else ""
-
-    def alpaca(record: Record) -> str:
-        if record["output"].strip().lower() in NO_OUTPUT:
-            return ""
-        has_input = (record.get("input") or "").strip().lower() not in NO_INPUT
-        return (ALPACA_INPUT if has_input else ALPACA).format_map(record) + record["output"]
-
-    def text(record: Record) -> str:
-        return str(record[config.text_column] or "")
-
-    fits = {
-        "chat": "messages" in record or "conversations" in record,
-        "alpaca": "instruction" in record and "output" in record,
-        "text": config.text_column in record,
-    }
-    name = config.format if config.format != "auto" else next((n for n, fit in fits.items() if fit), None)
-    if name is None or not fits[name]:
-        raise LolcatsError(
-            f"{source}: no text column. Its columns are {', '.join(record)}; expected messages or conversations "
-            f"(chat), instruction and output (alpaca), or {config.text_column!r} (text; choose another with "
-            "--set data.text_column=NAME)."
-        )
-    if name == "chat" and not tokenizer.chat_template:
-        raise LolcatsError(f"{source} holds conversations, but this model's tokenizer has no chat template.")
-    return {"chat": chat, "alpaca": alpaca, "text": text}[name]
-
-
-def _rendered(render: Callable[[Record], str], record: Record, number: int, source: str) -> str:
-    try:
-        return render(record)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise LolcatsError(
-            f"{source}: record {number} does not fit the {render.__name__} format ({type(error).__name__}: {error})."
-        ) from None
-
-
-def _tokenize(texts: list[str], tokenizer: Any, form: str) -> list[list[int]]:
-    """Token ids of each document; chat templates bring their own special tokens, other text ends with EOS."""
-    chat = form == "chat"
-    end = [] if chat or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    batches = (texts[i : i + BATCH] for i in range(0, len(texts), BATCH))
-    encoded = (tokenizer(batch, add_special_tokens=not chat, verbose=False)["input_ids"] for batch in batches)
-    return [ids + end for ids in chain.from_iterable(encoded)]
-
-
-def _split(documents: list[list[int]], config: DataConfig, source: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Test rows from the first documents, validation rows from the next, training rows from all others."""
-    length, position, splits = config.sequence_length, 0, []
-    total = sum(map(len, documents))
-    for wanted in (config.test_rows, config.validation_rows):
-        first, tokens = position, 0
-        while tokens < wanted * length and position < len(documents):
-            tokens += len(documents[position])
-            position += 1
-        splits.append(_pack(documents[first:position], length)[:wanted])
-    train = _pack(documents[position:], length)
-    if len(splits[0]) < config.test_rows or len(splits[1]) < config.validation_rows or not len(train):
-        raise LolcatsError(
-            f"{source} has {total} tokens, too few: validation ({config.validation_rows} rows) and test "
-            f"({config.test_rows}) of {length} tokens leave nothing to train on. Use more data, shorter rows "
-            "(data.sequence_length) or smaller splits (data.validation_rows, data.test_rows)."
-        )
-    return train, splits[1], splits[0]
-
-
-def _pack(documents: list[list[int]], length: int) -> Tensor:
-    """(N, length): the documents one after another; what does not fill a row is dropped."""
-    ids = torch.tensor(list(chain.from_iterable(documents)), dtype=torch.long)
-    return ids[: len(ids) // length * length].view(-1, length)
+    return rows, positions if config.reset_at_documents else None

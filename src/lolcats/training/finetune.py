@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lolcats.config import Config, FinetuneConfig
 from lolcats.errors import LolcatsError
+from lolcats.modeling.families import FUSED, PROJECTIONS
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.training.data import Data
-from lolcats.training.trainer import StageResult, StageTrainer, train_only
+from lolcats.training.trainer import StageResult, StageTrainer, train_only, trainable
+from lolcats.training.watch import first_bad_layer, first_bad_weight
 
 
 def finetune(
@@ -34,7 +38,7 @@ def finetune(
     if config.finetune.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = FinetuneTrainer(
-        wrapped, config.finetune, data.train, data.validation, "finetune",
+        wrapped, config.finetune, data.dataset("train"), data.dataset("validation"), "finetune",
         directory / "checkpoints" / "finetune", directory / "metrics.jsonl", config.seed, config.report_to,
     )  # fmt: skip
     with fused_layers(model, config.finetune.liger):
@@ -43,9 +47,10 @@ def finetune(
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
     """LoRA on ``config.targets``; sets what requires a gradient."""
+    targets = lora_targets(model, config.targets)
     lora = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets),
-        bias="none", task_type="CAUSAL_LM",
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none",
+        task_type="CAUSAL_LM", use_dora=config.use_dora, use_rslora=config.use_rslora,
     )  # fmt: skip
     try:
         wrapped = get_peft_model(model, lora)
@@ -55,6 +60,32 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
     train_only(wrapped, lambda name: "lora_" in name or (maps and ".lolcats." in name))
     _compute_in_input_dtype(wrapped)
     return wrapped
+
+
+def lora_targets(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
+    """Full names of the layers that ``targets`` mean.
+
+    ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` mean the layers of the attention modules that play these parts,
+    whatever the family calls them; a layer that makes q, k and v at once plays three. Other names mean what ends so.
+    """
+    attentions = [name for name, module in model.named_modules() if hasattr(module, "lolcats")]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    inside = {name: set(name.removeprefix(a + ".").split(".")) for name in linear for a in attentions
+              if name.startswith(a + ".")}  # fmt: skip
+    found: dict[str, None] = {}
+    for target in targets:
+        called = {*PROJECTIONS.get(target, ()), *(FUSED if target in ("q_proj", "k_proj", "v_proj") else ())}
+        layers = [name for name, parts in inside.items() if parts & called]
+        if not called:
+            layers = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{target}")]
+        if not layers:
+            known = sorted({name.rpartition(".")[2] for name in inside})
+            raise LolcatsError(
+                f"finetune.targets {list(targets)} do not fit this model: nothing in it is {target!r}. Linear layers "
+                f"of its attention: {', '.join(known) or 'none'}."
+            )
+        found.update(dict.fromkeys(layers))
+    return list(found)
 
 
 class InputDtypeLinear(nn.Linear):
@@ -70,7 +101,7 @@ def _compute_in_input_dtype(model: nn.Module) -> None:
     In a 16-bit model that is most of the memory of its attention layers.
     """
     for layer in model.modules():
-        if isinstance(layer, LoraLinear):
+        if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = False
             for part in (*layer.lora_A.values(), *layer.lora_B.values()):
                 part.__class__ = InputDtypeLinear
@@ -92,7 +123,25 @@ class FinetuneTrainer(StageTrainer):
         return wrapped.get_base_model()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        return language_model_loss(self.base, self.head, inputs["input_ids"], self.stage_config.liger)
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        self.call = {"input_ids": ids} | ({} if positions is None else {"position_ids": positions})
+        loss = language_model_loss(self.base, self.head, ids, self.stage_config.liger, positions)
+        if torch.is_grad_enabled():
+            self.watch.add(loss)
+        return loss
+
+    def where(self, bad: Tensor) -> str:
+        """The first layer whose output on the last batch is no number without LoRA, or else the LoRA matrix that is
+        none, or else the layer with LoRA."""
+        layers = self.base.config.lolcats["layers"]
+        modules = [self.base.get_submodule(entry["name"]) for entry in layers]
+        wrapped: Any = self.model
+        with wrapped.disable_adapter():
+            number = first_bad_layer(self.base, modules, self.call)
+        if number is None and (name := first_bad_weight(trainable(self.model))):
+            return f", and so did {name}"
+        number = first_bad_layer(self.base, modules, self.call) if number is None else number
+        return "" if number is None else f" in layer {layers[number]['layer']}"
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW; feature maps, where they train, form a group with their own rate."""

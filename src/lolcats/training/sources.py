@@ -1,9 +1,16 @@
-"""Records from a Hugging Face data set id or a local .json, .jsonl, .parquet or .txt file."""
+"""Records from a Hugging Face data set id or a local .json, .jsonl, .parquet or .txt file, one after another.
+
+A large .jsonl or .parquet file falls into pieces that can be read apart, so that processes can share the work.
+"""
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +19,69 @@ from lolcats.errors import LolcatsError
 
 Record = dict[str, Any]
 TXT_DOCUMENT = 8_000  # characters: where a .txt file is cut, at the next end of a paragraph
+LONGEST = 1 << 20  # characters of a paragraph that are held; it is cut there
 NAMED = 5  # broken lines named in an error
+PIECE = 8 << 20  # bytes of a .jsonl file read apart
+BLOCK = 1 << 20  # bytes read at a time
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a local file: bytes of a .jsonl file, row groups of a .parquet file, else all of it."""
+
+    path: Path
+    start: int = 0
+    stop: int | None = None
+
+    def records(self, broken: Broken) -> Iterator[Record]:
+        return READERS[self.path.suffix](self, broken)
+
+
+@dataclass
+class Broken:
+    """What could not be read: how much, and the first few by their number in the piece."""
+
+    unit: str = "line"
+    read: int = 0
+    count: int = 0
+    named: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, number: int, reason: str) -> None:
+        self.count += 1
+        if len(self.named) < NAMED:
+            self.named.append((number, reason))
+
+    def extend(self, other: Broken) -> None:
+        """What the next piece had."""
+        self.unit, self.count = other.unit, self.count + other.count
+        shifted = [(self.read + number, reason) for number, reason in other.named]
+        self.named, self.read = [*self.named, *shifted][:NAMED], self.read + other.read
+
+    def check(self, source: str, config: DataConfig) -> None:
+        """LolcatsError that names them, unless they are to be skipped."""
+        if self.count and not config.skip_broken:
+            more = f" and {self.count - NAMED} more" if self.count > NAMED else ""
+            named = "; ".join(f"{self.unit} {number} ({reason})" for number, reason in self.named)
+            raise LolcatsError(
+                f"{source} has {self.count} broken line(s): {named}{more}. Mend them, or skip them with --set "
+                "data.skip_broken=true."
+            )
+
+
+def local_file(source: str) -> Path | None:
+    """The file that ``source`` names; None for a hub data set or a directory laid out as one.
+
+    Raises:
+        LolcatsError: no such file, or of an unknown format.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise LolcatsError(f"{source}: unknown data format; expected one of {', '.join(READERS)}.")
+        return path
+    if not path.is_dir() and (path.suffix in READERS or path.is_absolute() or source.startswith(".")):
+        raise LolcatsError(f"Data file {source} does not exist.")
+    return None
 
 
 def read_records(source: str, config: DataConfig) -> tuple[list[Record], int]:
@@ -21,79 +90,95 @@ def read_records(source: str, config: DataConfig) -> tuple[list[Record], int]:
     Raises:
         LolcatsError: no such file or data set, no records, or broken lines (named by number and counted).
     """
-    path = Path(source).expanduser()
-    skipped: list[str] = []
-    if path.is_file():
-        if path.suffix not in READERS:
-            raise LolcatsError(f"{source}: unknown data format; expected one of {', '.join(READERS)}.")
-        records = list(READERS[path.suffix](path, skipped))
-    elif not path.is_dir() and (path.suffix in READERS or path.is_absolute() or source.startswith(".")):
-        raise LolcatsError(f"Data file {source} does not exist.")
-    else:  # a hub id, or a directory laid out as one
-        records = list(_hub(source, config))
-    if skipped and not config.skip_broken:
-        more = f" and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
-        raise LolcatsError(
-            f"{source} has {len(skipped)} broken line(s): {'; '.join(skipped[:NAMED])}{more}. Mend them, or skip them "
-            "with --set data.skip_broken=true."
-        )
+    path, broken = local_file(source), Broken()
+    records = list(hub_records(hub_dataset(source, config), source) if path is None else Piece(path).records(broken))
+    broken.check(source, config)
     if not records:
         raise LolcatsError(f"{source} is empty: no records.")
-    return records, len(skipped)
+    return records, broken.count
 
 
-def _jsonl(path: Path, broken: list[str]) -> Iterator[Record]:
+def pieces(path: Path) -> list[Piece]:
+    """Parts of about PIECE bytes that hold whole lines or row groups, in order."""
+    if path.suffix == ".parquet":
+        groups = _parquet_file(path).num_row_groups
+        return [Piece(path, i, i + 1) for i in range(groups)] or [Piece(path)]
+    size = path.stat().st_size
+    if path.suffix != ".jsonl" or size <= PIECE:
+        return [Piece(path)]
+    cuts = [0]
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        while cuts[-1] + PIECE < size:
+            file.seek(cuts[-1] + PIECE)
+            file.readline()
+            cuts.append(file.tell())
+    return [Piece(path, a, b) for a, b in pairwise([*cuts, size] if cuts[-1] < size else cuts)]
+
+
+def _jsonl(piece: Piece, broken: Broken) -> Iterator[Record]:
+    with piece.path.open("rb") as file:
+        file.seek(piece.start)
+        while line := file.readline() if piece.stop is None or file.tell() < piece.stop else b"":
+            broken.read += 1
             if not line.strip():
                 continue
             try:
                 record = json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                broken.append(f"line {number} ({getattr(error, 'msg', None) or getattr(error, 'reason', error)})")
+            except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors, huge numbers too
+                broken.add(broken.read, str(getattr(error, "msg", None) or getattr(error, "reason", error)))
                 continue
             if isinstance(record, dict):
                 yield record
             else:
-                broken.append(f"line {number} (a {type(record).__name__}, expected an object)")
+                broken.add(broken.read, f"a {type(record).__name__}, expected an object")
 
 
-def _json(path: Path, broken: list[str]) -> Iterator[Record]:
+def _json(piece: Piece, broken: Broken) -> Iterator[Record]:
+    path, broken.unit = piece.path, "record"
     try:
         content = json.loads(path.read_bytes().decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise LolcatsError(f"{path} is not valid JSON ({error}). One object a line? Then name it .jsonl.") from None
     if isinstance(content, dict):
         content = next((v for v in content.values() if isinstance(v, list)), [content])
     if not isinstance(content, list):
         raise LolcatsError(f"{path}: expected a list of objects, found a {type(content).__name__}.")
-    for number, record in enumerate(content, 1):
+    for record in content:
+        broken.read += 1
         if isinstance(record, dict):
             yield record
         else:
-            broken.append(f"record {number} (a {type(record).__name__}, expected an object)")
+            broken.add(broken.read, f"a {type(record).__name__}, expected an object")
 
 
-def _parquet(path: Path, broken: list[str]) -> Iterator[Record]:
+def _parquet(piece: Piece, broken: Broken) -> Iterator[Record]:
+    import pyarrow
+
+    file = _parquet_file(piece.path)
+    groups = None if piece.stop is None else list(range(piece.start, piece.stop))
+    try:
+        for batch in file.iter_batches(batch_size=1_000, row_groups=groups):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise LolcatsError(f"{piece.path} is no readable Parquet file ({error}).") from None
+
+
+def _parquet_file(path: Path) -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise LolcatsError("Reading .parquet files needs pyarrow: pip install 'lolcats[data]'.") from None
     try:
-        yield from pyarrow.parquet.read_table(path).to_pylist()
+        return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise LolcatsError(f"{path} is no readable Parquet file ({error}).") from None
 
 
-def _txt(path: Path, broken: list[str]) -> Iterator[Record]:
+def _txt(piece: Piece, broken: Broken) -> Iterator[Record]:
     """Documents of about TXT_DOCUMENT characters, cut at the ends of paragraphs."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise LolcatsError(f"{path} is not UTF-8 text (byte {error.start}).") from None
     document = ""
-    for paragraph in text.replace("\r\n", "\n").split("\n\n"):
+    for paragraph in _paragraphs(piece.path):
         document += paragraph + "\n\n"
         if len(document) >= TXT_DOCUMENT:
             yield {"text": document.strip()}
@@ -102,7 +187,30 @@ def _txt(path: Path, broken: list[str]) -> Iterator[Record]:
         yield {"text": document.strip()}
 
 
-def _hub(name: str, config: DataConfig) -> Iterator[Record]:
+def _paragraphs(path: Path) -> Iterator[str]:
+    """What stands between empty lines; one longer than LONGEST in pieces."""
+    decoder, rest, held, place = codecs.getincrementaldecoder("utf-8")(), "", "", 0
+    with path.open("rb") as file:
+        while True:
+            block = file.read(BLOCK)
+            pending = len(decoder.getstate()[0])
+            try:
+                text = held + decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise LolcatsError(f"{path} is not UTF-8 text (byte {place - pending + error.start}).") from None
+            place += len(block)
+            held = "\r" if block and text.endswith("\r") else ""  # it may be half of a line's end
+            *whole, rest = (rest + text.removesuffix(held).replace("\r\n", "\n")).split("\n\n")
+            yield from whole
+            if not block or len(rest) > LONGEST:
+                yield rest
+                rest = ""
+            if not block:
+                return
+
+
+def hub_dataset(name: str, config: DataConfig) -> Any:
+    """A data set of the ``datasets`` package, with ``config.streaming`` one that is read while it comes."""
     try:
         import datasets
     except ImportError:
@@ -110,14 +218,33 @@ def _hub(name: str, config: DataConfig) -> Iterator[Record]:
             f"{name} is no local file, and reading a hub data set needs the datasets package: "
             "pip install 'lolcats[data]'."
         ) from None
+    with _hub_errors(name):
+        return datasets.load_dataset(
+            name, config.subset or None, split=config.split, streaming=config.streaming or None
+        )  # fmt: skip
+
+
+def hub_records(dataset: Any, name: str) -> Iterator[Record]:
+    records = iter(dataset)
+    while True:
+        with _hub_errors(name):
+            record = next(records, None)
+        if record is None:
+            return
+        yield record
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Errors of datasets and the hub as one sentence."""
     try:
-        yield from datasets.load_dataset(name, config.subset or None, split=config.split)
+        yield
     except (OSError, ValueError, RuntimeError) as error:  # datasets and hub errors derive from these
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise LolcatsError(f"No data set {name!r} on disk or on the Hugging Face hub ({reason}).") from None
 
 
-READERS: dict[str, Callable[[Path, list[str]], Iterator[Record]]] = {
+READERS: dict[str, Callable[[Piece, Broken], Iterator[Record]]] = {
     ".json": _json,
     ".jsonl": _jsonl,
     ".parquet": _parquet,

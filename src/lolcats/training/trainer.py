@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lolcats.config import StageConfig
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import load_strictly, read_tensors, write_tensors, write_text
-from lolcats.training.data import Rows
+from lolcats.training.data import Item, Rows
+from lolcats.training.watch import ADVICE, LossWatch
 
 COMPLETE = "complete"
 TRAINABLE = "trainable.safetensors"
@@ -50,16 +52,18 @@ class StageTrainer(Trainer):
     """Trains whatever requires a gradient in ``model``. Subclasses define the loss.
 
     Args:
+        train, validation: rows (N, L) of token ids, or data sets of rows.
         stage: name for progress and metrics, ``transfer`` or ``finetune``.
         directory: working directory of the stage (checkpoints, best weights); kept until the caller removes it.
         metrics: ``metrics.jsonl`` of the run.
     """
 
     def __init__(
-        self, model: nn.Module, config: StageConfig, train: Tensor, validation: Tensor, stage: str, directory: Path,
-        metrics: Path, seed: int = 0, report_to: list[str] | None = None,
+        self, model: nn.Module, config: StageConfig, train: Tensor | Dataset[Item], validation: Tensor | Dataset[Item],
+        stage: str, directory: Path, metrics: Path, seed: int = 0, report_to: list[str] | None = None,
     ) -> None:  # fmt: skip
         self.keeper = BestKeeper(config.early_stopping_patience, directory / BEST)
+        self.watch = LossWatch(stage, self.where)
         self.stage, self.directory, self.stage_config = stage, directory, config
         if "tensorboard" in (report_to or []):
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(metrics.parent / "tensorboard"))
@@ -67,9 +71,9 @@ class StageTrainer(Trainer):
             super().__init__(
                 model=model,
                 args=training_arguments(config, directory, seed, next(model.parameters()).device, report_to or []),
-                train_dataset=Rows(train),
-                eval_dataset=Rows(validation),
-                callbacks=[self.keeper, MetricsFile(metrics, stage)],
+                train_dataset=Rows(train) if isinstance(train, Tensor) else train,
+                eval_dataset=Rows(validation) if isinstance(validation, Tensor) else validation,
+                callbacks=[self.watch, self.keeper, MetricsFile(metrics, stage)],
             )
         except (ImportError, RuntimeError, ValueError) as error:
             if report_to:
@@ -96,12 +100,17 @@ class StageTrainer(Trainer):
         load_strictly(trainable(self.model), read_tensors(self.directory / BEST), self.directory / BEST)
         return StageResult(state["global_step"], self.keeper.step, self.keeper.loss, state["log_history"])
 
+    def where(self, bad: Tensor) -> str:
+        """Where a loss became no number, as the end of a sentence; ``bad``: which of the losses given to the watch."""
+        return ""
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.watch.check_weights(self.state.global_step, trainable(self.model))
         super()._save_checkpoint(*args, **kwargs)
         marker = self.directory / f"checkpoint-{self.state.global_step}" / COMPLETE
         write_text(marker, json.dumps(self.keeper.progress()))
@@ -211,10 +220,7 @@ class BestKeeper(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise LolcatsError(
-                f"The loss became {logs['loss']} by step {state.global_step}. The last good checkpoint is kept; "
-                "lower the learning rate, or look for broken data."
-            )
+            raise LolcatsError(f"The loss became {logs['loss']} by step {state.global_step}. {ADVICE}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], model: Any,
                     **kwargs: Any) -> None:  # fmt: skip

@@ -7,6 +7,8 @@ reaches another layer's parameters: backward runs inside each layer's forward, a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def transfer(model: PreTrainedModel, data: Data, config: Config, directory: Path
     """
     train_only(model, lambda name: ".lolcats." in name)
     trainer = TransferTrainer(
-        model, config.transfer, data.train, data.validation, "transfer",
+        model, config.transfer, data.dataset("train"), data.dataset("validation"), "transfer",
         directory / "checkpoints" / "transfer", directory / "metrics.jsonl", config.seed, config.report_to,
     )  # fmt: skip
     with fused_layers(model, config.transfer.liger):
@@ -46,19 +48,31 @@ class TransferTrainer(StageTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         scale = 1 / self.current_gradient_accumulation_steps
-        losses = layer_losses(model, self._prepare_inputs(inputs)["input_ids"], self.stage_config, scale)
+        inputs = self._prepare_inputs(inputs)
+        losses = layer_losses(model, inputs["input_ids"], self.stage_config, scale, inputs.get("position_ids"))
+        self.watch.add(losses)
         return losses.mean() * scale
 
+    def where(self, bad: Tensor) -> str:
+        layers = [layer.geometry.layer for layer in linearized_layers(self.model)]
+        return f" in layer {layers[int(bad.long().argmax())]}"
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        return layer_losses(model, inputs["input_ids"], self.stage_config).mean()
+        return layer_losses(
+            model, inputs["input_ids"], self.stage_config, positions=inputs.get("position_ids")
+        ).mean()  # fmt: skip
 
 
 def layer_losses(
-    model: PreTrainedModel, input_ids: Tensor, config: TransferConfig, backward_scale: float | None = None
-) -> Tensor:
+    model: PreTrainedModel, input_ids: Tensor, config: TransferConfig, backward_scale: float | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """(layers,) losses of one batch (B, T) of token ids.
 
     With ``backward_scale``, the gradient of backward_scale · mean(losses) is accumulated layer by layer on the way.
+
+    Args:
+        positions: (B, T), which start again where another document begins; None: rows are one sequence each.
     """
     losses: list[Tensor] = []
     count = len(linearized_layers(model))
@@ -72,13 +86,14 @@ def layer_losses(
 
     model.eval()  # the teacher has no dropout
     with torch.no_grad(), override(model, mode="transfer", observer=observe):
-        decoder(model)(input_ids=input_ids, use_cache=False)
+        given = {} if positions is None else {"position_ids": positions}
+        decoder(model)(input_ids=input_ids, use_cache=False, **given)
     return torch.stack(losses)
 
 
 def attention_loss(layer: LinearizedAttention, call: AttentionCall, config: TransferConfig) -> Tensor:
     """Scalar loss of one layer on one call."""
-    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding).transpose(1, 2)
+    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding, call.documents).transpose(1, 2)
     loss = config.mse_weight * mean_squared_error(y, call.target, call.padding)
     if config.xent_weight:
         loss = loss + config.xent_weight * _weight_cross_entropy(layer, call)
@@ -87,12 +102,22 @@ def attention_loss(layer: LinearizedAttention, call: AttentionCall, config: Tran
 
 def _weight_cross_entropy(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
     """−Σ a·log â between softmax and hybrid attention weights, mean over queries. Causal, unpadded rows."""
-    a = softmax_weights(call.q, call.k, call.scale, call.softcap)
-    predicted = layer.weights(call.q, call.k, call.scale, call.softcap)
-    return -(a * predicted.clamp_min(1e-12).log()).sum(-1).mean()
+
+    def of_queries(q: Tensor, k: Tensor) -> Tensor:
+        a = softmax_weights(q, k, call.scale, call.softcap)
+        predicted = layer.weights(q, k, call.scale, call.softcap)
+        return -(a * predicted.clamp_min(1e-12).log()).sum(-1, keepdim=True)
+
+    per_query = of_queries if call.documents is None else partial(call.documents.apart, of_queries)
+    return per_query(call.q, call.k).mean()
 
 
-def layer_errors(model: PreTrainedModel, rows: Iterable[Tensor]) -> list[float]:
-    """Mean squared error of each linearized layer's output over batches of token ids (B, T)."""
-    unit = TransferConfig(mse_weight=1.0)
-    return torch.stack([layer_losses(model, ids.to(model.device), unit) for ids in rows]).mean(0).tolist()
+def layer_errors(
+    model: PreTrainedModel, rows: Iterable[Tensor], positions: Iterable[Tensor | None] = repeat(None)
+) -> list[float]:  # fmt: skip
+    """Mean squared error of each linearized layer's output over batches of token ids (B, T), and of their positions."""
+    unit, losses = TransferConfig(mse_weight=1.0), []
+    for ids, places in zip(rows, positions, strict=False):
+        places = None if places is None else places.to(model.device)
+        losses.append(layer_losses(model, ids.to(model.device), unit, positions=places))
+    return torch.stack(losses).mean(0).tolist()

@@ -170,7 +170,8 @@ class Problem:
 
     def backward(self, do: Tensor, o: Tensor, softmax: Softmax, wanted: Wanted) -> tuple[Tensor | None, ...]:
         """Gradients of TENSORS, None where not wanted."""
-        back = Backward(self, do, o, *(do if x is None else x for x in softmax), wanted)
+        inverse, peaks, tops = (do if x is None else x for x in softmax)
+        back = Backward(self, do, o, inverse, peaks, tops, wanted)
         grads = {**back.query_gradients(), **back.key_gradients()}
         for name in ("q", "k", "v", "fq", "fk"):
             if (x := grads.get(name)) is not None:

@@ -1,0 +1,127 @@
+"""What ``lolcats data stats`` tells of a data set: sizes, document lengths, effective sequence lengths, a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lolcats.config import Config
+from lolcats.errors import LolcatsError
+from lolcats.evaluation.effective_length import EffectiveLengths, effective_lengths
+from lolcats.inputs import Inputs
+from lolcats.modeling.convert import convert
+from lolcats.training.data import Data, Documents, PackedRows
+
+QUANTILES = {"lowest": 0.0, "lower quartile": 0.25, "median": 0.5, "upper quartile": 0.75, "highest": 1.0}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """``documents``: tokens of each; ``effective``: of a sample of the training rows, ``length`` tokens each."""
+
+    facts: dict[str, Any]
+    documents: Tensor
+    effective: EffectiveLengths
+    length: int
+
+    def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Header and rows of the table of distributions."""
+        columns = {"tokens of a document": self.documents.float()}
+        columns[f"effective length of a row of {self.length}"] = self.effective.rows
+        columns["effective length of a head"] = self.effective.heads.flatten()
+        rows = [
+            (name, *(f"{_quantile(values, share):,.1f}" for values in columns.values()))
+            for name, share in QUANTILES.items()
+        ]
+        rows.insert(3, ("mean", *(f"{values.mean().item():,.1f}" for values in columns.values())))
+        return ("", *columns), rows
+
+    def draw(self, path: Path) -> None:
+        """Histograms of the three, as a PNG."""
+        if find_spec("matplotlib") is None:
+            raise LolcatsError("The picture needs matplotlib: pip install 'lolcats[plots]'.")
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+        _histogram(axes[0], self.documents.float(), "Documents", "tokens")
+        _histogram(axes[1], self.effective.rows, f"Rows of {self.length} tokens", "effective sequence length")
+        _histogram(axes[2], self.effective.heads.flatten(), "Heads, over all rows", "effective sequence length")
+        figure.savefig(path, dpi=100)
+        pyplot.close(figure)
+
+
+def data_statistics(model: str, source: str, config: Config, device: torch.device, dtype: torch.dtype,
+                    count: int) -> Statistics:  # fmt: skip
+    """Read ``source`` as a run would; look at ``count`` of its training rows, evenly spread, with the base model."""
+    inputs = Inputs(model, trust=config.trust_remote_code)
+    data, documents = inputs.data(source, config.data, config.seed), inputs.documents(source, config.data)
+    converted = convert(inputs.model(dtype, device), config)
+    chosen = torch.linspace(0, len(data.train) - 1, min(count, len(data.train))).long().tolist()
+    found = effective_lengths(converted, _batches(data, chosen, config.transfer.micro_batch_size))
+    facts = {
+        "documents": f"{len(documents):,}", "tokens": f"{int(documents.length.sum()):,}",
+        "duplicate records dropped": f"{documents.counts['duplicate_records']:,}",
+        "empty records": f"{documents.counts['empty_records']:,}",
+        "broken lines skipped": f"{documents.counts['broken_lines_skipped']:,}", **_shares(documents),
+        "rows to train on": f"{len(data.train):,} × {config.data.sequence_length}",
+        "rows looked at": f"{len(chosen):,}", "layers looked at": f"{len(found.layers)}",
+    }  # fmt: skip
+    return Statistics(facts, torch.from_numpy(documents.length), found, config.data.sequence_length)
+
+
+def longest(data: Data, model: PreTrainedModel, fraction: float, batch: int) -> tuple[EffectiveLengths, Tensor]:
+    """Effective sequence lengths of all training rows, and the numbers of the fraction of them with the longest, in
+    the rows' own order."""
+    found = effective_lengths(model, _batches(data, list(range(len(data.train))), batch))
+    count = max(1, round(fraction * len(found.rows)))
+    return found, found.rows.topk(count).indices.sort().values
+
+
+def select(data: Data, kept: Tensor) -> Data:
+    """``data`` with some of its training rows, by number."""
+    if isinstance(data.train, PackedRows):
+        return replace(data, train=data.train.select(kept.numpy()))
+    positions = {name: x[kept] if name == "train" else x for name, x in data.positions.items()}
+    return replace(data, train=data.train[kept], positions=positions)
+
+
+def _batches(data: Data, numbers: list[int], size: int) -> Any:
+    rows = data.dataset("train")
+    for start in range(0, len(numbers), size):
+        items = [rows[number] for number in numbers[start : start + size]]
+        positions = [item["position_ids"] for item in items if "position_ids" in item]
+        yield torch.stack([item["input_ids"] for item in items]), torch.stack(positions) if positions else None
+
+
+def _shares(documents: Documents) -> dict[str, str]:
+    """Of a mixture: what each source has."""
+    if not documents.shares:
+        return {}
+    own = [int(documents.length[documents.which == n].sum()) for n in range(len(documents.stores))]
+    names = [str(store.counts["source"]) for store in documents.stores]
+    return {
+        f"tokens of {Path(name).name}": f"{tokens:,} (share asked for: {share:.1%})"
+        for name, tokens, share in zip(names, own, documents.shares, strict=True)
+    }
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    return float(np.quantile(values.numpy(), share))
+
+
+def _histogram(axis: Any, values: Tensor, title: str, label: str) -> None:
+    axis.hist(values.numpy(), bins=min(50, max(5, len(values) // 4)))
+    axis.axvline(values.mean().item(), color="black", linestyle="--", label=f"mean {values.mean().item():,.1f}")
+    axis.set(title=title, xlabel=label, ylabel="count")
+    axis.grid(alpha=0.3)
+    axis.legend()

@@ -1,0 +1,82 @@
+"""Effective sequence length of a data set: how far back the base model's attention looks on it.
+
+ESL of a row = mean over layers, heads and queries n of Σ_{i ≤ n} a_ni · (n − i + 1): the attention-weighted distance to
+a query's keys, its own token counted as 1 (LoLCATs, Eq. 9; the paper's own code counts it as 0, which is 1 less for
+every row and ranks them alike). Rows with a long one teach more of what is older than the window (its Table 15).
+
+Shapes: B batch, H query heads, T tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lolcats.attention.reference import expand_heads, softmax_logits
+from lolcats.modeling.convert import decoder
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
+
+QUERIES = 128  # whose weights exist at a time
+
+
+@dataclass(frozen=True)
+class EffectiveLengths:
+    """``rows`` (N,) of each row, ``heads`` (layers, H) of each head over all rows, ``layers`` their indices."""
+
+    rows: Tensor
+    heads: Tensor
+    layers: list[int]
+
+
+@torch.no_grad()
+def effective_lengths(
+    model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor | None]]
+) -> EffectiveLengths:  # fmt: skip
+    """Of the softmax attention in the layers of a converted model that are linearized.
+
+    Args:
+        batches: token ids (B, T), and position ids that start again with each document or None.
+    """
+    rows, heads = [], []
+    model.eval()
+    for ids, positions in batches:
+        found: list[Tensor] = []
+
+        def observe(layer: LinearizedAttention, call: AttentionCall, found: list[Tensor] = found) -> None:
+            def distances(q: Tensor, k: Tensor) -> Tensor:
+                return mean_distances(q, k, call.scale, call.softcap)
+
+            apart = call.documents
+            each = distances(call.q, call.k) if apart is None else apart.apart(distances, call.q, call.k)
+            found.append(each[..., 0].mean(2).cpu())
+
+        given = {} if positions is None else {"position_ids": positions.to(model.device)}
+        with override(model, mode="transfer", observer=observe):
+            decoder(model)(input_ids=ids.to(model.device), use_cache=False, **given)
+        of_batch = torch.stack(found, 1)  # (B, layers, H)
+        rows.append(of_batch.mean((1, 2)))
+        heads.append(of_batch)
+    layers = [layer.geometry.layer for layer in linearized_layers(model)]
+    return EffectiveLengths(torch.cat(rows), torch.cat(heads).mean(0), layers)
+
+
+def mean_distances(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+    """(B, H, T, 1) fp32: of each query, Σ_i a_ni · (n − i + 1) over softmax weights of causal rows.
+
+    q: (B, H, T, D); k: (B, G, T, D). Weights of QUERIES queries exist at a time.
+    """
+    k, length = expand_heads(k, q.shape[1]), q.shape[2]
+    keys = torch.arange(length, device=q.device)
+    parts = []
+    for start in range(0, length, QUERIES):
+        queries = keys[start : start + QUERIES, None]
+        end = start + len(queries)
+        distance = queries - keys[:end] + 1
+        logits = softmax_logits(q[:, :, start:end].float(), k[:, :, :end], scale, softcap)
+        weights = logits.masked_fill(distance < 1, -torch.inf).softmax(-1)
+        parts.append((weights * distance).sum(-1, keepdim=True))
+    return torch.cat(parts, 2)

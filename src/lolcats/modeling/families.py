@@ -1,0 +1,32 @@
+"""What differs between families, as data. A new family is a row here, or none at all."""
+
+from __future__ import annotations
+
+HARMLESS = {
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "dropout", "is_causal", "logits_to_keep",
+    "max_length_k", "max_length_q", "output_attentions", "output_hidden_states", "output_router_logits",
+    "position_ids", "return_dict", "scaling", "sliding_window", "softcap", "use_cache",
+}  # fmt: skip
+"""Keywords of an attention call that need nothing more than is done for them. Attention dropout is not applied."""
+
+OBSTACLES = {
+    "s_aux": "has learned sink logits of its own (s_aux), which the hybrid attention does not model",
+    "sinks": "has learned sink logits of its own (sinks), which the hybrid attention does not model",
+    "position_bias": "adds a position bias to its attention logits, which the hybrid attention does not model",
+}
+"""Keywords of an attention call that mean another function. As softmax such a layer may stay."""
+
+SPARSE = {"indices", "block_indices"}
+"""Keywords of families that choose keys by an indexer, and tell implementations they know by a mask instead: under
+another implementation's name not even softmax layers would be theirs. So it is with keywords that are not here."""
+
+PROJECTIONS = {
+    "q_proj": ("q_proj", "query", "Wq"),
+    "k_proj": ("k_proj", "key", "Wk"),
+    "v_proj": ("v_proj", "value", "Wv"),
+    "o_proj": ("o_proj", "out_proj", "dense", "c_proj", "Wo"),
+}
+"""What families call the linear layers of an attention module that make q, k, v and its output."""
+
+FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
+"""Layers that make q, k and v at once: each stands for all three."""

@@ -1,0 +1,168 @@
+"""Reads a GGUF file's header and believes nothing: every length is checked against the file before anything uses it.
+
+A damaged header would make the readers behind transformers allocate, loop or fail in any way. The layout, in
+little-endian order:
+
+    "GGUF", version u32, tensors u64, pairs u64
+    pair:    key string, type u32, value;   string: length u64, bytes;   array: type u32, count u64, values
+    tensor:  name string, dimensions u32, sizes u64 ..., type u32, offset u64
+    padding to general.alignment, then the tensors' bytes
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lolcats.errors import LolcatsError
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+SIZES = ("embedding_length", "feed_forward_length", "vocab_size", "expert_count", "expert_feed_forward_length",
+         "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+         "rope.dimension_count")  # fmt: skip
+"""Of a model, none larger than the largest dimension of its tensors."""
+MOST = 1 << 16  # tensors; the largest models have a few thousand
+
+
+@dataclass
+class Header:
+    """Scalar pairs by key, and the shape of each tensor."""
+
+    pairs: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+class _Cursor:
+    """Where reading is; anything behind the end of the file is an error."""
+
+    def __init__(self, data: Any, size: int) -> None:
+        self.data, self.size, self.place = data, size, 0
+
+    def take(self, count: int) -> int:
+        """Go on by ``count`` bytes; where they begin."""
+        if count > self.size - self.place:
+            raise LolcatsError(f"its header asks for {count} bytes at {self.place} of {self.size}")
+        self.place += count
+        return self.place - count
+
+    def number(self, code: str) -> Any:
+        return struct.unpack_from(f"<{code}", self.data, self.take(struct.calcsize(f"<{code}")))[0]
+
+    def string(self) -> str:
+        length = self.number("Q")
+        start = self.take(length)
+        return bytes(self.data[start : start + length]).decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        """A scalar or string; of an array only its place, having gone over it."""
+        if kind in SCALARS:
+            return self.number(SCALARS[kind])
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            raise LolcatsError(f"its header has a value of unknown type {kind}")
+        inner, count = self.number("I"), self.number("Q")
+        if inner in SCALARS:
+            self.take(count * struct.calcsize(SCALARS[inner]))
+        elif inner == STRING:
+            if count > self.size:
+                raise LolcatsError(f"its header has a list of {count} strings")
+            for _ in range(count):
+                self.take(self.number("Q"))
+        else:
+            raise LolcatsError(f"its header has a list of lists, or of unknown type {inner}")
+        return None
+
+
+def check_gguf(path: Path) -> Header:
+    """The header of a GGUF file whose lengths, offsets and sizes all fit the file and each other.
+
+    Raises:
+        LolcatsError: what does not fit.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            header, sizes, end = _read(_Cursor(data, size))
+        _check_tensors(sizes, end, size)
+        _check_model(header)
+    except LolcatsError as error:
+        raise LolcatsError(f"Cannot load {path}: damaged, or no GGUF file: {error}.") from None
+    except ValueError:  # an empty file cannot be mapped
+        raise LolcatsError(f"Cannot load {path}: it is empty.") from None
+    return header
+
+
+Tensors = dict[str, tuple[tuple[int, ...], int, int]]  # name: sizes, type, offset
+
+
+def _read(cursor: _Cursor) -> tuple[Header, Tensors, int]:
+    """Header, tensors, and where their bytes begin."""
+    if cursor.data[:4] != b"GGUF":
+        raise LolcatsError("it does not begin with GGUF")
+    cursor.take(4)
+    version, tensors, pairs = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+    if version not in (2, 3):
+        raise LolcatsError(f"it has version {version}, expected 2 or 3 (little-endian)")
+    if tensors > MOST or pairs > MOST:
+        raise LolcatsError(f"its header counts {tensors} tensors and {pairs} values")
+    header, found = Header(), {}
+    for _ in range(pairs):
+        key, kind = cursor.string(), cursor.number("I")
+        if key in header.pairs:
+            raise LolcatsError(f"its header has {key} twice")
+        header.pairs[key] = cursor.value(kind)
+    for _ in range(tensors):
+        name, dimensions = cursor.string(), cursor.number("I")
+        if dimensions > 4 or name in found:
+            raise LolcatsError(f"tensor {name!r} has {dimensions} dimensions, or occurs twice")
+        shape = tuple(cursor.number("Q") for _ in range(dimensions))
+        found[name] = shape, cursor.number("I"), cursor.number("Q")
+        header.shapes[name] = shape
+    alignment = header.pairs.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1 or alignment > 1 << 20:
+        raise LolcatsError(f"its alignment is {alignment}")
+    return header, found, -(-cursor.place // alignment) * alignment
+
+
+def _check_tensors(tensors: Tensors, begin: int, size: int) -> None:
+    """Bytes of all tensors lie in the file, and none of them in another's."""
+    import gguf
+
+    spans = []
+    for name, (shape, kind, offset) in tensors.items():
+        try:
+            block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        except (ValueError, KeyError):
+            raise LolcatsError(f"tensor {name!r} has unknown type {kind}") from None
+        if not shape or prod(shape) == 0 or shape[0] % block:
+            raise LolcatsError(f"tensor {name!r} has sizes {shape}")
+        stop = begin + offset + prod(shape) // block * width
+        if stop > size:
+            raise LolcatsError(f"tensor {name!r} of sizes {shape} ends at {stop} of {size} bytes")
+        spans.append((begin + offset, stop, name))
+    spans.sort()
+    for (_, stop, name), (start, _, other) in pairwise(spans):
+        if start < stop:
+            raise LolcatsError(f"tensors {name!r} and {other!r} overlap")
+
+
+def _check_model(header: Header) -> None:
+    """The model's sizes are those of its tensors: a wrong one would be allocated or looped over."""
+    architecture = header.pairs.get("general.architecture")
+    if not isinstance(architecture, str) or not header.shapes:
+        raise LolcatsError("it names no architecture, or has no tensors")
+    blocks = header.pairs.get(f"{architecture}.block_count")
+    if not isinstance(blocks, int) or not 0 < blocks <= len(header.shapes):
+        raise LolcatsError(f"{architecture}.block_count is {blocks} with {len(header.shapes)} tensors")
+    largest = max(max(shape) for shape in header.shapes.values())
+    for name in SIZES:
+        value = header.pairs.get(f"{architecture}.{name}", 1)
+        if isinstance(value, int) and not 0 <= value <= largest:
+            raise LolcatsError(f"{architecture}.{name} is {value}, its largest tensor dimension {largest}")

@@ -1,0 +1,408 @@
+"""Token ids of a source's documents, in memory or in a file: memory does not grow with the source.
+
+Large sources are tokenized by all cores, a piece at a time, and kept in a cache directory under a hash of the file's
+content, the tokenizer and what was asked of the reader; the next run opens that. ``LOLCATS_CACHE`` moves the directory.
+
+    ids.bin      int32, all documents one behind the other
+    starts.npy, lengths.npy, hashes.npy, first.npy   of each document; ``first``: those that did not occur before
+    store.json   counts; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.thread import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
+
+import numpy as np
+import transformers
+from numpy.typing import NDArray
+
+from lolcats.config import DataConfig
+from lolcats.errors import LolcatsError
+from lolcats.training.sources import Broken, Piece, Record, hub_dataset, hub_records, local_file, pieces
+from lolcats.training.templates import record_format, renderer
+
+LARGE = 64 << 20  # bytes of a source from which on it is kept in a file
+BATCH = 1_000  # documents tokenized at a time,
+CHARACTERS = 1 << 20  # or as many as have so many characters
+HASH = 16  # bytes
+HASHED = 64 << 20  # bytes hashed apart
+VERSION = 1  # of what a store holds
+ARRAYS = ("starts", "lengths", "hashes", "first")
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one piece of a source gave. ``misfit``: the number of a record that did not fit the format, and why."""
+
+    ids: Array
+    lengths: Array
+    hashes: Array
+    broken: Broken
+    records: int
+    empty: int
+    misfit: tuple[int, str] | None = None
+
+    def limited(self, tokens: int) -> Chunk:
+        """The first documents that hold ``tokens``, or all."""
+        count = int(np.searchsorted(np.cumsum(self.lengths), tokens)) + 1
+        kept = int(self.lengths[:count].sum())
+        return Chunk(
+            self.ids[:kept], self.lengths[:count], self.hashes[:count], self.broken, self.records, self.empty,
+            self.misfit,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records become token ids: everything a process needs to do that."""
+
+    source: str
+    form: str
+    config: DataConfig
+    tokenizer: Any
+
+    def piece(self, piece: Piece) -> Chunk:
+        broken = Broken()
+        return self.chunk(piece.records(broken), broken)
+
+    def chunk(self, records: Iterator[Record], broken: Broken) -> Chunk:
+        """Render and tokenize ``records``; ``broken`` is filled while they are read."""
+        render = renderer(self.form, self.config, self.tokenizer)
+        ids: list[Array] = []
+        lengths: list[Array] = []
+        hashes = bytearray()
+        texts: list[str] = []
+        number = empty = characters = 0
+        misfit = None
+        for record in records:
+            number += 1
+            try:
+                text = render(record)
+                digest = hashlib.blake2b(text.encode(), digest_size=HASH).digest() if text else b""
+            except Exception as error:  # templates are programs of the model's; text may hold what no encoding has
+                misfit = number, f"{type(error).__name__}: {error}"
+                break
+            if not text:
+                empty += 1
+                continue
+            texts.append(text)
+            hashes += digest
+            characters += len(text)
+            if len(texts) == BATCH or characters >= CHARACTERS:
+                self._tokenize(texts, ids, lengths)
+                texts, characters = [], 0
+        self._tokenize(texts, ids, lengths)
+        joined = _joined(ids), _joined(lengths)
+        return Chunk(*joined, np.frombuffer(hashes, np.uint64).reshape(-1, 2), broken, number, empty, misfit)
+
+    def _tokenize(self, texts: list[str], ids: list[Array], lengths: list[Array]) -> None:
+        """Chat templates bring their own special tokens, other text ends with EOS."""
+        if not texts:
+            return
+        chat = self.form == "chat"
+        end = [] if chat or self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        encoded = self.tokenizer(texts, add_special_tokens=not chat, verbose=False, return_attention_mask=False)
+        lengths.append(np.array([len(x) + len(end) for x in encoded["input_ids"]], np.int32))
+        flat = chain.from_iterable(chain(x, end) for x in encoded["input_ids"])
+        ids.append(np.fromiter(flat, np.int32, int(lengths[-1].sum())))
+
+
+def _joined(parts: list[Array]) -> Array:
+    return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """The documents of one source. ``first``: the numbers of those that no other one before equals."""
+
+    ids: Array | Path
+    starts: Array
+    lengths: Array
+    hashes: Array
+    first: Array
+    counts: dict[str, Any]
+    identity: str = ""
+    """What the content depends on, where it is in a cache."""
+    temporary: TemporaryDirectory[str] | None = None
+
+    def read(self, start: int, count: int) -> Array:
+        """Token ids [start, start + count) of all documents one behind the other."""
+        if not isinstance(self.ids, Path):
+            return self.ids[start : start + count]
+        return np.frombuffer(os.pread(self._file.fileno(), 4 * count, 4 * start), np.int32)
+
+    @cached_property
+    def _file(self) -> BinaryIO:
+        assert isinstance(self.ids, Path)
+        return self.ids.open("rb", buffering=0)
+
+
+def open_source(source: str, tokenizer: Any, config: DataConfig) -> TokenStore:
+    """The documents of a local file or a hub data set; a large one comes from the cache, or goes there.
+
+    Raises:
+        LolcatsError: what cannot be read, named by line or record.
+    """
+    path = local_file(source)
+    if path is None:
+        return _open_hub(source, tokenizer, config)
+
+    def build(folder: Path | None) -> TokenStore:
+        parts = pieces(path)
+        return _build(
+            source, lambda: Piece(path).records(Broken()), lambda reading: _chunks(reading, parts), tokenizer, config,
+            folder,
+        )  # fmt: skip
+
+    if path.stat().st_size < LARGE:
+        return build(None)
+    return _cached(_key([path.suffix, content_hash(path)], tokenizer, config), build, source)
+
+
+def _open_hub(name: str, tokenizer: Any, config: DataConfig) -> TokenStore:
+    """A data set that streams has no identity before it is read: it is kept in a file for this process alone."""
+    dataset = hub_dataset(name, config)
+
+    def records() -> Iterator[Record]:
+        return hub_records(dataset, name)
+
+    def chunks(reading: Reading) -> Iterator[Chunk]:
+        rest = records()
+        while part := list(islice(rest, BATCH)):
+            yield reading.chunk(iter(part), Broken())
+
+    def build(folder: Path | None) -> TokenStore:
+        return _build(name, records, chunks, tokenizer, config, folder)
+
+    if config.streaming:
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        temporary = TemporaryDirectory(dir=cache_directory(), prefix="stream.")
+        build(Path(temporary.name))
+        return _load(Path(temporary.name), name, temporary=temporary)
+    if dataset.data.nbytes < LARGE:
+        return build(None)
+    return _cached(_key([dataset._fingerprint], tokenizer, config), build, name)
+
+
+def _build(
+    source: str, probe: Callable[[], Iterator[Record]], chunks: Callable[[Reading], Iterable[Chunk]], tokenizer: Any,
+    config: DataConfig, folder: Path | None,
+) -> TokenStore:  # fmt: skip
+    """Read, render and tokenize everything, into ``folder`` or into memory.
+
+    Args:
+        probe: the source's records, of which only the first is looked at.
+        chunks: all of them, tokenized.
+    """
+    record = next(probe(), None)
+    form = "text" if record is None else record_format(record, config, tokenizer, source)
+    sinks: dict[str, Any] = {name: io.BytesIO() for name in ("ids", "lengths", "hashes")}
+    if folder is not None:
+        sinks["ids"] = (folder / "ids.bin").open("wb")
+    with sinks["ids"]:
+        total = _write(sinks, chunks(Reading(source, form, config, tokenizer)), source, form, config)
+        total.broken.check(source, config)
+        ids = np.frombuffer(sinks["ids"].getvalue(), np.int32) if folder is None else folder / "ids.bin"
+    if record is None:
+        raise LolcatsError(f"{source} is empty: no records.")
+    lengths = np.frombuffer(sinks["lengths"].getvalue(), np.int32)
+    hashes = np.frombuffer(sinks["hashes"].getvalue(), np.uint64).reshape(-1, 2)
+    if not len(lengths):
+        raise LolcatsError(f"{source}: every record is empty.")
+    unique = first_occurrences(hashes)
+    counts = {
+        "source": source, "format": form, "empty_records": total.empty, "broken_lines_skipped": total.broken.count,
+        "documents": len(unique), "duplicate_records": len(lengths) - len(unique),
+    }  # fmt: skip
+    store = TokenStore(ids, np.cumsum(lengths, dtype=np.int64) - lengths, lengths, hashes, unique, counts)
+    if folder is not None:
+        for name in ARRAYS:
+            np.save(folder / f"{name}.npy", getattr(store, name))
+        (folder / "store.json").write_text(json.dumps({**counts, "tokens": total.tokens}))
+    return store
+
+
+@dataclass
+class _Total:
+    """Of all chunks so far."""
+
+    broken: Broken = field(default_factory=Broken)
+    records: int = 0
+    empty: int = 0
+    tokens: int = 0
+
+
+def _write(sinks: dict[str, Any], chunks: Iterable[Chunk], source: str, form: str, config: DataConfig) -> _Total:
+    """Append the arrays of ``chunks`` to their sinks, until ``config.max_tokens`` are there."""
+    total = _Total()
+    for chunk in chunks:
+        if chunk.misfit:
+            number, reason = total.records + chunk.misfit[0], chunk.misfit[1]
+            raise LolcatsError(f"{source}: record {number} does not fit the {form} format ({reason}).")
+        if config.max_tokens and total.tokens + len(chunk.ids) >= config.max_tokens:
+            chunk = chunk.limited(config.max_tokens - total.tokens)
+        total.broken.extend(chunk.broken)
+        total.records, total.empty = total.records + chunk.records, total.empty + chunk.empty
+        total.tokens += len(chunk.ids)
+        for name, sink in sinks.items():
+            sink.write(getattr(chunk, name).tobytes())
+        if config.max_tokens and total.tokens >= config.max_tokens:
+            break
+    return total
+
+
+def first_occurrences(hashes: Array) -> Array:
+    """(n, 2) uint64 -> ascending numbers of the rows that no row before equals."""
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal rows stay in order
+    ranked = hashes[order]
+    new = np.ones(len(hashes), bool)
+    new[1:] = (ranked[1:] != ranked[:-1]).any(1)
+    return np.sort(order[new])
+
+
+def _load(folder: Path, source: str, identity: str = "", temporary: Any = None) -> TokenStore:
+    """A finished store. LolcatsError if its files are not what its record says."""
+    try:
+        counts = json.loads((folder / "store.json").read_text())
+        arrays = {name: np.load(folder / f"{name}.npy") for name in ARRAYS}
+        if (folder / "ids.bin").stat().st_size != 4 * counts.pop("tokens"):
+            raise ValueError("ids.bin has another size")
+    except (OSError, ValueError, KeyError) as error:
+        raise LolcatsError(f"The cached data in {folder} are damaged ({error}): delete that folder.") from None
+    counts["source"] = source
+    return TokenStore(folder / "ids.bin", **arrays, counts=counts, identity=identity, temporary=temporary)
+
+
+def cache_directory() -> Path:
+    """``LOLCATS_CACHE``, or ``lolcats`` in the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LOLCATS_CACHE") or Path(home) / "lolcats")
+
+
+def _cached(key: str, build: Callable[[Path], TokenStore], source: str) -> TokenStore:
+    """What is under ``key``, built first if it is not there; a folder has its name only once it is whole."""
+    folder = cache_directory() / key
+    if not folder.exists():
+        unfinished = folder.with_name(f"{key}.{os.getpid()}")
+        for left in folder.parent.glob(f"{key}.*"):
+            if not _alive(int(left.suffix[1:])):
+                shutil.rmtree(left, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            build(unfinished)
+            if not folder.exists():
+                unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return _load(folder, source, key)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _key(content: list[str], tokenizer: Any, config: DataConfig) -> str:
+    """Hash of everything that a store's content depends on."""
+    asked = [config.format, config.text_column, config.split, config.subset, config.skip_broken, config.max_tokens]
+    parts = [VERSION, transformers.__version__, *content, tokenizer_hash(tokenizer), *asked]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Of all that decides how text becomes ids."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    body = core.to_str() if core is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    parts = [type(tokenizer).__name__, body, str(tokenizer.chat_template), tokenizer.eos_token_id]
+    parts.append(str(tokenizer.special_tokens_map))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of the sha256 of each 64 MiB of a file, by all cores."""
+
+    def part(start: int) -> bytes:
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            left = HASHED
+            while left and (block := file.read(min(left, 1 << 20))):
+                digest.update(block)
+                left -= len(block)
+        return digest.digest()
+
+    with ThreadPoolExecutor(cores()) as pool:
+        return hashlib.sha256(b"".join(pool.map(part, range(0, path.stat().st_size, HASHED)))).hexdigest()
+
+
+def cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _chunks(reading: Reading, parts: list[Piece]) -> Iterator[Chunk]:
+    """Chunks of all pieces in order, made by a process a core where there are enough of them."""
+    if len(parts) < 4 or cores() == 1 or sys.platform != "linux":
+        yield from map(reading.piece, parts)
+        return
+    with _pool(reading) as pool:
+        waiting: deque[Future[Chunk]] = deque()
+        rest = iter(parts)
+        try:
+            waiting.extend(pool.submit(_work, part) for part in islice(rest, 2 * cores()))
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(_work, part) for part in islice(rest, 1))
+        except BrokenProcessPool:
+            raise LolcatsError(
+                f"{reading.source}: a process that tokenized was killed, perhaps for lack of memory. Run the same "
+                "command again."
+            ) from None
+
+
+@contextmanager
+def _pool(reading: Reading) -> Iterator[ProcessPoolExecutor]:
+    """Forked, as datasets does: the processes neither import anything again nor touch torch or a GPU."""
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(cores(), context, initializer=_start, initargs=(reading,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_reading: list[Reading] = []  # of a worker process
+
+
+def _start(reading: Reading) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
+    _reading[:] = [reading]
+
+
+def _work(piece: Piece) -> Chunk:
+    return _reading[0].piece(piece)

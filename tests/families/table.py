@@ -1,0 +1,73 @@
+"""The README's table of families: ``python tests/families/table.py`` tries a tiny model of each and writes it anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import transformers
+from checks import Outcome, outcome
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+NOT_BUILT = {
+    "blt": "reads bytes and patches through four models that must fit each other",
+    "dots3_note": "lists its layers by index; its decoder is dots3_note_text",
+    "gemma3n": "its vision part needs timm; its decoder is gemma3n_text",
+    "gemma4_assistant": "drafts for another model, whose keys it reads",
+    "gemma4_unified_assistant": "drafts for another model, whose keys it reads",
+    "musicgen": "makes audio; AutoModelForCausalLM does not build it from its own configuration",
+    "musicgen_melody": "makes audio; AutoModelForCausalLM does not build it from its own configuration",
+}
+"""Decoder classes of which no tiny model is made, and why."""
+WORKS = "**works**"
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- families, written by tests/families/table.py -->\n", "<!-- end of families -->"
+
+
+def model_types() -> list[str]:
+    """Every decoder class that transformers lists, by model type."""
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def render(outcomes: Iterable[Outcome]) -> str:
+    """The table in Markdown: one row a kind of outcome."""
+    rows: dict[str, list[str]] = {}
+    for found in outcomes:
+        rows.setdefault(kind(found), []).append(found.model_type)
+    for model_type, reason in NOT_BUILT.items():
+        rows.setdefault(f"not tried: {reason}", []).append(model_type)
+    order = sorted(rows, key=lambda text: (not text.startswith(WORKS), text.startswith("not tried"), -len(rows[text])))
+    lines = [f"| transformers {transformers.__version__} | model types |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {text} ({len(rows[text])}) | {', '.join(rows[text])} |" for text in order)]) + "\n"
+
+
+def kind(found: Outcome) -> str:
+    """What the table says of an outcome."""
+    if found.refused:
+        reason = re.sub(r"^(Layer \d+ of )?\w+ ", "", found.refused.rstrip("."))
+        reason = re.sub(r" \(\d+ and \d+\)|, so its? .*$| Families such as .*$|, of which .*$", "", reason).rstrip(".")
+        return f"refused: {reason}"
+    notes = {
+        "layers that slide or attend in chunks stay as they are": found.kept,
+        "so do recurrent and convolutional layers": found.kept and found.recurrent,
+        "recurrent and convolutional layers stay as they are": found.recurrent and not found.kept,
+        "its own cache is not exact": found.own_cache,
+        "no padding on the left, as in the base model": found.own_padding,
+    }
+    return "; ".join([WORKS, *(note for note, holds in notes.items() if holds)])
+
+
+def written() -> str:
+    """The table that the README has."""
+    return README.read_text().partition(BEGIN)[2].partition(END)[0]
+
+
+def main() -> None:
+    before, _, rest = README.read_text().partition(BEGIN)
+    table = render(outcome(t) for t in model_types() if t not in NOT_BUILT)
+    README.write_text(before + BEGIN + table + END + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""What comes with a model, an adapter or data is never run; running out of memory is a sentence."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from test_cli import invoke, sets
+
+import lolcats
+from lolcats import pipeline
+from lolcats.config import load_config
+from lolcats.errors import LolcatsError
+from lolcats.modeling.base import find_base, load_model
+from lolcats.modeling.checkpoint import LORA, LORA_WEIGHTS
+from lolcats.training import store
+from lolcats.training.data import load_data
+from lolcats.training.trainer import BestKeeper
+
+RAN = "code of a file was run"
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, (RAN,))
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """Every call of torch.load, with its weights_only; pickle's own readers must not be called at all."""
+    calls: list[tuple[str, Any]] = []
+    real = torch.load
+
+    def load(file: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append((str(getattr(file, "name", file)), kwargs.get("weights_only")))
+        return real(file, *args, **kwargs)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("pickle was asked to read something")
+
+    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr(pickle, "load", refuse)
+    monkeypatch.setattr(pickle, "loads", refuse)
+    return calls
+
+
+def test_a_whole_run_unpickles_nothing(
+    loaded: list, model_dirs, chat_file: Path, tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted and continued: the Trainer's checkpoints are read from the run's own folder, as tensors only."""
+    out, config, original = tmp_path / "out", load_config("default", settings), BestKeeper.on_step_end
+
+    def stopping(self, args, state, control, **kwargs):
+        self.interrupted = state.global_step == 3
+        original(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BestKeeper, "on_step_end", stopping)
+        with pytest.raises(lolcats.errors.Interrupted):
+            pipeline.linearize(str(model_dirs["llama"]), str(chat_file), out, config)
+    assert not loaded
+    pipeline.linearize(str(model_dirs["llama"]), str(chat_file), out, config)
+    assert loaded, "the checkpoint's optimizer was read"
+    for path, weights_only in loaded:
+        assert Path(path).is_relative_to(out / "checkpoints"), path
+        assert weights_only is True, path
+    loaded.clear()
+    for directory in (out, out / "merged"):
+        lolcats.load(directory)
+    assert not loaded
+
+
+def test_pickles_in_a_base_model_are_not_run(model_dirs, tmp_path: Path, capfd) -> None:
+    shutil.copytree(model_dirs["llama"], tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Evil()}, tmp_path / "base" / "pytorch_model.bin")
+    with pytest.raises(LolcatsError, match="Cannot load"):
+        load_model(find_base(str(tmp_path / "base")), torch.float32)
+    torch.save(tiny_model().state_dict(), tmp_path / "base" / "pytorch_model.bin")
+    load_model(find_base(str(tmp_path / "base")), torch.float32)  # tensors alone may come so
+    assert RAN not in capfd.readouterr().out
+
+
+def test_pickles_in_an_adapter_are_not_run(model_dirs, chat_file, tmp_path: Path, settings, capfd) -> None:
+    changes = [*settings, "transfer.max_steps=0", "finetune.max_steps=1"]
+    out = tmp_path / "out"
+    invoke("linearize", model_dirs["llama"], "--data", chat_file, "--out", out, "--no-merge", *sets(changes))
+    (out / LORA / LORA_WEIGHTS).unlink()
+    torch.save({"x": Evil()}, out / LORA / "adapter_model.bin")
+    with pytest.raises(LolcatsError, match="is missing"):
+        lolcats.load(out)
+    assert RAN not in capfd.readouterr().out
+
+
+def test_pickles_in_cached_data_are_not_run(tmp_path: Path, chat_file, tokenizer, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(store, "LARGE", 0)
+    monkeypatch.setenv("LOLCATS_CACHE", str(tmp_path))
+    config = load_config("default", ["data.sequence_length=128"]).data
+    load_data(str(chat_file), tokenizer, config)
+    (path,) = tmp_path.glob("*/lengths.npy")
+    np.save(path, np.array([Evil()], dtype=object))
+    with pytest.raises(LolcatsError, match="damaged"):
+        load_data(str(chat_file), tokenizer, config)
+    assert RAN not in capfd.readouterr().out
+
+
+def test_code_of_a_base_model_runs_only_when_asked(model_dirs, tmp_path: Path, capfd) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_dirs["llama"], base)
+    (base / "modeling_own.py").write_text(
+        f"print({RAN!r})\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own-llama'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "own-llama", "auto_map": {
+        "AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}  # fmt: skip
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LolcatsError, match="trust_remote_code"):
+        load_model(find_base(str(base)), torch.float32)
+    assert "trust_remote_code" in invoke("generate", base, "--prompt", "the cat", code=2)
+    assert RAN not in capfd.readouterr().out
+    asked = ("--set", "trust_remote_code=true", "--max-new-tokens", 2)
+    assert RAN in invoke("generate", base, "--prompt", "the cat", *asked) + capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def linearize(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "linearize", linearize)
+    output = invoke("linearize", "model", "--data", "data.jsonl", "--out", tmp_path / "out", code=2)
+    for name in ("transfer.micro_batch_size", "data.sequence_length", "finetune.gradient_checkpointing"):
+        assert name in output
+
+
+def test_a_real_allocation_that_fails_is_one(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 55)
+    assert lolcats.errors.out_of_memory(caught.value)
+    assert not lolcats.errors.out_of_memory(RuntimeError("shapes do not fit"))

@@ -1,0 +1,148 @@
+"""Stage 2 with DoRA, rsLoRA and on a base model in 4 bits; what merging changes."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import Tensor, nn
+
+import lolcats
+from lolcats import pipeline
+from lolcats.config import AttentionConfig, FinetuneConfig, load_config
+from lolcats.errors import LolcatsError
+from lolcats.modeling import base as bases
+from lolcats.training.finetune import add_lora, lora_targets
+
+IDS = torch.randint(6, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
+KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+
+
+def with_lora(dtype: torch.dtype, **kind: bool) -> Any:
+    """A model with LoRA far from its start, where it changes nothing."""
+    wrapped = add_lora(lolcats.convert(tiny_model().to(dtype), SMALL), FinetuneConfig(rank=4, **kind))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.2)
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+    return wrapped.eval()
+
+
+def logits(model: Any) -> Tensor:
+    return model(IDS, use_cache=False).logits.float()
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+@torch.no_grad()
+def test_merging_changes_no_logit_in_fp32(kind: dict[str, bool]) -> None:
+    wrapped = with_lora(torch.float32, **kind)
+    expected = logits(wrapped)
+    with wrapped.disable_adapter():
+        assert (logits(wrapped) - expected).abs().max() > 0.1
+    torch.testing.assert_close(logits(wrapped.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+@torch.no_grad()
+def test_merging_changes_nothing_beyond_rounding_in_bf16(kind: dict[str, bool]) -> None:
+    """Each merged weight is within one bf16 step of the exact one, and the logits are no further from those computed
+    in fp32 than before merging, give or take that rounding."""
+    wrapped = with_lora(torch.bfloat16, **kind)
+    exact = copy.deepcopy(wrapped).float()
+    reference, before = logits(exact), logits(wrapped)
+    merged, exact = wrapped.merge_and_unload(), exact.merge_and_unload()
+    weights = dict(exact.named_parameters())
+    for name, parameter in merged.named_parameters():
+        if parameter.dtype == torch.bfloat16:
+            torch.testing.assert_close(
+                parameter.float(), weights[name], rtol=2**-7, atol=2**-9 * weights[name].abs().max()
+            )
+    assert (logits(merged) - reference).norm() < 2 * (before - reference).norm()
+
+
+@pytest.mark.parametrize("kind", [KINDS["rslora"], KINDS["dora"]], ids=["rslora", "dora"])
+def test_through_the_recipe(kind: dict[str, bool], model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
+    """Trained, saved, and the same as adapter, merged model, and in memory."""
+    config = load_config("default", [*settings, *(f"finetune.{name}=true" for name in kind)])
+    pipeline.linearize(str(model_dirs["llama"]), str(chat_file), tmp_path, config, say=lambda _: None)
+    saved = (tmp_path / "lora" / "adapter_config.json").read_text()
+    assert all(f'"{name}": true' in saved for name in kind)
+    with torch.no_grad():
+        assert torch.equal(logits(lolcats.load(tmp_path)), logits(lolcats.load(tmp_path / "merged")))
+
+
+def test_targets_by_the_part_they_play() -> None:
+    model = lolcats.convert(tiny_model(), SMALL)
+    assert lora_targets(model, ["q_proj", "gate_proj"]) == [
+        f"model.layers.{i}.{name}" for name in ("self_attn.q_proj", "mlp.gate_proj") for i in (0, 1)
+    ]
+    with pytest.raises(LolcatsError, match=r"nothing in it is 'qkv'. Linear layers of its attention: k_proj, o_proj"):
+        lora_targets(model, ["q_proj", "qkv"])
+
+
+def test_quantized_base_needs_cuda_and_bitsandbytes(
+    model_dirs, chat_file: Path, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("default", [*settings, "finetune.quantize_base=nf4", "device=cpu"])
+    with pytest.raises(LolcatsError, match="need a CUDA GPU"):
+        pipeline.linearize(str(model_dirs["llama"]), str(chat_file), tmp_path, config, say=lambda _: None)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(bases.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LolcatsError, match=r"pip install 'lolcats\[quantize\]'"):
+        bases.check_quantized(bases.find_base(str(model_dirs["llama"])), torch.device("cuda"))
+    with pytest.raises(LolcatsError, match="cannot be compared"):
+        load_config("default", ["finetune.quantize_base=nf4", "controls=[window_lora]"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_quantized_base(
+    device: str, tokenizer, chat_file: Path, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where bitsandbytes packs weights anew and gives them no gradient, all but the learning is tested."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    from bitsandbytes.nn import Linear4bit
+
+    if device == "cpu":
+        monkeypatch.setattr(pipeline, "check_quantized", lambda *_: None)
+        monkeypatch.setattr(bases, "check_quantized", lambda *_: None)
+    untouched = tiny_model("llama", hidden_size=64, intermediate_size=128)  # its blocks of weights hold 64
+    untouched.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    real, seen, out = pipeline.finetune, [], tmp_path / "out"
+
+    def watched(model: Any, *arguments: Any) -> Any:
+        seen.append({name: type(module) for name, module in model.named_modules()})
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        wrapped, result = real(model, *arguments)
+        after = {
+            n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in wrapped.named_parameters()
+        }
+        plain = [name for name in before if seen[0][name.rpartition(".")[0]] is not Linear4bit]
+        assert all(torch.equal(after[name], before[name]) for name in plain)
+        assert {p.dtype for n, p in wrapped.named_parameters() if ".lolcats." in n or "lora_" in n} == {torch.float32}
+        assert all("lora_" in name for name, p in wrapped.named_parameters() if p.requires_grad)
+        return wrapped, result
+
+    monkeypatch.setattr(pipeline, "finetune", watched)
+    config = load_config("default", [*settings, "finetune.quantize_base=nf4", f"device={device}"])
+    run = pipeline.linearize(str(tmp_path / "base"), str(chat_file), out, config, say=lambda _: None)
+    assert seen[0]["model.layers.0.self_attn.q_proj"] is Linear4bit
+    if device == "cuda":
+        assert run.results["ppl_student"] < run.results["ppl_transfer"]
+    adapter, merged = lolcats.load(out), lolcats.load(out / "merged")
+    assert type(adapter.model.layers[0].self_attn.q_proj) is nn.Linear
+    with torch.no_grad():
+        assert torch.equal(logits(adapter), logits(merged))
+    assert torch.equal(adapter.model.layers[1].mlp.up_proj.weight, untouched.model.layers[1].mlp.up_proj.weight)
