@@ -18,6 +18,7 @@ from conftest import sentence
 from lolcats.config import DataConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.pipeline import linearize
+from lolcats.sweep.measure import source_identity
 from lolcats.training import sources, store
 from lolcats.training.data import PackedRows, load_data, load_rows, tokenize_source
 from lolcats.training.sources import pieces
@@ -218,6 +219,15 @@ def test_mixture_has_the_shares_asked_for(stored: bool, tmp_path: Path, tokenize
     assert share == pytest.approx(0.25, abs=0.02)
     everything = [int(documents.length[documents.which == n].sum()) for n in (0, 1)]
     assert rows.numel() == pytest.approx(min(everything[0] / 0.75, everything[1] / 0.25), rel=0.02)
+
+
+def test_a_mixture_is_known_by_what_its_sources_hold(tmp_path: Path) -> None:
+    source = mixture(tmp_path)
+    before = source_identity(source)
+    assert source_identity(source) == before
+    with (tmp_path / "sub" / "b.jsonl").open("a") as file:
+        file.write(json.dumps({"body": "more"}) + "\n")
+    assert source_identity(source) != before
 
 
 @pytest.mark.parametrize(
