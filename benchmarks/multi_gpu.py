@@ -43,7 +43,7 @@ from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_confi
 from lolcats.ranks import ranks
 from lolcats.training.distributed import all_reduce_gradients, clip_gradients, materialize, own_device, shard
 from lolcats.training.finetune import add_lora
-from lolcats.training.liger import fused_layers
+from lolcats.modeling.liger import fused_layers
 from lolcats.training.trainer import train_only
 from lolcats.training.transfer import layer_losses
 

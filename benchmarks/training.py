@@ -32,8 +32,8 @@ from lolcats.attention import use_backend
 from lolcats.config import AttentionConfig, FinetuneConfig, TransferConfig
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import LinearizedAttention, linearized_layers, override
+from lolcats.modeling.liger import fused_layers
 from lolcats.training.finetune import FinetuneTrainer, add_lora
-from lolcats.training.liger import fused_layers
 from lolcats.training.trainer import StageTrainer, train_only
 from lolcats.training.transfer import TransferTrainer
 

@@ -19,10 +19,12 @@ from lolcats.attention import (
     uses_kernels,
 )
 from lolcats.config import AttentionConfig, load_config
+from lolcats.inference.engine import Engine, Request
+from lolcats.inference.sampling import SamplingParams
 from lolcats.modeling.layer import Geometry, LinearizedAttention
+from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import find_head, language_model_loss
 from lolcats.pipeline import linearize
-from lolcats.training.liger import fused_layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -126,6 +128,34 @@ def test_generation_with_padding() -> None:
     common = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     together = model.generate(ids, attention_mask=mask, **common)
     assert torch.equal(together[1, 13:], model.generate(ids[1:, 13:], **common)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_give_the_tokens_of_eager_steps(dtype: torch.dtype) -> None:
+    """Greedy and sampled, steps launched ahead, requests that end at different lengths; fp32 also against the CPU."""
+    pytest.importorskip("triton")
+    config = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
+    model = lolcats.convert(tiny_model(head_dim=16).to("cuda", dtype), config)
+
+    def tokens(engine: Engine, **sampling: float) -> list[list[int]]:
+        asked = []
+        for i, length in enumerate((1, 5, 16, 33, 70, 90)):
+            prompt = torch.randint(6, 300, (length,), generator=torch.Generator().manual_seed(i)).tolist()
+            params = SamplingParams(max_tokens=50 + 7 * i, **sampling)  # type: ignore[arg-type]
+            asked.append(Request(prompt, params, lambda _: None, text=False))
+            engine.submit(asked[-1])
+        engine.run()
+        return [request.generated for request in asked]
+
+    results = []
+    for graphs in (None, False):
+        engine = Engine(model, None, slots=4, stop_tokens=(), graphs=graphs)
+        assert (engine.graphs is None) == (graphs is False)
+        results.append([tokens(engine), tokens(engine, temperature=1.0, seed=3, top_p=0.9, repetition_penalty=1.2)])
+        engine.close()
+    assert results[0] == results[1]
+    if dtype == torch.float32:
+        assert tokens(Engine(model.cpu(), None, slots=4, stop_tokens=())) == results[0][0]
 
 
 def test_whole_job_finds_the_gpu_and_uses_bfloat16(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:

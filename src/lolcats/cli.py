@@ -258,6 +258,7 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot; then 429.")] = 128,
     prefix_mb: Annotated[int, typer.Option(min=0, help="MiB for states of prompts' beginnings.")] = 256,
     deadline: Annotated[int, typer.Option(min=0, help="Seconds that running requests have after SIGTERM.")] = 30,
+    state_dtype: Annotated[str, typer.Option(help="float32 or bfloat16: of the sums in the states.")] = "float32",
     api_key: Annotated[str, typer.Option(envvar="LOLCATS_API_KEY", help="Clients must send it.")] = "",
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
@@ -270,12 +271,54 @@ def serve(
     from lolcats.inference.engine import Engine
 
     model, tokenizer = _load(str(directory), load_config("default", set_))
-    engine = Engine(model, tokenizer, slots, prefix_bytes=prefix_mb << 20)
+    engine = Engine(model, tokenizer, slots, prefix_bytes=prefix_mb << 20, state_dtype=_state_dtype(state_dtype))
     own = getattr(model.config.get_text_config(), "max_position_embeddings", 8192)
     limits = server.Limits(context or own, min(max_tokens, context or own), waiting=max_waiting)
     app_ = server.create_app(engine, directory.resolve().name, limits, api_key)
     out.print(f"{directory} on http://{host}:{port} ({slots} slots); Ctrl-C ends.", soft_wrap=True)
     server.serve(app_, host, port, deadline)
+
+
+@command
+def bench(
+    model: Annotated[str, typer.Argument(help="A linearized model, or any base model.", metavar="[DIR|MODEL]")] = "",
+    random: Annotated[str, typer.Option(help="Instead of MODEL, random weights: llama3-8b, smollm2-135m, tiny.")] = "",
+    batches: Annotated[str, typer.Option(help="Comma list of batch sizes; max: the largest that fits.")] = "1,16,64",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    new: Annotated[int, typer.Option(min=3, help="Tokens to generate for each.")] = 4096,
+    peers: Annotated[str, typer.Option(help="Hugging Face's generate on the teacher, a comma list: sdpa, static "
+                                            "(static cache, compiled); or empty.")] = "sdpa",
+    peer_new: Annotated[int, typer.Option(min=3, help="Tokens that a peer generates.")] = 64,
+    state_dtype: Annotated[str, typer.Option(help="float32 or bfloat16: of the sums in the states.")] = "float32",
+    runs: Annotated[int, typer.Option(min=1, help="Of each system, in turns; the median counts.")] = 1,
+    deadline: Annotated[float, typer.Option(help="Seconds after which nothing begins; 0: none.")] = 0,
+    bandwidth: Annotated[float, typer.Option(help="TB/s of the device's memory, for the bound.")] = 3.0,
+    flops: Annotated[float, typer.Option(help="TFLOP/s of the device, for the bound.")] = 782,
+    prefill_rows: Annotated[int, typer.Option(min=1, help="Prompts that are prefilled together.")] = 16,
+    out_: Annotated[Path, typer.Option("--out", help="FILE.json that results are added to; .md, .png beside it.")]
+        = Path("generation.json"),
+    set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Tokens per second and memory by batch size: the engine beside Hugging Face's generate (the paper's Figure 8)."""
+    from lolcats.config import load_config
+    from lolcats.inference import bench as benchmarks
+    from lolcats.pipeline import device_and_dtype
+    from lolcats.report.generation import write
+
+    config, unknown = load_config("default", set_), set(_words(peers)) - set(benchmarks.PEERS)
+    if unknown or bool(model) == bool(random):
+        raise LolcatsError(f"--peers: no {unknown.pop()!r}." if unknown else "Give a model or --random, one of them.")
+    sizes = tuple(0 if word == "max" else _numbers(word, "--batches")[0] for word in _words(batches))
+    options = benchmarks.Options(
+        sizes, prompt, new, tuple(_words(peers)), peer_new, _state_dtype(state_dtype), runs, deadline or float("inf"),
+        bandwidth * 1e12, flops * 1e12, prefill_rows,
+    )  # fmt: skip
+    if random:
+        student = benchmarks.random_model(random, config.attention, *device_and_dtype(config))
+    else:
+        student = benchmarks.linearized(_load(model, config)[0], config.attention)
+    table = write(out_, benchmarks.benchmark(student, options), shlex.join(["lolcats", *sys.argv[1:]]))
+    out.print(table, soft_wrap=True, markup=False, highlight=False)
 
 
 @command
@@ -447,13 +490,21 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _state_dtype(name: str) -> Any:
+    import torch
+
+    if name not in ("float32", "bfloat16"):
+        raise LolcatsError(f"--state-dtype: expected float32 or bfloat16, got {name!r}.")
+    return getattr(torch, name)
+
+
+def _numbers(text: str, option: str = "--lengths") -> tuple[int, ...]:
     try:
         numbers = tuple(int(word) for word in text.split(",") if word)
     except ValueError:
         numbers = (0,)
     if any(number <= 0 for number in numbers):
-        raise LolcatsError(f"--lengths {text}: expected numbers of tokens such as 1024,8192.")
+        raise LolcatsError(f"{option} {text}: expected positive numbers such as 1024,8192.")
     return numbers
 
 

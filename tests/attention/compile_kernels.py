@@ -14,8 +14,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lolcats.attention import AttentionSpec, FeatureMap
-from lolcats.attention.kernels import function, plan
+from lolcats.attention import AttentionSpec, AttentionState, FeatureMap
+from lolcats.attention.kernels import decode, function, plan
 
 
 class NoDevice:
@@ -40,8 +40,8 @@ class NoDevice:
 class Compiled:
     """Stands in for a kernel: compiles it for the arguments of each launch."""
 
-    def __init__(self, name: str, shared: dict[str, int]) -> None:
-        self.kernel, self.name, self.shared = getattr(function, name), name, shared
+    def __init__(self, kernel: Any, name: str, shared: dict[str, int]) -> None:
+        self.kernel, self.name, self.shared = kernel, name, shared
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
@@ -57,13 +57,30 @@ def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str) -> Non
     shared: dict[str, int] = {}
     for name in dir(function):
         if name.endswith("_kernel"):
-            setattr(function, name, Compiled(name, shared))
+            setattr(function, name, Compiled(getattr(function, name), name, shared))
     q, k, v = (torch.empty(1, heads, 512, dim, dtype=getattr(torch, dtype), requires_grad=True) for heads in (4, 2, 2))
     phi_q, phi_k = (FeatureMap("hedgehog", 4, dim, f) for _ in range(2))
     gamma, spec = torch.rand(4, requires_grad=True), AttentionSpec(kind, window, size, 4)
     y, _, _ = function.triton_attention(q, k, v, phi_q, phi_k, gamma, spec, 0.1)
     y.backward(torch.empty_like(y))
+    decode_kernels(q, k, v, phi_q, gamma, spec, shared)
     print(json.dumps(shared))
+
+
+def decode_kernels(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, phi_q: FeatureMap, gamma: torch.Tensor, spec: AttentionSpec,
+    shared: dict[str, int],
+) -> None:  # fmt: skip
+    """Of key maps per query and per key/value head, with the state in fp32 and bf16."""
+    decode.precision = plan.precision
+    kernel = decode.decode_kernel
+    token = [x.detach()[:, :, :1] for x in (q, k, v)]
+    for maps in (4, 2):
+        phi_k = FeatureMap("hedgehog", maps, q.shape[3], phi_q.weight.shape[2])
+        for dtype in (torch.float32, torch.bfloat16):
+            decode.decode_kernel = Compiled(kernel, f"decode_kernel_{maps}_{dtype}", shared)
+            state = AttentionState.empty(k.detach(), v.detach(), maps, phi_k.num_features, spec, dtype)
+            decode.decode(state, *token, phi_q, phi_k, gamma.detach(), spec, 0.1)
 
 
 if __name__ == "__main__":

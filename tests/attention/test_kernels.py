@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 import itertools
+
+from interpreted import add_bf16_products
 
 from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, extend, parallel_attention
 from lolcats.attention.chunked import Context
@@ -205,18 +206,7 @@ def test_states(kind: str, window: str) -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's own, with its missing products put in")
 @pytest.mark.parametrize("kind", ["hybrid", "linear"])
 def test_bf16_in_the_interpreter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter holds bf16 as its bits and cuts instead of rounding, so errors are three times the GPU's."""
-    from triton import language
-    from triton.runtime import interpreter
-
-    def widened(x: Any) -> Any:
-        bits = x.dtype.scalar == language.bfloat16
-        return (x.data.astype("uint32") << 16).view("float32") if bits else x.data
-
-    def create_dot(_: Any, a: Any, b: Any, d: Any, *__: Any) -> Any:
-        return interpreter.TensorHandle(widened(a) @ widened(b) + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    add_bf16_products(monkeypatch)
     problem = Problem(150, 64, 32, batch=1, heads=2, kv_heads=1, dtype=torch.bfloat16)
     compare(problem, AttentionSpec(kind, "terraced", 64, 4), tolerance=3e-2, tiling=Tiling(64, 64, 2, 1))
 

@@ -245,7 +245,7 @@ def test_mistakes_end_in_a_sentence(trained: Path, data_dir: Path, tmp_path: Pat
     fails("neither a linearized model nor one of window", "--tasks", "recall", "--baseline", "nonsense")
     fails("need long text", "--tasks", "recall")
     fails("holds no long_books.parquet", "--tasks", "recall", "--data-dir", tmp_path)
-    fails("expected numbers of tokens", "--tasks", "recall", "--lengths", "1k")
+    fails("expected positive numbers", "--tasks", "recall", "--lengths", "1k")
     fails("No document has 99999 tokens", "--tasks", "positions", "--lengths", 99999, "--data-dir", data_dir)
 
 

@@ -11,6 +11,7 @@ from conftest import FAMILIES, tiny_model
 from serving import CONFIG, tiny_engine
 
 import lolcats
+from lolcats.attention import use_backend
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Delta, Engine, Request
@@ -86,6 +87,111 @@ def test_rows_are_the_same_bits_with_one_batch_size(tokenizer: Any) -> None:
         again = ask(engine, prompt, max_tokens=30, logprobs=2)
         engine.run()
         assert [d.logprobs for d in again] == [d.logprobs for d in deltas]
+
+
+def test_the_decode_kernel_gives_the_same_tokens(tokenizer: Any) -> None:
+    """In triton's interpreter; rows of different lengths, slots that empty and are filled again."""
+    pytest.importorskip("triton")
+    engine = tiny_engine(tokenizer, slots=2, stop_tokens=(), prefix_bytes=0)
+    many = prompts(4)[1:]
+    expected = [alone(engine, prompt, max_tokens=5 + 2 * i) for i, prompt in enumerate(many)]
+    with use_backend("triton"):
+        asked = [ask(engine, prompt, max_tokens=5 + 2 * i) for i, prompt in enumerate(many)]
+        engine.run()
+    assert [tokens(deltas) for deltas in asked] == expected
+
+
+class Ahead:
+    """Stands in for CUDA graphs where there are none: runs what they would replay."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.runs = engine, 0
+        self.inputs = torch.zeros(2, engine.table.slots, dtype=torch.long)
+
+    def run(self, rows: int, inputs: torch.Tensor | None = None) -> torch.Tensor:
+        if inputs is None:
+            self.runs += 1
+        else:
+            self.inputs[:, :rows] = inputs
+        return self.engine._decode_rows(*self.inputs[:, :rows, None], rows)
+
+    def follow(self, tokens: torch.Tensor) -> Ahead:
+        self.inputs[0, : len(tokens)] = tokens
+        self.inputs[1, : len(tokens)] += 1
+        self.tokens = tokens
+        landing = Ahead.__new__(Ahead)
+        landing.tokens = tokens.clone()
+        return landing
+
+    def wait(self) -> list[int]:
+        return self.tokens.tolist()
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3, "top_k": 40, "repetition_penalty": 1.3}])
+def test_steps_that_are_launched_ahead_change_no_token(sampling: dict[str, Any], tokenizer: Any) -> None:
+    """Ends by length and by a stop token, cancellations, refilled slots, and requests that need each step's tokens."""
+    plain = tiny_engine(tokenizer, slots=4, prefix_bytes=0, stop_tokens=(40, 41, 42))
+    engine = tiny_engine(tokenizer, slots=4, prefix_bytes=0, stop_tokens=(40, 41, 42))
+    engine.graphs = ahead = Ahead(engine)  # type: ignore[assignment]
+    many, results = prompts(12), []
+    for which in (engine, plain):
+        seen: list[list[Delta]] = [[] for _ in many]
+        requests = [
+            Request(prompt, SamplingParams(max_tokens=10 + 5 * i, **sampling), deltas.append, keep_state=i == 7)
+            for i, (prompt, deltas) in enumerate(zip(many, seen, strict=True))
+        ]
+        for request in requests:
+            which.submit(request)
+        while not which.idle:
+            which.step()
+            if len(seen[5]) >= 7 and seen[5][-1].finish_reason is None:
+                which.cancel(requests[5])
+        results.append([(tokens(deltas)[: 7 if i == 5 else None], deltas[-1].finish_reason, deltas[-1].snapshot)
+                        for i, deltas in enumerate(seen)])  # fmt: skip
+    assert ahead.runs > 20
+    assert engine.flying is None
+    for got, expected in zip(*results, strict=True):
+        assert got[:2] == expected[:2]
+    assert results[0][7][2].tokens == results[1][7][2].tokens
+    for a, b in zip(results[0][7][2].layers, results[1][7][2].layers, strict=True):
+        torch.testing.assert_close(a.tensors(), b.tensors())
+
+
+def test_prompts_of_one_length_can_be_prefilled_together(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=0, prefill_rows=3)
+    single = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=0)
+    many = [[5 + i, 6, 7 + i] for i in range(5)] + [[9, 8], *prompts(8)[6:]]
+    asked = [ask(engine, prompt, max_tokens=20) for prompt in many]
+    engine.step()
+    assert len(engine.running) == 3
+    engine.run()
+    for prompt, deltas in zip(many, asked, strict=True):
+        assert tokens(deltas) == alone(single, prompt, max_tokens=20)
+
+
+def test_states_in_bf16_take_half_and_go_on_from_a_snapshot(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, stop_tokens=(), state_dtype=torch.bfloat16)
+    exact = tiny_engine(tokenizer, stop_tokens=())
+    sums = sum(state.S.nbytes for state in exact.table.states)
+    assert exact.table.nbytes - engine.table.nbytes == sums // 2
+    prompt = prompts(8)[6]
+    deltas, expected = ask(engine, prompt, max_tokens=30), alone(exact, prompt, max_tokens=30)
+    engine.run()
+    assert tokens(deltas)[:8] == expected[:8]  # a random model's choices are close ones; they part at some point
+    snapshot = deltas[-1].snapshot
+    assert snapshot is not None
+    assert {state.S.dtype for state in snapshot.layers} == {torch.bfloat16}
+    again = [ask(engine, [tokens(deltas)[-1], 7], snapshot, max_tokens=10) for _ in range(2)]
+    engine.run()
+    assert tokens(again[0]) == tokens(again[1])
+
+
+def test_without_text_only_tokens_come(tokenizer: Any) -> None:
+    engine, seen = tiny_engine(tokenizer, stop_tokens=()), list[Delta]()
+    engine.submit(Request([5, 6], SamplingParams(max_tokens=9), seen.append, text=False))
+    engine.run()
+    assert tokens(seen) == alone(engine, [5, 6], max_tokens=9)
+    assert {delta.text for delta in seen} == {""}
 
 
 def test_a_finished_slot_is_refilled_at_once_and_streams_never_stall(tokenizer: Any) -> None:

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lolcats.inference.sampling import Sampler, SamplingParams, filtered, sample, token_logprob
+from lolcats.inference.sampling import BatchSampler, Sampler, SamplingParams, filtered, token_logprobs
 from lolcats.inference.text import Detokenizer, StopStrings
 
 LOGITS = 3 * torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
@@ -40,7 +40,7 @@ def test_frequencies_are_those_of_transformers(params: dict[str, Any], processor
     rows = []
     for start in range(0, draws, 1000):
         samplers = [Sampler(SamplingParams(seed=start + i, **params), seen) for i in range(1000)]
-        rows += sample(LOGITS.expand(1000, -1), samplers)
+        rows += BatchSampler().sample(LOGITS.expand(1000, -1), samplers)[0]
     counts = torch.bincount(torch.tensor(rows), minlength=50) / draws
     assert (counts[expected == 0] == 0).all()
     assert (counts - expected).abs().max() < 5 * (0.25 / draws) ** 0.5
@@ -58,17 +58,34 @@ def test_a_seed_repeats_itself_and_rows_are_independent() -> None:
     def tokens(mates: int) -> list[int]:
         own = Sampler(SamplingParams(temperature=4.0, seed=5, top_p=0.9), [])
         others = [Sampler(SamplingParams(temperature=i % 2, repetition_penalty=1.2), [1]) for i in range(mates)]
-        return [sample(LOGITS.repeat(1 + mates, 1), [own, *others])[0] for _ in range(20)]
+        batch = BatchSampler()
+        return [batch.sample(LOGITS.repeat(1 + mates, 1), [own, *others])[0][0] for _ in range(20)]
 
     assert tokens(0) == tokens(0) == tokens(7)
     assert len(set(tokens(0))) > 1
 
 
+def test_penalties_follow_a_batch_whose_requests_come_and_go() -> None:
+    """What rows have seen stays right when the batch changes: a token at a time alone gives the same."""
+
+    def sampler(i: int) -> Sampler:
+        return Sampler(SamplingParams(temperature=i % 2, seed=i, repetition_penalty=1 + i % 3, logprobs=1), [i])
+
+    batch, together, alone = BatchSampler(), [sampler(i) for i in range(6)], [sampler(i) for i in range(6)]
+    for step in range(20):
+        present = [i for i in range(6) if (step // 4) % (i + 2) != 1]
+        tokens, logprobs = batch.sample(LOGITS.repeat(len(present), 1), [together[i] for i in present])
+        assert tokens == [BatchSampler().sample(LOGITS, [alone[i]])[0][0] for i in present]
+        assert [entry.token for entry in logprobs if entry] == tokens
+
+
 def test_logprobs_are_of_the_model_itself() -> None:
-    entry = token_logprob(LOGITS[0], 4, 3)
     expected = LOGITS[0].log_softmax(-1)
-    assert entry.logprob == pytest.approx(float(expected[4]))
-    assert [token for token, _ in entry.top] == expected.topk(3).indices.tolist()
+    for token, count, entry in zip((4, 7), (3, 0), token_logprobs(LOGITS.repeat(2, 1), torch.tensor([4, 7]), [3, 0]),
+                                   strict=True):  # fmt: skip
+        assert entry.token == token
+        assert entry.logprob == pytest.approx(float(expected[token]))
+        assert [token for token, _ in entry.top] == expected.topk(count).indices.tolist()
 
 
 @pytest.mark.parametrize("text", ["the cat — 猫 🐈‍⬛ sat", "ééé", "  spaces  and\nlines\n", "🐈" * 20])

@@ -29,6 +29,8 @@ KeyMap = Callable[[Tensor], Tensor]
 BACKENDS = ("auto", "triton", "chunked")
 TRUSTED = {torch.bfloat16: 256, torch.float16: 128}  # head dims up to which all gradients were right on a GPU (LOG.md)
 
+DECODED = 64 * 1024  # bytes up to which one map's weights, in the dtype of the queries, fit the decode kernel
+
 _backend = os.environ.get("LOLCATS_ATTENTION", "auto")
 
 
@@ -110,6 +112,22 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
     if misfit := _misfit(q, spec):
         raise LolcatsError(f"The Triton kernels were asked for, but they take {misfit}.")
     return True
+
+
+def uses_decode_kernel(q: Tensor, phi_q: Any, spec: AttentionSpec) -> bool:
+    """Whether the decode kernel moves a state by one token; it has the hedgehog map inside, and no gradients."""
+    if _known(_backend) == "chunked" or torch.is_grad_enabled() or _misfit(q, spec) or not _has_triton():
+        return False
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if not q.is_cuda and (_backend != "triton" or q.dtype != torch.float32):  # the interpreter has no 16-bit products
+        return False
+    if not spec.has_linear:
+        return True
+    if getattr(phi_q, "name", "") != "hedgehog":
+        return False
+    columns, rows = (1 << (n - 1).bit_length() for n in phi_q.weight.shape[1:])
+    return bool(rows * columns * q.dtype.itemsize <= DECODED)  # folding a chunk holds a map's weights in shared memory
 
 
 def _misfit(q: Tensor, spec: AttentionSpec) -> str:

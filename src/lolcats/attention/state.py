@@ -26,8 +26,9 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from lolcats.attention.chunked import Context
-from lolcats.attention.dispatch import KeyMap, attention, uses_kernels
+from lolcats.attention.dispatch import KeyMap, attention, uses_decode_kernel, uses_kernels
 from lolcats.attention.reference import expand_heads, normalize, softmax_logits
+from lolcats.attention.rounding import stochastic
 from lolcats.attention.spec import AttentionSpec
 
 SEGMENT = 1024  # tokens laid out at a time by the chunked path
@@ -38,7 +39,8 @@ class AttentionState:
     """All that a layer remembers of the tokens seen.
 
     seen: (B,) int64, tokens so far; ring_k, ring_v: (B, G, W, D); sink_k, sink_v: (B, G, sinks, D);
-    S: (B, H or G, F, D) fp32; z: (B, H or G, F) fp32. F = 0 where the kind has no linear term.
+    S: (B, H or G, F, D) fp32, or bf16 and rounded stochastically by :func:`step` (see :mod:`.rounding`); z: (B, H or G,
+    F) fp32. F = 0 where the kind has no linear term.
     count: ``seen`` where it is the same in every row and the host knows it, else None.
     in_place: :func:`step` writes into these tensors, always the same memory, instead of making new ones; no gradients.
     """
@@ -54,8 +56,13 @@ class AttentionState:
     in_place: bool = False
 
     @classmethod
-    def empty(cls, k: Tensor, v: Tensor, maps: int, features: int, spec: AttentionSpec) -> AttentionState:
-        """State before the first token, for keys and values like ``k``, ``v`` (B, G, *, D); ``maps``: H or G."""
+    def empty(
+        cls, k: Tensor, v: Tensor, maps: int, features: int, spec: AttentionSpec, dtype: torch.dtype = torch.float32
+    ) -> AttentionState:
+        """State before the first token, for keys and values like ``k``, ``v`` (B, G, *, D).
+
+        maps: H or G. dtype: of S.
+        """
         batch, features = k.shape[0], features if spec.has_linear else 0
 
         def zeros(x: Tensor, length: int) -> Tensor:
@@ -65,7 +72,7 @@ class AttentionState:
             seen=torch.zeros(batch, dtype=torch.long, device=k.device),
             ring_k=zeros(k, spec.span), ring_v=zeros(v, spec.span),
             sink_k=zeros(k, spec.softmax_sinks), sink_v=zeros(v, spec.softmax_sinks),
-            S=torch.zeros(batch, maps, features, v.shape[3], device=k.device),
+            S=torch.zeros(batch, maps, features, v.shape[3], dtype=dtype, device=k.device),
             z=torch.zeros(batch, maps, features, device=k.device),
             count=0,
         )  # fmt: skip
@@ -130,7 +137,7 @@ def _extend(
     rows = _lay_out(state, q, k, v, spec, mask)
     sinks = _sinks(rows.k, state.sink_k, rows.start), _sinks(rows.v, state.sink_v, rows.start)
     fresh = state.count == 0
-    context = None if fresh else Context(rows.start, *sinks, state.S, state.z)
+    context = None if fresh else Context(rows.start, *sinks, state.S.float(), state.z)
     added: Tensor | int = q.shape[2] if mask is None else mask.sum(1)
     after = dataclasses.replace(
         state, seen=state.seen + added, sink_k=sinks[0], sink_v=sinks[1],
@@ -141,7 +148,7 @@ def _extend(
         rows.q, rows.k, rows.v, phi_q, phi_k, gamma, spec, scale, softcap, context=context, lengths=lengths, final=True
     )
     if S is not None and z is not None:
-        after.S, after.z = S, z
+        after.S, after.z = S.to(state.S.dtype), z
     if spec.span:
         index = (after.ring_positions() - rows.start[:, None]).clamp_min(0)
         after.ring_k, after.ring_v = _gather(rows.k, index), _gather(rows.v, index)
@@ -163,7 +170,15 @@ def step(
     state: AttentionState, q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor,
     spec: AttentionSpec, scale: float, softcap: float | None = None,
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
-    """Output (B, H, 1, D) fp32 for one new token a row, and the state after it. Constant time and memory."""
+    """Output (B, H, 1, D) for one new token a row, and the state after it. Constant time and memory.
+
+    The decode kernel computes it for states that are ``in_place`` where it can, in the dtype of the other kernels; else
+    it is fp32.
+    """
+    if state.in_place and uses_decode_kernel(q, phi_q, spec):
+        from lolcats.attention.kernels.decode import decode
+
+        return decode(state, q, k, v, phi_q, phi_k, gamma, spec, scale, softcap), state
     state = _fold(state, k, v, phi_k, spec)
     n = state.seen.clone() if state.in_place else state.seen  # the new token's position, (B,)
     state = _append(state, k, v)
@@ -181,7 +196,7 @@ def step(
         denominator = _ungrouped(e.sum(-1, keepdim=True))
     if spec.has_linear:
         fq = _grouped(phi_q(q), state.S)
-        numerator = numerator + _ungrouped(fq @ state.S)
+        numerator = numerator + _ungrouped(fq @ state.S.float())
         denominator = denominator + _ungrouped(fq @ state.z[..., None])
     return normalize(numerator, denominator), state
 
@@ -211,6 +226,13 @@ def _append(state: AttentionState, k: Tensor, v: Tensor) -> AttentionState:
 
 def _add(state: AttentionState, rows: Tensor, S: Tensor, z: Tensor) -> AttentionState:
     """Add to the sums of ``rows`` (R,)."""
+    if state.S.dtype != torch.float32:
+        after = stochastic(state.S[rows].float() + S, state.seen[rows])
+        if state.in_place:
+            state.S[rows] = after
+            state.z.index_add_(0, rows, z)
+            return state
+        return dataclasses.replace(state, S=state.S.index_copy(0, rows, after), z=state.z.index_add(0, rows, z))
     if state.in_place:
         state.S.index_add_(0, rows, S)
         state.z.index_add_(0, rows, z)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from lolcats.errors import LolcatsError
 
+ROWS = 256  # drawn at a time: of each, some copies of its logits in double precision are alive
+DRAWN = 64  # uniform numbers that a request's generator gives at a time
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -67,47 +70,115 @@ class Sampler:
         else:
             self.generator.manual_seed(params.seed)
         self.seen = dict.fromkeys(prompt) if params.repetition_penalty != 1 else None
+        self.drawn: list[float] = []
 
-    def penalize(self, logits: Tensor) -> Tensor:
-        """(V,) with the logits of tokens already seen divided by the penalty, or multiplied where negative."""
-        if not self.seen:
-            return logits
-        index = torch.tensor(list(self.seen), device=logits.device)
-        chosen, penalty = logits[index], self.params.repetition_penalty
-        return logits.index_put((index,), torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+    def uniform(self) -> float:
+        """The next number of the request's generator, in [0, 1); many are drawn at a time."""
+        if not self.drawn:
+            self.drawn = torch.rand(DRAWN, generator=self.generator, dtype=torch.float64).tolist()[::-1]
+        return self.drawn.pop()
 
     def saw(self, token: int) -> None:
         if self.seen is not None:
             self.seen[token] = None
 
 
-def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """One token for each row of ``logits`` (B, V); a row's token depends on that row and its own sampler alone."""
-    logits = logits.float()
-    if any(s.seen for s in samplers):
-        logits = torch.stack([s.penalize(row) for s, row in zip(samplers, logits, strict=True)])
-    tokens = logits.argmax(-1)
-    drawn = [i for i, s in enumerate(samplers) if s.params.temperature > 0]
-    if drawn:
-        tokens[drawn] = draw(logits[drawn], [samplers[i] for i in drawn])
-    result: list[int] = tokens.tolist()
-    for sampler, token in zip(samplers, result, strict=True):
-        sampler.saw(token)
-    return result
+class BatchSampler:
+    """Chooses tokens for a batch in a few operations on its device, whatever the number of rows.
+
+    What only changes with the batch's composition (parameters, the tokens that rows have seen) stays on the device from
+    one step to the next.
+    """
+
+    def __init__(self) -> None:
+        self.samplers: list[Sampler] = []
+
+    def sample(
+        self, logits: Tensor, samplers: Sequence[Sampler]
+    ) -> tuple[list[int], list[TokenLogprob | None]]:  # fmt: skip
+        """A token for each row of ``logits`` (B, V), and its log-probability where the row's parameters ask for it.
+
+        A row's token depends on that row and its own sampler alone.
+        """
+        tokens = self.choose(logits, samplers)
+        result: list[int] = tokens.tolist()
+        for row in self.penalized_rows:
+            samplers[row].saw(result[row])
+        return result, self._logprobs(logits, tokens, result)
+
+    def choose(self, logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+        """The tokens (B,) alone, on the device; the samplers are yet to be told that they saw them."""
+        if self.samplers != list(samplers):
+            self._compose(list(samplers), logits)
+        changed = self._penalize(logits)
+        tokens = changed.argmax(-1)
+        for i in range(0, len(self.drawn), ROWS):
+            index = self.drawn_index[i : i + ROWS]
+            columns = [column[i : i + ROWS] for column in self.columns]
+            uniform = torch.tensor([samplers[row].uniform() for row in self.drawn[i : i + ROWS]], dtype=torch.float64)
+            every = len(self.drawn) == len(samplers) <= ROWS
+            tokens[index] = draw(changed if every else changed[index], uniform.to(logits.device), columns, self.filters)
+        if len(self.penalized):
+            self.seen[self.rows, tokens[self.penalized]] = True
+        return tokens
+
+    def _compose(self, samplers: list[Sampler], logits: Tensor) -> None:
+        """Bring to the device what a batch of other requests needs."""
+        self.samplers, device, params = samplers, logits.device, [s.params for s in samplers]
+        self.drawn = [i for i, p in enumerate(params) if p.temperature > 0]
+        self.drawn_index = torch.tensor(self.drawn, dtype=torch.long, device=device)
+        self.columns = [
+            torch.tensor([getattr(params[i], name) for i in self.drawn], dtype=dtype, device=device)[:, None]
+            for name, dtype in (
+                ("temperature", torch.float64), ("top_k", torch.long), ("top_p", torch.float32),
+                ("min_p", torch.float32),
+            )
+        ]  # fmt: skip
+        self.filters = any(p.top_k or p.top_p < 1 or p.min_p for p in (params[i] for i in self.drawn))
+        self.logprob_rows = [i for i, p in enumerate(params) if p.logprobs is not None]
+        self.penalized_rows = [i for i, s in enumerate(samplers) if s.seen is not None]
+        self.penalized = torch.tensor(self.penalized_rows, dtype=torch.long, device=device)
+        self.rows = torch.arange(len(self.penalized_rows), device=device)
+        if not self.penalized_rows:
+            return
+        penalties = [params[i].repetition_penalty for i in self.penalized_rows]
+        self.penalty = torch.tensor(penalties, dtype=torch.float32, device=device)[:, None]
+        places = [(row, token) for row, i in enumerate(self.penalized_rows) for token in samplers[i].seen or ()]
+        seen = torch.zeros(len(penalties), logits.shape[1], dtype=torch.bool)
+        seen[tuple(torch.tensor(places, dtype=torch.long).view(-1, 2).T)] = True
+        self.seen = seen.to(device)
+
+    def _penalize(self, logits: Tensor) -> Tensor:
+        """Logits of tokens already seen divided by the row's penalty, or multiplied where negative."""
+        if not self.penalized_rows:
+            return logits
+        every = len(self.penalized_rows) == len(logits)
+        rows = (logits if every else logits[self.penalized]).float()
+        rows = torch.where(self.seen, torch.where(rows > 0, rows / self.penalty, rows * self.penalty), rows)
+        return rows if every else logits.float().index_copy(0, self.penalized, rows)
+
+    def _logprobs(self, logits: Tensor, tokens: Tensor, chosen: list[int]) -> list[TokenLogprob | None]:
+        result: list[TokenLogprob | None] = [None] * len(chosen)
+        if not self.logprob_rows:
+            return result
+        rows = torch.tensor(self.logprob_rows, device=logits.device)
+        counts = [self.samplers[row].params.logprobs or 0 for row in self.logprob_rows]
+        for row, entry in zip(self.logprob_rows, token_logprobs(logits[rows], tokens[rows], counts), strict=True):
+            result[row] = entry
+        return result
 
 
-def draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """(B,) tokens by inverting each row's distribution function at a uniform number of the row's own generator."""
+def draw(logits: Tensor, uniform: Tensor, columns: Sequence[Tensor], filters: bool) -> Tensor:
+    """(B,) tokens by inverting each row's distribution function at its uniform number.
 
-    def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor([getattr(s.params, name) for s in samplers], dtype=dtype, device=logits.device)[:, None]
-
-    uniform = torch.cat([torch.rand(1, generator=s.generator, dtype=torch.float64) for s in samplers]).to(logits.device)
-    probs = torch.softmax(logits.double() / column("temperature", torch.float64), -1)
+    columns: temperature, top_k, top_p, min_p, (B, 1) each; the last three count where ``filters``.
+    """
+    temperature, top_k, top_p, min_p = columns
+    probs = torch.softmax(logits.double() / temperature, -1)
     order = None
-    if any(s.params.top_k or s.params.top_p < 1 or s.params.min_p for s in samplers):
+    if filters:
         probs, order = probs.sort(-1, descending=True)
-        probs = filtered(probs, column("top_k", torch.long), column("top_p"), column("min_p"))
+        probs = filtered(probs, top_k, top_p, min_p)
     cumulative = probs.cumsum(-1)
     index = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
     index = torch.where(probs > 0, torch.arange(probs.shape[1], device=probs.device), 0).amax(-1, True).minimum(index)
@@ -127,8 +198,12 @@ def filtered(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tens
     return torch.where(keep | (rank == 0), probs, 0)
 
 
-def token_logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
-    """Of one row of logits (V,)."""
+def token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
+    """Of rows of logits (B, V) and their tokens (B,), each with so many of the likeliest."""
     logprobs = torch.log_softmax(logits.float(), -1)
-    values, ids = logprobs.topk(count)
-    return TokenLogprob(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    values, ids = (x.tolist() for x in logprobs.topk(max(counts)))
+    return [
+        TokenLogprob(token, logprob, tuple(zip(i[:count], v[:count], strict=True)))
+        for token, logprob, i, v, count in zip(tokens.tolist(), own, ids, values, counts, strict=True)
+    ]

@@ -62,8 +62,8 @@ def copied(state: AttentionState) -> AttentionState:
     return state.map(torch.clone)
 
 
-class SingleCache:
-    """transformers' cache of one sequence, for its prefill."""
+class PrefillCache:
+    """transformers' cache of one sequence, or of several of one length, for their prefill."""
 
     def __init__(self, layers: dict[int, LinearizedAttention], start: Snapshot | None = None) -> None:
         self.cache = DynamicCache()
@@ -71,7 +71,8 @@ class SingleCache:
         self.layers: list[LinearizedCacheLayer] = [self.cache.layers[i] for i in layers]
         if start is not None:
             for layer, state in zip(self.layers, start.layers, strict=True):
-                layer.state, layer.length, layer.is_initialized = state, len(start.tokens), True
+                layer.state = replace(state, S=state.S.float())  # a snapshot out of a table may have bf16
+                layer.length, layer.is_initialized = len(start.tokens), True
 
     def states(self) -> tuple[AttentionState, ...]:
         """The layers' states. Moving a state forward makes a new one, so these stay as they are."""
@@ -86,7 +87,10 @@ class SlotTable:
     A decode step sees the first n slots as transformers' cache, and moves the states of all n.
     """
 
-    def __init__(self, layers: dict[int, LinearizedAttention], slots: int, dtype: torch.dtype, device: Any) -> None:
+    def __init__(
+        self, layers: dict[int, LinearizedAttention], slots: int, dtype: torch.dtype, device: Any,
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         self.slots = slots
         self.states: list[AttentionState] = []
         self.views: dict[int, list[AttentionState]] = {}
@@ -94,7 +98,7 @@ class SlotTable:
             g = layer.geometry
             k = torch.empty(slots, g.kv_heads, 0, g.head_dim, dtype=dtype, device=device)
             v = torch.empty(slots, g.kv_heads, 0, g.value_dim, dtype=dtype, device=device)
-            self.states.append(replace(layer.empty_state(k, v), count=None, in_place=True))
+            self.states.append(replace(layer.empty_state(k, v, state_dtype), count=None, in_place=True))
         self.cache = DynamicCache()
         install_cache(self.cache, layers)
         self.layers: list[LinearizedCacheLayer] = [self.cache.layers[i] for i in layers]
@@ -112,10 +116,11 @@ class SlotTable:
         return self.cache
 
     def put(self, slot: int, states: Sequence[AttentionState]) -> None:
-        """Copy a sequence's states into a slot."""
+        """Copy the states of one or several sequences into the slots from ``slot`` on."""
         for state, new in zip(self.states, states, strict=True):
             for name, table in state.tensors().items():
-                table[slot].copy_(getattr(new, name)[0])
+                x = getattr(new, name)
+                table[slot : slot + len(x)].copy_(x)
 
     def move(self, source: int, target: int) -> None:
         for state in self.states:

@@ -160,8 +160,8 @@ class LinearizedAttention(nn.Module):
             return step(state, q, k, v, *common)
         return extend(state, q, k, v, *common, mask=padding, counts=counts)
 
-    def empty_state(self, k: Tensor, v: Tensor) -> AttentionState:
-        return AttentionState.empty(k, v, self.maps, self.phi_k.num_features, self.spec)
+    def empty_state(self, k: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -> AttentionState:
+        return AttentionState.empty(k, v, self.maps, self.phi_k.num_features, self.spec, dtype)
 
     def weights(self, q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
         """(B, H, T, T) attention weights, quadratic: for the cross-entropy loss and for pictures."""

@@ -39,7 +39,7 @@ class _Mask:
     """Stands for the family's mask. A family that computes with it does more than the attention function is told."""
 
     def __init__(self, **arguments: Any) -> None:
-        index = torch.arange(2)
+        index = torch.arange(2, device="cpu")
         seen = [[bool(arguments["mask_function"](0, 0, q, k)) for k in index] for q in index]
         self.causal = seen == [[True, False], [True, True]]
         self.window: int | None = arguments.get("local_size")

@@ -26,7 +26,7 @@ from lolcats.ranks import Ranks
 from lolcats.training.data import Data
 from lolcats.training.hidden import Boundary, Embeddings, HostStates, Nowhere, Source, Target, Tokens, token_rows
 from lolcats.training.layerwise import JOB, STAGE, Group, LayerTrainer, LayerwiseResult, compare_jobs, read_job
-from lolcats.training.liger import fused_layers
+from lolcats.modeling.liger import fused_layers
 from lolcats.training.units import Unit, read_progress
 from lolcats.training.visits import VALIDATION, batch_shapes, split
 

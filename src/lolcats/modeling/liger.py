@@ -1,4 +1,4 @@
-"""liger-kernel's fused norms, gated MLPs and rotary embeddings under a model while it trains."""
+"""liger-kernel's fused norms, gated MLPs and rotary embeddings under a model while it trains or generates."""
 
 from __future__ import annotations
 

@@ -1,0 +1,388 @@
+"""Decode kernel: one token of every row of a batch, and its state moved on in place, in one launch.
+
+A program takes one row and one key/value head with the GROUP query heads that share it. It
+
+1. moves the keys that leave the window into S and z: a chunk at once every SIZE tokens (terraced), one key a token
+   (sliding, and the linear kind, which has no window);
+2. attends to sinks and window by softmax, the arriving key in the place of the oldest;
+3. adds the linear readout φ(q)ᵀ S, φ(q)ᵀ z;
+4. writes the arriving key and value into ring and sinks. The last program of a row to get here counts its token.
+
+Terraced, S is only read on most tokens and written when a chunk leaves. Programs of a key/value head run side by side,
+so that its maps' weights stay in the caches; states and windows, read once, pass the first-level cache by.
+
+Shapes: B rows, H query heads, G key/value heads, M key maps (H or G), D head dim, f half of the features.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lolcats.attention.kernels.blocks import (
+    EPS,
+    LOG2E,
+    divides,
+    hedgehog,
+    load_weight,
+    log2_scale,
+    softmax_logits,
+    window_start,
+)
+from lolcats.attention.kernels.layout import power_of_two
+from lolcats.attention.kernels.plan import precision
+from lolcats.attention.spec import AttentionSpec
+
+COUNT = tl.constexpr(0xFFFFFFFF)  # bits of ``seen`` that count tokens; above them a running launch counts its programs
+ARRIVED = tl.constexpr(1 << 32)
+
+
+@triton.jit
+def decode_kernel(
+    q, q_strides, k, k_strides, v, v_strides, o, ring_k, ring_v, sink_k, sink_v, S, z, seen, weight_q, weight_k, gamma,
+    scale, cap,
+    GROUP: tl.constexpr, MAPS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr,
+    LINEAR: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr, SINKS: tl.constexpr,
+    CAPPED: tl.constexpr, ROUNDED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_SINKS: tl.constexpr,
+):  # fmt: skip
+    """q: (B, H, D), k, v: (B, G, D) by their strides; o: (B, H, D) and the state's tensors, contiguous.
+
+    MAPS: key maps of a key/value head, 1 or GROUP. SPAN: slots of the ring. ROUNDED: S is bf16.
+    """
+    row, kv, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    n = (tl.load(seen + row) & COUNT).to(tl.int32)
+    unit = row.to(tl.int64) * kv_heads + kv
+    ring_k, ring_v = ring_k + unit * (SPAN * DIM), ring_v + unit * (SPAN * DIM)
+    sink_k, sink_v = sink_k + unit * (SINKS * DIM), sink_v + unit * (SINKS * DIM)
+    S, z = S + unit * (MAPS * 2 * WIDTH * DIM), z + unit * (MAPS * 2 * WIDTH)
+    o += unit * (GROUP * DIM)
+    q += row.to(tl.int64) * q_strides[0] + kv * GROUP * q_strides[1]
+    new_k = tl.load(k + row.to(tl.int64) * k_strides[0] + kv * k_strides[1] + d, mask=d < DIM, other=0.0)
+    new_v = tl.load(v + row.to(tl.int64) * v_strides[0] + kv * v_strides[1] + d, mask=d < DIM, other=0.0)
+    if LINEAR:
+        if WINDOW == "terraced":
+            if (n % SIZE == 0) & (n >= 2 * SIZE):
+                fold_chunk(
+                    ring_k, ring_v, S, z, weight_k, kv, n, d, j, MAPS, DIM, WIDTH, SIZE, SPAN, SINKS, ROUNDED, LOW,
+                    PRECISION, BLOCK_K, BLOCK_V,
+                )  # fmt: skip
+                tl.debug_barrier()  # S and z are read again by other threads
+    heads = tl.arange(0, BLOCK_H)
+    place, real = heads[:, None] * DIM + d[None, :], (heads < GROUP)[:, None] & (d < DIM)[None, :]
+    q_tile = tl.load(q + heads[:, None] * q_strides[1] + d[None, :], mask=real, other=0.0)
+    numerator, denominator = tl.zeros((BLOCK_H, BLOCK_D), tl.float32), tl.zeros((BLOCK_H,), tl.float32)
+    if SOFTMAX:
+        logits = tl.sum(q_tile.to(tl.float32) * new_k.to(tl.float32)[None, :], 1)
+        peak = capped(logits, scale, cap, CAPPED) * log2_scale(scale, CAPPED)
+        total, soft = tl.full((BLOCK_H,), 1.0, tl.float32), numerator + new_v.to(tl.float32)[None, :]
+        if SINKS > 0:
+            sink = tl.arange(0, BLOCK_SINKS)
+            earlier = (sink < SINKS) & (sink < n)
+            peak, total, soft = attend(
+                q_tile, sink_k, sink_v, sink, earlier, d, peak, total, soft, scale, cap, DIM, CAPPED, PRECISION
+            )
+        start = tl.maximum(window_start(n, WINDOW, SIZE), SINKS)
+        for at in range(0, SPAN, BLOCK_W):
+            slot = at + tl.arange(0, BLOCK_W)
+            position = n - (n % SPAN - slot + SPAN) % SPAN
+            stored = (slot < SPAN) & (position >= start) & (position < n)
+            peak, total, soft = attend(
+                q_tile, ring_k, ring_v, slot, stored, d, peak, total, soft, scale, cap, DIM, CAPPED, PRECISION
+            )
+        weight = tl.load(gamma + kv * GROUP + heads, mask=heads < GROUP, other=0.0)
+        numerator, denominator = soft * weight[:, None], total * weight
+    if LINEAR:
+        leaves, old_k, old_v = leaving_key(ring_k, ring_v, new_k, new_v, n, d, DIM, WINDOW, SIZE, SPAN, SINKS)
+        if MAPS < GROUP and tl.bfloat16 == LOW:
+            numerator, denominator = read_shared(
+                q, q_strides[1], S, z, weight_q, weight_k, numerator, denominator, kv, old_k, old_v, leaves, n, heads,
+                d, j, GROUP, DIM, WIDTH, WINDOW, ROUNDED, BLOCK_H, BLOCK_F,
+            )  # fmt: skip
+        else:
+            numerator, denominator = read_own(
+                q, q_strides[1], S, z, weight_q, weight_k, numerator, denominator, kv, old_k, old_v, leaves, n, heads,
+                d, j, GROUP, MAPS, DIM, WIDTH, WINDOW, ROUNDED,
+            )  # fmt: skip
+    y = numerator / tl.where(denominator == 0, 1.0, denominator)[:, None]
+    tl.store(o + place, y.to(o.dtype.element_ty), mask=real)
+    tl.debug_barrier()  # every thread has read the slot that is overwritten now
+    if SPAN > 0:
+        tl.store(ring_k + n % SPAN * DIM + d, new_k, mask=d < DIM)
+        tl.store(ring_v + n % SPAN * DIM + d, new_v, mask=d < DIM)
+    if SINKS > 0:
+        tl.store(sink_k + n * DIM + d, new_k, mask=(d < DIM) & (n < SINKS))
+        tl.store(sink_v + n * DIM + d, new_v, mask=(d < DIM) & (n < SINKS))
+    if tl.atomic_add(seen + row, ARRIVED) >> 32 == kv_heads - 1:
+        tl.store(seen + row, (n + 1).to(tl.int64))
+
+
+@triton.jit
+def fold_chunk(
+    ring_k, ring_v, S, z, weight_k, kv, n, d, j, MAPS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    SIZE: tl.constexpr, SPAN: tl.constexpr, SINKS: tl.constexpr, ROUNDED: tl.constexpr, LOW: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Move the keys at positions n − 2 SIZE to n − SIZE, which lie side by side in the ring, into S and z.
+
+    By slices of the value dim, so that what is rarely done does not take the registers of what is done always.
+    """
+    for m in range(MAPS):
+        w = load_weight(weight_k, kv * MAPS + m, d, j, DIM, WIDTH).to(LOW)
+        for half in tl.static_range(2):
+            S_half, z_half = S + (2 * m + half) * (WIDTH * DIM), z + (2 * m + half) * WIDTH
+            for piece in range(0, DIM, BLOCK_V):
+                vd = piece + tl.arange(0, BLOCK_V)
+                added = tl.zeros((j.shape[0], BLOCK_V), tl.float32)
+                sums = tl.zeros((j.shape[0],), tl.float32)
+                for at in range(0, SIZE, BLOCK_K):
+                    key = at + tl.arange(0, BLOCK_K)
+                    leaving = (key < SIZE) & (n - 2 * SIZE + key >= SINKS)
+                    slot = (n % SPAN + key)[:, None] * DIM
+                    keys = tl.load(ring_k + slot + d[None, :], mask=leaving[:, None] & (d < DIM)[None, :], other=0.0)
+                    values = tl.load(
+                        ring_v + slot + vd[None, :], mask=leaving[:, None] & (vd < DIM)[None, :], other=0.0
+                    )
+                    y = tl.dot(keys.to(LOW), w, input_precision=PRECISION)
+                    up, down = hedgehog(y, leaving.to(tl.float32), j, WIDTH)
+                    phi = (up if half == 0 else down).to(LOW)
+                    added = tl.dot(tl.trans(phi), values.to(LOW), added, input_precision=PRECISION)
+                    sums += tl.sum(phi.to(tl.float32), 0)
+                before, index = load_state(S_half, j, vd, WIDTH, DIM), ((kv * MAPS + m) * 2 + half) * (WIDTH * DIM)
+                store_sum(S_half, before, added, index, n, True, j, vd, WIDTH, DIM, ROUNDED)
+                here = (j < WIDTH) & (piece == 0)
+                tl.store(z_half + j, tl.load(z_half + j, mask=here, other=0.0) + sums, mask=here)
+
+
+@triton.jit
+def read_own(
+    q, q_stride, S, z, weight_q, weight_k, numerator, denominator, kv, old_k, old_v, leaves, n, heads, d, j,
+    GROUP: tl.constexpr, MAPS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
+    ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """Add φ(q)ᵀ S and φ(q)ᵀ z, one query head after the other, in fp32."""
+    READERS: tl.constexpr = GROUP // MAPS
+    for m in range(MAPS):
+        key_up, key_down = leaving_features(old_k, weight_k, kv * MAPS + m, leaves, d, j, DIM, WIDTH, WINDOW)
+        if READERS == 1:
+            up, down = query_features(q, q_stride, weight_q, kv * GROUP, m, d, j, DIM, WIDTH)
+        for half in tl.static_range(2):
+            key_phi = key_up if half == 0 else key_down
+            sums, total = load_half(
+                S, z, key_phi, old_v, kv * MAPS, m, half, n, leaves, d, j, DIM, WIDTH, WINDOW, ROUNDED
+            )  # fmt: skip
+            for reader in range(READERS):
+                h = m * READERS + reader
+                if READERS > 1:
+                    up, down = query_features(q, q_stride, weight_q, kv * GROUP, h, d, j, DIM, WIDTH)
+                phi = up if half == 0 else down
+                numerator += tl.where((heads == h)[:, None], tl.sum(phi[:, None] * sums, 0)[None, :], 0.0)
+                denominator += tl.where(heads == h, tl.sum(phi * total, 0), 0.0)
+    return numerator, denominator
+
+
+@triton.jit
+def read_shared(
+    q, q_stride, S, z, weight_q, weight_k, numerator, denominator, kv, old_k, old_v, leaves, n, heads, d, j,
+    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, ROUNDED: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """The same for query heads that share a key map, as products of bf16 parts: φ and, if it is fp32, S in two each."""
+    y = tl.zeros((BLOCK_H, BLOCK_F), tl.float32)
+    for h in range(GROUP):
+        x = tl.load(q + h * q_stride + d, mask=d < DIM, other=0.0).to(tl.float32)
+        projected = tl.sum(x[:, None] * load_weight(weight_q, kv * GROUP + h, d, j, DIM, WIDTH), 0)
+        y = tl.where((heads == h)[:, None], projected[None, :], y)
+    up, down = hedgehog(y, tl.full((BLOCK_H,), 1.0, tl.float32), j, WIDTH)
+    key_up, key_down = leaving_features(old_k, weight_k, kv, leaves, d, j, DIM, WIDTH, WINDOW)
+    for half in tl.static_range(2):
+        key_phi, phi = key_up if half == 0 else key_down, up if half == 0 else down
+        sums, total = load_half(S, z, key_phi, old_v, kv, 0, half, n, leaves, d, j, DIM, WIDTH, WINDOW, ROUNDED)
+        denominator += tl.sum(phi * total[None, :], 1)
+        phi_high, sums_high = phi.to(tl.bfloat16), sums.to(tl.bfloat16)
+        numerator = tl.dot(phi_high, sums_high, numerator)
+        numerator = tl.dot((phi - phi_high.to(tl.float32)).to(tl.bfloat16), sums_high, numerator)
+        if not ROUNDED:
+            numerator = tl.dot(phi_high, (sums - sums_high.to(tl.float32)).to(tl.bfloat16), numerator)
+    return numerator, denominator
+
+
+@triton.jit
+def query_features(q, q_stride, weight_q, first_head, h, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Both halves of φ of query head h of a key/value head's."""
+    x = tl.load(q + h * q_stride + d, mask=d < DIM, other=0.0).to(tl.float32)
+    return hedgehog_vector(x, load_weight(weight_q, first_head + h, d, j, DIM, WIDTH), True, j, WIDTH)
+
+
+@triton.jit
+def leaving_features(
+    old_k, weight_k, key_map, leaves, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr
+):  # fmt: skip
+    """Both halves of φ of the key that leaves; terraced windows let whole chunks leave instead."""
+    if WINDOW == "terraced":
+        return j, j
+    else:
+        return hedgehog_vector(old_k, load_weight(weight_k, key_map, d, j, DIM, WIDTH), leaves, j, WIDTH)
+
+
+@triton.jit
+def load_half(
+    S, z, key_phi, old_v, first_map, m, half, n, leaves, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """Half of a map's S (f, D) and z (f,), the leaving key in them."""
+    S, z = S + (2 * m + half) * (WIDTH * DIM), z + (2 * m + half) * WIDTH + j
+    sums, total = load_state(S, j, d, WIDTH, DIM), tl.load(z, mask=j < WIDTH, other=0.0)
+    if WINDOW != "terraced":
+        index = ((first_map + m) * 2 + half) * (WIDTH * DIM)
+        added = key_phi[:, None] * old_v[None, :]
+        sums, total = store_sum(S, sums, added, index, n, leaves, j, d, WIDTH, DIM, ROUNDED), total + key_phi
+        tl.store(z, total, mask=j < WIDTH)
+    return sums, total
+
+
+@triton.jit
+def leaving_key(
+    ring_k, ring_v, new_k, new_v, n, d, DIM: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr,
+    SPAN: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Whether one key leaves for S now (sliding: the one in the slot of the arriving, linear: itself), and which."""
+    if WINDOW == "sliding":
+        leaves = n - SIZE >= SINKS
+        place, mask = n % SPAN * DIM + d, (d < DIM) & leaves
+        old_k, old_v = tl.load(ring_k + place, mask=mask, other=0.0), tl.load(ring_v + place, mask=mask, other=0.0)
+        return leaves, old_k.to(tl.float32), old_v.to(tl.float32)
+    else:
+        return n >= 0, new_k.to(tl.float32), new_v.to(tl.float32)
+
+
+@triton.jit
+def load_state(S, j, d, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Half of a map's S (f, D) in fp32, past the first-level cache."""
+    place = S + j[:, None] * DIM + d[None, :]
+    if divides(j.shape[0], WIDTH) and divides(d.shape[0], DIM):
+        return tl.load(place, cache_modifier=".cg").to(tl.float32)
+    else:
+        mask = (j < WIDTH)[:, None] & (d < DIM)[None, :]
+        return tl.load(place, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+
+
+@triton.jit
+def store_sum(
+    S, before, added, index, n, wanted, j, d, WIDTH: tl.constexpr, DIM: tl.constexpr, ROUNDED: tl.constexpr
+):  # fmt: skip
+    """Half of a map's S with ``added``; stored if ``wanted``, and returned as a later load gives it.
+
+    index: where this half begins among those of all maps of the row.
+    """
+    after, place = before + added, j[:, None] * DIM + d[None, :]
+    if ROUNDED:
+        after = tl.where(wanted, stochastic(after, index + place, n), before)
+    mask = (j < WIDTH)[:, None] & (d < DIM)[None, :] & wanted
+    tl.store(S + place, after.to(S.dtype.element_ty), mask=mask)
+    return after
+
+
+@triton.jit
+def stochastic(x, index, n):
+    """``lolcats.attention.rounding.stochastic``: fp32 that bf16 holds exactly."""
+    h = index.to(tl.uint32) * 0x9E3779B1 + n.to(tl.uint32) * 0x85EBCA77
+    h = (h ^ (h >> 15)) * 0x2C1B3C6D
+    h = (h ^ (h >> 12)) * 0x297A2D39
+    h = h ^ (h >> 15)
+    bits = x.to(tl.uint32, bitcast=True) + (h & 0xFFFF)
+    return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def hedgehog_vector(x, w, wanted, j, WIDTH: tl.constexpr):
+    """Both halves of φ of one vector x (D,) fp32 by a map's weight (D, f), each (f,) fp32; 0 if not ``wanted``."""
+    y = tl.sum(x[:, None] * w, 0)
+    real = j < WIDTH
+    up = tl.where(real, tl.exp2((y - tl.max(tl.where(real, y, -float("inf")), 0)) * LOG2E), 0.0)
+    down = tl.where(real, tl.exp2((tl.min(tl.where(real, y, float("inf")), 0) - y) * LOG2E), 0.0)
+    up, down = tl.maximum(up / tl.sum(up, 0), EPS), tl.maximum(down / tl.sum(down, 0), EPS)
+    return tl.where(real & wanted, up, 0.0), tl.where(real & wanted, down, 0.0)
+
+
+@triton.jit
+def attend(
+    q_tile, keys, values, slot, stored, d, peak, total, soft, scale, cap, DIM: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Softmax over the keys ``stored`` in some slots more.
+
+    Of each query: the highest logit in base 2, Σ exp(s − highest), and that sum with the values.
+    """
+    place, mask = slot[:, None] * DIM + d[None, :], stored[:, None] & (d < DIM)[None, :]
+    k_tile = tl.load(keys + place, mask=mask, other=0.0, cache_modifier=".cg")
+    v_tile = tl.load(values + place, mask=mask, other=0.0, cache_modifier=".cg")
+    logits = softmax_logits(q_tile, k_tile, stored[None, :], scale, cap, CAPPED, PRECISION)
+    logits *= log2_scale(scale, CAPPED)
+    highest = tl.maximum(peak, tl.max(logits, 1))
+    e, smaller = tl.exp2(logits - highest[:, None]), tl.exp2(peak - highest)
+    soft = tl.dot(e.to(v_tile.dtype), v_tile, soft * smaller[:, None], input_precision=PRECISION)
+    return highest, total * smaller + tl.sum(e, 1), soft
+
+
+@triton.jit
+def capped(logits, scale, cap, CAPPED: tl.constexpr):
+    """What ``softmax_logits`` makes of q·k."""
+    return cap * (2 * tl.sigmoid(2 * logits * scale / cap) - 1) if CAPPED else logits
+
+
+def decode(
+    state: Any, q: Tensor, k: Tensor, v: Tensor, phi_q: Any, phi_k: Any, gamma: Tensor, spec: AttentionSpec,
+    scale: float, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Outputs (B, H, 1, D) for one new token a row, bf16 for bf16 inputs and else fp32; moves ``state`` on in place.
+
+    Args:
+        state: an ``AttentionState`` that is ``in_place``, contiguous.
+        q: (B, H, 1, D); k, v: (B, G, 1, D).
+        phi_q, phi_k: hedgehog maps with H and H or G heads, where the kind has a linear term.
+        gamma: (H,) fp32.
+    """
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    batch, heads, _, dim = q.shape
+    kv_heads, linear = k.shape[1], spec.has_linear
+    weights = [phi.weight.detach() for phi in (phi_q, phi_k)] if linear else [gamma, gamma]
+    width = weights[0].shape[2] if linear else 16
+    group, maps = heads // kv_heads, state.S.shape[1] // kv_heads
+    o = q.new_empty(batch, heads, dim, dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32)
+    wide, shared = q.dtype == torch.float32, linear and maps < group
+    decode_kernel[(batch, kv_heads)](
+        q, q.stride()[:2], k, k.stride()[:2], v, v.stride()[:2], o, state.ring_k, state.ring_v, state.sink_k,
+        state.sink_v, state.S, state.z, state.seen, *weights, gamma, scale, float(softcap or 0),
+        GROUP=group, MAPS=maps if linear else group, DIM=dim, WIDTH=width, SOFTMAX=spec.has_softmax, LINEAR=linear,
+        WINDOW="none" if spec.kind == "linear" else spec.window, SIZE=spec.window_size, SPAN=spec.span,
+        SINKS=spec.softmax_sinks, CAPPED=softcap is not None, ROUNDED=state.S.dtype == torch.bfloat16,
+        LOW=tl.float32 if wide else tl.bfloat16, PRECISION=precision(), BLOCK_H=max(16, power_of_two(group)),
+        **choose_blocks(dim, width, spec, shared, wide),
+    )  # fmt: skip
+    return o[:, :, None]
+
+
+@lru_cache(maxsize=64)
+def choose_blocks(dim: int, width: int, spec: AttentionSpec, shared: bool, wide: bool) -> dict[str, int]:
+    """Block sizes and how a program runs, by measurement at D 128 and f 64 (benchmarks/LOG.md).
+
+    128 registers a thread let four programs of four warps share a processor, whose waits overlap.
+    """
+    block_d, block_f = max(16, power_of_two(dim)), max(16, power_of_two(width))
+    window = max(16, min(64 if shared else 32, power_of_two(spec.span)))
+    chosen = {
+        "BLOCK_D": block_d, "BLOCK_F": block_f, "BLOCK_K": max(16, min(32, power_of_two(spec.window_size))),
+        "BLOCK_V": min(block_d, 32), "BLOCK_W": window, "BLOCK_SINKS": 16,
+        "num_warps": 8 if block_d * block_f > 8192 else 4, "num_stages": 1,
+    }  # fmt: skip
+    if spec.window == "terraced" and chosen["num_warps"] == 4 and not wide and torch.version.hip is None:
+        chosen["maxnreg"] = 128
+    return chosen

@@ -1,0 +1,22 @@
+"""Stochastic rounding to bf16: up or down with the probability that makes the mean right.
+
+A bf16 sum stops growing once what is added is smaller than half a step of it: rounded to the nearest, S would stall
+after some ten thousand tokens. The random bits are a hash of position and place, so a row's state depends on nothing
+but its own tokens, and every path rounds alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def stochastic(x: Tensor, position: Tensor) -> Tensor:
+    """(B, ...) fp32 -> bf16; ``position`` (B,): of the token at which the row is written."""
+    index = torch.arange(x[0].numel(), device=x.device) * 0x9E3779B1
+    h = (index + position[:, None] * 0x85EBCA77) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
+    h = ((h ^ (h >> 12)) * 0x297A2D39) & 0xFFFFFFFF
+    h = (h ^ (h >> 15)) & 0xFFFF
+    bits = x.contiguous().view(torch.int32).flatten(1) + h.int()
+    return (bits & -0x10000).view(torch.float32).view(x.shape).to(torch.bfloat16)

@@ -1,0 +1,185 @@
+"""The decode kernel against the PyTorch step and the reference: on a GPU where there is one, or interpreted (fp32)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from interpreted import add_bf16_products
+
+import lolcats.attention.dispatch as dispatch
+import lolcats.attention.state as states
+from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, extend, parallel_attention, step, use_backend
+from lolcats.attention.dispatch import uses_decode_kernel
+from lolcats.attention.rounding import stochastic
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCALE = 0.4
+
+
+class Decoding:
+    """Rows of different lengths in a batch that decode together, by the kernel or by PyTorch.
+
+    For the kernel, slots of the ring that hold nothing are NaN, so that no result can rest on them.
+    """
+
+    def __init__(self, spec: AttentionSpec, lengths: list[int], new: int, dim: int = 16, f: int = 16, heads: int = 4,
+                 kv_heads: int = 2, shared: bool = False, softcap: float | None = None,
+                 state_dtype: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+        torch.manual_seed(sum(lengths) + dim)
+        self.spec, self.lengths, self.softcap, total = spec, lengths, softcap, max(lengths) + new
+        shapes = ((len(lengths), n, total, dim) for n in (heads, kv_heads, kv_heads))
+        self.q, self.k, self.v = (torch.randn(shape, device=DEVICE) for shape in shapes)
+        self.q, self.k, self.v = (2 * self.q).to(dtype), (2 * self.k).to(dtype), self.v.to(dtype)
+        maps = kv_heads if shared else heads
+        self.phi_q = FeatureMap("hedgehog", heads, dim, f).to(DEVICE).requires_grad_(False)
+        self.phi_k = FeatureMap("hedgehog", maps, dim, f).to(DEVICE).requires_grad_(False)
+        self.common = (self.phi_q, self.phi_k, torch.rand(heads, device=DEVICE) * 0.5 + 0.05, spec, SCALE, softcap)
+        self.new, self.state_dtype = new, state_dtype
+        self.empty = AttentionState.empty(self.k, self.v, maps, 2 * f, spec, state_dtype)
+
+    def prefilled(self, poisoned: bool) -> AttentionState:
+        mask = torch.arange(max(self.lengths), device=DEVICE) < torch.tensor(self.lengths, device=DEVICE)[:, None]
+        tensors = (x[:, :, : max(self.lengths)] for x in (self.q, self.k, self.v))
+        state = extend(self.empty, *tensors, *self.common, mask=mask)[1] if max(self.lengths) else self.empty
+        state = replace(state.map(lambda x: x.clone().contiguous()), count=None, in_place=True)
+        if poisoned:
+            state.ring_k.transpose(1, 2)[state.ring_positions() < 0] = torch.nan
+            state.ring_v.transpose(1, 2)[state.ring_positions() < 0] = torch.nan
+        return state
+
+    @torch.no_grad()
+    def run(self, backend: str) -> tuple[Tensor, AttentionState]:
+        """Outputs (B, H, new, D) and the last state."""
+        state, outputs, rows = self.prefilled(backend == "triton"), [], torch.arange(len(self.lengths), device=DEVICE)
+        for i in range(self.new):
+            at = torch.tensor(self.lengths, device=DEVICE) + i
+            token = (x[rows, :, at][:, :, None] for x in (self.q, self.k, self.v))
+            with use_backend(backend):
+                y, after = step(state, *token, *self.common)
+            assert after is state
+            outputs.append(y.float())
+        return torch.cat(outputs, 2), state
+
+    def reference(self, row: int) -> Tensor:
+        end = self.lengths[row] + self.new
+        q, k, v = (x[row : row + 1, :, :end].float() for x in (self.q, self.k, self.v))
+        phi_q, phi_k, *rest = self.common
+        return parallel_attention(q, k, v, phi_q(q), phi_k(k), *rest)[0, :, self.lengths[row] :]
+
+    def check(self, tolerance: float = 2e-5) -> None:
+        y, state = self.run("triton")
+        expected, other = self.run("chunked")
+        close(y, expected, tolerance, "step")
+        for name, x in state.tensors().items():
+            if name == "seen":
+                assert x.tolist() == [length + self.new for length in self.lengths]
+            else:
+                close(x.where(~x.isnan(), getattr(other, name)), getattr(other, name), tolerance, name)
+        for row in range(len(self.lengths)):
+            close(y[row], self.reference(row), tolerance, f"reference of row {row}")
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
+    error = (actual.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-6)
+    assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "linear", "window", "remote"])
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_equals_step_and_reference(kind: Any, window: Any, shared: bool) -> None:
+    Decoding(AttentionSpec(kind, window, 8, 3), [4, 13], 14, heads=2, kv_heads=1, shared=shared).check()
+
+
+@pytest.mark.parametrize(
+    ("dim", "f", "size"), [(64, 32, 32), (80, 64, 16), (96, 32, 16), (128, 64, 64), (256, 128, 16), (8, 6, 5)]
+)
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+def test_geometries(dim: int, f: int, size: int, window: Any) -> None:
+    spec, lengths = AttentionSpec("hybrid", window, size, 4), [2 * size - 1, 3 * size - 2]
+    Decoding(spec, lengths, 3, dim, f, heads=2, kv_heads=1).check()
+
+
+@pytest.mark.parametrize("sinks", [0, 9, 16])
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+def test_sinks_beyond_a_window(sinks: int, window: Any) -> None:
+    Decoding(AttentionSpec("hybrid", window, 4, sinks), [0, 7], 13, heads=2, kv_heads=1).check()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (3, 1), (20, 1)])
+def test_groups(heads: int, kv_heads: int) -> None:
+    for shared in (False, True):
+        Decoding(AttentionSpec("hybrid", "terraced", 8, 2), [1, 14], 4, 16, 16, heads, kv_heads, shared).check()
+
+
+def test_softcap() -> None:
+    Decoding(AttentionSpec("hybrid", "terraced", 8, 2), [3, 14], 6, softcap=1.5).check()
+
+
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_states_in_bf16_round_alike(window: Any, shared: bool) -> None:
+    """The kernel's bf16 state is that of the PyTorch step, up to a step where fp32 sums differ in their last bit."""
+    spec, bf16 = AttentionSpec("hybrid", window, 8, 3), torch.bfloat16
+    decoding = Decoding(spec, [4, 13], 14, heads=2, kv_heads=1, shared=shared, state_dtype=bf16)
+    y, state = decoding.run("triton")
+    expected, other = decoding.run("chunked")
+    assert state.S.dtype == torch.bfloat16
+    assert (state.S == other.S).float().mean() > 0.99
+    close(y, expected, 1e-4, "step")
+    close(y[0], decoding.reference(0), 1e-2, "reference")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's own, with its missing products put in")
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_bf16_in_the_interpreter(state_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared key maps are read by products of bf16 parts there, and nowhere else."""
+    add_bf16_products(monkeypatch)
+    monkeypatch.setattr(states, "uses_decode_kernel", lambda *_: dispatch._backend == "triton")
+    spec = AttentionSpec("hybrid", "terraced", 16, 2)
+    decoding = Decoding(spec, [0, 47], 4, 32, 16, 4, 2, True, None, state_dtype, torch.bfloat16)
+    decoding.check(2e-2)
+
+
+def test_stochastic_rounding_is_right_on_average_and_never_farther_than_one_step() -> None:
+    x = torch.tensor(1.0 + 0.3 * 2**-7).expand(1, 200_000).contiguous()
+    rounded = stochastic(x, torch.tensor([5]))
+    assert set(rounded.float().unique().tolist()) == {1.0, 1.0 + 2**-7}
+    assert (rounded.float().mean() - x[0, 0]).abs() < 2e-5
+    assert torch.equal(rounded, stochastic(x, torch.tensor([5])))
+    assert not torch.equal(rounded, stochastic(x, torch.tensor([6])))
+    exact = torch.tensor([[0.0, -1.5, 3e38, 2**-100]])
+    assert torch.equal(stochastic(exact.bfloat16().float(), torch.tensor([1])), exact.bfloat16())
+
+
+def test_who_computes_a_step() -> None:
+    q, phi = torch.randn(1, 2, 1, 16, device=DEVICE), FeatureMap("hedgehog", 2, 16, 16)
+    spec = AttentionSpec("hybrid", "terraced", 8, 2)
+    with torch.no_grad():
+        assert uses_decode_kernel(q, phi, spec) == (DEVICE == "cuda")
+        with use_backend("triton"):
+            assert uses_decode_kernel(q, phi, spec)
+            assert not uses_decode_kernel(q, FeatureMap("t2r", 2, 16, 16), spec)
+            assert not uses_decode_kernel(q, phi, AttentionSpec("hybrid", "terraced", 8, 17))
+        with use_backend("chunked"):
+            assert not uses_decode_kernel(q, phi, spec)
+    with use_backend("triton"):
+        assert not uses_decode_kernel(q, phi, spec)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device; the interpreter has no bf16 products")
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+@pytest.mark.parametrize(("dim", "f"), [(64, 32), (80, 64), (128, 64), (256, 64)])
+def test_half_precision(dim: int, f: int, window: Any, shared: bool) -> None:
+    spec, lengths = AttentionSpec("hybrid", window, 64, 4), [0, 127, 200, 300]
+    for state_dtype in (torch.float32, torch.bfloat16):
+        decoding = Decoding(spec, lengths, 140, dim, f, 8, 2, shared, None, state_dtype, torch.bfloat16)
+        decoding.check(1.5e-2)

@@ -1,0 +1,113 @@
+"""``lolcats bench`` on a tiny model: every system, its bound, its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from typer.testing import CliRunner
+
+import lolcats
+from lolcats.cli import app
+from lolcats.config import AttentionConfig
+from lolcats.inference import bench
+from lolcats.inference.bench import Options, benchmark, bound_seconds, describe, plain_teacher, random_model
+from lolcats.modeling.convert import convert
+
+
+def tiny(key_maps: Any = "per_query_head") -> Any:
+    return random_model("tiny", AttentionConfig(feature_dim=8, key_maps=key_maps), torch.device("cpu"), torch.float32)
+
+
+def test_rows_of_engine_and_peers() -> None:
+    options = Options((2, 3), prompt=20, new=12, peers=("sdpa", "static"), peer_new=5, prefill_rows=2, runs=2)
+    rows = list(benchmark(tiny(), options))
+    assert [(row["system"], row["batch"]) for row in rows] == [
+        (system, batch) for batch in (2, 3) for system in ("sdpa", "static", "engine")
+    ]
+    for row in rows:
+        own = row["system"] == "engine"
+        assert row["new"] == (12 if own else 5)
+        assert row["runs"] == 2
+        assert row["decode_tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["step_ms"])
+        assert row["whole_tokens_per_second"] > 0
+        assert (row["key_maps"], row["state_dtype"]) == (("per_query_head", "float32") if own else (None, None))
+        assert row["dtype"] == "float32"
+
+
+def test_the_bound_is_computed_from_the_models_own_sizes() -> None:
+    model, options = tiny("per_kv_head"), Options(state_dtype=torch.bfloat16, bandwidth=1e9, flops=1e9)
+    about = describe(model, options)
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96  # q and o, k and v, the gated MLP
+    assert about["weights"] == 2 * layer + 320 * 64  # the head; the embedding is not read
+    assert about["weight_bytes"] == 4 * about["weights"]
+    state = bench.state_bytes(model, torch.bfloat16)
+    ring, sums = 2 * 2 * (128 + 4) * 16 * 4, 2 * 16 * (16 * 2 + 4)
+    assert state == 2 * (ring + sums + 8)
+    assert bound_seconds(about, 1, state, options) == pytest.approx((about["weight_bytes"] + state) / 1e9)
+    expected = (100 * 2 * about["weights"] + 100 * state) / 1e9
+    assert bound_seconds(about, 100, state, options) == pytest.approx(expected)
+
+
+def test_the_teacher_is_the_base_model_in_the_same_memory() -> None:
+    base = tiny_model()
+    ids = torch.randint(6, 300, (1, 30))
+    with torch.no_grad():
+        expected = base(ids).logits
+        student = convert(base, AttentionConfig(window_size=8, feature_dim=8))
+        teacher = plain_teacher(student)
+        assert not hasattr(teacher.config, "lolcats")
+        torch.testing.assert_close(teacher(ids).logits, expected)
+    assert teacher.lm_head.weight.data_ptr() == student.lm_head.weight.data_ptr()
+
+
+def test_what_comes_too_late_says_so() -> None:
+    rows = list(benchmark(tiny(), Options((1, 2), prompt=4, new=10, peers=("sdpa",), seconds=0)))
+    assert {row["missing"] for row in rows} == {"no time left"}
+    rows = list(benchmark(tiny(), Options((1,), prompt=4, new=100_000, seconds=1)))
+    assert rows[0]["new"] < 100_000
+
+
+def test_what_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "Engine", type("Engine", (), {"__init__": no_memory}))
+    assert [row["missing"] for row in benchmark(tiny(), Options((4,), prompt=4, new=10))] == ["out of memory"]
+
+
+def test_command_adds_to_its_files(tmp_path: Path) -> None:
+    def run(*arguments: str) -> str:
+        small = ("--prompt", "10", "--new", "6", "--peer-new", "4", "--out", str(tmp_path / "g.json"))
+        result = CliRunner().invoke(app, ["bench", *arguments, *small, "--set", "attention.feature_dim=8"])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    run("--random", "tiny", "--batches", "1,2")
+    run("--random", "tiny", "--batches", "2", "--peers", "", "--state-dtype", "bfloat16", "--set",
+        "attention.key_maps=per_kv_head")  # fmt: skip
+    shown = run("--random", "tiny", "--batches", "2", "--peers", "")
+    rows = json.loads((tmp_path / "g.json").read_text())["rows"]
+    assert [(r["system"], r["key_maps"], r["state_dtype"], r["batch"]) for r in rows] == [
+        ("engine", "per_kv_head", "bfloat16", 2), ("engine", "per_query_head", "float32", 1),
+        ("engine", "per_query_head", "float32", 2), ("sdpa", None, None, 1), ("sdpa", None, None, 2),
+    ]  # fmt: skip
+    text = (tmp_path / "g.md").read_text()
+    assert text.strip() in shown
+    assert text.count("\n| engine | ") == 3
+    assert "| engine | per kv head | bfloat16 | 2 | 6 | " in text
+    assert (tmp_path / "g.png").stat().st_size > 10_000
+
+
+def test_a_saved_model_and_mistakes(tmp_path: Path, tokenizer: Any) -> None:
+    lolcats.convert(tiny_model(), AttentionConfig(window_size=8, feature_dim=8)).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    small = ["--prompt", "4", "--new", "4", "--batches", "1", "--out", str(tmp_path / "g.json")]
+    assert CliRunner().invoke(app, ["bench", str(tmp_path / "m"), *small]).exit_code == 0
+    for wrong in ([], ["m", "--random", "tiny"], ["--random", "no"], ["--random", "tiny", "--peers", "x"],
+                  ["--random", "tiny", "--batches", "0"], ["--random", "tiny", "--state-dtype", "int8"]):  # fmt: skip
+        assert CliRunner().invoke(app, ["bench", *wrong, "--out", str(tmp_path / "no.json")]).exit_code == 2
