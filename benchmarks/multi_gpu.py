@@ -37,13 +37,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lolcats
 from lolcats.config import FinetuneConfig, TransferConfig, load_config
+from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import find_head, language_model_loss
 from lolcats.modeling.parallel import tensor_parallel
 from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_config, size_of
 from lolcats.ranks import ranks
 from lolcats.training.distributed import all_reduce_gradients, clip_gradients, materialize, own_device, shard
 from lolcats.training.finetune import add_lora
-from lolcats.modeling.liger import fused_layers
 from lolcats.training.trainer import train_only
 from lolcats.training.transfer import layer_losses
 

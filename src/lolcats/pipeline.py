@@ -109,11 +109,6 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log) 
     if config.transfer.order != "joint" and not run.stage_done("transfer"):
         if config.data.keep_longest_effective < 1:
             raise LolcatsError(
-                "data.keep_longest_effective chooses rows by the whole model's attention: use transfer.order=joint."
-            )
-        say(f"Reading {base.path} layer by layer ({dtype}, {device})".replace("torch.", ""))
-        if config.data.keep_longest_effective < 1:
-            raise LolcatsError(
                 "data.keep_longest_effective measures the base model's attention, for which the whole model must be in "
                 "memory: use transfer.order=joint."
             )

@@ -21,12 +21,12 @@ from lolcats.files import write_text
 from lolcats.memory import free_host_memory
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import LinearizedAttention
+from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import Ranks
 from lolcats.training.data import Data
 from lolcats.training.hidden import Boundary, Embeddings, HostStates, Nowhere, Source, Target, Tokens, token_rows
 from lolcats.training.layerwise import JOB, STAGE, Group, LayerTrainer, LayerwiseResult, compare_jobs, read_job
-from lolcats.modeling.liger import fused_layers
 from lolcats.training.units import Unit, read_progress
 from lolcats.training.visits import VALIDATION, batch_shapes, split
 
