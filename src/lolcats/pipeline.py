@@ -112,6 +112,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log) 
                 "data.keep_longest_effective measures the base model's attention, for which the whole model must be in "
                 "memory: use transfer.order=joint."
             )
+        say(f"Reading {base.path} layer by layer ({dtype}, {device})".replace("torch.", ""))
         skeleton = build_skeleton(base, config.attention, dtype, device, config.seed, inputs.trust)
         student = skeleton.model
     else:
