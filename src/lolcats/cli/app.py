@@ -1,0 +1,168 @@
+"""What all commands share: the program, the types of arguments, errors as sentences, tables."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from safetensors import SafetensorError
+
+from lolcats.errors import Interrupted, LolcatsError, out_of_memory
+
+app = typer.Typer(
+    name="lolcats", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Turn pretrained softmax-attention language models into linear-attention ones.",
+)  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on them.")
+app.add_typer(data_app, name="data")
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Hub id, local model directory or .gguf file.", metavar="MODEL")]
+Directory = Annotated[Path, typer.Argument(help="A run directory or a linearized model.", metavar="DIR")]
+DataPath = Annotated[str, typer.Option("--data", help="Hub data set id; local .json, .jsonl, .parquet, .txt file; or "
+                                       "a .yaml file that mixes several.")]  # fmt: skip
+Out = Annotated[Path, typer.Option("--out", help="Directory to write; an unfinished run in it is continued.")]
+Recipe = Annotated[str, typer.Option(help="default, paper, paper-70b, paper-405b, small, or a YAML file.")]
+Sets = Annotated[list[str], typer.Option("--set", help="Change one setting: transfer.learning_rate=1e-3. Repeatable.")]
+
+Controls = Annotated[bool, typer.Option("--controls", help="Also train window + sinks with the same LoRA (no linear "
+                                        "term) and the teacher with it.")]  # fmt: skip
+
+
+NO_MEMORY = (
+    "Memory ran out. Lower transfer.micro_batch_size and finetune.micro_batch_size (the batch stays as it is), use "
+    "shorter rows (data.sequence_length), or --set finetune.gradient_checkpointing=true. Evaluations: --batch-size; "
+    "serving: --slots. What was finished is saved."
+)
+
+
+def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
+    """Register a command whose user errors end in one sentence."""
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            _quiet()
+            function(*args, **kwargs)
+        except Interrupted as error:
+            _fail(f"{error} Run the same command again to continue.", 130)
+        except KeyboardInterrupt:
+            _fail("Stopped. What was finished is saved; run the same command again to continue.", 130)
+        except LolcatsError as error:
+            _fail(str(error), 2)
+        except Exception as error:
+            if out_of_memory(error):
+                _fail(NO_MEMORY, 2)
+            if not _disk_full(error, [path for path in kwargs.values() if isinstance(path, Path)]):
+                raise
+            _fail("The disk is full. Free some space and run the same command again: it continues where it stopped.", 2)
+
+    return group.command(function.__name__.removesuffix("_"))(guarded)
+
+
+def _quiet() -> None:
+    """Our own progress is enough: no loading bars or notes of transformers."""
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _disk_full(error: Exception, written: list[Path]) -> bool:
+    """Whether ``error`` comes of a full disk. torch.save only reports that some write failed: look at the disk then."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        return True
+    writing = isinstance(error, (OSError, RuntimeError, SafetensorError))
+    return writing and any(shutil.disk_usage(path).free < 1 << 20 for path in written if path.exists())
+
+
+def _fail(message: str, code: int) -> None:
+    err.print(f"[red]{escape(message)}[/red]", soft_wrap=True)
+    sys.exit(code)
+
+
+def print_rows(header: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> None:
+    """A table in a terminal, Markdown in a pipe or file; nothing without rows."""
+    from lolcats.report.table import markdown
+
+    if not rows:
+        return
+    if not out.is_terminal:
+        out.print(f"\n{title}\n\n{markdown(header, rows)}", soft_wrap=True, markup=False, highlight=False)
+        return
+    table = Table(title=title)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str, option: str = "--lengths") -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(word) for word in text.split(",") if word)
+    except ValueError:
+        numbers = (0,)
+    if any(number <= 0 for number in numbers):
+        raise LolcatsError(f"{option} {text}: expected positive numbers such as 1024,8192.")
+    return numbers
+
+
+def load_any(model: str, config: Any) -> tuple[Any, Any]:
+    """A linearized directory, or any base model, with its tokenizer."""
+    from lolcats.modeling.base import find_base, load_model, load_tokenizer
+    from lolcats.modeling.checkpoint import is_linearized, load
+    from lolcats.pipeline import device_and_dtype
+
+    device, dtype = device_and_dtype(config)
+    trust = config.trust_remote_code
+    if is_linearized(model):
+        return load(model, dtype, device, trust), tokenizer_of(model)
+    base = find_base(model, trust)
+    return load_model(base, dtype, device, trust), load_tokenizer(base, trust)
+
+
+def tokenizer_of(model: str) -> Any:
+    from lolcats.modeling.base import find_base, load_tokenizer
+
+    return load_tokenizer(find_base(model))
+
+
+def show_run(run: Any) -> None:
+    """The tables that end a run."""
+    from lolcats.report.table import memory_rows, perplexity_rows, remarks
+
+    rows, length = run.record["data"]["test_rows"], run.config.data.sequence_length
+    table = Table("model", title=f"Perplexity on {rows} × {length} held-out tokens")
+    for name in ("perplexity", "against teacher"):
+        table.add_column(name, justify="right")
+    perplexities = perplexity_rows(run)  # none behind a stage 1 that brought layers in turn
+    for row in perplexities:
+        table.add_row(*row)
+    if perplexities:
+        out.print(table)
+    for text in remarks(run):
+        out.print(text)
+    if sizes := memory_rows(run):
+        table = Table("tokens", "teacher", "student", title="State per sequence")
+        for row in sizes:
+            table.add_row(*row)
+        out.print(table)
+    for who in ("teacher", "student"):
+        if f"sample_{who}" in run.results:
+            out.print(f"[bold]{who}[/bold]: {escape(run.results[f'sample_{who}'])}")

@@ -1,0 +1,206 @@
+"""Commands that make linearized models: ``linearize`` and its stages, ``sweep``, and what helps to plan them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from rich.table import Table
+
+from lolcats.cli.app import (
+    Controls,
+    DataPath,
+    Directory,
+    Model,
+    Out,
+    Recipe,
+    Sets,
+    command,
+    data_app,
+    out,
+    print_rows,
+    show_run,
+)
+from lolcats.errors import LolcatsError
+
+
+@command
+def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+              merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True,
+              controls: Controls = False) -> None:  # fmt: skip
+    """The whole job: attention transfer, LoRA, table, adapter and merged model."""
+    from lolcats.config import Control, load_config
+    from lolcats.pipeline import linearize as run_pipeline
+
+    asked = [f"controls=[{', '.join(get_args(Control))}]"] if controls else []
+    run = run_pipeline(model, data, out_, load_config(recipe, [*set_, *asked]), merge)
+    show_run(run)
+    out.print(f"\nAdapter: {out_}   merged model: {out_ / 'merged'}   card: {out_ / 'README.md'}", soft_wrap=True)
+
+
+@command
+def transfer(
+    model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+    schedule: Annotated[str, typer.Option(help="Order of the work: joint, stream or blocks, as --set transfer.order=; "
+                                               "the last two set transfer.coupling=per_layer.")] = "",
+    block_size: Annotated[int, typer.Option(help="Layers in a block, as --set transfer.block_size=.")] = 0,
+    block: Annotated[int, typer.Option(help="With --schedule blocks: train this block alone, counted from 0.")] = -1,
+    join: Annotated[list[Path], typer.Option(help="Another directory of the same run whose layers to take over; "
+                                                  "repeatable.")] = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Stage 1 alone: attention transfer. Runs under torchrun, too."""
+    from lolcats.config import load_config
+    from lolcats.inputs import Inputs
+    from lolcats.pipeline import run_transfer, start
+    from lolcats.ranks import is_first, ranks
+    from lolcats.training.orders import join_units
+
+    order = [f"transfer.order={schedule}"] if schedule else []
+    order += ["transfer.coupling=per_layer"] if schedule in ("stream", "blocks") else []
+    order += [f"transfer.block_size={block_size}"] if block_size else []
+    config = load_config(recipe, [*order, *set_])
+    session = start(Inputs(model, trust=config.trust_remote_code), data, out_, config)
+    if is_first():
+        join_units(out_, join)
+    ranks().wait()
+    run_transfer(session, None if block < 0 else block)
+    if is_first():
+        show_run(session.run)
+        if session.run.stage_done("transfer"):
+            out.print(f"\nFeature maps: {out_}. Next: lolcats finetune {out_}", soft_wrap=True)
+
+
+@command
+def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True,
+             controls: Controls = False) -> None:  # fmt: skip
+    """Stage 2 alone: LoRA, in a run directory that attention transfer has finished. Under torchrun sharded (FSDP2)."""
+    from lolcats.config import Control
+    from lolcats.pipeline import finish, resume, run_controls, run_finetune
+    from lolcats.ranks import is_first
+
+    session = resume(directory, controls=get_args(Control) if controls else ())
+    run_controls(session)
+    run_finetune(session)
+    finish(session, merge)
+    if is_first():
+        show_run(session.run)
+
+
+@command
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A sweep's YAML file, e.g. of experiments/.", metavar="FILE")],
+    model: Annotated[str, typer.Argument(help="As --set base.model=.", metavar="MODEL")] = "",
+    data: Annotated[str, typer.Option(help="As --set base.data=.")] = "",
+    out_: Annotated[Path, typer.Option("--out", help="Directory of results; one begun is continued.")] = Path("sweep"),
+    set_: Sets = [],  # noqa: B006
+    deadline: Annotated[float, typer.Option(help="Seconds after which no new row is begun; 0: none.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the rows and their tokens.")] = False,
+) -> None:  # fmt: skip
+    """Run every row of FILE with every seed, and make one table of them. Run again to continue."""
+    from lolcats.pipeline import log
+    from lolcats.sweep.plan import plan, plan_rows, read_sweep
+
+    given = [f"{key}={value}" for key, value in (("base.model", model), ("base.data", data)) if value]
+    wanted = read_sweep(file, [*given, *set_])
+    if dry_run:
+        print_rows(*plan_rows(plan(wanted)), title=wanted.title)
+        return
+    from lolcats.sweep.execute import TABLE, run_sweep
+
+    run_sweep(wanted, out_, shlex.join(["lolcats", *sys.argv[1:]]), log, deadline or None)
+    if (out_ / TABLE).exists():
+        out.print((out_ / TABLE).read_text(), soft_wrap=True, markup=False, highlight=False)
+
+
+@command
+def report(directory: Directory) -> None:
+    """Write DIR/report.html: curves, errors, attention maps, tables, samples."""
+    from lolcats.pipeline import report as write_report
+
+    out.print(f"Report: {write_report(directory)}", soft_wrap=True)
+
+
+@command
+def import_(
+    base: Annotated[str, typer.Option(help="The base model: hub id, directory or .gguf file.")],
+    transfer: Annotated[Path, typer.Option(help=".pt file with feature maps and window factors.")],
+    out_: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    lora: Annotated[Path | None, typer.Option(help=".pt file with LoRA matrices.")] = None,
+    recipe: Recipe = "paper", set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """An adapter from checkpoints of the paper's own code. What they do not say (window, α): --set attention...=."""
+    from lolcats.config import load_config
+    from lolcats.reference_import import import_reference
+
+    import_reference(base, transfer, lora, out_, load_config(recipe, set_))
+    out.print(f"Adapter: {out_}", soft_wrap=True)
+
+
+@command
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub id, model directory, config.json, or llama-3-8b, llama-3.1-70b, "
+                                              "llama-3.1-405b.", metavar="MODEL")],
+    gpus: Annotated[int, typer.Option(help="All GPUs of the run.")] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Of each.")] = "80GiB",
+    host_memory: Annotated[str, typer.Option(help="Of each node.")] = "128GiB",
+    disk: Annotated[str, typer.Option(help="Free space of each node; default: not checked.")] = "",
+    read_speed: Annotated[str, typer.Option(help="Reading of weights on each node.")] = "3GB/s",
+    gpus_per_node: Annotated[int, typer.Option()] = 8,
+    tokens: Annotated[str, typer.Option(help="Tokens of stage 1, all epochs together.")] = "20M",
+    finetune_tokens: Annotated[str, typer.Option(help="Tokens of stage 2, all epochs together.")] = "40M",
+    block_size: Annotated[int, typer.Option(help="Layers of a block; 0: as many as fit.")] = 0,
+    recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Memory, disk and time of both stages from the model's configuration alone, and the commands to run."""
+    from lolcats.config import load_config
+    from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_config, report, size_of
+
+    read = report.parse_quantity
+    machine = Machine(
+        gpus, read(gpu_memory, "--gpu-memory"), read(host_memory, "--host-memory"), read(read_speed, "--read-speed"),
+        read(disk or "1e30", "--disk"), gpus_per_node,
+    )  # fmt: skip
+    work = Work(read(tokens, "--tokens"), read(finetune_tokens, "--finetune-tokens"), block_size)
+    config = load_config(recipe, set_)
+    size = size_of(read_config(model), config)
+    stages = [plans(size, config, machine, work) for plans in (plan_transfer, plan_finetune)]
+    print_rows(
+        report.HEADER, report.plan_rows([*stages[0], *stages[1]]), title=report.title(model, size, machine, work)
+    )
+    out.print(report.paper_line(size, work, stages[0]), soft_wrap=True)
+    chosen = [plan for plans in stages for plan in report.recommended(plans)]
+    for best in chosen:
+        print_rows(("where", "part", "amount"), report.part_rows(best), f"{best.stage}, {best.schedule}")
+    for line in report.commands(chosen, model, recipe, set_, machine):
+        out.print(f"\n{line}", soft_wrap=True, markup=False, highlight=False)
+    if refused := " ".join(filter(None, (report.refusal(p, size, config, machine, work) for p in stages))):
+        raise LolcatsError(refused)
+
+
+@partial(command, group=data_app)
+def stats(
+    model: Model, data: DataPath,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows to look at with the model.")] = 64,
+    picture: Annotated[Path, typer.Option(help="PNG file for the histograms.")] = Path("data-stats.png"),
+    recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Sizes, document lengths, and how far back MODEL's attention looks on DATA (effective sequence length)."""
+    from lolcats.config import load_config
+    from lolcats.data_stats import data_statistics
+    from lolcats.pipeline import device_and_dtype
+
+    if not picture.parent.is_dir():
+        raise LolcatsError(f"--picture {picture}: {picture.parent} is no directory.")
+    config = load_config(recipe, set_)
+    found = data_statistics(model, data, config, *device_and_dtype(config), rows)
+    facts = Table("", "", show_header=False)
+    for name, value in found.facts.items():
+        facts.add_row(name, value)
+    out.print(facts)
+    print_rows(*found.rows(), title=Path(data).name)
+    found.draw(picture)
+    out.print(f"Histograms: {picture}", soft_wrap=True)

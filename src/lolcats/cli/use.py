@@ -1,0 +1,255 @@
+"""Commands that use linearized models: ``evaluate``, ``generate``, ``chat``, ``serve``, ``bench``, ``export``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from lolcats.cli.app import (
+    Directory,
+    Model,
+    Out,
+    Sets,
+    command,
+    load_any,
+    numbers,
+    out,
+    print_rows,
+    tokenizer_of,
+    words,
+)
+from lolcats.errors import LolcatsError
+
+
+@command
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Data for perplexity; with --tasks recall, positions: their text.")] = "",
+    tasks: Annotated[str, typer.Option(help="Comma list: paper, recall, generate, positions, mmlu-permuted, or tasks "
+                                            "of lm-eval. Without: perplexity on --data.")] = "",
+    data_dir: Annotated[Path | None, typer.Option(help="Local Parquet files instead of the hub's data sets.")] = None,
+    baseline: Annotated[str, typer.Option(help="With --tasks, a comma list: window, window+sinks (both untrained), "
+                                               "window+lora, teacher+lora (controls), linear-off, window-off, or "
+                                               "linearized models.")] = "",
+    limit: Annotated[int, typer.Option(help="At most so many items of each task; 0: all.")] = 0,
+    lengths: Annotated[str, typer.Option(help="Context lengths of recall and positions, e.g. 1024,8192.")] = "",
+    batch_size: Annotated[int, typer.Option(help="Rows at a time; 0: transfer.micro_batch_size.")] = 0,
+    device: Annotated[str, typer.Option(help="As --set device=.")] = "",
+    dtype: Annotated[str, typer.Option(help="As --set dtype=.")] = "",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results of --tasks, items included.")] = None,
+    seed: Annotated[int, typer.Option(help="Of prompts and few-shot draws.")] = 1234,
+    recipe: Annotated[str, typer.Option(help="Default: the run's own.")] = "",
+    rows: Annotated[int, typer.Option(help="At most so many rows of data.sequence_length tokens; 0: all.")] = 0,
+    set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Perplexity on DATA of teacher, student, and the student with one branch off (on a run's own data: its test rows);
+    or benchmarks of teacher and student, with --tasks."""
+    from lolcats.config import load_config
+    from lolcats.evaluation.suite import Options
+    from lolcats.pipeline import device_and_dtype
+
+    own = Path(model) / "config.yaml"
+    changes = [f"{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
+    config = load_config(recipe or (str(own) if own.is_file() else "default"), [*changes, *set_])
+    place, batch_size = device_and_dtype(config), batch_size or config.transfer.micro_batch_size
+    if tasks:
+        options = Options(data_dir, data, numbers(lengths), limit or None, batch_size, seed)
+        if output and not output.parent.is_dir():
+            raise LolcatsError(f"--output {output}: {output.parent} is no directory.")
+        _benchmarks(model, words(tasks), words(baseline), place, options, output)
+    elif data:
+        _perplexity(model, data, config, rows, place, batch_size)
+    else:
+        raise LolcatsError("Nothing to evaluate: give --data (perplexity) or --tasks (benchmarks).")
+
+
+@command
+def generate(
+    model: Model, prompt: Annotated[str, typer.Option(help="What to answer or continue.")],
+    max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Answer one prompt, streaming."""
+    from lolcats.config import load_config
+    from lolcats.inference.generate import generate as run_generate
+
+    loaded, tokenizer = load_any(model, load_config("default", set_))
+    run_generate(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, stream=True)
+
+
+@command
+def chat(model: Model, max_new_tokens: int = 512, temperature: float = 0.7, top_p: float = 0.9,
+         system: str = "", set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
+    """Talk to a model in the terminal. An empty line, /exit or Ctrl-D ends; /new starts over."""
+    from lolcats.config import load_config
+    from lolcats.inference.generate import generate as run_generate
+
+    loaded, tokenizer = load_any(model, load_config("default", set_))
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return
+        if text in ("", "/exit"):
+            return
+        if text == "/new":
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": text})
+        answer = run_generate(loaded, tokenizer, messages, max_new_tokens, temperature, top_p, stream=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+@command
+def serve(
+    directory: Directory,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    slots: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 16,
+    context: Annotated[int, typer.Option(min=0, help="Most tokens of prompt and answer; 0: the model's own.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 4096,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot; then 429.")] = 128,
+    prefix_mb: Annotated[int, typer.Option(min=0, help="MiB for states of prompts' beginnings.")] = 256,
+    deadline: Annotated[int, typer.Option(min=0, help="Seconds that running requests have after SIGTERM.")] = 30,
+    state_dtype: Annotated[str, typer.Option(help="float32 or bfloat16: of the sums in the states.")] = "float32",
+    api_key: Annotated[str, typer.Option(envvar="LOLCATS_API_KEY", help="Clients must send it.")] = "",
+    set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """An OpenAI-compatible server and a chat page for a linearized model."""
+    try:
+        from lolcats.inference import server
+    except ImportError as error:
+        raise LolcatsError(f"The server needs more packages ({error}): pip install 'lolcats[serve]'.") from None
+    from lolcats.config import load_config
+    from lolcats.inference.engine import Engine
+
+    model, tokenizer = load_any(str(directory), load_config("default", set_))
+    engine = Engine(model, tokenizer, slots, prefix_bytes=prefix_mb << 20, state_dtype=_state_dtype(state_dtype))
+    own = getattr(model.config.get_text_config(), "max_position_embeddings", 8192)
+    limits = server.Limits(context or own, min(max_tokens, context or own), waiting=max_waiting)
+    app_ = server.create_app(engine, directory.resolve().name, limits, api_key)
+    out.print(f"{directory} on http://{host}:{port} ({slots} slots); Ctrl-C ends.", soft_wrap=True)
+    server.serve(app_, host, port, deadline)
+
+
+@command
+def bench(
+    model: Annotated[str, typer.Argument(help="A linearized model, or any base model.", metavar="[DIR|MODEL]")] = "",
+    random: Annotated[str, typer.Option(help="Instead of MODEL, random weights: llama3-8b, smollm2-135m, tiny.")] = "",
+    batches: Annotated[str, typer.Option(help="Comma list of batch sizes; max: the largest that fits.")] = "1,16,64",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    new: Annotated[int, typer.Option(min=3, help="Tokens to generate for each.")] = 4096,
+    peers: Annotated[str, typer.Option(help="Hugging Face's generate on the teacher, a comma list: sdpa, static "
+                                            "(static cache, compiled); or empty.")] = "sdpa",
+    peer_new: Annotated[int, typer.Option(min=3, help="Tokens that a peer generates.")] = 64,
+    state_dtype: Annotated[str, typer.Option(help="float32 or bfloat16: of the sums in the states.")] = "float32",
+    runs: Annotated[int, typer.Option(min=1, help="Of each system, in turns; the median counts.")] = 1,
+    deadline: Annotated[float, typer.Option(help="Seconds after which nothing begins; 0: none.")] = 0,
+    bandwidth: Annotated[float, typer.Option(help="TB/s of the device's memory, for the bound.")] = 3.0,
+    flops: Annotated[float, typer.Option(help="TFLOP/s of the device, for the bound.")] = 782,
+    prefill_rows: Annotated[int, typer.Option(min=1, help="Prompts that are prefilled together.")] = 16,
+    out_: Annotated[Path, typer.Option("--out", help="FILE.json that results are added to; .md, .png beside it.")]
+        = Path("generation.json"),
+    set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Tokens per second and memory by batch size: the engine beside Hugging Face's generate (the paper's Figure 8)."""
+    from lolcats.config import load_config
+    from lolcats.inference import bench as benchmarks
+    from lolcats.pipeline import device_and_dtype
+    from lolcats.report.generation import write
+
+    config, unknown = load_config("default", set_), set(words(peers)) - set(benchmarks.PEERS)
+    if unknown or bool(model) == bool(random):
+        raise LolcatsError(f"--peers: no {unknown.pop()!r}." if unknown else "Give a model or --random, one of them.")
+    sizes = tuple(0 if word == "max" else numbers(word, "--batches")[0] for word in words(batches))
+    options = benchmarks.Options(
+        sizes, prompt, new, tuple(words(peers)), peer_new, _state_dtype(state_dtype), runs, deadline or float("inf"),
+        bandwidth * 1e12, flops * 1e12, prefill_rows,
+    )  # fmt: skip
+    if random:
+        student = benchmarks.random_model(random, config.attention, *device_and_dtype(config))
+    else:
+        student = benchmarks.linearized(load_any(model, config)[0], config.attention)
+    table = write(out_, benchmarks.benchmark(student, options), shlex.join(["lolcats", *sys.argv[1:]]))
+    out.print(table, soft_wrap=True, markup=False, highlight=False)
+
+
+@command
+def export(directory: Directory, out_: Out,
+           merge: Annotated[bool, typer.Option("--merge", help="Fold LoRA into the weights.")] = False,
+           dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: as trained.")] = "auto",
+           ) -> None:  # fmt: skip
+    """Write a self-contained model directory from an adapter."""
+    from lolcats.modeling.checkpoint import load
+    from lolcats.pipeline import export_merged
+
+    if not merge:
+        raise LolcatsError("The run directory is the adapter already: copy it, or pass --merge for a full model.")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise LolcatsError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}.")
+    if out_.exists() and any(out_.iterdir()):
+        raise LolcatsError(f"{out_} is not empty; choose another --out.")
+    export_merged(load(directory, dtype), tokenizer_of(str(directory)), out_)
+    out.print(f"Merged model: {out_}", soft_wrap=True)
+
+
+@command
+def info(model: Model) -> None:
+    """What a linearized model is, or how a base model would be linearized."""
+    from lolcats.modeling.info import describe
+
+    table = Table(show_header=False)
+    for name, value in describe(model).items():
+        table.add_row(name, escape(str(value)))
+    out.print(table)
+
+
+def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any, Any], batch_size: int) -> None:
+    """The table of ``evaluate --data``."""
+    from lolcats.evaluation.compare import compare, evaluation_rows
+    from lolcats.report.table import controls_hint
+
+    ids, positions = (
+        x if x is None else x[: rows or None] for x in evaluation_rows(model, data, tokenizer_of(model), config)
+    )
+    assert ids is not None
+    table = Table("model", title=f"{ids.numel():,} tokens of {Path(data).name}")
+    table.add_column("perplexity", justify="right", no_wrap=True)
+    for name, value in compare(model, ids, *place, batch_size, positions).items():
+        table.add_row(name, f"{value:.3f}")
+    out.print(table)
+    out.print(controls_hint(model))
+
+
+def _benchmarks(
+    model: str, tasks: list[str], baselines: list[str], place: tuple[Any, Any], options: Any, output: Path | None
+) -> None:  # fmt: skip
+    """The tables of ``evaluate --tasks``, and its JSON file."""
+    from lolcats.evaluation.suite import evaluate as run_suite
+    from lolcats.pipeline import log
+    from lolcats.report.comparison import comparison_rows, depth_rows, write_comparison
+    from lolcats.report.table import controls_hint
+
+    scores = run_suite(model, tasks, baselines, *place, options, log)
+    print_rows(*comparison_rows(scores), title=f"{Path(model).name}: score ± standard error")
+    for metric in ("exact", "argmax"):
+        print_rows(*depth_rows(scores, metric), title=f"Recall by depth: {metric}")
+    out.print(controls_hint(model))
+    if output:
+        write_comparison(output, scores, model, tasks, baselines, place, options)
+        out.print(f"Results: {output}", soft_wrap=True)
+
+
+def _state_dtype(name: str) -> Any:
+    import torch
+
+    if name not in ("float32", "bfloat16"):
+        raise LolcatsError(f"--state-dtype: expected float32 or bfloat16, got {name!r}.")
+    return getattr(torch, name)
