@@ -19,7 +19,14 @@ import itertools
 
 from interpreted import add_bf16_products
 
-from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, extend, parallel_attention
+from lolcats.attention import (
+    AttentionSpec,
+    AttentionState,
+    FeatureMap,
+    chunked_attention,
+    extend,
+    parallel_attention,
+)
 from lolcats.attention.chunked import Context
 from lolcats.attention.kernels import triton_attention
 from lolcats.attention.kernels.layout import Tiling
@@ -201,6 +208,30 @@ def test_states(kind: str, window: str) -> None:
         whole, _, _ = triton_attention(*tensors)
         after, _, _ = triton_attention(*rest, problem.phi_q, problem.phi_k, *common, context=context, tiling=SMALL)
         close(after[:, :, start - cut :], whole[:, :, start:], 1e-4, "after a context")
+
+
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+def test_gradients_behind_a_context(window: str) -> None:
+    """Those of the tokens behind a state, which is a constant; rows stand at different positions."""
+    problem, spec = Problem(45, heads=2, kv_heads=1), AttentionSpec("hybrid", window, 16, 4)
+    known, known_v = (torch.randn(2, problem.maps, 20, 16, device=DEVICE) for _ in range(2))
+    features = torch.cat([known.softmax(-1), (-known).softmax(-1)], -1)
+    sinks = (torch.randn(2, 1, 4, 16, device=DEVICE) for _ in range(2))
+    offset = torch.tensor([32, 48], device=DEVICE)
+    context = Context(offset, *sinks, features.mT @ known_v, features.sum(2))
+    expected, actual = problem.leaves(), problem.leaves()
+    q, k, v, gamma = expected
+    y = chunked_attention(q, k, v, problem.phi_q(q), problem.key_features(k), gamma, spec, SCALE, None, context)
+    z, _, _ = triton_attention(
+        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, context=context, tiling=SMALL
+    )
+    close(z, y, 1e-4, "outputs")
+    direction = torch.randn_like(y)
+    pairs = zip(problem.gradients(y, direction, expected), problem.gradients(z, direction, actual), strict=True)
+    for name, (a, b) in zip(NAMES, pairs, strict=True):
+        assert a is not None
+        assert b is not None
+        close(b, a, 1e-4, name)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's own, with its missing products put in")
