@@ -137,6 +137,24 @@ def test_softcap() -> None:
     compare(Problem(50, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 16, 2), softcap=1.5)
 
 
+@pytest.mark.parametrize("inputs", [True, False])
+def test_gradients_of_inputs_or_maps_alone(inputs: bool) -> None:
+    """What stage 2 and stage 1 ask for: other states than for all gradients at once."""
+    problem, spec = Problem(52, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 16, 4)
+    weights = [*problem.phi_q.parameters(), *problem.phi_k.parameters()]
+    results = []
+    for kernels in (False, True):
+        leaves = problem.leaves()
+        for leaf in leaves + weights:
+            leaf.requires_grad_(any(leaf is x for x in leaves[:3]) == inputs)
+        arguments = (*leaves[:3], problem.phi_q, problem.phi_k, leaves[3], spec, SCALE)
+        y = triton_attention(*arguments, tiling=SMALL)[0] if kernels else problem.reference(leaves, spec)
+        wanted = leaves[:3] if inputs else [leaves[3], *weights]
+        results.append(torch.autograd.grad(y, wanted, torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y)))
+    for expected, actual in zip(*results, strict=True):
+        close(actual, expected, 1e-4, "gradient")
+
+
 def test_given_features() -> None:
     problem = Problem(50, batch=1, heads=2, kv_heads=1)
     compare(problem, AttentionSpec("hybrid", "sliding", 16, 4), features=True)

@@ -317,6 +317,11 @@ class Backward:
         """dy and its strides, on which the kernels are specialised besides the plan."""
         return self.plan.strided(f"do {self.do.stride()}", self.do)
 
+    @property
+    def center(self) -> bool:
+        """Whether states are of centered features: dear in registers, so only where the maps' gradients need it."""
+        return self.plan.fused and (self.wanted.weights or self.wanted.gamma)
+
     @cached_property
     def variant(self) -> Any:
         return self.do.stride(), self.do.dtype, self.do.data_ptr() % 16 == 0
@@ -345,13 +350,13 @@ class Backward:
         d_gamma = problem.q.new_empty(pieces * walks.shape[0], plan.heads, dtype=torch.float32)
         args = (
             *problem.inputs(), *plan.strided("o", self.o), *self.dy, *problem.features(), problem.wq, problem.wk,
-            *problem.sinks(), self.inverse, self.delta, self.peaks, self.tops, *problem.forward_states(plan.fused)[:2],
+            *problem.sinks(), self.inverse, self.delta, self.peaks, self.tops, *problem.forward_states(self.center)[:2],
             *self.output("dq", dq), *self.output("dfq", df), d_gamma, self.pulls, walks, *problem.tables(),
             *problem.sizes(), self.pulls.stride(0),
         )  # fmt: skip
         plan.run(
             query_kernel, "query", (walks.shape[0], plan.heads, pieces), args, self.variant, INPUTS=wanted.inputs,
-            WEIGHTS=wanted.weights, WHOLE=pieces == 1, **problem.sink_constants(),
+            WEIGHTS=wanted.weights, WHOLE=pieces == 1, CENTER=self.center, **problem.sink_constants(),
         )  # fmt: skip
         gamma = d_gamma.sum(0) / problem.gamma if wanted.gamma else None
         return {"q": _add_pieces(dq), "gamma": gamma, **self.feature_gradients("q", problem.q, _add_pieces(df))}
@@ -396,7 +401,7 @@ class Backward:
         plan.run(
             key_kernel, "key", (layout.key_walks.shape[0], kv_heads, pieces), args, self.variant, INPUTS=wanted.inputs,
             WEIGHTS=wanted.weights, SINKS_HERE=sinks is not None, GROUP=heads // kv_heads,
-            MAPS=maps // kv_heads, BLOCK_SINKS=plan.blocks.sinks,
+            MAPS=maps // kv_heads, BLOCK_SINKS=plan.blocks.sinks, CENTER=self.center,
         )  # fmt: skip
         return {
             "k": _add_pieces(dk), "v": _add_pieces(dv), **self.feature_gradients("k", problem.k, _add_pieces(df)),
@@ -424,7 +429,7 @@ class Backward:
             return problem.q, problem.q
         x = (*self.plan.strided("q", problem.q), *self.dy, *problem.features()[:2])
         arguments = *x, problem.wq, self.inverse, self.delta
-        return problem.states(arguments, 1, None, self.plan.fused, self.variant)[:2]
+        return problem.states(arguments, 1, None, self.center, self.variant)[:2]
 
     def output(self, name: str, x: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
         """A (pieces, ...) tensor to be written; kernels do arithmetic on the pointers of those not wanted, too."""

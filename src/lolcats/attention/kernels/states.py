@@ -5,8 +5,8 @@ backward pass x = q and u = dO, and it holds what all queries behind the step co
 Long sequences are cut into segments that run in parallel: ``state_kernel`` first computes each segment's total
 (STORE off), ``scan_kernel`` adds these up, and ``state_kernel`` then walks each segment from its right start.
 
-For gradients, features that are computed here are centered (CENTER): φ − 1/f, since both halves sum to 1. Features of
-an untrained map are nearly equal; what they share cancels in the gradient of the map, but not in the rounding of φ and
+For gradients of the maps, features are centered (CENTER): φ − 1/f, since both halves sum to 1. Features of an
+untrained map are nearly equal; what they share cancels in the gradient of the map, but not in the rounding of φ and
 S to bf16. With S' and z' of centered features, Σ u and Σ 1 nothing is lost: S = S' + Σ u / f, z = z' + Σ 1 / f.
 """
 
