@@ -19,7 +19,14 @@ import itertools
 
 from interpreted import add_bf16_products
 
-from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, extend, parallel_attention
+from lolcats.attention import (
+    AttentionSpec,
+    AttentionState,
+    FeatureMap,
+    chunked_attention,
+    extend,
+    parallel_attention,
+)
 from lolcats.attention.chunked import Context
 from lolcats.attention.kernels import triton_attention
 from lolcats.attention.kernels.layout import Tiling
@@ -130,6 +137,24 @@ def test_softcap() -> None:
     compare(Problem(50, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 16, 2), softcap=1.5)
 
 
+@pytest.mark.parametrize("inputs", [True, False])
+def test_gradients_of_inputs_or_maps_alone(inputs: bool) -> None:
+    """What stage 2 and stage 1 ask for: other states than for all gradients at once."""
+    problem, spec = Problem(52, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 16, 4)
+    weights = [*problem.phi_q.parameters(), *problem.phi_k.parameters()]
+    results = []
+    for kernels in (False, True):
+        leaves = problem.leaves()
+        for leaf in leaves + weights:
+            leaf.requires_grad_(any(leaf is x for x in leaves[:3]) == inputs)
+        arguments = (*leaves[:3], problem.phi_q, problem.phi_k, leaves[3], spec, SCALE)
+        y = triton_attention(*arguments, tiling=SMALL)[0] if kernels else problem.reference(leaves, spec)
+        wanted = leaves[:3] if inputs else [leaves[3], *weights]
+        results.append(torch.autograd.grad(y, wanted, torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y)))
+    for expected, actual in zip(*results, strict=True):
+        close(actual, expected, 1e-4, "gradient")
+
+
 def test_given_features() -> None:
     problem = Problem(50, batch=1, heads=2, kv_heads=1)
     compare(problem, AttentionSpec("hybrid", "sliding", 16, 4), features=True)
@@ -201,6 +226,30 @@ def test_states(kind: str, window: str) -> None:
         whole, _, _ = triton_attention(*tensors)
         after, _, _ = triton_attention(*rest, problem.phi_q, problem.phi_k, *common, context=context, tiling=SMALL)
         close(after[:, :, start - cut :], whole[:, :, start:], 1e-4, "after a context")
+
+
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+def test_gradients_behind_a_context(window: str) -> None:
+    """Those of the tokens behind a state, which is a constant; rows stand at different positions."""
+    problem, spec = Problem(45, heads=2, kv_heads=1), AttentionSpec("hybrid", window, 16, 4)
+    known, known_v = (torch.randn(2, problem.maps, 20, 16, device=DEVICE) for _ in range(2))
+    features = torch.cat([known.softmax(-1), (-known).softmax(-1)], -1)
+    sinks = (torch.randn(2, 1, 4, 16, device=DEVICE) for _ in range(2))
+    offset = torch.tensor([32, 48], device=DEVICE)
+    context = Context(offset, *sinks, features.mT @ known_v, features.sum(2))
+    expected, actual = problem.leaves(), problem.leaves()
+    q, k, v, gamma = expected
+    y = chunked_attention(q, k, v, problem.phi_q(q), problem.key_features(k), gamma, spec, SCALE, None, context)
+    z, _, _ = triton_attention(
+        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, context=context, tiling=SMALL
+    )
+    close(z, y, 1e-4, "outputs")
+    direction = torch.randn_like(y)
+    pairs = zip(problem.gradients(y, direction, expected), problem.gradients(z, direction, actual), strict=True)
+    for name, (a, b) in zip(NAMES, pairs, strict=True):
+        assert a is not None
+        assert b is not None
+        close(b, a, 1e-4, name)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's own, with its missing products put in")

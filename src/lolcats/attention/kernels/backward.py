@@ -67,11 +67,13 @@ def query_kernel(
     INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr, WHOLE: tl.constexpr,
+    CENTER: tl.constexpr,
 ):  # fmt: skip
     """Gradients that belong to queries, dq, φ_q and γ, from one slice of the value dim (they are linear in dy, so
     slices add up).
 
-    WHOLE: the slice is all of the value dim; then δ_n is found here and stored, else ``delta_kernel`` did.
+    WHOLE: the slice is all of the value dim; then δ_n is found here and stored, else ``delta_kernel`` did. CENTER: the
+    states are of centered features.
     INPUTS: gradients of q, k, v are wanted, and r_n is stored (``pulls``) for ``key_kernel``. TILES: that a window
     reaches. df: unless FUSED, gradients of the features; else, where WEIGHTS, those of x·W for ``weight_kernel``.
     """
@@ -124,7 +126,8 @@ def query_kernel(
             index = (entry + step) * maps + map_head
             S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
             S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
-            z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
+            REST: tl.constexpr = VALUE_DIM + 1 if CENTER else 0
+            z_up, z_down = load_sum(sums, index, 0, j, WIDTH, REST), load_sum(sums, index, 1, j, WIDTH, REST)
             d_up = tl.dot(do_tile, S_up, input_precision=PRECISION) * r[:, None] - h[:, None] * z_up[None, :]
             d_down = tl.dot(do_tile, S_down, input_precision=PRECISION) * r[:, None] - h[:, None] * z_down[None, :]
             if NEAR:
@@ -145,6 +148,11 @@ def query_kernel(
                     d_down = tl.dot(da, k_down.to(LOW), d_down, input_precision=PRECISION)
             up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
             pull = -tl.sum(up * d_up, 1) - tl.sum(down * d_down, 1)
+            if CENTER:  # what d_up and d_down lack is the same for all columns, and both halves of φ sum to 1
+                rest = sums + index.to(tl.int64) * (2 * WIDTH + REST) + 2 * WIDTH
+                rows_v = tl.load(rest + vd, mask=vd < VALUE_DIM, other=0.0)
+                lacking = tl.sum(do_tile.to(tl.float32) * rows_v[None, :], 1) * r - h * tl.load(rest + VALUE_DIM)
+                pull -= lacking * (2.0 / WIDTH)
             sum_pull += tl.where(t < length, pull, 0.0)
             if FUSED:
                 dy = hedgehog_backward(up, down, d_up, d_down)
@@ -238,7 +246,7 @@ def key_kernel(
     INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, SINKS_HERE: tl.constexpr, GROUP: tl.constexpr,
-    MAPS: tl.constexpr,
+    MAPS: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
     """Gradients that belong to keys: dk, dv and φ_k, from one kv head and slice of the value dim.
 
@@ -283,7 +291,9 @@ def key_kernel(
                 wk = load_weight(weight_k, first_map + m, d, j, DIM, WIDTH) if FUSED else 0
                 S_up = load_state(states, index + m, 0, j, vd, WIDTH, VALUE_DIM)
                 S_down = load_state(states, index + m, 1, j, vd, WIDTH, VALUE_DIM)
-                z_up, z_down = load_sum(sums, index + m, 0, j, WIDTH), load_sum(sums, index + m, 1, j, WIDTH)
+                REST: tl.constexpr = VALUE_DIM + 1 if CENTER else 0
+                z_up = load_sum(sums, index + m, 0, j, WIDTH, REST)
+                z_down = load_sum(sums, index + m, 1, j, WIDTH, REST)
                 up, down = features(
                     k_tile, wk, fk + tl.cast(m, tl.int64) * fk_strides[1], fk_strides[2], at, length, row, one, j,
                     WIDTH, FUSED, PRECISION,
@@ -292,6 +302,10 @@ def key_kernel(
                 if INPUTS:
                     grad_v = tl.dot(up_low, tl.trans(S_up), grad_v, input_precision=PRECISION)
                     grad_v = tl.dot(down_low, tl.trans(S_down), grad_v, input_precision=PRECISION)
+                    if CENTER:
+                        rest = sums + (index + m).to(tl.int64) * (2 * WIDTH + REST) + 2 * WIDTH
+                        rows_do = tl.load(rest + vd, mask=vd < VALUE_DIM, other=0.0) * (2.0 / WIDTH)
+                        grad_v += tl.where(exists, rows_do[None, :], 0.0)
                 d_up = tl.dot(v_tile, S_up, input_precision=PRECISION) - z_up[None, :] * first_piece
                 d_down = tl.dot(v_tile, S_down, input_precision=PRECISION) - z_down[None, :] * first_piece
                 if NEAR:

@@ -101,7 +101,7 @@ def output_kernel(
                     if LINEAR:  # early: in flight during the exponentials
                         S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
                         S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
-                        z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
+                        z_up, z_down = load_sum(sums, index, 0, j, WIDTH, 0), load_sum(sums, index, 1, j, WIDTH, 0)
                 else:
                     peak = tl.maximum(peak, highest)
                     if PEAKS:
@@ -125,7 +125,7 @@ def output_kernel(
         elif LINEAR:
             S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
             S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
-            z_up, z_down = load_sum(sums, index, 0, j, WIDTH), load_sum(sums, index, 1, j, WIDTH)
+            z_up, z_down = load_sum(sums, index, 0, j, WIDTH, 0), load_sum(sums, index, 1, j, WIDTH, 0)
         if LINEAR:
             up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
             denominator += tl.sum(up * z_up[None, :], 1)

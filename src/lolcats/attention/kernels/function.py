@@ -178,37 +178,44 @@ class Problem:
                 grads[name] = x.to(getattr(self, name).dtype)
         return tuple(grads.get(name) for name in TENSORS)
 
-    def forward_states(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """S and z of all keys before each step, and those at the end of each sequence if the call wants them."""
+    def forward_states(self, center: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """S and z of all keys before each step, and those at the end of each sequence if the call wants them.
+
+        center: for gradients, of centered features; nothing at the end.
+        """
         plan, context = self.plan, self.call.context
         if not plan.spec.has_linear:
             return self.q, self.q, None, None
-        initial = None if context is None else self.pack(context.S, context.z)
+        initial = None if context is None else self.pack(context.S, context.z, center)
         k, v = plan.strided("k", self.k), plan.strided("v", self.v)
         arguments = *k, *v, *self.features()[2:], self.wk, self.gamma, self.gamma  # forward sums are not weighted
-        states, sums, totals = self.states(arguments, plan.maps // plan.kv_heads, initial, final=self.call.final)
+        final = self.call.final and not center
+        states, sums, totals = self.states(arguments, plan.maps // plan.kv_heads, initial, center, final=final)
         if totals is None:
             return states, sums, None, None
         # A sequence without tokens has no segment: it ends as it began.
-        final = totals.new_zeros(len(self.layout.rows), *totals.shape[1:]) if initial is None else initial.clone()
+        end = totals.new_zeros(len(self.layout.rows), *totals.shape[1:]) if initial is None else initial.clone()
         ends = self.layout.ranges[1:].long()
         present = ends > self.layout.ranges[:-1]
-        final = torch.where(present[:, None, None], totals[(ends - 1).clamp_min(0)], final) if len(totals) else final
-        return states, sums, *self.unpack(final)
+        end = torch.where(present[:, None, None], totals[(ends - 1).clamp_min(0)], end) if len(totals) else end
+        return states, sums, *self.unpack(end)
 
     def states(
-        self, arguments: tuple[Any, ...], group: int, initial: Tensor | None, variant: Any = None, final: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, arguments: tuple[Any, ...], group: int, initial: Tensor | None, center: bool, variant: Any = None,
+        final: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """States (entries, maps, 2, Dv, f), sums (entries, maps, 2f), and totals behind each segment if ``final``.
 
-        variant: None in the forward pass; in the backward pass the strides of dy.
+        center: sums are (entries, maps, 2f + Dv + 1), see :mod:`.states`. variant: None in the forward pass; in the
+        backward pass the strides of dy.
         """
         plan, layout, backward = self.plan, self.layout, variant is not None
         pieces, maps, width, value_dim = plan.launch("state").pieces, plan.maps, plan.width, plan.value_dim
-        size, segments = 2 * width * (value_dim + 1), layout.segments.shape[0]
+        rest = value_dim + 1 if center else 0
+        size, segments = 2 * width * (value_dim + 1) + rest, layout.segments.shape[0]
         low = torch.float32 if plan.wide else torch.bfloat16
         states = self.q.new_empty(layout.entries, maps, 2, value_dim, width, dtype=low)
-        sums = self.q.new_empty(layout.entries, maps, 2 * width, dtype=torch.float32)
+        sums = self.q.new_empty(layout.entries, maps, 2 * width + rest, dtype=torch.float32)
 
         def run(starts: Tensor | None, totals: Tensor | None, store: bool) -> None:
             args = (
@@ -217,7 +224,7 @@ class Problem:
             )  # fmt: skip
             plan.run(
                 state_kernel, "state", (segments, maps, pieces), args, variant,
-                HEADS=plan.heads // maps if backward else 1, BACKWARD=backward, STORE=store,
+                HEADS=plan.heads // maps if backward else 1, BACKWARD=backward, STORE=store, CENTER=center,
                 HAS_STARTS=starts is not None, HAS_TOTALS=totals is not None,
             )  # fmt: skip
 
@@ -234,10 +241,14 @@ class Problem:
         run(starts, totals, store=True)
         return states, sums, totals
 
-    def pack(self, S: Tensor, z: Tensor) -> Tensor:
-        """(N, M, 2f · (D + 1)) fp32 as the kernels hold a state: both halves of Sᵀ, then z."""
-        halves = S.float().unflatten(2, (2, self.plan.width)).mT
-        return torch.cat([halves.flatten(2), z.float()], 2).contiguous()
+    def pack(self, S: Tensor, z: Tensor, center: bool = False) -> Tensor:
+        """(N, M, 2f · (D + 1)) fp32 as the kernels hold a state: both halves of Sᵀ, then z; see :mod:`.states`."""
+        halves, z = S.float().unflatten(2, (2, self.plan.width)).mT, z.float()
+        if not center:
+            return torch.cat([halves.flatten(2), z], 2).contiguous()
+        z = z.unflatten(2, (2, self.plan.width))
+        parts = halves - halves.mean(4, True), z - z.mean(3, True), halves[:, :, 0].sum(3), z[:, :, 0].sum(2, True)
+        return torch.cat([x.flatten(2) for x in parts], 2).contiguous()
 
     def unpack(self, totals: Tensor) -> tuple[Tensor, Tensor]:
         """S (N, M, 2f, D) and z (N, M, 2f) of packed states."""
@@ -306,6 +317,11 @@ class Backward:
         """dy and its strides, on which the kernels are specialised besides the plan."""
         return self.plan.strided(f"do {self.do.stride()}", self.do)
 
+    @property
+    def center(self) -> bool:
+        """Whether states are of centered features: dear in registers, so only where the maps' gradients need it."""
+        return self.plan.fused and (self.wanted.weights or self.wanted.gamma)
+
     @cached_property
     def variant(self) -> Any:
         return self.do.stride(), self.do.dtype, self.do.data_ptr() % 16 == 0
@@ -334,13 +350,13 @@ class Backward:
         d_gamma = problem.q.new_empty(pieces * walks.shape[0], plan.heads, dtype=torch.float32)
         args = (
             *problem.inputs(), *plan.strided("o", self.o), *self.dy, *problem.features(), problem.wq, problem.wk,
-            *problem.sinks(), self.inverse, self.delta, self.peaks, self.tops, *problem.forward_states()[:2],
+            *problem.sinks(), self.inverse, self.delta, self.peaks, self.tops, *problem.forward_states(self.center)[:2],
             *self.output("dq", dq), *self.output("dfq", df), d_gamma, self.pulls, walks, *problem.tables(),
             *problem.sizes(), self.pulls.stride(0),
         )  # fmt: skip
         plan.run(
             query_kernel, "query", (walks.shape[0], plan.heads, pieces), args, self.variant, INPUTS=wanted.inputs,
-            WEIGHTS=wanted.weights, WHOLE=pieces == 1, **problem.sink_constants(),
+            WEIGHTS=wanted.weights, WHOLE=pieces == 1, CENTER=self.center, **problem.sink_constants(),
         )  # fmt: skip
         gamma = d_gamma.sum(0) / problem.gamma if wanted.gamma else None
         return {"q": _add_pieces(dq), "gamma": gamma, **self.feature_gradients("q", problem.q, _add_pieces(df))}
@@ -385,7 +401,7 @@ class Backward:
         plan.run(
             key_kernel, "key", (layout.key_walks.shape[0], kv_heads, pieces), args, self.variant, INPUTS=wanted.inputs,
             WEIGHTS=wanted.weights, SINKS_HERE=sinks is not None, GROUP=heads // kv_heads,
-            MAPS=maps // kv_heads, BLOCK_SINKS=plan.blocks.sinks,
+            MAPS=maps // kv_heads, BLOCK_SINKS=plan.blocks.sinks, CENTER=self.center,
         )  # fmt: skip
         return {
             "k": _add_pieces(dk), "v": _add_pieces(dv), **self.feature_gradients("k", problem.k, _add_pieces(df)),
@@ -412,7 +428,8 @@ class Backward:
         if not self.plan.spec.has_linear:
             return problem.q, problem.q
         x = (*self.plan.strided("q", problem.q), *self.dy, *problem.features()[:2])
-        return problem.states((*x, problem.wq, self.inverse, self.delta), 1, None, self.variant)[:2]
+        arguments = *x, problem.wq, self.inverse, self.delta
+        return problem.states(arguments, 1, None, self.center, self.variant)[:2]
 
     def output(self, name: str, x: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
         """A (pieces, ...) tensor to be written; kernels do arithmetic on the pointers of those not wanted, too."""

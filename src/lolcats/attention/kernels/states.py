@@ -4,6 +4,10 @@ A step is SPAN tokens. In the forward pass x = k and u = v, and the state of a s
 backward pass x = q and u = dO, and it holds what all queries behind the step contribute to the gradients of S and z.
 Long sequences are cut into segments that run in parallel: ``state_kernel`` first computes each segment's total
 (STORE off), ``scan_kernel`` adds these up, and ``state_kernel`` then walks each segment from its right start.
+
+For gradients of the maps, features are centered (CENTER): φ − 1/f, since both halves sum to 1. Features of an
+untrained map are nearly equal; what they share cancels in the gradient of the map, but not in the rounding of φ and
+S to bf16. With S' and z' of centered features, Σ u and Σ 1 nothing is lost: S = S' + Σ u / f, z = z' + Σ 1 / f.
 """
 
 from __future__ import annotations
@@ -32,13 +36,15 @@ def state_kernel(
     positions, heads, x_group, tokens,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr,
     SINKS: tl.constexpr, HEADS: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr, HAS_STARTS: tl.constexpr,
-    HAS_TOTALS: tl.constexpr, FUSED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr,
+    CENTER: tl.constexpr, HAS_TOTALS: tl.constexpr, FUSED: tl.constexpr, LOW: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """One segment, map and slice of the value dim.
 
     starts, totals: (segments, maps, 2 · WIDTH · (VALUE_DIM + 1)) fp32, the state before the segment and behind it.
     states: (entries, maps, 2, VALUE_DIM, WIDTH) and sums: (entries, maps, 2 · WIDTH) fp32: S and z of each step.
+    CENTER: VALUE_DIM + 1 more of both, Σ u and Σ 1, rows weighted as in S.
     x_group: maps that share a head of x and u. HEADS: heads of x, u, f and ``weight`` that add to one map's states.
     BACKWARD: rows enter S weighted by ``inverse`` (1 / denominator), and z by that times ``delta``.
 
@@ -57,16 +63,21 @@ def state_kernel(
     last = window_start(position + length - 1, WINDOW, SIZE)  # keys from here on are still in a window at the end
     w = load_weight(weight, head * HEADS, d, j, DIM, WIDTH) if FUSED else 0
     index = segment * tl.num_programs(1) + head
-    S_up, z_up = load_total(starts, index, 0, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS)
-    S_down, z_down = load_total(starts, index, 1, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS)
+    S_up, z_up = load_total(starts, index, 0, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS, CENTER)
+    S_down, z_down = load_total(starts, index, 1, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS, CENTER)
+    rows_u, rows = load_rest(starts, index, vd, WIDTH, VALUE_DIM, HAS_STARTS and CENTER)
+    real = (j < WIDTH)[None, :]
     PER_STEP: tl.constexpr = SPAN // C
     for i in range(begin * PER_STEP * HEADS, end * PER_STEP * HEADS):  # the heads of a tile, then the next tile
         tile = (begin + end) * PER_STEP - 1 - i // HEADS if BACKWARD else i // HEADS
         if STORE:
             if i % (PER_STEP * HEADS) == 0:
                 entries = (entry + tile // PER_STEP) * tl.num_programs(1) + head
-                store_state(states, sums, entries, 0, S_up, z_up, j, vd, piece, WIDTH, VALUE_DIM)
-                store_state(states, sums, entries, 1, S_down, z_down, j, vd, piece, WIDTH, VALUE_DIM)
+                store_state(states, sums, entries, 0, S_up, z_up, j, vd, piece, WIDTH, VALUE_DIM, CENTER)
+                store_state(states, sums, entries, 1, S_down, z_down, j, vd, piece, WIDTH, VALUE_DIM, CENTER)
+                if CENTER:
+                    rest = sums + entries.to(tl.int64) * (2 * WIDTH + VALUE_DIM + 1) + 2 * WIDTH
+                    store_rest(rest, rows_u, rows, vd, piece, VALUE_DIM)
         at = tile * C
         t = at + row
         h = tl.cast(i % HEADS, tl.int64)
@@ -83,6 +94,10 @@ def state_kernel(
         up, down = features(
             x_tile, w, f + h * f_strides[1], f_strides[2], at, length, row, row_S, j, WIDTH, FUSED, PRECISION
         )
+        if CENTER:
+            up, down = center(up, row_S, real, WIDTH), center(down, row_S, real, WIDTH)
+            rows_u += tl.sum(u_tile.to(tl.float32) * row_S[None, :], 1)
+            rows += tl.sum(row_S, 0)
         up, down = up.to(LOW), down.to(LOW)
         S_up = tl.dot(u_tile, up, S_up, input_precision=PRECISION)
         S_down = tl.dot(u_tile, down, S_down, input_precision=PRECISION)
@@ -91,16 +106,51 @@ def state_kernel(
         z_up = tl.dot(weights, up, z_up, input_precision=PRECISION)
         z_down = tl.dot(weights, down, z_down, input_precision=PRECISION)
     if HAS_TOTALS:
-        store_total(totals, index, 0, S_up, z_up, j, vd, piece, WIDTH, VALUE_DIM)
-        store_total(totals, index, 1, S_down, z_down, j, vd, piece, WIDTH, VALUE_DIM)
+        store_total(totals, index, 0, S_up, z_up, j, vd, piece, WIDTH, VALUE_DIM, CENTER)
+        store_total(totals, index, 1, S_down, z_down, j, vd, piece, WIDTH, VALUE_DIM, CENTER)
+        if CENTER:
+            rest = totals + index.to(tl.int64) * total_size(WIDTH, VALUE_DIM, True) + 2 * WIDTH * (VALUE_DIM + 1)
+            store_rest(rest, rows_u, rows, vd, piece, VALUE_DIM)
+
+
+@triton.constexpr_function
+def total_size(width, value_dim, center):
+    """Numbers in a state that goes from segment to segment."""
+    return 2 * width * (value_dim + 1) + (value_dim + 1 if center else 0)
 
 
 @triton.jit
-def store_state(states, sums, index, half, S, z, j, vd, piece, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr):
+def center(features, weight, real, WIDTH: tl.constexpr):
+    """Features times the row's ``weight``, less their mean over the WIDTH real columns."""
+    return tl.where(real, features - weight[:, None] * (1.0 / WIDTH), 0.0)
+
+
+@triton.jit
+def store_state(
+    states, sums, index, half, S, z, j, vd, piece, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, CENTER: tl.constexpr
+):  # fmt: skip
     """Half (0: softmax(y), 1: softmax(−y)) of an entry: Sᵀ (value slice, f), and z by the first slice."""
-    index = index.to(tl.int64) * 2 + half
-    store_matrix(states + index * WIDTH * VALUE_DIM, vd, j, VALUE_DIM, WIDTH, S)
-    tl.store(sums + index * WIDTH + j, tl.sum(z, 0), mask=(j < WIDTH) & (piece == 0))
+    index = index.to(tl.int64)
+    store_matrix(states + (index * 2 + half) * WIDTH * VALUE_DIM, vd, j, VALUE_DIM, WIDTH, S)
+    sums += index * (2 * WIDTH + VALUE_DIM + 1 if CENTER else 2 * WIDTH) + half * WIDTH
+    tl.store(sums + j, tl.sum(z, 0), mask=(j < WIDTH) & (piece == 0))
+
+
+@triton.jit
+def store_rest(base, rows_u, rows, vd, piece, VALUE_DIM: tl.constexpr):
+    """Σ u (a slice of the value dim) and, by the first slice, Σ 1."""
+    tl.store(base + vd, rows_u, mask=vd < VALUE_DIM)
+    tl.store(base + VALUE_DIM, rows, mask=piece == 0)
+
+
+@triton.jit
+def load_rest(totals, index, vd, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, PRESENT: tl.constexpr):
+    """The inverse for entry ``index`` of totals; or zeros."""
+    if not PRESENT:
+        return tl.zeros((vd.shape[0],), tl.float32), 0.0
+    else:
+        base = totals + index.to(tl.int64) * total_size(WIDTH, VALUE_DIM, True) + 2 * WIDTH * (VALUE_DIM + 1)
+        return tl.load(base + vd, mask=vd < VALUE_DIM, other=0.0), tl.load(base + VALUE_DIM)
 
 
 @triton.jit
@@ -111,14 +161,15 @@ def load_state(states, index, half, j, vd, WIDTH: tl.constexpr, VALUE_DIM: tl.co
 
 
 @triton.jit
-def load_sum(sums, index, half, j, WIDTH: tl.constexpr):
-    """Half of z, (f,), of an entry."""
-    return tl.load(sums + (index.to(tl.int64) * 2 + half) * WIDTH + j, mask=j < WIDTH, other=0.0)
+def load_sum(sums, index, half, j, WIDTH: tl.constexpr, REST: tl.constexpr):
+    """Half of z, (f,), of an entry, which ends with REST other numbers."""
+    return tl.load(sums + index.to(tl.int64) * (2 * WIDTH + REST) + half * WIDTH + j, mask=j < WIDTH, other=0.0)
 
 
 @triton.jit
 def load_total(
-    totals, index, half, j, vd, two, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, HAS_STARTS: tl.constexpr
+    totals, index, half, j, vd, two, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, HAS_STARTS: tl.constexpr,
+    CENTER: tl.constexpr,
 ):  # fmt: skip
     """Half of Sᵀ (value slice, f) and z (in row 0 of 16) of entry ``index``; or zeros."""
     if not HAS_STARTS:
@@ -127,16 +178,18 @@ def load_total(
             tl.zeros((two.shape[0], j.shape[0]), tl.float32),
         )
     else:
-        base = totals + index.to(tl.int64) * (2 * WIDTH * (VALUE_DIM + 1))
+        base = totals + index.to(tl.int64) * total_size(WIDTH, VALUE_DIM, CENTER)
         z = base + 2 * WIDTH * VALUE_DIM + half * WIDTH + j[None, :]
         z = tl.load(z + two * 0, mask=(two == 0) & (j < WIDTH)[None, :], other=0.0)
         return load_matrix(base + half * WIDTH * VALUE_DIM, vd, j, VALUE_DIM, WIDTH), z
 
 
 @triton.jit
-def store_total(totals, index, half, S, z, j, vd, piece, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr):
+def store_total(
+    totals, index, half, S, z, j, vd, piece, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, CENTER: tl.constexpr
+):  # fmt: skip
     """The inverse of ``load_total``; z is written by the first value slice."""
-    base = totals + index.to(tl.int64) * (2 * WIDTH * (VALUE_DIM + 1))
+    base = totals + index.to(tl.int64) * total_size(WIDTH, VALUE_DIM, CENTER)
     store_matrix(base + half * WIDTH * VALUE_DIM, vd, j, VALUE_DIM, WIDTH, S)
     tl.store(base + 2 * WIDTH * VALUE_DIM + half * WIDTH + j, tl.sum(z, 0), mask=(j < WIDTH) & (piece == 0))
 
