@@ -10,7 +10,9 @@ from typing import Any
 from latex2mathml.converter import convert
 
 MATH = re.compile(r"```.*?\n *```|`[^`\n]*`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^\s$](?:[^$]*?[^\s$])?)\$", re.S)
-OUTSIDE = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<path>(?:\.\./)+(?:src|tests|benchmarks|examples|experiments|README)[^)#]*)\)")
+OUTSIDE = re.compile(
+    r"\[(?P<text>[^\]]+)\]\((?P<path>(?:\.\./)+(?:src|tests|benchmarks|examples|experiments|README)[^)#]*)\)"
+)
 ROLE = re.compile(r":(?:func|class|mod|meth|attr):(?=<code>)")
 
 equations: list[str] = []
