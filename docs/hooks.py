@@ -11,7 +11,7 @@ from latex2mathml.converter import convert
 
 MATH = re.compile(r"```.*?\n *```|`[^`\n]*`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^\s$](?:[^$]*?[^\s$])?)\$", re.S)
 OUTSIDE = re.compile(
-    r"\[(?P<text>[^\]]+)\]\((?P<path>(?:\.\./)+(?:src|tests|benchmarks|examples|experiments|README)[^)#]*)\)"
+    r"\[(?P<text>[^\]]+)\]\((?P<path>(?:\.\./)+(?:src|tests|benchmarks|examples|experiments)/[^)#]*)\)"
 )
 ROLE = re.compile(r":(?:func|class|mod|meth|attr):(?=<code>)")
 

@@ -72,7 +72,7 @@ def parallel_attention(
     q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
     softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Outputs (B, H, T, D) fp32 by the whole weight matrix: quadratic in T. Arguments as for :func:`attention_weights`."""
+    """Outputs (B, H, T, D) fp32 by the whole matrix of :func:`attention_weights`, which has the same arguments."""
     weights = attention_weights(q, k, fq, fk, gamma, spec, scale, softcap)
     return weights @ expand_heads(v, q.shape[1])
 
