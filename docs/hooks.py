@@ -13,6 +13,7 @@ MATH = re.compile(r"```.*?\n *```|`[^`\n]*`|\$\$(?P<block>.+?)\$\$|\$(?P<inline>
 OUTSIDE = re.compile(
     r"\[(?P<text>[^\]]+)\]\((?P<path>(?:\.\./)+(?:src|tests|benchmarks|examples|experiments)/[^)#]*)\)"
 )
+LIMITS = re.compile(r"(\\sum|\\max)_")
 ROLE = re.compile(r":(?:func|class|mod|meth|attr):(?=<code>)")
 
 equations: list[str] = []
@@ -30,6 +31,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         latex = match["block"] or match["inline"]
         if not latex:
             return match[0]
+        if match["block"]:
+            latex = LIMITS.sub(r"\1\\limits_", latex)
         equations.append(convert(" ".join(latex.split()), display="block" if match["block"] else "inline"))
         return f"equation{len(equations) - 1}end"
 
