@@ -4,7 +4,7 @@ CONSTRAINTS := constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-oldest lint clean
+.PHONY: demo test test-all test-oldest lint docs clean
 
 demo: .venv-demo/done
 	.venv-demo/bin/python examples/demo.py
@@ -23,6 +23,10 @@ lint: .venv/done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# The pages of docs/ as a site, in site/.
+docs: .venv/done
+	.venv/bin/mkdocs build --strict
 
 .venv-demo/done: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv-demo
@@ -43,4 +47,4 @@ lint: .venv/done
 	touch $@
 
 clean:
-	rm -rf .venv .venv-demo .venv-oldest demo-output
+	rm -rf .venv .venv-demo .venv-oldest demo-output site

@@ -224,7 +224,11 @@ class Config:
 
 
 def load_config(recipe: str | None = None, overrides: Iterable[str] = ()) -> Config:
-    """Resolve a recipe (a shipped name or a YAML file) and ``a.b=c`` overrides into a :class:`Config`."""
+    """Resolve a recipe (a shipped name or a YAML file) and ``a.b=c`` overrides into a :class:`Config`.
+
+    Raises:
+        LolcatsError: an unknown recipe or key, a wrong type, or settings that cannot be together.
+    """
     tree = _read_recipe(recipe or "default")
     for item in overrides:
         set_key(tree, *parse_setting(item))

@@ -84,6 +84,15 @@ def linearize(model: str, data: str, out: Path, config: Config, merge: bool = Tr
     """Turn ``model`` into a linear-attention one with ``data``; everything it makes lies in ``out``.
 
     Called again with the same arguments it continues where it stopped, and ends with the same weights.
+
+    Args:
+        model: hub id, directory or .gguf file.
+        data: hub data set id or a file, see :func:`lolcats.training.data.load_data`.
+        merge: also write ``out``/merged.
+        say: is told of progress.
+
+    Raises:
+        LolcatsError: a model, data or settings that cannot be used; or ``out`` holds something else.
     """
     session = start(Inputs(model, trust=config.trust_remote_code), data, out, config, say)
     run_transfer(session)

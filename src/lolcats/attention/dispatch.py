@@ -36,7 +36,11 @@ _backend = os.environ.get("LOLCATS_ATTENTION", "auto")
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """For the block's duration, ``triton`` or ``chunked`` computes all attention; ``auto`` chooses by the tensors."""
+    """For the block's duration, ``triton`` or ``chunked`` computes all attention; ``auto`` chooses by the tensors.
+
+    Raises:
+        LolcatsError: another name.
+    """
     global _backend
     before, _backend = _backend, _known(name)
     try:

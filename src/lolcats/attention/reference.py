@@ -47,7 +47,10 @@ def attention_weights(
 ) -> Tensor:  # fmt: skip
     """Parallel form: the whole (B, H, T, T) matrix of attention weights, quadratic in T.
 
-    With ``first``, the position of q[:, :, 0], q and fq may be some of the queries alone.
+    Args:
+        q, k, fq, fk, gamma: as above, any float dtype; the weights are fp32.
+        scale: of the logits; softcap: what they are squashed to, before the mask.
+        first: position of q[:, :, 0]; q and fq may be some of the queries alone.
     """
     heads, length = q.shape[1], k.shape[2]
     k, fk = expand_heads(k, heads), expand_heads(fk, heads)
@@ -69,7 +72,7 @@ def parallel_attention(
     q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
     softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Outputs (B, H, T, D) fp32 by the whole weight matrix."""
+    """Outputs (B, H, T, D) fp32 by the whole matrix of :func:`attention_weights`, which has the same arguments."""
     weights = attention_weights(q, k, fq, fk, gamma, spec, scale, softcap)
     return weights @ expand_heads(v, q.shape[1])
 

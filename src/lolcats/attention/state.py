@@ -107,6 +107,8 @@ def extend(
     segments are recomputed in backward.
 
     Args:
+        q: (B, H, T, D); k, v: (B, G, T, D), any float dtype.
+        gamma: (H,) the window's weight, fp32.
         mask: (B, T) bool, False where a token is padding (on either side, or between): skipped, output 0.
         counts: how many tokens of each row are none, where the host knows that already.
         phi_q, phi_k: feature maps of (B, H, T, D) and (B, G, T, D).
@@ -171,6 +173,8 @@ def step(
     spec: AttentionSpec, scale: float, softcap: float | None = None,
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
     """Output (B, H, 1, D) for one new token a row, and the state after it. Constant time and memory.
+
+    Arguments as for :func:`extend`, with q (B, H, 1, D) and k, v (B, G, 1, D).
 
     The decode kernel computes it for states that are ``in_place`` where it can, in the dtype of the other kernels; else
     it is fp32.

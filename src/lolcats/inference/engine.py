@@ -155,8 +155,10 @@ class Engine:
         return self.table.nbytes // self.table.slots
 
     def check(self, request: Request) -> None:
-        """Raises:
-        LolcatsError: no tokens, tokens that the model does not have, or a state of another model.
+        """Refuse what cannot run.
+
+        Raises:
+            LolcatsError: no tokens, tokens that the model does not have, or a state of another model.
         """
         vocabulary = self.model.config.get_text_config().vocab_size
         if not request.prompt or not all(0 <= token < vocabulary for token in request.prompt):

@@ -45,7 +45,12 @@ def load(
 ) -> PreTrainedModel:
     """Load a linearized model (adapter or merged form) in evaluation mode.
 
-    ``trust``: run Python code that comes with the base model.
+    Args:
+        dtype: of the weights; ``auto``: as saved. Feature maps and gates are fp32 in any case.
+        trust: run Python code that comes with the base model.
+
+    Raises:
+        LolcatsError: no linearized model, damaged files, or a base model that has changed since.
     """
     from transformers import AutoModelForCausalLM
 

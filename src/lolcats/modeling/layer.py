@@ -124,6 +124,7 @@ class LinearizedAttention(nn.Module):
         recomputes, since through the whole model (stage 2) its intermediates are many times that.
 
         Args:
+            q: (B, H, T, D); k, v: (B, G, T, D), any float dtype.
             padding: (B, T) bool, False where padded.
             documents: rows are several sequences one behind the other, none padded.
         """

@@ -143,7 +143,14 @@ class Data:
 
 
 def load_data(source: str, tokenizer: Any, config: DataConfig, seed: int = 0) -> Data:
-    """Read, render, tokenize, split by document and pack ``source``."""
+    """Read, render, tokenize, split by document and pack ``source``.
+
+    Args:
+        source: hub data set id; .json, .jsonl, .parquet or .txt file; or a .yaml file that mixes several.
+
+    Raises:
+        LolcatsError: nothing there, broken or unknown records, or too few tokens for the rows asked for.
+    """
     return split(tokenize_source(source, tokenizer, config), config, seed)
 
 

@@ -40,6 +40,11 @@ def finetune(
 
     Under torchrun the model is sharded over all ranks first, unless it is (:func:`load_over_ranks`), and stays so.
 
+    Args:
+        model: converted, in any float dtype; LoRA matrices are fp32.
+        data: rows (N, L) of token ids.
+        directory: run directory: ``metrics.jsonl`` and working files under ``checkpoints/finetune`` go there.
+
     Returns:
         the PEFT model with its best weights (``.merge_and_unload()`` folds them in), and what the stage did.
     """

@@ -54,7 +54,10 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage did. ``best_loss`` is the validation loss of the weights the model now has."""
+    """What a stage did: optimizer steps, and what was logged on the way.
+
+    ``best_loss`` is the validation loss of the weights the model now has, those of step ``best_step``.
+    """
 
     steps: int
     best_step: int

@@ -36,8 +36,13 @@ def transfer(
     In one process with ``coupling: joint`` by transformers' Trainer, else by :mod:`lolcats.training.layerwise`.
 
     Args:
+        model: of :func:`lolcats.modeling.convert.convert`, in any float dtype; feature maps and gates are fp32.
+        data: rows (N, L) of token ids.
         directory: run directory: ``metrics.jsonl`` and working files under ``checkpoints/transfer`` go there.
         base: fingerprint of the base model, to tell a run from another one.
+
+    Returns:
+        what the stage did; the model has the best feature maps that validation found.
     """
     train_only(model, lambda name: ".lolcats." in name)
     here = ranks()
