@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from lolcats.files import (
     whole,
     whole_directory,
     write_tensors,
+    write_text,
 )
 from lolcats.modeling.auto import sealed
 from lolcats.modeling.base import Base, find_base, load_model
@@ -160,8 +162,16 @@ def save_lora(model: Any, base: Base, directory: Path) -> None:
 
 
 def seal_lora(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Write LoRA matrices beside their adapter_config.json, with a checksum of both."""
-    write_tensors(tensors, directory / LORA_WEIGHTS, hash_file(directory / "adapter_config.json"))
+    """Write LoRA matrices beside their adapter_config.json, with a checksum of both.
+
+    PEFT keeps the names of the layers as a set: they are sorted, so that equal runs write equal files.
+    """
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    write_text(path, json.dumps(config, indent=2, sort_keys=True))
+    write_tensors(tensors, directory / LORA_WEIGHTS, hash_file(path))
 
 
 def merge_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
