@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
-import json
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
