@@ -1,6 +1,8 @@
 # make demo: a real model linearized in about ten minutes on two cores. make test: the quick tests and lint.
 PYTHON ?= python3
 CONSTRAINTS := constraints.txt
+WORKERS ?= 2
+QUICK := -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -9,15 +11,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: .venv-demo/done
 	.venv-demo/bin/python examples/demo.py
 
+test test-oldest: export OMP_NUM_THREADS := 1
+
 test: .venv/done
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python $(QUICK)
 
 test-all: .venv/done test-oldest
 	.venv/bin/python -m pytest -m slow
 
 # The same quick tests with the oldest transformers and peft that we support.
 test-oldest: .venv-oldest/done
-	.venv-oldest/bin/python -m pytest -m "not slow"
+	.venv-oldest/bin/python $(QUICK)
 
 lint: .venv/done
 	.venv/bin/ruff check .

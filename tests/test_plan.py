@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import FAMILIES, tiny_model
+from scripts import script
 from transformers import MixtralConfig
 from typer.testing import CliRunner
 
@@ -94,14 +92,10 @@ def test_memory_and_time_are_those_measured(part: str, measured_geometry: tuple[
 
 
 def test_the_table_of_speeds_is_what_was_measured() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/plan_speeds.py"], capture_output=True, text=True, check=True
-    )
-    values = [re.match(r"(\w+): (\S+) ", line) for line in done.stdout.splitlines()]
+    values = script("plan_speeds").speeds(MEASURED)
     assert len(values) == 6
-    for match in values:
-        assert match is not None
-        assert getattr(Speeds(), match[1]) == pytest.approx(float(match[2]), rel=0.05), match[1]
+    for name, value in values.items():
+        assert getattr(Speeds(), name) == pytest.approx(value, rel=0.05), name
 
 
 def llama(name: str, *settings: str) -> tuple[Size, Config]:

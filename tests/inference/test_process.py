@@ -18,8 +18,10 @@ import httpx
 import pytest
 from conftest import tiny_model
 from serving import CONFIG, ready, wait_until
+from typer.testing import CliRunner
 
 import lolcats
+from lolcats.cli import app
 
 REAL = os.environ.get("LOLCATS_TEST_MODEL", "")  # a linearized SmolLM2-135M: DIR or DIR/merged of make demo
 
@@ -109,10 +111,8 @@ def test_a_killed_server_answers_the_same_after_its_restart(directory: Path) -> 
 
 
 def test_a_model_that_is_none_is_a_sentence(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "lolcats.cli", "serve", str(tmp_path / "no")], capture_output=True, text=True
-    )
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, ["serve", str(tmp_path / "no")])
+    assert done.exit_code == 2
     assert "does not exist" in done.stderr
 
 

@@ -268,12 +268,12 @@ def test_three_hundred_requests_with_clients_that_leave(engine: Engine, running:
     address, service = running
     rng = random.Random(0)
     texts = [sentence(rng, rng.randint(1, 12)) for _ in range(30)]
-    right = [expected(tokenizer, tokenizer(text)["input_ids"], max_tokens=40) for text in texts]
+    right = [expected(tokenizer, tokenizer(text)["input_ids"], max_tokens=20) for text in texts]
 
     async def one(client: openai.AsyncOpenAI, gate: asyncio.Semaphore, index: int) -> str | None:
         async with gate:
             stream = await client.completions.create(
-                model="tiny", prompt=texts[index % 30], max_tokens=40, temperature=0, stream=True
+                model="tiny", prompt=texts[index % 30], max_tokens=20, temperature=0, stream=True
             )
             answer, chunks = "", 0
             async with stream, contextlib.aclosing(stream.__aiter__()) as received:  # type: ignore[type-var]

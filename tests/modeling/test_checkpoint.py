@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,17 @@ from lolcats.modeling.checkpoint import load_feature_maps, save_feature_maps
 
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
 IDS = torch.randint(6, 300, (2, 50), generator=torch.Generator().manual_seed(0))
-LOAD = (
-    "from transformers import AutoModelForCausalLM as A; "
-    "m = A.from_pretrained({path!r}{extra}); print(type(m).__name__)"
-)
+LOAD = """
+import json
+from transformers import AutoModelForCausalLM
+found = []
+for path, options in {calls!r}:
+    try:
+        found.append(type(AutoModelForCausalLM.from_pretrained(path, **options)).__name__)
+    except Exception as error:
+        found.append(str(error))
+print("\\n" + json.dumps(found))
+"""
 
 
 def saved(tmp_path: Path, family: str = "llama"):
@@ -47,27 +55,27 @@ def test_reload_equals_memory_exactly(family: str, tmp_path: Path) -> None:
     assert {p.dtype for n, p in half.named_parameters() if ".lolcats." in n} == {torch.float32}
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def python(code: str) -> Any:
+    """The last line that a process of its own prints, read as JSON; nobody answers its questions."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_plain_transformers_fails_and_trust_remote_code_works(tmp_path: Path) -> None:
-    saved(tmp_path)
-    plain = python(LOAD.format(path=str(tmp_path), extra=""))
-    assert plain.returncode != 0
-    assert "trust_remote_code" in plain.stderr
-    (tmp_path / "modeling_lolcats.py").rename(tmp_path / "elsewhere")
-    config = json.loads((tmp_path / "config.json").read_text())
+    whole, without_code = str(tmp_path / "whole"), tmp_path / "without code"
+    saved(tmp_path / "whole")
+    saved(without_code)
+    (without_code / "modeling_lolcats.py").unlink()
+    config = json.loads((without_code / "config.json").read_text())
     del config["auto_map"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    without_code = python(LOAD.format(path=str(tmp_path), extra=""))
-    assert without_code.returncode != 0
-    assert "lolcats" in without_code.stderr
-    saved(tmp_path)
-    trusted = python(LOAD.format(path=str(tmp_path), extra=", trust_remote_code=True"))
-    assert trusted.stdout.strip() == "LolcatsLlamaForCausalLM", trusted.stderr
-    imported = python("import lolcats; " + LOAD.format(path=str(tmp_path), extra=""))
-    assert imported.stdout.strip() == "LolcatsLlamaForCausalLM", imported.stderr
+    (without_code / "config.json").write_text(json.dumps(config))
+    calls = [(whole, {}), (str(without_code), {}), (whole, {"trust_remote_code": True})]
+    plain, unknown, trusted = python(LOAD.format(calls=calls))
+    assert "trust_remote_code" in plain
+    assert "lolcats" in unknown
+    assert trusted == "LolcatsLlamaForCausalLM"
+    assert python("import lolcats\n" + LOAD.format(calls=calls[:1])) == ["LolcatsLlamaForCausalLM"]
 
 
 def test_pipeline_from_directory(tmp_path: Path, tokenizer) -> None:
@@ -118,6 +126,6 @@ def spoil(path: Path, damage: str, name: str) -> None:
 
 
 def test_import_is_fast() -> None:
-    """Under 3 s (the best of three, since the machine may be busy)."""
-    code = "import time; t = time.time(); import lolcats; print(time.time() - t)"
-    assert min(float(python(code).stdout) for _ in range(3)) < 3
+    """Under 3 s of processor time, so that a busy machine does not count; the best of three."""
+    code = "import time; import lolcats; print(time.process_time())"
+    assert any(python(code) < 3 for _ in range(3))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from ranks import as_torchrun
 
 import lolcats
 from lolcats.config import load_config
@@ -57,9 +58,7 @@ def train(model_path: Path, task: Task) -> dict[str, torch.Tensor]:
 
 def work(rank: int, size: int, port: int, model_path: Path, tasks: Sequence[Task]) -> None:
     """The whole life of a process; what goes wrong is said in OUT/RANK.txt."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    torch.set_num_threads(1)
+    as_torchrun(rank, size, port)
     for task in tasks:
         if task.die and task.die[0] == rank:
             _die_at(task.die[1])

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
-import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import SETTINGS, tiny_model
 from rank_worker import Task, train, work
+from ranks import forked, free_port
 from safetensors.torch import load_file
 
 from lolcats.ranks import Ranks
@@ -37,19 +35,9 @@ def settings(order: str, *changes: str) -> list[str]:
     return [*PER_LAYER, f"transfer.order={order}", *changes]
 
 
-def forked() -> Any:
-    """Processes forked from one that has everything loaded and no threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lolcats.training.transfer", "transformers.models.llama"])
-    return context
-
-
 def launch(ranks: int, model: Path, tasks: Sequence[Task]) -> list[int | None]:
     """Exit codes of as many processes as torchrun would start."""
-    context = forked()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    context, port = forked(), free_port()
     processes = [context.Process(target=work, args=(rank, ranks, port, model, tasks)) for rank in range(ranks)]
     for process in processes:
         process.start()
