@@ -1,7 +1,7 @@
 """The Triton kernels against the fp32 reference, SDPA's FlashAttention and flash-linear-attention, on one GPU.
 
     python benchmarks/attention.py                          # writes results/attention.json, attention.md, attention.png
-    python benchmarks/attention.py --activations FILE       # errors on real activations, too (see activations.py)
+    python benchmarks/attention.py --activations FILE ...   # errors on real activations, too (see activations.py)
     python benchmarks/attention.py --only errors            # sections whose name has the word; the others stay
     python benchmarks/attention.py --plot                   # table and picture again, from the JSON
 
@@ -220,7 +220,7 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def error_rows(activations: Path | None) -> Iterator[list[Any]]:
+def error_rows(activations: list[Path]) -> Iterator[list[Any]]:
     """‖actual − reference‖ / ‖reference‖ of outputs and every gradient, of the first and the last kv head."""
     for batch, length in dict.fromkeys([*((1, n) for n in LENGTHS), *BATCHES]):
         for maps in (H, G):
@@ -232,13 +232,14 @@ def error_rows(activations: Path | None) -> Iterator[list[Any]]:
             yield compare(name, replace(Problem.random(1, 1000, dtype=dtype), spec=spec))
     problem = Problem.random(1, 1000)
     yield compare("random, 1 × 1000, dy = y", problem, problem.kernels().detach())
-    if activations:
+    for file in activations:
         from safetensors.torch import load_file
 
-        tensors = load_file(activations, device="cuda")
+        tensors = load_file(file, device="cuda")
         for layer in sorted({name.split(".")[0] for name in tensors}, key=int):
             q, k, v = (tensors[f"{layer}.{name}"] for name in "qkv")
-            yield compare(f"real, layer {layer}, {' × '.join(map(str, q.shape))}", Problem.of([q, k, v], q.shape[1]))
+            name = f"{file.stem}, layer {layer}, {' × '.join(map(str, q.shape))}"
+            yield compare(name, Problem.of([q, k, v], q.shape[1]))
 
 
 def compare(name: str, problem: Problem, direction: Tensor | None = None) -> list[str]:
@@ -295,7 +296,7 @@ def kernel_rows(length: int = 32768) -> Iterator[list[Any]]:
             yield ["query" if maps == H else "kv", name, f"{time:.1f}"]
 
 
-def sections(activations: Path | None) -> dict[str, tuple[str, Callable[[], Iterator[list[Any]]]]]:
+def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Iterator[list[Any]]]]]:
     return {
         "Forward": (
             "tokens | key maps per head of | fastest SDPA layout | SDPA ms | kernels ms | ratio | target | "
@@ -318,7 +319,7 @@ def sections(activations: Path | None) -> dict[str, tuple[str, Callable[[], Iter
     }  # fmt: skip
 
 
-def run(directory: Path, activations: Path | None, only: str) -> dict[str, Any]:
+def run(directory: Path, activations: list[Path], only: str) -> dict[str, Any]:
     """Sections with ``only`` in their name; what is measured is written, should a later section fail."""
     results: dict[str, Any] = {
         "date": str(date.today()), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
@@ -401,7 +402,9 @@ def draw(results: dict[str, Any], directory: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--activations", type=Path, help="q, k, v of real layers, written by activations.py")
+    parser.add_argument(
+        "--activations", type=Path, nargs="+", default=[], help="q, k, v of real layers, written by activations.py"
+    )
     parser.add_argument("--only", default="", help="measure sections with this in their name")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     parser.add_argument("--plot", action="store_true", help="only write table and picture again from the JSON")
