@@ -239,7 +239,9 @@ def error_rows(activations: list[Path]) -> Iterator[list[Any]]:
         for layer in sorted({name.split(".")[0] for name in tensors}, key=int):
             q, k, v = (tensors[f"{layer}.{name}"] for name in "qkv")
             name = f"{file.stem}, layer {layer}, {' × '.join(map(str, q.shape))}"
-            yield compare(name, Problem.of([q, k, v], q.shape[1]))
+            problem = Problem.of([q, k, v], q.shape[1])
+            yield compare(name, problem)
+            yield compare_softmax(f"{name}, SDPA FlashAttention", problem)
 
 
 def compare(name: str, problem: Problem, direction: Tensor | None = None) -> list[str]:
@@ -268,6 +270,22 @@ def compare(name: str, problem: Problem, direction: Tensor | None = None) -> lis
             values.append(relative(actual.narrow(dim, g * size, size), right))
         worst = [max(a, b) if b == b else b for a, b in zip(worst, values, strict=True)]
     return [name, *("–" if value != value else f"{value:.1e}" for value in worst)]
+
+
+def compare_softmax(name: str, problem: Problem) -> list[str]:
+    """How well FlashAttention does on the same tensors, against softmax attention in fp32."""
+    direction = torch.randn_like(problem.qkv[0])
+    results = []
+    for attend, dtype in ((flash, None), (exact_softmax, torch.float32)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in problem.qkv]
+        y = attend(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, direction.to(y.dtype))])
+    return [name, *(error(a, b) for a, b in zip(*results, strict=True)), "", "", ""]
+
+
+def exact_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
