@@ -11,7 +11,6 @@ Feature maps are part of what is timed. flash-linear-attention and matplotlib ar
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import triton
 from torch import Tensor
@@ -30,7 +30,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from lolcats.attention import AttentionSpec, FeatureMap, chunked_attention, parallel_attention
 from lolcats.attention.kernels import triton_attention
 
-RESULTS = Path(__file__).parent / "results"
 H, G, D, F_COLUMNS = 32, 8, 128, 64
 HYBRID = AttentionSpec("hybrid", "terraced", window_size=64, sinks=4)
 LENGTHS = {2048: 1.2, 8192: 4, 32768: 16, 131072: 70}  # tokens: how many times SDPA's speed is the target
@@ -340,11 +339,10 @@ def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Itera
 def run(directory: Path, activations: list[Path], only: str) -> dict[str, Any]:
     """Sections with ``only`` in their name; what is measured is written, should a later section fail."""
     results: dict[str, Any] = {
-        "date": str(date.today()), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "date": str(date.today()), "device": common.hardware(torch.device("cuda")), "torch": torch.__version__,
         "triton": triton.__version__, "sections": {},
     }  # fmt: skip
-    known = directory / "attention.json"
-    before = json.loads(known.read_text())["sections"] if only and known.exists() else {}
+    before = common.read(directory, "attention")["sections"] if only and (directory / "attention.json").exists() else {}
     every = sections(activations)
     results["sections"] = {name: before[name] for name in every if name in before}
     for name, (columns, rows) in every.items():
@@ -355,14 +353,8 @@ def run(directory: Path, activations: list[Path], only: str) -> dict[str, Any]:
         for row in rows():
             section["rows"].append(row)
             print(name, row, file=sys.stderr, flush=True)
-            write(results, directory)
+            common.write(results, report(results), directory, "attention")
     return results
-
-
-def write(results: dict[str, Any], directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "attention.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    (directory / "attention.md").write_text(report(results))
 
 
 def report(results: dict[str, Any]) -> str:
@@ -393,14 +385,9 @@ def report(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], directory: Path) -> None:
-    if not importlib.util.find_spec("matplotlib"):
-        print("No picture: matplotlib is not installed.", file=sys.stderr)
+    pyplot = common.load_pyplot()
+    if pyplot is None:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = results["sections"]["Forward"]["rows"]
     figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     query, kv = ([row for row in rows if row[1] == name] for name in ("query", "kv"))
@@ -424,12 +411,12 @@ def main() -> None:
         "--activations", type=Path, nargs="+", default=[], help="q, k, v of real layers, written by activations.py"
     )
     parser.add_argument("--only", default="", help="measure sections with this in their name")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
     parser.add_argument("--plot", action="store_true", help="only write table and picture again from the JSON")
     arguments = parser.parse_args()
     if arguments.plot:
-        results = json.loads((arguments.out / "attention.json").read_text())
-        write(results, arguments.out)
+        results = common.read(arguments.out, "attention")
+        common.write(results, report(results), arguments.out, "attention")
     elif torch.cuda.is_available():
         results = run(arguments.out, arguments.activations, arguments.only)
     else:

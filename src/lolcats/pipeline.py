@@ -42,7 +42,7 @@ from lolcats.modeling.convert import convert, convert_as
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.modeling.skeleton import Skeleton, build_skeleton
 from lolcats.ranks import is_first, ranks
-from lolcats.run import Run
+from lolcats.run import SAMPLE_PROMPT, Run
 from lolcats.training.controls import control, control_directory, train_control
 from lolcats.training.data import Data
 from lolcats.training.distributed import is_sharded
@@ -50,7 +50,6 @@ from lolcats.training.finetune import finetune, load_lora, load_over_ranks
 from lolcats.training.trainer import StageResult
 from lolcats.training.transfer import layer_errors, transfer, transfer_in_turn
 
-PROMPT = "What is a good way to spend a rainy weekend? Explain your ideas."
 LENGTHS = (1024, 8192, 65536)
 Say = Callable[[str], None]
 
@@ -419,7 +418,7 @@ def _teacher_sample(session: Session) -> str:
 
 def _sample(session: Session) -> str:
     """A greedy answer long enough to leave the window: its end is read through the linear term."""
-    return generate(session.model, session.tokenizer, PROMPT, 3 * session.config.attention.window_size)
+    return generate(session.model, session.tokenizer, SAMPLE_PROMPT, 3 * session.config.attention.window_size)
 
 
 def _batch(session: Session) -> int:
