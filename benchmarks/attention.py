@@ -1,7 +1,7 @@
 """The Triton kernels against the fp32 reference, SDPA's FlashAttention and flash-linear-attention, on one GPU.
 
     python benchmarks/attention.py                          # writes results/attention.json, attention.md, attention.png
-    python benchmarks/attention.py --activations FILE       # errors on real activations, too (see activations.py)
+    python benchmarks/attention.py --activations FILE ...   # errors on real activations, too (see activations.py)
     python benchmarks/attention.py --only errors            # sections whose name has the word; the others stay
     python benchmarks/attention.py --plot                   # table and picture again, from the JSON
 
@@ -219,7 +219,7 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def error_rows(activations: Path | None) -> Iterator[list[Any]]:
+def error_rows(activations: list[Path]) -> Iterator[list[Any]]:
     """‖actual − reference‖ / ‖reference‖ of outputs and every gradient, of the first and the last kv head."""
     for batch, length in dict.fromkeys([*((1, n) for n in LENGTHS), *BATCHES]):
         for maps in (H, G):
@@ -231,13 +231,16 @@ def error_rows(activations: Path | None) -> Iterator[list[Any]]:
             yield compare(name, replace(Problem.random(1, 1000, dtype=dtype), spec=spec))
     problem = Problem.random(1, 1000)
     yield compare("random, 1 × 1000, dy = y", problem, problem.kernels().detach())
-    if activations:
+    for file in activations:
         from safetensors.torch import load_file
 
-        tensors = load_file(activations, device="cuda")
+        tensors = load_file(file, device="cuda")
         for layer in sorted({name.split(".")[0] for name in tensors}, key=int):
             q, k, v = (tensors[f"{layer}.{name}"] for name in "qkv")
-            yield compare(f"real, layer {layer}, {' × '.join(map(str, q.shape))}", Problem.of([q, k, v], q.shape[1]))
+            name = f"{file.stem}, layer {layer}, {' × '.join(map(str, q.shape))}"
+            problem = Problem.of([q, k, v], q.shape[1])
+            yield compare(name, problem)
+            yield compare_softmax(f"{name}, SDPA FlashAttention", problem)
 
 
 def compare(name: str, problem: Problem, direction: Tensor | None = None) -> list[str]:
@@ -268,6 +271,22 @@ def compare(name: str, problem: Problem, direction: Tensor | None = None) -> lis
     return [name, *("–" if value != value else f"{value:.1e}" for value in worst)]
 
 
+def compare_softmax(name: str, problem: Problem) -> list[str]:
+    """How well FlashAttention does on the same tensors, against softmax attention in fp32."""
+    direction = torch.randn_like(problem.qkv[0])
+    results = []
+    for attend, dtype in ((flash, None), (exact_softmax, torch.float32)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in problem.qkv]
+        y = attend(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, direction.to(y.dtype))])
+    return [name, *(error(a, b) for a, b in zip(*results, strict=True)), "", "", ""]
+
+
+def exact_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+
+
 def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
@@ -294,7 +313,7 @@ def kernel_rows(length: int = 32768) -> Iterator[list[Any]]:
             yield ["query" if maps == H else "kv", name, f"{time:.1f}"]
 
 
-def sections(activations: Path | None) -> dict[str, tuple[str, Callable[[], Iterator[list[Any]]]]]:
+def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Iterator[list[Any]]]]]:
     return {
         "Forward": (
             "tokens | key maps per head of | fastest SDPA layout | SDPA ms | kernels ms | ratio | target | "
@@ -317,7 +336,7 @@ def sections(activations: Path | None) -> dict[str, tuple[str, Callable[[], Iter
     }  # fmt: skip
 
 
-def run(directory: Path, activations: Path | None, only: str) -> dict[str, Any]:
+def run(directory: Path, activations: list[Path], only: str) -> dict[str, Any]:
     """Sections with ``only`` in their name; what is measured is written, should a later section fail."""
     results: dict[str, Any] = {
         "date": str(date.today()), "device": common.hardware(torch.device("cuda")), "torch": torch.__version__,
@@ -388,7 +407,9 @@ def draw(results: dict[str, Any], directory: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--activations", type=Path, help="q, k, v of real layers, written by activations.py")
+    parser.add_argument(
+        "--activations", type=Path, nargs="+", default=[], help="q, k, v of real layers, written by activations.py"
+    )
     parser.add_argument("--only", default="", help="measure sections with this in their name")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
     parser.add_argument("--plot", action="store_true", help="only write table and picture again from the JSON")
