@@ -1,4 +1,4 @@
-# make demo: a real model linearized in about ten minutes on two cores. make test: the quick tests and lint.
+# make demo: a real model linearized in about ten minutes on two cores. make test: the quick tests, WORKERS at a time.
 PYTHON ?= python3
 CONSTRAINTS := constraints.txt
 WORKERS ?= 2
