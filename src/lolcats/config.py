@@ -152,8 +152,8 @@ class TransferConfig(StageConfig):
     xent_weight: float = 0.0
     """Cross-entropy between attention weights (the paper's 405B used 1). Quadratic time in the sequence length."""
     window_dropout: float = 0.0
-    """Probability with which a row of a training step hides window and sinks in all hybrid layers: there the linear term
-    alone learns softmax attention over the keys that it has, those older than the window. Otherwise it is trained only
+    """Probability with which a row of a training step hides window and sinks in all hybrid layers: there the linear
+    term alone learns softmax attention over the keys that it has, those older than the window. Without, it is trained
     as far as the window leaves something to mend. After arXiv 2510.05901, which hides windows on a schedule."""
     coupling: Literal["joint", "per_layer"] = "joint"
     """Who shares gradient clip, mean loss, plateau, early stopping, best checkpoint: all layers (the paper) or none."""
@@ -235,8 +235,8 @@ class Config:
             )
         if self.transfer.window_dropout and "hybrid" not in (self.attention.kind, *self.attention.layers.values()):
             raise LolcatsError(
-                f"transfer.window_dropout hides the window of hybrid attention, which attention.kind={self.attention.kind} "
-                "is not."
+                "transfer.window_dropout hides the window of hybrid attention, which "
+                f"attention.kind={self.attention.kind} is not."
             )
         length, window = self.data.sequence_length, self.attention.window_size
         if self.attention.kind in ("hybrid", "window") and length < 2 * window:

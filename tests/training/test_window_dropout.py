@@ -110,7 +110,7 @@ def test_only_hybrid_layers_and_unpadded_rows() -> None:
     assert torch.equal(attention_loss(linear, call, PLAIN, hidden=[1]), attention_loss(linear, call, PLAIN))
     with pytest.raises(LolcatsError, match="without padding"):
         older_error(make_layer(), replace(call, padding=torch.ones(B, T, dtype=torch.bool)))
-    with pytest.raises(LolcatsError, match="is a probability, not 1.5"):
+    with pytest.raises(LolcatsError, match=r"is a probability, not 1\.5"):
         load_config("default", ["transfer.window_dropout=1.5"])
     with pytest.raises(LolcatsError, match=r"attention\.kind=linear is not"):
         load_config("default", ["transfer.window_dropout=0.5", "attention.kind=linear"])

@@ -193,7 +193,7 @@ class LinearizedAttention(nn.Module):
         return AttentionState.empty(k, v, self.maps, self.phi_k.num_features, self.spec, dtype)
 
     def weights(self, q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-        """(B, H, T, T) attention weights, quadratic: for pictures. Rows sum to 1, whatever the outputs are divided by."""
+        """(B, H, T, T) attention weights, quadratic: for pictures. Rows sum to 1, in every variant."""
         return attention_weights(q, k, self.phi_q(q), self.phi_k(k), self.gamma, self.spec, scale, softcap)
 
 
