@@ -22,7 +22,7 @@ from lolcats.run import Run
 RESULTS = {
     "ppl_teacher", "ppl_window", "ppl_window_sinks", "ppl_transfer", "ppl_student", "ppl_linear_off", "ppl_window_off",
     "baseline_sinks", "layer_errors_before", "layer_errors_after", "sample_teacher", "sample_student", "cache_bytes",
-    "gamma", "attention",
+    "gamma", "layers", "attention",
 }  # fmt: skip
 
 

@@ -1,0 +1,113 @@
+"""Errors, entropies and older shares by layer and head, against the whole matrix of the teacher's own weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import Tensor
+
+import lolcats
+from lolcats.attention import AttentionSpec
+from lolcats.config import AttentionConfig, load_config
+from lolcats.evaluation.layers import QUERIES, measure_layers, weights_of_queries
+from lolcats.modeling.layer import linearized_layers, override
+from lolcats.pipeline import linearize
+from lolcats.training.transfer import layer_errors
+
+SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
+IDS = torch.randint(6, 300, (3, 50), generator=torch.Generator().manual_seed(0))
+
+
+def converted(family: str = "llama", **changes: Any) -> Any:
+    torch.manual_seed(1)
+    return lolcats.convert(tiny_model(family), AttentionConfig(**{**vars(SMALL), **changes}))
+
+
+def teacher_weights(family: str = "llama", ids: Tensor = IDS) -> Tensor:
+    """(layers, B, H, T, T) of the original model, by transformers' eager attention."""
+    model = tiny_model(family)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        return torch.stack(model(ids, output_attentions=True).attentions)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_entropies_and_shares_are_those_of_the_original(family: str) -> None:
+    """Gemma's sliding layer is not linearized, and left out."""
+    found = measure_layers(converted(family), [(IDS[:2], None), (IDS[2:], None)], "teacher")
+    weights = teacher_weights(family)[found["layers"]]
+    assert found["layers"] == ([0, 1] if family != "gemma3" else [1, 2])
+    assert (found["rows"], found["tokens"], found["of"]) == (3, 50, "teacher")
+    entropies = -(weights * weights.clamp_min(1e-30).log()).sum(-1).mean((1, 3))
+    torch.testing.assert_close(torch.tensor(found["entropies"]), entropies, atol=1e-4, rtol=1e-4)
+    n, i = torch.arange(50)[:, None], torch.arange(50)
+    older = (i >= 2) & (i < (n // 8 - 1) * 8)
+    torch.testing.assert_close(
+        torch.tensor(found["older"]), (weights * older).sum(-1).mean((1, 3)), atol=1e-5, rtol=1e-4
+    )
+    assert torch.tensor(found["older"]).min() > 0
+
+
+@torch.no_grad()
+def test_errors_are_those_that_training_sees() -> None:
+    model = converted()
+    found = measure_layers(model, [(IDS, None)], "teacher")
+    errors = torch.tensor(found["errors"])
+    torch.testing.assert_close(errors.mean(1), torch.tensor(layer_errors(model, [IDS])), atol=0, rtol=1e-4)
+    targets = []
+    with override(model, mode="transfer", observer=lambda layer, call: targets.append(call.target)):
+        model(IDS, use_cache=False)
+    sizes = torch.stack(targets).square().mean((1, 2, 4))
+    torch.testing.assert_close(torch.tensor(found["sizes"]), sizes, atol=0, rtol=1e-4)
+    with override(model, window_size=64, sinks=0):  # softmax over all keys
+        same = measure_layers(model, [(IDS, None)], "teacher")
+    assert torch.tensor(same["errors"]).max() < 1e-10
+    assert torch.tensor(same["older"]).max() == 0
+    assert same["entropies"] == found["entropies"]
+
+
+def test_known_weights() -> None:
+    """Uniform attention of query n has entropy log(n + 1); all keys but its own window and sinks are older."""
+    length = QUERIES + 20
+    values = weights_of_queries(
+        torch.zeros(1, 2, length, 4), torch.randn(1, 1, length, 4), AttentionSpec("hybrid", "sliding", 5, 3), 1.0
+    )
+    n = torch.arange(length)
+    torch.testing.assert_close(values[0, 1, :, 0], (n + 1.0).log())
+    torch.testing.assert_close(values[0, 0, :, 1], (n - 7).clamp_min(0) / (n + 1.0))
+    linear = weights_of_queries(torch.zeros(1, 2, 9, 4), torch.randn(1, 1, 9, 4), AttentionSpec("linear"), 1.0)
+    torch.testing.assert_close(linear[..., 1], torch.ones(1, 2, 9))
+
+
+def test_documents_are_sequences_of_their_own() -> None:
+    model = converted()
+    lengths = (20, 30)
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(3, -1)
+    packed = measure_layers(model, [(IDS, positions)], "teacher")
+    parts = [measure_layers(model, [(ids, None)], "teacher") for ids in IDS.split(lengths, 1)]
+    for name in ("errors", "sizes", "entropies", "older"):
+        alone = sum(n / 50 * torch.tensor(part[name]) for n, part in zip(lengths, parts, strict=True))
+        torch.testing.assert_close(torch.tensor(packed[name]), alone, atol=1e-6, rtol=1e-3)
+
+
+def test_a_run_leaves_them_as_data(model_dirs, chat_file: Path, settings: list[str], tmp_path: Path) -> None:
+    """After stage 1 on the teacher's queries; where stage 2 trains the maps, behind it and on the student's."""
+    for name, more in (("frozen", []), ("trained", ["finetune.feature_map_learning_rate=1e-2"])):
+        config = load_config("default", [*settings, *more])
+        linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / name, config, merge=False, say=lambda _: None)
+        results = json.loads((tmp_path / name / "run.json").read_text())["results"]
+        found = results["layers"]
+        assert found["of"] == ("teacher" if name == "frozen" else "student")
+        assert (found["rows"], found["tokens"]) == (4, 32)
+        assert all(0 < h < math.log(32) for layer in found["entropies"] for h in layer)
+        if name == "frozen":  # the same rows
+            means = torch.tensor(found["errors"]).mean(1)
+            torch.testing.assert_close(means, torch.tensor(results["layer_errors_after"]), atol=0, rtol=1e-3)
+    model = lolcats.load(tmp_path / "trained")
+    assert len(found["errors"]) == len(linearized_layers(model))
