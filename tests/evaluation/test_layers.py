@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import SETTINGS, tiny_model
+from test_benchmark_scripts import script
 from torch import Tensor
 
 import lolcats
@@ -18,6 +19,8 @@ from lolcats.config import AttentionConfig, load_config
 from lolcats.evaluation.layers import QUERIES, measure_layers, weights_of_queries
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.pipeline import linearize
+from lolcats.sweep.execute import run_sweep
+from lolcats.sweep.plan import Sweep, read_sweep
 from lolcats.training.transfer import layer_errors
 
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
@@ -111,3 +114,46 @@ def test_a_run_leaves_them_as_data(model_dirs, chat_file: Path, settings: list[s
             torch.testing.assert_close(means, torch.tensor(results["layer_errors_after"]), atol=0, rtol=1e-3)
     model = lolcats.load(tmp_path / "trained")
     assert len(found["errors"]) == len(linearized_layers(model))
+
+
+def tiny_sweep(path: Path, model: Path, data: Path) -> Sweep:
+    rows = {
+        "few steps": ["transfer.max_steps=1"],
+        "late": ["transfer.max_steps=0", "finetune.feature_map_learning_rate=1e-2"],
+        "window": ["attention.kind=window"],
+    }
+    path.write_text(json.dumps({"base": {"set": SETTINGS}, "rows": rows, "seeds": [0, 1]}))
+    return read_sweep(path, [f"base.model={model}", f"base.data={data}"])
+
+
+def test_tables_of_a_sweep(
+    model_dirs, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A column or line for each row that has linear attention; means over seeds of what run.json says."""
+    layers, out = script("layers"), tmp_path / "out"
+    run_sweep(tiny_sweep(tmp_path / "sweep.yaml", model_dirs["llama"], chat_file), out, "", lambda _: None)
+    rows = layers.read_sweep(out)
+    assert [row.name for row in rows] == ["few steps", "late"]
+    assert [row.of for row in rows] == ["teacher", "student"]
+    runs = [json.loads(path.read_text())["results"] for path in sorted(out.glob("few-steps-seed*/run.json"))]
+    assert len(runs) == 2
+    means = torch.tensor([r["layer_errors_after"] for r in runs], dtype=torch.float64).mean(0)
+    torch.testing.assert_close(rows[0].error, means)
+    assert rows[0].quality["held-out"] == pytest.approx(sum(r["ppl_student"] for r in runs) / 2)
+    picture = tmp_path / "layers.png"
+    monkeypatch.setattr("sys.argv", ["layers.py", str(out), "--picture", str(picture)])
+    layers.main()
+    tables = capsys.readouterr().out
+    assert "| layer | few steps | late |" in tables
+    assert f"| 1 | {means[1]:.3g} | " in tables
+    assert "| row | errors of the | untrained | error | relative error | held-out |" in tables
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rank_correlation() -> None:
+    layers = script("layers")
+    x = torch.tensor([3.0, 1.0, 2.0, 10.0])
+    assert layers.rank_correlation(x, x.exp()) == pytest.approx(1)
+    assert layers.rank_correlation(x, -x) == pytest.approx(-1)
+    assert layers.rank_correlation(x, torch.tensor([2.0, 1.0, 3.0, 4.0])) == pytest.approx(0.8)
+    assert math.isnan(layers.rank_correlation(x[:2], x[:2]))
