@@ -49,6 +49,7 @@ def test_whole_job(family: str, model_dirs, chat_file: Path, settings, tmp_path:
     adapter = AutoModelForCausalLM.from_pretrained(out)
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
     assert type(adapter) is type(merged)
+    assert adapter.config.use_cache is merged.config.use_cache is True
     assert torch.equal(adapter(ids).logits, merged(ids).logits)
     assert set(dict(adapter.named_parameters())) == set(dict(merged.named_parameters()))
     pipe = pipeline("text-generation", model=str(out / "merged"))
