@@ -14,7 +14,7 @@ from conftest import tiny_model
 from torch import Tensor
 
 import lolcats
-from lolcats.attention import AttentionSpec, Documents
+from lolcats.attention import AttentionSpec, Documents, use_backend
 from lolcats.config import AttentionConfig, TransferConfig, load_config
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.modeling.checkpoint import feature_map_state
@@ -81,6 +81,21 @@ def test_gradients() -> None:
         torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-3)
     gate = torch.autograd.grad(attention_loss(layer, call, PLAIN, hidden=[0]), layer.gate)[0]
     assert gate.abs().min() > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_kernels_give_the_same() -> None:
+    pytest.importorskip("triton")
+    config, whole = AttentionConfig(window_size=8, sinks=3, feature_dim=6), make_call()
+    layer = LinearizedAttention(Geometry(0, 1, 1, D, D), config, layer_spec(config, "hybrid"), "sdpa")
+    q, k, v = (x[:2, :1, :30] for x in (whole.q, whole.k, whole.v))
+    call, results = AttentionCall(q, k, v, whole.target[:2, :30, :1], SCALE, None, None), []
+    for backend in ("chunked", "triton"):
+        with use_backend(backend):
+            loss = attention_loss(layer, call, PLAIN, hidden=[1])
+            results.append([loss, *torch.autograd.grad(loss, [layer.phi_q.weight, layer.phi_k.weight, layer.gate])])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-3)
 
 
 def test_softmax_over_older_keys_with_a_cap() -> None:
@@ -157,7 +172,7 @@ def test_training_uses_it_and_validation_does_not(settings: list[str], data: Dat
 def test_the_linear_term_learns_what_the_window_hides(settings: list[str], data: Data, tmp_path: Path) -> None:
     """With it the linear term alone is nearer to softmax over the same keys."""
     errors = {}
-    more = ["transfer.max_steps=60", "transfer.eval_steps=60", "transfer.save_steps=60", "attention.window_size=4"]
+    more = ["transfer.max_steps=30", "transfer.eval_steps=30", "transfer.save_steps=30", "attention.window_size=4"]
     for p in (0, 0.5):
         _, (_, model) = trained(settings, data, tmp_path / str(p), *more, f"transfer.window_dropout={p}")
         found: list[Tensor] = []

@@ -1,11 +1,14 @@
-"""The rows of prior art, through the whole job: both stages, saving, loading, generating."""
+"""Rows of the experiments through the whole job: prior art in both stages, saved, loaded, generating; kinds of data."""
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import sentence
 from transformers import AutoModelForCausalLM
 
 import lolcats
@@ -13,6 +16,8 @@ from lolcats.config import load_config
 from lolcats.files import read_tensors
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.pipeline import linearize
+from lolcats.sweep.execute import run_sweep
+from lolcats.sweep.plan import read_sweep
 
 NO_TRANSFER = ["transfer.max_steps=0", "finetune.feature_map_learning_rate=1e-2"]
 HEDGEHOG = ["attention.kind=linear", "transfer.mse_weight=0", "transfer.xent_weight=1"]
@@ -67,3 +72,30 @@ def test_supra_saves_its_norm_and_trains_it(model_dirs, chat_file: Path, setting
     assert all(torch.equal(saved["both"][name], tensor) for name, tensor in saved["stage 1"].items())
     loaded = linearized_layers(lolcats.load(tmp_path / "both"))[1]
     assert torch.equal(loaded.norm.weight, saved["both"]["model.layers.1.self_attn.lolcats.norm.weight"])
+
+
+def test_half_and_half_and_longest_effective_lengths(model_dirs, settings: list[str], tmp_path: Path) -> None:
+    """The paper's Tables 14 and 15 as rows of one sweep: each trains on the rows that it should, the others on all."""
+    rng = random.Random(0)
+    for name, mark in (("a", "A"), ("b", "B")):
+        texts = [f"{mark} {sentence(rng, rng.randint(5, 60))}" for _ in range(150)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "half.yaml").write_text("sources: [{path: a.jsonl, weight: 1}, {path: b.jsonl, weight: 1}]")
+    rows = {
+        "one": [], "half and half": ["base.data=half"],
+        "longest": ["base.data=half", "data.keep_longest_effective=0.25"],
+    }  # fmt: skip
+    tree = {"base": {"set": settings, "sources": {"half": str(tmp_path / "half.yaml")}}, "rows": rows}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(tree))
+    places = [f"base.model={model_dirs['llama']}", f"base.data={tmp_path / 'a.jsonl'}"]
+    run_sweep(read_sweep(tmp_path / "sweep.yaml", places), tmp_path / "out", "", lambda _: None)
+    runs = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/run.json")}
+    one, half, longest = (next(r for n, r in runs.items() if n.startswith(s)) for s in ("one", "half", "longest"))
+    assert half["data"]["train_rows"] == longest["data"]["train_rows"] > 1.5 * one["data"]["train_rows"]
+    assert half["data"]["fingerprint"] == longest["data"]["fingerprint"] != one["data"]["fingerprint"]
+    found = longest["results"]["effective_length"]
+    assert len(found["rows"]) == round(0.25 * half["data"]["train_rows"])
+    assert found["mean"]["kept"] > found["mean"]["all"]
+    assert "effective_length" not in half["results"]
+    maps = [read_tensors(next((tmp_path / "out").glob(f"{s}*/feature_maps.safetensors"))) for s in ("half", "longest")]
+    assert any(not torch.equal(maps[0][name], maps[1][name]) for name in maps[0])
