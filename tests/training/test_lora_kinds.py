@@ -175,4 +175,5 @@ def test_quantized_base(
     assert type(adapter.model.layers[0].self_attn.q_proj) is nn.Linear
     with torch.no_grad():
         assert torch.equal(logits(adapter), logits(merged))
-    assert torch.equal(adapter.model.layers[1].mlp.up_proj.weight, untouched.model.layers[1].mlp.up_proj.weight)
+    weight = adapter.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(weight, untouched.model.layers[1].mlp.up_proj.weight.to(weight.dtype))
