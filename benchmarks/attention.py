@@ -219,7 +219,7 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def error_rows(activations: list[Path]) -> Iterator[list[Any]]:
+def error_rows() -> Iterator[list[Any]]:
     """‖actual − reference‖ / ‖reference‖ of outputs and every gradient, of the first and the last kv head."""
     for batch, length in dict.fromkeys([*((1, n) for n in LENGTHS), *BATCHES]):
         for maps in (H, G):
@@ -231,6 +231,10 @@ def error_rows(activations: list[Path]) -> Iterator[list[Any]]:
             yield compare(name, replace(Problem.random(1, 1000, dtype=dtype), spec=spec))
     problem = Problem.random(1, 1000)
     yield compare("random, 1 × 1000, dy = y", problem, problem.kernels().detach())
+
+
+def activation_rows(activations: list[Path]) -> Iterator[list[Any]]:
+    """The same on q, k and v of real layers, FlashAttention's errors on them beside ours."""
     for file in activations:
         from safetensors.torch import load_file
 
@@ -332,7 +336,10 @@ def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Itera
         "Where the time goes, 1 × 32,768 tokens, forward and all gradients": (
             "key maps per head of | kernel | ns a token", kernel_rows,
         ),
-        "Relative errors": (f"data | outputs | {' | '.join(NAMES)}", partial(error_rows, activations)),
+        "Relative errors": (f"data | outputs | {' | '.join(NAMES)}", error_rows),
+        "Relative errors, real activations": (
+            f"model, layer | outputs | {' | '.join(NAMES)}", partial(activation_rows, activations),
+        ),
     }  # fmt: skip
 
 

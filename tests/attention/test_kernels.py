@@ -274,7 +274,7 @@ def test_gradients_where_outputs_are_large() -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("dim", [8, 16, 32])
+@pytest.mark.parametrize("dim", [16, 32])
 def test_narrow_heads(dim: int) -> None:
     """Products of narrow tiles come out wrong: they are padded."""
     problem = Problem(100, dim, 8, dtype=torch.bfloat16)

@@ -29,7 +29,7 @@ from lolcats.attention.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Call:
-    """Everything about a call that is no tensor to differentiate."""
+    """Everything about a call that is no tensor to differentiate. train: gradients may be wanted."""
 
     spec: AttentionSpec
     scale: float
@@ -38,6 +38,7 @@ class Call:
     context: Context | None = None
     final: bool = False
     tiling: Tiling | None = None
+    train: bool = True
 
 
 def triton_attention(
@@ -67,7 +68,7 @@ def triton_attention(
     """
     batch, _, tokens, _ = q.shape
     rows = dense_rows(batch, tokens, lengths) if cu_seqlens is None else packed_rows(cu_seqlens)
-    call = Call(spec, float(scale), softcap, rows, context, final, tiling)
+    call = Call(spec, float(scale), softcap, rows, context, final, tiling, train=torch.is_grad_enabled())
     fq = fk = wq = wk = None
     if spec.has_linear and features is not None:
         fq, fk = features
@@ -92,8 +93,8 @@ class _Attention(torch.autograd.Function):
         weights = (w if w is None else w.detach().to(q.dtype).contiguous() for w in (wq, wk))
         tensors = *map(_ready, (q, k, v, fq, fk)), *weights, gamma.detach().float().contiguous()
         problem = Problem.of(call, tensors)
-        save = any(ctx.needs_input_grad)
-        o, lost, softmax, S, z = problem.forward(save, peaks=any(ctx.needs_input_grad[:3]))
+        save = call.train and any(ctx.needs_input_grad)  # which says true without gradients, too
+        o, lost, softmax, S, z = problem.forward(save, peaks=save and any(ctx.needs_input_grad[:3]))
         if save:
             nothing: dict[str, Any] = dict.fromkeys(TENSORS)
             ctx.problem = dataclasses.replace(problem, **nothing)
