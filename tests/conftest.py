@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("COLUMNS", None)  # readline leaves it to pytest's workers: a console made then has that width for good
 
 import pytest
 import torch
