@@ -122,13 +122,13 @@ def test_a_lost_rank_and_another_number_of_ranks(order: str, model: Path, tmp_pa
 @pytest.mark.parametrize("order", ["joint", "stream", "blocks"])
 def test_killed_at_any_moment(order: str, model: Path, tmp_path: Path) -> None:
     """SIGKILL from outside at moments that nobody chose, again and again, until a run gets through."""
-    changes = settings(order, "transfer.max_steps=40", "transfer.save_steps=3", "transfer.early_stopping_patience=0")
+    changes = settings(order, "transfer.max_steps=120", "transfer.save_steps=3", "transfer.early_stopping_patience=0")
     expected = train(model, Task(tmp_path / "a", changes))
     rng, kills, task = random.Random(0), 0, Task(tmp_path / "b", changes)
     for attempt in range(40):
         process = forked().Process(target=work, args=(0, 1, 0, model, [task]))
         process.start()
-        process.join(rng.uniform(0.3, 1.5) if attempt < 6 else 120)
+        process.join(rng.uniform(0.2, 0.9) if attempt < 6 else 120)
         if process.exitcode is not None:
             break
         process.kill()
