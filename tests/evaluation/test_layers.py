@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SETTINGS, tiny_model
-from test_benchmark_scripts import script
+from scripts import script
 from torch import Tensor
 
 import lolcats
