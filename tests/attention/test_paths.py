@@ -44,10 +44,15 @@ class Problem:
                 phi.bias.data.fill_(1.0)
         self.gamma = torch.rand(H) * 0.5 + 0.05
 
-    def inputs(self) -> dict[str, Tensor]:
-        fq, fk = self.phi_q(self.q).detach(), self.phi_k(self.k).detach()
-        tensors = {"q": self.q, "k": self.k, "v": self.v, "fq": fq, "fk": fk, "gamma": self.gamma}
-        return {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    def features(self) -> tuple[Tensor, Tensor]:
+        return self.phi_q(self.q), self.phi_k(self.k)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Everything that has a gradient."""
+        leaves = {"q": self.q, "k": self.k, "v": self.v, "gamma": self.gamma}
+        for name, phi in (("q", self.phi_q), ("k", self.phi_k)):
+            leaves |= {f"phi_{name}.{parameter}": x for parameter, x in phi.named_parameters()}
+        return {name: x.requires_grad_() for name, x in leaves.items()}
 
     def reference(self, spec: AttentionSpec, rows: slice | Tensor = slice(None), row: slice = slice(None)) -> Tensor:
         q, k, v = (x[row, :, rows] for x in (self.q, self.k, self.v))
@@ -64,18 +69,19 @@ class Problem:
 
 
 def compare_with_gradients(spec: AttentionSpec, problem: Problem, softcap: float | None = None) -> None:
-    expected, actual = problem.inputs(), problem.inputs()
-    y = parallel_attention(*expected.values(), spec, SCALE, softcap)
-    z = chunked_attention(*actual.values(), spec, SCALE, softcap)
+    leaves = problem.leaves()
+    q, k, v, gamma = (leaves[name] for name in ("q", "k", "v", "gamma"))
+    y = parallel_attention(q, k, v, *problem.features(), gamma, spec, SCALE, softcap)
+    z, _, _ = chunked_attention(q, k, v, problem.phi_q, problem.phi_k, gamma, spec, SCALE, softcap)
     torch.testing.assert_close(z, y, atol=2e-5, rtol=1e-4)
     direction = torch.randn_like(y)
-    for out in (y, z):
-        out.backward(direction)
-    for name in expected:
-        if expected[name].grad is None:
-            assert actual[name].grad is None, name
+    pairs = zip(*(torch.autograd.grad(out, list(leaves.values()), direction, allow_unused=True) for out in (y, z)),
+                strict=True)  # fmt: skip
+    for name, (expected, actual) in zip(leaves, pairs, strict=True):
+        if expected is None:
+            assert actual is None, name
         else:
-            torch.testing.assert_close(actual[name].grad, expected[name].grad, atol=2e-4, rtol=1e-3, msg=name)
+            torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -111,7 +117,7 @@ def test_softcap() -> None:
 @pytest.mark.parametrize(("kind", "window", "sinks", "maps"), VARIANTS)
 def test_recurrent_equals_parallel(kind: str, window: str, sinks: int, maps: str) -> None:
     problem, spec = Problem(75, maps), AttentionSpec(kind, window, 16, sinks)
-    tensors = problem.inputs().values()
+    tensors = problem.q, problem.k, problem.v, *problem.features(), problem.gamma
     expected = parallel_attention(*tensors, spec, SCALE)
     torch.testing.assert_close(recurrent_attention(*tensors, spec, SCALE), expected, atol=2e-5, rtol=1e-4)
 
@@ -203,10 +209,10 @@ def test_state_has_fixed_size() -> None:
 def test_not_a_log_sum_exp_merge() -> None:
     """Only window logits are shifted by their maximum: scaling q changes the share of the linear term."""
     problem, spec = Problem(60), AttentionSpec("hybrid", "terraced", 8, 0)
-    tensors = problem.inputs()
-    base = parallel_attention(*tensors.values(), spec, SCALE)
-    shifted = {**tensors, "k": tensors["k"] + 5 * torch.ones(D)}  # moves every logit of a query by the same amount
-    assert torch.allclose(base, parallel_attention(*shifted.values(), spec, SCALE), atol=1e-4)
+    q, k, v, features = problem.q, problem.k, problem.v, problem.features()
+    base = parallel_attention(q, k, v, *features, problem.gamma, spec, SCALE)
+    shifted = k + 5 * torch.ones(D)  # moves every logit of a query by the same amount
+    assert torch.allclose(base, parallel_attention(q, shifted, v, *features, problem.gamma, spec, SCALE), atol=1e-4)
 
 
 def test_key_map_starts_as_copy_of_query_map() -> None:
