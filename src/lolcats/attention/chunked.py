@@ -53,17 +53,31 @@ def chunked_attention(
     position = torch.arange(-(-length // chunk) * chunk, device=q.device)[None]  # (1 or B, T')
     if context is not None:
         position = position + context.offset[:, None]
-    numerator = denominator = torch.zeros((), device=q.device)
-    S = z = None
+    linear = S = z = None
     if spec.has_linear:
         past = _Past(k, v, phi_k, spec, position, context)
-        numerator, denominator = past.read(q, phi_q)
+        linear = past.read(q, phi_q)
         S, z = past.final(length, lengths) if final else (None, None)
     if spec.has_softmax:
-        mean, largest = _softmax_part(q, k, v, spec, scale, softcap, position, context)
-        weight = gamma.float().view(-1, 1, 1, 1)
-        numerator, denominator = weight * mean + largest * numerator, weight + largest * denominator
-    return normalize(numerator, denominator).flatten(2, 3)[:, :, :length], S, z
+        y = merged(*_softmax_part(q, k, v, spec, scale, softcap, position, context), gamma, linear)
+    else:
+        assert linear is not None
+        y = normalize(*linear)
+    return y.flatten(2, 3)[:, :, :length], S, z
+
+
+def merged(mean: Tensor, largest: Tensor, gamma: Tensor, linear: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Softmax and linear term under one denominator.
+
+    Args:
+        mean, largest: (B, H, ..., D) output of the softmax alone and (B, H, ..., 1) its largest weight, 1 / Σ exp(s − c).
+        gamma: (H,)
+        linear: numerator (B, H, ..., D) and denominator (B, H, ..., 1) of the linear term.
+    """
+    weight = gamma.float().view(-1, *(1,) * (mean.ndim - 2))  # above 0, so no denominator is 0
+    if linear is None:
+        return weight * mean / weight
+    return torch.addcmul(weight * mean, largest, linear[0]) / torch.addcmul(weight, largest, linear[1])
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
@@ -154,7 +168,7 @@ class _Past:
         self.S, self.z = self._sums()
 
     def _sums(self) -> tuple[Tensor, Tensor]:
-        S, z = (self.fk.mT @ self.v).cumsum(2), self.fk.sum(3).cumsum(2)
+        S, z = (self.fk.mT @ self.v).cumsum_(2), self.fk.sum(3).cumsum_(2)
         if self.near is not None:  # the chunk itself is seen through the mask
             S, z = (pad(x[:, :, :-1], (*(0, 0) * (x.ndim - 3), 1, 0)) for x in (S, z))
         if self.context is not None:
