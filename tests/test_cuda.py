@@ -36,7 +36,9 @@ def test_chunked_equals_reference(window: str) -> None:
     phi = FeatureMap("hedgehog", 4, 16, 8).cuda()
     gamma, spec = torch.full((4,), 0.1, device="cuda"), AttentionSpec("hybrid", window, 16, 4)
     expected = parallel_attention(q, k, v, phi(q), phi(k), gamma, spec, 0.25)
-    torch.testing.assert_close(chunked_attention(q, k, v, phi, phi, gamma, spec, 0.25)[0], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        chunked_attention(q, k, v, phi, phi, gamma, spec, 0.25)[0], expected, atol=1e-4, rtol=1e-4
+    )
 
 
 def half_precision_layer(dim: int = 128) -> tuple[LinearizedAttention, list[torch.Tensor]]:

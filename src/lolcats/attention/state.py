@@ -196,7 +196,10 @@ def step(
     if not spec.has_softmax:
         assert linear is not None
         return normalize(*linear), state
-    keys, values = torch.cat([state.sink_k, state.ring_k], 2).float(), torch.cat([state.sink_v, state.ring_v], 2).float()
+    keys, values = (
+        torch.cat([state.sink_k, state.ring_k], 2).float(),
+        torch.cat([state.sink_v, state.ring_v], 2).float(),
+    )
     p = (softmax_logits(_grouped(q.float(), k), keys, scale, softcap) + arrival.bias).softmax(-1)
     return merged(_ungrouped(p @ values), _ungrouped(p.amax(-1, keepdim=True)), gamma, linear), state
 
