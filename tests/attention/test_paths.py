@@ -44,8 +44,9 @@ class Problem:
                 phi.bias.data.fill_(1.0)
         self.gamma = torch.rand(H) * 0.5 + 0.05
 
-    def features(self) -> tuple[Tensor, Tensor]:
-        return self.phi_q(self.q), self.phi_k(self.k)
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the references take."""
+        return self.q, self.k, self.v, self.phi_q(self.q), self.phi_k(self.k), self.gamma
 
     def leaves(self) -> dict[str, Tensor]:
         """Everything that has a gradient."""
@@ -70,9 +71,9 @@ class Problem:
 
 def compare_with_gradients(spec: AttentionSpec, problem: Problem, softcap: float | None = None) -> None:
     leaves = problem.leaves()
-    q, k, v, gamma = (leaves[name] for name in ("q", "k", "v", "gamma"))
-    y = parallel_attention(q, k, v, *problem.features(), gamma, spec, SCALE, softcap)
-    z, _, _ = chunked_attention(q, k, v, problem.phi_q, problem.phi_k, gamma, spec, SCALE, softcap)
+    y = parallel_attention(*problem.tensors(), spec, SCALE, softcap)
+    common = (problem.phi_q, problem.phi_k, problem.gamma, spec, SCALE, softcap)
+    z, _, _ = chunked_attention(problem.q, problem.k, problem.v, *common)
     torch.testing.assert_close(z, y, atol=2e-5, rtol=1e-4)
     direction = torch.randn_like(y)
     pairs = zip(*(torch.autograd.grad(out, list(leaves.values()), direction, allow_unused=True) for out in (y, z)),
@@ -117,7 +118,7 @@ def test_softcap() -> None:
 @pytest.mark.parametrize(("kind", "window", "sinks", "maps"), VARIANTS)
 def test_recurrent_equals_parallel(kind: str, window: str, sinks: int, maps: str) -> None:
     problem, spec = Problem(75, maps), AttentionSpec(kind, window, 16, sinks)
-    tensors = problem.q, problem.k, problem.v, *problem.features(), problem.gamma
+    tensors = problem.tensors()
     expected = parallel_attention(*tensors, spec, SCALE)
     torch.testing.assert_close(recurrent_attention(*tensors, spec, SCALE), expected, atol=2e-5, rtol=1e-4)
 
@@ -209,10 +210,10 @@ def test_state_has_fixed_size() -> None:
 def test_not_a_log_sum_exp_merge() -> None:
     """Only window logits are shifted by their maximum: scaling q changes the share of the linear term."""
     problem, spec = Problem(60), AttentionSpec("hybrid", "terraced", 8, 0)
-    q, k, v, features = problem.q, problem.k, problem.v, problem.features()
-    base = parallel_attention(q, k, v, *features, problem.gamma, spec, SCALE)
+    q, k, *others = problem.tensors()
+    base = parallel_attention(q, k, *others, spec, SCALE)
     shifted = k + 5 * torch.ones(D)  # moves every logit of a query by the same amount
-    assert torch.allclose(base, parallel_attention(q, shifted, v, *features, problem.gamma, spec, SCALE), atol=1e-4)
+    assert torch.allclose(base, parallel_attention(q, shifted, *others, spec, SCALE), atol=1e-4)
 
 
 def test_key_map_starts_as_copy_of_query_map() -> None:

@@ -3,9 +3,9 @@
 Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, M maps of keys (H or G), F features, N chunks,
 C chunk length, R query heads that share a key (H / G) or a state (H / M).
 With C = window size, softmax reaches the sinks and two chunks, the query's own and the one before. Through the linear
-term a query sees whole chunks, those ``lag`` or more before its own, as a state S, z; and, unless the window is terraced,
-some keys of the chunk behind them, by a static C × C mask. Chunks that have none of this are left out: of 512 tokens
-with a terraced window of 64, the first 128 have no older keys, and the last 128 keys are older than no query's window.
+term a query sees all earlier chunks as a state S, z; and, unless the window is terraced, some keys of the chunk behind
+them, by a static C × C mask. What nobody sees is left out: of 512 tokens with a terraced window of 64, the first 128
+queries have no older keys, and the last 128 keys are inside of every window that reaches them.
 
 The window's weights e_i = exp(s_i − c) are computed as p = softmax(s), in one pass over the logits: c being the maximum
 of s, the largest p is 1 / Σ e_i. Numerator and denominator of the specification are both multiplied by it.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lolcats.attention.reference import expand_heads, normalize, softmax_logits
+from lolcats.attention.reference import expand_heads, output, softmax_logits
 from lolcats.attention.spec import AttentionSpec
 
 KeyMap = Callable[[Tensor], Tensor]
@@ -62,7 +62,7 @@ def chunked_attention(
         y = merged(*_softmax_part(q, k, v, spec, scale, softcap, position, context), gamma, linear)
     else:
         assert linear is not None
-        y = normalize(*linear)
+        y = output(spec, *linear)
     return y.flatten(2, 3)[:, :, :length], S, z
 
 
@@ -70,7 +70,7 @@ def merged(mean: Tensor, largest: Tensor, gamma: Tensor, linear: tuple[Tensor, T
     """Softmax and linear term under one denominator.
 
     Args:
-        mean, largest: (B, H, ..., D) output of the softmax alone and (B, H, ..., 1) its largest weight, 1 / Σ exp(s − c).
+        mean, largest: output of the softmax alone, (B, H, ..., D), and its largest weight, (B, H, ..., 1).
         gamma: (H,)
         linear: numerator (B, H, ..., D) and denominator (B, H, ..., 1) of the linear term.
     """
@@ -146,28 +146,45 @@ class _Past:
     """Keys as the linear term sees them: of each chunk of queries, the state and the chunk that are older than it.
 
     first: chunks at the beginning of a sequence that have no older keys; fk: (B, M, N − first, C, F) and v (B, M,
-    N − first, C, D) of all others' keys; S: (B, M, N', F, D) and z (B, M, N', F) for the N' last chunks of queries,
-    which are all but the ``first`` ones where there is no ``context``.
+    N − first, C, D) of all others' keys; near: (C, C) or (M, 1, C, C), how their own queries see them beside the state;
+    S: (B, M, N', F, D) and z (B, M, N', F) for the N' last chunks of queries, which are all but the ``first`` ones
+    where there is no ``context``.
     """
 
     def __init__(
         self, k: Tensor, v: Tensor, phi_k: KeyMap, spec: AttentionSpec, position: Tensor, context: Context | None
     ) -> None:
         self.spec, self.position, self.context = spec, position, context
-        lag, self.near = 2, None
+        self.place = torch.arange(spec.chunk, device=k.device)
+        self.first = 2 if spec.window == "terraced" else 1
         if spec.kind == "linear":
-            lag, self.near = 1, _older_mask(spec, k.device)[:, spec.chunk :]
-        elif spec.window == "sliding":
-            self.near = _older_mask(spec, k.device)[:, : spec.chunk]
-        self.first = lag if self.near is None else lag - 1
+            self.first = 0
         self.chunks = position.shape[1] // spec.chunk
         kept = max(self.chunks - self.first, 0) * spec.chunk
         fk = phi_k(k[:, :, :kept])
         fk = fk * (position[:, : fk.shape[2]] >= spec.softmax_sinks)[:, None, :, None]
         self.fk, self.v = _chunks(fk, spec.chunk), _chunks(expand_heads(v[:, :, :kept], fk.shape[1]), spec.chunk)
+        self.near = self._near()
         self.S, self.z = self._sums()
 
+    def _near(self) -> Tensor | None:
+        chunk = self.spec.chunk
+        if self.first == 2:
+            return None
+        if self.spec.decays:
+            return self._decayed(self.place[:, None] - self.place)[:, None]
+        own = slice(chunk, None) if self.spec.kind == "linear" else slice(chunk)
+        return _older_mask(self.spec, self.place.device)[:, own]
+
+    def _decayed(self, age: Tensor) -> Tensor:
+        """(M, *age.shape): what is left of a key ``age`` tokens old, 0 before it came."""
+        log_decay = self.spec.log_decay(self.fk.shape[1], age.device)
+        return torch.exp(log_decay.view(-1, *(1,) * age.ndim) * age.clamp_min(0)) * (age >= 0)
+
     def _sums(self) -> tuple[Tensor, Tensor]:
+        """What queries of each chunk see as a state: the sums at its beginning, or one chunk before."""
+        if self.spec.decays:
+            return self._decayed_sums()
         S, z = (self.fk.mT @ self.v).cumsum_(2), self.fk.sum(3).cumsum_(2)
         if self.near is not None:  # the chunk itself is seen through the mask
             S, z = (pad(x[:, :, :-1], (*(0, 0) * (x.ndim - 3), 1, 0)) for x in (S, z))
@@ -176,14 +193,31 @@ class _Past:
             S, z = (torch.cat([x] * self.first + [x + y], 2) for x, y in zip(before, (S, z), strict=True))
         return S, z
 
+    def _decayed_sums(self) -> tuple[Tensor, Tensor]:
+        """As at the last token before each chunk."""
+        n, chunk = torch.arange(self.chunks, device=self.place.device), self.spec.chunk
+        keys = self.fk * self._decayed(chunk - 1 - self.place)[:, None, :, None]
+        between, since = self._decayed((n[:, None] - 1 - n) * chunk), self._decayed(n * chunk)
+        S = torch.einsum("hnm,bhmfd->bhnfd", between, keys.mT @ self.v)
+        z = torch.einsum("hnm,bhmf->bhnf", between, keys.sum(3))
+        if self.context is not None:
+            S = S + self.context.S[:, :, None] * since[..., None, None]
+            z = z + self.context.z[:, :, None] * since[..., None]
+        return S, z
+
     def read(self, q: Tensor, phi_q: KeyMap) -> tuple[Tensor, Tensor]:
         """Numerator (B, H, N, C, D) and denominator (B, H, N, C, 1) of the linear term."""
         maps, empty = self.fk.shape[1], self.chunks - self.S.shape[2]
+        shared = q.shape[1] // maps
         fq = _grouped(_chunks(phi_q(q[:, :, empty * self.spec.chunk :]), self.spec.chunk), maps)
-        numerator, denominator = fq @ self.S, (fq * self.z[..., None, :]).sum(-1, keepdim=True)
+        to_state = fq
+        if self.spec.decays:
+            to_state = fq * self._decayed(self.place + 1).repeat(1, shared)[:, None, :, None]
+        numerator, denominator = to_state @ self.S, (to_state * self.z[..., None, :]).sum(-1, keepdim=True)
         if self.near is not None:
             skipped = self.S.shape[2] - self.fk.shape[2]
-            near = (fq[:, :, skipped:] @ self.fk.mT) * self.near.repeat(q.shape[1] // maps, 1)
+            weights = self.near.repeat(*(1,) * (self.near.ndim - 2), shared, 1)
+            near = (fq[:, :, skipped:] @ self.fk.mT) * weights
             numerator = numerator + pad(near @ self.v, (0, 0, 0, 0, skipped, 0))
             denominator = denominator + pad(near.sum(-1, keepdim=True), (0, 0, 0, 0, skipped, 0))
         parts = (_ungrouped(x, q.shape[1]) for x in (numerator, denominator))
@@ -192,21 +226,24 @@ class _Past:
 
     def final(self, length: int, lengths: Sequence[int] | Tensor | None) -> tuple[Tensor, Tensor]:
         """S (B, M, F, D) and z (B, M, F): what the last of each row's ``lengths`` tokens sees, by default of all."""
-        device, chunk = self.position.device, self.spec.chunk
-        count = torch.as_tensor(length if lengths is None else lengths, device=device)
-        last = None if lengths is None else (count - 1).clamp_min(0) // chunk
+        count = torch.as_tensor(length if lengths is None else lengths, device=self.place.device).expand(len(self.fk))
+        chunk, last = self.spec.chunk, None if lengths is None else (count - 1).clamp_min(0) // self.spec.chunk
         S, z = self._at(self.S, last), self._at(self.z, last)
         if self.near is None:
             return S, z
-        seen = self.position[:, 0] + count
+        seen = self.position[:, 0] + count  # (B,)
         end = self.spec.window_start(seen - 1).minimum(seen)[:, None]
-        begin = self.chunks - 1 if last is None else last[:, None]
-        place = self.position[:, :1] + (begin - self.first) * chunk + torch.arange(chunk, device=device)
+        begin = (self.chunks - 1 if last is None else last[:, None]) * chunk
+        place = self.position[:, :1] + begin - self.first * chunk + self.place
         fk = self._at(self.fk, last) * (place < end)[:, None, :, None]
+        if self.spec.decays:
+            kept = self._decayed((count[:, None] - begin)[:, 0]).mT  # (B, M)
+            S, z = S * kept[..., None, None], z * kept[..., None]
+            fk = fk * self._decayed(seen[:, None] - 1 - place).transpose(0, 1)[..., None]
         return S + fk.mT @ self._at(self.v, last), z + fk.sum(2)
 
     def _at(self, x: Tensor, last: Tensor | None) -> Tensor:
-        """Of (B, M, n, ...) for the n last chunks of queries, that of chunk ``last`` (B,) of each row, or of the end."""
+        """Of (B, M, n, ...) for the n last chunks of queries, that of each row's chunk ``last`` (B,), or of the end."""
         if last is None and x.shape[2]:
             return x[:, :, -1].clone()
         x = pad(x, (*(0, 0) * (x.ndim - 3), self.chunks - x.shape[2], 0))

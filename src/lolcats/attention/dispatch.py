@@ -133,6 +133,8 @@ def uses_decode_kernel(q: Tensor, phi_q: Any, spec: AttentionSpec) -> bool:
 
 def _misfit(q: Tensor, spec: AttentionSpec) -> str:
     """What the kernels would need instead; empty if they have this geometry."""
+    if spec.decays or not spec.divides:
+        return "sums without decay under a denominator, not attention.decay or attention.normalizer=group_norm"
     if spec.softmax_sinks > 16:
         return f"at most 16 sinks, not {spec.softmax_sinks}"
     return f"heads of at most 256 channels, not {q.shape[3]}" if q.shape[3] > 256 else ""

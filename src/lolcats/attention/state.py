@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from lolcats.attention.chunked import Context, merged
-from lolcats.attention.dispatch import KeyMap, attention, uses_decode_kernel, uses_kernels
-from lolcats.attention.reference import expand_heads, normalize, softmax_logits
+from lolcats.attention.chunked import Context, KeyMap, merged
+from lolcats.attention.dispatch import attention, uses_decode_kernel, uses_kernels
+from lolcats.attention.reference import expand_heads, output, softmax_logits
 from lolcats.attention.rounding import stochastic
 from lolcats.attention.spec import AttentionSpec
 
@@ -195,11 +195,8 @@ def step(
         linear = _ungrouped(fq @ state.S.float()), _ungrouped(fq @ state.z[..., None])
     if not spec.has_softmax:
         assert linear is not None
-        return normalize(*linear), state
-    keys, values = (
-        torch.cat([state.sink_k, state.ring_k], 2).float(),
-        torch.cat([state.sink_v, state.ring_v], 2).float(),
-    )
+        return output(spec, *linear), state
+    keys, values = (torch.cat(x, 2).float() for x in ((state.sink_k, state.ring_k), (state.sink_v, state.ring_v)))
     p = (softmax_logits(_grouped(q.float(), k), keys, scale, softcap) + arrival.bias).softmax(-1)
     return merged(_ungrouped(p @ values), _ungrouped(p.amax(-1, keepdim=True)), gamma, linear), state
 
@@ -248,15 +245,14 @@ def _arrival(state: AttentionState, spec: AttentionSpec) -> Arrival:
 def _known_arrival(counts: tuple[int, ...], spec: AttentionSpec, device: torch.device) -> Arrival:
     with torch.inference_mode(False), torch.no_grad():  # autograd may need what inference mode asked for first
         bias, slot, sink, leaving = Arrival.of(torch.tensor(counts), spec)
-    return Arrival(
-        bias.to(device), slot.to(device), None if sink is None else sink.to(device),
-        None if leaving is None else tuple(x.to(device) for x in leaving),
-    )  # fmt: skip
+    if leaving is not None:
+        leaving = leaving[0].to(device), leaving[1].to(device), leaving[2].to(device)
+    return Arrival(bias.to(device), slot.to(device), None if sink is None else sink.to(device), leaving)
 
 
 def _append(state: AttentionState, k: Tensor, v: Tensor, arrival: Arrival) -> AttentionState:
     """Put the arriving key and value (B, G, 1, D) into ring and sinks, and count them."""
-    new = {}
+    new: dict[str, Any] = {}
     if arrival.sink is not None:
         new = {
             "sink_k": torch.where(arrival.sink, k, state.sink_k), "sink_v": torch.where(arrival.sink, v, state.sink_v)
@@ -301,7 +297,11 @@ def _fold(
     if spec.kind == "linear":  # no window: the new key itself
         fk = phi_k(k)
         rows = torch.arange(len(state.seen), device=k.device)
-        return _add(state, rows, fk.mT @ expand_heads(v, fk.shape[1]), fk.sum(2))
+        S, z = fk.mT @ expand_heads(v, fk.shape[1]), fk.sum(2)
+        if spec.decays:
+            lost = -torch.expm1(spec.log_decay(fk.shape[1], k.device))[:, None]
+            S, z = S - lost[..., None] * state.S.float(), z - lost * state.z
+        return _add(state, rows, S, z)
     if arrival.leaving is None:
         return state
     rows, slots, leaving = arrival.leaving
