@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -161,6 +162,25 @@ def test_padded_rows_equal_rows_alone(kind: str, window: str, sinks: int, maps: 
             alone = problem.reference(spec, mask[b], slice(b, b + 1))
             torch.testing.assert_close(y[b : b + 1, :, mask[b]], alone, atol=2e-5, rtol=1e-4)
             assert (y[b, :, ~mask[b]] == 0).all()
+
+
+@pytest.mark.parametrize(("kind", "window", "sinks", "maps"), VARIANTS)
+def test_steps_in_place_at_positions_that_the_host_knows(kind: str, window: str, sinks: int, maps: str) -> None:
+    """As the engine decodes: rows at different positions, from a sink on."""
+    length, spec = 75, AttentionSpec(kind, window, 16, sinks)
+    problem, mask = Problem(length, maps), torch.ones(B, length, dtype=torch.bool)
+    mask[0, 2:21] = False
+    with torch.no_grad():
+        _, state = problem.move(problem.empty(spec), spec, slice(0, 21), mask=mask[:, :21])
+        state, outputs = dataclasses.replace(state.map(torch.clone), count=None, in_place=True), []
+        for n in range(21, length):
+            state.counts = (n - 19, n)
+            y, _ = problem.move(state, spec, slice(n, n + 1), use_step=True)
+            assert state.counts is None  # known for one step
+            outputs.append(y)
+        for b in range(B):
+            alone = problem.reference(spec, mask[b], slice(b, b + 1))
+            torch.testing.assert_close(torch.cat(outputs, 2)[b], alone[0, :, -len(outputs) :], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "window", "sinks", "maps"), VARIANTS)
