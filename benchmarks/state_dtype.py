@@ -77,13 +77,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("heads", 4), ("kv_heads", 2), ("dim", 64), ("features", 32), ("tokens", 100_000)):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--windows", nargs="+", default=["terraced", "sliding"])
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     marks = [m for m in MARKS if m < args.tokens] + [args.tokens]
     print("linear readout / whole output\n")
     print("| window | key maps | rounding | " + " | ".join(f"{m:,}" for m in marks) + " |")
     print("|---|---|---|" + "---:|" * len(marks))
-    for window in ("terraced", "sliding"):
+    for window in args.windows:
         for maps in (args.heads, args.kv_heads):
             layer = Layer(args, maps, window, device)
             exact = layer.run(torch.float32, marks, "chunked" if device == "cpu" else "auto")

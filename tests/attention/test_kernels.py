@@ -244,7 +244,7 @@ def test_gradients_behind_a_context(window: str) -> None:
     context = Context(offset, *sinks, features.mT @ known_v, features.sum(2))
     expected, actual = problem.leaves(), problem.leaves()
     q, k, v, gamma = expected
-    y = chunked_attention(q, k, v, problem.phi_q(q), problem.key_features(k), gamma, spec, SCALE, None, context)
+    y, _, _ = chunked_attention(q, k, v, problem.phi_q, problem.phi_k, gamma, spec, SCALE, None, context)
     z, _, _ = triton_attention(
         *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, context=context, tiling=SMALL
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -44,10 +45,16 @@ class Problem:
                 phi.bias.data.fill_(1.0)
         self.gamma = torch.rand(H) * 0.5 + 0.05
 
-    def inputs(self) -> dict[str, Tensor]:
-        fq, fk = self.phi_q(self.q).detach(), self.phi_k(self.k).detach()
-        tensors = {"q": self.q, "k": self.k, "v": self.v, "fq": fq, "fk": fk, "gamma": self.gamma}
-        return {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the references take."""
+        return self.q, self.k, self.v, self.phi_q(self.q), self.phi_k(self.k), self.gamma
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Everything that has a gradient."""
+        leaves = {"q": self.q, "k": self.k, "v": self.v, "gamma": self.gamma}
+        for name, phi in (("q", self.phi_q), ("k", self.phi_k)):
+            leaves |= {f"phi_{name}.{parameter}": x for parameter, x in phi.named_parameters()}
+        return {name: x.requires_grad_() for name, x in leaves.items()}
 
     def reference(self, spec: AttentionSpec, rows: slice | Tensor = slice(None), row: slice = slice(None)) -> Tensor:
         q, k, v = (x[row, :, rows] for x in (self.q, self.k, self.v))
@@ -64,18 +71,19 @@ class Problem:
 
 
 def compare_with_gradients(spec: AttentionSpec, problem: Problem, softcap: float | None = None) -> None:
-    expected, actual = problem.inputs(), problem.inputs()
-    y = parallel_attention(*expected.values(), spec, SCALE, softcap)
-    z = chunked_attention(*actual.values(), spec, SCALE, softcap)
+    leaves = problem.leaves()
+    y = parallel_attention(*problem.tensors(), spec, SCALE, softcap)
+    common = (problem.phi_q, problem.phi_k, problem.gamma, spec, SCALE, softcap)
+    z, _, _ = chunked_attention(problem.q, problem.k, problem.v, *common)
     torch.testing.assert_close(z, y, atol=2e-5, rtol=1e-4)
     direction = torch.randn_like(y)
-    for out in (y, z):
-        out.backward(direction)
-    for name in expected:
-        if expected[name].grad is None:
-            assert actual[name].grad is None, name
+    pairs = zip(*(torch.autograd.grad(out, list(leaves.values()), direction, allow_unused=True) for out in (y, z)),
+                strict=True)  # fmt: skip
+    for name, (expected, actual) in zip(leaves, pairs, strict=True):
+        if expected is None:
+            assert actual is None, name
         else:
-            torch.testing.assert_close(actual[name].grad, expected[name].grad, atol=2e-4, rtol=1e-3, msg=name)
+            torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -111,7 +119,7 @@ def test_softcap() -> None:
 @pytest.mark.parametrize(("kind", "window", "sinks", "maps"), VARIANTS)
 def test_recurrent_equals_parallel(kind: str, window: str, sinks: int, maps: str) -> None:
     problem, spec = Problem(75, maps), AttentionSpec(kind, window, 16, sinks)
-    tensors = problem.inputs().values()
+    tensors = problem.tensors()
     expected = parallel_attention(*tensors, spec, SCALE)
     torch.testing.assert_close(recurrent_attention(*tensors, spec, SCALE), expected, atol=2e-5, rtol=1e-4)
 
@@ -154,6 +162,25 @@ def test_padded_rows_equal_rows_alone(kind: str, window: str, sinks: int, maps: 
             alone = problem.reference(spec, mask[b], slice(b, b + 1))
             torch.testing.assert_close(y[b : b + 1, :, mask[b]], alone, atol=2e-5, rtol=1e-4)
             assert (y[b, :, ~mask[b]] == 0).all()
+
+
+@pytest.mark.parametrize(("kind", "window", "sinks", "maps"), VARIANTS)
+def test_steps_in_place_at_positions_that_the_host_knows(kind: str, window: str, sinks: int, maps: str) -> None:
+    """As the engine decodes: rows at different positions, from a sink on."""
+    length, spec = 75, AttentionSpec(kind, window, 16, sinks)
+    problem, mask = Problem(length, maps), torch.ones(B, length, dtype=torch.bool)
+    mask[0, 2:21] = False
+    with torch.no_grad():
+        _, state = problem.move(problem.empty(spec), spec, slice(0, 21), mask=mask[:, :21])
+        state, outputs = dataclasses.replace(state.map(torch.clone), count=None, in_place=True), []
+        for n in range(21, length):
+            state.counts = (n - 19, n)
+            y, _ = problem.move(state, spec, slice(n, n + 1), use_step=True)
+            assert state.counts is None  # known for one step
+            outputs.append(y)
+        for b in range(B):
+            alone = problem.reference(spec, mask[b], slice(b, b + 1))
+            torch.testing.assert_close(torch.cat(outputs, 2)[b], alone[0, :, -len(outputs) :], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "window", "sinks", "maps"), VARIANTS)
@@ -203,10 +230,10 @@ def test_state_has_fixed_size() -> None:
 def test_not_a_log_sum_exp_merge() -> None:
     """Only window logits are shifted by their maximum: scaling q changes the share of the linear term."""
     problem, spec = Problem(60), AttentionSpec("hybrid", "terraced", 8, 0)
-    tensors = problem.inputs()
-    base = parallel_attention(*tensors.values(), spec, SCALE)
-    shifted = {**tensors, "k": tensors["k"] + 5 * torch.ones(D)}  # moves every logit of a query by the same amount
-    assert torch.allclose(base, parallel_attention(*shifted.values(), spec, SCALE), atol=1e-4)
+    q, k, *others = problem.tensors()
+    base = parallel_attention(q, k, *others, spec, SCALE)
+    shifted = k + 5 * torch.ones(D)  # moves every logit of a query by the same amount
+    assert torch.allclose(base, parallel_attention(q, shifted, *others, spec, SCALE), atol=1e-4)
 
 
 def test_key_map_starts_as_copy_of_query_map() -> None:

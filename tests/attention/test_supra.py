@@ -91,7 +91,7 @@ def test_chunked_equals_reference(length: int, maps: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("maps", MAPS)
 def test_recurrent_equals_parallel(kind: tuple[str, str], maps: str) -> None:
-    tensors = Problem(75, maps).inputs().values()
+    tensors = Problem(75, maps).tensors()
     expected = parallel_attention(*tensors, spec_of(*kind), SCALE)
     torch.testing.assert_close(recurrent_attention(*tensors, spec_of(*kind), SCALE), expected, atol=2e-5, rtol=1e-4)
 

@@ -1,12 +1,19 @@
 """Hybrid attention in chunks: plain PyTorch with autograd, time and memory linear in T. The path of CPUs.
 
-Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F features, N chunks, C chunk length.
-With C = window size, the keys of a query in chunk n fall into three groups: its own chunk and the one before (softmax
-or linear, by a static C × 2C mask), all chunks before those (linear, through the state S, z), and sinks (softmax).
+Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, M maps of keys (H or G), F features, N chunks,
+C chunk length, R query heads that share a key (H / G) or a state (H / M).
+With C = window size, softmax reaches the sinks and two chunks, the query's own and the one before. Through the linear
+term a query sees all earlier chunks as a state S, z; and, unless the window is terraced, some keys of the chunk behind
+them, by a static C × C mask. What nobody sees is left out: of 512 tokens with a terraced window of 64, the first 128
+queries have no older keys, and the last 128 keys are inside of every window that reaches them.
+
+The window's weights e_i = exp(s_i − c) are computed as p = softmax(s), in one pass over the logits: c being the maximum
+of s, the largest p is 1 / Σ e_i. Numerator and denominator of the specification are both multiplied by it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +22,8 @@ from torch.nn.functional import pad
 
 from lolcats.attention.reference import expand_heads, output, softmax_logits
 from lolcats.attention.spec import AttentionSpec
+
+KeyMap = Callable[[Tensor], Tensor]
 
 
 class Context(NamedTuple):
@@ -32,53 +41,60 @@ class Context(NamedTuple):
 
 
 def chunked_attention(
-    q: Tensor, k: Tensor, v: Tensor, fq: Tensor | None, fk: Tensor | None, gamma: Tensor, spec: AttentionSpec,
-    scale: float, softcap: float | None = None, context: Context | None = None,
-) -> Tensor:  # fmt: skip
-    """Outputs (B, H, T, D) fp32 of :func:`lolcats.attention.reference.parallel_attention`.
+    q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor, spec: AttentionSpec, scale: float,
+    softcap: float | None = None, context: Context | None = None, lengths: Sequence[int] | Tensor | None = None,
+    final: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Outputs (B, H, T, D) fp32 of :func:`lolcats.attention.reference.parallel_attention`, and the final state.
 
-    Args:
-        q: (B, H, T, D); k, v: (B, G, T, D), any float dtype.
-        fq: (B, H, T, F) and fk: (B, H or G, T, F) fp32; None if ``spec`` has no linear term.
-        gamma: (H,), the window's weight.
-        context: state before k[0]; None at the start of a sequence.
+    Arguments and results as of :func:`lolcats.attention.attention`.
     """
-    heads, length, chunk = q.shape[1], q.shape[2], spec.chunk
+    length, chunk = q.shape[2], spec.chunk
     position = torch.arange(-(-length // chunk) * chunk, device=q.device)[None]  # (1 or B, T')
     if context is not None:
         position = position + context.offset[:, None]
-    q, k, v = q.float(), expand_heads(k, heads), expand_heads(v, heads)
-    vc = _chunks(v, chunk)
-    numerator = denominator = torch.zeros((), device=q.device)
-    older = _older_mask(spec, q.device)  # (C, 2C)
-    if spec.has_softmax:
-        mask = _softmax_mask(spec, position, older)
-        sinks = _sinks(k, v, spec, position, context)
-        qc, kc = _chunks(q, chunk), _chunks(k, chunk)
-        numerator, denominator = _softmax_part(qc, kc, vc, mask, gamma, scale, softcap, *sinks)
+    linear = S = z = None
     if spec.has_linear:
-        assert fq is not None and fk is not None  # noqa: PT018
-        fk = pad(fk, (0, 0, 0, position.shape[1] - length)) * (position >= spec.softmax_sinks)[:, None, :, None]
-        fqc, fkc = _chunks(fq, chunk), _chunks(expand_heads(fk, heads), chunk)
-        state = (None, None) if context is None else (expand_heads(context.S, heads), expand_heads(context.z, heads))
-        if spec.decays:
-            log_decay = spec.log_decay(fk.shape[1], q.device).repeat_interleave(heads // fk.shape[1])
-            num, den = _decaying_part(fqc, fkc, vc, log_decay, *state)
-        else:
-            near = None if spec.kind != "linear" and spec.window == "terraced" else older
-            num, den = _linear_part(fqc, fkc, vc, near, *state)
-        numerator, denominator = numerator + num, denominator + den
-    return output(spec, numerator, denominator).flatten(2, 3)[:, :, :length]
+        past = _Past(k, v, phi_k, spec, position, context)
+        linear = past.read(q, phi_q)
+        S, z = past.final(length, lengths) if final else (None, None)
+    if spec.has_softmax:
+        y = merged(*_softmax_part(q, k, v, spec, scale, softcap, position, context), gamma, linear)
+    else:
+        assert linear is not None
+        y = output(spec, *linear)
+    return y.flatten(2, 3)[:, :, :length], S, z
+
+
+def merged(mean: Tensor, largest: Tensor, gamma: Tensor, linear: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Softmax and linear term under one denominator.
+
+    Args:
+        mean, largest: output of the softmax alone, (B, H, ..., D), and its largest weight, (B, H, ..., 1).
+        gamma: (H,)
+        linear: numerator (B, H, ..., D) and denominator (B, H, ..., 1) of the linear term.
+    """
+    weight = gamma.float().view(-1, *(1,) * (mean.ndim - 2))  # above 0, so no denominator is 0
+    if linear is None:
+        return weight * mean / weight
+    return torch.addcmul(weight * mean, largest, linear[0]) / torch.addcmul(weight, largest, linear[1])
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
     """(B, H, T, D) -> (B, H, N, C, D), the end padded with zeros."""
-    return pad(x, (0, 0, 0, -x.shape[2] % chunk)).unflatten(2, (-1, chunk))
+    missing = -x.shape[2] % chunk
+    x = pad(x, (0, 0, 0, missing)) if missing else x
+    return x.unflatten(2, (x.shape[2] // chunk, chunk))
 
 
-def _with_previous(x: Tensor) -> Tensor:
-    """(B, H, N, C, D) -> (B, H, N, 2C, D): each chunk behind its predecessor, zeros before the first."""
-    return torch.cat([pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x], dim=3)
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(B, H, N, C, D) -> (B, G, N, R · C, D): heads that share a key or a state as rows of one matrix."""
+    return x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)
+
+
+def _ungrouped(x: Tensor, heads: int) -> Tensor:
+    """(B, G, N, R · C, D) -> (B, H, N, C, D)"""
+    return x.unflatten(3, (heads // x.shape[1], -1)).transpose(2, 3).flatten(1, 2)
 
 
 def _older_mask(spec: AttentionSpec, device: torch.device) -> Tensor:
@@ -90,76 +106,145 @@ def _older_mask(spec: AttentionSpec, device: torch.device) -> Tensor:
     return (i < spec.window_start(n)) & (i <= n)
 
 
-def _softmax_mask(spec: AttentionSpec, position: Tensor, older: Tensor) -> Tensor:
-    """(1 or B, 1, N, C, 2C): causal, inside the window, no sink, and not before the row's first key."""
-    chunk = spec.chunk
-    causal = torch.ones(chunk, 2 * chunk, dtype=torch.bool, device=older.device).tril(chunk)
-    keys = position.unflatten(1, (-1, chunk))[:, None, :, None]  # (1 or B, 1, N, 1, C)
-    first = position[:, :1].clamp_min(spec.sinks).view(-1, 1, 1, 1, 1)
-    return causal & ~older & (torch.cat([keys - chunk, keys], -1) >= first)
-
-
-def _sinks(
-    k: Tensor, v: Tensor, spec: AttentionSpec, position: Tensor, context: Context | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of the sinks, (B, H, sinks, D), and which queries may see them, (1 or B, 1, N, C, sinks)."""
-    if context is None:
-        sink_k, sink_v = k[:, :, : spec.sinks], v[:, :, : spec.sinks]
-    else:
-        sink_k, sink_v = expand_heads(context.sink_k, k.shape[1]), expand_heads(context.sink_v, k.shape[1])
-    queries = position.unflatten(1, (-1, spec.chunk))[:, None, :, :, None]
-    return sink_k, sink_v, queries >= torch.arange(sink_k.shape[2], device=k.device)
-
-
 def _softmax_part(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, gamma: Tensor, scale: float, softcap: float | None,
-    sink_k: Tensor, sink_v: Tensor, sink_mask: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float, softcap: float | None, position: Tensor,
+    context: Context | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Numerator (B, H, N, C, D) and denominator (B, H, N, C, 1) of window and sinks."""
-    logits = softmax_logits(q, _with_previous(k), scale, softcap).masked_fill(~mask, -torch.inf)
-    sink_logits = softmax_logits(q, sink_k[:, :, None], scale, softcap).masked_fill(~sink_mask, -torch.inf)
-    peak = torch.cat([logits, sink_logits], -1).amax(-1, keepdim=True)
-    weight = gamma.float().view(-1, 1, 1, 1)
-    e, e_sink = weight * torch.exp(logits - peak), weight * torch.exp(sink_logits - peak)
-    numerator = e @ _with_previous(v) + e_sink @ sink_v[:, :, None]
-    return numerator, e.sum(-1, keepdim=True) + e_sink.sum(-1, keepdim=True)
+    """Softmax over sinks and window alone, (B, H, N, C, D), and its largest weight for each query, (B, H, N, C, 1)."""
+    groups = k.shape[1]
+    sinks = (k[:, :, : spec.sinks], v[:, :, : spec.sinks]) if context is None else (context.sink_k, context.sink_v)
+    keys, values = (_with_sinks(*pair, spec) for pair in zip((k, v), sinks, strict=True))  # (B, G, N, sinks + 2C, D)
+    logits = softmax_logits(_grouped(_chunks(q.float(), spec.chunk), groups), keys, scale, softcap)
+    logits.unflatten(3, (-1, spec.chunk)).add_(_softmax_mask(spec, position, sinks[0].shape[2]))
+    p = logits.softmax(-1)
+    return _ungrouped(p @ values, q.shape[1]), _ungrouped(p.amax(-1, keepdim=True), q.shape[1])
 
 
-def _linear_part(
-    fq: Tensor, fk: Tensor, v: Tensor, mask: Tensor | None, S: Tensor | None, z: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator of the linear term: state up to two chunks back, and ``mask`` within the last two."""
-    sums, totals = fk.mT @ v, fk.sum(3)  # of each chunk: (B, H, N, F, D), (B, H, N, F)
-    start_S = torch.zeros_like(sums[:, :, :1]) if S is None else S[:, :, None]
-    start_z = torch.zeros_like(totals[:, :, :1]) if z is None else z[:, :, None]
-    S = torch.cat([start_S, start_S, start_S + sums[:, :, :-2].cumsum(2)], 2)[:, :, : fq.shape[2]]
-    z = torch.cat([start_z, start_z, start_z + totals[:, :, :-2].cumsum(2)], 2)[:, :, : fq.shape[2]]
-    numerator, denominator = fq @ S, fq @ z[..., None]
-    if mask is not None:
-        near = (fq @ _with_previous(fk).mT) * mask
-        numerator, denominator = numerator + near @ _with_previous(v), denominator + near.sum(-1, keepdim=True)
-    return numerator, denominator
+def _with_sinks(x: Tensor, sinks: Tensor, spec: AttentionSpec) -> Tensor:
+    """Keys or values (B, G, T, D) as each chunk's queries see them: sinks, the chunk before, their own."""
+    own = _chunks(x.float(), spec.chunk)
+    before = pad(own[:, :, :-1], (0, 0, 0, 0, 1, 0))
+    return torch.cat([sinks.float()[:, :, None].expand(-1, -1, own.shape[2], -1, -1), before, own], 3)
 
 
-def _decaying_part(
-    fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor, S: Tensor | None, z: Tensor | None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Of kind ``linear`` with decay: the state behind the chunk before, and the own chunk's keys up to the query.
+def _softmax_mask(spec: AttentionSpec, position: Tensor, sinks: int) -> Tensor:
+    """(1 or B, 1, N, 1, C, sinks + 2C): 0 for what a query sees through softmax, else −∞.
 
-    log_decay: (H,).
+    That is sinks up to itself, and keys inside its window that are no sinks and not before the row's first.
     """
-    count, chunk = fk.shape[2:4]
-    a, n = torch.arange(chunk, device=fk.device), torch.arange(count, device=fk.device)
+    chunk = spec.chunk
+    own = position.unflatten(1, (-1, chunk))  # (1 or B, N, C)
+    to_sinks = own[..., None] >= torch.arange(sinks, device=own.device)
+    causal = torch.ones(chunk, 2 * chunk, dtype=torch.bool, device=own.device).tril(chunk)
+    first = position[:, :1].clamp_min(spec.sinks)[..., None]
+    to_window = (causal & ~_older_mask(spec, own.device)) & (torch.cat([own - chunk, own], -1) >= first)[:, :, None]
+    seen = torch.cat([to_sinks, to_window], -1)
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None, :, None]
 
-    def decayed(age: Tensor) -> Tensor:
-        """(H, *age.shape): γ^age, 0 for ages below 0."""
-        return torch.exp(log_decay.view(-1, *[1] * age.ndim) * age.clamp_min(0)) * (age >= 0)
 
-    keys = fk * decayed(chunk - 1 - a)[:, None, :, None]
-    between, since = decayed((n[:, None] - 1 - n) * chunk), decayed(n * chunk)  # (H, N, N), (H, N)
-    sums = torch.einsum("hnm,bhmfd->bhnfd", between, keys.mT @ v)
-    totals = torch.einsum("hnm,bhmf->bhnf", between, keys.sum(3))
-    if S is not None and z is not None:
-        sums, totals = sums + S[:, :, None] * since[..., None, None], totals + z[:, :, None] * since[..., None]
-    queries, near = fq * decayed(a + 1)[:, None, :, None], (fq @ fk.mT) * decayed(a[:, None] - a)[:, None]
-    return queries @ sums + near @ v, queries @ totals[..., None] + near.sum(-1, keepdim=True)
+class _Past:
+    """Keys as the linear term sees them: of each chunk of queries, the state and the chunk that are older than it.
+
+    first: chunks at the beginning of a sequence that have no older keys; fk: (B, M, N − first, C, F) and v (B, M,
+    N − first, C, D) of all others' keys; near: (C, C) or (M, 1, C, C), how their own queries see them beside the state;
+    S: (B, M, N', F, D) and z (B, M, N', F) for the N' last chunks of queries, which are all but the ``first`` ones
+    where there is no ``context``.
+    """
+
+    def __init__(
+        self, k: Tensor, v: Tensor, phi_k: KeyMap, spec: AttentionSpec, position: Tensor, context: Context | None
+    ) -> None:
+        self.spec, self.position, self.context = spec, position, context
+        self.place = torch.arange(spec.chunk, device=k.device)
+        self.first = 2 if spec.window == "terraced" else 1
+        if spec.kind == "linear":
+            self.first = 0
+        self.chunks = position.shape[1] // spec.chunk
+        kept = max(self.chunks - self.first, 0) * spec.chunk
+        fk = phi_k(k[:, :, :kept])
+        fk = fk * (position[:, : fk.shape[2]] >= spec.softmax_sinks)[:, None, :, None]
+        self.fk, self.v = _chunks(fk, spec.chunk), _chunks(expand_heads(v[:, :, :kept], fk.shape[1]), spec.chunk)
+        self.near = self._near()
+        self.S, self.z = self._sums()
+
+    def _near(self) -> Tensor | None:
+        chunk = self.spec.chunk
+        if self.first == 2:
+            return None
+        if self.spec.decays:
+            return self._decayed(self.place[:, None] - self.place)[:, None]
+        own = slice(chunk, None) if self.spec.kind == "linear" else slice(chunk)
+        return _older_mask(self.spec, self.place.device)[:, own]
+
+    def _decayed(self, age: Tensor) -> Tensor:
+        """(M, *age.shape): what is left of a key ``age`` tokens old, 0 before it came."""
+        log_decay = self.spec.log_decay(self.fk.shape[1], age.device)
+        return torch.exp(log_decay.view(-1, *(1,) * age.ndim) * age.clamp_min(0)) * (age >= 0)
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """What queries of each chunk see as a state: the sums at its beginning, or one chunk before."""
+        if self.spec.decays:
+            return self._decayed_sums()
+        S, z = (self.fk.mT @ self.v).cumsum_(2), self.fk.sum(3).cumsum_(2)
+        if self.near is not None:  # the chunk itself is seen through the mask
+            S, z = (pad(x[:, :, :-1], (*(0, 0) * (x.ndim - 3), 1, 0)) for x in (S, z))
+        if self.context is not None:
+            before = self.context.S[:, :, None], self.context.z[:, :, None]
+            S, z = (torch.cat([x] * self.first + [x + y], 2) for x, y in zip(before, (S, z), strict=True))
+        return S, z
+
+    def _decayed_sums(self) -> tuple[Tensor, Tensor]:
+        """As at the last token before each chunk."""
+        n, chunk = torch.arange(self.chunks, device=self.place.device), self.spec.chunk
+        keys = self.fk * self._decayed(chunk - 1 - self.place)[:, None, :, None]
+        between, since = self._decayed((n[:, None] - 1 - n) * chunk), self._decayed(n * chunk)
+        S = torch.einsum("hnm,bhmfd->bhnfd", between, keys.mT @ self.v)
+        z = torch.einsum("hnm,bhmf->bhnf", between, keys.sum(3))
+        if self.context is not None:
+            S = S + self.context.S[:, :, None] * since[..., None, None]
+            z = z + self.context.z[:, :, None] * since[..., None]
+        return S, z
+
+    def read(self, q: Tensor, phi_q: KeyMap) -> tuple[Tensor, Tensor]:
+        """Numerator (B, H, N, C, D) and denominator (B, H, N, C, 1) of the linear term."""
+        maps, empty = self.fk.shape[1], self.chunks - self.S.shape[2]
+        shared = q.shape[1] // maps
+        fq = _grouped(_chunks(phi_q(q[:, :, empty * self.spec.chunk :]), self.spec.chunk), maps)
+        to_state = fq
+        if self.spec.decays:
+            to_state = fq * self._decayed(self.place + 1).repeat(1, shared)[:, None, :, None]
+        numerator, denominator = to_state @ self.S, (to_state * self.z[..., None, :]).sum(-1, keepdim=True)
+        if self.near is not None:
+            skipped = self.S.shape[2] - self.fk.shape[2]
+            weights = self.near.repeat(*(1,) * (self.near.ndim - 2), shared, 1)
+            near = (fq[:, :, skipped:] @ self.fk.mT) * weights
+            numerator = numerator + pad(near @ self.v, (0, 0, 0, 0, skipped, 0))
+            denominator = denominator + pad(near.sum(-1, keepdim=True), (0, 0, 0, 0, skipped, 0))
+        parts = (_ungrouped(x, q.shape[1]) for x in (numerator, denominator))
+        numerator, denominator = (pad(x, (0, 0, 0, 0, empty, 0)) if empty else x for x in parts)
+        return numerator, denominator
+
+    def final(self, length: int, lengths: Sequence[int] | Tensor | None) -> tuple[Tensor, Tensor]:
+        """S (B, M, F, D) and z (B, M, F): what the last of each row's ``lengths`` tokens sees, by default of all."""
+        count = torch.as_tensor(length if lengths is None else lengths, device=self.place.device).expand(len(self.fk))
+        chunk, last = self.spec.chunk, None if lengths is None else (count - 1).clamp_min(0) // self.spec.chunk
+        S, z = self._at(self.S, last), self._at(self.z, last)
+        if self.near is None:
+            return S, z
+        seen = self.position[:, 0] + count  # (B,)
+        end = self.spec.window_start(seen - 1).minimum(seen)[:, None]
+        begin = (self.chunks - 1 if last is None else last[:, None]) * chunk
+        place = self.position[:, :1] + begin - self.first * chunk + self.place
+        fk = self._at(self.fk, last) * (place < end)[:, None, :, None]
+        if self.spec.decays:
+            kept = self._decayed((count[:, None] - begin)[:, 0]).mT  # (B, M)
+            S, z = S * kept[..., None, None], z * kept[..., None]
+            fk = fk * self._decayed(seen[:, None] - 1 - place).transpose(0, 1)[..., None]
+        return S + fk.mT @ self._at(self.v, last), z + fk.sum(2)
+
+    def _at(self, x: Tensor, last: Tensor | None) -> Tensor:
+        """Of (B, M, n, ...) for the n last chunks of queries, that of each row's chunk ``last`` (B,), or of the end."""
+        if last is None and x.shape[2]:
+            return x[:, :, -1].clone()
+        x = pad(x, (*(0, 0) * (x.ndim - 3), self.chunks - x.shape[2], 0))
+        return x[:, :, -1] if last is None else x[torch.arange(len(x), device=x.device), :, last]

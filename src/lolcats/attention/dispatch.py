@@ -19,13 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lolcats.attention.chunked import Context, chunked_attention
+from lolcats.attention.chunked import Context, KeyMap, chunked_attention
 from lolcats.attention.documents import Documents
-from lolcats.attention.reference import expand_heads
 from lolcats.attention.spec import AttentionSpec
 from lolcats.errors import LolcatsError
 
-KeyMap = Callable[[Tensor], Tensor]
 BACKENDS = ("auto", "triton", "chunked")
 TRUSTED = {torch.bfloat16: 256, torch.float16: 128}  # head dims up to which all gradients were right on a GPU (LOG.md)
 
@@ -71,7 +69,7 @@ def attention(
         kind has a linear term, S (B, H or G, F, D) and z (B, H or G, F) fp32 over all keys that the window of the row's
         last token no longer reaches; else None. The kernels' S and z carry no gradient, see :func:`uses_kernels`.
     """
-    path = _kernels if uses_kernels(q, spec, final) else _chunked
+    path = _kernels if uses_kernels(q, spec, final) else chunked_attention
     if documents is not None:
         apart = _packed_kernels if path is _kernels else _packed_chunked
         return apart(documents, q, k, v, phi_q, phi_k, gamma, spec, scale, softcap), None, None
@@ -87,8 +85,7 @@ def _packed_kernels(documents: Documents, q: Tensor, k: Tensor, v: Tensor, *comm
 
 def _packed_chunked(documents: Documents, q: Tensor, k: Tensor, v: Tensor, *common: Any) -> Tensor:
     """Documents of similar length together."""
-    attend: Callable[..., Any] = _chunked
-    return documents.apart(lambda *rows: attend(*rows, *common, None, None, False)[0], q, k, v)
+    return documents.apart(lambda *rows: chunked_attention(*rows, *common)[0], q, k, v)
 
 
 def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
@@ -161,28 +158,6 @@ def _kernels(
         final=final,
     )  # fmt: skip
     return y.to(dtype), S, z
-
-
-def _chunked(
-    q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor, spec: AttentionSpec, scale: float,
-    softcap: float | None, context: Context | None, lengths: Sequence[int] | Tensor | None, final: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    fq, fk = (phi_q(q), phi_k(k)) if spec.has_linear else (None, None)
-    y = chunked_attention(q, k, v, fq, fk, gamma, spec, scale, softcap, context)
-    if fk is None or not final:
-        return y, None, None
-    first = torch.zeros(1, dtype=torch.long, device=q.device) if context is None else context.offset
-    seen = first + torch.as_tensor(q.shape[2] if lengths is None else lengths, device=q.device)
-    end = spec.window_start(seen - 1).minimum(seen)[:, None]
-    position = first[:, None] + torch.arange(q.shape[2], device=q.device)
-    fk = fk * ((position >= spec.softmax_sinks) & (position < end))[:, None, :, None]
-    old = (0, 0) if context is None else (context.S, context.z)
-    if spec.decays:
-        log_decay = spec.log_decay(fk.shape[1], q.device)
-        fk = fk * torch.exp(log_decay[:, None] * (seen[:, None] - 1 - position).clamp_min(0)[:, None])[..., None]
-        kept = torch.exp(log_decay * (seen - first)[:, None])[..., None]
-        old = (old[0] * kept[..., None], old[1] * kept)
-    return y, old[0] + fk.mT @ expand_heads(v, fk.shape[1]), old[1] + fk.sum(2)
 
 
 def _known(name: str) -> str:

@@ -20,7 +20,7 @@ from lolcats.attention.spec import AttentionSpec
 
 def softmax_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
     """scale·q·kᵀ, optionally squashed to (−softcap, softcap) as Gemma 2 does."""
-    logits = q @ k.mT * scale
+    logits = (q * scale) @ k.mT
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

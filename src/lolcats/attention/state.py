@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -25,8 +26,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from lolcats.attention.chunked import Context
-from lolcats.attention.dispatch import KeyMap, attention, uses_decode_kernel, uses_kernels
+from lolcats.attention.chunked import Context, KeyMap, merged
+from lolcats.attention.dispatch import attention, uses_decode_kernel, uses_kernels
 from lolcats.attention.reference import expand_heads, output, softmax_logits
 from lolcats.attention.rounding import stochastic
 from lolcats.attention.spec import AttentionSpec
@@ -42,6 +43,7 @@ class AttentionState:
     S: (B, H or G, F, D) fp32, or bf16 and rounded stochastically by :func:`step` (see :mod:`.rounding`); z: (B, H or G,
     F) fp32. F = 0 where the kind has no linear term.
     count: ``seen`` where it is the same in every row and the host knows it, else None.
+    counts: ``seen`` of each row, where the host knows it and says so; for the next :func:`step` alone.
     in_place: :func:`step` writes into these tensors, always the same memory, instead of making new ones; no gradients.
     """
 
@@ -54,6 +56,7 @@ class AttentionState:
     z: Tensor
     count: int | None
     in_place: bool = False
+    counts: tuple[int, ...] | None = None
 
     @classmethod
     def empty(
@@ -183,49 +186,90 @@ def step(
         from lolcats.attention.kernels.decode import decode
 
         return decode(state, q, k, v, phi_q, phi_k, gamma, spec, scale, softcap), state
-    state = _fold(state, k, v, phi_k, spec)
-    n = state.seen.clone() if state.in_place else state.seen  # the new token's position, (B,)
-    state = _append(state, k, v)
-    numerator = denominator = torch.zeros((), device=q.device)
-    if spec.has_softmax:
-        positions = state.ring_positions()
-        reach = positions >= spec.window_start(n)[:, None].clamp_min(spec.sinks)
-        sinks = torch.arange(spec.sinks, device=n.device) <= n[:, None]
-        queries, mask = _grouped(q.float(), k), torch.cat([sinks, reach], 1)[:, None, None]
-        parts = [softmax_logits(queries, keys.float(), scale, softcap) for keys in (state.sink_k, state.ring_k)]
-        logits = torch.cat(parts, -1).masked_fill(~mask, -torch.inf)
-        e = gamma.float().view(k.shape[1], -1, 1) * torch.exp(logits - logits.amax(-1, keepdim=True))
-        to_sinks, to_ring = e.split([x.shape[-1] for x in parts], -1)
-        numerator = _ungrouped(to_sinks @ state.sink_v.float() + to_ring @ state.ring_v.float())
-        denominator = _ungrouped(e.sum(-1, keepdim=True))
+    arrival = _arrival(state, spec)
+    state = _fold(state, k, v, phi_k, spec, arrival)
+    state = _append(state, k, v, arrival)
+    linear = None
     if spec.has_linear:
         fq = _grouped(phi_q(q), state.S)
-        numerator = numerator + _ungrouped(fq @ state.S.float())
-        denominator = denominator + _ungrouped(fq @ state.z[..., None])
-    return output(spec, numerator, denominator), state
+        linear = _ungrouped(fq @ state.S.float()), _ungrouped(fq @ state.z[..., None])
+    if not spec.has_softmax:
+        assert linear is not None
+        return output(spec, *linear), state
+    keys, values = (torch.cat(x, 2).float() for x in ((state.sink_k, state.ring_k), (state.sink_v, state.ring_v)))
+    p = (softmax_logits(_grouped(q.float(), k), keys, scale, softcap) + arrival.bias).softmax(-1)
+    return merged(_ungrouped(p @ values), _ungrouped(p.amax(-1, keepdim=True)), gamma, linear), state
 
 
-def _append(state: AttentionState, k: Tensor, v: Tensor) -> AttentionState:
+class Arrival(NamedTuple):
+    """Where the token of each row that arrives at position n (B,) goes, and what it sees: the same in every layer.
+
+    bias: (B, 1, 1, sinks + W), 0 for sinks and ring slots that it sees through softmax (its own among them), else −∞;
+    slot: (B, 1, 1, 1) of the ring; sink: (B, 1, sinks, 1) bool, the one that it is itself, None where no row's is one;
+    leaving: rows (R,), ring slots and mask (R, stride) of the keys that its window no longer reaches; None without any.
+    """
+
+    bias: Tensor
+    slot: Tensor
+    sink: Tensor | None
+    leaving: tuple[Tensor, Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, n: Tensor, spec: AttentionSpec) -> Arrival:
+        n, slots = n[:, None], torch.arange(spec.span, device=n.device)
+        places = torch.arange(spec.softmax_sinks, device=n.device)
+        positions = n - (n - slots) % max(spec.span, 1)  # of the key in each slot, once the token is in
+        reached = positions >= spec.window_start(n).clamp_min(spec.sinks)
+        seen = torch.cat([places <= n, reached], 1)[:, None, None]
+        is_sink = n == places
+        first, end = spec.window_start(n - 1), spec.window_start(n)
+        old = first + torch.arange(spec.stride, device=n.device)
+        leaves = (old >= spec.sinks) & (old < end)
+        rows = leaves.any(1).nonzero()[:, 0]
+        return cls(
+            bias=torch.zeros(seen.shape, device=n.device).masked_fill(~seen, -torch.inf),
+            slot=(n % max(spec.span, 1))[:, None, :, None],
+            sink=is_sink[:, None, :, None] if is_sink.any() else None,
+            leaving=(rows, old[rows] % max(spec.span, 1), leaves[rows]) if len(rows) else None,
+        )
+
+
+def _arrival(state: AttentionState, spec: AttentionSpec) -> Arrival:
+    counts = state.counts
+    if counts is None and state.count is not None:
+        counts = (state.count,) * len(state.seen)
+    return Arrival.of(state.seen, spec) if counts is None else _known_arrival(counts, spec, state.seen.device)
+
+
+@lru_cache(maxsize=8)  # all layers of a model ask for the same
+def _known_arrival(counts: tuple[int, ...], spec: AttentionSpec, device: torch.device) -> Arrival:
+    with torch.inference_mode(False), torch.no_grad():  # autograd may need what inference mode asked for first
+        bias, slot, sink, leaving = Arrival.of(torch.tensor(counts), spec)
+    if leaving is not None:
+        leaving = leaving[0].to(device), leaving[1].to(device), leaving[2].to(device)
+    return Arrival(bias.to(device), slot.to(device), None if sink is None else sink.to(device), leaving)
+
+
+def _append(state: AttentionState, k: Tensor, v: Tensor, arrival: Arrival) -> AttentionState:
     """Put the arriving key and value (B, G, 1, D) into ring and sinks, and count them."""
-    n = state.seen[:, None]
-    is_sink = (n == torch.arange(state.sink_k.shape[2], device=n.device))[:, None, :, None]
-    sink_k, sink_v = torch.where(is_sink, k, state.sink_k), torch.where(is_sink, v, state.sink_v)
-    slots = state.ring_k.shape[2]
-    index = (n % max(slots, 1))[:, None, :, None]
-    if state.in_place:
-        state.sink_k.copy_(sink_k)
-        state.sink_v.copy_(sink_v)
-        if slots:
-            state.ring_k.scatter_(2, index.expand_as(k), k)
-            state.ring_v.scatter_(2, index.expand_as(v), v)
-        state.seen += 1
-        return state
-    return dataclasses.replace(
-        state, seen=state.seen + 1, sink_k=sink_k, sink_v=sink_v,
-        ring_k=state.ring_k.scatter(2, index.expand_as(k), k) if slots else state.ring_k,
-        ring_v=state.ring_v.scatter(2, index.expand_as(v), v) if slots else state.ring_v,
-        count=None if state.count is None else state.count + 1,
-    )  # fmt: skip
+    new: dict[str, Any] = {}
+    if arrival.sink is not None:
+        new = {
+            "sink_k": torch.where(arrival.sink, k, state.sink_k), "sink_v": torch.where(arrival.sink, v, state.sink_v)
+        }  # fmt: skip
+    if state.ring_k.shape[2]:
+        index = arrival.slot.expand_as(k), arrival.slot.expand_as(v)
+        scatter: Any = Tensor.scatter_ if state.in_place else Tensor.scatter
+        new |= {"ring_k": scatter(state.ring_k, 2, index[0], k), "ring_v": scatter(state.ring_v, 2, index[1], v)}
+    if not state.in_place:
+        count = None if state.count is None else state.count + 1
+        return dataclasses.replace(state, seen=state.seen + 1, count=count, **new)
+    for name in ("sink_k", "sink_v"):
+        if name in new:
+            getattr(state, name).copy_(new[name])
+    state.seen += 1
+    state.counts = None
+    return state
 
 
 def _add(state: AttentionState, rows: Tensor, S: Tensor, z: Tensor) -> AttentionState:
@@ -244,7 +288,9 @@ def _add(state: AttentionState, rows: Tensor, S: Tensor, z: Tensor) -> Attention
     return dataclasses.replace(state, S=state.S.index_add(0, rows, S), z=state.z.index_add(0, rows, z))
 
 
-def _fold(state: AttentionState, k: Tensor, v: Tensor, phi_k: KeyMap, spec: AttentionSpec) -> AttentionState:
+def _fold(
+    state: AttentionState, k: Tensor, v: Tensor, phi_k: KeyMap, spec: AttentionSpec, arrival: Arrival
+) -> AttentionState:  # fmt: skip
     """Move into S and z what the window of the arriving token no longer reaches."""
     if not spec.has_linear:
         return state
@@ -256,18 +302,11 @@ def _fold(state: AttentionState, k: Tensor, v: Tensor, phi_k: KeyMap, spec: Atte
             lost = -torch.expm1(spec.log_decay(fk.shape[1], k.device))[:, None]
             S, z = S - lost[..., None] * state.S.float(), z - lost * state.z
         return _add(state, rows, S, z)
-    if state.count is not None and spec.window_start(state.count) == spec.window_start(state.count - 1):
+    if arrival.leaving is None:
         return state
-    n = state.seen[:, None]
-    first, end = spec.window_start(n - 1), spec.window_start(n)
-    positions = first + torch.arange(spec.stride, device=n.device)
-    leaving = (positions >= spec.sinks) & (positions < end)
-    rows = torch.arange(len(n), device=n.device) if state.count is not None else leaving.any(1).nonzero()[:, 0]
-    if not rows.numel():
-        return state
-    slots = positions[rows] % state.ring_k.shape[2]
+    rows, slots, leaving = arrival.leaving
     old_k, old_v = _gather(state.ring_k[rows], slots), _gather(state.ring_v[rows], slots)
-    fk = phi_k(old_k) * leaving[rows, None, :, None]
+    fk = phi_k(old_k) * leaving[:, None, :, None]
     return _add(state, rows, fk.mT @ expand_heads(old_v, fk.shape[1]), fk.sum(2))
 
 

@@ -288,7 +288,9 @@ class Engine:
             logits = self.graphs.run(rows, inputs)
         else:
             ids, positions = inputs.to(self.model.device)[:, :, None]
-            logits = self._decode_rows(ids, positions, rows)
+            known = inputs[1, :count].tolist()
+            unused = known[:1] * (rows - count)  # any number that gives no row more to do
+            logits = self._decode_rows(ids, positions, rows, (*known, *unused))
         self._advance(logits[:count], range(count))
         return None
 
@@ -329,8 +331,10 @@ class Engine:
             request.sampler.saw(token)
         self._report([slot for slot, _, _ in alive], [token for _, _, token in alive], [None] * len(alive))
 
-    def _decode_rows(self, ids: Tensor, positions: Tensor, rows: int) -> Tensor:
-        return self._forward(ids, positions, self.table.view(rows))
+    def _decode_rows(
+        self, ids: Tensor, positions: Tensor, rows: int, counts: tuple[int, ...] | None = None
+    ) -> Tensor:  # fmt: skip
+        return self._forward(ids, positions, self.table.view(rows, counts))
 
     def _has_kernels(self) -> bool:
         def has(layer: LinearizedAttention) -> bool:

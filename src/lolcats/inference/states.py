@@ -107,12 +107,12 @@ class SlotTable:
     def nbytes(self) -> int:
         return sum(state.nbytes for state in self.states)
 
-    def view(self, rows: int) -> DynamicCache:
-        """A cache of the first ``rows`` slots, on the table's own memory."""
+    def view(self, rows: int, counts: tuple[int, ...] | None = None) -> DynamicCache:
+        """A cache of the first ``rows`` slots, on the table's own memory; ``counts``: how many tokens each has seen."""
         if rows not in self.views:
             self.views[rows] = [state.map(lambda x: x[:rows]) for state in self.states]
         for layer, state in zip(self.layers, self.views[rows], strict=True):
-            layer.state, layer.length = state, 0
+            layer.state, layer.length, state.counts = state, 0, counts
         return self.cache
 
     def put(self, slot: int, states: Sequence[AttentionState]) -> None:
