@@ -11,7 +11,9 @@ from lolcats.evaluation.systems import CONTROL_NAMES, STUDENT
 from lolcats.report.table import markdown
 
 Result = dict[str, Any]
-HELD_OUT, LINEAR_OFF, WINDOW_SINKS = "held-out", "linear off", "window + sinks, nothing trained"
+HELD_OUT, LINEAR_OFF = "held-out", "linear off"
+WINDOW, WINDOW_SINKS = "window, nothing trained", "window + sinks, nothing trained"
+UNTRAINED, CONTROL, ROW = "untrained", "control", "row"  # kinds of results
 NOTE = (
     "Perplexities (held-out: test rows of the row's own training data, which differ by seed) and scores; mean ± "
     "standard deviation over seeds. Lines below a row are its other models: *linear off* is the student without its "
@@ -21,16 +23,16 @@ NOTE = (
 
 
 def render(title: str, results: list[Result], command: str) -> str:
-    """The whole text of table.md; of results for the same row and seed the newest counts."""
-    newest = {(r["name"], r.get("seed")): r for r in results}
-    references = [r for (name, _), r in newest.items() if not name]
+    """The whole text of table.md, of rows with their controls; for the same row and seed the newest result counts."""
+    newest = {(r["kind"], r["name"], r.get("seed")): r for r in results if r["kind"] != CONTROL}
+    references = [r for (kind, *_), r in newest.items() if kind == UNTRAINED]
     rows: dict[str, list[Result]] = {}
-    for (name, _), result in newest.items():
-        if name:
+    for (kind, name, _), result in newest.items():
+        if kind == ROW:
             rows.setdefault(name, []).append(result)
     metrics = _metrics(newest.values())
     lines = _reference_lines(references, list(rows.values()), metrics)
-    beside = [WINDOW_SINKS] if not _common(list(rows.values()), WINDOW_SINKS) else []
+    beside = [WINDOW, WINDOW_SINKS] if not _common(list(rows.values()), WINDOW_SINKS) else [WINDOW]
     for name, runs in rows.items():
         lines += _row_lines(name, runs, metrics, [*beside, LINEAR_OFF, *CONTROL_NAMES])
     header = ("row", "seeds", *metrics, "layer error", "tokens (transfer + LoRA)", "seconds (training + evaluation)")
@@ -50,12 +52,11 @@ def _metrics(results: Iterable[Result]) -> list[str]:
 def _reference_lines(references: list[Result], rows: list[list[Result]], metrics: list[str]) -> list[tuple[str, ...]]:
     """Untrained models; their held-out perplexity is that of the rows, where all rows agree on it."""
     lines = []
-    for result in references[-1:]:
-        for name, system in result["systems"].items():
-            values = {metric: [entry["value"]] for metric, entry in system.items()}
-            values[HELD_OUT] = _common(rows, name)
-            if any(values.values()):
-                lines.append((name, "", *(_number(values.get(metric, [])) for metric in metrics), "", "", ""))
+    for name, system in (pair for result in references for pair in result["systems"].items()):
+        values = {metric: [entry["value"]] for metric, entry in system.items()}
+        values[HELD_OUT] = _common(rows, name)
+        if any(values.values()):
+            lines.append((name, "", *(_number(values.get(metric, [])) for metric in metrics), "", "", ""))
     return lines
 
 
@@ -70,7 +71,8 @@ def _common(rows: list[list[Result]], system: str) -> list[float]:
 def _row_lines(name: str, runs: list[Result], metrics: list[str], beside: list[str]) -> list[tuple[str, ...]]:
     tokens = [r["tokens"] for r in runs]
     budget = " + ".join(_number([t[stage] / 1e6 for t in tokens]) + "M" for stage in ("transfer", "finetune"))
-    spent = [(sum(r["seconds"].values()) - r["seconds"]["evaluation"], r["seconds"]["evaluation"]) for r in runs]
+    stages = ("transfer", "finetune")
+    spent = [(sum(r["seconds"].get(s, 0) for s in stages), r["seconds"]["evaluation"]) for r in runs]
     seconds = " + ".join(f"{statistics.mean(part):.0f}" for part in zip(*spent, strict=True))
     errors = _number([r["layer_error"] for r in runs if r["layer_error"] is not None])
     lines = [(name, str(len(runs)), *_cells(runs, STUDENT, metrics), errors, budget, seconds)]
