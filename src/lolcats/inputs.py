@@ -14,12 +14,11 @@ from lolcats.config import DataConfig
 from lolcats.modeling.base import find_base, load_model, load_tokenizer
 from lolcats.training.data import Data, Documents, split, tokenize_source
 
-
 COPIES = 16  # of a model that fit on a GPU where one is kept there
 
 
 class Inputs:
-    """``keep``: a loaded model stays in memory as it is (on the GPU if it is small), and every run is given a copy of it.
+    """``keep``: a loaded model stays in memory as it is (on a GPU that it is small for); every run is given a copy.
 
     ``trust``: run Python code that comes with the model.
     """

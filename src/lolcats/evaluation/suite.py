@@ -43,7 +43,7 @@ class Options:
     seed: int = 1234
     """Of recall's prompts and of few-shot draws; 1234 is lm-eval's own."""
     limits: Mapping[str, int] = field(default_factory=dict)
-    """Items of single benchmarks by lm-eval's name, before ``limit``; those of a group are shared evenly by its tasks."""
+    """Items of single benchmarks by lm-eval's name, before ``limit``; a group's are shared evenly by its tasks."""
 
 
 def evaluate(model: str, names: list[str], baselines: list[str], device: torch.device, dtype: torch.dtype,

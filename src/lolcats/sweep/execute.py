@@ -130,7 +130,7 @@ def expected_seconds(row: Row, results: list[Result]) -> float:
     known = [r for r in results if r.get("kind") in (ROW, CONTROL) and r.get("hardware") == hardware()]
     if not known:
         return 0.0
-    expected, rates = 0.0, {}
+    expected, rates = 0.0, dict[str, float]()
     for stage in ("finetune", "transfer"):
         times = [r["seconds"][stage] / r["tokens"][stage] for r in known if r["tokens"][stage]]
         rates[stage] = statistics.median(times) if times else rates.get("finetune", 0.0)

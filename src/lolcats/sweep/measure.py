@@ -26,8 +26,8 @@ from lolcats.training.data import load_rows
 from lolcats.training.mixture import is_mixture, read_mixture
 
 Measured = dict[str, dict[str, Any]]
-"""By the name of what was measured: value, standard error and items: of a perplexity the losses of rows, of a score with
-results 0 and 1 a string of them, in an order that is the same for every model."""
+"""By the name of what was measured: value, standard error and items, in an order that is the same for every model: of a
+perplexity the losses of rows, of a score with results 0 and 1 a string of them."""
 
 
 class Measurement:

@@ -27,6 +27,7 @@ from lolcats.config import (
     AttentionConfig,
     Config,
     Control,
+    Kind,
     StageConfig,
     TransferConfig,
     from_dict,
@@ -125,17 +126,16 @@ def control_row(row: Row, name: Control) -> Row:
     """
     config, own = row.config, row.config.attention
     if name == "window_lora":
-        softmax = {layers: kind for layers, kind in own.layers.items() if kind == "softmax"}
+        softmax: dict[str, Kind] = {layers: kind for layers, kind in own.layers.items() if kind == "softmax"}
         attention = AttentionConfig(
             kind="window", layers=softmax, window=own.window, window_size=own.window_size, sinks=own.sinks
         )
     else:
         attention = AttentionConfig(kind="softmax")
-    sizes = {"batch_size": config.transfer.batch_size, "micro_batch_size": config.transfer.micro_batch_size}
-    alone = replace(
-        config, attention=attention, transfer=TransferConfig(max_steps=0, **sizes), controls=[],
-        finetune=replace(config.finetune, feature_map_learning_rate=0.0),
-    )  # fmt: skip
+    size, micro = config.transfer.batch_size, config.transfer.micro_batch_size
+    transfer = TransferConfig(max_steps=0, batch_size=size, micro_batch_size=micro)
+    finetune = replace(config.finetune, feature_map_learning_rate=0.0)
+    alone = replace(config, attention=attention, transfer=transfer, finetune=finetune, controls=[])
     return Row(f"{name.replace('_', '+')} of {row.name}", row.settings, alone, row.data)
 
 
