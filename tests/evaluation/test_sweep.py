@@ -277,8 +277,9 @@ def test_inputs_are_read_once(model_dirs, chat_file: Path, monkeypatch: pytest.M
 def test_table_over_seeds() -> None:
     def result(seed: int, value: float) -> dict:
         systems = {"teacher": {"held-out": {"value": 6.0}}, "student": {"held-out": {"value": value}}}
-        return {"kind": "row", "name": "a", "seed": seed, "systems": systems,
-                "tokens": {"transfer": 2e6, "finetune": 4e6}, "seconds": {"transfer": 2.0, "evaluation": 1.0}, "layer_error": 0.25, "date": "2026-01-01"}  # fmt: skip
+        return {"kind": "row", "name": "a", "seed": seed, "systems": systems, "layer_error": 0.25,
+                "tokens": {"transfer": 2e6, "finetune": 4e6}, "seconds": {"transfer": 2.0, "evaluation": 1.0},
+                "date": "2026-01-01"}  # fmt: skip
 
     reference = {
         "kind": "untrained",

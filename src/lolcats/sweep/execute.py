@@ -1,7 +1,7 @@
 """Runs a sweep: one base model and one reading of the data for all rows, a line of results.jsonl for each.
 
 OUT/results.jsonl         one line a result; what is in it is not run again, whatever sweep or machine it is from
-OUT/table.md              the rows of this sweep as a table
+OUT/table.md              the rows of the sweep as a table; of several, SWEEP.md each
 OUT/NAME-seedN-HASH/      each row's run directory, continued where it stopped
 OUT/locks/                what is being run: the same command, started several times, shares the rows out
 """
@@ -12,8 +12,8 @@ import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from lolcats.errors import Interrupted, LolcatsError
 from lolcats.evaluation.systems import CONTROL_NAMES, STUDENT, TEACHER
 from lolcats.files import append_line, locked, read_lines, write_text
 from lolcats.inputs import Inputs
-from lolcats.sweep.measure import Measurement
+from lolcats.sweep.measure import Measurement, short_hash
 from lolcats.sweep.plan import Row, Sweep, plan
 from lolcats.sweep.row import LOCKS, Setup, release, row_result, run_key, source, untrained_key, untrained_result
 from lolcats.sweep.table import CONTROL, ROW, UNTRAINED, WINDOW_SINKS, render
@@ -65,7 +65,16 @@ class Job:
 def run_sweep(
     sweep: Sweep, out: Path, command: str, say: Callable[[str], None], deadline: float | None = None
 ) -> list[Result]:  # fmt: skip
-    """Run what is not yet in OUT/results.jsonl, and write OUT/table.md after each row; this sweep's results.
+    """:func:`run_sweeps` of one; its results, rows with those of their controls."""
+    run_sweeps([sweep], out, command, say, deadline)
+    setup = _setup(sweep, Shared(out, say), "")
+    return _of_sweep(_results(out), list(_jobs(setup, plan(sweep))))
+
+
+def run_sweeps(
+    sweeps: Sequence[Sweep], out: Path, command: str, say: Callable[[str], None], deadline: float | None = None
+) -> list[Path]:  # fmt: skip
+    """Run what is not yet in OUT/results.jsonl; a table of each sweep, written after each row.
 
     Args:
         deadline: seconds. No row is begun that is not expected to end by then.
@@ -73,27 +82,50 @@ def run_sweep(
     Raises:
         LolcatsError: missing paths, before anything is trained; rows that failed, after all others are done.
     """
-    started, rows = monotonic(), plan(sweep)
-    _check_paths(sweep, rows)
-    inputs = Inputs(sweep.base.model, keep=True, trust=rows[0].config.trust_remote_code)
+    started = monotonic()
+    for sweep in sweeps:
+        _check_paths(sweep, plan(sweep))
     out.mkdir(parents=True, exist_ok=True)
-    measurement = Measurement(sweep.evaluate, inputs, rows[0].config, say)
-    setup = Setup(sweep, inputs, measurement, out, _provenance(command), say)
-    jobs = list(_jobs(setup, rows))
-    done = sum(any(map(job.is_result, _results(out))) for job in jobs)
-    say(f"{done} of {len(jobs)} results are in {out / RESULTS}.")
-    failed: list[str] = []
-    for job in jobs:
-        left = None if deadline is None else deadline - (monotonic() - started)
-        if _run_job(setup, job, left, failed):
-            _write_table(setup, jobs, command)
-    _write_table(setup, jobs, command)
-    wanted = _of_sweep(_results(out), jobs)
-    if len(wanted) < len(jobs) and not failed:
-        say(f"{len(jobs) - len(wanted)} results are missing; the same command continues.")
+    shared, failed, tables = Shared(out, say), [], []
+    for sweep in sweeps:
+        setup = _setup(sweep, shared, command)
+        table = out / (TABLE if len(sweeps) == 1 else f"{sweep.name}.md")
+        jobs = list(_jobs(setup, plan(sweep)))
+        done = sum(any(map(job.is_result, _results(out))) for job in jobs)
+        say(f"{sweep.title or sweep.name}: {done} of {len(jobs)} results are in {out / RESULTS}.")
+        for job in jobs:
+            left = None if deadline is None else deadline - (monotonic() - started)
+            if _run_job(setup, job, left, failed):
+                _write_table(setup, jobs, table)
+        if _write_table(setup, jobs, table):
+            tables.append(table)
+        missing = len(jobs) - len(_of_sweep(_results(out), jobs))
+        if missing > 0:
+            say(f"{missing} results are missing; the same command continues.")
     if failed:
-        raise LolcatsError(f"{len(failed)} rows failed, the others are in {out / TABLE}: {'; '.join(failed)}.")
-    return wanted
+        raise LolcatsError(f"{len(failed)} rows failed, the others are in {out}: {'; '.join(failed)}.")
+    return tables
+
+
+@dataclass
+class Shared:
+    """What sweeps of one command share: inputs of a base model, and what is measured, by what tells it."""
+
+    out: Path
+    say: Callable[[str], None]
+    inputs: dict[str, Inputs] = field(default_factory=dict)
+    measurements: dict[str, Measurement] = field(default_factory=dict)
+
+
+def _setup(sweep: Sweep, shared: Shared, command: str) -> Setup:
+    config = plan(sweep)[0].config
+    if sweep.base.model not in shared.inputs:
+        shared.inputs[sweep.base.model] = Inputs(sweep.base.model, keep=True, trust=config.trust_remote_code)
+    inputs = shared.inputs[sweep.base.model]
+    key = short_hash([sweep.base.model, asdict(sweep.evaluate), asdict(config.data)])
+    if key not in shared.measurements:
+        shared.measurements[key] = Measurement(sweep.evaluate, inputs, config, shared.say)
+    return Setup(sweep, inputs, shared.measurements[key], shared.out, _provenance(command), shared.say)
 
 
 def _run_job(setup: Setup, job: Job, left: float | None, failed: list[str]) -> bool:
@@ -184,9 +216,12 @@ def with_controls(rows: list[Result], results: list[Result]) -> list[Result]:
     return [joined(row) for row in rows]
 
 
-def _write_table(setup: Setup, jobs: list[Job], command: str) -> None:
-    if wanted := _of_sweep(_results(setup.out), jobs):
-        write_text(setup.out / TABLE, render(setup.sweep.title, wanted, command))
+def _write_table(setup: Setup, jobs: list[Job], path: Path) -> bool:
+    """Write what there is of a sweep's table; whether there is anything."""
+    wanted = _of_sweep(_results(setup.out), jobs)
+    if wanted:
+        write_text(path, render(setup.sweep.title, wanted, setup.provenance["command"]))
+    return bool(wanted)
 
 
 def _check_paths(sweep: Sweep, rows: list[Row]) -> None:

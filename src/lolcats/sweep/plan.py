@@ -78,6 +78,8 @@ class Evaluate:
 class Sweep:
     """A sweep's file with the settings of the command."""
 
+    name: str = ""
+    """The file's, without its ending."""
     title: str = ""
     base: Base = field(default_factory=Base)
     rows: dict[str, list[str]] = field(default_factory=dict)
@@ -157,7 +159,7 @@ def read_sweep(path: Path, changes: Iterable[str] = ()) -> Sweep:
             last.append(change)
     if not isinstance(tree, dict):
         raise LolcatsError(f"{path}: expected a mapping of sections, got {type(tree).__name__}.")
-    sweep = from_dict(Sweep, {**tree, "last": last})
+    sweep = from_dict(Sweep, {"name": path.stem, **tree, "last": last})
     beside = path.parent / sweep.base.recipe
     if beside.is_file():
         sweep = replace(sweep, base=replace(sweep.base, recipe=str(beside)))
