@@ -21,7 +21,7 @@ from lolcats.pipeline import linearize
 from lolcats.sweep import execute, row
 from lolcats.sweep.execute import run_sweep
 from lolcats.sweep.plan import Sweep, plan, read_sweep
-from lolcats.sweep.table import render
+from lolcats.sweep.table import difference, render
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
 FEW = ["transfer.max_steps=2", "finetune.max_steps=2", "transfer.eval_steps=2"]
@@ -276,7 +276,10 @@ def test_inputs_are_read_once(model_dirs, chat_file: Path, monkeypatch: pytest.M
 
 def test_table_over_seeds() -> None:
     def result(seed: int, value: float) -> dict:
-        systems = {"teacher": {"held-out": {"value": 6.0}}, "student": {"held-out": {"value": value}}}
+        score = {"value": 0.5, "stderr": 0.2, "items": "0101"}
+        systems = {"teacher": {"held-out": {"value": 6.0}},
+                   "student": {"held-out": {"value": value}, "piqa acc": score},
+                   "window+lora": {"piqa acc": {"value": 0.25, "items": "0100"}}}  # fmt: skip
         return {"kind": "row", "name": "a", "seed": seed, "systems": systems, "layer_error": 0.25,
                 "tokens": {"transfer": 2e6, "finetune": 4e6}, "seconds": {"transfer": 2.0, "evaluation": 1.0},
                 "date": "2026-01-01"}  # fmt: skip
@@ -288,9 +291,24 @@ def test_table_over_seeds() -> None:
         "seconds": {},
     }
     text = render("T", [reference, result(0, 1.0), result(1, 9.0), result(1, 2.0)], "lolcats sweep x")
-    assert "| teacher |  | 6 | 25 |" in text
-    assert "| a | 2 | 1.50 ± 0.71 |  | 0.25 | 2M + 4M | 2 + 1 |" in text
+    assert "| teacher |  | 6 | 25 |  |" in text
+    assert "| a | 2 | 1.50 ± 0.71 |  | 50 | 0.25 | 2M + 4M | 2 + 1 |" in text
+    alone = render("T", [reference, result(0, 1.0)], "lolcats sweep x", ["piqa acc"])
+    assert "| row | seeds | piqa acc, % | layer error" in alone
+    assert "| a | 1 | 50 (20) | 0.25 |" in alone
+    assert "| – *what the linear term adds* |  | +25.00 (25) |" in alone
     assert "lolcats sweep x" in text
+
+
+def test_differences_are_paired() -> None:
+    """A perplexity's in % of it, from the losses of rows; a score's in points."""
+    ours, theirs = [1.0, 2.0, 3.0], [1.1, 2.2, 3.3]
+    entries = [{"value": math.exp(sum(x) / 3), "items": x} for x in (ours, theirs)]
+    value, error = difference(*entries, "wikitext2")
+    assert value == pytest.approx(100 * (math.exp(-0.2) - 1))
+    assert error == pytest.approx(100 * math.exp(-0.2) * 0.1 / math.sqrt(3))
+    assert difference({"value": 2.0}, {"value": 1.0}, "positions nll 0-63") is None
+    assert difference({"value": 2.0}, {"value": 1.0}, "held-out") == (100.0, None)
 
 
 def test_lines_are_whole(tmp_path: Path) -> None:

@@ -190,7 +190,8 @@ def _jobs(setup: Setup, rows: list[Row]) -> Iterator[Job]:
                 seen.add(key)
                 keys = {"kind": CONTROL, "row": key, "evaluation": evaluation}
                 yield Job(keys, own.name, partial(row_result, setup, own), own)
-        keys = {"kind": ROW, "row": run_key(setup, row), "name": row.name, "evaluation": evaluation}
+        keys = {"kind": ROW, "row": run_key(setup, row), "evaluation": evaluation, "sweep": setup.sweep.name,
+                "name": row.name}  # fmt: skip
         yield Job(keys, row.name, partial(row_result, setup, row), row)
 
 
