@@ -126,7 +126,7 @@ def answers(model: PreTrainedModel, batches: Sequence[Batch], count: int) -> lis
     model.eval()
     head, device = find_head(model), model.device
     total = torch.zeros(count, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    greedy = torch.ones(count, dtype=torch.bool, device=device)
+    missed = torch.zeros(count, dtype=torch.int32, device=device)  # tokens that are not the likeliest
     for batch in batches:
         call = {"input_ids": batch.ids.to(device), "use_cache": False}
         at = batch.rows.to(device), batch.places.to(device)
@@ -136,5 +136,5 @@ def answers(model: PreTrainedModel, batches: Sequence[Batch], count: int) -> lis
             logits = part.float() if head is None else head(part)
             chosen = logits.gather(1, target[:, None])[:, 0]
             total.index_add_(0, request, (chosen - logits.logsumexp(1)).to(total.dtype))
-            greedy[request[chosen < logits.amax(1)]] = False
-    return list(zip(total.tolist(), greedy.tolist(), strict=True))
+            missed.index_add_(0, request, (chosen < logits.amax(1)).int())
+    return list(zip(total.tolist(), (missed == 0).tolist(), strict=True))

@@ -86,7 +86,7 @@ def run_sweeps(
     for sweep in sweeps:
         _check_paths(sweep, plan(sweep))
     out.mkdir(parents=True, exist_ok=True)
-    shared, failed, tables = Shared(out, say), [], []
+    shared, failed, tables = Shared(out, say), list[str](), list[Path]()
     for sweep in sweeps:
         setup = _setup(sweep, shared, command)
         table = out / (TABLE if len(sweeps) == 1 else f"{sweep.name}.md")

@@ -17,7 +17,7 @@ WINDOW_LORA = "window+lora"
 UNTRAINED, CONTROL, ROW = "untrained", "control", "row"  # kinds of results
 ADDS, GAINS = "what the linear term adds", ("acc", "acc_norm", "exact_match")
 NOTE = (
-    "Perplexities (held-out: test rows of the row's own training data, which differ by seed) and scores (%); of several "
+    "Perplexities (held-out: test rows of the row's own training data, which differ by seed), scores in %; of several "
     "seeds mean ± standard deviation over them, of one its value and (standard error over rows or items). Lines below "
     "a row are its other models: *linear off* is the student without its linear term; *window+lora* and *teacher+lora* "
     f"are controls with the same data, steps, seed and LoRA. *{ADDS.capitalize()}*: student against window+lora, item "
