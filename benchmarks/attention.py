@@ -1,7 +1,7 @@
 """The Triton kernels against the fp32 reference, SDPA's FlashAttention and flash-linear-attention, on one GPU.
 
     python benchmarks/attention.py                          # writes results/attention.json, attention.md, attention.png
-    python benchmarks/attention.py --activations FILE       # errors on real activations, too (see activations.py)
+    python benchmarks/attention.py --activations FILE ...   # errors on real activations, too (see activations.py)
     python benchmarks/attention.py --only errors            # sections whose name has the word; the others stay
     python benchmarks/attention.py --plot                   # table and picture again, from the JSON
 
@@ -11,7 +11,6 @@ Feature maps are part of what is timed. flash-linear-attention and matplotlib ar
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import triton
 from torch import Tensor
@@ -30,7 +30,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from lolcats.attention import AttentionSpec, FeatureMap, chunked_attention, parallel_attention
 from lolcats.attention.kernels import triton_attention
 
-RESULTS = Path(__file__).parent / "results"
 H, G, D, F_COLUMNS = 32, 8, 128, 64
 HYBRID = AttentionSpec("hybrid", "terraced", window_size=64, sinks=4)
 LENGTHS = {2048: 1.2, 8192: 4, 32768: 16, 131072: 70}  # tokens: how many times SDPA's speed is the target
@@ -220,7 +219,7 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def error_rows(activations: Path | None) -> Iterator[list[Any]]:
+def error_rows() -> Iterator[list[Any]]:
     """‖actual − reference‖ / ‖reference‖ of outputs and every gradient, of the first and the last kv head."""
     for batch, length in dict.fromkeys([*((1, n) for n in LENGTHS), *BATCHES]):
         for maps in (H, G):
@@ -232,13 +231,20 @@ def error_rows(activations: Path | None) -> Iterator[list[Any]]:
             yield compare(name, replace(Problem.random(1, 1000, dtype=dtype), spec=spec))
     problem = Problem.random(1, 1000)
     yield compare("random, 1 × 1000, dy = y", problem, problem.kernels().detach())
-    if activations:
+
+
+def activation_rows(activations: list[Path]) -> Iterator[list[Any]]:
+    """The same on q, k and v of real layers, FlashAttention's errors on them beside ours."""
+    for file in activations:
         from safetensors.torch import load_file
 
-        tensors = load_file(activations, device="cuda")
+        tensors = load_file(file, device="cuda")
         for layer in sorted({name.split(".")[0] for name in tensors}, key=int):
             q, k, v = (tensors[f"{layer}.{name}"] for name in "qkv")
-            yield compare(f"real, layer {layer}, {' × '.join(map(str, q.shape))}", Problem.of([q, k, v], q.shape[1]))
+            name = f"{file.stem}, layer {layer}, {' × '.join(map(str, q.shape))}"
+            problem = Problem.of([q, k, v], q.shape[1])
+            yield compare(name, problem)
+            yield compare_softmax(f"{name}, SDPA FlashAttention", problem)
 
 
 def compare(name: str, problem: Problem, direction: Tensor | None = None) -> list[str]:
@@ -269,6 +275,22 @@ def compare(name: str, problem: Problem, direction: Tensor | None = None) -> lis
     return [name, *("–" if value != value else f"{value:.1e}" for value in worst)]
 
 
+def compare_softmax(name: str, problem: Problem) -> list[str]:
+    """How well FlashAttention does on the same tensors, against softmax attention in fp32."""
+    direction = torch.randn_like(problem.qkv[0])
+    results = []
+    for attend, dtype in ((flash, None), (exact_softmax, torch.float32)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in problem.qkv]
+        y = attend(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, direction.to(y.dtype))])
+    return [name, *(error(a, b) for a, b in zip(*results, strict=True)), "", "", ""]
+
+
+def exact_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+
+
 def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
@@ -295,7 +317,7 @@ def kernel_rows(length: int = 32768) -> Iterator[list[Any]]:
             yield ["query" if maps == H else "kv", name, f"{time:.1f}"]
 
 
-def sections(activations: Path | None) -> dict[str, tuple[str, Callable[[], Iterator[list[Any]]]]]:
+def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Iterator[list[Any]]]]]:
     return {
         "Forward": (
             "tokens | key maps per head of | fastest SDPA layout | SDPA ms | kernels ms | ratio | target | "
@@ -314,18 +336,20 @@ def sections(activations: Path | None) -> dict[str, tuple[str, Callable[[], Iter
         "Where the time goes, 1 × 32,768 tokens, forward and all gradients": (
             "key maps per head of | kernel | ns a token", kernel_rows,
         ),
-        "Relative errors": (f"data | outputs | {' | '.join(NAMES)}", partial(error_rows, activations)),
+        "Relative errors": (f"data | outputs | {' | '.join(NAMES)}", error_rows),
+        "Relative errors, real activations": (
+            f"model, layer | outputs | {' | '.join(NAMES)}", partial(activation_rows, activations),
+        ),
     }  # fmt: skip
 
 
-def run(directory: Path, activations: Path | None, only: str) -> dict[str, Any]:
+def run(directory: Path, activations: list[Path], only: str) -> dict[str, Any]:
     """Sections with ``only`` in their name; what is measured is written, should a later section fail."""
     results: dict[str, Any] = {
-        "date": str(date.today()), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "date": str(date.today()), "device": common.hardware(torch.device("cuda")), "torch": torch.__version__,
         "triton": triton.__version__, "sections": {},
     }  # fmt: skip
-    known = directory / "attention.json"
-    before = json.loads(known.read_text())["sections"] if only and known.exists() else {}
+    before = common.read(directory, "attention")["sections"] if only and (directory / "attention.json").exists() else {}
     every = sections(activations)
     results["sections"] = {name: before[name] for name in every if name in before}
     for name, (columns, rows) in every.items():
@@ -336,14 +360,8 @@ def run(directory: Path, activations: Path | None, only: str) -> dict[str, Any]:
         for row in rows():
             section["rows"].append(row)
             print(name, row, file=sys.stderr, flush=True)
-            write(results, directory)
+            common.write(results, report(results), directory, "attention")
     return results
-
-
-def write(results: dict[str, Any], directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "attention.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    (directory / "attention.md").write_text(report(results))
 
 
 def report(results: dict[str, Any]) -> str:
@@ -374,14 +392,9 @@ def report(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], directory: Path) -> None:
-    if not importlib.util.find_spec("matplotlib"):
-        print("No picture: matplotlib is not installed.", file=sys.stderr)
+    pyplot = common.load_pyplot()
+    if pyplot is None:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = results["sections"]["Forward"]["rows"]
     figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     query, kv = ([row for row in rows if row[1] == name] for name in ("query", "kv"))
@@ -401,14 +414,16 @@ def draw(results: dict[str, Any], directory: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--activations", type=Path, help="q, k, v of real layers, written by activations.py")
+    parser.add_argument(
+        "--activations", type=Path, nargs="+", default=[], help="q, k, v of real layers, written by activations.py"
+    )
     parser.add_argument("--only", default="", help="measure sections with this in their name")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
     parser.add_argument("--plot", action="store_true", help="only write table and picture again from the JSON")
     arguments = parser.parse_args()
     if arguments.plot:
-        results = json.loads((arguments.out / "attention.json").read_text())
-        write(results, arguments.out)
+        results = common.read(arguments.out, "attention")
+        common.write(results, report(results), arguments.out, "attention")
     elif torch.cuda.is_available():
         results = run(arguments.out, arguments.activations, arguments.only)
     else:

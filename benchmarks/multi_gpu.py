@@ -10,7 +10,6 @@ them. Weights are drawn tensor by tensor, where they are used. What a part found
 """
 
 import argparse
-import gc
 import hashlib
 import json
 import os
@@ -23,10 +22,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
@@ -47,7 +46,6 @@ from lolcats.training.finetune import add_lora
 from lolcats.training.trainer import train_only
 from lolcats.training.transfer import layer_losses
 
-RESULTS = Path(__file__).parent / "results"
 SCALING = {2: 0.9, 4: 0.85, 8: 0.8}  # targets: speed of n GPUs against n times one GPU's
 WARM_UP = 2
 TINY_CONFIG = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -148,16 +146,16 @@ class Bench:
 
     def decode(self, model: Any, ids: Tensor, count: int) -> tuple[float, float, Tensor]:
         """Seconds of prefill, seconds of all further tokens, and the tokens (rows, count)."""
-        self.synchronize()
+        common.synchronize(self.device)
         started = time.perf_counter()
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         tokens = [out.logits[:, -1].argmax(-1, keepdim=True)]
-        self.synchronize()
+        common.synchronize(self.device)
         middle = time.perf_counter()
         for _ in range(count - 1):
             out = model(input_ids=tokens[-1], past_key_values=out.past_key_values, use_cache=True)
             tokens.append(out.logits[:, -1].argmax(-1, keepdim=True))
-        self.synchronize()
+        common.synchronize(self.device)
         return middle - started, time.perf_counter() - middle, torch.cat(tokens, 1)
 
     def build(self, name: str, lora: bool = False, sharded: bool = False, split: bool = False) -> Any:
@@ -178,7 +176,7 @@ class Bench:
         if split and mesh is not None:
             tensor_parallel(model, mesh)
         materialize(model, self.device, partial(self.fill, split_heads=split))
-        self.synchronize()
+        common.synchronize(self.device)
         return model
 
     def fill(self, name: str, parameter: Tensor, split_heads: bool) -> None:
@@ -230,7 +228,7 @@ class Bench:
         for _ in range(WARM_UP + steps):
             started = time.perf_counter()
             losses.append(step().item())
-            self.synchronize()
+            common.synchronize(self.device)
             seconds.append(time.perf_counter() - started)
         speed = tokens / statistics.median(seconds[WARM_UP:])
         return {"losses": losses, "seconds": seconds[WARM_UP:], "tokens": tokens, "tokens_per_second": speed,
@@ -238,9 +236,10 @@ class Bench:
 
     def peak(self) -> float | None:
         """GiB, the most of any rank."""
-        if self.device.type != "cuda":
+        own = common.peak_gib(self.device)
+        if own is None:
             return None
-        peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device=self.device)
+        peak = torch.tensor(own, device=self.device)
         if self.ranks > 1:
             dist.all_reduce(peak, dist.ReduceOp.MAX)
         return peak.item()
@@ -256,10 +255,6 @@ class Bench:
         plan = plans(size_of(model_config(name), config), config, machine, Work())[0]
         return {"predicted_gib": plan.peak / 2**30, "predicted_tokens_per_second": plan.tokens / plan.time,
                 "fits": not plan.problems}  # fmt: skip
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def model_config(name: str) -> Any:
@@ -283,8 +278,7 @@ def work(sizes: Sizes, device: torch.device, most: int, file: Path, end: float) 
         if bench.ranks > 1:
             dist.all_reduce(late, dist.ReduceOp.MAX)
         try:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+            common.reset_peak(device)
             found = {"missing": "no time left"} if late else part(bench)
         except torch.OutOfMemoryError:
             if bench.ranks > 1:
@@ -294,9 +288,7 @@ def work(sizes: Sizes, device: torch.device, most: int, file: Path, end: float) 
             with file.open("a") as stream:
                 stream.write(json.dumps([bench.ranks, name, found]) + "\n")
             print(bench.ranks, name, {k: v for k, v in found.items() if k != "losses"}, file=sys.stderr, flush=True)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        common.free(device)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -307,8 +299,8 @@ def launch(tiny: bool, counts: list[int], seconds: float, directory: Path) -> di
     directory.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
     results: dict[str, Any] = {
-        "date": str(date.today()), "device": "CPU" if tiny else torch.cuda.get_device_name(), "counts": counts,
-        "versions": {name: installed(name) for name in ("torch", "transformers", "peft", "triton", "liger-kernel")},
+        "date": str(date.today()), "device": common.hardware(torch.device("cpu" if tiny else "cuda")), "counts": counts,
+        "versions": common.installed("torch", "transformers", "peft", "triton", "liger-kernel"),
         "sizes": asdict(TINY if tiny else Sizes()), "parts": {}, "failures": {},
     }  # fmt: skip
     for index, count in enumerate(counts):
@@ -322,7 +314,7 @@ def launch(tiny: bool, counts: list[int], seconds: float, directory: Path) -> di
             results["failures"][str(count)] = "no time left"
         lines = file.read_text().splitlines() if file.exists() else []
         results["parts"] = collect([json.loads(line) for line in lines])
-        write(results, directory)
+        common.write(results, report(results), directory, "multi_gpu")
     file.unlink(missing_ok=True)
     return results
 
@@ -355,22 +347,10 @@ def collect(found: list[list[Any]]) -> dict[str, dict[str, Any]]:
     return parts
 
 
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def write(results: dict[str, Any], directory: Path) -> None:
-    (directory / "multi_gpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    (directory / "multi_gpu.md").write_text(report(results))
-
-
 def report(results: dict[str, Any]) -> str:
-    sizes, versions = results["sizes"], results["versions"]
+    sizes = results["sizes"]
     most = max(results["counts"])
-    packages = ", ".join(f"{name} {number or 'not installed'}" for name, number in versions.items())
+    packages = common.listed(results["versions"])
     small, large = sizes["models"]
     lines = [
         "# Several GPUs",
@@ -418,7 +398,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=0, help="the most to use (default: all)")
     parser.add_argument("--deadline", type=float, default=280, help="seconds for everything (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
     parser.add_argument("--table", action="store_true", help="only write the table again from the JSON")
     parser.add_argument("--tiny", action="store_true", help="one and two processes on a CPU; needs --out")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -426,9 +406,10 @@ def main() -> None:
     parser.add_argument("--end", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.table:
-        write(json.loads((arguments.out / "multi_gpu.json").read_text()), arguments.out)
+        results = common.read(arguments.out, "multi_gpu")
+        common.write(results, report(results), arguments.out, "multi_gpu")
         return
-    if arguments.tiny and not arguments.worker and arguments.out == RESULTS:
+    if arguments.tiny and not arguments.worker and arguments.out == common.RESULTS:
         raise SystemExit("--tiny measures nothing: choose another --out.")
     if not arguments.tiny and not torch.cuda.is_available():
         raise SystemExit("This benchmark needs CUDA GPUs (--tiny --out DIR runs it on a CPU).")

@@ -3,16 +3,14 @@
 python benchmarks/plan_speeds.py     # prints the values for src/lolcats/plan/costs.py, class Speeds
 """
 
-import json
 import statistics
-from pathlib import Path
 from typing import Any
+
+import common
 
 from lolcats.config import load_config
 from lolcats.plan import Speeds, read_config, size_of
 from lolcats.plan.costs import forward_operations
-
-RESULTS = Path(__file__).parent / "results" / "training.json"
 
 
 def speeds(results: dict[str, Any]) -> dict[str, float]:
@@ -39,5 +37,5 @@ def speeds(results: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    for name, value in speeds(json.loads(RESULTS.read_text())).items():
+    for name, value in speeds(common.read(common.RESULTS, "training")).items():
         print(f"{name}: {value:.3g} (in the table: {getattr(Speeds(), name)})")

@@ -10,9 +10,7 @@ from an assumed speed of reading weights.
 """
 
 import argparse
-import gc
 import itertools
-import json
 import math
 import resource
 import statistics
@@ -21,10 +19,11 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from transformers import LlamaConfig
 
@@ -35,7 +34,6 @@ from lolcats.ranks import Ranks
 from lolcats.training.data import Data
 from lolcats.training.orders import LayerByLayer
 
-RESULTS = Path(__file__).parent / "results"
 MARGIN = 45  # seconds before the deadline in which no layer begins
 
 
@@ -129,14 +127,11 @@ class Bench:
         self.evaluations.append(self.clock() - started)
 
     def clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        common.synchronize(self.device)
         return time.perf_counter()
 
     def run(self) -> dict[str, Any]:
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+        common.reset_peak(self.device)
         started = self.clock()
         complete = True
         try:
@@ -159,7 +154,7 @@ class Bench:
                                                     layer["evaluations"]),
             "layer_bytes": self.skeleton.bytes(0),
             "embedding_bytes": self.skeleton.bytes(-1),
-            "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+            "peak_gpu_gib": common.peak_gib(self.device),
             "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "copy_bytes_per_second": copy_speed(self.device),
         }  # fmt: skip
@@ -209,54 +204,37 @@ def measure(geometries: dict[str, Geometry], device: torch.device, seconds: floa
     deadline = time.monotonic() + seconds - MARGIN
     results: dict[str, Any] = {
         "date": str(date.today()),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "versions": {name: installed(name) for name in ("torch", "transformers", "triton", "liger-kernel")},
+        "device": common.hardware(device),
+        "versions": common.installed("torch", "transformers", "triton", "liger-kernel"),
         "run": asdict(Run()),
         "geometries": {},
     }
     for number, (name, geometry) in enumerate(geometries.items()):
         left = len(geometries) - number
         end = time.monotonic() + (deadline - time.monotonic()) / left  # each has its part, and what others left over
-        found: dict[str, Any] = {"missing": "no time left"}
-        if time.monotonic() < deadline:
-            with tempfile.TemporaryDirectory() as place:
-                try:
-                    found = Bench(geometry, device, end, Path(place)).run()
-                except torch.OutOfMemoryError:
-                    found = {"missing": "out of memory"}
-        if "missing" not in found:
-            found["whole_run"] = whole_run(geometry, found, Run())
+        found = common.attempt(partial(measure_one, geometry, device, end), deadline)
         results["geometries"][name] = {"geometry": asdict(geometry), **found}
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        common.free(device)
         print(name, found, file=sys.stderr, flush=True)
-        write(results, directory)
+        common.write(results, report(results), directory, "scale")
     return results
 
 
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def write(results: dict[str, Any], directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "scale.json").write_text(json.dumps(results, indent=1) + "\n")
-    (directory / "scale.md").write_text(report(results))
+def measure_one(geometry: Geometry, device: torch.device, end: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as place:
+        found = Bench(geometry, device, end, Path(place)).run()
+    return found if "missing" in found else {**found, "whole_run": whole_run(geometry, found, Run())}
 
 
 def report(results: dict[str, Any]) -> str:
-    packages = ", ".join(f"{name} {number or 'not installed'}" for name, number in results["versions"].items())
     run = Run(**results["run"])
     measured = {n: part for n, part in results["geometries"].items() if "missing" not in part}
     lines = [
         "# Stage 1 at the geometries of 70B and 405B",
         "",
-        f"`python benchmarks/scale.py`, {results['date']}, {results['device']}, bf16; {packages}. Random weights, made "
-        "layer by layer; layers streamed as by `lolcats transfer --schedule stream`, feature maps trained with AdamW.",
+        f"`python benchmarks/scale.py`, {results['date']}, {results['device']}, bf16; "
+        f"{common.listed(results['versions'])}. Random weights, made layer by layer; layers streamed as by "
+        "`lolcats transfer --schedule stream`, feature maps trained with AdamW.",
         "",
         "| geometry | layers run | tokens | ms a step and layer | tokens/s of a layer | peak GPU GiB | target | "
         "peak host GiB |",
@@ -301,19 +279,16 @@ def report(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deadline", type=float, default=540, help="seconds for everything (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
     parser.add_argument("--only", choices=["70B", "405B"], help="one geometry alone")
     parser.add_argument("--report", action="store_true", help="only write the table again from the JSON")
     parser.add_argument("--tiny", action="store_true", help="a small model, on a CPU too: tries the script")
     arguments = parser.parse_args()
     if arguments.report:
-        write(json.loads((arguments.out / "scale.json").read_text()), arguments.out)
-    elif arguments.tiny and arguments.out == RESULTS:
-        sys.exit("--tiny measures nothing: give it a directory of its own with --out.")
-    elif not (torch.cuda.is_available() or arguments.tiny):
-        sys.exit("This benchmark needs a CUDA (or ROCm) GPU with 32 GB; torch finds none. --tiny tries the script.")
+        results = common.read(arguments.out, "scale")
+        common.write(results, report(results), arguments.out, "scale")
     else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = common.chosen_device(arguments, "32 GB")
         chosen = {n: g for n, g in GEOMETRIES.items() if n.endswith(arguments.only or "B")}
         measure(TINY if arguments.tiny else chosen, device, arguments.deadline, arguments.out)
     print((arguments.out / "scale.md").read_text())

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from datetime import date
-from pathlib import Path
 
+import common
 import torch
 from torch import Tensor
 
@@ -25,7 +25,6 @@ from lolcats.modeling.layer import Geometry, LinearizedAttention
 B, H, G, D, F_COLUMNS = 1, 9, 3, 64, 64
 SPEC = AttentionSpec("hybrid", "terraced", window_size=64, sinks=4)
 LENGTHS = [512 * 2**i for i in range(7)]
-RESULTS = Path(__file__).parent / "results"
 RUNS, SECONDS = 25, 8
 
 
@@ -92,11 +91,9 @@ def table(rows: list[dict[str, float]]) -> str:
 
 
 def draw(rows: list[dict[str, float]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = common.load_pyplot()
+    if pyplot is None:
+        return
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axis, key, scale, label in ((axes[0], "seconds", 1e3, "ms"), (axes[1], "bytes", 2**-20, "MiB")):
         for backward, style in ((False, "-"), (True, "--")):
@@ -107,17 +104,15 @@ def draw(rows: list[dict[str, float]]) -> None:
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.savefig(RESULTS / "scaling.png", dpi=120)
+    figure.savefig(common.RESULTS / "scaling.png", dpi=120)
 
 
 def main() -> None:
     rows = all_rows()
-    RESULTS.mkdir(exist_ok=True)
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line.split(":")[1].strip() for line in cpuinfo if "model name" in line), "CPU")
+    common.RESULTS.mkdir(exist_ok=True)
     head = f"""# Time and memory against sequence length
 
-`python benchmarks/scaling.py`, {date.today()}, {processor}, {torch.get_num_threads()} threads, fp32,
+`python benchmarks/scaling.py`, {date.today()}, {common.processor()}, {torch.get_num_threads()} threads, fp32,
 torch {torch.__version__}, Python {platform.python_version()}. One layer, batch {B}, {H} query and {G} key/value heads
 of {D}, f = {F_COLUMNS}, terraced window of {SPEC.window_size}, {SPEC.sinks} sinks; feature maps included, attention
 recomputed in backward as in training. Medians of {RUNS} runs, fewer where {SECONDS} s were over first (at least 2);
@@ -125,7 +120,7 @@ memory is the peak above the inputs. Softmax is `scaled_dot_product_attention` (
 """
     parts = [f"## {title}\n\n{table([r for r in rows if r['backward'] == b])}\n" for b, title in
              ((False, "Forward"), (True, "Forward and backward"))]  # fmt: skip
-    (RESULTS / "scaling.md").write_text("\n".join([head, *parts, "![Scaling](scaling.png)\n"]))
+    (common.RESULTS / "scaling.md").write_text("\n".join([head, *parts, "![Scaling](scaling.png)\n"]))
     draw(rows)
 
 

@@ -8,9 +8,7 @@ left out. What a part found is written before the next begins. liger-kernel and 
 """
 
 import argparse
-import gc
 import importlib.util
-import json
 import statistics
 import sys
 import tempfile
@@ -19,10 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -37,7 +35,6 @@ from lolcats.training.finetune import FinetuneTrainer, add_lora
 from lolcats.training.trainer import StageTrainer, train_only
 from lolcats.training.transfer import TransferTrainer
 
-RESULTS = Path(__file__).parent / "results"
 TARGETS = {"stage 1": (28_000, 22), "stage 2": (13_000, 40)}  # tokens/s and GiB on an H100 80GB
 MARGIN = 30  # seconds before the deadline in which no part begins
 
@@ -73,7 +70,7 @@ class Bench:
         self.geometry, self.device, self.deadline = geometry, device, deadline
         started = time.perf_counter()
         self.model = lolcats.convert(build(geometry, device), self.attention("per_query_head"))
-        self.synchronize()
+        common.synchronize(device)
         self.build_seconds = time.perf_counter() - started
 
     def attention(self, key_maps: Any) -> AttentionConfig:
@@ -147,19 +144,18 @@ class Bench:
 
     def measure(self, function: Callable[[], None], tokens: int, warm_up: int = 2) -> dict[str, Any]:
         """Seconds of each step behind the warm-up, and the peak of allocated memory over all of them."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        common.reset_peak(self.device)
         seconds: list[float] = []
         while len(seconds) < warm_up + self.geometry.steps:
             started = time.perf_counter()
             function()
-            self.synchronize()
+            common.synchronize(self.device)
             seconds.append(time.perf_counter() - started)
             if time.monotonic() > self.deadline and len(seconds) > warm_up:
                 break
-        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
         median = statistics.median(seconds[warm_up:])
-        return {"seconds": seconds[warm_up:], "tokens": tokens, "tokens_per_second": tokens / median, "peak_gib": peak}
+        return {"seconds": seconds[warm_up:], "tokens": tokens, "tokens_per_second": tokens / median,
+                "peak_gib": common.peak_gib(self.device)}  # fmt: skip
 
     def ids(self, rows: int) -> Tensor:
         return torch.randint(self.geometry.vocabulary, (rows, self.geometry.length), device=self.device)
@@ -173,10 +169,6 @@ class Bench:
                 fresh = LinearizedAttention(layer.geometry, config, layer.spec, layer.base_implementation)
                 module.lolcats = fresh.to(self.device)
         assert len(linearized_layers(self.model)) == self.geometry.layers
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def build(geometry: Geometry, device: torch.device) -> Any:
@@ -212,50 +204,29 @@ def run(geometry: Geometry, device: torch.device, seconds: float, directory: Pat
     bench = Bench(geometry, device, deadline)
     results: dict[str, Any] = {
         "date": str(date.today()),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "versions": {name: installed(name) for name in ("torch", "transformers", "peft", "triton", "liger-kernel")},
+        "device": common.hardware(device),
+        "versions": common.installed("torch", "transformers", "peft", "triton", "liger-kernel"),
         "geometry": asdict(geometry),
         "build_seconds": bench.build_seconds,
         "parts": {},
     }
     for name, part in parts(bench).items():
-        if time.monotonic() > deadline:
-            results["parts"][name] = {"missing": "no time left"}
-        else:
-            try:
-                results["parts"][name] = part()
-            except torch.OutOfMemoryError:
-                results["parts"][name] = {"missing": "out of memory"}
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        results["parts"][name] = common.attempt(part, deadline)
+        common.free(device)
         print(name, results["parts"][name], file=sys.stderr, flush=True)
-        write(results, directory)
+        common.write(results, report(results), directory, "training")
     return results
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def write(results: dict[str, Any], directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "training.json").write_text(json.dumps(results, indent=1) + "\n")
-    (directory / "training.md").write_text(report(results))
 
 
 def report(results: dict[str, Any]) -> str:
     g = Geometry(**results["geometry"])
-    packages = ", ".join(f"{name} {number or 'not installed'}" for name, number in results["versions"].items())
     measured = {name: part for name, part in results["parts"].items() if "missing" not in part}
     picture = "\n![Training](training.png)\n" if importlib.util.find_spec("matplotlib") else ""
     lines = [
         "# Training",
         "",
-        f"`python benchmarks/training.py`, {results['date']}, {results['device']}, bf16; {packages}.",
+        f"`python benchmarks/training.py`, {results['date']}, {results['device']}, bf16; "
+        f"{common.listed(results['versions'])}.",
         f"A Llama of {g.layers} layers, {g.heads} query and {g.kv_heads} kv heads of {g.head_dim}, hidden size "
         f"{g.heads * g.head_dim}, {g.intermediate} inside the MLP, {g.vocabulary} words, random weights (built and "
         f"converted in {results['build_seconds']:.0f} s). f {g.feature_dim}, terraced window of {g.window}, {g.sinks} "
@@ -290,14 +261,9 @@ RATIOS = (
 
 
 def draw(results: dict[str, Any], directory: Path) -> None:
-    if not importlib.util.find_spec("matplotlib"):
-        print("No picture: matplotlib is not installed.", file=sys.stderr)
+    pyplot = common.load_pyplot()
+    if pyplot is None:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     measured = {name: part for name, part in results["parts"].items() if "missing" not in part}
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for column, (key, label) in enumerate((("tokens_per_second", "tokens/s"), ("peak_gib", "peak GiB"))):
@@ -315,21 +281,17 @@ def draw(results: dict[str, Any], directory: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deadline", type=float, default=540, help="seconds for everything (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
     parser.add_argument("--plot", action="store_true", help="only write table and picture again from the JSON")
     parser.add_argument(
         "--tiny", action="store_true", help="a model of two small layers, on a CPU too: tries the script"
     )
     arguments = parser.parse_args()
     if arguments.plot:
-        results = json.loads((arguments.out / "training.json").read_text())
-        write(results, arguments.out)
-    elif arguments.tiny and arguments.out == RESULTS:
-        sys.exit("--tiny measures nothing: give it a directory of its own with --out.")
-    elif not (torch.cuda.is_available() or arguments.tiny):
-        sys.exit("This benchmark needs a CUDA (or ROCm) GPU with 80 GB; torch finds none. --tiny tries the script.")
+        results = common.read(arguments.out, "training")
+        common.write(results, report(results), arguments.out, "training")
     else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = common.chosen_device(arguments, "80 GB")
         results = run(TINY if arguments.tiny else Geometry(), device, arguments.deadline, arguments.out)
     draw(results, arguments.out)
     print((arguments.out / "training.md").read_text())

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
-
-def script(name: str) -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmark_of_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+from scripts import FOLDER, script
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +22,30 @@ def training() -> ModuleType:
 @pytest.fixture(scope="module")
 def scale() -> ModuleType:
     return script("scale")
+
+
+def test_a_part_that_is_missing_says_why() -> None:
+    common = script("common")
+
+    def too_large() -> dict[str, int]:
+        raise torch.OutOfMemoryError
+
+    later = time.monotonic() + 100
+    assert common.attempt(lambda: {"found": 1}, later) == {"found": 1}
+    assert common.attempt(too_large, later) == {"missing": "out of memory"}
+    assert common.attempt(too_large, 0) == {"missing": "no time left"}
+
+
+@pytest.mark.parametrize("name", ["training", "scale", "multi_gpu", "attention"])
+def test_committed_tables_are_those_of_their_results(name: str) -> None:
+    """Reading JSON and writing it and its table again changes neither."""
+    if name == "attention":
+        pytest.importorskip("triton")
+    if not (FOLDER / "results" / f"{name}.json").exists():
+        pytest.skip("not measured yet")
+    common, module = script("common"), script(name)
+    results = common.read(FOLDER / "results", name)
+    assert module.report(results) == (FOLDER / "results" / f"{name}.md").read_text()
 
 
 def test_every_part(training: ModuleType, tmp_path: Path) -> None:
@@ -61,8 +75,9 @@ def test_needs_a_gpu_and_says_so(training: ModuleType, tmp_path: Path, monkeypat
 @pytest.mark.slow
 def test_several_gpus(tmp_path: Path) -> None:
     """Both stages and generation on one and two processes, from the same weights: the same losses and tokens."""
-    script = Path(__file__).parent.parent / "benchmarks" / "multi_gpu.py"
-    subprocess.run([sys.executable, script, "--tiny", "--out", tmp_path, "--deadline", "400"], check=True)
+    subprocess.run(
+        [sys.executable, FOLDER / "multi_gpu.py", "--tiny", "--out", tmp_path, "--deadline", "400"], check=True
+    )
     results = json.loads((tmp_path / "multi_gpu.json").read_text())
     assert not results["failures"]
     assert set(results["parts"]) == {"stage 1", "stage 2", "large stage 2", "generation"}
@@ -87,8 +102,7 @@ def test_launch_files_are_bash(name: str) -> None:
 
 
 def test_several_gpus_need_an_output(tmp_path: Path) -> None:
-    script = Path(__file__).parent.parent / "benchmarks" / "multi_gpu.py"
-    done = subprocess.run([sys.executable, script, "--tiny"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, FOLDER / "multi_gpu.py", "--tiny"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "choose another --out" in done.stderr
 

@@ -22,7 +22,7 @@ from lolcats.run import Run
 RESULTS = {
     "ppl_teacher", "ppl_window", "ppl_window_sinks", "ppl_transfer", "ppl_student", "ppl_linear_off", "ppl_window_off",
     "baseline_sinks", "layer_errors_before", "layer_errors_after", "sample_teacher", "sample_student", "cache_bytes",
-    "gamma", "attention",
+    "gamma", "layers", "attention",
 }  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def test_whole_job(family: str, model_dirs, chat_file: Path, settings, tmp_path:
     adapter = AutoModelForCausalLM.from_pretrained(out)
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
     assert type(adapter) is type(merged)
+    assert adapter.config.use_cache is merged.config.use_cache is True
     assert torch.equal(adapter(ids).logits, merged(ids).logits)
     assert set(dict(adapter.named_parameters())) == set(dict(merged.named_parameters()))
     pipe = pipeline("text-generation", model=str(out / "merged"))

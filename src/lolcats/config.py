@@ -45,12 +45,24 @@ class AttentionConfig:
     key_maps: Literal["per_query_head", "per_kv_head"] = "per_query_head"
     gate_init: float = -2.1972
     """Start of g; γ = sigmoid(g) = 0.1 weighs the window against the linear term."""
+    decay: Literal["none", "retnet"] = "none"
+    """Of kind ``linear``: ``retnet`` weighs what is m tokens old by (1 − 2^(−5−h))^m in head h."""
+    normalizer: Literal["sum", "group_norm"] = "sum"
+    """Of kind ``linear``: outputs are divided by the ``sum`` of weights, or go through a learned ``group_norm`` of each
+    head instead. With t2r features and both of these attention is SUPRA's (arXiv 2405.06640, the LoLCATs paper's
+    Eq. 12), except that here features come behind RoPE, and LoRA trains instead of all weights."""
 
     def __post_init__(self) -> None:
         _at_least(self, "attention", feature_dim=1, window_size=1, sinks=0)
         if self.sinks > self.window_size:
             raise LolcatsError(
                 f"attention.sinks ({self.sinks}) must not exceed attention.window_size ({self.window_size})."
+            )
+        changed = [name for name, plain in (("decay", "none"), ("normalizer", "sum")) if getattr(self, name) != plain]
+        if changed and "hybrid" in (self.kind, *self.layers.values()):
+            raise LolcatsError(
+                f"attention.{changed[0]}={getattr(self, changed[0])} is of linear attention alone: it needs "
+                "attention.kind=linear, and no hybrid layer in attention.layers."
             )
 
 
@@ -139,6 +151,10 @@ class TransferConfig(StageConfig):
     mse_weight: float = 1000.0
     xent_weight: float = 0.0
     """Cross-entropy between attention weights (the paper's 405B used 1). Quadratic time in the sequence length."""
+    window_dropout: float = 0.0
+    """Probability with which a row of a training step hides window and sinks in all hybrid layers: there the linear
+    term alone learns softmax attention over the keys that it has, those older than the window. Without, it is trained
+    as far as the window leaves something to mend. After arXiv 2510.05901, which hides windows on a schedule."""
     coupling: Literal["joint", "per_layer"] = "joint"
     """Who shares gradient clip, mean loss, plateau, early stopping, best checkpoint: all layers (the paper) or none."""
     order: Literal["joint", "stream", "blocks"] = "joint"
@@ -152,6 +168,8 @@ class TransferConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, "transfer", block_size=1, chunk_tokens=1)
+        if not 0 <= self.window_dropout <= 1:
+            raise LolcatsError(f"transfer.window_dropout is a probability, not {self.window_dropout}.")
         if self.order != "joint" and self.coupling != "per_layer":
             raise LolcatsError(
                 f"transfer.order={self.order} trains each layer by itself: it needs transfer.coupling=per_layer, which "
@@ -214,6 +232,11 @@ class Config:
             raise LolcatsError(
                 "controls: they train on the base model as it is, which a student on a quantized one "
                 "(finetune.quantize_base) cannot be compared with. Leave out one of the two."
+            )
+        if self.transfer.window_dropout and "hybrid" not in (self.attention.kind, *self.attention.layers.values()):
+            raise LolcatsError(
+                "transfer.window_dropout hides the window of hybrid attention, which "
+                f"attention.kind={self.attention.kind} is not."
             )
         length, window = self.data.sequence_length, self.attention.window_size
         if self.attention.kind in ("hybrid", "window") and length < 2 * window:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.config import Config, Control, to_yaml
 from lolcats.data_stats import longest, select
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.attention_maps import FILE, measure_attention
+from lolcats.evaluation.layers import measure_layers
 from lolcats.evaluation.memory import cache_bytes
 from lolcats.evaluation.perplexity import perplexity
 from lolcats.evaluation.systems import ABLATIONS
@@ -42,7 +44,7 @@ from lolcats.modeling.convert import convert, convert_as
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.modeling.skeleton import Skeleton, build_skeleton
 from lolcats.ranks import is_first, ranks
-from lolcats.run import Run
+from lolcats.run import SAMPLE_PROMPT, Run
 from lolcats.training.controls import control, control_directory, train_control
 from lolcats.training.data import Data
 from lolcats.training.distributed import is_sharded
@@ -50,8 +52,8 @@ from lolcats.training.finetune import finetune, load_lora, load_over_ranks
 from lolcats.training.trainer import StageResult
 from lolcats.training.transfer import layer_errors, transfer, transfer_in_turn
 
-PROMPT = "What is a good way to spend a rainy weekend? Explain your ideas."
 LENGTHS = (1024, 8192, 65536)
+LOOKED_AT = 8  # validation rows on which each head's attention is measured
 Say = Callable[[str], None]
 
 
@@ -428,7 +430,7 @@ def _teacher_sample(session: Session) -> str:
 
 def _sample(session: Session) -> str:
     """A greedy answer long enough to leave the window: its end is read through the linear term."""
-    return generate(session.model, session.tokenizer, PROMPT, 3 * session.config.attention.window_size)
+    return generate(session.model, session.tokenizer, SAMPLE_PROMPT, 3 * session.config.attention.window_size)
 
 
 def _batch(session: Session) -> int:
@@ -448,10 +450,12 @@ def _summary(result: StageResult, started: float) -> dict[str, Any]:
 
 
 def measure_maps(session: Session, of: str) -> None:
-    """What the report shows of the attention itself, unless measured; ``of``: whose queries and keys the model has."""
-    model, run, row = session.model, session.run, session.data.validation[0]
+    """The attention itself, layer by layer, unless measured; ``of``: whose queries and keys the model has."""
+    model, run, rows = session.model, session.run, session.data.validation
     if linearized_layers(model):
-        run.measure("attention", lambda: measure_attention(model, row, run.directory / FILE, of))
+        batches = zip(*_validation(session, LOOKED_AT), strict=False)
+        run.measure("layers", lambda: measure_layers(model, batches, of))
+        run.measure("attention", lambda: measure_attention(model, rows[0], run.directory / FILE, of))
 
 
 def _measure_final_maps(session: Session) -> None:
@@ -461,6 +465,11 @@ def _measure_final_maps(session: Session) -> None:
 
 
 def _layer_errors(session: Session) -> list[float]:
+    return layer_errors(session.model, *_validation(session))
+
+
+def _validation(session: Session, rows: int | None = None) -> tuple[Iterable[Tensor], Iterable[Tensor | None]]:
+    """Batches of the first ``rows`` validation rows, or all, and of their positions where documents are kept apart."""
     data, size = session.data, _batch(session)
-    places = data.positions["validation"].split(size) if data.positions else repeat(None)
-    return layer_errors(session.model, data.validation.split(size), places)
+    places = data.positions["validation"][:rows].split(size) if data.positions else repeat(None)
+    return data.validation[:rows].split(size), places

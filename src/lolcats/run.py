@@ -30,6 +30,7 @@ from lolcats.modeling.base import Base
 from lolcats.ranks import is_first
 
 RECORD = "run.json"
+SAMPLE_PROMPT = "What is a good way to spend a rainy weekend? Explain your ideas."
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 

@@ -50,6 +50,7 @@ def test_what_cannot_be_forced_is_refused_with_a_sentence(monkeypatch: pytest.Mo
             with pytest.raises(LolcatsError, match="pip install triton"):
                 uses_kernels(Q, SPEC)
         pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
         with pytest.raises(LolcatsError, match="at most 16 sinks"):
             uses_kernels(Q, AttentionSpec("hybrid", "terraced", 32, 17))
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)

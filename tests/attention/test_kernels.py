@@ -261,6 +261,22 @@ def test_bf16_in_the_interpreter(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @on_gpu
+def test_gradients_where_outputs_are_large() -> None:
+    """As in real models: dy·v − δ is then a small difference, which the rounding of outputs to bf16 must not reach."""
+    problem = Problem(300, 64, 64, dtype=torch.bfloat16)
+    problem.q, problem.v = problem.q / 8, problem.v + 4
+    compare(problem, AttentionSpec("hybrid", "terraced", 64, 4), tolerance=1.5e-2, tiling=None)
+
+
+@on_gpu
+@pytest.mark.parametrize("dim", [16, 32])
+def test_narrow_heads(dim: int) -> None:
+    """Products of narrow tiles come out wrong: they are padded."""
+    problem = Problem(100, dim, 8, dtype=torch.bfloat16)
+    compare(problem, AttentionSpec("hybrid", "terraced", 8, 2), tolerance=1.5e-2, tiling=None)
+
+
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["hybrid", "linear"])
 @pytest.mark.parametrize(
@@ -288,6 +304,8 @@ def test_half_precision(dtype: torch.dtype, kind: str, dim: int, f: int, length:
         ("linear", "terraced", 64, 64, 64, "float16"),
         pytest.param("hybrid", "terraced", 64, 128, 64, "bfloat16", marks=pytest.mark.slow),
         pytest.param("hybrid", "terraced", 64, 128, 64, "float32", marks=pytest.mark.slow),
+        pytest.param("hybrid", "sliding", 64, 128, 64, "float32", marks=pytest.mark.slow),
+        pytest.param("hybrid", "terraced", 32, 80, 64, "float32", marks=pytest.mark.slow),
         pytest.param("hybrid", "sliding", 128, 256, 128, "bfloat16", marks=pytest.mark.slow),
         pytest.param("hybrid", "sliding", 128, 256, 128, "float32", marks=pytest.mark.slow),
     ],

@@ -23,6 +23,7 @@ VARIANTS = [
     CONFIG,
     AttentionConfig(window_size=8, sinks=0, feature_dim=8, window="sliding", key_maps="per_kv_head"),
     AttentionConfig(kind="linear", feature_dim=8),
+    AttentionConfig(kind="linear", feature_map="t2r", decay="retnet", normalizer="group_norm"),
     AttentionConfig(kind="window", window_size=8, sinks=2, feature_dim=8),
 ]
 

@@ -19,6 +19,7 @@ VARIANTS = [
     AttentionConfig(window_size=8, sinks=2, feature_dim=8),
     AttentionConfig(window_size=8, sinks=0, feature_dim=8, window="sliding", key_maps="per_kv_head"),
     AttentionConfig(kind="linear", feature_dim=8),
+    AttentionConfig(kind="linear", feature_map="t2r", decay="retnet", normalizer="group_norm"),
     AttentionConfig(window_size=8, sinks=2, feature_dim=8, layers={"1": "softmax"}),
 ]
 IDS = torch.randint(6, 300, (2, 60), generator=torch.Generator().manual_seed(0))

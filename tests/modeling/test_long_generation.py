@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from scripts import script
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
 from transformers.generation import LogitsProcessor, LogitsProcessorList
@@ -113,10 +112,5 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 def test_the_state_is_kept_in_a_format_that_can_hold_it() -> None:
     """benchmarks/state_precision.py, whose table is in docs/state_precision.md, on 5,000 tokens."""
-    path = Path(__file__).parents[2] / "benchmarks" / "state_precision.py"
-    spec = importlib.util.spec_from_file_location("state_precision", path)
-    assert spec is not None
-    assert spec.loader is not None
-    spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
-    errors = {name: max(found) for _, name, *found in script.measure([5_000])}
+    errors = {name: max(found) for _, name, *found in script("state_precision").measure([5_000])}
     assert errors["fp32"] < 1e-6 < 1e-4 < errors["fp16"] < errors["bf16"]

@@ -55,6 +55,7 @@ def test_logits_equal_those_of_separate_rows(family: str) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"window": "sliding"}, {"kind": "linear"}, {"kind": "window"},
+                                     {"kind": "linear", "decay": "retnet", "normalizer": "group_norm"},
                                      {"layers": {"0": "softmax"}}, {"key_maps": "per_kv_head"}])  # fmt: skip
 @torch.no_grad()
 def test_variants(changes: dict[str, Any]) -> None:

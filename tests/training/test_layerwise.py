@@ -89,6 +89,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(("family", "changes"), [
     ("llama", []), ("llama", APART), ("qwen2", ["transfer.xent_weight=0.5"]), ("gemma3", APART),
+    ("llama", ["transfer.window_dropout=0.5"]),
 ])  # fmt: skip
 def test_three_orders_give_the_same(family: str, changes: list[str], model_dirs, job: Job, tmp_path: Path) -> None:
     """Gemma 3's first layer slides: it is not trained, and passes the states on."""
@@ -123,12 +124,12 @@ def test_each_layer_is_trained_by_itself(job: Job, tmp_path: Path) -> None:
         assert unit.progress.best_loss == min(e["eval_loss"] for e in unit.progress.history if "eval_loss" in e)
 
 
-@pytest.mark.parametrize("schedule", ["reduce_on_plateau", "cosine"])
-def test_equals_transformers_trainer(schedule: str, job: Job, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("schedule", "dropout"), [("reduce_on_plateau", 0), ("cosine", 0), ("cosine", 0.5)])
+def test_equals_transformers_trainer(schedule: str, dropout: float, job: Job, tmp_path: Path) -> None:
     """Joint coupling of all layers, over two epochs with accumulation and a last step of fewer batches."""
     changes = ["transfer.coupling=joint", f"transfer.schedule={schedule}", "transfer.max_steps=-1",
                "transfer.epochs=2", "transfer.micro_batch_size=2", "transfer.early_stopping_patience=0",
-               "transfer.warmup_steps=2"]  # fmt: skip
+               "transfer.warmup_steps=2", f"transfer.window_dropout={dropout}"]  # fmt: skip
     config = job.config(*changes)
     maps, result = job.train(tmp_path / "trainer", config)
     model = load_model(find_base(str(job.model)), torch.float32)

@@ -16,6 +16,7 @@ import lolcats
 from lolcats import pipeline
 from lolcats.config import AttentionConfig, FinetuneConfig, load_config
 from lolcats.errors import LolcatsError
+from lolcats.files import read_tensors
 from lolcats.modeling import base as bases
 from lolcats.training.finetune import add_lora, lora_targets
 
@@ -89,6 +90,35 @@ def test_targets_by_the_part_they_play() -> None:
         lora_targets(model, ["q_proj", "qkv"])
 
 
+@pytest.mark.parametrize("rank", [1, 4, 8, 16, 32])
+@pytest.mark.parametrize("targets", ["q k", "q k v", "v o", "o", "q k v o"])
+def test_rank_and_projections(rank: int, targets: str) -> None:
+    """The paper's Tables 11 and 12: what trains, its shapes, and that all of it learns."""
+    names = [f"{name}_proj" for name in targets.split()]
+    chosen = ", ".join(names)
+    config = load_config("default", [f"finetune.rank={rank}", "finetune.alpha=16", f"finetune.targets=[{chosen}]"])
+    wrapped = add_lora(lolcats.convert(tiny_model("qwen2"), SMALL), config.finetune)
+    trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    place = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.default.weight"
+    assert set(trained) == {place.format(i, name, part) for i in (0, 1) for name in names for part in "AB"}
+    width = {"q_proj": 32, "k_proj": 16, "v_proj": 16, "o_proj": 32}
+    assert all(trained[place.format(0, name, "A")].shape == (rank, 32) for name in names)
+    assert all(trained[place.format(1, name, "B")].shape == (width[name], rank) for name in names)
+    wrapped(IDS, labels=IDS, use_cache=False).loss.backward()
+    assert all(trained[place.format(i, name, "B")].grad.any() for i in (0, 1) for name in names)
+
+
+def test_rank_and_projections_through_the_recipe(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
+    changes = ["finetune.rank=16", "finetune.alpha=32", "finetune.targets=[q_proj, o_proj]"]
+    config = load_config("default", [*settings, *changes])
+    pipeline.linearize(str(model_dirs["llama"]), str(chat_file), tmp_path, config, say=lambda _: None)
+    lora = read_tensors(tmp_path / "lora" / "adapter_model.safetensors")
+    assert len(lora) == 8
+    assert {min(x.shape) for x in lora.values()} == {16}
+    with torch.no_grad():
+        assert torch.equal(logits(lolcats.load(tmp_path)), logits(lolcats.load(tmp_path / "merged")))
+
+
 def test_quantized_base_needs_cuda_and_bitsandbytes(
     model_dirs, chat_file: Path, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,4 +175,5 @@ def test_quantized_base(
     assert type(adapter.model.layers[0].self_attn.q_proj) is nn.Linear
     with torch.no_grad():
         assert torch.equal(logits(adapter), logits(merged))
-    assert torch.equal(adapter.model.layers[1].mlp.up_proj.weight, untouched.model.layers[1].mlp.up_proj.weight)
+    weight = adapter.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(weight, untouched.model.layers[1].mlp.up_proj.weight.to(weight.dtype))

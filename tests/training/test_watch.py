@@ -42,10 +42,10 @@ def test_stage_one_names_step_and_layer(config: Config, data: Data, tmp_path: Pa
     """Long before it is logged; the checkpoint of the step before and the best weights are whole."""
     real, calls = transfer_module.attention_loss, []
 
-    def loss(layer, call, settings):
+    def loss(layer, call, settings, hidden):
         calls.append(torch.is_grad_enabled() and layer.geometry.layer == 1)
         bad = sum(calls) == 10 and calls[-1]  # the second of two micro-batches in step 5
-        return real(layer, call, settings) * (float("nan") if bad else 1.0)
+        return real(layer, call, settings, hidden) * (float("nan") if bad else 1.0)
 
     model = converted(config)
     with monkeypatch.context() as patch:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lolcats.attention.reference import expand_heads, normalize, softmax_logits
+from lolcats.attention.reference import expand_heads, output, softmax_logits
 from lolcats.attention.spec import AttentionSpec
 
 
@@ -59,11 +59,16 @@ def chunked_attention(
     if spec.has_linear:
         assert fq is not None and fk is not None  # noqa: PT018
         fk = pad(fk, (0, 0, 0, position.shape[1] - length)) * (position >= spec.softmax_sinks)[:, None, :, None]
+        fqc, fkc = _chunks(fq, chunk), _chunks(expand_heads(fk, heads), chunk)
         state = (None, None) if context is None else (expand_heads(context.S, heads), expand_heads(context.z, heads))
-        near = None if spec.kind != "linear" and spec.window == "terraced" else older
-        num, den = _linear_part(_chunks(fq, chunk), _chunks(expand_heads(fk, heads), chunk), vc, near, *state)
+        if spec.decays:
+            log_decay = spec.log_decay(fk.shape[1], q.device).repeat_interleave(heads // fk.shape[1])
+            num, den = _decaying_part(fqc, fkc, vc, log_decay, *state)
+        else:
+            near = None if spec.kind != "linear" and spec.window == "terraced" else older
+            num, den = _linear_part(fqc, fkc, vc, near, *state)
         numerator, denominator = numerator + num, denominator + den
-    return normalize(numerator, denominator).flatten(2, 3)[:, :, :length]
+    return output(spec, numerator, denominator).flatten(2, 3)[:, :, :length]
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
@@ -134,3 +139,27 @@ def _linear_part(
         near = (fq @ _with_previous(fk).mT) * mask
         numerator, denominator = numerator + near @ _with_previous(v), denominator + near.sum(-1, keepdim=True)
     return numerator, denominator
+
+
+def _decaying_part(
+    fq: Tensor, fk: Tensor, v: Tensor, log_decay: Tensor, S: Tensor | None, z: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of kind ``linear`` with decay: the state behind the chunk before, and the own chunk's keys up to the query.
+
+    log_decay: (H,).
+    """
+    count, chunk = fk.shape[2:4]
+    a, n = torch.arange(chunk, device=fk.device), torch.arange(count, device=fk.device)
+
+    def decayed(age: Tensor) -> Tensor:
+        """(H, *age.shape): γ^age, 0 for ages below 0."""
+        return torch.exp(log_decay.view(-1, *[1] * age.ndim) * age.clamp_min(0)) * (age >= 0)
+
+    keys = fk * decayed(chunk - 1 - a)[:, None, :, None]
+    between, since = decayed((n[:, None] - 1 - n) * chunk), decayed(n * chunk)  # (H, N, N), (H, N)
+    sums = torch.einsum("hnm,bhmfd->bhnfd", between, keys.mT @ v)
+    totals = torch.einsum("hnm,bhmf->bhnf", between, keys.sum(3))
+    if S is not None and z is not None:
+        sums, totals = sums + S[:, :, None] * since[..., None, None], totals + z[:, :, None] * since[..., None]
+    queries, near = fq * decayed(a + 1)[:, None, :, None], (fq @ fk.mT) * decayed(a[:, None] - a)[:, None]
+    return queries @ sums + near @ v, queries @ totals[..., None] + near.sum(-1, keepdim=True)

@@ -136,6 +136,8 @@ def uses_decode_kernel(q: Tensor, phi_q: Any, spec: AttentionSpec) -> bool:
 
 def _misfit(q: Tensor, spec: AttentionSpec) -> str:
     """What the kernels would need instead; empty if they have this geometry."""
+    if spec.decays or not spec.divides:
+        return "sums without decay under a denominator, not attention.decay or attention.normalizer=group_norm"
     if spec.softmax_sinks > 16:
         return f"at most 16 sinks, not {spec.softmax_sinks}"
     return f"heads of at most 256 channels, not {q.shape[3]}" if q.shape[3] > 256 else ""
@@ -174,8 +176,13 @@ def _chunked(
     end = spec.window_start(seen - 1).minimum(seen)[:, None]
     position = first[:, None] + torch.arange(q.shape[2], device=q.device)
     fk = fk * ((position >= spec.softmax_sinks) & (position < end))[:, None, :, None]
-    S, z = fk.mT @ expand_heads(v, fk.shape[1]), fk.sum(2)
-    return (y, S, z) if context is None else (y, context.S + S, context.z + z)
+    old = (0, 0) if context is None else (context.S, context.z)
+    if spec.decays:
+        log_decay = spec.log_decay(fk.shape[1], q.device)
+        fk = fk * torch.exp(log_decay[:, None] * (seen[:, None] - 1 - position).clamp_min(0)[:, None])[..., None]
+        kept = torch.exp(log_decay * (seen - first)[:, None])[..., None]
+        old = (old[0] * kept[..., None], old[1] * kept)
+    return y, old[0] + fk.mT @ expand_heads(v, fk.shape[1]), old[1] + fk.sum(2)
 
 
 def _known(name: str) -> str:

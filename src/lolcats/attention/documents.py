@@ -27,6 +27,10 @@ class Documents:
         counts = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in numbers.cpu()]
         return cls(tuple(map(tuple, counts)), numbers.device)
 
+    def rows(self, chosen: Sequence[int]) -> Documents:
+        """Those of some rows."""
+        return Documents(tuple(self.lengths[row] for row in chosen), self.device)
+
     @cached_property
     def cumulative(self) -> list[int]:
         """[0, ..., B · T]: where documents begin and end if rows are laid one behind the other."""

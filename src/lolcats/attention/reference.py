@@ -41,31 +41,50 @@ def normalize(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / denominator.masked_fill(denominator == 0, 1)
 
 
+def output(spec: AttentionSpec, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """What attention gives: the quotient, or the numerator alone where a group norm follows."""
+    return normalize(numerator, denominator) if spec.divides else numerator
+
+
+def older_keys(spec: AttentionSpec, n: Tensor, i: Tensor) -> Tensor:
+    """Whether the query at position n sees the key at position i through the linear term."""
+    return (i >= spec.softmax_sinks) & (i < spec.window_start(n)) & (i <= n)
+
+
 def attention_weights(
     q: Tensor, k: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
     softcap: float | None = None, first: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Parallel form: the whole (B, H, T, T) matrix of attention weights, quadratic in T.
+    """The whole (B, H, T, T) matrix of attention weights, whose rows sum to 1, quadratic in T.
 
     Args:
         q, k, fq, fk, gamma: as above, any float dtype; the weights are fp32.
         scale: of the logits; softcap: what they are squashed to, before the mask.
         first: position of q[:, :, 0]; q and fq may be some of the queries alone.
     """
-    heads, length = q.shape[1], k.shape[2]
+    weights = unnormalized_weights(q, k, fq, fk, gamma, spec, scale, softcap, first)
+    return normalize(weights, weights.sum(-1, keepdim=True))
+
+
+def unnormalized_weights(
+    q: Tensor, k: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
+    softcap: float | None = None, first: int = 0,
+) -> Tensor:  # fmt: skip
+    """Parallel form: what :func:`attention_weights`, which has the same arguments, divides by its sum."""
+    heads, length, maps = q.shape[1], k.shape[2], fk.shape[1]
     k, fk = expand_heads(k, heads), expand_heads(fk, heads)
     n = first + torch.arange(q.shape[2], device=q.device)[:, None]
     i = torch.arange(length, device=q.device)[None, :]
-    sink = i < spec.softmax_sinks
-    older = ~sink & (i < spec.window_start(n)) & (i <= n)
+    older = older_keys(spec, n, i)
     soft = (i <= n) & ~older
     weights = torch.zeros(q.shape[0], heads, q.shape[2], length, device=q.device)
     if spec.has_softmax:
         logits = softmax_logits(q.float(), k, scale, softcap).masked_fill(~soft, -torch.inf)
         weights = weights + gamma[:, None, None] * torch.exp(logits - logits.amax(-1, keepdim=True))
     if spec.has_linear:
-        weights = weights + (fq.float() @ fk.mT) * older
-    return normalize(weights, weights.sum(-1, keepdim=True))
+        log_decay = spec.log_decay(maps, q.device).repeat_interleave(heads // maps)[:, None, None]
+        weights = weights + (fq.float() @ fk.mT) * torch.exp(log_decay * (n - i).clamp_min(0)) * older
+    return weights
 
 
 def parallel_attention(
@@ -73,8 +92,8 @@ def parallel_attention(
     softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Outputs (B, H, T, D) fp32 by the whole matrix of :func:`attention_weights`, which has the same arguments."""
-    weights = attention_weights(q, k, fq, fk, gamma, spec, scale, softcap)
-    return weights @ expand_heads(v, q.shape[1])
+    weights = unnormalized_weights(q, k, fq, fk, gamma, spec, scale, softcap)
+    return output(spec, weights, weights.sum(-1, keepdim=True)) @ expand_heads(v, q.shape[1])
 
 
 def recurrent_attention(
@@ -82,13 +101,15 @@ def recurrent_attention(
     softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """The same outputs one token at a time, from S, z, the window's keys and the sinks: constant memory in T."""
-    heads, length = q.shape[1], q.shape[2]
+    heads, length, maps = q.shape[1], q.shape[2], fk.shape[1]
+    decay = spec.log_decay(maps, q.device).exp().repeat_interleave(heads // maps)[:, None]
     k, v, fk = (expand_heads(x, heads) for x in (k, v, fk))
     q, fq = q.float(), fq.float()
     S = torch.zeros(*fk.shape[:2], fk.shape[3], v.shape[3], device=q.device)  # (B, H, F, D)
     z = torch.zeros(*fk.shape[:2], fk.shape[3], device=q.device)  # (B, H, F)
     folded, outputs = 0, []  # keys before `folded` are in S and z, except sinks
     for n in range(length):
+        S, z = S * decay[..., None], z * decay
         while folded < min(spec.window_start(n), n + 1):
             if folded >= spec.softmax_sinks:
                 S = S + fk[:, :, folded, :, None] * v[:, :, folded, None, :]
@@ -103,5 +124,5 @@ def recurrent_attention(
         if spec.has_linear:
             numerator = numerator + (fq[:, :, n, None] @ S)[:, :, 0]
             denominator = denominator + (fq[:, :, n] * z).sum(-1, keepdim=True)
-        outputs.append(normalize(numerator, denominator))
+        outputs.append(output(spec, numerator, denominator))
     return torch.stack(outputs, dim=2)

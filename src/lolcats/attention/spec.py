@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 Position = TypeVar("Position", int, torch.Tensor)
 
@@ -28,12 +29,36 @@ class AttentionSpec:
         ``window``  sinks and window alone: the control without linear term;
         ``remote``  the linear term of a hybrid alone, over the keys older than its window (a branch ablation; zero
         where there are none).
+    decay, normalizer:
+        of kind ``linear`` alone, as SUPRA has them (Mercat et al. 2024, arXiv 2405.06640): ``decay="retnet"`` weighs
+        what is m tokens old by γ^m, see :meth:`log_decay`; with ``normalizer="group_norm"`` nothing is divided by the
+        sum of weights, for a group norm over each head's channels follows. Other kinds do without both.
     """
 
     kind: Literal["hybrid", "linear", "window", "remote"] = "hybrid"
     window: Literal["terraced", "sliding"] = "terraced"
     window_size: int = 64
     sinks: int = 0
+    decay: Literal["none", "retnet"] = "none"
+    normalizer: Literal["sum", "group_norm"] = "sum"
+
+    @property
+    def decays(self) -> bool:
+        return self.kind == "linear" and self.decay != "none"
+
+    @property
+    def divides(self) -> bool:
+        """Whether outputs are divided by the sum of their weights."""
+        return self.kind != "linear" or self.normalizer == "sum"
+
+    def log_decay(self, maps: int, device: torch.device) -> Tensor:
+        """(maps,) fp32 log γ_h, fixed, one a state: γ_h = 1 − 2^(−5−h) (RetNet, Sun et al. 2023, arXiv 2307.08621).
+
+        0 where nothing decays.
+        """
+        if not self.decays:
+            return torch.zeros(maps, device=device)
+        return torch.log1p(-torch.exp2(-5.0 - torch.arange(maps, device=device)))
 
     @property
     def has_softmax(self) -> bool:

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lolcats.attention.chunked import Context
 from lolcats.attention.dispatch import KeyMap, attention, uses_decode_kernel, uses_kernels
-from lolcats.attention.reference import expand_heads, normalize, softmax_logits
+from lolcats.attention.reference import expand_heads, output, softmax_logits
 from lolcats.attention.rounding import stochastic
 from lolcats.attention.spec import AttentionSpec
 
@@ -202,7 +202,7 @@ def step(
         fq = _grouped(phi_q(q), state.S)
         numerator = numerator + _ungrouped(fq @ state.S.float())
         denominator = denominator + _ungrouped(fq @ state.z[..., None])
-    return normalize(numerator, denominator), state
+    return output(spec, numerator, denominator), state
 
 
 def _append(state: AttentionState, k: Tensor, v: Tensor) -> AttentionState:
@@ -251,7 +251,11 @@ def _fold(state: AttentionState, k: Tensor, v: Tensor, phi_k: KeyMap, spec: Atte
     if spec.kind == "linear":  # no window: the new key itself
         fk = phi_k(k)
         rows = torch.arange(len(state.seen), device=k.device)
-        return _add(state, rows, fk.mT @ expand_heads(v, fk.shape[1]), fk.sum(2))
+        S, z = fk.mT @ expand_heads(v, fk.shape[1]), fk.sum(2)
+        if spec.decays:
+            lost = -torch.expm1(spec.log_decay(fk.shape[1], k.device))[:, None]
+            S, z = S - lost[..., None] * state.S.float(), z - lost * state.z
+        return _add(state, rows, S, z)
     if state.count is not None and spec.window_start(state.count) == spec.window_start(state.count - 1):
         return state
     n = state.seen[:, None]

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lolcats.attention import AttentionSpec, AttentionState
+from lolcats.attention import AttentionState
 from lolcats.config import AttentionConfig, from_dict
-from lolcats.modeling.layer import linearized_layers
+from lolcats.modeling.layer import layer_spec, linearized_layers
 
 
 def cache_bytes(model: Any, tokens: int) -> tuple[int, int]:
@@ -27,7 +27,7 @@ def cache_bytes(model: Any, tokens: int) -> tuple[int, int]:
         if entry["kind"] == "softmax":
             student += kv
             continue
-        spec = AttentionSpec(entry["kind"], attention.window, attention.window_size, attention.sinks)
+        spec = layer_spec(attention, entry["kind"])
         k = torch.empty(1, entry["kv_heads"], 0, entry["head_dim"], dtype=model.dtype, device="meta")
         student += AttentionState.empty(k, k, *maps[entry["layer"]], spec).nbytes
     return teacher, student

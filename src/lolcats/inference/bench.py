@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +33,6 @@ from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
 
 log = logging.getLogger(__name__)
-Peer = Literal["sdpa", "static"]
 Row = dict[str, Any]
 PEERS: dict[str, str] = {
     "sdpa": "Hugging Face generate, SDPA",

@@ -8,12 +8,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from lolcats.attention import AttentionSpec
 from lolcats.config import AttentionConfig, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.modeling.auto import SEAL
 from lolcats.modeling.interface import IMPLEMENTATION, prepare_decoder_call
-from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, linearized_layers
+from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, layer_spec, linearized_layers
 from lolcats.modeling.probe import ProbedLayer, probe, text_config
 
 
@@ -66,7 +65,7 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
         if entry["kind"] == "softmax":
             module.lolcats = KeptAttention(base_implementation)
             continue
-        spec = AttentionSpec(entry["kind"], attention.window, attention.window_size, attention.sinks)
+        spec = layer_spec(attention, entry["kind"])
         layer = LinearizedAttention(geometry, attention, spec, base_implementation)
         device = next(module.parameters()).device
         module.lolcats = layer if device.type == "meta" else layer.to(device)  # of a skeleton, they alone are real

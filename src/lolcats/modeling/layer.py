@@ -20,6 +20,7 @@ from lolcats.attention import (
     AttentionState,
     Documents,
     FeatureMap,
+    HeadNorm,
     attention,
     extend,
     step,
@@ -51,6 +52,14 @@ class AttentionCall:
     documents: Documents | None = None
     """Of rows that hold several sequences."""
 
+    def rows(self, chosen: Sequence[int]) -> AttentionCall:
+        """The call with some of its rows alone."""
+        index = torch.tensor(chosen, device=self.q.device)
+        q, k, v, target = (x.index_select(0, index) for x in (self.q, self.k, self.v, self.target))
+        padding = None if self.padding is None else self.padding.index_select(0, index)
+        documents = None if self.documents is None else self.documents.rows(chosen)
+        return AttentionCall(q, k, v, target, self.scale, self.softcap, padding, documents)
+
 
 Observer = Callable[["LinearizedAttention", AttentionCall], None]
 
@@ -74,8 +83,14 @@ class KeptAttention(nn.Module):
         self.base_implementation = base_implementation
 
 
+def layer_spec(config: AttentionConfig, kind: Any) -> AttentionSpec:
+    """The attention of a layer of kind ``kind``, which is not ``softmax``."""
+    return AttentionSpec(kind, config.window, config.window_size, config.sinks, config.decay, config.normalizer)
+
+
 class LinearizedAttention(nn.Module):
     """The extra parameters of one linearized layer: feature maps φ_q, φ_k and the gate g (γ = sigmoid(g)), in fp32.
+    With ``attention.normalizer=group_norm`` also the norm's.
 
     ``mode`` says what the layer outputs: ``student`` (hybrid attention), ``teacher`` (the base model's softmax
     attention) or ``transfer`` (softmax, while ``observer`` is handed both outputs: stage 1).
@@ -99,6 +114,8 @@ class LinearizedAttention(nn.Module):
                 else:
                     key_map.copy_(query_map)
         self.gate = nn.Parameter(torch.full((geometry.heads,), config.gate_init))
+        normed = config.normalizer == "group_norm"
+        self.norm = HeadNorm(geometry.heads, geometry.value_dim) if normed else None
 
     def split_heads(self, ranks: int) -> None:
         """Become one of ``ranks`` that each have some of the heads; the caller splits the parameters."""
@@ -107,6 +124,8 @@ class LinearizedAttention(nn.Module):
                 f"Layer {self.geometry.layer} has {self.geometry.kv_heads} key/value heads, which {ranks} ranks cannot "
                 "share equally: use a number of ranks that divides it."
             )
+        if self.spec.decays:
+            raise LolcatsError("attention.decay is one of all heads together: tensor parallel cannot split it.")
         self.ranks, self.maps = ranks, self.maps // ranks
         self.phi_q.heads //= ranks
         self.phi_k.heads //= ranks
@@ -149,7 +168,14 @@ class LinearizedAttention(nn.Module):
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None,
                documents: Documents | None = None) -> Tensor:  # fmt: skip
         common = (self.phi_q, self.phi_k, self.gamma, self.spec, scale, softcap)
-        return attention(q, k, v, *common, documents=documents)[0]
+        return self._normed(attention(q, k, v, *common, documents=documents)[0])
+
+    def _normed(self, y: Tensor, padding: Tensor | None = None) -> Tensor:
+        """(B, H, T, D) outputs, through the norm where one takes the denominator's place; 0 for padding."""
+        if self.norm is None or self.spec.divides:
+            return y
+        y = self.norm(y)
+        return y if padding is None else y * padding[:, None, :, None]
 
     def advance(
         self, state: AttentionState, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
@@ -158,14 +184,16 @@ class LinearizedAttention(nn.Module):
         """Outputs (B, H, T, D) for T new tokens behind ``state``, and the state after them (see :func:`extend`)."""
         common = (self.phi_q, self.phi_k, self.gamma, self.spec, scale, softcap)
         if q.shape[2] == 1 and padding is None:
-            return step(state, q, k, v, *common)
-        return extend(state, q, k, v, *common, mask=padding, counts=counts)
+            y, state = step(state, q, k, v, *common)
+        else:
+            y, state = extend(state, q, k, v, *common, mask=padding, counts=counts)
+        return self._normed(y, padding), state
 
     def empty_state(self, k: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -> AttentionState:
         return AttentionState.empty(k, v, self.maps, self.phi_k.num_features, self.spec, dtype)
 
     def weights(self, q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-        """(B, H, T, T) attention weights, quadratic: for the cross-entropy loss and for pictures."""
+        """(B, H, T, T) attention weights, quadratic: for pictures. Rows sum to 1, in every variant."""
         return attention_weights(q, k, self.phi_q(q), self.phi_k(k), self.gamma, self.spec, scale, softcap)
 
 

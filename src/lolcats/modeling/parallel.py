@@ -47,7 +47,8 @@ def add_plan(model: PreTrainedModel, record: dict[str, Any]) -> None:
     for entry in record["layers"]:
         name = styles.replace_layer_number_by_wildcard(entry["name"])
         if entry["kind"] != "softmax" and plan.get(f"{name}.k_proj") == COLUMNS:
-            plan |= {f"{name}.lolcats{part}": STYLE for part in ("", ".phi_q", ".phi_k")}
+            norm = [".norm"] if record["attention"].get("normalizer") == "group_norm" else []
+            plan |= {f"{name}.lolcats{part}": STYLE for part in ("", ".phi_q", ".phi_k", *norm)}
     model._tp_plan = plan
 
 

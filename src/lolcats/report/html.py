@@ -18,7 +18,7 @@ from lolcats.report import figures
 from lolcats.report.comparison import entry_rows
 from lolcats.report.picture import has_matplotlib
 from lolcats.report.table import memory_rows, perplexity_rows, remarks
-from lolcats.run import Run
+from lolcats.run import SAMPLE_PROMPT, Run
 from lolcats.training.controls import CONTROLS, control_directory
 
 PAGE = """<!doctype html>
@@ -184,9 +184,7 @@ def _memory(run: Run) -> Iterator[str]:
 
 
 def _samples(run: Run) -> Iterator[str]:
-    from lolcats.pipeline import PROMPT
-
-    yield _paragraph(f"Greedy answers to: {PROMPT}")
+    yield _paragraph(f"Greedy answers to: {SAMPLE_PROMPT}")
     for who in ("teacher", "student"):
         if f"sample_{who}" in run.results:
             yield f"<h3>{who}</h3>\n<blockquote>{escape(run.results[f'sample_{who}'])}</blockquote>"

@@ -30,7 +30,7 @@ from lolcats.training.hidden import Source, Target, feed
 from lolcats.training.losses import attention_loss, attention_losses
 from lolcats.training.trainer import StageResult, noting_interrupt, replace_metrics
 from lolcats.training.units import Unit
-from lolcats.training.visits import VALIDATION, Batch, Visits, validation_batches
+from lolcats.training.visits import VALIDATION, Batch, Visits, hidden_windows, validation_batches
 
 STAGE, JOB = "transfer", "job.json"
 HARMLESS = (*PLACEMENT, "save_steps", "log_steps")  # settings that change no result
@@ -78,7 +78,7 @@ class LayerTrainer:
                 f"transfer.batch_size ({self.config.batch_size}) is below the number of ranks ({ranks.size}): some "
                 "would have nothing to do."
             )
-        self.run_directory, self.directory = directory, directory / "checkpoints" / STAGE
+        self.run_directory, self.directory, self.seed = directory, directory / "checkpoints" / STAGE, config.seed
         self.visits = Visits.draw(len(data.train), self.config, config.seed)
         self.validation = validation_batches(len(data.validation), self.config.micro_batch_size, ranks)
         self.interrupted = False
@@ -145,12 +145,13 @@ class LayerTrainer:
     def _learn(self, group: Group, units: list[Unit], batch: Batch, x: Tensor) -> Tensor:
         """One batch through the group; gradients of its share of the mean loss are added up in the units' layers."""
         owner = _owners(units)
+        hidden = hidden_windows(batch.visits, self.config.window_dropout, self.seed) if units else []
 
         def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
             unit = owner[layer]
             share = batch.weight / len(unit.layers)
             with torch.enable_grad():
-                loss = attention_loss(layer, call, self.config)
+                loss = attention_loss(layer, call, self.config, hidden)
                 (loss * share).backward()
             unit.add(loss.detach() * share)
 

@@ -5,38 +5,88 @@ Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F featu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lolcats.attention.reference import attention_weights, softmax_weights
+from lolcats.attention.reference import attention_weights, expand_heads, older_keys, softmax_logits, softmax_weights
 from lolcats.attention.spec import AttentionSpec
 from lolcats.config import TransferConfig
 from lolcats.errors import LolcatsError
-from lolcats.modeling.layer import AttentionCall, LinearizedAttention
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention, override
 from lolcats.modeling.loss import mean_squared_error
 
 QUERIES = 64  # whose weights exist at a time
 WEIGHTS = 1 << 25  # weights at a time, over all heads and as many rows as they allow: 128 MiB in fp32
 
 
-def attention_loss(layer: LinearizedAttention, call: AttentionCall, config: TransferConfig) -> Tensor:
-    """Scalar loss of one layer on one call: mse_weight · MSE(ŷ, y) + xent_weight · cross-entropy of weights."""
-    return attention_losses(layer, call, config)[0]
+def attention_loss(
+    layer: LinearizedAttention, call: AttentionCall, config: TransferConfig, hidden: Sequence[int] = ()
+) -> Tensor:  # fmt: skip
+    """Scalar loss of one layer on one call: mse_weight · MSE(ŷ, y) + xent_weight · cross-entropy of weights.
+
+    Args:
+        hidden: rows whose window is hidden (``window_dropout``): see :func:`older_error`. The cross-entropy sees it.
+    """
+    return attention_losses(layer, call, config, hidden)[0]
 
 
 def attention_losses(
-    layer: LinearizedAttention, call: AttentionCall, config: TransferConfig
+    layer: LinearizedAttention, call: AttentionCall, config: TransferConfig, hidden: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and the mean squared error in it."""
-    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding, call.documents).transpose(1, 2)
-    error = mean_squared_error(y, call.target, call.padding)
+    if not hidden or layer.spec.kind != "hybrid":
+        error = _error(layer, call)
+    else:
+        share = len(hidden) / len(call.q)
+        error = share * older_error(layer, call.rows(hidden))
+        if shown := [row for row in range(len(call.q)) if row not in hidden]:
+            error = error + (1 - share) * _error(layer, call.rows(shown))
     loss = config.mse_weight * error
     if config.xent_weight:
         loss = loss + config.xent_weight * weight_cross_entropy(layer, call)
     return loss, error
+
+
+def _error(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
+    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding, call.documents).transpose(1, 2)
+    return mean_squared_error(y, call.target, call.padding)
+
+
+def older_error(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
+    """MSE between the linear term alone and softmax attention over the keys that it has: neither sees sinks or window.
+
+    Queries that have no such key count as right.
+    """
+    if call.padding is not None:
+        raise LolcatsError("transfer.window_dropout takes rows without padding.")
+    older = partial(older_attention, spec=layer.spec, scale=call.scale, softcap=call.softcap)
+    attend = older if call.documents is None else partial(call.documents.apart, older)
+    target = attend(call.q, call.k, call.v)
+    with override(layer, kind="remote"):
+        y = layer(call.q, call.k, call.v, call.scale, call.softcap, None, call.documents)
+    return mean_squared_error(y, target.to(y.dtype))
+
+
+@torch.no_grad()
+def older_attention(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float, softcap: float | None = None
+) -> Tensor:  # fmt: skip
+    """(B, H, T, D) fp32 softmax attention over the keys of the linear term alone; 0 where there are none.
+
+    Quadratic time; weights exist for QUERIES queries at a time.
+    """
+    k, v, found = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1]), []
+    for first in range(0, q.shape[2], QUERIES):
+        part = q[:, :, first : first + QUERIES].float()
+        positions = torch.arange(first + part.shape[2], device=q.device)
+        seen = older_keys(spec, positions[first:, None], positions)
+        logits = softmax_logits(part, k[:, :, : len(positions)], scale, softcap).masked_fill(~seen, -torch.inf)
+        found.append(logits.softmax(-1).masked_fill(~seen, 0) @ v[:, :, : len(positions)])
+    return torch.cat(found, 2)
 
 
 def weight_cross_entropy(

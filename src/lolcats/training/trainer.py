@@ -82,6 +82,8 @@ class StageTrainer(Trainer):
         self.keeper = BestKeeper(config.early_stopping_patience, directory / BEST)
         self.watch = LossWatch(stage, self.where)
         self.stage, self.directory, self.stage_config = stage, directory, config
+        configuration: Any = getattr(model, "config", None)
+        use_cache = getattr(configuration, "use_cache", None)
         if "tensorboard" in (report_to or []):
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(metrics.parent / "tensorboard"))
         try:
@@ -103,6 +105,8 @@ class StageTrainer(Trainer):
             if report_to:
                 raise LolcatsError(f"report_to {', '.join(report_to)}: {error}") from error
             raise
+        if use_cache is not None:
+            configuration.use_cache = use_cache  # which Trainer has switched off for good, in what is saved too
         self.sharded = is_sharded(model)
         self.model_accepts_loss_kwargs = False  # rows are of equal length: the mean over micro-batches is exact
         self.remove_callback(ProgressCallback)

@@ -6,7 +6,7 @@ reaches another layer's parameters: backward runs inside each layer's forward, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lolcats.training.layerwise import LayerwiseResult
 from lolcats.training.losses import attention_loss
 from lolcats.training.orders import LayerByLayer, Say, train_joint
 from lolcats.training.trainer import StageResult, StageTrainer, train_only
+from lolcats.training.visits import first_visit, hidden_windows
 
 
 def transfer(
@@ -76,13 +77,24 @@ class TransferTrainer(StageTrainer):
     """Loss: mean over layers of mse_weight · MSE(ŷ, y) (+ xent_weight · cross-entropy of attention weights)."""
 
     stage_config: TransferConfig
+    seen = (-1, 0)
+    """The optimizer step at hand, and how many of its rows have come."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         scale = 1 / self.current_gradient_accumulation_steps
         inputs = self._prepare_inputs(inputs)
-        losses = layer_losses(model, inputs["input_ids"], self.stage_config, scale, inputs.get("position_ids"))
+        ids = inputs["input_ids"]
+        losses = layer_losses(model, ids, self.stage_config, scale, inputs.get("position_ids"), self._hidden(len(ids)))
         self.watch.add(losses)
         return losses.mean() * scale
+
+    def _hidden(self, rows: int) -> list[int]:
+        """Which of the next rows of this step hide their window."""
+        config, step = self.stage_config, self.state.global_step
+        before = self.seen[1] if self.seen[0] == step else 0
+        self.seen = step, before + rows
+        first = before + first_visit(step, len(self.train_dataset), config.batch_size)
+        return hidden_windows(range(first, first + rows), config.window_dropout, self.args.seed)
 
     def where(self, bad: Tensor) -> str:
         layers = [layer.geometry.layer for layer in linearized_layers(self.model)]
@@ -96,7 +108,7 @@ class TransferTrainer(StageTrainer):
 
 def layer_losses(
     model: PreTrainedModel, input_ids: Tensor, config: TransferConfig, backward_scale: float | None = None,
-    positions: Tensor | None = None,
+    positions: Tensor | None = None, hidden: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
     """(layers,) losses of one batch (B, T) of token ids.
 
@@ -104,13 +116,14 @@ def layer_losses(
 
     Args:
         positions: (B, T), which start again where another document begins; None: rows are one sequence each.
+        hidden: rows whose window is hidden, see :func:`attention_loss`.
     """
     losses: list[Tensor] = []
     count = len(linearized_layers(model))
 
     def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
         with torch.set_grad_enabled(backward_scale is not None):
-            loss = attention_loss(layer, call, config)
+            loss = attention_loss(layer, call, config, hidden)
             if backward_scale is not None:
                 (loss * (backward_scale / count)).backward()
         losses.append(loss.detach())

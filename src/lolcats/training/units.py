@@ -68,8 +68,9 @@ class Unit:
         self.best: dict[str, Tensor] = {}
         self.loss: Tensor | None = None  # of the step at hand
         self._losses: Tensor | None = None  # since the last entry of the history
-        decay = [p for name, p in self.parameters.items() if "bias" not in name]
-        rest = [p for name, p in self.parameters.items() if "bias" in name]
+        undecayed = {name for name in self.parameters if "bias" in name or ".norm." in name}
+        decay = [p for name, p in self.parameters.items() if name not in undecayed]
+        rest = [p for name, p in self.parameters.items() if name in undecayed]
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, eps=1e-8, fused=True)
         self.scheduler = _scheduler(self.optimizer, config, steps)

@@ -6,6 +6,7 @@ A *visit* is one row in one epoch. Visits are numbered in the order in which tra
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -80,6 +81,20 @@ def validation_batches(count: int, micro: int, ranks: Ranks) -> list[Batch]:
     """This rank's batches of ``count`` validation rows."""
     share = ranks.share(range(count))
     return [Batch(torch.arange(p.start, p.stop), p, len(p) / count) for p in split(share, micro)]
+
+
+def first_visit(step: int, count: int, batch_size: int) -> int:
+    """Of an optimizer step, as :meth:`Visits.draw` numbers them."""
+    epoch, place = divmod(step, math.ceil(count / batch_size))
+    return epoch * count + place * batch_size
+
+
+def hidden_windows(visits: range, probability: float, seed: int) -> list[int]:
+    """Which of some visits hide their window, counted from the first: the same whoever asks, in whatever batches."""
+    if not probability:
+        return []
+    draws = [random.Random(f"{seed} {visit}").random() for visit in visits]
+    return [place for place, draw in enumerate(draws) if draw < probability]
 
 
 def batch_shapes(batches: Iterable[Batch]) -> set[int]:

@@ -37,43 +37,56 @@ from lolcats.attention.kernels.blocks import (
     window_end,
     window_mask,
     window_start,
+    with_lost_bits,
 )
 from lolcats.attention.kernels.states import load_state, load_sum
 
 
 @triton.jit
 def delta_kernel(
-    o, o_strides, do, do_strides, delta, heads, tokens,
-    VALUE_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
+    o, o_strides, lost, do, do_strides, delta, heads, tokens,
+    VALUE_DIM: tl.constexpr, LOST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """δ_n = dy_n·y_n."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     at, row, vd = block * BLOCK_T, tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
-    o = load_tile(head_pointer(o, o_strides, batch, head, batch * 0), o_strides[2], at, tokens, row, vd, VALUE_DIM)
+    o = head_pointer(o, o_strides, batch, head, batch * 0)
+    if LOST:
+        lost = head_pointer(lost, o_strides, batch, head, batch * 0)
+    y = load_outputs(o, lost, o_strides[2], at, tokens, row, vd, VALUE_DIM, LOST)
     do = load_tile(head_pointer(do, do_strides, batch, head, batch * 0), do_strides[2], at, tokens, row, vd, VALUE_DIM)
     offset = row_offset(batch, head, batch * 0, heads, tokens)
-    total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta + offset + at + row, total, mask=at + row < tokens)
+    tl.store(delta + offset + at + row, tl.sum(y * do.to(tl.float32), 1), mask=at + row < tokens)
+
+
+@triton.jit
+def load_outputs(o, lost, stride, at, length, row, column, WIDTH: tl.constexpr, LOST: tl.constexpr):
+    """A tile of y in fp32: δ is a difference of large numbers, and shows the rounding of y to bf16."""
+    y = load_tile(o, stride, at, length, row, column, WIDTH)
+    if LOST:
+        return with_lost_bits(y, load_tile(lost, stride, at, length, row, column, WIDTH))
+    else:
+        return y.to(tl.float32)
 
 
 @triton.jit
 def query_kernel(
-    q, q_strides, k, k_strides, v, v_strides, o, o_strides, do, do_strides, fq, fq_strides, fk, fk_strides, weight_q,
-    weight_k, sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, delta, peaks, tops, states, sums, dq, dq_strides,
-    df, df_strides, d_gamma, pulls, walks, sequences, positions, heads, group, map_group, tokens, scale, cap,
-    pull_stride,
+    q, q_strides, k, k_strides, v, v_strides, o, o_strides, lost, do, do_strides, fq, fq_strides, fk, fk_strides,
+    weight_q, weight_k, sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, delta, peaks, tops, states, sums, dq,
+    dq_strides, df, df_strides, d_gamma, pulls, walks, sequences, positions, heads, group, map_group, tokens, scale,
+    cap, pull_stride,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
     INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr, WHOLE: tl.constexpr, LOST: tl.constexpr,
     CENTER: tl.constexpr,
 ):  # fmt: skip
     """Gradients that belong to queries, dq, φ_q and γ, from one slice of the value dim (they are linear in dy, so
     slices add up).
 
-    WHOLE: the slice is all of the value dim; then δ_n is found here and stored, else ``delta_kernel`` did. CENTER: the
-    states are of centered features.
+    WHOLE: the slice is all of the value dim; then δ_n is found here and stored, else ``delta_kernel`` did. LOST: there
+    are ``lost_bits`` of o. CENTER: the states are of centered features.
     INPUTS: gradients of q, k, v are wanted, and r_n is stored (``pulls``) for ``key_kernel``. TILES: that a window
     reaches. df: unless FUSED, gradients of the features; else, where WEIGHTS, those of x·W for ``weight_kernel``.
     """
@@ -86,6 +99,8 @@ def query_kernel(
         q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
     )  # fmt: skip
     do, o = head_pointer(do, do_strides, batch, head, first), head_pointer(o, o_strides, batch, head, first)
+    if LOST:
+        lost = head_pointer(lost, o_strides, batch, head, first)
     dq = head_pointer(dq, dq_strides, batch, head, first) + piece.to(tl.int64) * dq_strides[3]
     df = head_pointer(df, df_strides, batch, head, first) + piece.to(tl.int64) * df_strides[3]
     rows = row_offset(batch, head, first, heads, tokens)
@@ -110,8 +125,8 @@ def query_kernel(
         q_tile = load_tile(q, q_strides[2], at, length, row, d, DIM)
         do_tile = load_tile(do, do_strides[2], at, length, row, vd, VALUE_DIM)
         if WHOLE:
-            o_tile = load_tile(o, o_strides[2], at, length, row, vd, VALUE_DIM)
-            h = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+            y = load_outputs(o, lost, o_strides[2], at, length, row, vd, VALUE_DIM, LOST)
+            h = tl.sum(y * do_tile.to(tl.float32), 1)
             tl.store(delta + t, h, mask=t < length)
         else:
             h = load_rows(delta, t, length) * first_piece

@@ -72,6 +72,19 @@ def store_tile(base, stride, at, length, row, column, WIDTH: tl.constexpr, x):
 
 
 @triton.jit
+def lost_bits(x):
+    """What rounding fp32 ``x`` to bf16 loses, as int8: the difference of the bits but for the last nine."""
+    rounded = x.to(tl.bfloat16).to(tl.float32)
+    return ((x.to(tl.int32, bitcast=True) - rounded.to(tl.int32, bitcast=True)) >> 9).to(tl.int8)
+
+
+@triton.jit
+def with_lost_bits(x, lost):
+    """fp32 of a bf16 tile and its ``lost_bits``."""
+    return (x.to(tl.float32).to(tl.int32, bitcast=True) + (lost.to(tl.int32) << 9)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_rows(base, t, length):
     """A row-wise quantity at tokens ``t``; zeros outside [0, length)."""
     return tl.load(base + t, mask=(t >= 0) & (t < length), other=0)

@@ -15,6 +15,7 @@ from lolcats.attention.kernels.blocks import (
     load_tile,
     load_weight,
     log2_scale,
+    lost_bits,
     row_offset,
     sinks_mask,
     softmax_logits,
@@ -28,19 +29,20 @@ from lolcats.attention.kernels.states import load_state, load_sum
 
 @triton.jit
 def output_kernel(
-    q, q_strides, k, k_strides, v, v_strides, o, o_strides, fq, fq_strides, fk, fk_strides, weight_q, weight_k, gamma,
-    sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, peaks, tops, states, sums, walks, sequences, positions,
-    heads, group, map_group, tokens, scale, cap,
+    q, q_strides, k, k_strides, v, v_strides, o, o_strides, lost, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
+    gamma, sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, peaks, tops, states, sums, walks, sequences,
+    positions, heads, group, map_group, tokens, scale, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
-    SAVE: tl.constexpr, PEAKS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
-    TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr,
+    SAVE: tl.constexpr, LOST: tl.constexpr, PEAKS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr,
+    PRECISION: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr,
 ):  # fmt: skip
     """One walk over tiles of a query head, for a slice of the value dim.
 
-    SAVE: 1 / denominator is stored (``inverse``). PEAKS: so are what the shift c_n is, in base 2 and with γ, and the
-    key it comes from: −1 − i for sink i, else its token; the lowest if there are several.
+    SAVE: 1 / denominator is stored (``inverse``). LOST: so are ``lost_bits`` of the outputs, laid out like these.
+    PEAKS: so are what the shift c_n is, in base 2 and with γ, and the key it comes from: −1 − i for sink i, else its
+    token; the lowest if there are several.
 
     TILES: that a window reaches. NEAR: whether some keys older than the window are not in the state of a step yet; else
     compiled away.
@@ -53,6 +55,8 @@ def output_kernel(
         q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
     )  # fmt: skip
     o = head_pointer(o, o_strides, batch, head, first)
+    if LOST:
+        lost = head_pointer(lost, o_strides, batch, head, first)
     rows = row_offset(batch, head, first, heads, tokens)
     inverse, peaks, tops = inverse + rows, peaks + rows, tops + rows
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
@@ -149,6 +153,9 @@ def output_kernel(
                     denominator += tl.sum(a, 1)
                     numerator = tl.dot(a.to(LOW), v_near, numerator, input_precision=PRECISION)
         reciprocal = tl.where(denominator == 0, 1.0, 1 / denominator)
-        store_tile(o, o_strides[2], at, length, row, vd, VALUE_DIM, numerator * reciprocal[:, None])
+        y = numerator * reciprocal[:, None]
+        store_tile(o, o_strides[2], at, length, row, vd, VALUE_DIM, y)
+        if LOST:
+            store_tile(lost, o_strides[2], at, length, row, vd, VALUE_DIM, lost_bits(y))
         if SAVE:
             tl.store(inverse + t, reciprocal, mask=(t < length) & (piece == 0))

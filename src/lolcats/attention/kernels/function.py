@@ -29,7 +29,7 @@ from lolcats.attention.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Call:
-    """Everything about a call that is no tensor to differentiate."""
+    """Everything about a call that is no tensor to differentiate. train: gradients may be wanted."""
 
     spec: AttentionSpec
     scale: float
@@ -38,6 +38,7 @@ class Call:
     context: Context | None = None
     final: bool = False
     tiling: Tiling | None = None
+    train: bool = True
 
 
 def triton_attention(
@@ -67,7 +68,7 @@ def triton_attention(
     """
     batch, _, tokens, _ = q.shape
     rows = dense_rows(batch, tokens, lengths) if cu_seqlens is None else packed_rows(cu_seqlens)
-    call = Call(spec, float(scale), softcap, rows, context, final, tiling)
+    call = Call(spec, float(scale), softcap, rows, context, final, tiling, train=torch.is_grad_enabled())
     fq = fk = wq = wk = None
     if spec.has_linear and features is not None:
         fq, fk = features
@@ -92,21 +93,21 @@ class _Attention(torch.autograd.Function):
         weights = (w if w is None else w.detach().to(q.dtype).contiguous() for w in (wq, wk))
         tensors = *map(_ready, (q, k, v, fq, fk)), *weights, gamma.detach().float().contiguous()
         problem = Problem.of(call, tensors)
-        save = any(ctx.needs_input_grad)
-        o, softmax, S, z = problem.forward(save, peaks=any(ctx.needs_input_grad[:3]))
+        save = call.train and any(ctx.needs_input_grad)  # which says true without gradients, too
+        o, lost, softmax, S, z = problem.forward(save, peaks=save and any(ctx.needs_input_grad[:3]))
         if save:
             nothing: dict[str, Any] = dict.fromkeys(TENSORS)
             ctx.problem = dataclasses.replace(problem, **nothing)
-            ctx.save_for_backward(*tensors, o, *softmax)
+            ctx.save_for_backward(*tensors, o, lost, *softmax)
         ctx.mark_non_differentiable(*(x for x in (S, z) if x is not None))
         return o, S, z
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        *tensors, o, inverse, peaks, tops = ctx.saved_tensors
+        *tensors, o, lost, inverse, peaks, tops = ctx.saved_tensors
         problem = dataclasses.replace(ctx.problem, **dict(zip(TENSORS, tensors, strict=True)))
         wanted = Wanted(any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[5:7]), ctx.needs_input_grad[7])
-        return (*problem.backward(_ready(do), o, (inverse, peaks, tops), wanted), None)
+        return (*problem.backward(_ready(do), o, lost, (inverse, peaks, tops), wanted), None)
 
 
 Softmax = tuple[Tensor | None, Tensor | None, Tensor | None]  # of each query: 1 / d_n, c_n, key of c_n; (B, H, T)
@@ -147,11 +148,14 @@ class Problem:
         plan = find_plan(call.spec, call.softcap is not None, call.tiling, context is not None, named)
         return cls(call, plan, plan.layout(call.rows), *tensors)
 
-    def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Softmax, Tensor | None, Tensor | None]:
-        """Outputs, what backward needs of each query's softmax (``save``; ``peaks`` too), final S and z."""
+    def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Tensor | None, Softmax, Tensor | None, Tensor | None]:
+        """Outputs; what backward needs (``save``) of their lost bits and of each query's softmax (``peaks`` too); final
+        S and z."""
         plan, peaks = self.plan, peaks and self.call.spec.has_softmax
         pieces = plan.launch("output").pieces
-        o = self.new_output(plan.heads, plan.value_dim, torch.float32 if plan.dtype != torch.bfloat16 else plan.dtype)
+        rounded = plan.dtype == torch.bfloat16
+        o = self.new_output(plan.heads, plan.value_dim, plan.dtype if rounded else torch.float32)
+        lost = self.new_output(plan.heads, plan.value_dim, torch.int8) if save and rounded else None
         softmax = (
             self.per_query() if save else None,
             self.per_query() if peaks else None,
@@ -159,19 +163,21 @@ class Problem:
         )
         states, sums, S, z = self.forward_states()
         args = (
-            *self.inputs(), *plan.strided("o", o), *self.features(), self.wq, self.wk, self.gamma, *self.sinks(),
+            *self.inputs(), *plan.strided("o", o), lost, *self.features(), self.wq, self.wk, self.gamma, *self.sinks(),
             *(o if x is None else x for x in softmax), states, sums, self.layout.walks, *self.tables(), *self.sizes(),
         )  # fmt: skip
         plan.run(
-            output_kernel, "output", (self.layout.walks.shape[0], plan.heads, pieces), args, SAVE=save, PEAKS=peaks,
-            **self.sink_constants(),
+            output_kernel, "output", (self.layout.walks.shape[0], plan.heads, pieces), args, SAVE=save,
+            LOST=lost is not None, PEAKS=peaks, **self.sink_constants(),
         )  # fmt: skip
-        return o, softmax, S, z
+        return o, lost, softmax, S, z
 
-    def backward(self, do: Tensor, o: Tensor, softmax: Softmax, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    def backward(
+        self, do: Tensor, o: Tensor, lost: Tensor | None, softmax: Softmax, wanted: Wanted
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of TENSORS, None where not wanted."""
         inverse, peaks, tops = (do if x is None else x for x in softmax)
-        back = Backward(self, do, o, inverse, peaks, tops, wanted)
+        back = Backward(self, do, o, lost, inverse, peaks, tops, wanted)
         grads = {**back.query_gradients(), **back.key_gradients()}
         for name in ("q", "k", "v", "fq", "fk"):
             if (x := grads.get(name)) is not None:
@@ -298,11 +304,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Backward:
-    """The backward pass of a problem. do, o: (B, H, T, Dv); the rest (B, H, T), any tensor where nothing is known."""
+    """The backward pass of a problem. do, o, lost (``lost_bits`` of o): (B, H, T, Dv); the rest (B, H, T), any tensor
+    where nothing is known."""
 
     problem: Problem
     do: Tensor
     o: Tensor
+    lost: Tensor | None
     inverse: Tensor
     peaks: Tensor
     tops: Tensor
@@ -336,8 +344,9 @@ class Backward:
         plan, delta = self.plan, self.problem.per_query()
         if plan.launch("query").pieces > 1:
             delta_kernel[(triton.cdiv(plan.tokens, 32), plan.heads, plan.batch)](
-                *plan.strided("o", self.o), *self.dy, delta, plan.heads, plan.tokens, VALUE_DIM=plan.value_dim,
-                BLOCK_T=32, BLOCK_V=triton.next_power_of_2(plan.value_dim),
+                *plan.strided("o", self.o), self.lost, *self.dy, delta, plan.heads, plan.tokens,
+                VALUE_DIM=plan.value_dim, LOST=self.lost is not None, BLOCK_T=32,
+                BLOCK_V=triton.next_power_of_2(plan.value_dim),
             )  # fmt: skip
         return delta
 
@@ -349,14 +358,15 @@ class Backward:
         df = self.new_feature_gradient(plan.heads, pieces)
         d_gamma = problem.q.new_empty(pieces * walks.shape[0], plan.heads, dtype=torch.float32)
         args = (
-            *problem.inputs(), *plan.strided("o", self.o), *self.dy, *problem.features(), problem.wq, problem.wk,
-            *problem.sinks(), self.inverse, self.delta, self.peaks, self.tops, *problem.forward_states(self.center)[:2],
-            *self.output("dq", dq), *self.output("dfq", df), d_gamma, self.pulls, walks, *problem.tables(),
-            *problem.sizes(), self.pulls.stride(0),
+            *problem.inputs(), *plan.strided("o", self.o), self.lost, *self.dy, *problem.features(), problem.wq,
+            problem.wk, *problem.sinks(), self.inverse, self.delta, self.peaks, self.tops,
+            *problem.forward_states(self.center)[:2], *self.output("dq", dq), *self.output("dfq", df), d_gamma,
+            self.pulls, walks, *problem.tables(), *problem.sizes(), self.pulls.stride(0),
         )  # fmt: skip
         plan.run(
             query_kernel, "query", (walks.shape[0], plan.heads, pieces), args, self.variant, INPUTS=wanted.inputs,
-            WEIGHTS=wanted.weights, WHOLE=pieces == 1, CENTER=self.center, **problem.sink_constants(),
+            WEIGHTS=wanted.weights, WHOLE=pieces == 1, LOST=self.lost is not None, CENTER=self.center,
+            **problem.sink_constants(),
         )  # fmt: skip
         gamma = d_gamma.sum(0) / problem.gamma if wanted.gamma else None
         return {"q": _add_pieces(dq), "gamma": gamma, **self.feature_gradients("q", problem.q, _add_pieces(df))}

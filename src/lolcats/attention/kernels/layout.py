@@ -132,10 +132,13 @@ class Blocks:
 
 
 def choose_blocks(dim: int, width: int, itemsize: int) -> Blocks:
-    """Half-precision products with 32 columns come out wrong on a GPU (LOG.md), so there are never fewer than 64."""
-    return Blocks(
-        dim=max(16, power_of_two(dim)), feature=max(64 if itemsize == 2 else 16, power_of_two(width)), sinks=16
-    )
+    least = least_block(itemsize)
+    return Blocks(dim=max(least, power_of_two(dim)), feature=max(least, power_of_two(width)), sinks=16)
+
+
+def least_block(itemsize: int) -> int:
+    """Half-precision products of tiles with 32 columns or fewer come out wrong on a GPU (LOG.md)."""
+    return 64 if itemsize == 2 else 16
 
 
 @dataclass(frozen=True)
@@ -149,12 +152,12 @@ class Launch:
 
 
 SHARED = 200 * 1024  # bytes of shared memory that the tiles of a program may take
-FUSED = 32 * 1024  # bytes up to which a map's weight shares it; beyond, features are computed before the kernels
+FUSED = {2: 32 * 1024, 4: 16 * 1024}  # by itemsize: bytes up to which a map's weight shares it, else it is not fused
 
 
 def fuses(dim: int, width: int, itemsize: int) -> bool:
-    """Whether the kernels compute a feature map of (dim, width) weights a head themselves."""
-    return power_of_two(dim) * power_of_two(width) * itemsize <= FUSED
+    """Whether the kernels compute a feature map of (dim, width) weights a head themselves, or get its features."""
+    return power_of_two(dim) * power_of_two(width) * itemsize <= FUSED[itemsize]
 
 
 def choose_tiling(itemsize: int) -> Tiling:
@@ -167,13 +170,14 @@ def choose_launch(kernel: str, value_dim: int, blocks: Blocks, tile: int, itemsi
     num_warps = 8 if blocks.dim > 128 else 4
     back = 1 if itemsize == 2 else 2  # the same for both kernels, which have slices in common
     keys = {"state": 0, "weight": 0, "output": 2, "query": back, "key": back}[kernel] * tile
+    least = least_block(itemsize)
     if itemsize == 4:
         itemsize = 6  # fp32 operands are split into parts
     fixed = (tile + keys) * blocks.dim + (blocks.dim * blocks.feature if fused else 0)
     column = tile + keys + 2 * blocks.feature
     registers = 2048 * num_warps // (blocks.feature if kernel == "state" else tile)
-    value = max(16, power_of_two(value_dim))
-    while value > 16 and (value > registers or (fixed + column * value) * itemsize > SHARED):
+    value = max(least, power_of_two(value_dim))
+    while value > least and (value > registers or (fixed + column * value) * itemsize > SHARED):
         value //= 2
     num_stages = 2 if kernel == "state" and itemsize == 2 and blocks.dim * blocks.feature <= 8192 else 1
     return Launch(value, -(-value_dim // value), num_warps, num_stages)

@@ -1,0 +1,85 @@
+"""Layer by layer and head by head: how wrong the student's outputs are, and what the teacher's attention is like there.
+
+For the paper's Tables 17 and 18 and Figures 5 and 6: errors by layer, and errors against the attention's entropy.
+
+Shapes: B batch, H query heads, T tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lolcats.attention import AttentionSpec
+from lolcats.attention.reference import older_keys, softmax_weights
+from lolcats.modeling.convert import decoder
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
+
+QUERIES = 128  # whose weights exist at a time
+
+
+@torch.no_grad()
+def measure_layers(
+    model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor | None]], of: str
+) -> dict[str, Any]:  # fmt: skip
+    """Softmax and linearized attention on the same queries, keys and values, those of the model's softmax pass.
+
+    Args:
+        batches: token ids (B, T), and position ids that start again with each document or None; rows of equal length.
+        of: whose queries and keys they are, ``teacher`` or (with LoRA) ``student``; returned as it is.
+
+    Returns:
+        layers (their indices), rows, tokens, of; and (layers, H) means over rows and queries of: ``errors``, squared,
+        of each head's output; ``sizes``, the squared softmax output; ``entropies``, −Σ a log a of the softmax weights,
+        in nats; ``older``, the share of these weights on keys that the linear term has.
+    """
+    totals: dict[int, Tensor] = {}
+    rows = length = 0
+
+    def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
+        index = layer.geometry.layer
+        totals[index] = totals.get(index, 0) + _of_call(layer, call).double().cpu() * len(call.q)
+
+    model.eval()
+    with override(model, mode="transfer", observer=observe):
+        for ids, positions in batches:
+            given = {} if positions is None else {"position_ids": positions.to(model.device)}
+            decoder(model)(input_ids=ids.to(model.device), use_cache=False, **given)
+            rows, length = rows + len(ids), ids.shape[1]
+    layers = [layer.geometry.layer for layer in linearized_layers(model)]
+    names = ("errors", "sizes", "entropies", "older")
+    means = torch.stack([totals[layer] / rows for layer in layers], 1)  # (4, layers, H)
+    found = {name: values.tolist() for name, values in zip(names, means, strict=True)}
+    return {"of": of, "rows": rows, "tokens": length, "layers": layers, **found}
+
+
+def _of_call(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
+    """(4, H): error, size, entropy and older share of one layer, means over the rows of a call."""
+    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding, call.documents).float()
+    target = call.target.transpose(1, 2).float()
+    per_query = partial(weights_of_queries, spec=layer.spec, scale=call.scale, softcap=call.softcap)
+    attend = per_query if call.documents is None else partial(call.documents.apart, per_query)
+    outputs = torch.stack([(y - target).square(), target.square()]).mean((1, 3, 4))
+    return torch.cat([outputs, attend(call.q, call.k).mean((0, 2)).T])
+
+
+def weights_of_queries(
+    q: Tensor, k: Tensor, spec: AttentionSpec, scale: float, softcap: float | None = None
+) -> Tensor:  # fmt: skip
+    """(B, H, T, 2) of each query's softmax weights over causal rows: entropy in nats, and share on older keys.
+
+    q: (B, H, T, D); k: (B, G, T, D). Weights of QUERIES queries exist at a time.
+    """
+    parts = []
+    for first in range(0, q.shape[2], QUERIES):
+        some = q[:, :, first : first + QUERIES]
+        positions = torch.arange(first + some.shape[2], device=q.device)
+        weights = softmax_weights(some, k[:, :, : len(positions)], scale, softcap, first)
+        older = weights * older_keys(spec, positions[first:, None], positions)
+        parts.append(torch.stack([torch.special.entr(weights).sum(-1), older.sum(-1)], -1))
+    return torch.cat(parts, 2)
