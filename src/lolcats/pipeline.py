@@ -455,12 +455,13 @@ def measure_maps(session: Session, of: str) -> None:
     if linearized_layers(model):
         batches = zip(*_validation(session, LOOKED_AT), strict=False)
         run.measure("layers", lambda: measure_layers(model, batches, of))
-        run.measure("attention", lambda: measure_attention(model, rows[0], run.directory / FILE, of))
+        if not session.lean:
+            run.measure("attention", lambda: measure_attention(model, rows[0], run.directory / FILE, of))
 
 
 def _measure_final_maps(session: Session) -> None:
     """On the teacher's queries and keys, where stage 2 leaves the feature maps as they are."""
-    if session.config.finetune.feature_map_learning_rate == 0 and not session.lean:
+    if session.config.finetune.feature_map_learning_rate == 0:
         measure_maps(session, "teacher")
 
 

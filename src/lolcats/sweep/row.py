@@ -19,7 +19,7 @@ from lolcats.inputs import Inputs
 from lolcats.modeling.checkpoint import FEATURE_MAPS, load_feature_maps
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import override
-from lolcats.pipeline import Session, device_and_dtype, measure_student, run_finetune, run_transfer, start
+from lolcats.pipeline import Session, device_and_dtype, measure_maps, measure_student, run_finetune, run_transfer, start
 from lolcats.run import RECORD, Run
 from lolcats.sweep.measure import Measured, Measurement, short_hash, source_identity
 from lolcats.sweep.plan import Row, Sweep
@@ -94,6 +94,7 @@ def row_result(setup: Setup, row: Row) -> dict[str, Any]:
         with override(session.model, kind="window"):
             _measure(setup, session, LINEAR_OFF, tasks=False)
     measure_student(session)
+    measure_maps(session, STUDENT)
     result = _summary(setup, row, session.run, untrained)
     del session
     release()
