@@ -1,10 +1,10 @@
 """Tables of a sweep's results for ``benchmarks/quality/``: NAME.md and NAME.json for each experiment.
 
     lolcats sweep experiments/table6.yaml experiments/controls.yaml MODEL --data DATA --out DIR ...
-    python benchmarks/quality.py DIR/results.jsonl --name smollm2-135m --teacher "SmolLM2-135M-Instruct, ..." --note "..."
+    python benchmarks/quality.py DIR/results.jsonl --name smollm2-135m --teacher "SmolLM2-135M-Instruct, ..."
 
-The JSON has everything that is in the results but single items: settings, figures with standard errors, errors by layer,
-γ, tokens, seconds, and of each row what the linear term adds. ``--commit``: where the sweep ran without the repository.
+The JSON has everything that is in the results but single items: settings, figures with standard errors, errors by
+layer, γ, tokens, seconds, and of each row what the linear term adds. ``--commit``: of results that know none.
 """
 
 from __future__ import annotations

@@ -191,6 +191,16 @@ def _summary(setup: Setup, row: Row, run: Run, untrained: dict[str, Measured]) -
         "transfer_of": stages["transfer"].get("from", ""),
         "layer_error": sum(errors) / len(errors) if errors else None,
         "layer_errors": {when: results.get(f"layer_errors_{when}", []) for when in ("before", "after")},
+        "layers": _rounded(results.get("layers", {})),
         "gamma": [sum(heads) / len(heads) for heads in results.get("gamma", [])],
         "controls": {name.replace("_", "+"): run_key(setup, own) for name, own in row.controls.items()},
     }  # fmt: skip
+
+
+def _rounded(value: Any) -> Any:
+    """Floats of nested lists and mappings to five digits: a line of results has thousands of them."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
