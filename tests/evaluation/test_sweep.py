@@ -83,6 +83,9 @@ def test_grid_seeds_and_mistakes(tmp_path: Path) -> None:
     assert {row.config.data.test_rows for row in rows} == {5}
     output = CliRunner().invoke(app, ["sweep", str(path), "--dry-run"]).output
     assert "sinks=4, window=sliding" in output
+    output = CliRunner().invoke(app, ["sweep", str(path), *map(str, EXPERIMENTS[:2]), "a-model", "--dry-run"]).output
+    titles = [read_sweep(experiment).title.split()[0] for experiment in EXPERIMENTS[:2]]
+    assert all(text in output for text in ("sinks=4, window=sliding", *titles))
     for tree, message in (
         ({}, "no rows"),
         ({"rows": {"a": ["attention.sinks=x"]}}, "Row 'a': attention.sinks: expected int"),
