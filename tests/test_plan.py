@@ -93,6 +93,20 @@ def test_memory_and_time_are_those_measured(part: str, measured_geometry: tuple[
     assert token * found["tokens"] == pytest.approx(statistics.median(found["seconds"]), rel=0.25)
 
 
+@pytest.mark.parametrize(("name", "part"), [("llama-3.1-70b", "Llama 3.1 70B"), ("llama-3.1-405b", "Llama 3.1 405B")])
+def test_streamed_layers_cost_what_was_measured(name: str, part: str) -> None:
+    found = json.loads((ROOT / "benchmarks/results/scale.json").read_text())["geometries"][part]
+    g = found["geometry"]
+    config = load_config("default", [
+        f"attention.feature_dim={g['feature_dim']}", f"data.sequence_length={g['length']}", "data.validation_rows=32",
+        f"transfer.batch_size={g['rows']}", f"transfer.micro_batch_size={g['rows']}", "transfer.eval_steps=100",
+    ])  # fmt: skip
+    plans = plan_transfer(size_of(read_config(name), config), config, Machine(), Work(transfer_tokens=20e6))
+    plan = next(plan for plan in plans if plan.schedule == "stream")
+    assert plan.peak / GIB == pytest.approx(found["peak_gpu_gib"], rel=0.1)
+    assert plan.time / 3600 == pytest.approx(found["whole_run"]["hours"], rel=0.25)
+
+
 def test_the_table_of_speeds_is_what_was_measured() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks/plan_speeds.py"], capture_output=True, text=True, check=True

@@ -25,27 +25,27 @@ GATHERED = 3  # decoder layers that FSDP2 holds whole: computing, next, and the 
 
 @dataclass(frozen=True)
 class Speeds:
-    """The calibration, in one place: one H100 80GB, 2026-11-24, from ``benchmarks/results/training.json`` by
+    """The calibration, in one place: one H100 80GB, 2026-11-25, from ``benchmarks/results/training.json`` by
     ``python benchmarks/plan_speeds.py``, which has the formulas; a test compares. What was not measured says so."""
 
     matmul: float = 782e12
     """Operations a second of the fastest bf16 matrix product (of one GPU, as all below)."""
     memory: float = 3.0e12
     """Bytes a second from and to GPU memory."""
-    forward: float = 0.78
+    forward: float = 0.804
     """Share of ``matmul`` that forward passes without gradients reach, everything between the products included."""
-    training: float = 0.66
+    training: float = 0.633
     """The same with gradients."""
     softmax: float = 0.5
     """Share of ``matmul`` that softmax attention reaches. Not measured alone."""
-    transfer_ns: float = 4.2
+    transfer_ns: float = 5.27
     """Linear attention of stage 1 with its backward: ns for a token, head and layer at D = F = 128, by the kernels."""
-    finetune_ns: float = 4.4
+    finetune_ns: float = 4.72
     """The same in stage 2."""
-    recompute_ns: float = 24.0
+    recompute_ns: float = 13.3
     """Its forward once more in stage 2, and whatever else recomputing whole layers costs beyond their products: mostly
     the host, which keeps up better with larger layers."""
-    chunked_ns: float = 47.0
+    chunked_ns: float = 47.8
     """Stage 1 on the chunked path: other head dims than 128."""
     link: float = 300e9
     """Bytes a second that a GPU receives in all-gathers inside a node (NVLink). Assumed, not measured."""

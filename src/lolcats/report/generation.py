@@ -68,13 +68,14 @@ def table(rows: Sequence[Row]) -> str:
         first, memory = group[0], [r for r in group if (r.get("memory") or {}).get("1000")]
         versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items() if number)
         commands = dict.fromkeys(row["command"] for row in group)
+        dates = ", ".join(sorted({row["date"] for row in group}))
         parts += [
             f"## {first['family']}, {first['layers']} layers, hidden size {first['hidden']}, {first['dtype']}: "
             f"{first['device']}",
             "",
             f"{first['heads']} query and {first['kv_heads']} key/value heads of {first['head_dim']}, "
             f"{first['features']} features; {first['window']}; prompt {first['prompt']}; the column *new* has how many "
-            f"tokens were generated for each sequence. {versions}; {first['date']}.",
+            f"tokens were generated for each sequence. {versions}; {dates}.",
             "",
             *(f"- `{command}`" for command in commands),
             "",
