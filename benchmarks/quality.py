@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def tables(
     written = []
     for name, title in sorted(TITLES.items()):
         if found := of_experiment(results, name):
-            found = [{**r, "commit": r["commit"] or commit} for r in found]
+            found = [{**r, "commit": r["commit"] or commit, "command": _bare(r["command"])} for r in found]
             out.mkdir(parents=True, exist_ok=True)
             path = out / f"{name}-{model}"
             write_text(path.with_suffix(".md"), report(title, found, model, teacher, note))
@@ -85,6 +86,11 @@ def adds(result: dict[str, Any]) -> dict[str, Any]:
     both = [metric for metric in student if metric in control]
     found = {metric: difference(student[metric], control[metric], metric) for metric in both}
     return {metric: dict(zip(("value", "stderr"), pair, strict=True)) for metric, pair in found.items() if pair}
+
+
+def _bare(command: str) -> str:
+    """A command whose paths have lost their folders, which are of the machine it ran on."""
+    return re.sub(r"(?<![^\s='\"])/[^\s'\"=]*/", "", command)
 
 
 def _without_items(systems: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def test_tables_of_several_experiments(model_dirs, chat_file: Path, tmp_path: Pa
     files = [f"evaluate.perplexity={{wikitext2: {chat_file}}}", "evaluate.rows=4", "evaluate.batch_size=3"]
     sweeps = [read_sweep(experiments / f"{name}.yaml", [*common, *files, own]) for name, own in rows.items()]
     said: list[str] = []
-    written = run_sweeps(sweeps, tmp_path / "out", "lolcats sweep both", said.append)
+    command = "lolcats sweep experiments/lora.yaml /a/b/model --set 'x=/c/d.parquet' --set y=[1, 2]"
+    written = run_sweeps(sweeps, tmp_path / "out", command, said.append)
     assert [path.name for path in written] == ["table1.md", "lora.md"]
     assert sum("No perplexity on" in line for line in said) == 0
     lines = (tmp_path / "out" / "results.jsonl").read_text()
@@ -40,7 +41,8 @@ def test_tables_of_several_experiments(model_dirs, chat_file: Path, tmp_path: Pa
     assert "| teacher |" in text
     assert "| – window+lora |" in text
     assert "| – *what the linear term adds* |" in text
-    assert "lolcats sweep both" in text
+    assert "lolcats sweep experiments/lora.yaml model --set 'x=d.parquet' --set y=[1, 2]" in text
+    assert str(tmp_path) not in text + paths[1].with_suffix(".json").read_text()
     record = json.loads(paths[1].with_suffix(".json").read_text())
     (row,) = [r for r in record["results"] if r["kind"] == "row"]
     student, control = (row["systems"][name]["wikitext2"]["value"] for name in ("student", "window+lora"))

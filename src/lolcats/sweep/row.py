@@ -76,6 +76,8 @@ def untrained_result(setup: Setup, row: Row, name: str) -> dict[str, Any]:
     change: dict[str, Any] = {"kind": "window", "sinks": row.config.attention.sinks or 4}
     with override(model, **({"mode": "teacher"} if name == TEACHER else change)):
         found = setup.measurement.everything(model)
+    del model
+    release()
     return {"systems": {name: found}, "seconds": {"evaluation": round(monotonic() - started, 1)}}
 
 
