@@ -45,12 +45,15 @@ class Trained:
         return self.heads["errors"] / self.heads["sizes"]
 
 
-def read_sweep(out: Path) -> list[Trained]:
-    """The trained rows of a sweep's directory that have linear attention, in the order of results.jsonl."""
+def read_sweep(out: Path, sweep: str = "") -> list[Trained]:
+    """The trained rows of a sweep's directory that have linear attention, in the order of results.jsonl.
+
+    sweep: name of one of several sweeps that share the directory; empty: rows of all.
+    """
     newest: dict[tuple[str, int], dict[str, Any]] = {}
     for line in (out / "results.jsonl").read_text().splitlines():
         result = json.loads(line)
-        if result["name"]:
+        if result["kind"] == "row" and sweep in ("", result["sweep"]):
             newest[result["name"], result["seed"]] = result
     rows: dict[str, list[dict[str, Any]]] = {}
     for (name, _), result in newest.items():
@@ -138,9 +141,10 @@ def draw(rows: list[Trained], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="a sweep's directory")
+    parser.add_argument("--only", default="", help="of several sweeps in the directory the rows of this one")
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
-    rows = read_sweep(arguments.sweep)
+    rows = read_sweep(arguments.sweep, arguments.only)
     if not rows:
         raise SystemExit(f"{arguments.sweep} has no trained rows with linear attention.")
     for title, table in (

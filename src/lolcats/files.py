@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lolcats.errors import LolcatsError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where no two processes may share a sweep
+    fcntl = None  # type: ignore[assignment]
 
 CHECKSUM = "lolcats_sha256"  # key in a safetensors file's metadata
 
@@ -34,9 +40,30 @@ def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial{os.environ.get('RANK', '')}")
 
 
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock that the file ``path`` stands for, of which one process at a time has it; a kill frees it.
+
+    wait: until it is free; otherwise the block is given whether it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        yield _lock(file, wait)
+
+
+def _lock(file: IO[Any], wait: bool = True) -> bool:
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
 def append_line(path: Path, line: str) -> None:
-    """Add a line; a line that an earlier kill left unfinished is dropped."""
+    """Add a line; a line that an earlier kill left unfinished is dropped. Several processes may add lines."""
     with path.open("ab+") as file:
+        _lock(file)
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         file.write(line.encode() + b"\n")

@@ -14,9 +14,11 @@ from lolcats.config import DataConfig
 from lolcats.modeling.base import find_base, load_model, load_tokenizer
 from lolcats.training.data import Data, Documents, split, tokenize_source
 
+COPIES = 16  # of a model that fit on a GPU where one is kept there
+
 
 class Inputs:
-    """``keep``: a loaded model stays in host memory as it is, and every run is given a copy of it.
+    """``keep``: a loaded model stays in memory as it is (on a GPU that it is small for); every run is given a copy.
 
     ``trust``: run Python code that comes with the model.
     """
@@ -49,5 +51,12 @@ class Inputs:
         if not self.keep:
             return load_model(self.base, dtype, device, self.trust)
         if dtype not in self._models:
-            self._models[dtype] = load_model(self.base, dtype, trust=self.trust)
+            model = load_model(self.base, dtype, trust=self.trust)
+            self._models[dtype] = model.to(device) if _has_room(device, model) else model
         return copy.deepcopy(self._models[dtype]).to(device)
+
+
+def _has_room(device: torch.device, model: PreTrainedModel) -> bool:
+    """Whether a copy that does nothing but wait takes little of a GPU's memory."""
+    size = sum(p.nbytes for p in model.parameters())
+    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > COPIES * size

@@ -69,6 +69,7 @@ class Session:
 
     ``wrapped``: the model with untrained LoRA in it, where it was loaded over several ranks for stage 2.
     ``skeleton``: where stage 1 brings layers in turn, its ``model``; :func:`load_whole` puts the whole one there.
+    ``lean``: measure what a table of many runs shows, no samples and pictures of a single one.
     """
 
     run: Run
@@ -80,6 +81,7 @@ class Session:
     say: Say = log
     skeleton: Skeleton | None = None
     wrapped: PeftModel | None = None
+    lean: bool = False
 
 
 def linearize(model: str, data: str, out: Path, config: Config, merge: bool = True, say: Say = log) -> Run:
@@ -104,7 +106,7 @@ def linearize(model: str, data: str, out: Path, config: Config, merge: bool = Tr
     return session.run
 
 
-def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log) -> Session:
+def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, lean: bool = False) -> Session:
     """Load base model, tokenizer and data, measure the teacher and the untrained baselines, convert."""
     device, dtype = device_and_dtype(config)
     base, tokenizer = inputs.base, inputs.tokenizer
@@ -133,7 +135,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log) 
         write_text(out / "config.yaml", to_yaml(config))
         tokenizer.save_pretrained(out)
         save_adapter_config(student, base, out)
-    session = Session(run, config, student, tokenizer, rows, inputs, say, skeleton, wrapped)
+    session = Session(run, config, student, tokenizer, rows, inputs, say, skeleton, wrapped, lean)
     if skeleton is None:
         _begin_measuring(session)
     return session
@@ -310,6 +312,15 @@ def _reload(session: Session, load: Callable[..., PreTrainedModel]) -> PreTraine
     return session.model
 
 
+def measure_student(session: Session) -> None:
+    """Held-out perplexity of the trained model, whole and with one branch off, and its gates."""
+    run, model = session.run, session.model
+    run.measure("ppl_student", lambda: _measured(session, "after LoRA"))
+    for name, change in ABLATIONS.items() if linearized_layers(model) else ():
+        run.measure(f"ppl_{name.replace('-', '_')}", partial(_measured, session, name.replace("-", " "), **change))
+    run.measure("gamma", lambda: [layer.gamma.tolist() for layer in linearized_layers(model)])
+
+
 def finish(session: Session, merge: bool = True, pictures: bool = True) -> None:
     """Measure the result, write card and pictures, and the merged model if asked."""
     from lolcats.report.card import write_card
@@ -317,13 +328,10 @@ def finish(session: Session, merge: bool = True, pictures: bool = True) -> None:
     from lolcats.report.picture import draw_report
 
     run, model, out = session.run, session.model, session.run.directory
-    run.measure("ppl_student", lambda: _measured(session, "after LoRA"))
-    for name, change in ABLATIONS.items():
-        run.measure(f"ppl_{name.replace('-', '_')}", partial(_measured, session, name.replace("-", " "), **change))
+    measure_student(session)
     run.measure("sample_student", lambda: _sample(session))
     run.measure("cache_bytes", lambda: {str(n): cache_bytes(model, n) for n in LENGTHS})
     measure_maps(session, "student")  # feature maps that were trained in stage 2 as well
-    run.measure("gamma", lambda: [layer.gamma.tolist() for layer in linearized_layers(model)])
     if merge and is_sharded(model):
         session.say(f"No merged model: its parts are on several ranks. lolcats export {out} --merge --out MERGED")
     elif merge and not (out / "merged").is_dir():
@@ -379,7 +387,8 @@ def _baselines(session: Session) -> None:
     run, config = session.run, session.config.attention
     sinks = config.sinks or min(4, config.window_size)
     run.measure("ppl_teacher", lambda: _measured(session, "teacher", mode="teacher"))
-    run.measure("sample_teacher", lambda: _teacher_sample(session))
+    if not session.lean:
+        run.measure("sample_teacher", lambda: _teacher_sample(session))
     run.measure("ppl_window", lambda: _measured(session, "window alone", kind="window", sinks=0))
     run.measure("baseline_sinks", lambda: sinks)
     run.measure("ppl_window_sinks", lambda: _measured(session, "window + sinks", kind="window", sinks=sinks))
@@ -446,7 +455,8 @@ def measure_maps(session: Session, of: str) -> None:
     if linearized_layers(model):
         batches = zip(*_validation(session, LOOKED_AT), strict=False)
         run.measure("layers", lambda: measure_layers(model, batches, of))
-        run.measure("attention", lambda: measure_attention(model, rows[0], run.directory / FILE, of))
+        if not session.lean:
+            run.measure("attention", lambda: measure_attention(model, rows[0], run.directory / FILE, of))
 
 
 def _measure_final_maps(session: Session) -> None:

@@ -209,7 +209,7 @@ def test_batches_change_nothing(model_dirs, data_dir: Path, tokenizer, monkeypat
     monkeypatch.setattr(HFLM, "generate_until", lambda *a, **k: answers.append(generate(*a, **k)) or answers[-1])
     model = lolcats.convert(load_model(find_base(str(model_dirs["llama"])), torch.float32))
     loaded = harness.load_tasks([tasks.named_spec("piqa", data_dir), tasks.gsm8k_spec(data_dir)])
-    single, batched = (harness.run(model, tokenizer, loaded, None, size, 1234) for size in (1, 4))
+    single, batched = (harness.Harness(loaded, tokenizer, {}, size, 1234)(model) for size in (1, 4))
     assert [(s.key, s.items) for s in single] == [(s.key, s.items) for s in batched]
     assert [s.key for s in single][-1] == ("gsm8k_train", "exact_match (flexible-extract)")
     assert answers[0] == answers[1]
@@ -254,3 +254,43 @@ def test_unknown_tasks_and_missing_data_end_in_a_sentence(trained: Path, data_di
     assert "Did you mean piqa" in evaluate(trained, "--tasks", "piqua", "--data-dir", data_dir, code=2)
     assert "holds no piqa_valid.parquet" in evaluate(trained, "--tasks", "paper", "--data-dir", tmp_path, code=2)
     assert "--data-dir takes" in evaluate(trained, "--tasks", "boolq", code=2)
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_likelihoods_are_lm_evals_own(model_dirs, data_dir: Path, tokenizer) -> None:
+    """Shared rows, logits only where they are asked for and padded batches change nothing; nor does another model."""
+    from lm_eval.models.huggingface import HFLM
+
+    from lolcats.evaluation.bridge import Bridge, make_batches
+
+    specs = [tasks.named_spec(name, data_dir) for name in ("piqa", "arc_easy", "wikitext")]
+    harness_ = harness.Harness(harness.load_tasks([*specs, tasks.mmlu_spec(data_dir)]), tokenizer, {"piqa": 3}, 4, 1234)
+    models = [load_model(find_base(str(model_dirs[name])), torch.float32) for name in ("llama", "qwen2")]
+    for model in (lolcats.convert(models[0]), models[1]):
+        scores = harness_(model)
+        known = len(harness_.known)
+        built = [request for task in harness_.loaded["tasks"].values() for request in task.instances]
+        requests = [request for request in built if request.request_type == "loglikelihood"]
+        own = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32")
+        bridge = Bridge(model, tokenizer, 4, harness_.known)
+        for found, expected in zip(bridge.loglikelihood(requests), own.loglikelihood(requests), strict=True):
+            assert found == (pytest.approx(expected[0], rel=1e-4, abs=1e-5), expected[1])
+        assert len(harness_.known) == known == 1, "tokenized once"
+        rolling = harness_.loaded["tasks"]["wikitext"].instances
+        assert bridge.loglikelihood_rolling(rolling) == pytest.approx(own.loglikelihood_rolling(rolling), rel=1e-4)
+        counts = {score.task: score.count for score in scores}
+        assert (counts["piqa"], counts["arc_easy"]) == (3, 6)
+    start = Bridge(models[1], tokenizer, 1, {})._encoded("", "milk")[0]
+    assert start == [tokenizer.bos_token_id or tokenizer.eos_token_id]
+    (batch,) = make_batches([([1, 2, 3], [n]) for n in (7, 8)], 100, 64)
+    assert batch.ids.shape == (1, 16), "requests that differ in their last token share a row"
+    assert (batch.places.tolist(), batch.targets.tolist(), batch.requests.tolist()) == ([2, 2], [7, 8], [0, 1])
+    assert [len(b.ids) for b in make_batches([([n], [0]) for n in range(9)], 100, 64)] == [4, 4, 1]
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_items_of_a_group_are_shared_by_its_tasks(data_dir: Path, tokenizer) -> None:
+    loaded = harness.load_tasks([tasks.mmlu_spec(data_dir), tasks.named_spec("piqa", data_dir)])
+    limits = {"mmlu_half": 3, "": 5}
+    chosen = harness.Harness(loaded, tokenizer, limits, 1, 0).chosen
+    assert chosen == {"mmlu_anatomy": [0, 1], "mmlu_virology": [0, 1], "piqa": [0, 1, 2, 3, 4]}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ from typer.testing import CliRunner
 
 from lolcats.cli import app
 from lolcats.errors import LolcatsError
-from lolcats.files import append_line, read_lines
+from lolcats.files import append_line, locked, read_lines
 from lolcats.inputs import Inputs
-from lolcats.sweep import execute
+from lolcats.pipeline import linearize
+from lolcats.sweep import execute, row
 from lolcats.sweep.execute import run_sweep
 from lolcats.sweep.plan import Sweep, plan, read_sweep
-from lolcats.sweep.table import render
+from lolcats.sweep.table import difference, render
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
 FEW = ["transfer.max_steps=2", "finetune.max_steps=2", "transfer.eval_steps=2"]
@@ -60,11 +62,11 @@ def test_shipped_experiments(path: Path) -> None:
     assert "/" not in text.replace("recipes/", ""), "no path in a sweep's file"
     rows = plan(read_sweep(path))
     assert len({(row.name, row.config.seed) for row in rows}) == len(rows) > 1
-    for row in rows:
-        assert row.config.data.sequence_length == 1024
-        assert row.config.transfer.batch_size == row.config.finetune.batch_size == 8
-        assert row.tokens("transfer") is not None
-        assert row.tokens("finetune") >= 900_000
+    for one in rows:
+        assert one.config.data.sequence_length == 1024
+        assert one.config.transfer.batch_size == one.config.finetune.batch_size == 8
+        assert one.tokens("transfer") is not None
+        assert one.tokens("finetune") >= 900_000
     everything = [*FEW, "seeds=[3]"]
     assert {(r.config.seed, r.tokens("finetune")) for r in plan(read_sweep(path, everything))} == {(3, 2 * 8 * 1024)}
 
@@ -81,6 +83,9 @@ def test_grid_seeds_and_mistakes(tmp_path: Path) -> None:
     assert {row.config.data.test_rows for row in rows} == {5}
     output = CliRunner().invoke(app, ["sweep", str(path), "--dry-run"]).output
     assert "sinks=4, window=sliding" in output
+    output = CliRunner().invoke(app, ["sweep", str(path), *map(str, EXPERIMENTS[:2]), "a-model", "--dry-run"]).output
+    titles = [read_sweep(experiment).title.split()[0] for experiment in EXPERIMENTS[:2]]
+    assert all(text in output for text in ("sinks=4, window=sliding", *titles))
     for tree, message in (
         ({}, "no rows"),
         ({"rows": {"a": ["attention.sinks=x"]}}, "Row 'a': attention.sinks: expected int"),
@@ -97,52 +102,141 @@ def test_grid_seeds_and_mistakes(tmp_path: Path) -> None:
 
 
 def test_sweep_resumes_and_skips(file: Path, place: list[str], tmp_path: Path, monkeypatch) -> None:
-    """Stopped by the deadline, killed while a row trains, its last line half written: the same command goes on."""
+    """Killed while a row trains, its last line half written: the same command goes on."""
     book = tmp_path / "book.txt"
     book.write_text(FILES["long_books"][0]["text"])
     sweep, out = read_sweep(file, [*place, f"evaluate.text={book}"]), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(execute, "_references", lambda *_: time.sleep(1.2) or {"systems": {}, "seconds": {}})
-        results, said = run(sweep, tmp_path / "late", deadline=1.0)
-        assert len(results) == 1
-        assert "Deadline: 2 rows are left" in said
-
-    with monkeypatch.context() as patch:
-        patch.setattr(execute, "run_finetune", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(row, "run_finetune", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run(sweep, out)
-    assert len(read_lines(out / "results.jsonl")) == 1
+    assert len(read_lines(out / "results.jsonl")) == 2
     with (out / "results.jsonl").open("a") as torn:
         torn.write('{"row": "half')
     results, said = run(sweep, out)
-    assert "1 of 3 results are in" in said
+    assert "2 of 5 results are in" in said
     assert "No perplexity on other" in said
-    assert [r["name"] for r in results] == ["", *ROWS]
+    names = ["teacher", "window + sinks, nothing trained", "linear, trained late", None, "hybrid"]
+    assert [r.get("name") for r in results] == names
+    assert [r["kind"] for r in results] == ["untrained", "untrained", "row", "control", "row"]
     lines = (out / "results.jsonl").read_text()
-    assert [json.loads(line) for line in lines.splitlines()] == results
+    assert execute.with_controls([json.loads(line) for line in lines.splitlines()], results) == results
 
-    hybrid = results[2]
+    hybrid = results[4]
     assert set(hybrid["systems"]) == {
-        "teacher", "window + sinks, nothing trained", "student", "linear off", "window+lora",
+        "teacher", "window, nothing trained", "window + sinks, nothing trained", "student", "linear off", "window+lora",
     }  # fmt: skip
     measured = {"held-out", "chat", "positions nll 0-63"}
     for name in ("student", "window+lora"):
         assert measured <= set(hybrid["systems"][name])
-    assert set(hybrid["systems"]["linear off"]) == {"held-out", "chat"}
+    for name in ("linear off", "window, nothing trained", "window + sinks, nothing trained"):
+        assert set(hybrid["systems"][name]) == {"held-out", "chat"}
     assert measured - {"held-out"} <= set(results[0]["systems"]["teacher"])
     assert (hybrid["tokens"], hybrid["seed"]) == ({"transfer": 256, "finetune": 256}, 0)
-    assert results[1]["tokens"] == {"transfer": 0, "finetune": 256}
+    assert (results[2]["tokens"], results[3]["tokens"]) == ({"transfer": 0, "finetune": 256},) * 2
+    assert len(hybrid["layer_errors"]["after"]) == len(hybrid["gamma"]) == 2
     assert {"commit", "date", "hardware", "command", "versions"} <= set(hybrid)
+    chat = hybrid["systems"]["student"]["chat"]
+    assert chat["value"] == pytest.approx(math.exp(sum(chat["items"]) / len(chat["items"])), rel=1e-4)
+    assert chat["stderr"] > 0
 
     again, said = run(sweep, out)
     assert (again, (out / "results.jsonl").read_text()) == (results, lines)
-    assert "3 of 3 results" in said
-    more = read_sweep(file, [*place, f"evaluate.text={book}", "seeds=[0, 1]"])
-    assert len(run(more, out)[0]) == 5
-    table = (out / "table.md").read_text()
+    assert "5 of 5 results" in said
+    more = read_sweep(file, [*place, f"evaluate.text={book}", "seeds=[0, 1]", "evaluate.tasks=[]"])
+    assert len(run(more, tmp_path / "seeds")[0]) == 8
+    table = (tmp_path / "seeds" / "table.md").read_text()
     student = next(line for line in table.splitlines() if line.startswith("| hybrid | 2 |"))
     assert "±" in student
     assert "| – window+lora |" in table
+
+
+def test_deadline_lets_no_row_begin_that_would_not_end(file: Path, place: list[str], tmp_path: Path) -> None:
+    """What was known of a row's time: nothing, then an earlier row's seconds for each token and for the rest."""
+    sweep = read_sweep(file, [*place, "evaluate.tasks=[]", "evaluate.perplexity={}"])
+    out = tmp_path / "out"
+    results, said = run(sweep, out, deadline=-1.0)
+    assert results == []
+    assert said.count("Deadline: ") == said.count("are left") == 5
+    assert "5 results are missing; the same command continues" in said
+
+    first, second = plan(sweep)
+
+    def known(tokens: int, seconds: float, rest: float) -> dict:
+        return {"kind": "row", "hardware": execute.hardware(), "tokens": {"transfer": 0, "finetune": tokens},
+                "seconds": {"finetune": seconds, "all": seconds + rest}, "transfer_of": ""}  # fmt: skip
+
+    assert execute.expected_seconds(second, []) == 0
+    assert execute.expected_seconds(first, [known(128, 50.0, 7.0)]) == pytest.approx(2 * 50 + 7)
+    assert execute.expected_seconds(second, [known(128, 50.0, 7.0)]) == pytest.approx(4 * 50 + 7), "as fast as stage 2"
+    other = {**known(128, 1e9, 0.0), "hardware": "another machine"}
+    assert execute.expected_seconds(first, [other]) == 0
+    slow = {**known(1, 1000.0, 1.0), "row": "x", "evaluation": "y", "systems": {"student": {}}}
+    append_line(out / "results.jsonl", json.dumps(slow))
+    results, said = run(sweep, out, deadline=500.0)
+    assert [r["kind"] for r in results] == ["untrained", "untrained"]
+    assert "is expected to take 256001 s" in said
+
+
+def test_equal_runs_are_made_once(file: Path, place: list[str], tmp_path: Path, monkeypatch) -> None:
+    """A run under another name, a control of several rows, a stage 1 of several rows; each as if made alone."""
+    rows = {
+        "a": ["controls=[window_lora, teacher_lora]"],
+        "the same": ["controls=[window_lora]"],
+        "another rank": ["finetune.rank=2"],
+        "own maps": ["attention.feature_map=t2r", "controls=[window_lora]"],
+        "late maps": ["finetune.feature_map_learning_rate=1e-2"],
+    }
+    changes = [*place, "evaluate.tasks=[]", "evaluate.perplexity={}"]
+    sweep = replace(read_sweep(file, changes), rows=rows)
+    trained: list[str] = []
+    train = row.run_transfer
+    monkeypatch.setattr(row, "run_transfer", lambda s: trained.append(s.run.stage_done("transfer")) or train(s))
+    results, _ = run(sweep, tmp_path / "out")
+    kinds = [r["kind"] for r in results]
+    assert kinds == ["untrained"] * 2 + ["control"] * 2 + ["row"] * 5
+    # controls have no stage 1; rows "a" and "own maps" train it
+    assert trained == [False, False, False, True, False, True]
+    by_name = {r["name"]: r for r in results if r["kind"] == "row"}
+    assert by_name["the same"]["directory"] == by_name["a"]["directory"]
+    for name in ("another rank", "late maps"):
+        assert by_name[name]["transfer_of"] == by_name["a"]["directory"]
+    control = by_name["a"]["systems"]["window+lora"]
+    assert control == by_name["own maps"]["systems"]["window+lora"] == results[2]["systems"]["student"]
+    assert by_name["a"]["systems"]["teacher+lora"] == results[3]["systems"]["student"]
+    for name in ("another rank", "late maps"):
+        alone, _ = run(replace(sweep, rows={name: rows[name]}), tmp_path / name)
+        assert alone[-1]["systems"]["student"] == by_name[name]["systems"]["student"]
+        assert alone[-1]["layer_errors"] == by_name[name]["layer_errors"]
+        for part in ("feature_maps.safetensors", "lora/adapter_model.safetensors"):
+            ours, theirs = tmp_path / "out" / by_name[name]["directory"], tmp_path / name / alone[-1]["directory"]
+            assert (ours / part).read_bytes() == (theirs / part).read_bytes()
+
+
+def test_a_control_is_what_linearize_trains_beside_a_run(file: Path, place: list[str], chat_file: Path,
+                                                         model_dirs, tmp_path: Path) -> None:  # fmt: skip
+    rows = {"hybrid": ["controls=[window_lora, teacher_lora]"]}
+    sweep = replace(read_sweep(file, [*place, "evaluate.tasks=[]", "evaluate.perplexity={}"]), rows=rows)
+    results, _ = run(sweep, tmp_path / "out")
+    (only,) = plan(sweep)
+    linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "run", only.config, merge=False, say=lambda _: None)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["results"]
+    for name in ("window_lora", "teacher_lora"):
+        own = results[-1]["systems"][name.replace("_", "+")]["held-out"]["value"]
+        assert own == pytest.approx(record[f"ppl_{name}"], rel=1e-6)
+
+
+def test_processes_share_the_rows(file: Path, place: list[str], tmp_path: Path) -> None:
+    """Another process has one row: it is left to it, and to the next command if that is killed."""
+    sweep = read_sweep(file, [*place, "evaluate.tasks=[]", "evaluate.perplexity={}"])
+    results, _ = run(sweep, tmp_path / "done")
+    held = next(r for r in results if r.get("name") == "hybrid")
+    with locked(tmp_path / "out" / "locks" / f"{held['row']}-{held['evaluation']}") as ours:
+        assert ours
+        results, said = run(sweep, tmp_path / "out")
+        assert [r["kind"] for r in results] == ["untrained", "untrained", "row", "control"]
+        assert "1 results are missing" in said
+    assert len(run(sweep, tmp_path / "out")[0]) == 5
 
 
 def test_a_row_that_fails_does_not_stop_the_others(file: Path, place: list[str], tmp_path: Path) -> None:
@@ -150,7 +244,9 @@ def test_a_row_that_fails_does_not_stop_the_others(file: Path, place: list[str],
     sweep = read_sweep(file, [*place, "evaluate.tasks=[]", "evaluate.perplexity={}", rows])
     with pytest.raises(LolcatsError, match=r"1 rows failed, the others are in .*: wrong, seed 0"):
         run(sweep, tmp_path / "out")
-    assert [json.loads(line)["name"] for line in read_lines(tmp_path / "out" / "results.jsonl")] == ["", "fine"]
+    assert [json.loads(line)["name"] for line in read_lines(tmp_path / "out" / "results.jsonl")] == [
+        "teacher", "window + sinks, nothing trained", "fine",
+    ]  # fmt: skip
 
 
 def test_no_state_leaks_between_rows(file: Path, place: list[str], tmp_path: Path) -> None:
@@ -158,9 +254,9 @@ def test_no_state_leaks_between_rows(file: Path, place: list[str], tmp_path: Pat
     changes = [*place, "evaluate.tasks=[]"]
     both, _ = run(read_sweep(file, changes), tmp_path / "both")
     alone, _ = run(read_sweep(file, [*changes, "rows={hybrid: ['controls=[window_lora]']}"]), tmp_path / "alone")
-    assert both[2]["systems"] == alone[1]["systems"]
+    assert both[-1]["systems"] == alone[-1]["systems"]
     for name in ("feature_maps.safetensors", "lora/adapter_model.safetensors"):
-        first, second = ((tmp_path / d / r["directory"] / name) for d, r in (("both", both[2]), ("alone", alone[1])))
+        first, second = ((tmp_path / d / r["directory"] / name) for d, r in (("both", both[-1]), ("alone", alone[-1])))
         assert first.read_bytes() == second.read_bytes()
 
 
@@ -183,15 +279,39 @@ def test_inputs_are_read_once(model_dirs, chat_file: Path, monkeypatch: pytest.M
 
 def test_table_over_seeds() -> None:
     def result(seed: int, value: float) -> dict:
-        systems = {"teacher": {"held-out": {"value": 6.0}}, "student": {"held-out": {"value": value}}}
-        return {"name": "a", "seed": seed, "systems": systems, "tokens": {"transfer": 2e6, "finetune": 4e6},
-                "seconds": {"transfer": 2.0, "evaluation": 1.0}, "layer_error": 0.25, "date": "2026-01-01"}  # fmt: skip
+        score = {"value": 0.5, "stderr": 0.2, "items": "0101"}
+        systems = {"teacher": {"held-out": {"value": 6.0}},
+                   "student": {"held-out": {"value": value}, "piqa acc": score},
+                   "window+lora": {"piqa acc": {"value": 0.25, "items": "0100"}}}  # fmt: skip
+        return {"kind": "row", "name": "a", "seed": seed, "systems": systems, "layer_error": 0.25,
+                "tokens": {"transfer": 2e6, "finetune": 4e6}, "seconds": {"transfer": 2.0, "evaluation": 1.0},
+                "date": "2026-01-01"}  # fmt: skip
 
-    reference = {"name": "", "systems": {"teacher": {"wiki": {"value": 25.0}}}, "seconds": {}}
+    reference = {
+        "kind": "untrained",
+        "name": "teacher",
+        "systems": {"teacher": {"wiki": {"value": 25.0}}},
+        "seconds": {},
+    }
     text = render("T", [reference, result(0, 1.0), result(1, 9.0), result(1, 2.0)], "lolcats sweep x")
-    assert "| teacher |  | 6 | 25 |" in text
-    assert "| a | 2 | 1.50 ± 0.71 |  | 0.25 | 2M + 4M | 2 + 1 |" in text
+    assert "| teacher |  | 6 | 25 |  |" in text
+    assert "| a | 2 | 1.50 ± 0.71 |  | 50 | 0.25 | 2M + 4M | 2 + 1 |" in text
+    alone = render("T", [reference, result(0, 1.0)], "lolcats sweep x", ["piqa acc"])
+    assert "| row | seeds | piqa acc, % | layer error" in alone
+    assert "| a | 1 | 50 (20) | 0.25 |" in alone
+    assert "| – *what the linear term adds* |  | +25.00 (25) |" in alone
     assert "lolcats sweep x" in text
+
+
+def test_differences_are_paired() -> None:
+    """A perplexity's in % of it, from the losses of rows; a score's in points."""
+    ours, theirs = [1.0, 2.0, 3.0], [1.1, 2.2, 3.3]
+    entries = [{"value": math.exp(sum(x) / 3), "items": x} for x in (ours, theirs)]
+    value, error = difference(*entries, "wikitext2")
+    assert value == pytest.approx(100 * (math.exp(-0.2) - 1))
+    assert error == pytest.approx(100 * math.exp(-0.2) * 0.1 / math.sqrt(3))
+    assert difference({"value": 2.0}, {"value": 1.0}, "positions nll 0-63") is None
+    assert difference({"value": 2.0}, {"value": 1.0}, "held-out") == (100.0, None)
 
 
 def test_lines_are_whole(tmp_path: Path) -> None:

@@ -92,28 +92,31 @@ def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Als
 
 @command
 def sweep(
-    file: Annotated[Path, typer.Argument(help="A sweep's YAML file, e.g. of experiments/.", metavar="FILE")],
-    model: Annotated[str, typer.Argument(help="As --set base.model=.", metavar="MODEL")] = "",
+    files: Annotated[list[str], typer.Argument(help="YAML files of sweeps, e.g. of experiments/; then, as --set "
+                                                    "base.model=, the base model.", metavar="FILE... [MODEL]")],
     data: Annotated[str, typer.Option(help="As --set base.data=.")] = "",
     out_: Annotated[Path, typer.Option("--out", help="Directory of results; one begun is continued.")] = Path("sweep"),
     set_: Sets = [],  # noqa: B006
-    deadline: Annotated[float, typer.Option(help="Seconds after which no new row is begun; 0: none.")] = 0,
+    deadline: Annotated[float, typer.Option(help="Seconds: no row is begun that is expected to end later. 0: none.")]
+    = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the rows and their tokens.")] = False,
 ) -> None:  # fmt: skip
-    """Run every row of FILE with every seed, and make one table of them. Run again to continue."""
+    """Run every row of each FILE with every seed, and make one table of them. Run again to continue, or at the same
+    time, to share the rows."""
     from lolcats.pipeline import log
     from lolcats.sweep.plan import plan, plan_rows, read_sweep
 
+    model = "" if len(files) == 1 or Path(files[-1]).suffix in (".yaml", ".yml") else files.pop()
     given = [f"{key}={value}" for key, value in (("base.model", model), ("base.data", data)) if value]
-    wanted = read_sweep(file, [*given, *set_])
+    sweeps = [read_sweep(Path(file), [*given, *set_]) for file in files]
     if dry_run:
-        print_rows(*plan_rows(plan(wanted)), title=wanted.title)
+        for one in sweeps:
+            print_rows(*plan_rows(plan(one)), title=one.title)
         return
-    from lolcats.sweep.execute import TABLE, run_sweep
+    from lolcats.sweep.execute import run_sweeps
 
-    run_sweep(wanted, out_, shlex.join(["lolcats", *sys.argv[1:]]), log, deadline or None)
-    if (out_ / TABLE).exists():
-        out.print((out_ / TABLE).read_text(), soft_wrap=True, markup=False, highlight=False)
+    for table in run_sweeps(sweeps, out_, shlex.join(["lolcats", *sys.argv[1:]]), log, deadline or None):
+        out.print(table.read_text(), soft_wrap=True, markup=False, highlight=False)
 
 
 @command

@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
@@ -43,30 +46,110 @@ def load_tasks(specs: Sequence[Spec]) -> list[Any]:
     return tasks
 
 
-def run(model: PreTrainedModel, tokenizer: Any, tasks: Sequence[Any], limit: int | None, batch_size: int,
-        seed: int) -> list[Score]:  # fmt: skip
-    """Every metric of every task; a group that aggregates gives one score. ``limit`` items of each task."""
-    from lm_eval import simple_evaluate
-    from lm_eval.api.group import Group
-    from lm_eval.models.huggingface import HFLM
+class Harness:
+    """Tasks whose requests are built, tokenized and put into batches once, for any number of models.
 
-    with _plain_forward(model):
-        bridge = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
-                      softmax_dtype="float32")  # fmt: skip
-        results = simple_evaluate(
-            model=bridge, tasks=list(tasks), task_manager=task_manager(), limit=limit, bootstrap_iters=0,
-            log_samples=True,
-            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-        )  # fmt: skip
-    scores: list[Score] = []
-    for task in tasks:
-        if not isinstance(task, Group):
-            scores += _task_scores(results, task.task_name)
-        elif task.has_aggregation:
-            scores += _group_scores(results, task)
-        else:
-            scores += [score for child in task.get_all_tasks() for score in _task_scores(results, child.task_name)]
-    return scores
+    Args:
+        tasks: of :func:`load_tasks`.
+        limits: items of a task by its name (all where it has none), a group's shared evenly by its tasks; "" of others.
+        batch_size: rows of 1,024 tokens at a time; of shorter rows as many as have as many tokens.
+        seed: of few-shot draws.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Any], tokenizer: Any, limits: Mapping[str, int], batch_size: int, seed: int
+    ) -> None:  # fmt: skip
+        self.tasks, self.tokenizer, self.batch_size, self.seed = list(tasks), tokenizer, batch_size, seed
+        self.loaded = task_manager().load(self.tasks)
+        self.chosen = _chosen(self.tasks, limits)
+        self.known: dict[Any, Any] = {}
+        self.built = False
+
+    def __call__(self, model: PreTrainedModel) -> list[Score]:
+        """Every metric of every task; a group that aggregates gives one score."""
+        from lm_eval import evaluate
+        from lm_eval.api.group import Group
+
+        from lolcats.evaluation.bridge import Bridge
+
+        self._seed()
+        with _plain_forward(model), _templates_compiled_once(), _quiet():
+            self._build()
+            bridge = Bridge(model, self.tokenizer, self.batch_size, self.known)
+            results = evaluate(bridge, self.loaded, samples=self.chosen, bootstrap_iters=0, log_samples=True)
+        scores: list[Score] = []
+        for task in self.tasks:
+            if not isinstance(task, Group):
+                scores += _task_scores(results, task.task_name)
+            elif task.has_aggregation:
+                scores += _group_scores(results, task)
+            else:
+                scores += [s for child in task.get_all_tasks() for s in _task_scores(results, child.task_name)]
+        return scores
+
+    def _build(self) -> None:
+        """Build the tasks' requests, and make them answer with these whenever they are to build them."""
+        if self.built:
+            return
+        for name, task in self.loaded["tasks"].items():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=self.seed)
+            task.build_all_requests(samples=self.chosen[name])
+            task.build_all_requests = functools.partial(_unanswered, task.instances)
+        self.built = True
+
+    def _seed(self) -> None:
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        torch.manual_seed(self.seed)
+
+
+def _chosen(tasks: Sequence[Any], limits: Mapping[str, int]) -> dict[str, list[int]]:
+    """Numbers of the documents of each task that are asked: the first ones."""
+    from lm_eval.api.group import Group
+
+    chosen: dict[str, list[int]] = {}
+    for entry in tasks:
+        members = entry.get_all_tasks() if isinstance(entry, Group) else [entry]
+        name = entry.name if isinstance(entry, Group) else entry.task_name
+        shared = limits.get(name)
+        for task in members:
+            own = limits.get(task.task_name, limits.get("") if shared is None else -(-shared // len(members)))
+            count = len(task.eval_docs)
+            chosen[task.task_name] = list(range(count if own is None else min(own, count)))
+    return chosen
+
+
+def _unanswered(instances: Sequence[Any], **_: Any) -> None:
+    """Take the answers of an earlier model from requests."""
+    for instance in instances:
+        instance.resps, instance.filtered_resps = [], {}
+
+
+@contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """lm-eval compiles a task's templates anew for every field of every document, and does little else in that time."""
+    from lm_eval.utils import env
+
+    env.from_string = functools.lru_cache(maxsize=1024)(env.from_string)
+    try:
+        yield
+    finally:
+        del env.from_string
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for each of the 57 subjects of MMLU."""
+    import lm_eval.api.task as module
+
+    shown = module.tqdm
+    module.tqdm = functools.partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        module.tqdm = shown
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from torch import Tensor
 from lolcats.modeling.loss import next_token_loss
 
 
-@torch.no_grad()
 def perplexity(
     model: torch.nn.Module, rows: Tensor, batch_size: int = 4, positions: Tensor | None = None
 ) -> float:  # fmt: skip
@@ -18,14 +17,26 @@ def perplexity(
 
     positions: (N, L), which start again at 0 where another document begins: documents are then the sequences.
     """
+    losses, counts = row_losses(model, rows, batch_size, positions)
+    return math.exp((losses * counts).sum().item() / counts.sum().item())
+
+
+@torch.no_grad()
+def row_losses(
+    model: torch.nn.Module, rows: Tensor, batch_size: int = 4, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mean cross-entropy of each row and the number of its predicted tokens, (N,) float64; arguments as above."""
     model.eval()
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    losses: list[Tensor] = []
     for start in range(0, len(rows), batch_size):
         ids = rows[start : start + batch_size].to(device)
         places = None if positions is None else positions[start : start + batch_size].to(device)
         given = {} if places is None else {"position_ids": places}
-        tokens = ids[:, 1:].numel() if places is None else int((places[:, 1:] > 0).sum())
-        total += next_token_loss(model(input_ids=ids, use_cache=False, **given).logits, ids, places).item() * tokens
-        count += tokens
-    return math.exp(total / count)
+        logits = model(input_ids=ids, use_cache=False, **given).logits
+        for i in range(len(ids)):
+            losses.append(
+                next_token_loss(logits[i : i + 1], ids[i : i + 1], None if places is None else places[i : i + 1])
+            )
+    counts = torch.full((len(rows),), rows.shape[1] - 1) if positions is None else (positions[:, 1:] > 0).sum(1)
+    return torch.stack(losses).cpu().double(), counts.double()

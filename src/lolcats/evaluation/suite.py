@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import tasks
-from lolcats.evaluation.harness import Spec, load_tasks
-from lolcats.evaluation.harness import run as run_harness
+from lolcats.evaluation.harness import Harness, Spec, load_tasks
 from lolcats.evaluation.positions import positions
 from lolcats.evaluation.recall import recall
 from lolcats.evaluation.scores import Score, average, mean_score
@@ -40,8 +39,11 @@ class Options:
     limit: int | None = None
     """Items of each task; recall: prompts of each length and depth; positions: windows."""
     batch_size: int = 8
+    """Rows of 1,024 tokens at a time, of shorter ones as many as have as many tokens; recall: prompts."""
     seed: int = 1234
     """Of recall's prompts and of few-shot draws; 1234 is lm-eval's own."""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Items of single benchmarks by lm-eval's name, before ``limit``; a group's are shared evenly by its tasks."""
 
 
 def evaluate(model: str, names: list[str], baselines: list[str], device: torch.device, dtype: torch.dtype,
@@ -91,7 +93,7 @@ def _generate(tokenizer: Any, options: Options) -> Task:
 
 def _permuted(tokenizer: Any, options: Options) -> Task:
     """Accuracy over all rotations of a question's options, and the share of questions right in every one of them."""
-    asked = replace(options, limit=options.limit and options.limit * tasks.OPTIONS)
+    asked = replace(options, limit=options.limit and options.limit * tasks.OPTIONS, limits={})
     run = _harness([tasks.permuted_mmlu_spec(options.data_dir)], tokenizer, asked)
 
     def scored(model: PreTrainedModel) -> list[Score]:
@@ -125,8 +127,8 @@ SUITES: dict[str, Callable[[Any, Options], Task]] = {
 
 
 def _harness(specs: list[Spec], tokenizer: Any, options: Options) -> Task:
-    loaded = load_tasks(specs)
-    return lambda model: run_harness(model, tokenizer, loaded, options.limit, options.batch_size, options.seed)
+    limits = ({} if options.limit is None else {"": options.limit}) | dict(options.limits)
+    return Harness(load_tasks(specs), tokenizer, limits, options.batch_size, options.seed)
 
 
 def _documents(tokenizer: Any, options: Options) -> list[list[int]]:

@@ -1,214 +1,240 @@
 """Runs a sweep: one base model and one reading of the data for all rows, a line of results.jsonl for each.
 
-OUT/results.jsonl         one row a result; rows that are in it are not run again
-OUT/table.md              the same as a table
+OUT/results.jsonl         one line a result; what is in it is not run again, whatever sweep or machine it is from
+OUT/table.md              the rows of the sweep as a table; of several, SWEEP.md each
 OUT/NAME-seedN-HASH/      each row's run directory, continued where it stopped
+OUT/locks/                what is being run: the same command, started several times, shares the rows out
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
+import statistics
 import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
 
 import lolcats
-from lolcats.config import to_dict
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.evaluation.systems import CONTROL_NAMES, STUDENT, TEACHER
-from lolcats.files import append_line, read_lines, write_text
+from lolcats.files import append_line, locked, read_lines, write_text
 from lolcats.inputs import Inputs
-from lolcats.modeling.convert import convert
-from lolcats.modeling.layer import override
-from lolcats.pipeline import Session, device_and_dtype, finish, run_controls, run_finetune, run_transfer, start
-from lolcats.run import Run
-from lolcats.sweep.measure import Measurement, short_hash, source_identity
+from lolcats.sweep.measure import Measurement, short_hash
 from lolcats.sweep.plan import Row, Sweep, plan
-from lolcats.sweep.table import HELD_OUT, LINEAR_OFF, WINDOW_SINKS, render
-from lolcats.training.controls import control
+from lolcats.sweep.row import LOCKS, Setup, release, row_result, run_key, source, untrained_key, untrained_result
+from lolcats.sweep.table import CONTROL, ROW, UNTRAINED, WINDOW_SINKS, render
 
 RESULTS, TABLE = "results.jsonl", "table.md"
+Result = dict[str, Any]
 
 
-@dataclass
-class Setup:
-    """What all rows of a sweep share."""
+@dataclass(frozen=True)
+class Job:
+    """A result that is wanted. ``keys`` tell it; ``row``: what is trained for it."""
 
-    sweep: Sweep
-    inputs: Inputs
-    measurement: Measurement
-    out: Path
-    provenance: dict[str, Any]
-    say: Callable[[str], None]
+    keys: dict[str, Any]
+    name: str
+    run: Callable[[], Result]
+    row: Row | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, seed {self.row.config.seed}" if self.row else self.name
+
+    @property
+    def settings(self) -> list[str]:
+        return self.row.settings if self.row else []
+
+    def is_result(self, result: Result) -> bool:
+        return all(result.get(key) == value for key, value in self.keys.items())
+
+    def same_run(self, result: Result) -> bool:
+        """Whether it is the result of the same run under another name, or as another row's control."""
+        same = all(result.get(key) == self.keys[key] for key in ("row", "evaluation"))
+        return same and self.row is not None and result.get("kind") in (ROW, CONTROL)
 
 
 def run_sweep(
     sweep: Sweep, out: Path, command: str, say: Callable[[str], None], deadline: float | None = None
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Run what is not yet in OUT/results.jsonl, and write OUT/table.md after each row; all results.
+) -> list[Result]:  # fmt: skip
+    """:func:`run_sweeps` of one; its results, rows with those of their controls."""
+    run_sweeps([sweep], out, command, say, deadline)
+    setup = _setup(sweep, Shared(out, say), "")
+    return _of_sweep(_results(out), list(_jobs(setup, plan(sweep))))
+
+
+def run_sweeps(
+    sweeps: Sequence[Sweep], out: Path, command: str, say: Callable[[str], None], deadline: float | None = None
+) -> list[Path]:  # fmt: skip
+    """Run what is not yet in OUT/results.jsonl; a table of each sweep, written after each row.
 
     Args:
-        deadline: seconds after which no new row is begun.
+        deadline: seconds. No row is begun that is not expected to end by then.
 
     Raises:
         LolcatsError: missing paths, before anything is trained; rows that failed, after all others are done.
     """
-    started, rows = time.monotonic(), plan(sweep)
-    _check_paths(sweep, rows)
-    inputs = Inputs(sweep.base.model, keep=True, trust=rows[0].config.trust_remote_code)
+    started = monotonic()
+    for sweep in sweeps:
+        _check_paths(sweep, plan(sweep))
     out.mkdir(parents=True, exist_ok=True)
-    setup = Setup(
-        sweep, inputs, Measurement(sweep.evaluate, inputs, rows[0].config, say), out, _provenance(command), say
-    )
-    results = [json.loads(line) for line in read_lines(out / RESULTS)]
-    jobs = [(_reference_key(setup, rows[0]), "the untrained models", partial(_references, setup, rows[0]))]
-    jobs += [(_keys(setup, row), f"{row.name}, seed {row.config.seed}", partial(_result, setup, row)) for row in rows]
-    left = [job for job in jobs if not any(_is(result, job[0]) for result in results)]
-    failed: list[str] = []
-    say(f"{len(jobs) - len(left)} of {len(jobs)} results are in {out / RESULTS}.")
-    for number, (keys, name, job) in enumerate(left):
-        if deadline is not None and time.monotonic() - started > deadline:
-            say(f"Deadline: {len(left) - number} rows are left; the same command continues.")
-            break
-        say(f"\n[{number + 1}/{len(left)}] {name}")
+    shared, failed, tables = Shared(out, say), list[str](), list[Path]()
+    for sweep in sweeps:
+        setup = _setup(sweep, shared, command)
+        table = out / (TABLE if len(sweeps) == 1 else f"{sweep.name}.md")
+        jobs = list(_jobs(setup, plan(sweep)))
+        done = sum(any(map(job.is_result, _results(out))) for job in jobs)
+        say(f"{sweep.title or sweep.name}: {done} of {len(jobs)} results are in {out / RESULTS}.")
+        for job in jobs:
+            left = None if deadline is None else deadline - (monotonic() - started)
+            if _run_job(setup, job, left, failed):
+                _write_table(setup, jobs, table)
+        if _write_table(setup, jobs, table):
+            tables.append(table)
+        missing = len(jobs) - len(_of_sweep(_results(out), jobs))
+        if missing > 0:
+            say(f"{missing} results are missing; the same command continues.")
+    if failed:
+        raise LolcatsError(f"{len(failed)} rows failed, the others are in {out}: {'; '.join(failed)}.")
+    return tables
+
+
+@dataclass
+class Shared:
+    """What sweeps of one command share: inputs of a base model, and what is measured, by what tells it."""
+
+    out: Path
+    say: Callable[[str], None]
+    inputs: dict[str, Inputs] = field(default_factory=dict)
+    measurements: dict[str, Measurement] = field(default_factory=dict)
+
+
+def _setup(sweep: Sweep, shared: Shared, command: str) -> Setup:
+    config = plan(sweep)[0].config
+    if sweep.base.model not in shared.inputs:
+        shared.inputs[sweep.base.model] = Inputs(sweep.base.model, keep=True, trust=config.trust_remote_code)
+    inputs = shared.inputs[sweep.base.model]
+    key = short_hash([sweep.base.model, asdict(sweep.evaluate), asdict(config.data)])
+    if key not in shared.measurements:
+        shared.measurements[key] = Measurement(sweep.evaluate, inputs, config, shared.say)
+    return Setup(sweep, inputs, shared.measurements[key], shared.out, _provenance(command), shared.say)
+
+
+def _run_job(setup: Setup, job: Job, left: float | None, failed: list[str]) -> bool:
+    """Run a job unless its result is there, another process has it, or it would take longer than is left; whether it
+    gave a result. The names of those that fail go into ``failed``."""
+    path = setup.out / RESULTS
+    with locked(setup.out / LOCKS / "-".join(job.keys[key] for key in ("row", "evaluation")), wait=False) as ours:
+        results = _results(setup.out)
+        if not ours or any(map(job.is_result, results)):
+            return False
+        for result in filter(job.same_run, results):
+            append_line(path, json.dumps({**result, **job.keys, "settings": job.settings}))
+            return True
+        expected = expected_seconds(job.row, results) if job.row else 0.0
+        if left is not None and expected > left:
+            setup.say(f"Deadline: {job.title} is expected to take {expected:.0f} s, {max(0.0, left):.0f} are left.")
+            return False
+        setup.say(f"\n{job.title}")
         try:
-            result = {**keys, **job(), **setup.provenance}
+            result = job.run()
         except Interrupted:
             raise
         except (LolcatsError, torch.OutOfMemoryError) as error:  # a diverging row must not stop the others
-            say(f"{name} failed: {error}")
-            failed.append(name)
-            _release()
-            continue
-        append_line(out / RESULTS, json.dumps(result))
-        results.append(result)
-        write_text(out / TABLE, render(sweep.title, results, command))
-    if failed:
-        raise LolcatsError(f"{len(failed)} rows failed, the others are in {out / TABLE}: {'; '.join(failed)}.")
-    return results
+            setup.say(f"{job.name} failed: {error}")
+            failed.append(job.title)
+            release()
+            return False
+        append_line(path, json.dumps({**job.keys, **result, **setup.provenance}))
+        return True
 
 
-def _is(result: dict[str, Any], keys: dict[str, Any]) -> bool:
-    return all(result.get(name) == value for name, value in keys.items())
+def expected_seconds(row: Row, results: list[Result]) -> float:
+    """How long a row will take, by the results there are: time per token of each stage, and what else a row takes."""
+    known = [r for r in results if r.get("kind") in (ROW, CONTROL) and r.get("hardware") == hardware()]
+    if not known:
+        return 0.0
+    expected, rates = 0.0, dict[str, float]()
+    for stage in ("finetune", "transfer"):
+        times = [r["seconds"][stage] / r["tokens"][stage] for r in known if r["tokens"][stage]]
+        rates[stage] = statistics.median(times) if times else rates.get("finetune", 0.0)
+        expected += rates[stage] * (row.tokens(stage) or 0)
+    return expected + statistics.median(r["seconds"]["all"] - _training(r) for r in known)
 
 
-def _keys(setup: Setup, row: Row) -> dict[str, Any]:
-    """What tells a result: the run (base, data, configuration), and what was measured of it."""
-    config = {k: v for k, v in to_dict(row.config).items() if k not in ("controls", "device", "report_to")}
-    data = source_identity(_source(setup.sweep, row))
-    run = short_hash([setup.inputs.base.fingerprint, data, config])
-    return {"row": run, "name": row.name, "controls": row.config.controls, "evaluation": setup.measurement.key}
+def _training(result: Result) -> float:
+    """Seconds that a row has spent on training itself."""
+    stages = ("finetune",) if result["transfer_of"] else ("transfer", "finetune")
+    return sum(result["seconds"].get(stage, 0.0) for stage in stages)
 
 
-def _reference_key(setup: Setup, row: Row) -> dict[str, Any]:
-    own = short_hash([setup.inputs.base.fingerprint, to_dict(row.config.attention), row.config.dtype])
-    return {"row": own, "name": "", "evaluation": setup.measurement.key}
+def _jobs(setup: Setup, rows: list[Row]) -> Iterator[Job]:
+    """The untrained models, and every row behind those of its controls that no earlier row has."""
+    evaluation, first = setup.measurement.key, rows[0]
+    for system in (TEACHER, WINDOW_SINKS):
+        keys = {"kind": UNTRAINED, "row": untrained_key(setup, first, system), "name": system, "evaluation": evaluation}
+        yield Job(keys, system, partial(untrained_result, setup, first, system))
+    seen: set[str] = set()
+    for row in rows:
+        for name, own in row.controls.items():
+            key = run_key(setup, own)
+            if name in row.config.controls and key not in seen:
+                seen.add(key)
+                keys = {"kind": CONTROL, "row": key, "evaluation": evaluation}
+                yield Job(keys, own.name, partial(row_result, setup, own), own)
+        keys = {"kind": ROW, "row": run_key(setup, row), "evaluation": evaluation, "sweep": setup.sweep.name,
+                "name": row.name}  # fmt: skip
+        yield Job(keys, row.name, partial(row_result, setup, row), row)
 
 
-def _references(setup: Setup, row: Row) -> dict[str, Any]:
-    """Teacher and untrained window with sinks, which no row's training changes, on files and tasks."""
-    device, dtype = device_and_dtype(row.config)
-    started, model = time.time(), convert(setup.inputs.model(dtype, device), row.config)
-    sinks = row.config.attention.sinks or 4
-    found = {}
-    for name, change in ((TEACHER, {"mode": "teacher"}), (WINDOW_SINKS, {"kind": "window", "sinks": sinks})):
-        with override(model, **change):  # type: ignore[arg-type]
-            found[name] = setup.measurement.everything(model)
-    return {"systems": found, "seconds": {"evaluation": round(time.time() - started, 1)}}
+def _results(out: Path) -> list[Result]:
+    return [json.loads(line) for line in read_lines(out / RESULTS)]
 
 
-def _result(setup: Setup, row: Row) -> dict[str, Any]:
-    """Train and measure one row in its own directory."""
-    source = _source(setup.sweep, row)
-    directory = setup.out / f"{row.slug}-seed{row.config.seed}-{_keys(setup, row)['row']}"
-    session = start(setup.inputs, source, directory, row.config, setup.say)
-    run = session.run
-    run_transfer(session)
-    run_controls(session)
-    for baseline, name in CONTROL_NAMES.items():
-        if run.stage_done(name):
-            with control(session.model, name, directory):
-                _measure(setup, session, baseline)
-    run_finetune(session)
-    _measure(setup, session, STUDENT)
-    if row.config.attention.kind == "hybrid":
-        with override(session.model, kind="window"):
-            _measure(setup, session, LINEAR_OFF, tasks=False)
-    finish(session, merge=False, pictures=False)
-    result = _summary(setup, row, run)
-    del session
-    _release()
-    return result
+def _of_sweep(results: list[Result], jobs: list[Job]) -> list[Result]:
+    """The results of ``jobs`` in their order, rows with the figures of their controls."""
+    found = [next((r for r in results if job.is_result(r)), None) for job in jobs]
+    return with_controls([result for result in found if result is not None], results)
 
 
-def _release() -> None:
-    """Free the memory of a finished row."""
-    gc.collect()  # the trainers hold their model in a cycle
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def with_controls(rows: list[Result], results: list[Result]) -> list[Result]:
+    """``rows`` with what their controls, trained as runs of their own, gave in ``results``."""
+    students = {(r["row"], r["evaluation"]): r["systems"][STUDENT] for r in results if r.get("kind") in (ROW, CONTROL)}
+
+    def joined(row: Result) -> Result:
+        keys = row.get("controls", {}) if row["kind"] == ROW else {}
+        own = {name: students.get((keys.get(name), row["evaluation"])) for name in CONTROL_NAMES}
+        return {**row, "systems": {**row["systems"], **{name: found for name, found in own.items() if found}}}
+
+    return [joined(row) for row in rows]
 
 
-def _measure(setup: Setup, session: Session, system: str, tasks: bool = True) -> None:
-    """Kept in the run's record: a sweep killed while it measures does not begin again."""
-    measure = setup.measurement.everything if tasks else setup.measurement.perplexities
-    started = time.time()
-
-    def timed() -> dict[str, Any]:
-        return {"found": measure(session.model), "seconds": round(time.time() - started, 1)}
-
-    session.run.measure(_entry(setup, system), timed)
-
-
-def _entry(setup: Setup, system: str) -> str:
-    return f"sweep {setup.measurement.key} {system}"
-
-
-def _summary(setup: Setup, row: Row, run: Run) -> dict[str, Any]:
-    results, stages, length = run.results, run.record["stages"], row.config.data.sequence_length
-    held_out = {TEACHER: "ppl_teacher", WINDOW_SINKS: "ppl_window_sinks", STUDENT: "ppl_student"}
-    held_out |= {LINEAR_OFF: "ppl_linear_off"} | {name: f"ppl_{own}" for name, own in CONTROL_NAMES.items()}
-    systems: dict[str, Any] = {}
-    for name, key in held_out.items():
-        if key in results and not (name == LINEAR_OFF and row.config.attention.kind != "hybrid"):
-            more = results.get(_entry(setup, name), {"found": {}})["found"]
-            systems[name] = {HELD_OUT: {"value": results[key], "stderr": None}, **more}
-    tokens = {
-        stage: stages[stage].get("steps", 0) * getattr(row.config, stage).batch_size * length
-        for stage in ("transfer", "finetune")
-    }
-    seconds = {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage}
-    measured = [value["seconds"] for name, value in results.items() if name.startswith(_entry(setup, ""))]
-    errors = results.get("layer_errors_after", []) if tokens["transfer"] else []
-    return {
-        "seed": row.config.seed, "settings": row.settings, "directory": run.directory.name, "data": row.data,
-        "systems": systems, "tokens": tokens, "seconds": {**seconds, "evaluation": round(sum(measured), 1)},
-        "layer_error": sum(errors) / len(errors) if errors else None,
-    }  # fmt: skip
-
-
-def _source(sweep: Sweep, row: Row) -> str:
-    return sweep.base.sources[row.data] if row.data else sweep.base.data
+def _write_table(setup: Setup, jobs: list[Job], path: Path) -> bool:
+    """Write what there is of a sweep's table; whether there is anything."""
+    wanted = _of_sweep(_results(setup.out), jobs)
+    if wanted:
+        write_text(path, render(setup.sweep.title, wanted, setup.provenance["command"]))
+    return bool(wanted)
 
 
 def _check_paths(sweep: Sweep, rows: list[Row]) -> None:
     if not sweep.base.model:
         raise LolcatsError("The sweep has no base model: lolcats sweep FILE MODEL, or --set base.model=MODEL.")
     for row in rows:
-        if not _source(sweep, row):
+        if not source(sweep, row):
             how = f"--set base.sources.{row.data}=DATA" if row.data else "--data DATA"
             raise LolcatsError(f"Row {row.name!r} has no data: give {how}.")
 
 
-def _provenance(command: str) -> dict[str, Any]:
+def _provenance(command: str) -> Result:
     describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     git = subprocess.run(describe, cwd=Path(lolcats.__file__).parent, capture_output=True, text=True, check=False)
     return {

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from lolcats.config import Config, DataConfig
 from lolcats.errors import LolcatsError
-from lolcats.evaluation.perplexity import perplexity
+from lolcats.evaluation.perplexity import row_losses
+from lolcats.evaluation.scores import Score
 from lolcats.evaluation.suite import LONG, Options, Task, prepare
 from lolcats.files import hash_file
 from lolcats.inputs import Inputs
@@ -24,8 +25,9 @@ from lolcats.sweep.plan import Evaluate
 from lolcats.training.data import load_rows
 from lolcats.training.mixture import is_mixture, read_mixture
 
-Measured = dict[str, dict[str, float | None]]
-"""By the name of what was measured: value and standard error."""
+Measured = dict[str, dict[str, Any]]
+"""By the name of what was measured: value, standard error and items, in an order that is the same for every model: of a
+perplexity the losses of rows, of a score with results 0 and 1 a string of them."""
 
 
 class Measurement:
@@ -36,12 +38,13 @@ class Measurement:
         files = {name: path for name, path in wanted.perplexity.items() if path}
         for name in wanted.perplexity.keys() - files.keys():
             say(f"No perplexity on {name}: --set evaluate.perplexity.{name}=FILE measures it.")
-        self.rows: dict[str, tuple[Tensor, Tensor | None]] = {
-            name: load_rows(path, inputs.tokenizer, config.data) for name, path in files.items()
-        }
+        self.rows = {name: _first(load_rows(path, inputs.tokenizer, config.data), wanted.rows)
+                     for name, path in files.items()}  # fmt: skip
         names = [name for name in wanted.tasks if _possible(name, wanted, say)]
         data_dir, limit = Path(wanted.data_dir) if wanted.data_dir else None, wanted.limit or None
-        options = Options(data_dir, wanted.text, tuple(wanted.lengths), limit, wanted.batch_size)
+        options = Options(
+            data_dir, wanted.text, tuple(wanted.lengths), limit, wanted.batch_size, limits=wanted.limits
+        )  # fmt: skip
         if LONG & set(names) and not wanted.lengths:
             raise LolcatsError("evaluate.lengths: recall and positions need lengths, e.g. [1024, 4096].")
         self.tasks: dict[str, Task] = prepare(names, options, inputs.tokenizer) if names else {}
@@ -49,18 +52,37 @@ class Measurement:
         self.key = short_hash({k: v for k, v in known.items() if k not in ("data_dir", "text", "batch_size")})
 
     def perplexities(self, model: PreTrainedModel) -> Measured:
-        size = self.batch_size
-        values = {name: perplexity(model, rows, size, places) for name, (rows, places) in self.rows.items()}
-        return {name: {"value": value, "stderr": None} for name, value in values.items()}
+        found: Measured = {}
+        for name, (rows, positions) in self.rows.items():
+            losses, counts = row_losses(model, rows, self.batch_size, positions)
+            mean = (losses * counts).sum() / counts.sum()
+            items = [round(loss, 5) for loss in losses.tolist()]
+            spread = (losses.std() / len(losses) ** 0.5).item() if len(losses) > 1 else None
+            value = mean.exp().item()
+            found[name] = {"value": value, "stderr": None if spread is None else value * spread, "items": items}
+        return found
 
     def everything(self, model: PreTrainedModel) -> Measured:
         """Perplexities and tasks."""
         found = self.perplexities(model)
         for task in self.tasks.values():
             for score in task(model):
-                value = score.value if math.isfinite(score.value) else None
-                found[f"{score.task} {score.metric}"] = {"value": value, "stderr": score.stderr}
+                found[f"{score.task} {score.metric}"] = _entry(score)
         return found
+
+
+def _entry(score: Score) -> dict[str, Any]:
+    items = [item for stratum in score.items for item in stratum]
+    entry = {"value": score.value if math.isfinite(score.value) else None, "stderr": score.stderr}
+    if items and set(items) <= {0.0, 1.0}:
+        return {**entry, "items": "".join(str(int(item)) for item in items)}
+    return entry
+
+
+def _first(rows: tuple[Tensor, Tensor | None], count: int) -> tuple[Tensor, Tensor | None]:
+    """The first ``count`` rows and their positions; 0: all."""
+    ids, positions = rows
+    return ids[: count or None], None if positions is None else positions[: count or None]
 
 
 def source_identity(source: str) -> str:

@@ -8,7 +8,7 @@
     grid:                                # and every combination of one setting of each list
       - [attention.window_size=32, attention.window_size=64]
     seeds: [0, 1]
-    evaluate: {perplexity: {wikitext2: ""}, tasks: [paper, recall], limit: 500}
+    evaluate: {perplexity: {wikitext2: ""}, tasks: [paper, recall], limit: 500, limits: {mmlu_half: 2000}}
 
 The command gives the paths: base.model, base.data, base.sources.NAME, evaluate.perplexity.NAME, evaluate.data_dir,
 evaluate.text. base.recipe may be a file beside the sweep's.
@@ -21,9 +21,21 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from lolcats.config import Config, StageConfig, from_dict, load_config, parse_setting, read_yaml, set_key
+from lolcats.config import (
+    AttentionConfig,
+    Config,
+    Control,
+    Kind,
+    StageConfig,
+    TransferConfig,
+    from_dict,
+    load_config,
+    parse_setting,
+    read_yaml,
+    set_key,
+)
 from lolcats.errors import LolcatsError
 
 SECTIONS = ("base", "evaluate", "seeds", "rows", "grid")
@@ -51,16 +63,23 @@ class Evaluate:
     tasks: list[str] = field(default_factory=list)
     """As ``lolcats evaluate --tasks``. lm-eval's are left out where it is not installed, long ones without a text."""
     limit: int = 0
+    limits: dict[str, int] = field(default_factory=dict)
+    """Items of single tasks, before ``limit``; of a group (``mmlu_half``) in all, as many of each of its tasks."""
+    rows: int = 0
+    """Of each perplexity file the first so many; 0: all."""
     lengths: list[int] = field(default_factory=list)
     data_dir: str = ""
     text: str = ""
     batch_size: int = 8
+    """Rows of 1,024 tokens at a time; of shorter ones as many as have as many tokens."""
 
 
 @dataclass(frozen=True)
 class Sweep:
     """A sweep's file with the settings of the command."""
 
+    name: str = ""
+    """The file's, without its ending."""
     title: str = ""
     base: Base = field(default_factory=Base)
     rows: dict[str, list[str]] = field(default_factory=dict)
@@ -85,12 +104,41 @@ class Row:
     def slug(self) -> str:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:48]
 
+    @property
+    def controls(self) -> dict[Control, Row]:
+        """The controls that a row can have: all where it has a linear term and LoRA."""
+        attention = self.config.attention
+        linear = {"hybrid", "linear"} & {attention.kind, *attention.layers.values()}
+        if not linear or self.config.finetune.max_steps == 0:
+            return {}
+        return {name: control_row(self, name) for name in get_args(Control)}
+
     def tokens(self, stage: str) -> int | None:
         """Tokens that a stage trains on; None where only the data can tell."""
         config: StageConfig = getattr(self.config, stage)
         if config.max_steps < 0:
             return None
         return config.max_steps * config.batch_size * self.config.data.sequence_length
+
+
+def control_row(row: Row, name: Control) -> Row:
+    """A control of a row as a row of its own, whose configuration has nothing left that does not matter to it.
+
+    Rows with the same data, window, sinks, seed and LoRA have the same control.
+    """
+    config, own = row.config, row.config.attention
+    if name == "window_lora":
+        softmax: dict[str, Kind] = {layers: kind for layers, kind in own.layers.items() if kind == "softmax"}
+        attention = AttentionConfig(
+            kind="window", layers=softmax, window=own.window, window_size=own.window_size, sinks=own.sinks
+        )
+    else:
+        attention = AttentionConfig(kind="softmax")
+    size, micro = config.transfer.batch_size, config.transfer.micro_batch_size
+    transfer = TransferConfig(max_steps=0, batch_size=size, micro_batch_size=micro)
+    finetune = replace(config.finetune, feature_map_learning_rate=0.0)
+    alone = replace(config, attention=attention, transfer=transfer, finetune=finetune, controls=[])
+    return Row(f"{name.replace('_', '+')} of {row.name}", row.settings, alone, row.data)
 
 
 def read_sweep(path: Path, changes: Iterable[str] = ()) -> Sweep:
@@ -111,7 +159,7 @@ def read_sweep(path: Path, changes: Iterable[str] = ()) -> Sweep:
             last.append(change)
     if not isinstance(tree, dict):
         raise LolcatsError(f"{path}: expected a mapping of sections, got {type(tree).__name__}.")
-    sweep = from_dict(Sweep, {**tree, "last": last})
+    sweep = from_dict(Sweep, {"name": path.stem, **tree, "last": last})
     beside = path.parent / sweep.base.recipe
     if beside.is_file():
         sweep = replace(sweep, base=replace(sweep.base, recipe=str(beside)))

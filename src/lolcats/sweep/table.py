@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lolcats.evaluation.systems import CONTROL_NAMES, STUDENT
 from lolcats.report.table import markdown
 
 Result = dict[str, Any]
-HELD_OUT, LINEAR_OFF, WINDOW_SINKS = "held-out", "linear off", "window + sinks, nothing trained"
+HELD_OUT, LINEAR_OFF = "held-out", "linear off"
+WINDOW, WINDOW_SINKS = "window, nothing trained", "window + sinks, nothing trained"
+WINDOW_LORA = "window+lora"
+UNTRAINED, CONTROL, ROW = "untrained", "control", "row"  # kinds of results
+ADDS, GAINS = "what the linear term adds", ("acc", "acc_norm", "exact_match")
 NOTE = (
-    "Perplexities (held-out: test rows of the row's own training data, which differ by seed) and scores; mean ± "
-    "standard deviation over seeds. Lines below a row are its other models: *linear off* is the student without its "
-    "linear term; *window+lora* and *teacher+lora* are controls with the same data, steps, seed and LoRA. Layer error: "
-    "mean squared error of the attention outputs after transfer. Seconds: training, and all measured but held-out rows."
+    "Perplexities (held-out: test rows of the row's own training data, which differ by seed), scores in %; of several "
+    "seeds mean ± standard deviation over them, of one its value and (standard error over rows or items). Lines below "
+    "a row are its other models: *linear off* is the student without its linear term; *window+lora* and *teacher+lora* "
+    f"are controls with the same data, steps, seed and LoRA. *{ADDS.capitalize()}*: student against window+lora, item "
+    "by item: change of the perplexity in %, of scores in points. Layer error: mean squared error of the attention "
+    "outputs after transfer. Seconds: training, and all measured but held-out rows."
 )
 
 
-def render(title: str, results: list[Result], command: str) -> str:
-    """The whole text of table.md; of results for the same row and seed the newest counts."""
-    newest = {(r["name"], r.get("seed")): r for r in results}
-    references = [r for (name, _), r in newest.items() if not name]
+def render(title: str, results: list[Result], command: str, chosen: Sequence[str] = ()) -> str:
+    """The whole text of table.md, of rows with their controls; for the same row and seed the newest result counts.
+
+    chosen: the metrics to show; none: all.
+    """
+    newest = {(r["kind"], r["name"], r.get("seed")): r for r in results if r["kind"] != CONTROL}
+    references = [r for (kind, *_), r in newest.items() if kind == UNTRAINED]
     rows: dict[str, list[Result]] = {}
-    for (name, _), result in newest.items():
-        if name:
+    for (kind, name, _), result in newest.items():
+        if kind == ROW:
             rows.setdefault(name, []).append(result)
-    metrics = _metrics(newest.values())
+    metrics = [m for m in _metrics(newest.values()) if not chosen or m in chosen]
     lines = _reference_lines(references, list(rows.values()), metrics)
-    beside = [WINDOW_SINKS] if not _common(list(rows.values()), WINDOW_SINKS) else []
+    beside = [WINDOW, WINDOW_SINKS] if not _common(list(rows.values()), WINDOW_SINKS) else [WINDOW]
     for name, runs in rows.items():
         lines += _row_lines(name, runs, metrics, [*beside, LINEAR_OFF, *CONTROL_NAMES])
-    header = ("row", "seeds", *metrics, "layer error", "tokens (transfer + LoRA)", "seconds (training + evaluation)")
+    shown = (f"{metric}, %" if _is_score(metric) else metric for metric in metrics)
+    header = ("row", "seeds", *shown, "layer error", "tokens (transfer + LoRA)", "seconds (training + evaluation)")
     heading = f"# {title}\n\n" if title else ""
     return f"{heading}{markdown(header, lines)}\n\n{NOTE}\n\n{_provenance(list(newest.values()), command)}\n"
 
@@ -50,12 +60,12 @@ def _metrics(results: Iterable[Result]) -> list[str]:
 def _reference_lines(references: list[Result], rows: list[list[Result]], metrics: list[str]) -> list[tuple[str, ...]]:
     """Untrained models; their held-out perplexity is that of the rows, where all rows agree on it."""
     lines = []
-    for result in references[-1:]:
-        for name, system in result["systems"].items():
-            values = {metric: [entry["value"]] for metric, entry in system.items()}
-            values[HELD_OUT] = _common(rows, name)
-            if any(values.values()):
-                lines.append((name, "", *(_number(values.get(metric, [])) for metric in metrics), "", "", ""))
+    for name, system in (pair for result in references for pair in result["systems"].items()):
+        common = _common(rows, name)
+        entries = {**system, **({HELD_OUT: {"value": statistics.mean(common)}} if common else {})}
+        cells = [_cell([entries[metric]], metric) if metric in entries else "" for metric in metrics]
+        if any(cells):
+            lines.append((name, "", *cells, "", "", ""))
     return lines
 
 
@@ -70,17 +80,69 @@ def _common(rows: list[list[Result]], system: str) -> list[float]:
 def _row_lines(name: str, runs: list[Result], metrics: list[str], beside: list[str]) -> list[tuple[str, ...]]:
     tokens = [r["tokens"] for r in runs]
     budget = " + ".join(_number([t[stage] / 1e6 for t in tokens]) + "M" for stage in ("transfer", "finetune"))
-    spent = [(sum(r["seconds"].values()) - r["seconds"]["evaluation"], r["seconds"]["evaluation"]) for r in runs]
+    stages = ("transfer", "finetune")
+    spent = [(sum(r["seconds"].get(s, 0) for s in stages), r["seconds"]["evaluation"]) for r in runs]
     seconds = " + ".join(f"{statistics.mean(part):.0f}" for part in zip(*spent, strict=True))
     errors = _number([r["layer_error"] for r in runs if r["layer_error"] is not None])
     lines = [(name, str(len(runs)), *_cells(runs, STUDENT, metrics), errors, budget, seconds)]
     measured = {system for r in runs for system in r["systems"]}
     lines += [(f"– {s}", "", *_cells(runs, s, metrics), "", "", "") for s in beside if s in measured]
+    added = [_added(runs, metric) for metric in metrics]
+    if any(added):
+        lines.append((f"– *{ADDS}*", "", *added, "", "", ""))
     return lines
 
 
 def _cells(runs: list[Result], system: str, metrics: list[str]) -> list[str]:
-    return [_number(_values(runs, system, metric)) for metric in metrics]
+    found = {metric: [r["systems"][system][metric] for r in runs if metric in r["systems"].get(system, {})]
+             for metric in metrics}  # fmt: skip
+    return [_cell(found[metric], metric) for metric in metrics]
+
+
+def _cell(entries: list[dict[str, Any]], metric: str) -> str:
+    """One seed: value (standard error); several: mean ± deviation."""
+    factor = 100 if _is_score(metric) else 1
+    known = [entry for entry in entries if entry["value"] is not None]
+    text = _number([factor * entry["value"] for entry in known])
+    error = known[0].get("stderr") if len(known) == 1 else None
+    return f"{text} ({factor * error:.2g})" if error else text
+
+
+def _is_score(metric: str) -> bool:
+    return metric.rpartition(" ")[2] in GAINS
+
+
+def _added(runs: list[Result], metric: str) -> str:
+    """Student against the control with the same LoRA and no linear term: with its error of one seed, of several over
+    seeds; empty where it is no perplexity or score."""
+    pairs = [(r["systems"][STUDENT].get(metric), r["systems"].get(WINDOW_LORA, {}).get(metric)) for r in runs]
+    found = [difference(*pair, metric) for pair in pairs if pair[0] and pair[1]]
+    known = [pair for pair in found if pair is not None]
+    if not known:
+        return ""
+    values, (_, error) = [value for value, _ in known], known[0]
+    if len(known) > 1:
+        return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values):.2f}"
+    return f"{values[0]:+.2f}" + (f" ({error:.2g})" if error else "")
+
+
+def difference(entry: dict[str, Any], other: dict[str, Any], metric: str) -> tuple[float, float | None] | None:
+    """How much more a score is (points) or a perplexity (%), and the standard error of that, paired by item."""
+    score, items = _is_score(metric), entry.get("items")
+    if entry["value"] is None or other["value"] is None or not (score or isinstance(items, list) or metric == HELD_OUT):
+        return None
+    if not score:
+        ratio = entry["value"] / other["value"]
+        return 100 * (ratio - 1), _error(items, other.get("items"), 100 * ratio)
+    return 100 * (entry["value"] - other["value"]), _error(items, other.get("items"), 100)
+
+
+def _error(items: Sequence[Any] | None, others: Sequence[Any] | None, factor: float) -> float | None:
+    """``factor`` times the standard error of the mean difference of items."""
+    if not items or not others or len(items) != len(others) or len(items) < 2:
+        return None
+    gaps = [float(a) - float(b) for a, b in zip(items, others, strict=True)]
+    return factor * statistics.stdev(gaps) / math.sqrt(len(gaps))
 
 
 def _values(runs: list[Result], system: str, metric: str) -> list[float]:

@@ -65,7 +65,7 @@ def packed_rows(cu_seqlens: Sequence[int]) -> Rows:
     return tuple((0, a, b - a) for a, b in itertools.pairwise(cu_seqlens))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)  # an evaluation goes through some hundred shapes again and again
 def make_layout(
     rows: Rows, grid: tuple[int, int], tiling: Tiling, heads: int, kv_heads: int, maps: int, device: torch.device
 ) -> Layout:

@@ -1,0 +1,140 @@
+"""lm-eval's Hugging Face class with likelihoods of our own: requests become batches once, for any number of models.
+
+A batch holds as many rows as have a number of tokens together. Requests that differ in their last token alone (the
+letters of a question's answers) share a row, and logits are computed only where a continuation is asked for.
+
+Shapes: B rows of a batch, T tokens, N tokens that are asked for, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lolcats.modeling.convert import decoder
+from lolcats.modeling.loss import find_head
+
+ROW = 1024
+"""Tokens of a row of ``batch_size``: shorter rows go together up to batch_size · ROW tokens."""
+MULTIPLE = 16  # rows are padded to: kernels compile for such lengths once
+PIECE = 1024  # tokens whose logits exist at a time
+
+Encoded = tuple[list[int], list[int]]
+Answer = tuple[float, bool]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids (B, T), padded on the right, and what is asked for of them: (N,) each.
+
+    ``targets[i]`` is predicted by row ``rows[i]`` at ``places[i]`` and counts for request ``requests[i]``.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    places: Tensor
+    targets: Tensor
+    requests: Tensor
+
+
+class Bridge(HFLM):
+    """``known``: batches by the texts that they are of; bridges of several models share it."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int, known: dict[Any, list[Batch]]) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
+                         softmax_dtype="float32")  # fmt: skip
+        self.known = known
+        self.encodings: dict[str, list[int]] = {}
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Answer]:
+        """(log-probability of the continuation, whether each of its tokens is the likeliest) of each request."""
+        texts = tuple(request.args for request in requests)
+        if texts not in self.known:
+            self._encode_together(texts)
+            self.known[texts] = self._batches([self._encoded(*text) for text in texts])
+            self.encodings = {}
+        return answers(self.model, self.known[texts], len(texts))
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[Answer]:
+        """The same of what is tokenized already: windows of whole texts."""
+        return answers(self.model, self._batches([pair for _, *pair in requests]), len(requests))
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, *args: Any, **kwargs: Any) -> list[int]:
+        if add_special_tokens is None and string in self.encodings:
+            return self.encodings[string]
+        return super().tok_encode(string, add_special_tokens, *args, **kwargs)
+
+    def _encode_together(self, texts: Sequence[tuple[str, str]]) -> None:
+        """Contexts, and contexts with their continuations: at once, for which a tokenizer uses all cores."""
+        start = self.tokenizer.decode(self.prefix_token_id)
+        strings = list(dict.fromkeys(s for context, rest in texts for s in (context.rstrip(), context + rest)))
+        plain = [string for string in strings if not string.startswith(start)]  # lm-eval begins the others itself
+        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        self.encodings = dict(zip(plain, self.tokenizer(plain, **special)["input_ids"], strict=True))
+
+    def _encoded(self, context: str, continuation: str) -> Encoded:
+        """As lm-eval does it; an empty context is the token that begins a text."""
+        if context:
+            return self._encode_pair(context, continuation)
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        start = self.prefix_token_id
+        return (ids[:1], ids[1:]) if ids[0] == start else ([start], ids)
+
+    def _batches(self, requests: Sequence[Any]) -> list[Batch]:
+        return list(make_batches(requests, self.max_length, self.batch_size * ROW))
+
+
+def make_batches(requests: Sequence[Encoded], longest: int, tokens: int) -> Iterator[Batch]:
+    """Batches of at most ``tokens`` tokens (or one row), longest rows first.
+
+    Args:
+        requests: token ids of contexts and continuations.
+        longest: of a row; contexts are cut from the left.
+    """
+    asked: dict[tuple[int, ...], list[int]] = {}
+    for number, (context, continuation) in enumerate(requests):
+        asked.setdefault(tuple((context + continuation)[-(longest + 1) : -1]), []).append(number)
+    rows = sorted(asked, key=lambda row: (-len(row), row))
+    while rows:
+        width = -(-len(rows[0]) // MULTIPLE) * MULTIPLE
+        chosen, rows = rows[: max(1, tokens // width)], rows[max(1, tokens // width) :]
+        yield _batch(chosen, width, asked, requests)
+
+
+def _batch(
+    rows: list[tuple[int, ...]], width: int, asked: dict[tuple[int, ...], list[int]], requests: Sequence[Encoded]
+) -> Batch:  # fmt: skip
+    ids = torch.tensor([row + (0,) * (width - len(row)) for row in rows])
+    entries = [
+        (number, len(row) - len(requests[request][1]) + place, target, request)
+        for number, row in enumerate(rows)
+        for request in asked[row]
+        for place, target in enumerate(requests[request][1])
+    ]
+    return Batch(ids, *torch.tensor(entries).T.contiguous())
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel, batches: Sequence[Batch], count: int) -> list[Answer]:
+    """Of each request the continuation's log-probability in fp32, and whether each of its tokens is the likeliest."""
+    model.eval()
+    head, device = find_head(model), model.device
+    total = torch.zeros(count, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    missed = torch.zeros(count, dtype=torch.int32, device=device)  # tokens that are not the likeliest
+    for batch in batches:
+        call = {"input_ids": batch.ids.to(device), "use_cache": False}
+        at = batch.rows.to(device), batch.places.to(device)
+        given = model(**call).logits[at] if head is None else decoder(model)(**call)[0][at]
+        pieces = (x.to(device).split(PIECE) for x in (batch.targets, batch.requests))
+        for part, target, request in zip(given.split(PIECE), *pieces, strict=True):
+            logits = part.float() if head is None else head(part)
+            chosen = logits.gather(1, target[:, None])[:, 0]
+            total.index_add_(0, request, (chosen - logits.logsumexp(1)).to(total.dtype))
+            missed.index_add_(0, request, (chosen < logits.amax(1)).int())
+    return list(zip(total.tolist(), (missed == 0).tolist(), strict=True))

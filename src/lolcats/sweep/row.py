@@ -1,0 +1,208 @@
+"""One row of a sweep: trained in a directory of its own, and measured. Equal first stages are trained once."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+
+from lolcats.config import to_dict
+from lolcats.evaluation.systems import STUDENT, TEACHER
+from lolcats.files import locked, write_text
+from lolcats.inputs import Inputs
+from lolcats.modeling.checkpoint import FEATURE_MAPS, load_feature_maps
+from lolcats.modeling.convert import convert
+from lolcats.modeling.layer import override
+from lolcats.pipeline import Session, device_and_dtype, measure_maps, measure_student, run_finetune, run_transfer, start
+from lolcats.run import RECORD, Run
+from lolcats.sweep.measure import Measured, Measurement, short_hash, source_identity
+from lolcats.sweep.plan import Row, Sweep
+from lolcats.sweep.table import HELD_OUT, LINEAR_OFF, WINDOW, WINDOW_SINKS
+
+LOCKS = "locks"
+OF_TRANSFER = ("layer_errors_before", "layer_errors_after", "ppl_transfer")
+HELD_OUT_KEYS = {
+    TEACHER: "ppl_teacher", WINDOW: "ppl_window", WINDOW_SINKS: "ppl_window_sinks", STUDENT: "ppl_student",
+    LINEAR_OFF: "ppl_linear_off",
+}  # fmt: skip
+
+
+@dataclass
+class Setup:
+    """What all rows of a sweep share."""
+
+    sweep: Sweep
+    inputs: Inputs
+    measurement: Measurement
+    out: Path
+    provenance: dict[str, Any]
+    say: Callable[[str], None]
+    untrained: dict[str, dict[str, Measured]] = field(default_factory=dict)
+    """Perplexities of untrained models, by what they are."""
+    identities: dict[str, str] = field(default_factory=dict)
+    """Of sources of data."""
+
+
+def run_key(setup: Setup, row: Row) -> str:
+    """What tells a run: base model, data and configuration."""
+    config = {k: v for k, v in to_dict(row.config).items() if k not in ("controls", "device", "report_to")}
+    data = source(setup.sweep, row)
+    if data not in setup.identities:
+        setup.identities[data] = source_identity(data)
+    return short_hash([setup.inputs.base.fingerprint, setup.identities[data], config])
+
+
+def source(sweep: Sweep, row: Row) -> str:
+    return sweep.base.sources[row.data] if row.data else sweep.base.data
+
+
+def untrained_key(setup: Setup, row: Row, name: str) -> str:
+    """What tells the teacher, or the untrained window with sinks of a row."""
+    own = row.config.attention
+    window = [own.window, own.window_size, own.sinks or 4, own.layers] if name == WINDOW_SINKS else []
+    return short_hash([setup.inputs.base.fingerprint, name, window, row.config.dtype])
+
+
+def untrained_result(setup: Setup, row: Row, name: str) -> dict[str, Any]:
+    """The teacher, or the window with sinks, nothing trained, on files and tasks."""
+    device, dtype = device_and_dtype(row.config)
+    started, model = monotonic(), convert(setup.inputs.model(dtype, device), row.config)
+    change: dict[str, Any] = {"kind": "window", "sinks": row.config.attention.sinks or 4}
+    with override(model, **({"mode": "teacher"} if name == TEACHER else change)):
+        found = setup.measurement.everything(model)
+    del model
+    release()
+    return {"systems": {name: found}, "seconds": {"evaluation": round(monotonic() - started, 1)}}
+
+
+def row_result(setup: Setup, row: Row) -> dict[str, Any]:
+    """Train and measure one row in its own directory."""
+    started = monotonic()
+    directory = setup.out / f"{row.slug}-seed{row.config.seed}-{run_key(setup, row)}"
+    session = start(setup.inputs, source(setup.sweep, row), directory, row.config, setup.say, lean=True)
+    untrained = _untrained(setup, session)
+    with locked(setup.out / LOCKS / f"transfer-{_transfer_key(session.run)}"):
+        take_transfer(session, setup.out)
+        run_transfer(session)
+    run_finetune(session)
+    _measure(setup, session, STUDENT)
+    if row.config.attention.kind == "hybrid":
+        with override(session.model, kind="window"):
+            _measure(setup, session, LINEAR_OFF, tasks=False)
+    measure_student(session)
+    measure_maps(session, STUDENT)
+    result = _summary(setup, row, session.run, untrained)
+    del session
+    release()
+    result["seconds"]["all"] = round(monotonic() - started, 1)
+    return result
+
+
+def release() -> None:
+    """Free the memory of a finished row."""
+    gc.collect()  # the trainers hold their model in a cycle
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def take_transfer(session: Session, out: Path) -> None:
+    """Give a run whose stage 1 is still to be trained that of another run in ``out`` that trained the same."""
+    run = session.run
+    if run.stage_done("transfer") or session.config.transfer.max_steps == 0 or session.skeleton is not None:
+        return
+    for record in sorted(out.glob(f"*/{RECORD}")):
+        other = Run.open(record.parent)
+        if other.stage_done("transfer") and _transfer_key(other) == _transfer_key(run) and _maps_of_transfer(other):
+            break
+    else:
+        return
+    session.say(f"Stage 1 is that of {other.directory.name}")
+    shutil.copy(other.directory / FEATURE_MAPS, run.directory / FEATURE_MAPS)
+    lines = (other.directory / "metrics.jsonl").read_text().splitlines(keepends=True)
+    write_text(run.directory / "metrics.jsonl", "".join(line for line in lines if '"stage": "transfer"' in line))
+    run.record["results"] |= {name: other.results[name] for name in OF_TRANSFER if name in other.results}
+    run.finish_stage("transfer", {"from": other.directory.name, **other.record["stages"]["transfer"]})
+    load_feature_maps(session.model, run.directory / FEATURE_MAPS)
+
+
+def _transfer_key(run: Run) -> str:
+    """What the feature maps of a run depend on."""
+    config = {k: v for k, v in to_dict(run.config).items() if k not in ("finetune", "controls", "device", "report_to")}
+    return short_hash([run.base.fingerprint, run.record["data"]["fingerprint"], config])
+
+
+def _maps_of_transfer(run: Run) -> bool:
+    """Whether a run's feature maps are still those of stage 1."""
+    return run.config.finetune.feature_map_learning_rate == 0 and (run.directory / FEATURE_MAPS).is_file()
+
+
+def _untrained(setup: Setup, session: Session) -> dict[str, Measured]:
+    """Perplexities of the row's window, with sinks and without, nothing trained; measured once in a sweep."""
+    model, attention = session.model, session.config.attention
+    fresh = not session.run.stage_done("finetune") and session.skeleton is None
+    if attention.kind not in ("hybrid", "linear") or not fresh:
+        return {}
+    found = {}
+    for name, sinks in ((WINDOW, 0), (WINDOW_SINKS, session.run.results["baseline_sinks"])):
+        key = f"{attention.window} {attention.window_size} {sinks} {sorted(attention.layers.items())}"
+        if key not in setup.untrained:
+            with override(model, kind="window", sinks=sinks):
+                setup.untrained[key] = setup.measurement.perplexities(model)
+        found[name] = setup.untrained[key]
+    return found
+
+
+def _measure(setup: Setup, session: Session, system: str, tasks: bool = True) -> None:
+    """Kept in the run's record: a sweep killed while it measures does not begin again."""
+    measure = setup.measurement.everything if tasks else setup.measurement.perplexities
+    started = monotonic()
+
+    def timed() -> dict[str, Any]:
+        return {"found": measure(session.model), "seconds": round(monotonic() - started, 1)}
+
+    session.run.measure(_entry(setup, system), timed)
+
+
+def _entry(setup: Setup, system: str) -> str:
+    return f"sweep {setup.measurement.key} {system}"
+
+
+def _summary(setup: Setup, row: Row, run: Run, untrained: dict[str, Measured]) -> dict[str, Any]:
+    results, stages, length = run.results, run.record["stages"], row.config.data.sequence_length
+    systems: dict[str, Any] = {}
+    for name, key in HELD_OUT_KEYS.items():
+        if key in results and not (name == LINEAR_OFF and row.config.attention.kind != "hybrid"):
+            more = untrained.get(name) or results.get(_entry(setup, name), {"found": {}})["found"]
+            systems[name] = {HELD_OUT: {"value": results[key], "stderr": None}, **more}
+    tokens = {
+        stage: stages[stage].get("steps", 0) * getattr(row.config, stage).batch_size * length
+        for stage in ("transfer", "finetune")
+    }
+    seconds = {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage}
+    measured = [value["seconds"] for name, value in results.items() if name.startswith(_entry(setup, ""))]
+    errors = results.get("layer_errors_after", []) if tokens["transfer"] else []
+    return {
+        "seed": row.config.seed, "settings": row.settings, "directory": run.directory.name, "data": row.data,
+        "systems": systems, "tokens": tokens, "seconds": {**seconds, "evaluation": round(sum(measured), 1)},
+        "transfer_of": stages["transfer"].get("from", ""),
+        "layer_error": sum(errors) / len(errors) if errors else None,
+        "layer_errors": {when: results.get(f"layer_errors_{when}", []) for when in ("before", "after")},
+        "layers": _rounded(results.get("layers", {})),
+        "gamma": [sum(heads) / len(heads) for heads in results.get("gamma", [])],
+        "controls": {name.replace("_", "+"): run_key(setup, own) for name, own in row.controls.items()},
+    }  # fmt: skip
+
+
+def _rounded(value: Any) -> Any:
+    """Floats of nested lists and mappings to five digits: a line of results has thousands of them."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
