@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from transformers import AutoTokenizer
 
 import lolcats
 from lolcats.config import AttentionConfig, load_config
 from lolcats.errors import LolcatsError
+from lolcats.modeling import base as bases
 from lolcats.modeling.base import find_base, load_model, load_tokenizer
 from lolcats.pipeline import linearize
 
@@ -132,3 +134,17 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     ):
         with pytest.raises(LolcatsError, match=message):
             find_base(str(path))
+
+
+def test_tokenizer_that_takes_words_apart_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Misread:
+        def get_vocab(self) -> dict[str, int]:
+            return {"▁the": 506, "▁t": 259, "he": 511}
+
+        def tokenize(self, text: str) -> list[str]:
+            return text.replace(" the", " ▁t he").split()
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: Misread())
+    monkeypatch.setattr(bases, "_check_gguf", lambda _: None)
+    with pytest.raises(LolcatsError, match="takes 'the' apart"):
+        load_tokenizer(bases.Base(str(tmp_path / "gemma.gguf"), "gguf", ""))

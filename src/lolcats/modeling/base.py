@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lolcats.errors import LolcatsError, out_of_memory
@@ -119,7 +120,20 @@ def load_tokenizer(base: Base, trust: bool = False) -> Any:
     path, kwargs = base.arguments
     _check_gguf(base)
     with _readable(base, "It needs a tokenizer beside its weights."):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust, **kwargs)
+    if base.form == "gguf":
+        _check_words(tokenizer, base)
+    return tokenizer
+
+
+def _check_words(tokenizer: Any, base: Base) -> None:
+    """Some transformers misread some GGUF files' tokenizers: 5.17 loses merges of Gemma 3's, and "the" is "t", "he"."""
+    vocabulary, pieces = tokenizer.get_vocab(), tokenizer.tokenize("All the rivers run into the sea")
+    if any(word in vocabulary and word not in pieces for word in ("▁the", "Ġthe")):
+        raise LolcatsError(
+            f"transformers {transformers.__version__} reads the tokenizer of {base.path} wrong: it takes 'the' apart, a "
+            "word of its vocabulary. A newer transformers may read it right; else give the model as a directory."
+        )
 
 
 @contextmanager
