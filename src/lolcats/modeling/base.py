@@ -131,8 +131,8 @@ def _check_words(tokenizer: Any, base: Base) -> None:
     vocabulary, pieces = tokenizer.get_vocab(), tokenizer.tokenize("All the rivers run into the sea")
     if any(word in vocabulary and word not in pieces for word in ("▁the", "Ġthe")):
         raise LolcatsError(
-            f"transformers {transformers.__version__} reads the tokenizer of {base.path} wrong: it takes 'the' apart, a "
-            "word of its vocabulary. A newer transformers may read it right; else give the model as a directory."
+            f"transformers {transformers.__version__} reads the tokenizer of {base.path} wrong: it takes 'the' apart, "
+            "a word of its vocabulary. A newer transformers may read it right; else give the model as a directory."
         )
 
 
