@@ -91,6 +91,14 @@ def test_memory_and_time_are_those_measured(part: str, measured_geometry: tuple[
     assert token * found["tokens"] == pytest.approx(statistics.median(found["seconds"]), rel=0.25)
 
 
+def test_what_the_kernels_leave_to_the_chunked_path_takes_its_time() -> None:
+    plain, kind = load_config("default", SMALL), ["attention.kind=linear", "attention.decay=retnet"]
+    decays = load_config("default", [*SMALL, *kind])
+    fast, slow = (size_of(FAMILIES["llama"](vocab_size=320), config) for config in (plain, decays))
+    assert (fast.kernels, slow.kernels) == (True, False)
+    assert transfer_token(slow, decays, Speeds()) > transfer_token(replace(slow, kernels=True), decays, Speeds())
+
+
 @pytest.mark.parametrize(("name", "part"), [("llama-3.1-70b", "Llama 3.1 70B"), ("llama-3.1-405b", "Llama 3.1 405B")])
 def test_streamed_layers_cost_what_was_measured(name: str, part: str) -> None:
     found = json.loads((ROOT / "benchmarks/results/scale.json").read_text())["geometries"][part]

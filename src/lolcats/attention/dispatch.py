@@ -101,8 +101,7 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
     if name == "chunked" or (final and torch.is_grad_enabled()):
         return False
     if name == "auto":
-        fits = q.shape[3] <= TRUSTED.get(q.dtype, 0) and not _misfit(q, spec)
-        return q.is_cuda and fits and _has_triton()
+        return q.is_cuda and fits_kernels(q.shape[3], q.dtype, spec) and _has_triton()
     if not _has_triton():
         raise LolcatsError("The Triton kernels were asked for, but triton is not installed: pip install triton.")
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -110,14 +109,14 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
             f"The Triton kernels were asked for, but the tensors are on {q.device.type}: there they run only in "
             "Triton's interpreter (TRITON_INTERPRET=1 in the environment before triton is imported)."
         )
-    if misfit := _misfit(q, spec):
+    if misfit := _misfit(q.shape[3], spec):
         raise LolcatsError(f"The Triton kernels were asked for, but they take {misfit}.")
     return True
 
 
 def uses_decode_kernel(q: Tensor, phi_q: Any, spec: AttentionSpec) -> bool:
     """Whether the decode kernel moves a state by one token; it has the hedgehog map inside, and no gradients."""
-    if _known(_backend) == "chunked" or torch.is_grad_enabled() or _misfit(q, spec) or not _has_triton():
+    if _known(_backend) == "chunked" or torch.is_grad_enabled() or _misfit(q.shape[3], spec) or not _has_triton():
         return False
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
@@ -131,13 +130,18 @@ def uses_decode_kernel(q: Tensor, phi_q: Any, spec: AttentionSpec) -> bool:
     return bool(rows * columns * q.dtype.itemsize <= DECODED)  # folding a chunk holds a map's weights in shared memory
 
 
-def _misfit(q: Tensor, spec: AttentionSpec) -> str:
+def fits_kernels(head_dim: int, dtype: torch.dtype, spec: AttentionSpec) -> bool:
+    """Whether the kernels are trusted with this geometry."""
+    return head_dim <= TRUSTED.get(dtype, 0) and not _misfit(head_dim, spec)
+
+
+def _misfit(head_dim: int, spec: AttentionSpec) -> str:
     """What the kernels would need instead; empty if they have this geometry."""
     if spec.decays or not spec.divides:
         return "sums without decay under a denominator, not attention.decay or attention.normalizer=group_norm"
     if spec.softmax_sinks > 16:
         return f"at most 16 sinks, not {spec.softmax_sinks}"
-    return f"heads of at most 256 channels, not {q.shape[3]}" if q.shape[3] > 256 else ""
+    return f"heads of at most 256 channels, not {head_dim}" if head_dim > 256 else ""
 
 
 def _kernels(

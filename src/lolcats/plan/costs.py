@@ -46,7 +46,7 @@ class Speeds:
     """Its forward once more in stage 2, and whatever else recomputing whole layers costs beyond their products: mostly
     the host, which keeps up better with larger layers."""
     chunked_ns: float = 47.8
-    """Stage 1 on the chunked path: other head dims than 128."""
+    """Stage 1 on the chunked path."""
     link: float = 300e9
     """Bytes a second that a GPU receives in all-gathers inside a node (NVLink). Assumed, not measured."""
     network: float = 40e9
@@ -132,10 +132,6 @@ def adam(parameters: float) -> float:
     return 16 * parameters
 
 
-def uses_kernels(size: Size) -> bool:
-    return size.head_dim == 128
-
-
 def forward_operations(size: Size, length: int) -> tuple[float, float]:
     """Operations of one token's forward pass through all decoder layers: matrix products, causal softmax attention."""
     return 2.0 * size.active, 2.0 * length * size.heads * size.head_dim * size.layers
@@ -151,7 +147,7 @@ def transfer_token(size: Size, config: Config, speeds: Speeds) -> float:
     length = config.data.sequence_length
     products, attention = forward_operations(size, length)
     seconds = (products / speeds.forward + attention / speeds.softmax) / speeds.matmul
-    seconds += linear_attention(size, speeds.transfer_ns if uses_kernels(size) else speeds.chunked_ns)
+    seconds += linear_attention(size, speeds.transfer_ns if size.kernels else speeds.chunked_ns)
     if config.transfer.xent_weight:  # both weights of a query and their gradients, fp32: about ten passes over T / 2
         seconds += 10 * 4 * (length / 2) * size.heads * size.linearized / speeds.memory
     return seconds
@@ -164,7 +160,7 @@ def finetune_token(size: Size, config: Config, speeds: Speeds) -> float:
     kept = (size.layers - size.linearized) / size.layers  # layers that stay softmax attention
     seconds = (2 * products + head) / speeds.training / speeds.matmul
     seconds += kept * 3.5 * attention / speeds.softmax / speeds.matmul
-    slower = 1.0 if uses_kernels(size) else speeds.chunked_ns / speeds.transfer_ns
+    slower = 1.0 if size.kernels else speeds.chunked_ns / speeds.transfer_ns
     seconds += linear_attention(size, slower * speeds.finetune_ns)
     if config.finetune.gradient_checkpointing:
         seconds += products / speeds.forward / speeds.matmul + linear_attention(size, slower * speeds.recompute_ns)
@@ -180,7 +176,7 @@ def transfer_activations(size: Size, rows: int, length: int) -> float:
     """Working set of one layer in stage 1, without gradients through the layer itself."""
     channels = size.heads * size.head_dim
     mlp = 3 * size.hidden + 1.5 * size.mlp  # the layer's input, residual, norm; gate, up and their product
-    if uses_kernels(size):  # q, k, v, target, output, error, gradient; states of every 64 tokens and their gradients
+    if size.kernels:  # q, k, v, target, output, error, gradient; states of every 64 tokens and their gradients
         states = 2 * size.heads * size.features * size.head_dim / 64
         attention = 3 * size.hidden + 5 * channels + 4 * size.kv_heads * size.head_dim + states
     else:

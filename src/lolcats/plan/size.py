@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from lolcats.attention.dispatch import fits_kernels
 from lolcats.config import Config, read_yaml
 from lolcats.errors import LolcatsError
 from lolcats.modeling.convert import convert
@@ -52,6 +53,8 @@ class Size:
     maps: int
     """Feature maps and gates of all layers."""
     lora: int
+    kernels: bool
+    """Whether the Triton kernels compute its attention on a GPU, in bf16."""
 
     @property
     def total(self) -> int:
@@ -113,6 +116,7 @@ def size_of(model_config: Any, config: Config) -> Size:
         active=active, embedding=embedding.numel(),
         head=0 if head is None or head is embedding else head.numel(), maps=maps,
         lora=sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name),
+        kernels=all(fits_kernels(layer.geometry.head_dim, torch.bfloat16, layer.spec) for layer in found),
     )  # fmt: skip
 
 
