@@ -55,7 +55,7 @@ def test_report_has_everything_and_needs_nothing(run: Path) -> None:
     assert not re.search(r"<(script|link|iframe|object)|@import|url\(", page)
     sources = re.findall(r'src="([^"]*)"', page)
     assert all(source.startswith("data:image/") for source in sources)
-    assert len(sources) == 2 + 1 + 5 + 2
+    assert len(sources) == 2 + 2 + 5 + 2
     results = json.loads((run / "run.json").read_text())["results"]
     for name in ("ppl_teacher", "ppl_window_sinks", "ppl_linear_off", "ppl_window_lora"):
         assert f"<td>{results[name]:.2f}</td>" in page

@@ -119,6 +119,22 @@ def _layer_errors(run: Run) -> Iterator[str]:
         with _figure(5.6, 3.3) as (axis, embed):
             figures.draw_errors(axis, run.results.get("layer_errors_before", []), after)
             yield embed("Error of each layer before and after transfer")
+        if heads := run.results.get("layers"):
+            yield from _heads(heads)
+
+
+def _heads(found: dict[str, Any]) -> Iterator[str]:
+    """``found``: by ``evaluation.layers.measure_layers``."""
+    pairs = zip(found["errors"], found["sizes"], strict=True)
+    relative = [[error / max(size, 1e-30) for error, size in zip(*pair, strict=True)] for pair in pairs]
+    yield _paragraph(
+        f"Of each head, on {found['rows']} validation rows: the squared error of its output against the output itself, "
+        f"and the entropy of the {found['of']}'s softmax weights (log of how many keys a head spreads over).", "note",
+    )  # fmt: skip
+    with _figure(5.6, 3.6, columns=2) as (axes, embed):
+        figures.draw_heads(axes[0], relative, found["layers"], "relative error", logarithmic=True)
+        figures.draw_heads(axes[1], found["entropies"], found["layers"], "entropy, nats")
+        yield embed("Relative error and entropy by layer and head")
 
 
 def _maps(run: Run) -> Iterator[str]:
