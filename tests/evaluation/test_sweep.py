@@ -63,8 +63,8 @@ def test_shipped_experiments(path: Path) -> None:
     rows = plan(read_sweep(path))
     assert len({(row.name, row.config.seed) for row in rows}) == len(rows) > 1
     for one in rows:
-        assert one.config.data.sequence_length == 1024
-        assert one.config.transfer.batch_size == one.config.finetune.batch_size == 8
+        rows_each = 8 * 1024 // one.config.data.sequence_length
+        assert one.config.transfer.batch_size == one.config.finetune.batch_size == rows_each
         assert one.tokens("transfer") is not None
         assert one.tokens("finetune") >= 900_000
     everything = [*FEW, "seeds=[3]"]
