@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -69,6 +70,14 @@ class Problem:
         common = (self.phi_q, self.phi_k, self.gamma, spec, SCALE)
         return step(state, *tensors, *common) if use_step else extend(state, *tensors, *common, mask=mask)
 
+    def in_pieces(self, spec: AttentionSpec, cuts: Sequence[int], use_step: bool) -> tuple[Tensor, AttentionState]:
+        """Outputs of all pieces one behind the other, and the state at the end."""
+        state, outputs = self.empty(spec), []
+        for start, stop in itertools.pairwise(cuts):
+            y, state = self.move(state, spec, slice(start, stop), use_step and stop - start == 1)
+            outputs.append(y)
+        return torch.cat(outputs, 2), state
+
 
 def compare_with_gradients(spec: AttentionSpec, problem: Problem, softcap: float | None = None) -> None:
     leaves = problem.leaves()
@@ -131,11 +140,8 @@ def test_prefill_in_pieces_and_decode(kind: str, window: str, sinks: int, maps: 
     expected = problem.reference(spec)
     for cuts in ([0, 101], [0, 1, 101], [0, 3, 15, 16, 17, 50, 101], list(range(102)), [0, 40, *range(41, 102)]):
         for use_step in (False, True):
-            state, outputs = problem.empty(spec), []
-            for start, stop in itertools.pairwise(cuts):
-                y, state = problem.move(state, spec, slice(start, stop), use_step and stop - start == 1)
-                outputs.append(y)
-            torch.testing.assert_close(torch.cat(outputs, 2), expected, atol=2e-5, rtol=1e-4)
+            y, state = problem.in_pieces(spec, cuts, use_step)
+            torch.testing.assert_close(y, expected, atol=2e-5, rtol=1e-4)
             assert (state.seen == length).all()
 
 
