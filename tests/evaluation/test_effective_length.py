@@ -12,11 +12,11 @@ from conftest import sentence, tiny_model
 from test_cli import invoke, sets
 
 import lolcats
-from lolcats.attention.reference import softmax_weights
+from lolcats.attention.reference import QUERIES, softmax_weights
 from lolcats.config import AttentionConfig
 from lolcats.data_stats import longest, select
 from lolcats.evaluation.attention_maps import effective_length
-from lolcats.evaluation.effective_length import QUERIES, effective_lengths, mean_distances
+from lolcats.evaluation.effective_length import effective_lengths, mean_distances
 from lolcats.modeling.layer import override
 from lolcats.training.data import Data
 

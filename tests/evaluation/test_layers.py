@@ -15,8 +15,9 @@ from torch import Tensor
 
 import lolcats
 from lolcats.attention import AttentionSpec
+from lolcats.attention.reference import QUERIES
 from lolcats.config import AttentionConfig, load_config
-from lolcats.evaluation.layers import QUERIES, measure_layers, weights_of_queries
+from lolcats.evaluation.layers import measure_layers, weights_of_queries
 from lolcats.files import append_line
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.pipeline import linearize

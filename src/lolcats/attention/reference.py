@@ -12,10 +12,14 @@ Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F featu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from lolcats.attention.spec import AttentionSpec
+
+QUERIES = 128  # whose weights exist at a time
 
 
 def softmax_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
@@ -29,6 +33,16 @@ def softmax_weights(q: Tensor, k: Tensor, scale: float, softcap: float | None = 
     logits = softmax_logits(q.float(), expand_heads(k, q.shape[1]), scale, softcap)
     causal = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril(first)
     return logits.masked_fill(~causal, -torch.inf).softmax(-1)
+
+
+def query_blocks(q: Tensor, k: Tensor, size: int = QUERIES) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """For quadratic time without a T × T tensor: t <= ``size`` queries (B, H, t, D), keys up to the last of them
+    (B, H, T', D), fp32, and the positions of both, n (t, 1) and i (T',)."""
+    k, positions = expand_heads(k, q.shape[1]), torch.arange(q.shape[2], device=q.device)
+    for first in range(0, q.shape[2], size):
+        n = positions[first : first + size, None]
+        end = first + len(n)
+        yield q[:, :, first:end].float(), k[:, :, :end], n, positions[:end]
 
 
 def expand_heads(x: Tensor, heads: int) -> Tensor:

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lolcats.attention.reference import expand_heads, softmax_logits
+from lolcats.attention.reference import query_blocks, softmax_logits
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
-
-QUERIES = 128  # whose weights exist at a time
 
 
 @dataclass(frozen=True)
@@ -67,16 +65,12 @@ def effective_lengths(
 def mean_distances(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
     """(B, H, T, 1) fp32: of each query, Σ_i a_ni · (n − i + 1) over softmax weights of causal rows.
 
-    q: (B, H, T, D); k: (B, G, T, D). Weights of QUERIES queries exist at a time.
+    q: (B, H, T, D); k: (B, G, T, D).
     """
-    k, length = expand_heads(k, q.shape[1]), q.shape[2]
-    keys = torch.arange(length, device=q.device)
     parts = []
-    for start in range(0, length, QUERIES):
-        queries = keys[start : start + QUERIES, None]
-        end = start + len(queries)
-        distance = queries - keys[:end] + 1
-        logits = softmax_logits(q[:, :, start:end].float(), k[:, :, :end], scale, softcap)
+    for queries, keys, n, i in query_blocks(q, k):
+        distance = n - i + 1
+        logits = softmax_logits(queries, keys, scale, softcap)
         weights = logits.masked_fill(distance < 1, -torch.inf).softmax(-1)
         parts.append((weights * distance).sum(-1, keepdim=True))
     return torch.cat(parts, 2)

@@ -16,11 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.attention import AttentionSpec
-from lolcats.attention.reference import older_keys, softmax_weights
+from lolcats.attention.reference import older_keys, query_blocks, softmax_logits
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
-
-QUERIES = 128  # whose weights exist at a time
 
 
 @torch.no_grad()
@@ -73,13 +71,11 @@ def weights_of_queries(
 ) -> Tensor:  # fmt: skip
     """(B, H, T, 2) of each query's softmax weights over causal rows: entropy in nats, and share on older keys.
 
-    q: (B, H, T, D); k: (B, G, T, D). Weights of QUERIES queries exist at a time.
+    q: (B, H, T, D); k: (B, G, T, D).
     """
     parts = []
-    for first in range(0, q.shape[2], QUERIES):
-        some = q[:, :, first : first + QUERIES]
-        positions = torch.arange(first + some.shape[2], device=q.device)
-        weights = softmax_weights(some, k[:, :, : len(positions)], scale, softcap, first)
-        older = weights * older_keys(spec, positions[first:, None], positions)
+    for queries, keys, n, i in query_blocks(q, k):
+        weights = softmax_logits(queries, keys, scale, softcap).masked_fill(i > n, -torch.inf).softmax(-1)
+        older = weights * older_keys(spec, n, i)
         parts.append(torch.stack([torch.special.entr(weights).sum(-1), older.sum(-1)], -1))
     return torch.cat(parts, 2)

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lolcats.attention.reference import attention_weights, expand_heads, older_keys, softmax_logits, softmax_weights
+from lolcats.attention.reference import (
+    attention_weights,
+    expand_heads,
+    older_keys,
+    query_blocks,
+    softmax_logits,
+    softmax_weights,
+)
 from lolcats.attention.spec import AttentionSpec
 from lolcats.config import TransferConfig
 from lolcats.errors import LolcatsError
@@ -79,13 +86,11 @@ def older_attention(
 
     Quadratic time; weights exist for QUERIES queries at a time.
     """
-    k, v, found = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1]), []
-    for first in range(0, q.shape[2], QUERIES):
-        part = q[:, :, first : first + QUERIES].float()
-        positions = torch.arange(first + part.shape[2], device=q.device)
-        seen = older_keys(spec, positions[first:, None], positions)
-        logits = softmax_logits(part, k[:, :, : len(positions)], scale, softcap).masked_fill(~seen, -torch.inf)
-        found.append(logits.softmax(-1).masked_fill(~seen, 0) @ v[:, :, : len(positions)])
+    v, found = expand_heads(v, q.shape[1]), []
+    for queries, keys, n, i in query_blocks(q, k, QUERIES):
+        seen = older_keys(spec, n, i)
+        logits = softmax_logits(queries, keys, scale, softcap).masked_fill(~seen, -torch.inf)
+        found.append(logits.softmax(-1).masked_fill(~seen, 0) @ v[:, :, : len(i)])
     return torch.cat(found, 2)
 
 
