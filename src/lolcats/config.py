@@ -45,6 +45,9 @@ class AttentionConfig:
     key_maps: Literal["per_query_head", "per_kv_head"] = "per_query_head"
     gate_init: float = -2.1972
     """Start of g; γ = sigmoid(g) = 0.1 weighs the window against the linear term."""
+    feature_inputs: Literal["rotated", "unrotated"] = "rotated"
+    """What feature maps see: q and k behind RoPE (the paper), or as they are in front of it. Behind it, a student is
+    worthless at positions that it was not trained at; see docs/theory/long_range.md."""
     decay: Literal["none", "retnet"] = "none"
     """Of kind ``linear``: ``retnet`` weighs what is m tokens old by (1 − 2^(−5−h))^m in head h."""
     normalizer: Literal["sum", "group_norm"] = "sum"

@@ -111,8 +111,10 @@ def _softmax_part(
     context: Context | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Softmax over sinks and window alone, (B, H, N, C, D), and its largest weight for each query, (B, H, N, C, 1)."""
-    groups = k.shape[1]
-    sinks = (k[:, :, : spec.sinks], v[:, :, : spec.sinks]) if context is None else (context.sink_k, context.sink_v)
+    q, k, groups = spec.rotated(q), spec.rotated(k), k.shape[1]
+    sinks = k[:, :, : spec.sinks], v[:, :, : spec.sinks]
+    if context is not None:
+        sinks = spec.rotated(context.sink_k), context.sink_v
     keys, values = (_with_sinks(*pair, spec) for pair in zip((k, v), sinks, strict=True))  # (B, G, N, sinks + 2C, D)
     logits = softmax_logits(_grouped(_chunks(q.float(), spec.chunk), groups), keys, scale, softcap)
     logits.unflatten(3, (-1, spec.chunk)).add_(_softmax_mask(spec, position, sinks[0].shape[2]))

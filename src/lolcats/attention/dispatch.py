@@ -55,7 +55,7 @@ def attention(
     """Hybrid or linear attention of whole rows.
 
     Args:
-        q: (B, H, T, D); k, v: (B, G, T, D), any float dtype.
+        q: (B, H, T, D); k, v: (B, G, T, D), any float dtype. Of a ``spec`` that is unrotated, q and k have 2D channels.
         phi_q, phi_k: feature maps with H and H or G heads.
         gamma: (H,) the window's weight, fp32.
         context: what came before the first token; None at the start of a sequence.
@@ -101,7 +101,7 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
     if name == "chunked" or (final and torch.is_grad_enabled()):
         return False
     if name == "auto":
-        return q.is_cuda and fits_kernels(q.shape[3], q.dtype, spec) and _has_triton()
+        return q.is_cuda and fits_kernels(spec.rotated(q).shape[3], q.dtype, spec) and _has_triton()
     if not _has_triton():
         raise LolcatsError("The Triton kernels were asked for, but triton is not installed: pip install triton.")
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -109,16 +109,17 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
             f"The Triton kernels were asked for, but the tensors are on {q.device.type}: there they run only in "
             "Triton's interpreter (TRITON_INTERPRET=1 in the environment before triton is imported)."
         )
-    if misfit := _misfit(q.shape[3], spec):
+    if misfit := _misfit(spec.rotated(q).shape[3], spec):
         raise LolcatsError(f"The Triton kernels were asked for, but they take {misfit}.")
     return True
 
 
 def uses_decode_kernel(q: Tensor, phi_q: Any, spec: AttentionSpec) -> bool:
-    """Whether the decode kernel moves a state by one token; it has the hedgehog map inside, and no gradients."""
+    """Whether the decode kernel moves a state by one token; it has the hedgehog map inside, of what softmax sees, and no
+    gradients."""
     if _known(_backend) == "chunked" or torch.is_grad_enabled() or _misfit(q.shape[3], spec) or not _has_triton():
         return False
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or spec.unrotated:
         return False
     if not q.is_cuda and (_backend != "triton" or q.dtype != torch.float32):  # the interpreter has no 16-bit products
         return False
@@ -157,9 +158,15 @@ def _kernels(
         if context is not None:
             context = context._replace(sink_k=context.sink_k.float(), sink_v=context.sink_v.float())
     host = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+    features = None
+    if spec.unrotated:  # of other tensors than the kernels have
+        features = (phi_q(q), phi_k(k)) if spec.has_linear else None
+        q, k = spec.rotated(q), spec.rotated(k)
+        if context is not None:
+            context = context._replace(sink_k=spec.rotated(context.sink_k))
     y, S, z = triton_attention(
-        q, k, v, phi_q, phi_k, gamma, spec, scale, softcap, context=context, lengths=host, cu_seqlens=cu_seqlens,
-        final=final,
+        q, k, v, phi_q, phi_k, gamma, spec, scale, softcap, features=features, context=context, lengths=host,
+        cu_seqlens=cu_seqlens, final=final,
     )  # fmt: skip
     return y.to(dtype), S, z
 

@@ -43,13 +43,13 @@ class FeatureMap(nn.Module):
     Args:
         name: ``hedgehog``, ``exp``, ``t2r`` or ``elu``.
         heads: number of maps, H or G.
-        head_dim: D of the input.
+        head_dim: D of the input; of an input with more channels the last D count (see ``AttentionSpec.unrotated``).
         feature_dim: f; ignored by t2r (D × D) and elu (no weights).
     """
 
     def __init__(self, name: str, heads: int, head_dim: int, feature_dim: int) -> None:
         super().__init__()
-        self.name, self.heads = name, heads
+        self.name, self.heads, self.head_dim = name, heads, head_dim
         self.weight: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
         columns = head_dim if name in ("t2r", "elu") else feature_dim
@@ -65,7 +65,7 @@ class FeatureMap(nn.Module):
 
         Key/value heads fewer than the maps, (B, G, T, D), are repeated for the query heads of their group.
         """
-        y = x.float()
+        y = x[..., -self.head_dim :].float()
         if y.shape[1] < self.heads:
             y = y.repeat_interleave(self.heads // y.shape[1], 1)
         if self.weight is not None:

@@ -33,6 +33,9 @@ class AttentionSpec:
         of kind ``linear`` alone, as SUPRA has them (Mercat et al. 2024, arXiv 2405.06640): ``decay="retnet"`` weighs
         what is m tokens old by γ^m, see :meth:`log_decay`; with ``normalizer="group_norm"`` nothing is divided by the
         sum of weights, for a group norm over each head's channels follows. Other kinds do without both.
+    unrotated:
+        feature maps see q and k as they are in front of RoPE: every path then takes both side by side, (…, 2D), see
+        :meth:`rotated`, and softmax the first half alone.
     """
 
     kind: Literal["hybrid", "linear", "window", "remote"] = "hybrid"
@@ -41,6 +44,7 @@ class AttentionSpec:
     sinks: int = 0
     decay: Literal["none", "retnet"] = "none"
     normalizer: Literal["sum", "group_norm"] = "sum"
+    unrotated: bool = False
 
     @property
     def decays(self) -> bool:
@@ -59,6 +63,14 @@ class AttentionSpec:
         if not self.decays:
             return torch.zeros(maps, device=device)
         return torch.log1p(-torch.exp2(-5.0 - torch.arange(maps, device=device)))
+
+    def channels(self, head_dim: int) -> int:
+        """Of q and k of heads with D = ``head_dim``, as every path takes them."""
+        return 2 * head_dim if self.unrotated else head_dim
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """(..., D): of queries or keys as every path takes them, what softmax sees."""
+        return x[..., : x.shape[-1] // 2] if self.unrotated else x
 
     @property
     def has_softmax(self) -> bool:

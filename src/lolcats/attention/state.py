@@ -197,7 +197,8 @@ def step(
         assert linear is not None
         return output(spec, *linear), state
     keys, values = (torch.cat(x, 2).float() for x in ((state.sink_k, state.ring_k), (state.sink_v, state.ring_v)))
-    p = (softmax_logits(_grouped(q.float(), k), keys, scale, softcap) + arrival.bias).softmax(-1)
+    queries, keys = _grouped(spec.rotated(q).float(), k), spec.rotated(keys)
+    p = (softmax_logits(queries, keys, scale, softcap) + arrival.bias).softmax(-1)
     return merged(_ungrouped(p @ values), _ungrouped(p.amax(-1, keepdim=True)), gamma, linear), state
 
 

@@ -43,7 +43,7 @@ def measure_attention(model: PreTrainedModel, row: Tensor, path: Path, of: str) 
     def all_heads(layer: LinearizedAttention, call: AttentionCall) -> None:
         y = layer(call.q, call.k, call.v, call.scale, call.softcap).float()
         errors.append((y - call.target.float().transpose(1, 2)).square().mean((0, 2, 3)).cpu())
-        lengths.append(effective_length(softmax_weights(call.q, call.k, call.scale, call.softcap)).mean(0).cpu())
+        lengths.append(effective_length(_teacher_weights(layer, call)).mean(0).cpu())
 
     _observe(model, ids, all_heads)
     chosen = _chosen(errors)
@@ -54,7 +54,7 @@ def measure_attention(model: PreTrainedModel, row: Tensor, path: Path, of: str) 
     def some_heads(layer: LinearizedAttention, call: AttentionCall) -> None:
         number = numbers[layer]
         if heads := kept.get(number):
-            teacher = softmax_weights(call.q, call.k, call.scale, call.softcap)[0]
+            teacher = _teacher_weights(layer, call)[0]
             student = layer.weights(call.q, call.k, call.scale, call.softcap)[0]
             maps.update({(number, head): (teacher[head].half().cpu(), student[head].half().cpu()) for head in heads})
 
@@ -79,6 +79,10 @@ def effective_length(weights: Tensor) -> Tensor:
     positions = torch.arange(length, device=weights.device)
     distance = (positions[:, None] - positions[None, :] + 1).clamp_min(0)
     return (weights * distance).sum(-1).mean(-1)
+
+
+def _teacher_weights(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
+    return softmax_weights(layer.spec.rotated(call.q), layer.spec.rotated(call.k), call.scale, call.softcap)
 
 
 def _observe(model: PreTrainedModel, ids: Tensor, observer: Any) -> None:

@@ -46,7 +46,7 @@ def effective_lengths(
 
         def observe(layer: LinearizedAttention, call: AttentionCall, found: list[Tensor] = found) -> None:
             def distances(q: Tensor, k: Tensor) -> Tensor:
-                return mean_distances(q, k, call.scale, call.softcap)
+                return mean_distances(layer.spec.rotated(q), layer.spec.rotated(k), call.scale, call.softcap)
 
             apart = call.documents
             each = distances(call.q, call.k) if apart is None else apart.apart(distances, call.q, call.k)

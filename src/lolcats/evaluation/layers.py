@@ -74,7 +74,7 @@ def weights_of_queries(
     q: (B, H, T, D); k: (B, G, T, D).
     """
     parts = []
-    for queries, keys, n, i in query_blocks(q, k):
+    for queries, keys, n, i in query_blocks(spec.rotated(q), spec.rotated(k)):
         weights = softmax_logits(queries, keys, scale, softcap).masked_fill(i > n, -torch.inf).softmax(-1)
         older = weights * older_keys(spec, n, i)
         parts.append(torch.stack([torch.special.entr(weights).sum(-1), older.sum(-1)], -1))

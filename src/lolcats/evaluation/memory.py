@@ -28,8 +28,9 @@ def cache_bytes(model: Any, tokens: int) -> tuple[int, int]:
             student += kv
             continue
         spec = layer_spec(attention, entry["kind"])
-        k = torch.empty(1, entry["kv_heads"], 0, entry["head_dim"], dtype=model.dtype, device="meta")
-        student += AttentionState.empty(k, k, *maps[entry["layer"]], spec).nbytes
+        k = torch.empty(1, entry["kv_heads"], 0, spec.channels(entry["head_dim"]), dtype=model.dtype, device="meta")
+        v = k[..., : entry["value_dim"]]
+        student += AttentionState.empty(k, v, *maps[entry["layer"]], spec).nbytes
     return teacher, student
 
 

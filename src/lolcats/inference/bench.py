@@ -216,8 +216,8 @@ def state_bytes(student: PreTrainedModel, dtype: torch.dtype) -> int:
     total = 0
     for layer in linearized_layers(student):
         g = layer.geometry
-        k = torch.empty(1, g.kv_heads, 0, g.head_dim, dtype=student.dtype, device="meta")
-        total += layer.empty_state(k, k, dtype).nbytes
+        k = torch.empty(1, g.kv_heads, 0, layer.spec.channels(g.head_dim), dtype=student.dtype, device="meta")
+        total += layer.empty_state(k, k[..., : g.value_dim], dtype).nbytes
     return total
 
 

@@ -338,7 +338,7 @@ class Engine:
 
     def _has_kernels(self) -> bool:
         def has(layer: LinearizedAttention) -> bool:
-            shape = (0, 0, 1, layer.geometry.head_dim)
+            shape = (0, 0, 1, layer.spec.channels(layer.geometry.head_dim))
             q = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
             return uses_decode_kernel(q, layer.phi_q, layer.spec)
 

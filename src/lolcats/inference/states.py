@@ -96,7 +96,7 @@ class SlotTable:
         self.views: dict[int, list[AttentionState]] = {}
         for layer in layers.values():
             g = layer.geometry
-            k = torch.empty(slots, g.kv_heads, 0, g.head_dim, dtype=dtype, device=device)
+            k = torch.empty(slots, g.kv_heads, 0, layer.spec.channels(g.head_dim), dtype=dtype, device=device)
             v = torch.empty(slots, g.kv_heads, 0, g.value_dim, dtype=dtype, device=device)
             self.states.append(replace(layer.empty_state(k, v, state_dtype), count=None, in_place=True))
         self.cache = DynamicCache()

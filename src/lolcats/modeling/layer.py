@@ -40,6 +40,7 @@ class AttentionCall:
     """One call of a layer's attention in transfer mode, everything detached: what stage 1 learns from.
 
     q: (B, H, T, D); k, v: (B, G, T, D); target: (B, T, H, D), the softmax output; padding: (B, T) bool or None.
+    Where feature maps see q and k without RoPE, these have 2D channels (``AttentionSpec.rotated``).
     """
 
     q: Tensor
@@ -85,7 +86,10 @@ class KeptAttention(nn.Module):
 
 def layer_spec(config: AttentionConfig, kind: Any) -> AttentionSpec:
     """The attention of a layer of kind ``kind``, which is not ``softmax``."""
-    return AttentionSpec(kind, config.window, config.window_size, config.sinks, config.decay, config.normalizer)
+    unrotated = config.feature_inputs == "unrotated"
+    return AttentionSpec(
+        kind, config.window, config.window_size, config.sinks, config.decay, config.normalizer, unrotated
+    )  # fmt: skip
 
 
 class LinearizedAttention(nn.Module):
@@ -102,6 +106,8 @@ class LinearizedAttention(nn.Module):
         self.mode: Mode = "student"
         self.ranks = 1  # that share the heads, in tensor parallel
         self.observer: Observer | None = None
+        self.rotation: tuple[Tensor, Tensor] | None = None
+        """RoPE's cos and sin (B or 1, T, channels) of the call at hand, where the spec is unrotated."""
         groups = geometry.heads // geometry.kv_heads
         self.maps = geometry.kv_heads if config.key_maps == "per_kv_head" else geometry.heads
         self.phi_q = FeatureMap(config.feature_map, geometry.heads, geometry.head_dim, config.feature_dim)
@@ -194,7 +200,8 @@ class LinearizedAttention(nn.Module):
 
     def weights(self, q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
         """(B, H, T, T) attention weights, quadratic: for pictures. Rows sum to 1, in every variant."""
-        return attention_weights(q, k, self.phi_q(q), self.phi_k(k), self.gamma, self.spec, scale, softcap)
+        features, spec = (self.phi_q(q), self.phi_k(k)), self.spec
+        return attention_weights(spec.rotated(q), spec.rotated(k), *features, self.gamma, spec, scale, softcap)
 
 
 def linearized_layers(model: nn.Module) -> list[LinearizedAttention]:

@@ -86,7 +86,7 @@ def older_attention(
 
     Quadratic time; weights exist for QUERIES queries at a time.
     """
-    v, found = expand_heads(v, q.shape[1]), []
+    q, k, v, found = spec.rotated(q), spec.rotated(k), expand_heads(v, q.shape[1]), []
     for queries, keys, n, i in query_blocks(q, k, QUERIES):
         seen = older_keys(spec, n, i)
         logits = softmax_logits(queries, keys, scale, softcap).masked_fill(~seen, -torch.inf)
@@ -131,6 +131,7 @@ def _of_queries(
     softcap: float | None, first: int,
 ) -> Tensor:  # fmt: skip
     """(B, H, T, 1) cross-entropy of each of the queries from position ``first`` on."""
+    q, k = spec.rotated(q), spec.rotated(k)
     with torch.no_grad():
         target = softmax_weights(q, k, scale, softcap, first)
     predicted = attention_weights(q, k, fq, fk, gamma, spec, scale, softcap, first)
