@@ -34,7 +34,8 @@ class Decoding:
                  state_dtype: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
         torch.manual_seed(sum(lengths) + dim)
         self.spec, self.lengths, self.softcap, total = spec, lengths, softcap, max(lengths) + new
-        shapes = ((len(lengths), n, total, dim) for n in (heads, kv_heads, kv_heads))
+        keys = spec.channels(dim)
+        shapes = ((len(lengths), n, total, d) for n, d in ((heads, keys), (kv_heads, keys), (kv_heads, dim)))
         self.q, self.k, self.v = (torch.randn(shape, device=DEVICE) for shape in shapes)
         self.q, self.k, self.v = (2 * self.q).to(dtype), (2 * self.k).to(dtype), self.v.to(dtype)
         maps = kv_heads if shared else heads
@@ -71,7 +72,8 @@ class Decoding:
         end = self.lengths[row] + self.new
         q, k, v = (x[row : row + 1, :, :end].float() for x in (self.q, self.k, self.v))
         phi_q, phi_k, *rest = self.common
-        return parallel_attention(q, k, v, phi_q(q), phi_k(k), *rest)[0, :, self.lengths[row] :]
+        softmax = self.spec.rotated(q), self.spec.rotated(k)
+        return parallel_attention(*softmax, v, phi_q(q), phi_k(k), *rest)[0, :, self.lengths[row] :]
 
     def check(self, tolerance: float = 2e-5) -> None:
         y, state = self.run("triton")
@@ -107,6 +109,17 @@ def test_equals_step_and_reference(kind: Any, window: Any, shared: bool) -> None
 def test_geometries(dim: int, f: int, size: int, window: Any) -> None:
     spec, lengths = AttentionSpec("hybrid", window, size, 4), [2 * size - 1, 3 * size - 2]
     Decoding(spec, lengths, 3, dim, f, heads=2, kv_heads=1).check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "window"),
+    [("linear", "terraced"), *((k, w) for k in ("hybrid", "remote") for w in ("terraced", "sliding"))],
+)
+@pytest.mark.parametrize("shared", [False, True])
+def test_feature_maps_of_other_queries_and_keys(kind: Any, window: Any, shared: bool) -> None:
+    spec = AttentionSpec(kind, window, 8, 3, unrotated=True)
+    Decoding(spec, [4, 13], 14, heads=2, kv_heads=1, shared=shared).check()
+    Decoding(replace(spec, window_size=5), [9], 3, 24, 6, heads=4, kv_heads=2, shared=shared).check()
 
 
 @pytest.mark.parametrize("sinks", [0, 9, 16])

@@ -21,7 +21,6 @@ from lolcats.attention import (
     step,
     use_backend,
 )
-from lolcats.attention.dispatch import uses_decode_kernel
 
 B, H, G, T, D, SCALE = 2, 4, 2, 75, 16, 0.4
 
@@ -132,12 +131,3 @@ def test_documents(backend: str) -> None:
         y = attention(*problem.inputs(), *problem.common(spec), documents=documents)[0]
     expected = torch.cat([problem.reference(spec, rows) for rows in (slice(30), slice(30, None))], 2)
     assert_close(y, expected, atol=5e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_the_decode_kernel_is_left_out() -> None:
-    pytest.importorskip("triton")
-    problem = Problem()
-    with use_backend("triton"):
-        assert uses_decode_kernel(problem.q, problem.phi_q, AttentionSpec(window_size=16))
-        assert not uses_decode_kernel(problem.inputs()[0], problem.phi_q, spec_of())

@@ -115,11 +115,10 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
 
 
 def uses_decode_kernel(q: Tensor, phi_q: Any, spec: AttentionSpec) -> bool:
-    """Whether the decode kernel moves a state by one token: without gradients, with the hedgehog map (inside of it) of
-    the queries and keys that softmax sees."""
-    if _known(_backend) == "chunked" or torch.is_grad_enabled() or _misfit(q.shape[3], spec) or not _has_triton():
+    """Whether the decode kernel moves a state by one token; it has the hedgehog map inside, and no gradients."""
+    if _known(_backend) == "chunked" or torch.is_grad_enabled() or not _has_triton():
         return False
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or spec.unrotated:
+    if _misfit(spec.rotated(q).shape[3], spec) or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if not q.is_cuda and (_backend != "triton" or q.dtype != torch.float32):  # the interpreter has no 16-bit products
         return False

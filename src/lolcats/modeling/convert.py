@@ -5,30 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from lolcats.config import AttentionConfig, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.modeling.auto import SEAL
-from lolcats.modeling.interface import IMPLEMENTATION, note_rotation, prepare_decoder_call
-from lolcats.modeling.layer import (
-    AttentionCall,
-    Geometry,
-    KeptAttention,
-    LinearizedAttention,
-    layer_spec,
-    linearized_layers,
-    override,
-)
+from lolcats.modeling.interface import IMPLEMENTATION, prepare_decoder_call
+from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, layer_spec, linearized_layers
 from lolcats.modeling.probe import ProbedLayer, probe, text_config
-
-NO_ROTATION = (
-    "does not rotate its queries and keys by RoPE as transformers' families do, so that feature maps cannot see them "
-    "unrotated: use attention.feature_inputs=rotated"
-)
-SAME = 0.05  # by which, in 16 bits, q and k without RoPE may differ between positions
+from lolcats.modeling.rotary import check_rotation, keep_rotation
 
 
 def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = None) -> PreTrainedModel:
@@ -59,7 +45,7 @@ def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = No
     }
     convert_as(model, record)
     if any(layer.spec.unrotated for layer in linearized_layers(model)):
-        _check_unrotated(model)
+        check_rotation(model)
     return model
 
 
@@ -88,38 +74,12 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
         device = next(module.parameters()).device
         module.lolcats = layer if device.type == "meta" else layer.to(device)  # of a skeleton, they alone are real
         if spec.unrotated:
-            module.register_forward_pre_hook(note_rotation, with_kwargs=True)
+            module.register_forward_pre_hook(keep_rotation, with_kwargs=True)
     config._attn_implementation_internal = IMPLEMENTATION  # not of a vision or audio part
     for part in decoders(model):
         # A list, so not in the model's own lists: looked at in every call.
         part.lolcats_layers = linearized_layers(part)
         part.register_forward_pre_hook(prepare_decoder_call, with_kwargs=True)
-
-
-@torch.no_grad()
-def _check_unrotated(model: PreTrainedModel) -> None:
-    """LolcatsError unless q and k without RoPE are found, and are the same wherever a sequence begins."""
-    found: list[list[Tensor]] = []
-
-    def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
-        found[-1].append(torch.cat([call.q[..., call.q.shape[-1] // 2 :], call.k[..., call.k.shape[-1] // 2 :]], 1))
-
-    layers, training = linearized_layers(model), model.training
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    try:
-        with override(model, mode="transfer", observer=observe):
-            for start in (0, 7):
-                found.append([])
-                positions = torch.arange(start, start + 2, device=model.device)[None]
-                decoder(model.eval())(input_ids=ids, position_ids=positions, use_cache=False)
-    except (AttributeError, TypeError) as error:
-        raise LolcatsError(f"{type(model).__name__} {NO_ROTATION}.") from error
-    finally:
-        model.train(training)
-    for layer, *pair in zip(layers, *found, strict=True):
-        first, second = (x.float() for x in pair)
-        if first.device.type != "meta" and (first - second).norm() > SAME * first.norm():
-            raise LolcatsError(f"Layer {layer.geometry.layer} of {type(model).__name__} {NO_ROTATION}.")
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:

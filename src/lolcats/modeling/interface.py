@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lolcats.attention import AttentionState, Documents
 from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention
+from lolcats.modeling.rotary import as_attended
 
 IMPLEMENTATION = "lolcats"
 _packed: ContextVar[Documents | None] = ContextVar("documents of the decoder call that is running", default=None)
@@ -139,39 +140,17 @@ def attention_function(
         with torch.no_grad():
             target, weights = softmax_attention(module, query, key, value, attention_mask, **kwargs)
         if layer.observer is not None:
-            q, k, v = (x.detach() for x in (*_as_attended(module, query, key), value))
+            q, k, v = (x.detach() for x in (*as_attended(module, query, key), value))
             layer.observer(layer, AttentionCall(q, k, v, target, scale, softcap, padding, documents))
         return target, weights
     cache: LinearizedCacheLayer | None = getattr(key, "lolcats_cache", None)
-    dtype, (query, key) = query.dtype, _as_attended(module, query, key)
+    dtype, (query, key) = query.dtype, as_attended(module, query, key)
     if cache is None:
         y = layer(query, key, value, scale, softcap, padding, documents)
     else:
         state, counts = cache.take(layer, key, value), getattr(attention_mask, "counts", None)
         y, cache.state = layer.advance(state, query, key, value, scale, softcap, padding, counts)
     return y.transpose(1, 2).to(dtype).contiguous(), None
-
-
-def note_rotation(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of attention modules whose feature maps see q and k in front of RoPE."""
-    module.lolcats.rotation = kwargs.get("position_embeddings")
-
-
-def _as_attended(module: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """q, k as the layer takes them: (..., D), or (..., 2D) with what they were in front of RoPE behind them.
-
-    The family's own function turns them back, by −sin; divided by cos² + sin² that is exact whatever cos and sin were
-    scaled by or rounded to.
-    """
-    layer = module.lolcats
-    if not layer.spec.unrotated:
-        return q, k
-    (cos, sin), layer.rotation = layer.rotation, None
-    cos, sin = cos.float(), sin.float()
-    size = cos.square() + sin.square()
-    turn = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
-    plain = turn(q.float(), k.float(), cos / size, -sin / size)
-    return torch.cat([q, plain[0].to(q.dtype)], -1), torch.cat([k, plain[1].to(k.dtype)], -1)
 
 
 def softmax_attention(

@@ -46,33 +46,35 @@ ARRIVED = tl.constexpr(1 << 32)
 def decode_kernel(
     q, q_strides, k, k_strides, v, v_strides, o, ring_k, ring_v, sink_k, sink_v, S, z, seen, weight_q, weight_k, gamma,
     scale, cap,
-    GROUP: tl.constexpr, MAPS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr,
-    LINEAR: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr, SINKS: tl.constexpr,
-    CAPPED: tl.constexpr, ROUNDED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr, MAPS: tl.constexpr, DIM: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr,
+    SINKS: tl.constexpr, CAPPED: tl.constexpr, ROUNDED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_SINKS: tl.constexpr,
 ):  # fmt: skip
     """q: (B, H, D), k, v: (B, G, D) by their strides; o: (B, H, D) and the state's tensors, contiguous.
 
-    MAPS: key maps of a key/value head, 1 or GROUP. SPAN: slots of the ring. ROUNDED: S is bf16.
+    MAPS: key maps of a key/value head, 1 or GROUP. KEY_DIM: channels of queries and keys, of which softmax sees the
+    first D and feature maps the last. SPAN: slots of the ring. ROUNDED: S is bf16.
     """
     row, kv, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     n = (tl.load(seen + row) & COUNT).to(tl.int32)
     unit = row.to(tl.int64) * kv_heads + kv
-    ring_k, ring_v = ring_k + unit * (SPAN * DIM), ring_v + unit * (SPAN * DIM)
-    sink_k, sink_v = sink_k + unit * (SINKS * DIM), sink_v + unit * (SINKS * DIM)
+    ring_k, ring_v = ring_k + unit * (SPAN * KEY_DIM), ring_v + unit * (SPAN * DIM)
+    sink_k, sink_v = sink_k + unit * (SINKS * KEY_DIM), sink_v + unit * (SINKS * DIM)
     S, z = S + unit * (MAPS * 2 * WIDTH * DIM), z + unit * (MAPS * 2 * WIDTH)
     o += unit * (GROUP * DIM)
     q += row.to(tl.int64) * q_strides[0] + kv * GROUP * q_strides[1]
-    new_k = tl.load(k + row.to(tl.int64) * k_strides[0] + kv * k_strides[1] + d, mask=d < DIM, other=0.0)
+    k += row.to(tl.int64) * k_strides[0] + kv * k_strides[1]
+    new_k = tl.load(k + d, mask=d < DIM, other=0.0)
     new_v = tl.load(v + row.to(tl.int64) * v_strides[0] + kv * v_strides[1] + d, mask=d < DIM, other=0.0)
     if LINEAR:
         if WINDOW == "terraced":
             if (n % SIZE == 0) & (n >= 2 * SIZE):
                 fold_chunk(
-                    ring_k, ring_v, S, z, weight_k, kv, n, d, j, MAPS, DIM, WIDTH, SIZE, SPAN, SINKS, ROUNDED, LOW,
-                    PRECISION, BLOCK_K, BLOCK_V,
+                    ring_k, ring_v, S, z, weight_k, kv, n, d, j, MAPS, DIM, KEY_DIM, WIDTH, SIZE, SPAN, SINKS, ROUNDED,
+                    LOW, PRECISION, BLOCK_K, BLOCK_V,
                 )  # fmt: skip
                 tl.debug_barrier()  # S and z are read again by other threads
     heads = tl.arange(0, BLOCK_H)
@@ -87,20 +89,24 @@ def decode_kernel(
             sink = tl.arange(0, BLOCK_SINKS)
             earlier = (sink < SINKS) & (sink < n)
             peak, total, soft = attend(
-                q_tile, sink_k, sink_v, sink, earlier, d, peak, total, soft, scale, cap, DIM, CAPPED, PRECISION
-            )
+                q_tile, sink_k, sink_v, sink, earlier, d, peak, total, soft, scale, cap, DIM, KEY_DIM, CAPPED,
+                PRECISION,
+            )  # fmt: skip
         start = tl.maximum(window_start(n, WINDOW, SIZE), SINKS)
         for at in range(0, SPAN, BLOCK_W):
             slot = at + tl.arange(0, BLOCK_W)
             position = n - (n % SPAN - slot + SPAN) % SPAN
             stored = (slot < SPAN) & (position >= start) & (position < n)
             peak, total, soft = attend(
-                q_tile, ring_k, ring_v, slot, stored, d, peak, total, soft, scale, cap, DIM, CAPPED, PRECISION
+                q_tile, ring_k, ring_v, slot, stored, d, peak, total, soft, scale, cap, DIM, KEY_DIM, CAPPED, PRECISION
             )
         weight = tl.load(gamma + kv * GROUP + heads, mask=heads < GROUP, other=0.0)
         numerator, denominator = soft * weight[:, None], total * weight
     if LINEAR:
-        leaves, old_k, old_v = leaving_key(ring_k, ring_v, new_k, new_v, n, d, DIM, WINDOW, SIZE, SPAN, SINKS)
+        q += KEY_DIM - DIM
+        leaves, old_k, old_v = leaving_key(
+            ring_k, ring_v, k + (KEY_DIM - DIM), new_v, n, d, DIM, KEY_DIM, WINDOW, SIZE, SPAN, SINKS
+        )
         if MAPS < GROUP and tl.bfloat16 == LOW:
             numerator, denominator = read_shared(
                 q, q_strides[1], S, z, weight_q, weight_k, numerator, denominator, kv, old_k, old_v, leaves, n, heads,
@@ -115,10 +121,10 @@ def decode_kernel(
     tl.store(o + place, y.to(o.dtype.element_ty), mask=real)
     tl.debug_barrier()  # every thread has read the slot that is overwritten now
     if SPAN > 0:
-        tl.store(ring_k + n % SPAN * DIM + d, new_k, mask=d < DIM)
+        store_key(ring_k + n % SPAN * KEY_DIM, k, new_k, d, d < DIM, DIM, KEY_DIM)
         tl.store(ring_v + n % SPAN * DIM + d, new_v, mask=d < DIM)
     if SINKS > 0:
-        tl.store(sink_k + n * DIM + d, new_k, mask=(d < DIM) & (n < SINKS))
+        store_key(sink_k + n * KEY_DIM, k, new_k, d, (d < DIM) & (n < SINKS), DIM, KEY_DIM)
         tl.store(sink_v + n * DIM + d, new_v, mask=(d < DIM) & (n < SINKS))
     if tl.atomic_add(seen + row, ARRIVED) >> 32 == kv_heads - 1:
         tl.store(seen + row, (n + 1).to(tl.int64))
@@ -126,9 +132,9 @@ def decode_kernel(
 
 @triton.jit
 def fold_chunk(
-    ring_k, ring_v, S, z, weight_k, kv, n, d, j, MAPS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    SIZE: tl.constexpr, SPAN: tl.constexpr, SINKS: tl.constexpr, ROUNDED: tl.constexpr, LOW: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    ring_k, ring_v, S, z, weight_k, kv, n, d, j, MAPS: tl.constexpr, DIM: tl.constexpr, KEY_DIM: tl.constexpr,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr, SINKS: tl.constexpr, ROUNDED: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Move the keys at positions n − 2 SIZE to n − SIZE, which lie side by side in the ring, into S and z.
 
@@ -145,10 +151,13 @@ def fold_chunk(
                 for at in range(0, SIZE, BLOCK_K):
                     key = at + tl.arange(0, BLOCK_K)
                     leaving = (key < SIZE) & (n - 2 * SIZE + key >= SINKS)
-                    slot = (n % SPAN + key)[:, None] * DIM
-                    keys = tl.load(ring_k + slot + d[None, :], mask=leaving[:, None] & (d < DIM)[None, :], other=0.0)
+                    slot = (n % SPAN + key)[:, None]
+                    keys = tl.load(
+                        ring_k + slot * KEY_DIM + (KEY_DIM - DIM) + d[None, :],
+                        mask=leaving[:, None] & (d < DIM)[None, :], other=0.0,
+                    )  # fmt: skip
                     values = tl.load(
-                        ring_v + slot + vd[None, :], mask=leaving[:, None] & (vd < DIM)[None, :], other=0.0
+                        ring_v + slot * DIM + vd[None, :], mask=leaving[:, None] & (vd < DIM)[None, :], other=0.0
                     )
                     y = tl.dot(keys.to(LOW), w, input_precision=PRECISION)
                     up, down = hedgehog(y, leaving.to(tl.float32), j, WIDTH)
@@ -250,17 +259,27 @@ def load_half(
 
 @triton.jit
 def leaving_key(
-    ring_k, ring_v, new_k, new_v, n, d, DIM: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr,
-    SPAN: tl.constexpr, SINKS: tl.constexpr,
+    ring_k, ring_v, arriving_k, new_v, n, d, DIM: tl.constexpr, KEY_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    SIZE: tl.constexpr, SPAN: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Whether one key leaves for S now (sliding: the one in the slot of the arriving, linear: itself), and which."""
+    """Whether one key leaves for S now (sliding: the one in the slot of the arriving, linear: itself), and which, as
+    feature maps see it."""
     if WINDOW == "sliding":
         leaves = n - SIZE >= SINKS
-        place, mask = n % SPAN * DIM + d, (d < DIM) & leaves
-        old_k, old_v = tl.load(ring_k + place, mask=mask, other=0.0), tl.load(ring_v + place, mask=mask, other=0.0)
+        slot, mask = n % SPAN, (d < DIM) & leaves
+        old_k = tl.load(ring_k + slot * KEY_DIM + (KEY_DIM - DIM) + d, mask=mask, other=0.0)
+        old_v = tl.load(ring_v + slot * DIM + d, mask=mask, other=0.0)
         return leaves, old_k.to(tl.float32), old_v.to(tl.float32)
     else:
-        return n >= 0, new_k.to(tl.float32), new_v.to(tl.float32)
+        return n >= 0, tl.load(arriving_k + d, mask=d < DIM, other=0.0).to(tl.float32), new_v.to(tl.float32)
+
+
+@triton.jit
+def store_key(place, k, new_k, d, mask, DIM: tl.constexpr, KEY_DIM: tl.constexpr):
+    """The arriving key, of which ``new_k`` is loaded already, into a slot."""
+    tl.store(place + d, new_k, mask=mask)
+    if KEY_DIM > DIM:
+        tl.store(place + DIM + d, tl.load(k + DIM + d, mask=d < DIM, other=0.0), mask=mask)
 
 
 @triton.jit
@@ -314,16 +333,16 @@ def hedgehog_vector(x, w, wanted, j, WIDTH: tl.constexpr):
 
 @triton.jit
 def attend(
-    q_tile, keys, values, slot, stored, d, peak, total, soft, scale, cap, DIM: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_tile, keys, values, slot, stored, d, peak, total, soft, scale, cap, DIM: tl.constexpr, KEY_DIM: tl.constexpr,
+    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Softmax over the keys ``stored`` in some slots more.
 
     Of each query: the highest logit in base 2, Σ exp(s − highest), and that sum with the values.
     """
-    place, mask = slot[:, None] * DIM + d[None, :], stored[:, None] & (d < DIM)[None, :]
-    k_tile = tl.load(keys + place, mask=mask, other=0.0, cache_modifier=".cg")
-    v_tile = tl.load(values + place, mask=mask, other=0.0, cache_modifier=".cg")
+    slot, mask = slot[:, None], stored[:, None] & (d < DIM)[None, :]
+    k_tile = tl.load(keys + slot * KEY_DIM + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+    v_tile = tl.load(values + slot * DIM + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
     logits = softmax_logits(q_tile, k_tile, stored[None, :], scale, cap, CAPPED, PRECISION)
     logits *= log2_scale(scale, CAPPED)
     highest = tl.maximum(peak, tl.max(logits, 1))
@@ -346,12 +365,13 @@ def decode(
 
     Args:
         state: an ``AttentionState`` that is ``in_place``, contiguous.
-        q: (B, H, 1, D); k, v: (B, G, 1, D).
+        q: (B, H, 1, D); k, v: (B, G, 1, D); q and k (..., 2D) where feature maps see others than softmax does.
         phi_q, phi_k: hedgehog maps with H and H or G heads, where the kind has a linear term.
         gamma: (H,) fp32.
     """
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    batch, heads, _, dim = q.shape
+    batch, heads, _, key_dim = q.shape
+    dim = spec.rotated(q).shape[3]
     kv_heads, linear = k.shape[1], spec.has_linear
     weights = [phi.weight.detach() for phi in (phi_q, phi_k)] if linear else [gamma, gamma]
     width = weights[0].shape[2] if linear else 16
@@ -361,10 +381,11 @@ def decode(
     decode_kernel[(batch, kv_heads)](
         q, q.stride()[:2], k, k.stride()[:2], v, v.stride()[:2], o, state.ring_k, state.ring_v, state.sink_k,
         state.sink_v, state.S, state.z, state.seen, *weights, gamma, scale, float(softcap or 0),
-        GROUP=group, MAPS=maps if linear else group, DIM=dim, WIDTH=width, SOFTMAX=spec.has_softmax, LINEAR=linear,
-        WINDOW="none" if spec.kind == "linear" else spec.window, SIZE=spec.window_size, SPAN=spec.span,
-        SINKS=spec.softmax_sinks, CAPPED=softcap is not None, ROUNDED=state.S.dtype == torch.bfloat16,
-        LOW=tl.float32 if wide else tl.bfloat16, PRECISION=precision(), BLOCK_H=max(16, power_of_two(group)),
+        GROUP=group, MAPS=maps if linear else group, DIM=dim, KEY_DIM=key_dim, WIDTH=width,
+        SOFTMAX=spec.has_softmax, LINEAR=linear, WINDOW="none" if spec.kind == "linear" else spec.window,
+        SIZE=spec.window_size, SPAN=spec.span, SINKS=spec.softmax_sinks, CAPPED=softcap is not None,
+        ROUNDED=state.S.dtype == torch.bfloat16, LOW=tl.float32 if wide else tl.bfloat16,
+        PRECISION=precision(), BLOCK_H=max(16, power_of_two(group)),
         **choose_blocks(dim, width, spec, shared, wide),
     )  # fmt: skip
     return o[:, :, None]
