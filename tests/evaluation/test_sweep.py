@@ -277,6 +277,16 @@ def test_inputs_are_read_once(model_dirs, chat_file: Path, monkeypatch: pytest.M
     assert kept.model(execute.torch.float32, execute.torch.device("cpu")).lm_head.weight.any()
 
 
+def test_kept_results_keep_their_keys() -> None:
+    """Results under benchmarks/quality are continued: a new setting must not change what tells a row without it."""
+    path = next(path for path in EXPERIMENTS if path.stem == "sinks_and_maps")
+    config = plan(read_sweep(path, ["base.model=m", "base.data=d"]))[0].config
+    told = row._without(config, "controls", "device", "report_to")
+    assert row.short_hash(told) == "9b5e32824069"
+    attention = replace(config.attention, feature_inputs="unrotated")
+    assert row._without(replace(config, attention=attention), "controls", "device", "report_to") != told
+
+
 def test_table_over_seeds() -> None:
     def result(seed: int, value: float) -> dict:
         score = {"value": 0.5, "stderr": 0.2, "items": "0101"}

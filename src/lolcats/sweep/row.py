@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lolcats.config import to_dict
+from lolcats.config import Config, to_dict
 from lolcats.evaluation.systems import STUDENT, TEACHER
 from lolcats.files import locked, write_text
 from lolcats.inputs import Inputs
@@ -26,6 +26,8 @@ from lolcats.sweep.plan import Row, Sweep
 from lolcats.sweep.table import HELD_OUT, LINEAR_OFF, WINDOW, WINDOW_SINKS
 
 LOCKS = "locks"
+LATER = {("attention", "feature_inputs"): "rotated"}
+"""Settings that are younger than results that are kept, with what was done before: these have the same keys as ever."""
 OF_TRANSFER = ("layer_errors_before", "layer_errors_after", "ppl_transfer")
 HELD_OUT_KEYS = {
     TEACHER: "ppl_teacher", WINDOW: "ppl_window", WINDOW_SINKS: "ppl_window_sinks", STUDENT: "ppl_student",
@@ -51,11 +53,20 @@ class Setup:
 
 def run_key(setup: Setup, row: Row) -> str:
     """What tells a run: base model, data and configuration."""
-    config = {k: v for k, v in to_dict(row.config).items() if k not in ("controls", "device", "report_to")}
+    config = _without(row.config, "controls", "device", "report_to")
     data = source(setup.sweep, row)
     if data not in setup.identities:
         setup.identities[data] = source_identity(data)
     return short_hash([setup.inputs.base.fingerprint, setup.identities[data], config])
+
+
+def _without(config: Config, *names: str) -> dict[str, Any]:
+    """A configuration without what tells no run: settings of these names, and younger ones that change nothing."""
+    found = {name: value for name, value in to_dict(config).items() if name not in names}
+    for (section, name), before in LATER.items():
+        if found.get(section, {}).get(name) == before:
+            del found[section][name]
+    return found
 
 
 def source(sweep: Sweep, row: Row) -> str:
@@ -133,7 +144,7 @@ def take_transfer(session: Session, out: Path) -> None:
 
 def _transfer_key(run: Run) -> str:
     """What the feature maps of a run depend on."""
-    config = {k: v for k, v in to_dict(run.config).items() if k not in ("finetune", "controls", "device", "report_to")}
+    config = _without(run.config, "finetune", "controls", "device", "report_to")
     return short_hash([run.base.fingerprint, run.record["data"]["fingerprint"], config])
 
 
