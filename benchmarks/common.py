@@ -1,6 +1,7 @@
 """What the benchmarks share: hardware, versions, a part that may be missing, results as JSON and as a table."""
 
 import gc
+import gzip
 import importlib.util
 import json
 import sys
@@ -106,3 +107,10 @@ def load_pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The results of a sweep, from its results.jsonl, packed (.gz) or not."""
+    raw = path.read_bytes()
+    text = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    return [json.loads(line) for line in text.decode().splitlines()]
