@@ -3,8 +3,7 @@
 The paper's Tables 17 and 18 (mean squared error by layer) and Figures 5 and 6 (error against quality and entropy).
 
     lolcats sweep experiments/table6.yaml MODEL --data DATA --out DIR ...
-    python benchmarks/layers.py DIR/results.jsonl > layers.md
-    python benchmarks/layers.py DIR/results.jsonl --picture layers.png      # needs matplotlib
+    python benchmarks/layers.py DIR/results.jsonl --out layers.md --picture layers.png      # needs matplotlib
     python benchmarks/layers.py benchmarks/quality/smollm2-135m.jsonl.gz --only table6
 
 Means over seeds. Errors are of the attention outputs on validation rows: ``layer_errors``, and by head ``layers`` (see
@@ -24,6 +23,7 @@ import common
 import torch
 from torch import Tensor
 
+from lolcats.files import write_text
 from lolcats.report.table import markdown
 
 
@@ -59,7 +59,8 @@ def read_sweep(path: Path, sweep: str = "") -> list[Trained]:
     for (name, _), result in newest.items():
         if result["layer_errors"]["after"] and result["layers"]:
             rows.setdefault(name, []).append({**result, "quality": result["systems"]["student"]})
-    return [_together(name, runs) for name, runs in rows.items()]
+    order = common.row_order(sweep)
+    return [_together(name, rows[name]) for name in sorted(rows, key=lambda name: order.get(name, -1))]
 
 
 def _together(name: str, runs: list[dict[str, Any]]) -> Trained:
@@ -117,41 +118,58 @@ def against_entropy(rows: list[Trained]) -> str:
 
 
 def draw(rows: list[Trained], path: Path) -> None:
-    """Error by layer of every row; of the last row, each head's relative error over its entropy."""
+    """Error by layer of every row; of the best row, each head's relative error over its entropy."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 4), layout="constrained")
     for row in rows:
         left.plot(row.layers, row.error, marker="o", markersize=3, label=row.name)
     left.set(xlabel="layer", ylabel="mean squared error", yscale="log", title="Error by layer")
-    left.legend(fontsize=7)
-    last = rows[-1]
-    depth = torch.tensor(last.layers)[:, None].expand_as(last.relative)
-    points = right.scatter(last.heads["entropies"], last.relative, c=depth, s=8, cmap="viridis")
-    right.set(xlabel="entropy of the teacher's attention, nats", ylabel="relative error", yscale="log", title=last.name)
+    left.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    best = min(rows, key=lambda row: float(row.error.mean()))
+    depth = torch.tensor(best.layers)[:, None].expand_as(best.relative)
+    points = right.scatter(best.heads["entropies"], best.relative, c=depth, s=8, cmap="viridis")
+    right.set(xlabel="entropy of the teacher's attention, nats", ylabel="relative error", yscale="log", title=best.name)
     figure.colorbar(points, ax=right, label="layer")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+TABLES = {
+    "Error by layer": by_layer,
+    "Error against quality": against_quality,
+    "Error against the teacher's attention, over heads": against_entropy,
+}
+NOTE = (
+    "Mean squared errors of the attention outputs on validation rows. *Errors of the teacher*: on its queries and "
+    "keys, behind transfer; *of the student*: where feature maps train in stage 2, behind that, on its own. Relative: "
+    "over the mean square of the outputs, mean over heads. ρ: Spearman's rank correlation, over rows or over all heads."
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="a sweep's results.jsonl, also packed (.gz)")
     parser.add_argument("--only", default="", help="of several sweeps in the file the rows of this one")
+    parser.add_argument("--out", type=Path, help="a file instead of the output")
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     rows = read_sweep(arguments.results, arguments.only)
     if not rows:
         raise SystemExit(f"{arguments.results} has no trained rows with linear attention.")
-    for title, table in (
-        ("Error by layer", by_layer),
-        ("Error against quality", against_quality),
-        ("Error against the teacher's attention, over heads", against_entropy),
-    ):
-        print(f"## {title}\n\n{table(rows)}\n")
+    title = common.experiments().get(arguments.only, {}).get("title", arguments.results.name)
+    text = f"# Errors by layer: {title}\n\n" + "\n".join(
+        f"## {head}\n\n{table(rows)}\n" for head, table in TABLES.items()
+    )
+    command = f"python benchmarks/layers.py {arguments.results}" + f" --only {arguments.only}" * bool(arguments.only)
+    text += f"\n{NOTE}\n\n```\n{command}\n```\n"
+    if arguments.out:
+        write_text(arguments.out, text)
+    else:
+        print(text)
     if arguments.picture:
         draw(rows, arguments.picture)
 

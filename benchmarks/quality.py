@@ -19,15 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import common
-import yaml
 
 from lolcats.files import write_text
 from lolcats.sweep.execute import with_controls
 from lolcats.sweep.table import ROW, UNTRAINED, render
 
-EXPERIMENTS: dict[str, Any] = {
-    path.stem: yaml.safe_load(path.read_text()) for path in (Path(__file__).parents[1] / "experiments").glob("*.yaml")
-}
 HERE = Path(__file__).parent / "quality"
 SCORES = (
     "piqa acc", "arc_easy acc", "arc_challenge acc_norm", "hellaswag acc_norm", "winogrande acc",
@@ -66,24 +62,23 @@ def tables(results: list[dict[str, Any]], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     packed = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results)
     (out / f"{about['name']}.jsonl.gz").write_bytes(gzip.compress(packed.encode(), 9, mtime=0))
-    for name in sorted(EXPERIMENTS):
+    for name, wanted in common.experiments().items():
         if found := of_experiment(results[1:], name):
             path = out / f"{name}-{about['name']}.md"
-            write_text(path, report(name, found, about))
+            write_text(path, report(name, wanted["title"], found, about))
             written.append(path)
     return written
 
 
-def report(name: str, results: list[dict[str, Any]], about: dict[str, str]) -> str:
+def report(name: str, title: str, results: list[dict[str, Any]], about: dict[str, str]) -> str:
     rows = [r for r in results if r["kind"] == ROW]
     command = "\n".join(dict.fromkeys(r["command"] for r in rows))
     measured = [metric for r in results for system in r["systems"].values() for metric in system]
     shown = [m for m in dict.fromkeys(measured) if not m.endswith(("acc", "acc_norm")) or m in SCORES]
-    wanted = EXPERIMENTS[name]
-    order = {row: n for n, row in enumerate(wanted["rows"])}
+    order = common.row_order(name)
     results = sorted(results, key=lambda r: order.get(r["name"], -1))
     missing = [row for row in order if row not in {r["name"] for r in rows}]
-    text = f"# {wanted['title']}: {about['name']}\n\nTeacher: {about['teacher']}. {about.get('note', '')}".rstrip()
+    text = f"# {title}: {about['name']}\n\nTeacher: {about['teacher']}. {about.get('note', '')}".rstrip()
     if missing:
         text += f"\n\nNot run yet: {'; '.join(missing)}."
     return f"{text}\n\n{render('', results, command, shown)}"

@@ -128,9 +128,7 @@ def tiny_sweep(path: Path, model: Path, data: Path) -> Sweep:
     return read_sweep(path, [f"base.model={model}", f"base.data={data}"])
 
 
-def test_tables_of_a_sweep(
-    model_dirs, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tables_of_a_sweep(model_dirs, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A column or line for each row that has linear attention; means over seeds of what the results say."""
     layers, out = script("layers"), tmp_path / "out"
     run_sweep(tiny_sweep(tmp_path / "sweep.yaml", model_dirs["llama"], chat_file), out, "", lambda _: None)
@@ -146,9 +144,11 @@ def test_tables_of_a_sweep(
     torch.testing.assert_close(rows[0].error, means)
     assert rows[0].quality["held-out"] == pytest.approx(few["systems"]["student"]["held-out"]["value"])
     picture = tmp_path / "layers.png"
-    monkeypatch.setattr("sys.argv", ["layers.py", str(results), "--picture", str(picture)])
+    monkeypatch.setattr(
+        "sys.argv", ["layers.py", str(results), "--picture", str(picture), "--out", str(tmp_path / "layers.md")]
+    )
     layers.main()
-    tables = capsys.readouterr().out
+    tables = (tmp_path / "layers.md").read_text()
     assert "| layer | few steps | late |" in tables
     assert f"| 1 | {means[1]:.3g} | " in tables
     assert "| row | errors of the | untrained | error | relative error | held-out |" in tables
