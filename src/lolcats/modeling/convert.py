@@ -58,7 +58,7 @@ def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = No
         ],
     }
     convert_as(model, record)
-    if any(layer.spec.unrotated for layer in linearized_layers(model)):
+    if model.device.type != "meta" and any(layer.spec.unrotated for layer in linearized_layers(model)):
         _check_unrotated(model)
     return model
 
@@ -88,6 +88,8 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
         device = next(module.parameters()).device
         module.lolcats = layer if device.type == "meta" else layer.to(device)  # of a skeleton, they alone are real
         if spec.unrotated:
+            if not getattr(module, "use_rope", True):
+                raise _no_rotation(model, geometry.layer)
             module.register_forward_pre_hook(note_rotation, with_kwargs=True)
     config._attn_implementation_internal = IMPLEMENTATION  # not of a vision or audio part
     for part in decoders(model):
@@ -105,12 +107,12 @@ def _check_unrotated(model: PreTrainedModel) -> None:
         found[-1].append(torch.cat([call.q[..., call.q.shape[-1] // 2 :], call.k[..., call.k.shape[-1] // 2 :]], 1))
 
     layers, training = linearized_layers(model), model.training
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    ids = torch.arange(1, 5, device=model.device)[None]
     try:
         with override(model, mode="transfer", observer=observe):
             for start in (0, 7):
                 found.append([])
-                positions = torch.arange(start, start + 2, device=model.device)[None]
+                positions = torch.arange(start, start + 4, device=model.device)[None]
                 decoder(model.eval())(input_ids=ids, position_ids=positions, use_cache=False)
     except (AttributeError, TypeError) as error:
         raise LolcatsError(f"{type(model).__name__} {NO_ROTATION}.") from error
@@ -118,8 +120,12 @@ def _check_unrotated(model: PreTrainedModel) -> None:
         model.train(training)
     for layer, *pair in zip(layers, *found, strict=True):
         first, second = (x.float() for x in pair)
-        if first.device.type != "meta" and (first - second).norm() > SAME * first.norm():
-            raise LolcatsError(f"Layer {layer.geometry.layer} of {type(model).__name__} {NO_ROTATION}.")
+        if (first - second).norm() > SAME * first.norm():
+            raise _no_rotation(model, layer.geometry.layer)
+
+
+def _no_rotation(model: PreTrainedModel, layer: int) -> LolcatsError:
+    return LolcatsError(f"Layer {layer} of {type(model).__name__} {NO_ROTATION}.")
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:

@@ -161,7 +161,7 @@ def _as_attended(module: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q, k as the layer takes them: (..., D), or (..., 2D) with what they were in front of RoPE behind them.
 
     The family's own function turns them back, by −sin; divided by cos² + sin² that is exact whatever cos and sin were
-    scaled by or rounded to.
+    scaled by or rounded to. RoPE that turns some channels turns the first ones.
     """
     layer = module.lolcats
     if not layer.spec.unrotated:
@@ -170,8 +170,10 @@ def _as_attended(module: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = cos.float(), sin.float()
     size = cos.square() + sin.square()
     turn = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
-    plain = turn(q.float(), k.float(), cos / size, -sin / size)
-    return torch.cat([q, plain[0].to(q.dtype)], -1), torch.cat([k, plain[1].to(k.dtype)], -1)
+    count = cos.shape[-1]
+    plain = turn(q[..., :count].float(), k[..., :count].float(), cos / size, -sin / size)
+    beside = [torch.cat([x, y.to(x.dtype), x[..., count:]], -1) for x, y in zip((q, k), plain, strict=True)]
+    return beside[0], beside[1]
 
 
 def softmax_attention(
