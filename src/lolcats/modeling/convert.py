@@ -114,8 +114,8 @@ def _check_unrotated(model: PreTrainedModel) -> None:
                 found.append([])
                 positions = torch.arange(start, start + 4, device=model.device)[None]
                 decoder(model.eval())(input_ids=ids, position_ids=positions, use_cache=False)
-    except (AttributeError, TypeError) as error:
-        raise LolcatsError(f"{type(model).__name__} {NO_ROTATION}.") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise LolcatsError(f"{_base_name(model)} {NO_ROTATION}.") from error
     finally:
         model.train(training)
     for layer, *pair in zip(layers, *found, strict=True):
@@ -125,7 +125,11 @@ def _check_unrotated(model: PreTrainedModel) -> None:
 
 
 def _no_rotation(model: PreTrainedModel, layer: int) -> LolcatsError:
-    return LolcatsError(f"Layer {layer} of {type(model).__name__} {NO_ROTATION}.")
+    return LolcatsError(f"Layer {layer} of {_base_name(model)} {NO_ROTATION}.")
+
+
+def _base_name(model: PreTrainedModel) -> str:
+    return type(model).__name__.removeprefix("Lolcats")
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
