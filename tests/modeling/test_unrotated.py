@@ -177,7 +177,10 @@ def test_lora_with_gradient_checkpointing() -> None:
 def test_families_without_rope_are_refused() -> None:
     learned = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=256)
     mixed = SmolLM3Config(**{**SMALL, "num_hidden_layers": 4}, no_rope_layers=[1, 0, 1, 1])
-    for config, message in ((learned, "^GPT2LMHeadModel does not rotate"), (mixed, "^Layer 1 of SmolLM3ForCausalLM does")):
+    for config, message in (
+        (learned, "^GPT2LMHeadModel does not rotate"),
+        (mixed, "^Layer 1 of SmolLM3ForCausalLM does"),
+    ):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with pytest.raises(LolcatsError, match=message):
             converted(model)
