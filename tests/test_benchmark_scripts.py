@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import sentence
 from scripts import FOLDER, script
 
 
@@ -36,7 +38,7 @@ def test_a_part_that_is_missing_says_why() -> None:
     assert common.attempt(too_large, 0) == {"missing": "no time left"}
 
 
-@pytest.mark.parametrize("name", ["training", "scale", "multi_gpu", "attention"])
+@pytest.mark.parametrize("name", ["training", "scale", "multi_gpu", "attention", "long_range"])
 def test_committed_tables_are_those_of_their_results(name: str) -> None:
     """Reading JSON and writing it and its table again changes neither."""
     if name == "attention":
@@ -70,6 +72,31 @@ def test_needs_a_gpu_and_says_so(training: ModuleType, tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "argv", ["training.py", "--tiny"])
     with pytest.raises(SystemExit, match="--out"):
         training.main()
+
+
+def test_long_range(model_dirs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    module, books = script("long_range"), tmp_path / "books.jsonl"
+    words = random.Random(0)
+    books.write_text("".join(json.dumps({"text": sentence(words, 2500)}) + "\n" for _ in range(2)))
+    command = [
+        "long_range.py", str(model_dirs["llama"]), "--train", str(books), "--held-out", str(books), "--layers", "1",
+        "--rows", "2", "--test-rows", "1", "--steps", "3", "--tiny", "--work", str(tmp_path / "work"),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="--out"):
+        module.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out")])
+    module.main()
+    results = json.loads((tmp_path / "out" / "long_range.json").read_text())
+    assert module.report(results) == (tmp_path / "out" / "long_range.md").read_text()
+    found = results["errors"]["1"]
+    assert len(found) == 7
+    assert len({tuple(x) for x in found.values()}) == 7
+    assert all(0 < error < 10 for row in found.values() for error in row)
+    assert results["positions"] == ["128 to 255", "256 to 511"]
+    capsys.readouterr()
+    module.main()  # nothing is done again
+    assert "layer 1" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

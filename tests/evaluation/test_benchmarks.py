@@ -20,6 +20,7 @@ from lolcats.cli import app
 from lolcats.config import load_config
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import harness, tasks
+from lolcats.evaluation.suite import beyond_training
 from lolcats.evaluation.systems import check_baselines, systems
 from lolcats.modeling.base import find_base, load_model
 from lolcats.modeling.checkpoint import load
@@ -222,6 +223,11 @@ def test_recall_and_positions_on_the_command_line(trained: Path, data_dir: Path,
     arguments = ("--tasks", "recall, positions", "--lengths", "512,600", "--limit", 1, "--output", output)
     text = evaluate(trained, *arguments, "--data-dir", data_dir)
     assert "Recall by depth: argmax" in text
+    trained_on = load_config(str(trained / "config.yaml")).data.sequence_length
+    warning = f"trained on rows of {trained_on} tokens and is measured on up to 600: do not expect it to hold there"
+    assert warning in " ".join(text.split())
+    assert not beyond_training(str(trained), [trained_on])
+    assert not beyond_training("a/base-model", [600])
     entries = json.loads(output.read_text())["scores"]
     assert {e["task"] for e in entries} == {
         *(f"{task}@{n}" for task in ("passkey", "needle", "multi-query") for n in (512, 600)), "positions",

@@ -12,6 +12,7 @@ from checks import (
     HYBRID,
     IDS,
     PADDING,
+    TOLERANCE,
     check_cache,
     check_teacher,
     check_window,
@@ -37,6 +38,10 @@ from lolcats.training.data import Data
 from lolcats.training.finetune import finetune
 from lolcats.training.transfer import layer_errors, transfer
 
+NOT_UNROTATED = {  # learned positions, none in some or all layers, turned in another way, or norms behind RoPE
+    "AFMoE", "Cohere 2", "EXAONE 4", "GPT-2", "Granite 4 hybrid", "Hunyuan", "Jamba", "Llama 4", "OPT",
+    "SmolLM3",
+}  # fmt: skip
 ROWS = torch.randint(6, 300, (20, 32), generator=torch.Generator().manual_seed(0))
 DATA = Data(ROWS[8:], ROWS[:4], ROWS[4:8], "", {})
 QUICK = [
@@ -49,6 +54,18 @@ def built(family: Family) -> Any:
     if family.model_type not in CONFIG_MAPPING:
         pytest.skip(f"this version of transformers has no {family.model_type}")
     return tiny(family.model_type, **family.changes)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_feature_maps_in_front_of_rope(name: str) -> None:
+    config, model = replace(HYBRID, feature_inputs="unrotated"), built(FAMILIES[name])
+    if name in NOT_UNROTATED:
+        with pytest.raises(LolcatsError, match="does not rotate its queries and keys by RoPE"):
+            converted(model, config)
+        return
+    student = converted(model, config)
+    assert decode_error(student, 17, 18) < TOLERANCE
+    assert padding_error(student) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from lolcats.config import load_config
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import tasks
 from lolcats.evaluation.harness import Harness, Spec, load_tasks
@@ -54,7 +55,10 @@ def evaluate(model: str, names: list[str], baselines: list[str], device: torch.d
         LolcatsError: an unknown task or baseline, or data that cannot be had; before any model is loaded.
     """
     check_baselines(model, baselines)
-    prepared = prepare(names, _with_lengths(model, names, options), load_tokenizer(find_base(model)))
+    options = _with_lengths(model, names, options)
+    if LONG & set(names) and (warning := beyond_training(model, options.lengths)):
+        say(warning)
+    prepared = prepare(names, options, load_tokenizer(find_base(model)))
     scores: dict[str, list[Score]] = {}
     for system, loaded in systems(model, baselines, device, dtype):
         scores[system] = []
@@ -146,6 +150,21 @@ def _with_lengths(model: str, names: list[str], options: Options) -> Options:
         return options
     path, arguments = find_base(model).arguments
     return replace(options, lengths=reached_lengths(AutoConfig.from_pretrained(path, **arguments)))
+
+
+def beyond_training(model: str, lengths: Sequence[int]) -> str:
+    """A sentence where a run directory's student is to be measured on longer rows than it was trained on; else ''."""
+    own = Path(model) / "config.yaml"
+    if not own.is_file():
+        return ""
+    config = load_config(str(own))
+    trained, longest = config.data.sequence_length, max(lengths)
+    if longest <= trained or config.attention.kind not in ("hybrid", "linear"):
+        return ""
+    return (
+        f"The student was trained on rows of {trained:,} tokens and is measured on up to {longest:,}: do not expect it "
+        "to hold there, least of all with attention.feature_inputs=rotated (docs/theory/long_range.md)."
+    )
 
 
 def reached_lengths(config: Any) -> tuple[int, ...]:

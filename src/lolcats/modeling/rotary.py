@@ -1,4 +1,4 @@
-"""Queries and keys as they were before rotary embedding, for feature maps that know no positions.
+"""Queries and keys as they were in front of RoPE, for feature maps that know no positions.
 
 Families rotate before the attention interface is called. What they rotated by reaches their attention modules as
 ``position_embeddings``; rotating by the negative angle, with their own function, takes it out again.
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling.layer import LinearizedAttention, linearized_layers, override
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
 
 SHIFT = 7  # positions by which the check moves its tokens
+SAME = 0.05  # by which, in 16 bits, q and k without RoPE may differ between positions
 
 
 def keep_rotation(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -27,7 +28,7 @@ def keep_rotation(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def as_attended(module: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q (B, H, T, D) and k (B, G, T, D) as the layer of ``module`` takes them: as they are, or (..., 2D) with what they
-    were in front of RoPE behind them.
+    were in front of RoPE behind them. RoPE that turns some channels turns the first ones.
 
     Raises:
         LolcatsError: the family does not rotate, or not by cosines and sines that its attention modules are given.
@@ -37,17 +38,14 @@ def as_attended(module: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q, k
     rotation, layer.rotation = layer.rotation, None
     rotate = _rotate(sys.modules[type(module).__module__])
-    if rotate is None or not isinstance(rotation, tuple) or len(rotation) != 2:
-        raise LolcatsError(
-            f"{type(module).__name__} shows no rotary embedding that could be taken out: it cannot have "
-            "attention.feature_inputs=unrotated."
-        )
+    if rotate is None or not isinstance(rotation, tuple):
+        raise no_rotation(module, layer.geometry.layer)
     cos, sin = (x.to(q.device).float() for x in rotation)
-    size = cos.square() + sin.square()  # of a rotation that also scales, as YaRN's does, the square of its factor
+    size = cos.square() + sin.square()  # not 1 where cos and sin are scaled (YaRN) or rounded
     turned = cos.shape[-1]
     back = rotate(q[..., :turned].float(), k[..., :turned].float(), cos / size, -sin / size)
-    parts = (torch.cat([x, part.to(x.dtype), x[..., turned:]], -1) for part, x in zip(back, (q, k), strict=True))
-    return next(parts), next(parts)
+    beside = [torch.cat([x, y.to(x.dtype), x[..., turned:]], -1) for x, y in zip((q, k), back, strict=True)]
+    return beside[0], beside[1]
 
 
 def _rotate(family: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
@@ -60,33 +58,37 @@ def _rotate(family: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Ten
 
 @torch.no_grad()
 def check_rotation(model: Any) -> None:
-    """LolcatsError unless every linearized layer's queries and keys come out the same wherever a text stands.
+    """LolcatsError unless q and k without RoPE are found, and are the same wherever a sequence begins.
 
     Attention gives 0 meanwhile, so that what goes into a layer does not depend on positions either.
     """
-    found: list[dict[int, tuple[Tensor, ...]]] = []
-    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
-    for shift in (0, SHIFT):
-        seen: dict[int, tuple[Tensor, ...]] = {}
+    found: list[list[Tensor]] = []
 
-        def observe(layer: LinearizedAttention, call: Any, seen: dict[int, tuple[Tensor, ...]] = seen) -> None:
-            (turned, q), (_, k) = call.q.float().chunk(2, -1), call.k.float().chunk(2, -1)
-            seen[layer.geometry.layer] = q, k, turned
-            call.target.zero_()
+    def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
+        found[-1].append(torch.cat([x[..., x.shape[-1] // 2 :] for x in (call.q, call.k)], 1).float())
+        call.target.zero_()
 
+    layers, training = linearized_layers(model), model.training
+    ids = torch.arange(1, 5, device=model.device)[None]
+    try:
         with override(model, mode="transfer", observer=observe):
-            positions = torch.arange(4, device=model.device)[None] + shift
-            model(input_ids=ids, position_ids=positions, use_cache=False)
-        found.append(seen)
-    for layer in linearized_layers(model):
-        (q, k, turned), (q_moved, k_moved, turned_moved) = (seen[layer.geometry.layer] for seen in found)
-        if _far(q, q_moved) or _far(k, k_moved) or not _far(turned, turned_moved):
-            raise LolcatsError(
-                f"The rotary embedding of layer {layer.geometry.layer} cannot be taken out (there is none, or it is "
-                "applied in another way): attention.feature_inputs=unrotated is not for this model."
-            )
+            for start in (0, SHIFT):
+                found.append([])
+                positions = torch.arange(start, start + 4, device=model.device)[None]
+                model.eval()(input_ids=ids, position_ids=positions, use_cache=False)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise no_rotation(model, layers[len(found[-1])].geometry.layer) from error
+    finally:
+        model.train(training)
+    for layer, first, second in zip(layers, *found, strict=True):
+        if (first - second).norm() > SAME * first.norm():
+            raise no_rotation(model, layer.geometry.layer)
 
 
-def _far(x: Tensor, y: Tensor) -> bool:
-    """Whether they differ by more than rounding to bf16 does."""
-    return float((x - y).norm()) > 0.02 * float(x.norm()) + 1e-9
+def no_rotation(owner: Any, layer: int) -> LolcatsError:
+    """What to say of ``owner``, the model or an attention module of it."""
+    return LolcatsError(
+        f"Layer {layer} of {type(owner).__name__.removeprefix('Lolcats')} does not rotate its queries and keys by RoPE "
+        "as transformers' families do, so that feature maps cannot see them unrotated: use "
+        "attention.feature_inputs=rotated, or keep such layers as softmax (attention.layers)."
+    )

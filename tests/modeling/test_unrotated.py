@@ -1,0 +1,199 @@
+"""attention.feature_inputs=unrotated: feature maps see q and k in front of RoPE, in every mode and for any family."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Glm4Config,
+    GPT2Config,
+    LlamaConfig,
+    Phi3Config,
+    PhiConfig,
+    SmolLM3Config,
+)
+
+import lolcats
+from lolcats.config import AttentionConfig, FinetuneConfig, TransferConfig, load_config
+from lolcats.errors import LolcatsError
+from lolcats.inference.engine import Engine, Request
+from lolcats.inference.sampling import SamplingParams
+from lolcats.modeling.convert import decoder
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
+from lolcats.training.finetune import add_lora
+from lolcats.training.transfer import layer_losses
+
+IDS = torch.randint(6, 300, (2, 60), generator=torch.Generator().manual_seed(0))
+SMALL: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0,
+}  # fmt: skip
+OTHERS: dict[str, Any] = {
+    "interleaved": lambda: CohereConfig(**SMALL),
+    "interleaved, part of the channels": lambda: Glm4Config(**SMALL, head_dim=8, partial_rotary_factor=0.5),
+    "part of the channels": lambda: PhiConfig(**SMALL, partial_rotary_factor=0.5),
+    "fused projections": lambda: Phi3Config(**SMALL),
+    "scaled cos and sin": lambda: LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                  "original_max_position_embeddings": 512},
+    ),
+}  # fmt: skip
+
+
+def converted(model: Any, **changes: Any) -> Any:
+    torch.manual_seed(1)
+    settings = {"window_size": 8, "sinks": 2, "feature_dim": 8, "feature_inputs": "unrotated", **changes}
+    return lolcats.convert(model, AttentionConfig(**settings))
+
+
+def at(start: int) -> Tensor:
+    return torch.arange(start, start + IDS.shape[1]).expand_as(IDS)
+
+
+def other(name: str) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(OTHERS[name](), dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(("family", "q", "k"), [("llama", "q_proj", "k_proj"), ("gemma3", "q_norm", "k_norm")])
+@torch.no_grad()
+def test_maps_see_what_comes_in_front_of_rope(family: str, q: str, k: str) -> None:
+    model, made, seen = converted(tiny_model(family)), [], []
+    for module in model.modules():
+        if isinstance(getattr(module, "lolcats", None), LinearizedAttention):
+            for name in (q, k):
+                getattr(module, name).register_forward_hook(lambda *call: made.append(call[2]))
+
+    def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
+        channels = layer.geometry.head_dim
+        assert call.q.shape[-1] == call.k.shape[-1] == 2 * channels
+        seen.extend((call.q[..., channels:], call.k[..., channels:]))
+
+    with override(model, mode="transfer", observer=observe):
+        decoder(model)(input_ids=IDS, use_cache=False)
+    assert len(seen) == len(made) >= 4
+    for there, here in zip(made, seen, strict=True):
+        there = there.unflatten(-1, (-1, here.shape[-1])).transpose(1, 2) if there.ndim == 3 else there
+        assert_close(here, there, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+@torch.no_grad()
+def test_where_a_sequence_begins_changes_nothing(name: str) -> None:
+    make = other if name in OTHERS else tiny_model
+    logits = [converted(make(name))(IDS, position_ids=at(n), use_cache=False).logits for n in (0, 700)]
+    assert_close(logits[1], logits[0], atol=2e-4, rtol=1e-3)
+    if name == "llama":
+        usual = converted(make(name), feature_inputs="rotated")
+        logits = [usual(IDS, position_ids=at(n), use_cache=False).logits for n in (0, 700)]
+        assert (logits[1] - logits[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": "sliding", "key_maps": "per_kv_head"}, {"kind": "linear"},
+                                     {"layers": {"1": "softmax"}}])  # fmt: skip
+@pytest.mark.parametrize("name", ["llama", "gemma3", "interleaved, part of the channels"])
+@torch.no_grad()
+def test_prefill_and_decode_equal_the_full_forward(name: str, changes: dict[str, Any]) -> None:
+    model = converted(other(name) if name in OTHERS else tiny_model(name), **changes)
+    full = model(IDS, use_cache=False).logits
+    for cuts in ([0, 21, 60], [0, 5, *range(6, 61)]):
+        cache, outputs = None, []
+        for start, stop in pairwise(cuts):
+            out = model(IDS[:, start:stop], past_key_values=cache)
+            cache = out.past_key_values
+            outputs.append(out.logits)
+        assert_close(torch.cat(outputs, 1), full, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_engine(tokenizer: Any) -> None:
+    model = converted(tiny_model())
+    prompt = IDS[0, :30].tolist()
+    expected = model.generate(IDS[:1, :30], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ends: list[Any] = []
+    engine = Engine(model, tokenizer, slots=2)
+    engine.submit(Request(prompt, SamplingParams(max_tokens=12), ends.append))
+    engine.run()
+    assert [token for delta in ends for token in delta.tokens] == expected[0, 30:].tolist()
+
+
+@torch.no_grad()
+def test_reload_equals_memory(tmp_path: Path) -> None:
+    model = converted(tiny_model())
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(layer.spec.unrotated for layer in linearized_layers(again))
+    assert torch.equal(again(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_packed_documents() -> None:
+    model, lengths = converted(tiny_model()), (25, 35)
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand_as(IDS)
+    apart = torch.cat([model(part, use_cache=False).logits for part in IDS.split(lengths, 1)], 1)
+    assert_close(model(IDS, position_ids=positions).logits, apart, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [TransferConfig(), TransferConfig(xent_weight=1.0)])
+def test_losses_do_not_know_positions(config: TransferConfig) -> None:
+    found = []
+    for start in (0, 700):
+        model = converted(tiny_model())
+        losses = layer_losses(model, IDS, config, 1.0, at(start), hidden=[1])
+        found.append([losses, *(x.grad for layer in linearized_layers(model) for x in layer.parameters())])
+    for one, two in zip(*found, strict=True):
+        assert one.abs().max() > 0
+        assert_close(two, one, atol=1e-4, rtol=1e-3)
+
+
+def test_lora_with_gradient_checkpointing() -> None:
+    """Layers are called again in backward, and find their rotation again."""
+    gradients = []
+    for again in (False, True):
+        model = converted(tiny_model())
+        torch.manual_seed(2)
+        peft = add_lora(model, FinetuneConfig(rank=2, learning_rate=1e-3))
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        peft.train()(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in peft.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == 16
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_families_without_rope_are_refused() -> None:
+    learned = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=256)
+    mixed = SmolLM3Config(**{**SMALL, "num_hidden_layers": 4}, no_rope_layers=[1, 0, 1, 1])
+    for config, message in (
+        (learned, "^Layer 0 of GPT2Attention does not rotate"),
+        (mixed, "^Layer 1 of SmolLM3ForCausalLM does"),
+    ):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with pytest.raises(LolcatsError, match=message):
+            converted(model)
+
+
+def test_a_layer_without_rope_may_stay_softmax() -> None:
+    config = SmolLM3Config(**{**SMALL, "num_hidden_layers": 4}, no_rope_layers=[1, 0, 1, 1])
+    model = converted(AutoModelForCausalLM.from_config(config, dtype=torch.float32), layers={"1": "softmax"})
+    assert len(linearized_layers(model)) == 3
+
+
+def test_setting() -> None:
+    assert load_config("default").attention.feature_inputs == "rotated"
+    assert load_config("default", ["attention.feature_inputs=unrotated"]).attention.feature_inputs == "unrotated"
+    with pytest.raises(LolcatsError, match="feature_inputs: expected one of rotated, unrotated"):
+        load_config("default", ["attention.feature_inputs=plain"])
