@@ -41,7 +41,7 @@ from lolcats.modeling.loss import find_head, language_model_loss
 from lolcats.modeling.parallel import tensor_parallel
 from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_config, size_of
 from lolcats.ranks import ranks
-from lolcats.training.distributed import all_reduce_gradients, clip_gradients, materialize, own_device, shard
+from lolcats.training.distributed import all_reduce_gradients, materialize, own_device, shard
 from lolcats.training.finetune import add_lora
 from lolcats.training.trainer import train_only
 from lolcats.training.transfer import layer_losses
@@ -215,7 +215,7 @@ class Bench:
     def update(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
         """End a step as the trainers do; the loss of all ranks."""
         all_reduce_gradients(parameters)
-        clip_gradients(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if self.ranks > 1:

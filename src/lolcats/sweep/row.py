@@ -52,6 +52,7 @@ class Setup:
 def run_key(setup: Setup, row: Row) -> str:
     """What tells a run: base model, data and configuration."""
     config = {k: v for k, v in to_dict(row.config).items() if k not in ("controls", "device", "report_to")}
+    del config["finetune"]["sharding"]
     data = source(setup.sweep, row)
     if data not in setup.identities:
         setup.identities[data] = source_identity(data)
