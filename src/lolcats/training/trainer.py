@@ -36,6 +36,7 @@ from lolcats.training.watch import ADVICE, LossWatch
 COMPLETE = "complete"
 TRAINABLE = "trainable.safetensors"
 BEST = "best.safetensors"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # transformers' names
 SCHEDULES = {
     "reduce_on_plateau": "reduce_lr_on_plateau", "constant": "constant_with_warmup", "linear": "linear",
     "cosine": "cosine",
@@ -142,6 +143,14 @@ class StageTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINABLE
         load_strictly(trainable(self.model), read_tensors(path), path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Through host memory: transformers would have several ranks load onto devices such as ``cpu:0``."""
+        if checkpoint is None or ranks().size == 1:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        for name, target in ((OPTIMIZER, self.optimizer), (SCHEDULER, self.lr_scheduler)):
+            target.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
