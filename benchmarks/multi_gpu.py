@@ -29,6 +29,7 @@ import common
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
+from profiles import profiled
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -41,13 +42,14 @@ from lolcats.modeling.loss import find_head, language_model_loss
 from lolcats.modeling.parallel import tensor_parallel
 from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_config, size_of
 from lolcats.ranks import ranks
-from lolcats.training.distributed import all_reduce_gradients, clip_gradients, materialize, own_device, shard
+from lolcats.training.distributed import all_reduce_gradients, materialize, own_device, shard
 from lolcats.training.finetune import add_lora
 from lolcats.training.trainer import train_only
 from lolcats.training.transfer import layer_losses
 
 SCALING = {2: 0.9, 4: 0.85, 8: 0.8}  # targets: speed of n GPUs against n times one GPU's
 WARM_UP = 2
+LARGER = 3  # times the rows of a micro-batch: does a sharded layer take as long with more to compute?
 TINY_CONFIG = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
                "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 2048}  # fmt: skip
 
@@ -99,12 +101,35 @@ class Bench:
             found = self.measure(step, self.sizes.transfer_rows * self.most * self.sizes.length, self.sizes.steps)
         return found | self.predicted("transfer", self.sizes.models[0], self.sizes.transfer_rows)
 
-    def finetune(self, name: str = "", rows: int = 0, steps: int = 0, recompute: bool = False) -> dict[str, Any]:
-        """Stage 2: LoRA on one GPU, or sharded over all of them (FSDP2)."""
-        name, rows, steps = name or self.sizes.models[0], rows or self.sizes.finetune_rows, steps or self.sizes.steps
-        model = self.build(name, lora=True, sharded=self.ranks > 1)
-        if recompute:
-            model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    def finetune(self) -> dict[str, Any]:
+        """Stage 2, data-parallel: the whole model on each GPU, gradients of LoRA summed."""
+        name, rows = self.sizes.models[0], self.sizes.finetune_rows
+        model = self.build(name, lora=True)
+        with fused_layers(model, True):
+            return self.tune(model, name, rows, self.sizes.steps)
+
+    def sharded(self) -> dict[str, Any]:
+        """Stage 2, the base model sharded over all GPUs (FSDP2): also with larger micro-batches, and one step of each
+        rank looked into."""
+        name, rows = self.sizes.models[0], self.sizes.finetune_rows
+        model = self.build(name, lora=True, sharded=True)
+        with fused_layers(model, True):
+            found = self.tune(model, name, rows, self.sizes.steps, sharded=True)
+            found["profile"] = profiled(self.tuning(model, rows), self.device)
+            common.reset_peak(self.device)
+            if self.predicted("finetune", name, LARGER * rows, sharded=True)["fits"]:
+                found["larger"] = self.tune(model, name, LARGER * rows, self.sizes.large_steps, sharded=True)
+        return found
+
+    def tune(
+        self, model: Any, name: str, rows: int, steps: int, sharded: bool = False, recompute: bool = False
+    ) -> dict[str, Any]:  # fmt: skip
+        """Stage 2 of a model by micro-batches of ``rows``, and what was planned."""
+        found = self.measure(self.tuning(model, rows), rows * self.most * self.sizes.length, steps)
+        return found | self.predicted("finetune", name, rows, recompute, sharded)
+
+    def tuning(self, model: Any, rows: int) -> Callable[[], Tensor]:
+        """An optimizer step of LoRA by micro-batches of ``rows``."""
         lora = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(lora, lr=1e-3, weight_decay=0.0)
         micro_batches, head = self.micro_batches(rows), find_head(model)
@@ -117,17 +142,18 @@ class Bench:
                 losses.append(loss.detach())
             return self.update(lora, optimizer, torch.stack(losses).sum())
 
-        with fused_layers(model, True):
-            found = self.measure(step, rows * self.most * self.sizes.length, steps)
-        return found | self.predicted("finetune", name, rows, recompute)
+        return step
 
     def large(self) -> dict[str, Any]:
         """Stage 2 of the large geometry, where the planner says that its shards fit."""
-        name = self.sizes.models[1]
-        foreseen = self.predicted("finetune", name, self.sizes.large_rows, recompute=True)
+        name, sharded = self.sizes.models[1], self.ranks > 1
+        foreseen = self.predicted("finetune", name, self.sizes.large_rows, recompute=True, sharded=sharded)
         if self.device.type == "cuda" and not foreseen["fits"]:
             return {"missing": f"does not fit: {foreseen['predicted_gib']:.0f} GiB on each GPU by the planner"}
-        return self.finetune(name, self.sizes.large_rows, self.sizes.large_steps, recompute=True)
+        model = self.build(name, lora=True, sharded=sharded)
+        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with fused_layers(model, True):
+            return self.tune(model, name, self.sizes.large_rows, self.sizes.large_steps, sharded, recompute=True)
 
     @torch.no_grad()
     def generate(self) -> dict[str, Any]:
@@ -215,7 +241,7 @@ class Bench:
     def update(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
         """End a step as the trainers do; the loss of all ranks."""
         all_reduce_gradients(parameters)
-        clip_gradients(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if self.ranks > 1:
@@ -244,11 +270,14 @@ class Bench:
             dist.all_reduce(peak, dist.ReduceOp.MAX)
         return peak.item()
 
-    def predicted(self, stage: str, name: str, rows: int, recompute: bool = False) -> dict[str, Any]:
+    def predicted(
+        self, stage: str, name: str, rows: int, recompute: bool = False, sharded: bool = False
+    ) -> dict[str, Any]:  # fmt: skip
         """What ``lolcats plan`` says of this part."""
         config, batch = self.config, {"batch_size": rows * self.most, "micro_batch_size": rows}
         config = replace(config, **{stage: replace(getattr(config, stage), **batch)})
-        config = replace(config, finetune=replace(config.finetune, gradient_checkpointing=recompute))
+        form: Any = {"sharding": "always" if sharded else "never", "gradient_checkpointing": recompute}
+        config = replace(config, finetune=replace(config.finetune, **form))
         memory = torch.cuda.get_device_properties(0).total_memory if self.device.type == "cuda" else 2**40
         machine = Machine(self.ranks, memory, host_memory=2**50)
         plans = plan_transfer if stage == "transfer" else plan_finetune
@@ -265,8 +294,10 @@ def seeded(name: str, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:12], 16))
 
 
+SHARDED = "stage 2, sharded"  # in results before 2026-11-26 that is what "stage 2" of several GPUs was
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "stage 1": Bench.transfer, "stage 2": Bench.finetune, "generation": Bench.generate, "large stage 2": Bench.large,
+    "stage 1": Bench.transfer, "stage 2": Bench.finetune, SHARDED: Bench.sharded, "generation": Bench.generate,
+    "large stage 2": Bench.large,
 }  # fmt: skip
 
 
@@ -274,6 +305,8 @@ def work(sizes: Sizes, device: torch.device, most: int, file: Path, end: float) 
     """One rank: every part that begins before ``end`` (seconds since the epoch), each result added to ``file``."""
     bench = Bench(sizes, device, most)
     for name, part in PARTS.items():
+        if name == SHARDED and bench.ranks == 1:
+            continue
         late = torch.tensor(float(time.time() > end), device=bench.device)
         if bench.ranks > 1:
             dist.all_reduce(late, dist.ReduceOp.MAX)
@@ -287,7 +320,8 @@ def work(sizes: Sizes, device: torch.device, most: int, file: Path, end: float) 
         if bench.rank == 0:
             with file.open("a") as stream:
                 stream.write(json.dumps([bench.ranks, name, found]) + "\n")
-            print(bench.ranks, name, {k: v for k, v in found.items() if k != "losses"}, file=sys.stderr, flush=True)
+            shown = {k: v for k, v in found.items() if k not in ("losses", "profile")}
+            print(bench.ranks, name, shown, file=sys.stderr, flush=True)
         common.free(device)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -334,12 +368,14 @@ def run(command: list[str], seconds: float) -> int:
 def collect(found: list[list[Any]]) -> dict[str, dict[str, Any]]:
     """Part -> number of ranks -> result, with what compares it to one rank's."""
     parts: dict[str, dict[str, Any]] = {}
-    for count, name, result in found:
-        single = parts.get(name, {}).get("1")
+    larger = [[count, f"{name}, larger", result.pop("larger")] for count, name, result in found if "larger" in result]
+    for count, name, result in [*found, *larger]:
+        single = parts.get("stage 2" if name.startswith(SHARDED) else name, {}).get("1")
         if count > 1 and single and "missing" not in single and "missing" not in result:
             if "losses" in result:
-                pairs = zip(result["losses"], single["losses"], strict=True)
-                result["loss_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
+                if result["tokens"] == single["tokens"]:
+                    pairs = zip(result["losses"], single["losses"], strict=True)
+                    result["loss_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
                 result["efficiency"] = result["tokens_per_second"] / count / single["tokens_per_second"]
             for rows, batch in result.get("batches", {}).items():
                 batch["speed_up"] = batch["tokens_per_second"] / single["batches"][rows]["tokens_per_second"]
@@ -359,9 +395,9 @@ def report(results: dict[str, Any]) -> str:
         f"Random weights in bf16; {small}, and {large} with recomputed layers in the large stage 2. Every number "
         f"of GPUs trains on the same rows of {sizes['length']} tokens: {most} micro-batches of "
         f"{sizes['transfer_rows']}, {sizes['finetune_rows']} and (large) {sizes['large_rows']} rows a step. Stage 1 is "
-        "data-parallel, stage 2 "
-        "sharded (FSDP2). Efficiency: tokens/s against one GPU's times the number of GPUs. Peak: PyTorch's allocated "
-        "memory, weights included, of the fullest GPU; planned: what `lolcats plan` says.",
+        f"data-parallel, {kind_of_stage_2(results['parts'])}. "
+        "Efficiency: tokens/s against one GPU's times the number of GPUs. Peak: PyTorch's allocated memory, weights "
+        "included, of the fullest GPU; planned: what `lolcats plan` says.",
         "",
         "| part | GPUs | tokens/s | planned | efficiency | target | losses differ by | peak GiB | planned |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -390,8 +426,35 @@ def report(results: dict[str, Any]) -> str:
             speed_up = f"{batch['speed_up']:.2f}" if "speed_up" in batch else ""
             times = f"{batch['prefill_seconds']:.3f} | {batch['tokens_per_second']:,.1f}"
             lines.append(f"| {count} | {rows} | {times} | {speed_up} |")
+    for found in results["parts"].get(SHARDED, {}).values():
+        lines += profile_lines(found["profile"]) if "profile" in found else []
     lines += [f"\n{count} ranks: {what}." for count, what in results["failures"].items()]
     return "\n".join(lines) + "\n"
+
+
+def kind_of_stage_2(parts: dict[str, Any]) -> str:
+    if SHARDED not in parts:
+        return "stage 2 sharded (FSDP2)"
+    return (
+        "stage 2 data-parallel, too, or sharded (FSDP2), then also with "
+        f"micro-batches {LARGER} times as large, and against one GPU's stage 2; the large one is sharded"
+    )
+
+
+def profile_lines(found: dict[str, Any]) -> list[str]:
+    """One step of the first rank in a sentence; what took longest in short tables."""
+    share = 100 * found["communication_hidden"]
+    lines = [
+        "",
+        f"A sharded step under torch.profiler, first rank: {found['milliseconds']:.0f} ms from the first kernel to the "
+        f"last; GPU busy {found['busy']:.0f}, computing {found['computing']:.0f}, communicating "
+        f"{found['communication']:.0f} ms, of which {share:.0f} % while computing.",
+    ]
+    for name, title in (("host", "host, alone"), ("hooks", "host, with what it calls"), ("gpu", "kernel")):
+        if found[name]:
+            lines += ["", f"| {title} | calls | ms |", "|---|---:|---:|"]
+            lines += [f"| `{what}` | {calls} | {time:.1f} |" for what, calls, time in found[name][:6]]
+    return lines
 
 
 def main() -> None:

@@ -107,16 +107,35 @@ def test_several_gpus(tmp_path: Path) -> None:
     )
     results = json.loads((tmp_path / "multi_gpu.json").read_text())
     assert not results["failures"]
-    assert set(results["parts"]) == {"stage 1", "stage 2", "large stage 2", "generation"}
+    both, sharded = {"stage 1", "stage 2", "large stage 2", "generation"}, "stage 2, sharded"
+    assert set(results["parts"]) == both | {sharded, f"{sharded}, larger"}
     for name, part in results["parts"].items():
-        assert set(part) == {"1", "2"}, name
+        assert set(part) == ({"1", "2"} if name in both else {"2"}), name
         if name != "generation":
             losses = part["2"]["losses"]
             assert losses[-1] < losses[0] - 1e-4
-            assert part["2"]["loss_difference"] < 1e-4
+            assert part["2"]["efficiency"] > 0
+            if not name.endswith("larger"):  # which trains on more rows
+                assert part["2"]["loss_difference"] < 1e-4
+    profile = results["parts"][sharded]["2"]["profile"]
+    hooks = {name: calls for name, calls, _ in profile["hooks"]}
+    assert hooks["FSDP::pre_forward"] == 6  # norm, embedding, two layers, head and head recomputed
+    assert hooks["FSDP::all_gather"] == 6  # all but the head once, and the first layer again
+    assert all(calls > 0 and time > 0 for _, calls, time in (*profile["host"], *profile["hooks"]))
     for rows, batch in results["parts"]["generation"]["2"]["batches"].items():
         assert batch["first_row"] == results["parts"]["generation"]["1"]["batches"][rows]["first_row"]
     assert (tmp_path / "multi_gpu.md").read_text().count("| 2 |") >= 4
+
+
+def test_what_communication_hides() -> None:
+    """10 ms: computing 0 to 4 and 6 to 8, for a while twice; communication 3 to 6 and 9 to 10, 1 of 4 hidden."""
+    profiles = script("profiles")
+    kernels = [("gemm", (0.0, 3.0)), ("norm", (2.0, 4.0)), ("ncclDevKernel_AllGather", (3.0, 6.0)),
+               ("gemm", (6.0, 8.0)), ("ncclDevKernel_AllReduce", (9.0, 10.0))]  # fmt: skip
+    assert profiles.spans(kernels) == {
+        "milliseconds": 10.0, "busy": 9.0, "computing": 6.0, "communication": 4.0, "communication_hidden": 0.25,
+    }  # fmt: skip
+    assert set(profiles.spans([]).values()) == {0.0}
 
 
 @pytest.mark.parametrize("name", ["one_node.sh", "slurm.sbatch", "slurm_blocks.sbatch"])

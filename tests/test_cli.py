@@ -64,7 +64,8 @@ def test_transfer_then_finetune(model_dirs, chat_file: Path, settings, tmp_path:
     assert "Next: lolcats finetune" in invoke(
         "transfer", model_dirs["llama"], "--data", chat_file, "--out", out, *sets(settings)
     )
-    assert "after stage 2" in invoke("finetune", out)
+    assert "expected one of auto, always, never" in invoke("finetune", out, "--sharding", "perhaps", code=2)
+    assert "after stage 2" in invoke("finetune", out, "--sharding", "always")  # by one process: nothing to shard
     for name in ("feature_maps.safetensors", "lora/adapter_model.safetensors", "merged/model.safetensors"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
 

@@ -20,7 +20,8 @@ from lolcats.errors import LolcatsError
 
 T = TypeVar("T")
 
-PLACEMENT = ("order", "block_size", "chunk_tokens")  # of stage 1: where its work is done; they change no result
+PLACEMENT = {"transfer": ("order", "block_size", "chunk_tokens"), "finetune": ("sharding",)}
+"""Settings that say where the work of a stage is done; they change no result."""
 
 Kind = Literal["hybrid", "linear", "window", "softmax"]
 Control = Literal["window_lora", "teacher_lora"]
@@ -203,6 +204,9 @@ class FinetuneConfig(StageConfig):
     """Rate for feature maps and γ in stage 2; 0 keeps them frozen (the paper). Meant for runs without stage 1."""
     gradient_checkpointing: bool = False
     """Keep only each decoder layer's input for backward and compute the layer again: less memory, more time."""
+    sharding: Literal["auto", "always", "never"] = "auto"
+    """On several GPUs: ``always`` shard the base model over them (FSDP2), ``never``: the whole one on each, which is
+    faster; ``auto``: never where a GPU holds it, as ``lolcats plan`` counts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

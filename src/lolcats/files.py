@@ -157,22 +157,7 @@ def load_strictly(target: dict[str, Tensor], source: dict[str, Tensor], path: Pa
             )
     with torch.no_grad():
         for name, tensor in target.items():
-            copy_whole(tensor, source[name])
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded over ranks, which then call this together."""
-    return tensor.full_tensor() if isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor") else tensor
-
-
-def copy_whole(target: Tensor, source: Tensor) -> None:
-    """Copy a whole tensor, the same on all ranks, into one that may be sharded."""
-    if hasattr(target, "placements"):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(target, DTensor)
-        source = distribute_tensor(source.to(target.device, target.dtype), target.device_mesh, target.placements)
-    target.copy_(source)
+            tensor.copy_(source[name])
 
 
 def compare_keys(expected: set[str], found: set[str], path: Path) -> None:

@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lolcats.config import Config, Control, to_yaml
+from lolcats.config import Config, Control, from_dict, to_dict, to_yaml
 from lolcats.data_stats import longest, select
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.attention_maps import FILE, measure_attention
@@ -43,6 +43,7 @@ from lolcats.modeling.checkpoint import (
 from lolcats.modeling.convert import convert, convert_as
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.modeling.skeleton import Skeleton, build_skeleton
+from lolcats.plan.here import shards
 from lolcats.ranks import is_first, ranks
 from lolcats.run import SAMPLE_PROMPT, Run
 from lolcats.training.controls import control, control_directory, train_control
@@ -146,7 +147,7 @@ def _load_converted(
 ) -> tuple[PreTrainedModel, PeftModel | None]:  # fmt: skip
     """The converted model; for stage 2 on several ranks sharded over them, also as a PEFT model."""
     device, dtype = device_and_dtype(config)
-    if for_finetuning and ranks().size > 1:
+    if for_finetuning and shards(inputs.base, config, device, dtype):
         say(f"Loading {inputs.base.path} over {ranks().size} ranks ({dtype}, {device})".replace("torch.", ""))
         wrapped = load_over_ranks(inputs.base, config, dtype, device)
         return wrapped.get_base_model(), wrapped
@@ -177,10 +178,15 @@ def load_whole(session: Session) -> None:
     _measure_final_maps(session)
 
 
-def resume(directory: Path, say: Say = log, controls: Sequence[Control] = ()) -> Session:
-    """The session of an existing run directory, with ``controls`` added to what it is to have."""
+def resume(
+    directory: Path, say: Say = log, controls: Sequence[Control] = (), sharding: str = ""
+) -> Session:  # fmt: skip
+    """The session of an existing run directory, with ``controls`` added to what it is to have, and with another
+    ``finetune.sharding`` if one is given."""
     run = Run.open(directory)
-    config = replace(run.config, controls=[*run.config.controls, *controls])
+    settings = to_dict(replace(run.config, controls=[*run.config.controls, *controls]))
+    settings["finetune"] |= {"sharding": sharding} if sharding else {}
+    config = from_dict(Config, settings)
     inputs = Inputs(run.base.path, trust=config.trust_remote_code)
     return start(inputs, run.record["data"]["source"], directory, config, say)
 
@@ -286,7 +292,10 @@ def run_finetune(session: Session) -> None:
         model = _reload(session, load_quantized)
     session.say(_headline(session, "Stage 2: low-rank linearizing", "finetune"))
     started = time.time()
-    wrapped, result = finetune(session.wrapped or model, session.data, session.config, out)
+    config = session.config
+    if session.wrapped is None and shards(run.base, config, *device_and_dtype(config)):
+        config = replace(config, finetune=replace(config.finetune, sharding="always"))
+    wrapped, result = finetune(session.wrapped or model, session.data, config, out)
     save_lora(wrapped, run.base, out / LORA)
     if session.config.finetune.feature_map_learning_rate > 0:
         save_feature_maps(wrapped, out / FEATURE_MAPS)
@@ -334,7 +343,7 @@ def finish(session: Session, merge: bool = True, pictures: bool = True) -> None:
     measure_maps(session, "student")  # feature maps that were trained in stage 2 as well
     if merge and is_sharded(model):
         session.say(f"No merged model: its parts are on several ranks. lolcats export {out} --merge --out MERGED")
-    elif merge and not (out / "merged").is_dir():
+    elif merge and is_first() and not (out / "merged").is_dir():
         session.say(f"Writing {out / 'merged'}")
         export_merged(model, session.tokenizer, out / "merged")
     if not is_first():

@@ -48,8 +48,8 @@ class Run:
             run = cls.open(directory)
             asked = {"controls": list(dict.fromkeys([*run.config.controls, *config.controls]))}  # may be added later
             known = {**run.record, "config": {**to_dict(run.config), **asked}}  # newer settings have their defaults
-            transfer = identity["config"]["transfer"]
-            known["config"]["transfer"] |= {key: transfer[key] for key in PLACEMENT}
+            for stage, keys in PLACEMENT.items():
+                known["config"][stage] |= {key: identity["config"][stage][key] for key in keys}
             identity["config"] |= asked
             if changed := _difference(known, identity):
                 raise LolcatsError(

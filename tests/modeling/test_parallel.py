@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,41 @@ def on_two_ranks(root: Path) -> None:
     for name in ("query", "kv"):  # a model in memory
         model = tensor_parallel(student(settings=MAPS[name]), init_device_mesh("cpu", (2,)))
         assert_same(answers(model), torch.load(root / f"{name}.pt"))
+    assert_wrappers_are_for_gradients()
     with pytest.raises(LolcatsError, match="1 key/value heads, which 2 ranks cannot share"):
         tensor_parallel(student(num_key_value_heads=1), init_device_mesh("cpu", (2,)))
     dist.barrier()
+
+
+def assert_wrappers_are_for_gradients() -> None:
+    """Split layers take transformers' way with gradients alone; logits are the same in both, and biases count once."""
+    model = student(attention_bias=True, mlp_bias=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.linspace(-0.5, 0.5, parameter.numel()))
+    expected = answers(model)["whole"]
+    model = tensor_parallel(model, init_device_mesh("cpu", (2,)))
+    used: list[str] = []
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and isinstance(m.forward, partial)]
+    assert len(layers) == 2 * 7
+    for layer in layers:
+        linear, wrapped, group = layer.forward.args
+
+        def noting(x: Tensor, wrapped: Any = wrapped) -> Tensor:
+            used.append("wrapper")
+            return wrapped(x)
+
+        layer.forward = partial(layer.forward.func, linear, noting, group)
+    x = inputs()
+    with torch.no_grad():
+        plain = model(**x, use_cache=False).logits
+    assert not used
+    with_gradients = model(**x, use_cache=False).logits
+    assert len(used) == len(layers)
+    real = x["attention_mask"].bool()
+    torch.testing.assert_close(plain[real], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(with_gradients[real].detach(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_two_ranks_give_the_same_logits(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stage 2 sharded over gloo processes: the same losses, checkpoints and adapter as in one process."""
+"""Stage 2 over gloo processes, sharded or whole on each: losses, checkpoints and adapter of one process."""
 
 from __future__ import annotations
 
@@ -13,30 +13,23 @@ import torch.distributed as dist
 from conftest import SETTINGS, tiny_model
 from ranks import run_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.profiler import profile
 
 import lolcats
 from lolcats.config import Config, load_config
 from lolcats.errors import Interrupted, LolcatsError
-from lolcats.files import read_tensors, whole
+from lolcats.files import read_tensors
 from lolcats.inputs import Inputs
-from lolcats.modeling.base import Base
+from lolcats.modeling.base import Base, find_base
 from lolcats.modeling.checkpoint import load, save_lora
+from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import decoder_layers, linearized_layers
 from lolcats.modeling.loss import gathered
 from lolcats.pipeline import finish, resume, run_finetune, run_transfer, start
+from lolcats.plan.here import shards
 from lolcats.training.data import Data
-from lolcats.training.distributed import (
-    SHARDED,
-    all_reduce_gradients,
-    clip_gradients,
-    is_sharded,
-    load_sharded,
-    own_device,
-    save_sharded,
-)
+from lolcats.training.distributed import all_reduce_gradients, is_sharded, own_device
 from lolcats.training.finetune import finetune
 from lolcats.training.trainer import BestKeeper, newest_checkpoint, training_arguments
 
@@ -44,6 +37,8 @@ STOP = 2  # steps after which runs are interrupted
 PLAIN = [*SETTINGS, "attention.key_maps=per_kv_head"]
 TRAINED_MAPS = [*PLAIN, "finetune.feature_map_learning_rate=1e-2", "finetune.gradient_checkpointing=true",
                 "finetune.schedule=reduce_on_plateau"]  # fmt: skip
+SHARDED, WHOLE = "finetune.sharding=always", "finetune.sharding=never"
+FORMS = {"": SHARDED, "_whole": WHOLE}
 
 
 def data() -> Data:
@@ -89,40 +84,53 @@ def assert_same_run(one: Path, other: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def finetune_run(directory: Path) -> None:
+def finetune_run(directory: Path, sharding: str = "") -> None:
     """``lolcats finetune DIR``, twice: the second time there is nothing left to train."""
     for _ in range(2):
-        session = resume(directory, say=lambda text: None)
+        session = resume(directory, say=lambda text: None, sharding=sharding)
         run_finetune(session)
         finish(session, pictures=False)
-        assert is_sharded(session.model) == dist.is_initialized()
+        assert is_sharded(session.model) == (sharding == "always")
 
 
 def on_two_ranks(root: Path) -> None:
-    finetune_run(root / "run_two")
-    wrapped, _ = tune(root / "two", PLAIN)
-    assert_sharded(wrapped)
-    tune(root / "two_maps", TRAINED_MAPS)
-    tune(root / "two_tied", PLAIN, tied=True)
-    for name in ("two_then_one", "two_then_four"):
+    finetune_run(root / "run_two", "always")
+    finetune_run(root / "run_two_whole", "never")
+    for form, setting in FORMS.items():
+        wrapped, _ = tune(root / f"two{form}", [*PLAIN, setting])
+        if setting == SHARDED:
+            assert_sharded(wrapped)
+        else:
+            assert not is_sharded(wrapped)
+            assert_same_everywhere(wrapped)
+        tune(root / f"two_maps{form}", [*TRAINED_MAPS, setting])
+        tune(root / f"two_tied{form}", [*PLAIN, setting], tied=True)
         with pytest.raises(Interrupted):
-            tune(root / name, PLAIN, stop=True)
-    tune(root / "one_then_two", PLAIN)  # begun by one process
-    assert_gradients_and_clip()
-    assert_round_trip(root / "round_trip")
+            tune(root / f"two_then_one{form}", [*PLAIN, setting], stop=True)
+        tune(root / f"one_then_two{form}", [*PLAIN, setting])  # begun by one process
+    for name, first, then in (("sharded_then_whole", SHARDED, WHOLE), ("whole_then_sharded", WHOLE, SHARDED)):
+        with pytest.raises(Interrupted):
+            tune(root / name, [*PLAIN, first], stop=True)
+        tune(root / name, [*PLAIN, then])
+    with pytest.raises(Interrupted):
+        tune(root / "two_then_four", [*PLAIN, SHARDED], stop=True)
+    assert_gradients()
+    assert_who_shards(root)
     with pytest.raises(LolcatsError, match="cannot be shared by 2 ranks"):
         training_arguments(load_config("default", ["finetune.micro_batch_size=8"]).finetune, root, 0,
                            torch.device("cpu"), [])  # fmt: skip
 
 
 def assert_sharded(wrapped: Any) -> None:
-    """Base and LoRA are DTensors of which each rank has a part, feature maps are not."""
+    """Frozen weights are DTensors of which each rank has a part; feature maps and LoRA are not."""
     model = wrapped.get_base_model()
-    maps = {p for layer in linearized_layers(model) for p in layer.parameters()}
-    assert maps
-    assert not [p for p in maps if isinstance(p, DTensor)]
-    others = [p for p in model.parameters() if p not in maps]
-    assert all(isinstance(p, DTensor) for p in others)
+    forward_and_backward(model)  # behind which every weight is sharded again
+    assert_gathers(model)
+    kept = {p for layer in linearized_layers(model) for p in layer.parameters()}
+    kept |= {p for name, p in model.named_parameters() if "lora_" in name}
+    assert len(kept) == 2 * 3 + 2 * 8  # of each layer maps and gate, LoRA of q, k, v and o
+    assert not [p for p in kept if isinstance(p, DTensor)]
+    assert all(isinstance(p, DTensor) for p in model.parameters() if p not in kept)
     large = decoder_layers(model)[0].mlp.up_proj.weight
     assert large.to_local().numel() * 2 == large.numel()
     head = model.get_output_embeddings()
@@ -130,44 +138,63 @@ def assert_sharded(wrapped: Any) -> None:
         assert not isinstance(head.weight, DTensor)
         assert head.weight.shape == (320, 32)
     assert isinstance(head.weight, DTensor)
+    assert_same_everywhere(wrapped)
 
 
-def assert_gradients_and_clip() -> None:
-    """Sharded and whole parameters: one norm over all, and means of gradients over ranks."""
+def forward_and_backward(model: Any) -> None:
+    model.get_output_embeddings()(decoder(model)(input_ids=data().test)[0]).sum().backward()
+    model.zero_grad()
+
+
+def assert_gathers(model: Any) -> None:
+    """Forward gathers norm, embedding, two layers and head, backward the first layer alone; it sums no gradients: those
+    of LoRA wait for the end of the step."""
+    with profile() as profiler:
+        forward_and_backward(model)
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["c10d::_allgather_base_"] == 6
+    assert "c10d::_reduce_scatter_base_" not in counts
+
+
+def assert_same_everywhere(wrapped: Any) -> None:
+    """Every rank has made the same updates, to the last bit."""
+    own = torch.cat([p.detach().flatten() for p in wrapped.parameters() if p.requires_grad])
+    first = own.clone()
+    dist.broadcast(first, 0)
+    assert torch.equal(own, first)
+
+
+def assert_gradients() -> None:
+    """Means of gradients over ranks."""
     torch.manual_seed(0)
-    parts = nn.ModuleList([nn.Linear(6, 4), nn.Linear(4, 3)])
-    single = nn.ModuleList([nn.Linear(6, 4), nn.Linear(4, 3)])
-    single.load_state_dict(parts.state_dict())
-    fully_shard(parts[0], mesh=init_device_mesh("cpu", (2,)))
+    layer, single = nn.Linear(6, 4), nn.Linear(6, 4)
+    single.load_state_dict(layer.state_dict())
     x = torch.randn(2, 5, 6)
-    parts[1](parts[0](x[dist.get_rank()])).pow(2).mean().backward()
-    single[1](single[0](x)).pow(2).mean().backward()
-    all_reduce_gradients(parts.parameters())
-    norm = clip_gradients(parts.parameters(), 0.01)
-    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(single.parameters(), 0.01))
-    for ours, theirs in zip(parts.parameters(), single.parameters(), strict=True):
-        torch.testing.assert_close(whole(ours.grad), theirs.grad)
+    layer(x[dist.get_rank()]).pow(2).mean().backward()
+    single(x).pow(2).mean().backward()
+    all_reduce_gradients(layer.parameters())
+    for ours, theirs in zip(layer.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def assert_round_trip(directory: Path) -> None:
-    """A checkpoint gives the optimizer back what it had; a damaged one is a sentence."""
-    model = fully_shard(nn.Linear(6, 4), mesh=init_device_mesh("cpu", (2,)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model(torch.ones(3, 6)).sum().backward()
-    optimizer.step()
-    before = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
-    save_sharded(directory, model, optimizer)
-    optimizer.step()
-    load_sharded(directory, model, optimizer)
-    for parameter, state in before.items():
-        for name, value in state.items():
-            torch.testing.assert_close(whole(optimizer.state[parameter][name]), whole(value))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        next(directory.glob("*.distcp")).write_bytes(b"")
-    dist.barrier()
-    with pytest.raises(LolcatsError, match="is damaged, or not of this model"):
-        load_sharded(directory, model, optimizer)
+def assert_who_shards(root: Path) -> None:
+    """Left open, the model is sharded where it does not fit; all ranks do what one of them must."""
+    base, cpu = find_base(str(root / "model")), torch.device("cpu")
+
+    def answer(sharding: str, memory: list[int], source: Base = base) -> bool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lolcats.plan.here.free_host_memory", lambda: memory[dist.get_rank()])
+            return shards(
+                source, load_config("default", [*SETTINGS, f"finetune.sharding={sharding}"]), cpu, torch.float32
+            )
+
+    much, little = 16 * 2**30, 2**20
+    assert not answer("auto", [much, much])
+    assert answer("auto", [little, little])
+    assert answer("auto", [much, little])
+    assert answer("always", [much, much])
+    assert not answer("never", [little, little])
+    assert answer("auto", [much, much], Base(str(root / "nothing"), "directory", ""))  # cannot be counted
 
 
 @pytest.fixture(scope="module")
@@ -177,56 +204,67 @@ def root(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path], 
     config = load_config("default", SETTINGS)
     session = start(Inputs(str(model_dirs["llama"])), str(chat_file), root / "run_one", config, lambda text: None)
     run_transfer(session)
-    shutil.copytree(root / "run_one", root / "run_two")
+    for form in FORMS:
+        shutil.copytree(root / "run_one", root / f"run_two{form}")
+    (root / "model").symlink_to(model_dirs["llama"])
     finetune_run(root / "run_one")
     tune(root / "one", PLAIN)
     tune(root / "one_maps", TRAINED_MAPS)
     tune(root / "one_tied", PLAIN, tied=True)
-    with pytest.raises(Interrupted):
-        tune(root / "one_then_two", PLAIN, stop=True)
+    for form in FORMS:
+        with pytest.raises(Interrupted):
+            tune(root / f"one_then_two{form}", PLAIN, stop=True)
     run_ranks(2, on_two_ranks, root)
     return root
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["", "_maps", "_tied"])
-def test_two_ranks_are_one_process(kind: str, root: Path) -> None:
-    assert_same_run(root / f"one{kind}", root / f"two{kind}")
+def test_two_ranks_are_one_process(kind: str, form: str, root: Path) -> None:
+    assert_same_run(root / f"one{kind}", root / f"two{kind}{form}")
 
 
-def test_a_run_is_finetuned_by_two_ranks(root: Path) -> None:
-    """The base model is read in parts; LoRA, losses and measurements are those of one process."""
-    one, two = root / "run_one", root / "run_two"
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_is_finetuned_by_two_ranks(form: str, root: Path) -> None:
+    """LoRA, losses and measurements are those of one process; where every rank has all weights, so is all it leaves."""
+    one, two = root / "run_one", root / f"run_two{form}"
     assert_same_run(one, two)
-    ours, theirs = (json.loads((path / "run.json").read_text())["results"] for path in (one, two))
+    ours, theirs = (json.loads((path / "run.json").read_text()) for path in (one, two))
+    assert theirs["config"]["finetune"]["sharding"] == ("never" if form else "always")
+    ours, theirs = ours["results"], theirs["results"]
     assert ours.keys() == theirs.keys()
     for name in ("ppl_teacher", "ppl_student", "ppl_linear_off"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
     assert (one / "merged").is_dir()
-    assert not (two / "merged").exists()
+    assert (two / "merged").exists() == (form == "_whole")
     assert not list(two.glob("*.partial*"))
-    ids = data().test
-    logits = [load(path)(ids).logits for path in (one, two)]
-    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    ids, places = data().test, [one, two, *([two / "merged"] if form else [])]
+    logits = [load(path)(ids).logits for path in places]
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], rtol=1e-4, atol=1e-4)
 
 
-def test_checkpoint_of_two_ranks_continues_in_one_process(root: Path) -> None:
-    directory = root / "two_then_one"
+@pytest.mark.parametrize("form", FORMS)
+def test_checkpoint_of_two_ranks_continues_in_one_process(form: str, root: Path) -> None:
+    """It is that of one process: what trains, whole, once."""
+    directory = root / f"two_then_one{form}"
     checkpoint = newest_checkpoint(directory / "checkpoints" / "finetune")
     assert checkpoint is not None
-    assert len(list((checkpoint / SHARDED).glob("*.distcp"))) == 2
-    assert not list(checkpoint.glob("*.safetensors"))
+    assert len(list(checkpoint.glob("*.safetensors"))) == 1
+    assert not [path for path in checkpoint.iterdir() if path.is_dir()]
     tune(directory, PLAIN)
     assert_same_run(root / "one", directory)
 
 
 @pytest.mark.slow
 def test_checkpoint_of_two_ranks_continues_on_four(root: Path) -> None:
-    run_ranks(4, tune, root / "two_then_four", [*PLAIN, "finetune.micro_batch_size=1"])
+    run_ranks(4, tune, root / "two_then_four", [*PLAIN, SHARDED, "finetune.micro_batch_size=1"])
     assert_same_run(root / "one", root / "two_then_four")
 
 
-def test_checkpoint_of_one_process_continues_on_two_ranks(root: Path) -> None:
-    assert_same_run(root / "one", root / "one_then_two")
+@pytest.mark.parametrize("name", ["one_then_two", "one_then_two_whole", "sharded_then_whole", "whole_then_sharded"])
+def test_checkpoints_continue_on_two_ranks_in_either_form(name: str, root: Path) -> None:
+    assert_same_run(root / "one", root / name)
 
 
 def test_one_process_needs_no_process_group(tmp_path: Path) -> None:

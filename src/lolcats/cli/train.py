@@ -76,13 +76,15 @@ def transfer(
 
 @command
 def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True,
-             controls: Controls = False) -> None:  # fmt: skip
-    """Stage 2 alone: LoRA, in a run directory that attention transfer has finished. Under torchrun sharded (FSDP2)."""
+             controls: Controls = False,
+             sharding: Annotated[str, typer.Option(help="Of the base model over several GPUs: auto, always, never. "
+                                                        "Without: as the run was begun.")] = "") -> None:  # fmt: skip
+    """Stage 2 alone: LoRA, in a run directory that attention transfer has finished. Under torchrun on several GPUs."""
     from lolcats.config import Control
     from lolcats.pipeline import finish, resume, run_controls, run_finetune
     from lolcats.ranks import is_first
 
-    session = resume(directory, controls=get_args(Control) if controls else ())
+    session = resume(directory, controls=get_args(Control) if controls else (), sharding=sharding)
     run_controls(session)
     run_finetune(session)
     finish(session, merge)

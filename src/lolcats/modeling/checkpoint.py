@@ -28,7 +28,6 @@ from lolcats.files import (
     load_strictly,
     read_checksums,
     read_tensors,
-    whole,
     whole_directory,
     write_tensors,
     write_text,
@@ -151,11 +150,11 @@ def spread(model: PreTrainedModel, device_map: Any) -> PreTrainedModel:
 
 
 def save_lora(model: Any, base: Base, directory: Path) -> None:
-    """Write the LoRA of a PEFT model in PEFT's format, whole or not at all. Of a sharded one, all ranks call it."""
-    model.peft_config["default"].base_model_name_or_path = base.path
-    weights = {name: whole(p) for name, p in model.state_dict().items() if "lora_" in name}
+    """Write the LoRA of a PEFT model in PEFT's format, whole or not at all; of several ranks, the first writes."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
+    model.peft_config["default"].base_model_name_or_path = base.path
+    weights = {name: p for name, p in model.named_parameters() if "lora_" in name}  # FSDP2 reshards at state_dict()
     with whole_directory(directory) as unfinished:
         model.save_pretrained(unfinished, save_embedding_layers=False, state_dict=weights)
         seal_lora(unfinished, read_tensors(unfinished / LORA_WEIGHTS))

@@ -47,6 +47,9 @@ class Speeds:
     the host, which keeps up better with larger layers."""
     chunked_ns: float = 47.8
     """Stage 1 on the chunked path."""
+    sharded_layer: float = 11.9e-3
+    """Seconds that a decoder layer of a sharded model takes at least, forward and backward, however little it
+    computes: 8B on two H200, 2026-11-25 (``results/multi_gpu.json``), with LoRA sharded too, which it no longer is."""
     link: float = 300e9
     """Bytes a second that a GPU receives in all-gathers inside a node (NVLink). Assumed, not measured."""
     network: float = 40e9
@@ -324,43 +327,57 @@ def checkpoints(parameters: float) -> float:
 
 
 def plan_finetune(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds | None = None) -> list[Plan]:
-    """Stage 2 as the recipe has it and with recomputed layers, on one GPU or sharded over all of them (FSDP2)."""
-    speeds = speeds or Speeds()
+    """Stage 2 as the recipe has it and with recomputed layers; on several GPUs with the whole base model on each, and
+    with it sharded over all of them (FSDP2), unless ``finetune.sharding`` says which."""
     variants = [config]
     if not config.finetune.gradient_checkpointing:
         variants.append(replace(config, finetune=replace(config.finetune, gradient_checkpointing=True)))
-    return [checked(lora(size, variant, machine, work, speeds), machine) for variant in variants]
+    forms = {"always": [True], "never": [False], "auto": [False, True]}[config.finetune.sharding]
+    forms = forms if machine.gpus > 1 else [False]
+    plans = [lora(size, variant, machine, work, speeds, sharded) for sharded in forms for variant in variants]
+    return [checked(plan, machine) for plan in plans]
 
 
-def lora(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds) -> Plan:
-    """LoRA on one GPU, or with base, LoRA and its moments sharded over all of them."""
-    stage, length, ranks = config.finetune, config.data.sequence_length, machine.gpus
+def lora(
+    size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds | None = None, sharded: bool = False
+) -> Plan:  # fmt: skip
+    """LoRA with the whole base model on every GPU, or with it sharded over all of them."""
+    speeds, stage, length, ranks = speeds or Speeds(), config.finetune, config.data.sequence_length, machine.gpus
     rows = rows_each("finetune", stage, ranks)
     weights = 2.0 * size.total
-    shards = weights / ranks if size.head else 2.0 * (size.decoder / ranks + size.embedding)  # tied: not sharded
+    held = weights
+    if sharded:
+        held = weights / ranks if size.head else 2.0 * (size.decoder / ranks + size.embedding)  # tied: not sharded
     layer, trains_maps = finetune_activations(size, rows, length), stage.feature_map_learning_rate > 0
     kept = 2.0 * rows * length * size.hidden if stage.gradient_checkpointing else layer
-    gathered = GATHERED * 2.0 * size.layer if ranks > 1 else 0.0
+    gathered = GATHERED * 2.0 * size.layer if sharded else 0.0
     in_backward = gathered + (layer if stage.gradient_checkpointing else 0) + 2.0 * rows * length * size.mlp
-    in_head = head_memory(size, rows, length) + (2.0 * size.head if ranks > 1 else 0)
+    in_head = head_memory(size, rows, length) + (2.0 * (size.head + size.layer) if sharded else 0)
     gpu = {
-        "weights": shards, "feature maps": adam(size.maps) if trains_maps else 4.0 * size.maps,
-        "LoRA, gradients, Adam": adam(size.lora) / ranks, "activations kept for backward": kept * size.layers,
+        "weights": held, "feature maps": adam(size.maps) if trains_maps else 4.0 * size.maps,
+        "LoRA, gradients, Adam": adam(size.lora), "activations kept for backward": kept * size.layers,
         "gathered layers or logits": max(in_backward, in_head), "workspace": WORKSPACE,
     }  # fmt: skip
-    loading = weights if ranks == 1 else 2.0 * max(size.embedding, size.head, size.layer) * machine.ranks
-    host = {"processes": PROCESS * machine.ranks, "weights while loading": loading}
+    loading = 2.0 * max(size.embedding, size.head, size.layer) if sharded else weights
+    host = {"processes": PROCESS * machine.ranks, "weights while loading": loading * machine.ranks}
     seconds = {"computing": work.finetune_tokens * finetune_token(size, config, speeds) / ranks
                * with_evaluation(config, stage)}  # fmt: skip
-    if ranks > 1:  # weights are gathered in forward and again in backward, for every micro-batch
+    if ranks > 1:  # once a step, which nothing hides
+        trained = size.lora + (size.maps if trains_maps else 0)
+        steps = work.finetune_tokens / (stage.batch_size * length)
+        seconds["computing"] += steps * 2 * 4.0 * trained * (ranks - 1) / ranks / machine.gather_speed(speeds)
+    if sharded:  # weights are gathered in forward and again in backward, for every micro-batch
         micro_batches = work.finetune_tokens / (rows * length * ranks)
         gathers = 2 * weights * (ranks - 1) / ranks
         seconds["gathering"] = micro_batches * gathers / machine.gather_speed(speeds)
+        seconds["handling shards"] = micro_batches * size.layers * speeds.sharded_layer
     seconds["reading"] = weights / machine.read_speed
     disk = {"model": weights, "checkpoints": checkpoints(size.lora), "merged model": weights}
     settings = ["finetune.gradient_checkpointing=true"] if stage.gradient_checkpointing else []
     settings += [f"finetune.micro_batch_size={rows}"] if rows != stage.micro_batch_size else []
-    form = ("FSDP2" if ranks > 1 else "one GPU") + (", recomputed" if stage.gradient_checkpointing else "")
+    settings += [f"finetune.sharding={'always' if sharded else 'never'}"] if ranks > 1 else []
+    form = "sharded (FSDP2)" if sharded else "whole on each GPU" if ranks > 1 else "one GPU"
+    form += ", recomputed" if stage.gradient_checkpointing else ""
     return Plan("stage 2", form, work.finetune_tokens, gpu, host, disk, weights, seconds, settings)
 
 

@@ -26,7 +26,7 @@ from lolcats.sweep.plan import Row, Sweep
 from lolcats.sweep.table import HELD_OUT, LINEAR_OFF, WINDOW, WINDOW_SINKS
 
 LOCKS = "locks"
-LATER = {("attention", "feature_inputs"): "rotated"}
+LATER = {("attention", "feature_inputs"): "rotated", ("finetune", "sharding"): "auto"}
 """Settings that are younger than results that are kept, with what was done before: these have the same keys as ever."""
 OF_TRANSFER = ("layer_errors_before", "layer_errors_after", "ppl_transfer")
 HELD_OUT_KEYS = {

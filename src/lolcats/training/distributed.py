@@ -1,36 +1,27 @@
-"""Stage 2 on several GPUs: FSDP2 shards the base model and LoRA; checkpoints that any number of ranks continues.
+"""Stage 2 on several GPUs: what trains lies whole on every rank; the frozen base model does, too, or FSDP2 shards it.
 
-Every rank holds a slice of each base weight and of LoRA with its optimizer state; a layer is gathered when it computes.
-Feature maps are 0.2 % of the parameters and lie whole on every rank. torchrun starts the ranks; the same code runs on
-CPUs (gloo) and GPUs (nccl).
+LoRA and feature maps are below 1 % of the parameters: their gradients are summed once an optimizer step, and a
+checkpoint is that of one process. Of a sharded base model every rank holds a slice of each weight; a layer is gathered
+when it computes. torchrun starts the ranks; the same code runs on CPUs (gloo) and GPUs (nccl).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
-from lolcats.errors import LolcatsError
-from lolcats.files import copy_whole, whole
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import decoder_layers, linearized_layers
 from lolcats.modeling.weights import Shards
 from lolcats.ranks import ranks
-
-SHARDED = "sharded"  # directory of a checkpoint that torch.distributed.checkpoint wrote
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -40,22 +31,37 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def shard(model: PreTrainedModel, device: torch.device, mesh: DeviceMesh | None = None) -> PreTrainedModel:
-    """Shard a converted model (with the LoRA it may carry) over all ranks, in place.
+    """Shard what is frozen of a converted model over all ranks, in place; feature maps and what trains stay whole.
 
     Units: each decoder layer, the embedding, the output layer, the rest of the decoder. The trainers call the decoder
     and the output layer themselves, so those two are the roots, not the model. Tied embeddings stay whole. Parameters
     may be on the meta device: see :func:`materialize`.
     """
     mesh = mesh if mesh is not None else init_device_mesh(device.type, (ranks().size,))
-    maps = {p for layer in linearized_layers(model) for p in layer.parameters()}
+    kept = {p for layer in linearized_layers(model) for p in layer.parameters()}
+    kept |= {p for p in model.parameters() if p.requires_grad}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is head.weight:
-        maps.add(embedding.weight)
+        kept.add(embedding.weight)
     for unit in (*decoder_layers(model), embedding, head):
-        if any(p not in maps for p in unit.parameters()):
-            fully_shard(unit, mesh=mesh, ignored_params=maps)
-    fully_shard(decoder(model), mesh=mesh, ignored_params=maps)
+        if any(p not in kept for p in unit.parameters()):
+            fully_shard(unit, mesh=mesh, ignored_params=kept)
+    fully_shard(decoder(model), mesh=mesh, ignored_params=kept)
+    _order_gathers(embedding, decoder_layers(model))
     return model
+
+
+def _order_gathers(embedding: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Start a layer's gather before the layer in front of it is launched, which takes the host long; none in vain.
+
+    FSDP2 would gather the frozen embedding for a backward that does nothing there, and the last layer twice in a row.
+    """
+    units = [unit for unit in (embedding, *layers) if isinstance(unit, FSDPModule)]
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
+    units[-1].set_reshard_after_forward(False, recurse=False)
+    if isinstance(embedding, FSDPModule):
+        embedding.set_unshard_in_backward(False)
 
 
 def materialize(model: nn.Module, device: torch.device, fill: Callable[[str, Tensor], None]) -> None:
@@ -86,68 +92,19 @@ def fill_part(parameter: Tensor, source: Shards, name: str) -> None:
         parameter.to_local().copy_(source.read_part(name, cut[0], start, stop))
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether this rank holds parts of the model's parameters."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace gradients by their mean over all ranks; those of sharded parameters are that already."""
+    """Replace gradients by their mean over all ranks."""
     if ranks().size == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     ranks().sum(gradients)
     for gradient in gradients:
         gradient /= ranks().size
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Norm of all gradients together, to which they are clipped; some may be sharded and some whole."""
-    with_gradient = [p for p in parameters if p.grad is not None]
-    sharded = [p for p in with_gradient if isinstance(p.grad, DTensor)]
-    others = [p for p in with_gradient if not isinstance(p.grad, DTensor)]
-    norms = [get_total_norm([p.grad for p in part if p.grad is not None]) for part in (sharded, others) if part]
-    total = torch.linalg.vector_norm(torch.stack([whole(norm) for norm in norms]))
-    if max_norm > 0:
-        for part in (sharded, others):
-            clip_grads_with_norm_(part, max_norm, total)
-    return total
-
-
-def save_sharded(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write what trains and its optimizer state, each rank its own part. All ranks call it together."""
-    state_dict_saver.save(_state(model, optimizer), checkpoint_id=directory)
-
-
-def load_sharded(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Read a checkpoint that any number of ranks wrote into the ranks there are; LolcatsError if it is damaged."""
-    state = _state(model, optimizer)
-    try:
-        state_dict_loader.load(state, checkpoint_id=directory)
-    except (CheckpointException, RuntimeError, OSError, KeyError, ValueError) as error:
-        raise LolcatsError(f"{directory} is damaged, or not of this model ({str(error).splitlines()[0]}).") from error
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-
-
-def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimizer over sharded parameters the ``state_dict`` that one process saved."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if value.shape == parameters[index].shape and isinstance(parameters[index], DTensor):
-                entries[name] = torch.zeros_like(parameters[index])
-                copy_whole(entries[name], value)
-    optimizer.load_state_dict(state)
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return {"model": trained, "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
 def any_rank(value: bool, device: torch.device) -> bool:

@@ -38,7 +38,8 @@ def finetune(
 ) -> tuple[PeftModel, StageResult]:  # fmt: skip
     """Wrap ``model`` with LoRA (PEFT) and train it; only LoRA matrices train unless the recipe says otherwise.
 
-    Under torchrun the model is sharded over all ranks first, unless it is (:func:`load_over_ranks`), and stays so.
+    Under torchrun every rank trains its copy of the model on its rows, and ends with the same; with
+    ``finetune.sharding=always`` the model is sharded over all ranks first, and stays so.
 
     Args:
         model: converted, in any float dtype; LoRA matrices are fp32.
@@ -53,7 +54,7 @@ def finetune(
     model = wrapped.get_base_model()
     if config.finetune.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if ranks().size > 1 and not is_sharded(model):
+    if ranks().size > 1 and config.finetune.sharding == "always" and not is_sharded(model):
         shard(model, own_device(model.device))
     trainer = FinetuneTrainer(
         wrapped, config.finetune, data.dataset("train"), data.dataset("validation"), "finetune",
@@ -154,7 +155,7 @@ def _light_weights(model: nn.Module) -> Iterator[None]:
 
 
 def load_lora(wrapped: PeftModel, directory: Path) -> None:
-    """Give the LoRA of a model that may be sharded the values saved in ``directory``."""
+    """Give the LoRA of a model the values saved in ``directory``."""
     path = directory / "adapter_model.safetensors"
     ours = {n.replace(".default.", "."): p for n, p in wrapped.named_parameters() if "lora_" in n}
     load_strictly({name: p.detach() for name, p in ours.items()}, read_tensors(path), path)

@@ -33,7 +33,7 @@ from lolcats.training.units import Unit
 from lolcats.training.visits import VALIDATION, Batch, Visits, hidden_windows, validation_batches
 
 STAGE, JOB = "transfer", "job.json"
-HARMLESS = (*PLACEMENT, "save_steps", "log_steps")  # settings that change no result
+HARMLESS = (*PLACEMENT["transfer"], "save_steps", "log_steps")  # settings that change no result
 
 
 @dataclass(frozen=True)

@@ -21,25 +21,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lolcats.config import StageConfig
 from lolcats.errors import Interrupted, LolcatsError
-from lolcats.files import load_strictly, read_tensors, whole, write_tensors, write_text
+from lolcats.files import load_strictly, read_tensors, write_tensors, write_text
 from lolcats.ranks import is_first, ranks
 from lolcats.training.data import Item, Rows
-from lolcats.training.distributed import (
-    SHARDED,
-    all_reduce_gradients,
-    any_rank,
-    clip_gradients,
-    is_sharded,
-    load_sharded,
-    load_whole_optimizer,
-    local,
-    save_sharded,
-)
+from lolcats.training.distributed import all_reduce_gradients, any_rank, is_sharded
 from lolcats.training.watch import ADVICE, LossWatch
 
 COMPLETE = "complete"
@@ -107,7 +98,6 @@ class StageTrainer(Trainer):
             raise
         if use_cache is not None:
             configuration.use_cache = use_cache  # which Trainer has switched off for good, in what is saved too
-        self.sharded = is_sharded(model)
         self.model_accepts_loss_kwargs = False  # rows are of equal length: the mean over micro-batches is exact
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -140,8 +130,7 @@ class StageTrainer(Trainer):
         return loss.detach(), None, None
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        own = {name: local(p) for name, p in trainable(self.model).items()}
-        self.watch.check_weights(self.state.global_step, own)
+        self.watch.check_weights(self.state.global_step, trainable(self.model))
         super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()
         marker = self.directory / f"checkpoint-{self.state.global_step}" / COMPLETE
@@ -149,33 +138,19 @@ class StageTrainer(Trainer):
             write_text(marker, json.dumps(self.keeper.progress()))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.sharded:
-            write_tensors(trainable(self.model), Path(output_dir or self.directory) / TRAINABLE)
+        write_tensors(trainable(self.model), Path(output_dir or self.directory) / TRAINABLE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINABLE
-        if not (path.parent / SHARDED).is_dir():
-            load_strictly(trainable(self.model), read_tensors(path), path)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        save_sharded(Path(output_dir) / SHARDED, self.model, self.optimizer.optimizer)
-        if is_first():
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+        load_strictly(trainable(self.model), read_tensors(path), path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """From either form of checkpoint, into a model that is sharded or not."""
-        if checkpoint is None or not (self.sharded or (Path(checkpoint) / SHARDED).is_dir()):
+        """Through host memory: transformers would have several ranks load onto devices such as ``cpu:0``."""
+        if checkpoint is None or ranks().size == 1:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if (Path(checkpoint) / SHARDED).is_dir():
-            load_sharded(Path(checkpoint) / SHARDED, self.model, self.optimizer.optimizer)
-        else:
-            state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
-            load_whole_optimizer(self.optimizer.optimizer, state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        for name, target in ((OPTIMIZER, self.optimizer), (SCHEDULER, self.lr_scheduler)):
+            target.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -186,11 +161,9 @@ class StageTrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if self.args.world_size == 1:
-            return super()._clip_grad_norm(model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         all_reduce_gradients(trained)
-        return clip_gradients(trained, self.args.max_grad_norm)
+        return clip_grad_norm_(trained, self.args.max_grad_norm or math.inf)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None and self.args.world_size > 1:  # without a limit nobody has summed the gradients yet
@@ -199,7 +172,7 @@ class StageTrainer(Trainer):
 
 
 class UnwrappingAccelerator(Accelerator):  # type: ignore[misc]
-    """Leaves models as they are: no DDP. What ranks share is sharded already, or summed in ``_clip_grad_norm``."""
+    """Leaves models as they are: no DDP. Frozen weights may be sharded; gradients are summed in ``_clip_grad_norm``."""
 
     def prepare_model(self, model: Any, device_placement: Any = None, evaluation_mode: bool = False) -> Any:
         return super().prepare_model(model, False if is_sharded(model) else device_placement, evaluation_mode=True)
@@ -320,9 +293,8 @@ class BestKeeper(TrainerCallback):
                     **kwargs: Any) -> None:  # fmt: skip
         if metrics["eval_loss"] < self.loss:
             self.loss, self.step, self.waited = metrics["eval_loss"], state.global_step, 0
-            weights = {name: whole(p) for name, p in trainable(model).items()}
             if is_first():
-                write_tensors(weights, self.path)
+                write_tensors(trainable(model), self.path)
         else:
             self.waited += 1
         if self.exhausted:
