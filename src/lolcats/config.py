@@ -21,6 +21,8 @@ from lolcats.errors import LolcatsError
 T = TypeVar("T")
 
 PLACEMENT = ("order", "block_size", "chunk_tokens")  # of stage 1: where its work is done; they change no result
+LATER = {"attention": {"feature_inputs": "rotated"}}
+"""Settings that came when sweeps had results, at the value that they had had: there they are no part of a row's key."""
 
 Kind = Literal["hybrid", "linear", "window", "softmax"]
 Control = Literal["window_lora", "teacher_lora"]

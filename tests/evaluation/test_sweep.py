@@ -6,6 +6,8 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -14,13 +16,16 @@ from local_data import FILES
 from typer.testing import CliRunner
 
 from lolcats.cli import app
+from lolcats.config import LATER, load_config, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.files import append_line, locked, read_lines
 from lolcats.inputs import Inputs
 from lolcats.pipeline import linearize
 from lolcats.sweep import execute, row
 from lolcats.sweep.execute import run_sweep
-from lolcats.sweep.plan import Sweep, plan, read_sweep
+from lolcats.sweep.measure import short_hash
+from lolcats.sweep.plan import Row, Sweep, plan, read_sweep
+from lolcats.sweep.row import run_key
 from lolcats.sweep.table import difference, render
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
@@ -323,3 +328,24 @@ def test_lines_are_whole(tmp_path: Path) -> None:
     assert read_lines(path) == ["a"]
     append_line(path, "b")
     assert path.read_text() == "a\nb\n"
+
+
+def test_settings_that_came_later_leave_keys_alone() -> None:
+    """Results from before them are still those of the row."""
+    base = SimpleNamespace(sources={}, data="data")
+    setup: Any = SimpleNamespace(
+        inputs=SimpleNamespace(base=SimpleNamespace(fingerprint="base")), identities={"data": "identity"},
+        sweep=SimpleNamespace(base=base),
+    )  # fmt: skip
+    before = to_dict(load_config("default"))
+    for section, settings in LATER.items():
+        for name in settings:
+            del before[section][name]
+    for name in ("controls", "device", "report_to"):
+        del before[name]
+    keys = [
+        run_key(setup, Row("a", [], load_config("default", changes), ""))
+        for changes in ([], ["attention.feature_inputs=rotated"], ["attention.feature_inputs=unrotated"])
+    ]
+    assert keys[0] == keys[1] == short_hash(["base", "identity", before])
+    assert keys[2] != keys[0]

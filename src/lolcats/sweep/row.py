@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lolcats.config import to_dict
+from lolcats.config import LATER, to_dict
 from lolcats.evaluation.systems import STUDENT, TEACHER
 from lolcats.files import locked, write_text
 from lolcats.inputs import Inputs
@@ -52,6 +52,8 @@ class Setup:
 def run_key(setup: Setup, row: Row) -> str:
     """What tells a run: base model, data and configuration."""
     config = {k: v for k, v in to_dict(row.config).items() if k not in ("controls", "device", "report_to")}
+    for section, settings in LATER.items():
+        config[section] = {k: v for k, v in config[section].items() if k not in settings or v != settings[k]}
     data = source(setup.sweep, row)
     if data not in setup.identities:
         setup.identities[data] = source_identity(data)
