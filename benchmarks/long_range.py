@@ -231,7 +231,7 @@ def report(results: dict[str, Any]) -> str:
     ]
     for layer, found in results["errors"].items():
         lines = [[name, *(f"{x:.4f}" for x in found[name])] for name in names]
-        parts += [f"## Layer {layer}\n", markdown(["feature maps", *results["positions"]], lines)]
+        parts += [f"## Layer {layer}\n", markdown(["feature maps", *results["positions"]], lines) + "\n"]
     return "\n".join(parts)
 
 
