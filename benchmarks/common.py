@@ -1,6 +1,7 @@
 """What the benchmarks share: hardware, versions, a part that may be missing, results as JSON and as a table."""
 
 import gc
+import gzip
 import importlib.util
 import json
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -106,3 +108,21 @@ def load_pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The results of a sweep, from its results.jsonl, packed (.gz) or not."""
+    raw = path.read_bytes()
+    text = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    return [json.loads(line) for line in text.decode().splitlines()]
+
+
+def experiments() -> dict[str, dict[str, Any]]:
+    """What the files of experiments/ say, by name."""
+    files = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
+    return {path.stem: yaml.safe_load(path.read_text()) for path in files}
+
+
+def row_order(experiment: str) -> dict[str, int]:
+    """Where each row of an experiment stands; nothing for an experiment that there is not."""
+    return {row: n for n, row in enumerate(experiments().get(experiment, {}).get("rows", ()))}

@@ -1,28 +1,29 @@
-"""Errors by layer, against quality and against the teacher's entropy, from the run directories of a sweep.
+"""Errors by layer, against quality and against the teacher's entropy, from the results of a sweep.
 
 The paper's Tables 17 and 18 (mean squared error by layer) and Figures 5 and 6 (error against quality and entropy).
 
     lolcats sweep experiments/table6.yaml MODEL --data DATA --out DIR ...
-    python benchmarks/layers.py DIR > layers.md
-    python benchmarks/layers.py DIR --picture layers.png      # needs matplotlib
+    python benchmarks/layers.py DIR/results.jsonl --out layers.md --picture layers.png      # needs matplotlib
+    python benchmarks/layers.py benchmarks/quality/smollm2-135m.jsonl.gz --only table6
 
-Means over seeds. Errors are of the attention outputs on validation rows, from each run.json: ``layer_errors_after``,
-and by head ``layers`` (see lolcats.evaluation.layers). They are measured on the teacher's queries and keys behind
+Means over seeds. Errors are of the attention outputs on validation rows: ``layer_errors``, and by head ``layers`` (see
+lolcats.evaluation.layers). They are measured on the teacher's queries and keys behind
 transfer; where feature maps train in stage 2, behind that and on the student's own. ρ is Spearman's rank correlation.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from torch import Tensor
 
+from lolcats.files import write_text
 from lolcats.report.table import markdown
 
 
@@ -45,22 +46,21 @@ class Trained:
         return self.heads["errors"] / self.heads["sizes"]
 
 
-def read_sweep(out: Path, sweep: str = "") -> list[Trained]:
-    """The trained rows of a sweep's directory that have linear attention, in the order of results.jsonl.
+def read_sweep(path: Path, sweep: str = "") -> list[Trained]:
+    """The trained rows of a sweep's results.jsonl that have linear attention, in its order.
 
-    sweep: name of one of several sweeps that share the directory; empty: rows of all.
+    sweep: name of one of several sweeps that share the file; empty: rows of all.
     """
     newest: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in (out / "results.jsonl").read_text().splitlines():
-        result = json.loads(line)
+    for result in common.read_lines(path):
         if result["kind"] == "row" and sweep in ("", result["sweep"]):
             newest[result["name"], result["seed"]] = result
     rows: dict[str, list[dict[str, Any]]] = {}
     for (name, _), result in newest.items():
-        found = json.loads((out / result["directory"] / "run.json").read_text())["results"]
-        if "layer_errors_after" in found and "layers" in found:
-            rows.setdefault(name, []).append({**found, "quality": result["systems"]["student"]})
-    return [_together(name, runs) for name, runs in rows.items()]
+        if result["layer_errors"]["after"] and result["layers"]:
+            rows.setdefault(name, []).append({**result, "quality": result["systems"]["student"]})
+    order = common.row_order(sweep)
+    return [_together(name, rows[name]) for name in sorted(rows, key=lambda name: order.get(name, -1))]
 
 
 def _together(name: str, runs: list[dict[str, Any]]) -> Trained:
@@ -70,8 +70,8 @@ def _together(name: str, runs: list[dict[str, Any]]) -> Trained:
     heads = {key: mean([r["layers"][key] for r in runs]) for key in ("errors", "sizes", "entropies", "older")}
     metrics = [m for m, entry in runs[0]["quality"].items() if entry["value"] is not None]
     quality = {m: statistics.fmean(r["quality"][m]["value"] for r in runs) for m in metrics}
-    first, before = runs[0]["layers"], mean([r["layer_errors_before"] for r in runs])
-    error = mean([r["layer_errors_after"] for r in runs]) if first["of"] == "teacher" else heads["errors"].mean(1)
+    first, before = runs[0]["layers"], mean([r["layer_errors"]["before"] for r in runs])
+    error = mean([r["layer_errors"]["after"] for r in runs]) if first["of"] == "teacher" else heads["errors"].mean(1)
     return Trained(name, first["of"], first["layers"], before, error, heads, quality)
 
 
@@ -118,41 +118,58 @@ def against_entropy(rows: list[Trained]) -> str:
 
 
 def draw(rows: list[Trained], path: Path) -> None:
-    """Error by layer of every row; of the last row, each head's relative error over its entropy."""
+    """Error by layer of every row; of the best row, each head's relative error over its entropy."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 4), layout="constrained")
     for row in rows:
         left.plot(row.layers, row.error, marker="o", markersize=3, label=row.name)
     left.set(xlabel="layer", ylabel="mean squared error", yscale="log", title="Error by layer")
-    left.legend(fontsize=7)
-    last = rows[-1]
-    depth = torch.tensor(last.layers)[:, None].expand_as(last.relative)
-    points = right.scatter(last.heads["entropies"], last.relative, c=depth, s=8, cmap="viridis")
-    right.set(xlabel="entropy of the teacher's attention, nats", ylabel="relative error", yscale="log", title=last.name)
+    left.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    best = min(rows, key=lambda row: float(row.error.mean()))
+    depth = torch.tensor(best.layers)[:, None].expand_as(best.relative)
+    points = right.scatter(best.heads["entropies"], best.relative, c=depth, s=8, cmap="viridis")
+    right.set(xlabel="entropy of the teacher's attention, nats", ylabel="relative error", yscale="log", title=best.name)
     figure.colorbar(points, ax=right, label="layer")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
+TABLES = {
+    "Error by layer": by_layer,
+    "Error against quality": against_quality,
+    "Error against the teacher's attention, over heads": against_entropy,
+}
+NOTE = (
+    "Mean squared errors of the attention outputs on validation rows. *Errors of the teacher*: on its queries and "
+    "keys, behind transfer; *of the student*: where feature maps train in stage 2, behind that, on its own. Relative: "
+    "over the mean square of the outputs, mean over heads. ρ: Spearman's rank correlation, over rows or over all heads."
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=Path, help="a sweep's directory")
-    parser.add_argument("--only", default="", help="of several sweeps in the directory the rows of this one")
+    parser.add_argument("results", type=Path, help="a sweep's results.jsonl, also packed (.gz)")
+    parser.add_argument("--only", default="", help="of several sweeps in the file the rows of this one")
+    parser.add_argument("--out", type=Path, help="a file instead of the output")
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
-    rows = read_sweep(arguments.sweep, arguments.only)
+    rows = read_sweep(arguments.results, arguments.only)
     if not rows:
-        raise SystemExit(f"{arguments.sweep} has no trained rows with linear attention.")
-    for title, table in (
-        ("Error by layer", by_layer),
-        ("Error against quality", against_quality),
-        ("Error against the teacher's attention, over heads", against_entropy),
-    ):
-        print(f"## {title}\n\n{table(rows)}\n")
+        raise SystemExit(f"{arguments.results} has no trained rows with linear attention.")
+    title = common.experiments().get(arguments.only, {}).get("title", arguments.results.name)
+    text = f"# Errors by layer: {title}\n\n" + "\n".join(
+        f"## {head}\n\n{table(rows)}\n" for head, table in TABLES.items()
+    )
+    command = f"python benchmarks/layers.py {arguments.results}" + f" --only {arguments.only}" * bool(arguments.only)
+    text += f"\n{NOTE}\n\n```\n{command}\n```\n"
+    if arguments.out:
+        write_text(arguments.out, text)
+    else:
+        print(text)
     if arguments.picture:
         draw(rows, arguments.picture)
 

@@ -1,10 +1,12 @@
-"""Tables of a sweep's results for ``benchmarks/quality/``: NAME.md and NAME.json for each experiment.
+"""Tables of sweeps' results for ``benchmarks/quality/``: MODEL.jsonl.gz and EXPERIMENT-MODEL.md of each experiment.
 
     lolcats sweep experiments/table6.yaml experiments/controls.yaml MODEL --data DATA --out DIR ...
     python benchmarks/quality.py DIR/results.jsonl --name smollm2-135m --teacher "SmolLM2-135M-Instruct, ..."
+    python benchmarks/quality.py benchmarks/quality/smollm2-135m.jsonl.gz                         # the tables again
+    python benchmarks/quality.py benchmarks/quality/smollm2-135m.jsonl.gz DIR/results.jsonl       # and what is new
 
-The JSON has everything that is in the results but single items: settings, figures with standard errors, errors by
-layer, γ, tokens, seconds, and of each row what the linear term adds. ``--commit``: of results that know none.
+MODEL.jsonl.gz holds every figure, of single items too: unpacked as a sweep's results.jsonl, it is continued, on any
+machine. ``--commit``: of results that know none.
 """
 
 from __future__ import annotations
@@ -13,29 +15,23 @@ import argparse
 import gzip
 import json
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lolcats.evaluation.systems import STUDENT
+import common
+
 from lolcats.files import write_text
 from lolcats.sweep.execute import with_controls
-from lolcats.sweep.table import ROW, UNTRAINED, WINDOW_LORA, difference, render
+from lolcats.sweep.table import ROW, UNTRAINED, render
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 HERE = Path(__file__).parent / "quality"
 SCORES = (
     "piqa acc", "arc_easy acc", "arc_challenge acc_norm", "hellaswag acc_norm", "winogrande acc",
     "zero-shot average acc, acc_norm", "mmlu_half acc",
 )  # fmt: skip
-"""Scores that are shown, those of the paper; the JSON has lm-eval's other metrics too."""
-TITLES = {path.stem: path.read_text().partition("title: ")[2].splitlines()[0] for path in EXPERIMENTS.glob("*.yaml")}
-
-
-def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Lines of results.jsonl, packed or not; of several files together."""
-    texts = [(gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes()).decode() for p in paths]
-    return [json.loads(line) for text in texts for line in text.splitlines()]
+"""Scores that are shown, those of the paper; the packed results have lm-eval's other metrics too."""
+ABOUT = "about"
+KEYS = ("kind", "row", "evaluation", "sweep", "name")  # what tells a result
 
 
 def of_experiment(results: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -50,42 +46,42 @@ def of_experiment(results: list[dict[str, Any]], name: str) -> list[dict[str, An
     return [*untrained.values(), *with_controls(rows, results)]
 
 
-def tables(
-    results: list[dict[str, Any]], model: str, teacher: str, note: str, out: Path, commit: str = ""
-) -> list[Path]:  # fmt: skip
-    """Write what there is of every experiment."""
-    written = []
-    for name, title in sorted(TITLES.items()):
-        if found := of_experiment(results, name):
-            found = [{**r, "commit": r["commit"] or commit, "command": _bare(r["command"])} for r in found]
-            out.mkdir(parents=True, exist_ok=True)
-            path = out / f"{name}-{model}"
-            write_text(path.with_suffix(".md"), report(title, found, model, teacher, note))
-            record = {"title": title, "model": model, "teacher": teacher, "note": note, "results": packed(found)}
-            write_text(path.with_suffix(".json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-            written.append(path.with_suffix(".md"))
+def merged(results: list[dict[str, Any]], about: dict[str, str], commit: str) -> list[dict[str, Any]]:
+    """``results`` without folders of the machines they are from, behind a line that says what they are of."""
+    known = [r for r in results if r["kind"] != ABOUT]
+    said = [r for r in results if r["kind"] == ABOUT]
+    head = {"kind": ABOUT, **(said[0] if said else {}), **{k: v for k, v in about.items() if v}}
+    bare = [{**r, "commit": r["commit"] or commit, "command": _bare(r["command"])} for r in known]
+    newest = {tuple(r.get(key) for key in KEYS): r for r in bare}
+    return [head, *newest.values()]
+
+
+def tables(results: list[dict[str, Any]], out: Path) -> list[Path]:
+    """Write what there is of every experiment; ``results`` begin with what they are of."""
+    about, written = results[0], []
+    out.mkdir(parents=True, exist_ok=True)
+    packed = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results)
+    (out / f"{about['name']}.jsonl.gz").write_bytes(gzip.compress(packed.encode(), 9, mtime=0))
+    for name, wanted in common.experiments().items():
+        if found := of_experiment(results[1:], name):
+            path = out / f"{name}-{about['name']}.md"
+            write_text(path, report(name, wanted["title"], found, about))
+            written.append(path)
     return written
 
 
-def report(title: str, results: list[dict[str, Any]], model: str, teacher: str, note: str) -> str:
-    command = "\n".join(dict.fromkeys(r["command"] for r in results if r["kind"] == ROW))
-    measured = [name for r in results for system in r["systems"].values() for name in system]
+def report(name: str, title: str, results: list[dict[str, Any]], about: dict[str, str]) -> str:
+    rows = [r for r in results if r["kind"] == ROW]
+    command = "\n".join(dict.fromkeys(r["command"] for r in rows))
+    measured = [metric for r in results for system in r["systems"].values() for metric in system]
     shown = [m for m in dict.fromkeys(measured) if not m.endswith(("acc", "acc_norm")) or m in SCORES]
-    head = f"# {title}: {model}\n\nTeacher: {teacher}. {note}\n\n"
-    return head + render("", results, command, shown)
-
-
-def packed(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results without single items; rows with what the linear term adds, and its standard error."""
-    return [{**r, "adds": adds(r), "systems": _without_items(r["systems"])} for r in results]
-
-
-def adds(result: dict[str, Any]) -> dict[str, Any]:
-    """Student against the same LoRA without a linear term: change of perplexities in %, of scores in points."""
-    student, control = (result["systems"].get(name, {}) for name in (STUDENT, WINDOW_LORA))
-    both = [metric for metric in student if metric in control]
-    found = {metric: difference(student[metric], control[metric], metric) for metric in both}
-    return {metric: dict(zip(("value", "stderr"), pair, strict=True)) for metric, pair in found.items() if pair}
+    order = common.row_order(name)
+    results = sorted(results, key=lambda r: order.get(r["name"], -1))
+    missing = [row for row in order if row not in {r["name"] for r in rows}]
+    text = f"# {title}: {about['name']}\n\nTeacher: {about['teacher']}. {about.get('note', '')}".rstrip()
+    if missing:
+        text += f"\n\nNot run yet: {'; '.join(missing)}."
+    return f"{text}\n\n{render('', results, command, shown)}"
 
 
 def _bare(command: str) -> str:
@@ -93,23 +89,20 @@ def _bare(command: str) -> str:
     return re.sub(r"(?<![^\s='\"])/[^\s'\"=]*/", "", command)
 
 
-def _without_items(systems: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: {metric: {k: v for k, v in entry.items() if k != "items"} for metric, entry in system.items()}
-        for name, system in systems.items()
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="results.jsonl of a model, also packed (.gz)")
-    parser.add_argument("--name", required=True, help="the model's, for files and titles")
-    parser.add_argument("--teacher", required=True, help="what it is and where its weights come from")
+    parser.add_argument("--name", default="", help="the model's, for files and titles")
+    parser.add_argument("--teacher", default="", help="what it is and where its weights come from")
     parser.add_argument("--note", default="", help="items a task, tokens, what else a reader must know")
     parser.add_argument("--commit", default="", help="of results that know none")
     parser.add_argument("--out", type=Path, default=HERE)
     a = parser.parse_args()
-    for path in tables(read_results(a.results), a.name, a.teacher, a.note, a.out, a.commit):
+    about = {"name": a.name, "teacher": a.teacher, "note": a.note}
+    results = merged([r for path in a.results for r in common.read_lines(path)], about, a.commit)
+    if not all(results[0].get(key) for key in ("name", "teacher")):
+        raise SystemExit("These results do not say what they are of: --name and --teacher.")
+    for path in tables(results, a.out):
         print(path)
 
 

@@ -128,28 +128,27 @@ def tiny_sweep(path: Path, model: Path, data: Path) -> Sweep:
     return read_sweep(path, [f"base.model={model}", f"base.data={data}"])
 
 
-def test_tables_of_a_sweep(
-    model_dirs, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A column or line for each row that has linear attention; means over seeds of what run.json says."""
+def test_tables_of_a_sweep(model_dirs, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column or line for each row that has linear attention; means over seeds of what the results say."""
     layers, out = script("layers"), tmp_path / "out"
     run_sweep(tiny_sweep(tmp_path / "sweep.yaml", model_dirs["llama"], chat_file), out, "", lambda _: None)
-    few = next(r for line in (out / "results.jsonl").open() if (r := json.loads(line))["name"] == "few steps")
-    found = json.loads((out / few["directory"] / "run.json").read_text())["results"]
-    again = {**found, "layer_errors_after": [3 * error for error in found["layer_errors_after"]]}
-    (out / "again").mkdir()
-    (out / "again" / "run.json").write_text(json.dumps({"results": again}))
-    append_line(out / "results.jsonl", json.dumps({**few, "seed": 1, "directory": "again"}))
-    rows = layers.read_sweep(out)
+    results = out / "results.jsonl"
+    few = next(r for line in results.open() if (r := json.loads(line))["name"] == "few steps")
+    found = few["layer_errors"]["after"]
+    again = {**few["layer_errors"], "after": [3 * error for error in found]}
+    append_line(results, json.dumps({**few, "seed": 1, "layer_errors": again}))
+    rows = layers.read_sweep(results)
     assert [row.name for row in rows] == ["few steps", "late"]
     assert [row.of for row in rows] == ["teacher", "student"]
-    means = 2 * torch.tensor(found["layer_errors_after"], dtype=torch.float64)
+    means = 2 * torch.tensor(found, dtype=torch.float64)
     torch.testing.assert_close(rows[0].error, means)
-    assert rows[0].quality["held-out"] == pytest.approx(found["ppl_student"])
+    assert rows[0].quality["held-out"] == pytest.approx(few["systems"]["student"]["held-out"]["value"])
     picture = tmp_path / "layers.png"
-    monkeypatch.setattr("sys.argv", ["layers.py", str(out), "--picture", str(picture)])
+    monkeypatch.setattr(
+        "sys.argv", ["layers.py", str(results), "--picture", str(picture), "--out", str(tmp_path / "layers.md")]
+    )
     layers.main()
-    tables = capsys.readouterr().out
+    tables = (tmp_path / "layers.md").read_text()
     assert "| layer | few steps | late |" in tables
     assert f"| 1 | {means[1]:.3g} | " in tables
     assert "| row | errors of the | untrained | error | relative error | held-out |" in tables

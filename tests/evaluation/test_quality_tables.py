@@ -13,6 +13,7 @@ from scripts import script
 from lolcats.sweep.execute import run_sweeps
 from lolcats.sweep.plan import read_sweep
 
+QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 FEW = ["transfer.max_steps=2", "finetune.max_steps=2", "transfer.eval_steps=2"]
 
 
@@ -31,27 +32,40 @@ def test_tables_of_several_experiments(model_dirs, chat_file: Path, tmp_path: Pa
     kinds = [json.loads(line)["kind"] for line in lines.splitlines()]
     assert kinds == ["untrained", "untrained", "control", "row", "row", "row"], "the untrained models serve both sweeps"
 
+    common = script("common")
     (tmp_path / "packed.gz").write_bytes(gzip.compress(lines.encode()))
-    results = quality.read_results([tmp_path / "packed.gz"])
+    results = common.read_lines(tmp_path / "packed.gz")
     assert results == [json.loads(line) for line in lines.splitlines()]
-    paths = quality.tables(results, "tiny", "a random model", "Nothing was measured.", tmp_path / "tables", "abc")
-    assert [path.name for path in paths] == ["lora-tiny.md", "table1-tiny.md"]
+    about = {"name": "tiny-1.5b", "teacher": "a random model", "note": "Nothing was measured."}
+    kept = quality.merged([*results, results[-1]], about, "abc")
+    assert len(kept) == 1 + len(results), "a result that is there twice counts once"
+    paths = quality.tables(kept, tmp_path / "tables")
+    assert [path.name for path in paths] == ["lora-tiny-1.5b.md", "table1-tiny-1.5b.md"]
     text = paths[1].read_text()
     assert "Teacher: a random model. Nothing was measured." in text
+    assert "Not run yet: Hedgehog, window, transfer; " in text
     assert "| teacher |" in text
     assert "| – window+lora |" in text
     assert "| – *what the linear term adds* |" in text
     assert "lolcats sweep experiments/lora.yaml model --set 'x=d.parquet' --set y=[1, 2]" in text
-    assert str(tmp_path) not in text + paths[1].with_suffix(".json").read_text()
-    record = json.loads(paths[1].with_suffix(".json").read_text())
-    (row,) = [r for r in record["results"] if r["kind"] == "row"]
-    student, control = (row["systems"][name]["wikitext2"]["value"] for name in ("student", "window+lora"))
-    added = row["adds"]["wikitext2"]
-    assert added["value"] == pytest.approx(100 * (student / control - 1))
-    assert added["stderr"] > 0
-    assert "items" not in row["systems"]["student"]["wikitext2"]
-    assert len(row["layers"]["entropies"]) == 2
+
+    packed = tmp_path / "tables" / "tiny-1.5b.jsonl.gz"
+    again = common.read_lines(packed)
+    assert str(tmp_path) not in text + json.dumps(again)
+    assert again[1]["systems"] == results[0]["systems"], "single items are kept"
+    assert quality.merged(again, dict.fromkeys(about, ""), "") == again
 
     layers = script("layers")
-    assert [row.name for row in layers.read_sweep(tmp_path / "out", "lora")] == ["b", "c"]
-    assert len(layers.read_sweep(tmp_path / "out")) == 3
+    assert [row.name for row in layers.read_sweep(packed, "lora")] == ["b", "c"]
+    assert len(layers.read_sweep(tmp_path / "out" / "results.jsonl")) == 3
+
+
+@pytest.mark.parametrize("packed", sorted(QUALITY.glob("*.jsonl.gz")), ids=lambda path: path.name)
+def test_committed_tables_are_of_the_committed_results(packed: Path, tmp_path: Path) -> None:
+    quality = script("quality")
+    written = quality.tables(script("common").read_lines(packed), tmp_path)
+    assert written
+    for path in written:
+        assert path.read_text() == (QUALITY / path.name).read_text()
+    name = packed.name.removesuffix(".jsonl.gz")
+    assert {p.name for p in QUALITY.glob(f"*-{name}.md")} == {p.name for p in written}

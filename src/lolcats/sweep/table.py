@@ -19,10 +19,11 @@ ADDS, GAINS = "what the linear term adds", ("acc", "acc_norm", "exact_match")
 NOTE = (
     "Perplexities (held-out: test rows of the row's own training data, which differ by seed), scores in %; of several "
     "seeds mean ± standard deviation over them, of one its value and (standard error over rows or items). Lines below "
-    "a row are its other models: *linear off* is the student without its linear term; *window+lora* and *teacher+lora* "
-    f"are controls with the same data, steps, seed and LoRA. *{ADDS.capitalize()}*: student against window+lora, item "
-    "by item: change of the perplexity in %, of scores in points. Layer error: mean squared error of the attention "
-    "outputs after transfer. Seconds: training, and all measured but held-out rows."
+    "a row are its other models, those that all rows share stand above: *linear off* is the student without its linear "
+    "term; *window+lora* and *teacher+lora* are controls with the same data, steps, seed and LoRA. "
+    f"*{ADDS.capitalize()}*: student against window+lora, item by item: change of the perplexity in %, of scores in "
+    "points. Layer error: mean squared error of the attention outputs after transfer. Seconds: training, and all "
+    "measured but held-out rows."
 )
 
 
@@ -39,9 +40,13 @@ def render(title: str, results: list[Result], command: str, chosen: Sequence[str
             rows.setdefault(name, []).append(result)
     metrics = [m for m in _metrics(newest.values()) if not chosen or m in chosen]
     lines = _reference_lines(references, list(rows.values()), metrics)
-    beside = [WINDOW, WINDOW_SINKS] if not _common(list(rows.values()), WINDOW_SINKS) else [WINDOW]
+    known = {name for name, *_ in lines}
+    beside = [s for s in (WINDOW, WINDOW_SINKS, LINEAR_OFF, *CONTROL_NAMES)
+              if s not in known or not _common(list(rows.values()), s)]  # fmt: skip
+    shared = [s for s in beside if _is_shared(list(rows.values()), s, metrics)]
+    lines += [(s, "", *_cells(_with(rows.values(), s), s, metrics), "", "", "") for s in shared]
     for name, runs in rows.items():
-        lines += _row_lines(name, runs, metrics, [*beside, LINEAR_OFF, *CONTROL_NAMES])
+        lines += _row_lines(name, runs, metrics, [s for s in beside if s not in shared])
     shown = (f"{metric}, %" if _is_score(metric) else metric for metric in metrics)
     header = ("row", "seeds", *shown, "layer error", "tokens (transfer + LoRA)", "seconds (training + evaluation)")
     heading = f"# {title}\n\n" if title else ""
@@ -77,6 +82,18 @@ def _common(rows: list[list[Result]], system: str) -> list[float]:
     return [value for _, *values in sorted(found) for value in values]
 
 
+def _with(rows: Iterable[list[Result]], system: str) -> list[Result]:
+    """The runs of the first row that has a model."""
+    return next((runs for runs in rows if any(system in r["systems"] for r in runs)), [])
+
+
+def _is_shared(rows: list[list[Result]], system: str, metrics: list[str]) -> bool:
+    """Whether several rows, over the same seeds, stand beside one and the same model."""
+    own = [runs for runs in rows if any(system in r["systems"] for r in runs)]
+    lines = {(tuple(sorted(r["seed"] for r in runs)), *_cells(runs, system, metrics)) for runs in own}
+    return len(own) > 1 and len(lines) == 1
+
+
 def _row_lines(name: str, runs: list[Result], metrics: list[str], beside: list[str]) -> list[tuple[str, ...]]:
     tokens = [r["tokens"] for r in runs]
     budget = " + ".join(_number([t[stage] / 1e6 for t in tokens]) + "M" for stage in ("transfer", "finetune"))
@@ -105,7 +122,7 @@ def _cell(entries: list[dict[str, Any]], metric: str) -> str:
     known = [entry for entry in entries if entry["value"] is not None]
     text = _number([factor * entry["value"] for entry in known])
     error = known[0].get("stderr") if len(known) == 1 else None
-    return f"{text} ({factor * error:.2g})" if error else text
+    return f"{text} ({_two_digits(factor * error)})" if error else text
 
 
 def _is_score(metric: str) -> bool:
@@ -122,8 +139,8 @@ def _added(runs: list[Result], metric: str) -> str:
         return ""
     values, (_, error) = [value for value, _ in known], known[0]
     if len(known) > 1:
-        return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values):.2f}"
-    return f"{values[0]:+.2f}" + (f" ({error:.2g})" if error else "")
+        return f"{_signed(statistics.mean(values))} ± {_signed(statistics.stdev(values))[1:]}"
+    return _signed(values[0]) + (f" ({_two_digits(error)})" if error else "")
 
 
 def difference(entry: dict[str, Any], other: dict[str, Any], metric: str) -> tuple[float, float | None] | None:
@@ -167,6 +184,14 @@ def _number(values: list[float]) -> str:
 def _digits(value: float) -> str:
     """Four significant digits, without an exponent where the number is of a readable size."""
     return f"{value:.4g}" if 1e-4 <= abs(value) < 1e4 or value == 0 else f"{value:.3e}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}" if abs(value) < 100 else f"{value:+,.0f}"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
 
 
 def _provenance(results: list[Result], command: str) -> str:
