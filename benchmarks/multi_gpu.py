@@ -294,7 +294,7 @@ def seeded(name: str, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:12], 16))
 
 
-SHARDED = "stage 2, sharded"  # in results before 2026-11-26 that is what "stage 2" of several GPUs was
+SHARDED = "stage 2, sharded"  # in results of 2026-11-25 that is what "stage 2" of several GPUs was
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "stage 1": Bench.transfer, "stage 2": Bench.finetune, SHARDED: Bench.sharded, "generation": Bench.generate,
     "large stage 2": Bench.large,

@@ -200,6 +200,7 @@ def test_two_gpus_take_what_was_measured() -> None:
         )  # fmt: skip
         machine = Machine(2, 140 * GIB, host_memory=2**50)
         plan = (plan_transfer if stage == "transfer" else plan_finetune)(size, config, machine, Work())[0]
+        part = "stage 2, sharded" if part == "stage 2" and "stage 2, sharded" in found["parts"] else part
         measured = found["parts"][part]["2"]
         assert plan.peak / GIB == pytest.approx(measured["peak_gib"], rel=0.1), part
         assert plan.tokens / plan.time == pytest.approx(measured["tokens_per_second"], rel=0.15), part

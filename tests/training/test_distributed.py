@@ -30,7 +30,7 @@ from lolcats.pipeline import finish, resume, run_finetune, run_transfer, start
 from lolcats.plan.here import shards
 from lolcats.training.data import Data
 from lolcats.training.distributed import all_reduce_gradients, is_sharded, own_device
-from lolcats.training.finetune import finetune
+from lolcats.training.finetune import finetune, load_over_ranks
 from lolcats.training.trainer import BestKeeper, newest_checkpoint, training_arguments
 
 STOP = 2  # steps after which runs are interrupted
@@ -265,6 +265,12 @@ def test_checkpoint_of_two_ranks_continues_on_four(root: Path) -> None:
 @pytest.mark.parametrize("name", ["one_then_two", "one_then_two_whole", "sharded_then_whole", "whole_then_sharded"])
 def test_checkpoints_continue_on_two_ranks_in_either_form(name: str, root: Path) -> None:
     assert_same_run(root / "one", root / name)
+
+
+def test_dora_is_not_sharded() -> None:
+    config = load_config("default", ["finetune.use_dora=true", SHARDED])
+    with pytest.raises(LolcatsError, match="does not go with a sharded base model"):
+        load_over_ranks(Base("base", "directory", ""), config, torch.float32, torch.device("cpu"))
 
 
 def test_one_process_needs_no_process_group(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def _plain_inference(model: PreTrainedModel) -> None:
         style = (model._tp_plan or {}).get(styles.replace_layer_number_by_wildcard(name))
         if type(module) is nn.Linear and style in (COLUMNS, ROWS) and isinstance(module.weight, DTensor):
             group = module.weight.device_mesh.get_group() if style == ROWS else None
-            module.forward = partial(_split_linear, module, module.forward, group)
+            module.forward = partial(_split_linear, module, module.forward, group)  # type: ignore[method-assign]
 
 
 def _split_linear(module: nn.Linear, wrapped: Any, group: dist.ProcessGroup | None, x: Tensor) -> Tensor:

@@ -112,6 +112,8 @@ def load_over_ranks(base: Base, config: Config, dtype: torch.dtype, device: torc
 
     Models whose files name tensors otherwise than the model (GGUF among them) are read whole by every rank first.
     """
+    if config.finetune.use_dora:  # its magnitudes begin as norms of weights, which are not there yet
+        raise LolcatsError("finetune.use_dora does not go with a sharded base model: set finetune.sharding=never.")
     device, model = own_device(device), None
     if base.form != "gguf":
         model = empty_model(AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code), dtype)
