@@ -26,8 +26,8 @@ from lolcats.sweep.plan import Row, Sweep
 from lolcats.sweep.table import HELD_OUT, LINEAR_OFF, WINDOW, WINDOW_SINKS
 
 LOCKS = "locks"
-LATER = {("attention", "feature_inputs"): "rotated", ("finetune", "sharding"): "auto"}
-"""Settings that are younger than results that are kept, with what was done before: these have the same keys as ever."""
+LATER = {("attention", "feature_inputs"): ["rotated"], ("finetune", "sharding"): ["auto", "always", "never"]}
+"""Settings that are younger than results that are kept, with values that change nothing: there keys are as ever."""
 OF_TRANSFER = ("layer_errors_before", "layer_errors_after", "ppl_transfer")
 HELD_OUT_KEYS = {
     TEACHER: "ppl_teacher", WINDOW: "ppl_window", WINDOW_SINKS: "ppl_window_sinks", STUDENT: "ppl_student",
@@ -63,8 +63,8 @@ def run_key(setup: Setup, row: Row) -> str:
 def _without(config: Config, *names: str) -> dict[str, Any]:
     """A configuration without what tells no run: settings of these names, and younger ones that change nothing."""
     found = {name: value for name, value in to_dict(config).items() if name not in names}
-    for (section, name), before in LATER.items():
-        if found.get(section, {}).get(name) == before:
+    for (section, name), harmless in LATER.items():
+        if found.get(section, {}).get(name) in harmless:
             del found[section][name]
     return found
 
