@@ -1,5 +1,6 @@
 """What the benchmarks share: hardware, versions, a part that may be missing, results as JSON and as a table."""
 
+import functools
 import gc
 import gzip
 import importlib.util
@@ -117,6 +118,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.decode().splitlines()]
 
 
+@functools.cache
 def experiments() -> dict[str, dict[str, Any]]:
     """What the files of experiments/ say, by name."""
     files = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
