@@ -1,6 +1,7 @@
 """Stages 1 and 2 and generation on 1, 2, 4, 8 GPUs of one machine, at Llama geometries with random weights.
 
     python benchmarks/multi_gpu.py              # all GPUs there are; writes benchmarks/results/multi_gpu.json and .md
+    python benchmarks/multi_gpu.py --counts 4 2 1     # in another order: GPUs that are done with are free
     python benchmarks/multi_gpu.py --table      # the table again, from the JSON
     python benchmarks/multi_gpu.py --tiny --out DIR   # two processes on a CPU, at a size that measures nothing
 
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -347,7 +349,7 @@ def launch(tiny: bool, counts: list[int], seconds: float, directory: Path) -> di
         except subprocess.TimeoutExpired:
             results["failures"][str(count)] = "no time left"
         lines = file.read_text().splitlines() if file.exists() else []
-        results["parts"] = collect([json.loads(line) for line in lines])
+        results["parts"] = collect(sorted((json.loads(line) for line in lines), key=itemgetter(0)))
         common.write(results, report(results), directory, "multi_gpu")
     file.unlink(missing_ok=True)
     return results
@@ -459,7 +461,7 @@ def profile_lines(found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=0, help="the most to use (default: all)")
+    parser.add_argument("--counts", type=int, nargs="+", help="numbers of GPUs in their order (default: 1, 2, 4, 8)")
     parser.add_argument("--deadline", type=float, default=280, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
     parser.add_argument("--table", action="store_true", help="only write the table again from the JSON")
@@ -481,8 +483,9 @@ def main() -> None:
         sizes = TINY if arguments.tiny else Sizes()
         work(sizes, device, arguments.most, arguments.worker, arguments.end)
         return
-    most = arguments.gpus or (2 if arguments.tiny else torch.cuda.device_count())
-    launch(arguments.tiny, [n for n in (1, 2, 4, 8) if n <= most], arguments.deadline, arguments.out)
+    most = 2 if arguments.tiny else torch.cuda.device_count()
+    counts = arguments.counts or [n for n in (1, 2, 4, 8) if n <= most]
+    launch(arguments.tiny, counts, arguments.deadline, arguments.out)
     print((arguments.out / "multi_gpu.md").read_text())
 
 
