@@ -86,6 +86,8 @@ class Bench:
         self.device = own_device(device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.config = load_config("default", sizes.settings)
+        # now: counting runs a small model on the CPU, which layers fused for the GPU would break
+        self.counted = {name: size_of(model_config(name), self.config) for name in sizes.models}
 
     def transfer(self) -> dict[str, Any]:
         """Stage 1, data-parallel: the whole model on each GPU, gradients of the feature maps summed."""
@@ -283,7 +285,7 @@ class Bench:
         memory = torch.cuda.get_device_properties(0).total_memory if self.device.type == "cuda" else 2**40
         machine = Machine(self.ranks, memory, host_memory=2**50)
         plans = plan_transfer if stage == "transfer" else plan_finetune
-        plan = plans(size_of(model_config(name), config), config, machine, Work())[0]
+        plan = plans(self.counted[name], config, machine, Work())[0]
         return {"predicted_gib": plan.peak / 2**30, "predicted_tokens_per_second": plan.tokens / plan.time,
                 "fits": not plan.problems}  # fmt: skip
 

@@ -13,6 +13,7 @@ import lolcats
 from lolcats.attention import (
     AttentionSpec,
     FeatureMap,
+    attention,
     chunked_attention,
     parallel_attention,
     use_backend,
@@ -39,6 +40,34 @@ def test_chunked_equals_reference(window: str) -> None:
     torch.testing.assert_close(
         chunked_attention(q, k, v, phi, phi, gamma, spec, 0.25)[0], expected, atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("window", ["terraced", "sliding"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_feature_maps_of_other_queries_and_keys(dim: int, window: str) -> None:
+    """As with ``attention.feature_inputs=unrotated``: both go through the kernels, outputs and gradients."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    spec, phi = AttentionSpec("hybrid", window, 64, 4, unrotated=True), FeatureMap("hedgehog", 4, dim, 64).cuda()
+    q, k = (torch.randn(2, heads, 333, 2 * dim, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
+    v, gamma = torch.randn(2, 2, 333, dim, device="cuda", dtype=torch.bfloat16), torch.full((4,), 0.1, device="cuda")
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)] + [gamma.detach().requires_grad_()]
+        leaves += list(phi.parameters())
+        if dtype == torch.bfloat16:
+            assert uses_kernels(leaves[0], spec)
+            y = attention(*leaves[:3], phi, phi, leaves[3], spec, dim**-0.5)[0]
+        else:
+            halves = [x.chunk(2, -1) for x in leaves[:2]]
+            (rotated_q, plain_q), (rotated_k, plain_k) = halves
+            y = parallel_attention(
+                rotated_q, rotated_k, leaves[2], phi(plain_q), phi(plain_k), leaves[3], spec, dim**-0.5
+            )
+        direction = torch.randn(y.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+        found.append([y, *torch.autograd.grad(y, leaves, direction.to(y.dtype))])
+    for kernels, reference in zip(*found, strict=True):
+        assert (kernels.float() - reference).norm() < 1e-2 * reference.norm()
 
 
 def half_precision_layer(dim: int = 128) -> tuple[LinearizedAttention, list[torch.Tensor]]:
