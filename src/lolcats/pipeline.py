@@ -45,7 +45,7 @@ from lolcats.modeling.layer import linearized_layers, override
 from lolcats.modeling.skeleton import Skeleton, build_skeleton
 from lolcats.plan.here import shards
 from lolcats.ranks import is_first, ranks
-from lolcats.run import SAMPLE_PROMPT, Run
+from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
 from lolcats.training.controls import control, control_directory, train_control
 from lolcats.training.data import Data
 from lolcats.training.distributed import is_sharded
@@ -438,8 +438,8 @@ def _teacher_sample(session: Session) -> str:
 
 
 def _sample(session: Session) -> str:
-    """A greedy answer long enough to leave the window: its end is read through the linear term."""
-    return generate(session.model, session.tokenizer, SAMPLE_PROMPT, 3 * session.config.attention.window_size)
+    tokens = SAMPLE_WINDOWS * session.config.attention.window_size
+    return generate(session.model, session.tokenizer, SAMPLE_PROMPT, tokens)
 
 
 def _batch(session: Session) -> int:

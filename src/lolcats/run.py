@@ -31,6 +31,7 @@ from lolcats.ranks import is_first
 
 RECORD = "run.json"
 SAMPLE_PROMPT = "What is a good way to spend a rainy weekend? Explain your ideas."
+SAMPLE_WINDOWS = 3  # an answer's most tokens: it leaves the window, and its end is read through the linear term
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 

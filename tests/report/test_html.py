@@ -17,14 +17,18 @@ import lolcats
 from lolcats.cli import app
 from lolcats.config import AttentionConfig, load_config
 from lolcats.evaluation.attention_maps import FILE, effective_length, measure_attention
+from lolcats.evaluation.scores import mean_score
+from lolcats.evaluation.suite import Options
 from lolcats.files import read_tensors
 from lolcats.modeling.layer import linearized_layers
 from lolcats.pipeline import linearize
 from lolcats.report import html
+from lolcats.report.comparison import write_comparison
+from lolcats.report.table import attention_of
 
 SECTIONS = [
-    "Perplexity", "Training", "Error by layer", "Attention maps", "Effective sequence lengths", "Learned gamma",
-    "State per sequence", "Samples", "Provenance",
+    "Perplexity", "State per sequence", "Samples", "Training", "Error by layer", "Attention maps",
+    "Effective sequence lengths", "Learned gamma", "Provenance",
 ]  # fmt: skip
 
 
@@ -60,6 +64,7 @@ def test_report_has_everything_and_needs_nothing(run: Path) -> None:
     for name in ("ppl_teacher", "ppl_window_sinks", "ppl_linear_off", "ppl_window_lora"):
         assert f"<td>{results[name]:.2f}</td>" in page
     assert "What linear attention adds" in page
+    assert "tokens of attention transfer" in page
 
 
 def test_report_on_the_command_line(run: Path, tmp_path: Path) -> None:
@@ -72,22 +77,41 @@ def test_report_on_the_command_line(run: Path, tmp_path: Path) -> None:
     (copy / "run.json").write_text(json.dumps(record))
     (copy / FILE).unlink()
     (copy / "report.html").unlink()
-    scores = {"task": "piqa", "metric": "acc", "items": 4, "models": {"student": {"value": 0.25, "stderr": 0.5}}}
-    (copy / "evaluation.json").write_text(json.dumps({"date": "2026-01-01", "scores": [scores]}))
+    items = {"teacher": (1, 1, 1, 0), "window": (0, 0, 0, 0), "student": (1, 1, 0, 0)}
+    scores = {name: [mean_score("task", "nll", (own,), higher_is_better=False)] for name, own in items.items()}
+    options = Options(data_dir=Path("/home/me/eval"), limit=4)
+    place = torch.device("cpu"), torch.float32
+    write_comparison(copy / "evaluation.json", scores, str(copy), ["task"], ["window"], place, options)
     result = CliRunner().invoke(app, ["report", str(copy)])
     assert result.exit_code == 0, result.output
     page = (copy / "report.html").read_text()
     assert sections(page) == [SECTIONS[0], "Benchmarks", *SECTIONS[1:]]
-    assert "0.250 ± 0.500" in page
+    assert "lolcats evaluate copy --tasks task --baseline window --data-dir eval --limit 4" in page
+    assert "<tr><td>task nll ↓</td><td>4</td><td>0.750 ± 0.250</td>" in page
+    assert "<tr><td>task nll ↓</td><td>-0.250 ± 0.250</td>" in page
+    assert "/home/me" not in page
     assert page.count("<img") == before.count("<img")
     assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 2
 
 
 def test_runs_without_linear_term(model_dirs, chat_file: Path, tmp_path: Path) -> None:
-    for kind, missing in (("softmax", {*SECTIONS[2:6]}), ("window", {"Error by layer", "Learned gamma"})):
+    for kind, missing in (("softmax", {*SECTIONS[4:8]}), ("window", {"Error by layer", "Learned gamma"})):
         config = load_config("default", [*SETTINGS, f"attention.kind={kind}", "finetune.max_steps=2"])
         linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / kind, config, merge=False, say=lambda _: None)
-        assert set(SECTIONS) - set(sections((tmp_path / kind / "report.html").read_text())) == missing
+        page = (tmp_path / kind / "report.html").read_text()
+        assert set(SECTIONS) - set(sections(page)) == missing
+        assert "stage 1 skipped" in page
+
+
+def test_attention_in_words() -> None:
+    for changes, words in (
+        ({"feature_inputs": "unrotated"},
+         "hybrid attention, terraced window of 64 tokens, 4 sinks, hedgehog feature maps in front of RoPE"),
+        ({"kind": "linear", "layers": {"0-3": "softmax"}},
+         "linear attention, hedgehog feature maps behind RoPE, in layers 0-3 softmax"),
+        ({"kind": "window", "sinks": 0}, "window attention, terraced window of 64 tokens, 0 sinks"),
+    ):  # fmt: skip
+        assert attention_of(AttentionConfig(**changes)) == words
 
 
 def test_effective_length() -> None:

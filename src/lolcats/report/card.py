@@ -6,7 +6,7 @@ import json
 
 from lolcats.config import to_yaml
 from lolcats.files import write_text
-from lolcats.report.table import markdown, memory_rows, perplexity_rows, remarks
+from lolcats.report.table import attention_of, markdown, memory_rows, perplexity_rows, remarks
 from lolcats.run import Run
 
 CARD = """---
@@ -17,8 +17,8 @@ base_model: {base}
 ---
 # {name}, linearized
 
-`{base}` with its softmax attention replaced by {kind} attention (window {window} of {size}, {sinks} sinks, {map}
-feature maps), made with lolcats {version} on {date}: constant memory and time per generated token.
+`{base}` with its softmax attention replaced by {attention}. Made with lolcats
+{version} on {date}: constant memory and time per generated token.
 
 ```python
 import lolcats  # registers the model type
@@ -52,14 +52,13 @@ Base weights: {base_fingerprint}. Stages: `{stages}`. Versions: `{versions}`.
 def write_card(run: Run) -> None:
     """Write DIR/README.md from the run's record."""
     record, config, results = run.record, run.config, run.results
-    attention, data = config.attention, record["data"]
+    data = record["data"]
     kept = [e["layer"] for e in _layers(run) if e["kind"] == "softmax"]
     write_text(
         run.directory / "README.md",
         CARD.format(
             base=run.base.path.rsplit("/", 1)[-1] if run.base.form != "hub" else run.base.path,
-            name=run.base.path.rsplit("/", 1)[-1], kind=attention.kind, window=attention.window,
-            size=attention.window_size, sinks=attention.sinks, map=attention.feature_map,
+            name=run.base.path.rsplit("/", 1)[-1], attention=attention_of(config.attention),
             version=record["versions"]["lolcats"], date=record["date"], test_rows=data["test_rows"],
             length=config.data.sequence_length, remarks="\n\n".join(remarks(run)),
             perplexity=markdown(("model", "perplexity", "against teacher"), perplexity_rows(run)),

@@ -25,7 +25,7 @@ NONE = "n/a"
 
 def comparison_rows(scores: Scores) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """(header, rows): every task and metric of every model, student − each other, share of the gap between teacher and
-    each baseline that the student closes; ± one error."""
+    each baseline that the student closes; ± one error; ↓ where lower is better."""
     return entry_rows(comparison(scores))
 
 
@@ -39,7 +39,8 @@ def entry_rows(entries: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tup
         header += [f"student − {name}", "gap closed" if len(baselines) == 1 else f"gap to {name} closed"]
     rows = []
     for entry in entries:
-        row = [f"{entry['task']} {entry['metric']}", f"{entry['items']:,}" if entry["items"] else ""]
+        name = f"{entry['task']} {entry['metric']}" + ("" if entry["higher_is_better"] else " ↓")
+        row = [name, f"{entry['items']:,}" if entry["items"] else ""]
         row += [_readable(entry["models"][name]) for name in models]
         if pair:
             row.append(_readable(entry["difference"], sign=True))

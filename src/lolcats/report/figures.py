@@ -64,18 +64,18 @@ def draw_weights(axis: Any, weights: Tensor, title: str) -> Any:
     return picture
 
 
-def draw_heads(axis: Any, values: list[list[float]], layers: list[int], title: str, logarithmic: bool = False) -> None:
-    """A number of each head of each layer, with its colour bar; ``logarithmic`` in powers of two."""
+def draw_heads(axis: Any, values: list[list[float]], layers: list[int], title: str, base: int = 0) -> None:
+    """A number of each head of each layer, with its colour bar; with a ``base`` logarithmic, in powers of it."""
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     heads = max(map(len, values))
     table = torch.full((len(values), heads), torch.nan)
     for row, own in zip(table, values, strict=True):
         row[: len(own)] = torch.tensor(own)
-    norm = LogNorm() if logarithmic else None
+    norm = LogNorm() if base else None
     picture = axis.imshow(table.numpy(), aspect="auto", cmap="viridis", interpolation="nearest", norm=norm)
-    bar = {"ticks": LogLocator(2), "format": ScalarFormatter()} if logarithmic else {}
+    bar = {"ticks": LogLocator(base), "format": "%g"} if base else {}
     axis.figure.colorbar(picture, ax=axis, **bar).ax.minorticks_off()
     axis.set(title=title, xlabel="head", ylabel="layer")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -6,9 +6,11 @@ import base64
 import io
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from lolcats.config import to_yaml
@@ -17,8 +19,8 @@ from lolcats.files import read_tensors, write_text
 from lolcats.report import figures
 from lolcats.report.comparison import entry_rows
 from lolcats.report.picture import has_matplotlib
-from lolcats.report.table import memory_rows, perplexity_rows, remarks
-from lolcats.run import SAMPLE_PROMPT, Run
+from lolcats.report.table import attention_of, memory_rows, perplexity_rows, remarks
+from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
 from lolcats.training.controls import CONTROLS, control_directory
 
 PAGE = """<!doctype html>
@@ -28,20 +30,23 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 54rem; margin: 0 auto;
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 0 auto;
   padding: 1rem; }}
 h1 {{ font-size: 1.5rem; line-height: 1.25; overflow-wrap: anywhere; }}
-h2 {{ font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-top: .6rem; border-top: 1px solid #ddd; }}
+h2 {{ font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-top: .6rem; border-top: 1px solid #8886; }}
+h3 {{ font-size: 1rem; margin: 1rem 0 .3rem; }}
 p {{ margin: .5rem 0; overflow-wrap: anywhere; }}
-.note {{ color: #555; font-size: .92rem; }}
+.note {{ opacity: .8; font-size: .92rem; }}
 .wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-td, th {{ padding: .25rem .7rem .25rem 0; border-bottom: 1px solid #eee; text-align: right; }}
-td:first-child, th:first-child {{ text-align: left; white-space: pre-wrap; }}
+table {{ border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }}
+td, th {{ padding: .25rem 0 .25rem 1rem; border-bottom: 1px solid #8884; text-align: right; }}
+td {{ white-space: nowrap; }}
+td:first-child, th:first-child {{ padding-left: 0; min-width: 8.5rem; text-align: left; white-space: pre-wrap; }}
 img {{ display: block; width: 100%; max-width: 44rem; margin: .6rem auto; }}
-blockquote {{ margin: .5rem 0; padding: .1rem .9rem; border-left: 3px solid #ccc; white-space: pre-wrap;
+blockquote {{ margin: .5rem 0; padding: .1rem .9rem; border-left: 3px solid #8886; white-space: pre-wrap;
   overflow-wrap: anywhere; }}
-pre {{ font-size: .8rem; overflow-x: auto; background: #f6f6f6; padding: .7rem; }}
+pre {{ font-size: .8rem; overflow-x: auto; background: #8882; padding: .7rem; }}
 summary {{ cursor: pointer; }}
 </style>
 </head>
@@ -53,6 +58,14 @@ summary {{ cursor: pointer; }}
 STYLE = {
     "font.size": 10, "axes.titlesize": 10, "figure.constrained_layout.use": True, "svg.hashsalt": "lolcats",
     "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
+RECALL_TERMS = (
+    " Of an answer, exact: generated right; argmax: share of its tokens that were the most likely; nll: their mean "
+    "−log p, in nats; name@tokens of context."
+)
+STAGES = {
+    "transfer": "attention transfer", "finetune": "LoRA",
+    "window_lora": "control: window + LoRA", "teacher_lora": "control: teacher + LoRA",
 }  # fmt: skip
 
 
@@ -72,18 +85,31 @@ def write_html(run: Run) -> None:
 
 
 def _summary(run: Run) -> str:
-    attention, data, versions = run.config.attention, run.record["data"], run.record["versions"]
+    trained = [
+        f"{stage['steps'] * math.prod(_batch(run, name)):,} tokens of {STAGES[name]}"
+        for name, stage in run.record["stages"].items() if name not in CONTROLS and "steps" in stage
+    ]  # fmt: skip
     return (
-        f"{attention.kind.capitalize()} attention, {attention.window} window of {attention.window_size}, "
-        f"{attention.sinks} sinks, {attention.feature_map} feature maps. Trained on "
-        f"{data['source'].rsplit('/', 1)[-1]} ({data['train_rows']:,} rows of {run.config.data.sequence_length} "
-        f"tokens) with lolcats {versions['lolcats']}, {run.record['date']}."
+        f"The teacher is the base model with its softmax attention; in its place the student has "
+        f"{attention_of(run.config.attention)}. Trained on {_name(run.record['data']['source'])} with lolcats "
+        f"{run.record['versions']['lolcats']}, {run.record['date']}: {', '.join(trained) or 'nothing yet'}."
     )
+
+
+def _batch(run: Run, stage: str) -> tuple[int, int]:
+    """Rows of a step, tokens of a row."""
+    config = run.config
+    return (config.transfer if stage == "transfer" else config.finetune).batch_size, config.data.sequence_length
+
+
+def _name(path: str) -> str:
+    """A hub id or relative path as it is; the end of an absolute one, for where that lies is nobody's business."""
+    return Path(path).name if path.startswith("/") else path
 
 
 def _perplexity(run: Run) -> Iterator[str]:
     rows, length = run.record["data"]["test_rows"], run.config.data.sequence_length
-    yield _paragraph(f"On {rows} × {length} held-out tokens of the same data.")
+    yield _paragraph(f"On {rows} × {length} held-out tokens of the same data: nothing was trained or chosen on them.")
     yield _table(("model", "perplexity", "against the teacher"), perplexity_rows(run))
     for text in remarks(run):
         yield _paragraph(text)
@@ -93,13 +119,43 @@ def _benchmarks(run: Run) -> Iterator[str]:
     """Of files that ``lolcats evaluate --tasks ... --output DIR/evaluation*.json`` left in the run's directory."""
     for path in sorted(run.directory.glob("evaluation*.json")):
         record = json.loads(path.read_text())
-        yield _paragraph(f"{path.name}, {record['date']}: score ± standard error.")
-        yield _table(*entry_rows(record["scores"]))
+        yield _code(_evaluation(record))
+        terms = RECALL_TERMS if {"recall", "positions"} & set(record["tasks"]) else ""
+        yield _paragraph(
+            f"{record['date']}, {record['device']}, {record['dtype']}: score ± standard error (↓: lower is better); "
+            f"the student's differences are paired by item.{terms}", "note",
+        )  # fmt: skip
+        header, rows = entry_rows(record["scores"])
+        end = 2 + len(record["scores"][0]["models"]) if record["baselines"] else len(header)
+        yield _table(header[:end], [row[:end] for row in rows])
+        if header[end:]:
+            yield _table((header[0], *header[end:]), [(row[0], *row[end:]) for row in rows])
 
 
-def _curves(run: Run) -> Iterator[str]:
-    history = figures.read_metrics(run.directory)
-    for stage, title in (("transfer", "Attention transfer"), ("finetune", "LoRA")):
+def _evaluation(record: dict[str, Any]) -> str:
+    """The command behind the file that ``report.comparison.write_comparison`` wrote."""
+    options = record["options"]
+    given = {
+        "--tasks": ",".join(record["tasks"]), "--baseline": ",".join(map(_name, record["baselines"])),
+        "--data-dir": _name(options["data_dir"] or ""), "--data": _name(options["text"]),
+        "--lengths": ",".join(map(str, options["lengths"])), "--limit": str(options["limit"] or ""),
+    }  # fmt: skip
+    words = [word for name, value in given.items() if value for word in (name, value)]
+    return shlex.join(["lolcats", "evaluate", _name(record["model"]), *words])
+
+
+def _training(run: Run) -> Iterator[str]:
+    rows = [
+        (STAGES[name], " × ".join(map(str, (stage["steps"], *_batch(run, name)))), str(stage["best_step"]),
+         f"{stage['best_loss']:.4g}", f"{stage['seconds']:,.0f}")
+        for name, stage in run.record["stages"].items() if "steps" in stage
+    ]  # fmt: skip
+    if rows:
+        yield _table(("stage", "steps × rows × tokens", "best step", "its validation loss", "seconds"), rows)
+    history, transfer = figures.read_metrics(run.directory), run.config.transfer
+    loss = f"Attention transfer: {transfer.mse_weight:g} × squared error"
+    loss += f" + {transfer.xent_weight:g} × cross-entropy" if transfer.xent_weight else ""
+    for stage, title in (("transfer", loss), ("finetune", "LoRA: next-token loss, nats")):
         entries = [entry for entry in history if entry["stage"] == stage]
         if not entries:
             continue
@@ -110,12 +166,16 @@ def _curves(run: Run) -> Iterator[str]:
             else:
                 for name in CONTROLS:
                     if own := figures.read_metrics(control_directory(run.directory, name)):
-                        figures.draw_validation(axis, own, f"{name.replace('_', ' + ')}, validation")
-            yield embed(f"Losses of {title} by step")
+                        figures.draw_validation(axis, own, f"{name.replace('_lora', ' + LoRA')}, validation")
+            yield embed(f"Losses by step. {title}")
 
 
 def _layer_errors(run: Run) -> Iterator[str]:
     if after := run.results.get("layer_errors_after"):
+        yield _paragraph(
+            "How far each layer's attention output is from that of softmax attention on the same input, over all "
+            "validation rows: with untrained feature maps, and with those of attention transfer.", "note",
+        )  # fmt: skip
         with _figure(5.6, 3.3) as (axis, embed):
             figures.draw_errors(axis, run.results.get("layer_errors_before", []), after)
             yield embed("Error of each layer before and after transfer")
@@ -128,11 +188,12 @@ def _heads(found: dict[str, Any]) -> Iterator[str]:
     pairs = zip(found["errors"], found["sizes"], strict=True)
     relative = [[error / max(size, 1e-30) for error, size in zip(*pair, strict=True)] for pair in pairs]
     yield _paragraph(
-        f"Of each head, on {found['rows']} validation rows: the squared error of its output against the output itself, "
-        f"and the entropy of the {found['of']}'s softmax weights (log of how many keys a head spreads over).", "note",
+        f"Of each head, on {found['rows']} validation rows after training: the squared error of its output as a share "
+        f"of the squared softmax output, and the entropy of the {found['of']}'s softmax weights (the log of how many "
+        "keys a head spreads over).", "note",
     )  # fmt: skip
     with _figure(5.6, 3.6, columns=2) as (axes, embed):
-        figures.draw_heads(axes[0], relative, found["layers"], "relative error", logarithmic=True)
+        figures.draw_heads(axes[0], relative, found["layers"], "relative error", base=10)
         figures.draw_heads(axes[1], found["entropies"], found["layers"], "entropy, nats")
         yield embed("Relative error and entropy by layer and head")
 
@@ -144,11 +205,13 @@ def _maps(run: Run) -> Iterator[str]:
         return
     maps = read_tensors(run.directory / FILE)
     whose = "the base model" if attention["of"] == "teacher" else "the student with its LoRA"
+    hybrid = run.config.attention.kind == "hybrid"
     yield _paragraph(
         f"Attention weights on the first {attention['tokens']} tokens of a validation row, logarithmic, for the heads "
-        "with the lowest, median and highest error of their output and the quartiles between. Left softmax, right what "
-        f"replaces it; both have the queries and keys of {whose}. A dark line at the left edge is the first token, on "
-        "which many heads rest.", "note",
+        "with the lowest, median and highest squared error of their output and the quartiles between. Left softmax, "
+        f"right what replaces it{', near the diagonal its window, further left its linear term' if hybrid else ''}; "
+        f"both have the queries and keys of {whose}. A dark line at the left edge is the first token, on which many "
+        "heads rest.", "note",
     )  # fmt: skip
     for number, head in enumerate(attention["heads"]):
         error = attention["errors"][attention["layers"].index(head["layer"])][head["head"]]
@@ -156,8 +219,8 @@ def _maps(run: Run) -> Iterator[str]:
             figures.draw_weights(axes[0], maps["teacher"][number], "softmax")
             picture = figures.draw_weights(axes[1], maps["student"][number], "linearized")
             axes[0].set_ylabel("query")
-            axes[0].figure.colorbar(picture, ax=axes, shrink=0.8, extend="min")
-            title = f"layer {head['layer']}, head {head['head']}: {head['rank']} error, {error:.2g}"
+            axes[0].figure.colorbar(picture, ax=axes, shrink=0.8, extend="min", label="attention weight")
+            title = f"layer {head['layer']}, head {head['head']}: squared error {error:.2g}, {head['rank']} of all"
             axes[0].figure.suptitle(title, fontsize=10)
             yield embed(f"Attention maps of {title}", "png")
 
@@ -170,12 +233,13 @@ def _lengths(run: Run) -> Iterator[str]:
     beyond = sum(value > run.config.attention.window_size for value in values) / len(values)
     yield _paragraph(
         f"How far back the teacher's heads look on those {attention['tokens']} tokens: the mean over queries n of "
-        f"Σᵢ aₙᵢ (n − i + 1). The median head has {values[len(values) // 2]:.0f} tokens; {100 * beyond:.0f} % of all "
-        f"heads look further than the window of {run.config.attention.window_size}.", "note",
+        f"Σᵢ aₙᵢ (n − i + 1). The median head has {values[len(values) // 2]:.0f} tokens (attention that is the "
+        f"same everywhere has {attention['tokens'] / 4:.0f}); {100 * beyond:.0f} % of all heads look further than the "
+        f"window of {run.config.attention.window_size}, some of them because they rest on the first token.", "note",
     )  # fmt: skip
     with _figure(5.6, 4) as (axis, embed):
         title = "Effective sequence length, tokens"
-        figures.draw_heads(axis, attention["lengths"], attention["layers"], title, logarithmic=True)
+        figures.draw_heads(axis, attention["lengths"], attention["layers"], title, base=2)
         yield embed("Effective sequence length by layer and head")
 
 
@@ -186,21 +250,23 @@ def _gamma(run: Run) -> Iterator[str]:
     start = 1 / (1 + math.exp(-run.config.attention.gate_init))
     every = [value for layer in values for value in layer]
     yield _paragraph(
-        f"The weight γ of the window's softmax terms against the linear term: {start:.2g} at the start, now "
-        f"{min(every):.2g} to {max(every):.2g}.", "note",
+        f"The weight γ of the window's softmax terms against the linear term: {start:.3g} at the start, now "
+        f"{min(every):.3g} to {max(every):.3g}.", "note",
     )  # fmt: skip
     with _figure(5.6, 4) as (axis, embed):
-        figures.draw_heads(axis, values, attention["layers"], "γ")
+        figures.draw_heads(axis, values, attention["layers"], "γ of each head")
         yield embed("Learned gamma by layer and head")
 
 
 def _memory(run: Run) -> Iterator[str]:
     if rows := memory_rows(run):
+        yield _paragraph("What a model keeps of its context while it generates.")
         yield _table(("tokens in context", "teacher", "student"), rows)
 
 
 def _samples(run: Run) -> Iterator[str]:
-    yield _paragraph(f"Greedy answers to: {SAMPLE_PROMPT}")
+    tokens = SAMPLE_WINDOWS * run.config.attention.window_size
+    yield _paragraph(f"Greedy answers of at most {tokens} tokens to: {SAMPLE_PROMPT}")
     for who in ("teacher", "student"):
         if f"sample_{who}" in run.results:
             yield f"<h3>{who}</h3>\n<blockquote>{escape(run.results[f'sample_{who}'])}</blockquote>"
@@ -209,30 +275,31 @@ def _samples(run: Run) -> Iterator[str]:
 def _provenance(run: Run) -> Iterator[str]:
     record = run.record
     facts = {
-        "base model": f"{run.base.path.rsplit('/', 1)[-1]}, {run.base.fingerprint}",
-        "data": f"{record['data']['source'].rsplit('/', 1)[-1]}, {record['data']['fingerprint']}",
+        "base model": f"{_name(run.base.path)}, {run.base.fingerprint}",
+        "data": f"{_name(record['data']['source'])}, {record['data']['fingerprint']}",
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     }
     for name, value in facts.items():
         yield _paragraph(f"{name}: {value}")
-    rows = [
-        (name, str(stage.get("steps", "skipped")), str(stage.get("best_step", "")), f"{stage.get('best_loss', 0):.4g}",
-         f"{stage.get('seconds', 0):.0f}")
-        for name, stage in record["stages"].items()
-    ]  # fmt: skip
-    yield _table(("stage", "steps", "best step", "its validation loss", "seconds"), rows)
-    yield f"<details><summary>Configuration</summary>\n<pre>{escape(to_yaml(run.config))}</pre></details>"
+    yield _paragraph("Everything but the benchmarks was trained and measured by this command, or by its parts:")
+    again = [_name(run.base.path), "--data", _name(record["data"]["source"]), "--recipe", "config.yaml", "--out", "DIR"]
+    yield _code(shlex.join(["lolcats", "linearize", *again]))
+    yield f"<details><summary>config.yaml</summary>\n{_code(to_yaml(run.config))}</details>"
 
 
 SECTIONS: tuple[tuple[str, Callable[[Run], Iterator[str]]], ...] = (
-    ("Perplexity", _perplexity), ("Benchmarks", _benchmarks), ("Training", _curves), ("Error by layer", _layer_errors),
-    ("Attention maps", _maps), ("Effective sequence lengths", _lengths), ("Learned gamma", _gamma),
-    ("State per sequence", _memory), ("Samples", _samples), ("Provenance", _provenance),
+    ("Perplexity", _perplexity), ("Benchmarks", _benchmarks), ("State per sequence", _memory), ("Samples", _samples),
+    ("Training", _training), ("Error by layer", _layer_errors), ("Attention maps", _maps),
+    ("Effective sequence lengths", _lengths), ("Learned gamma", _gamma), ("Provenance", _provenance),
 )  # fmt: skip
 
 
 def _paragraph(text: str, style: str = "") -> str:
     return f'<p class="{style}">{escape(text)}</p>' if style else f"<p>{escape(text)}</p>"
+
+
+def _code(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lolcats.config import AttentionConfig
 from lolcats.evaluation.memory import readable
 from lolcats.run import RECORD, Run
 
@@ -18,24 +19,42 @@ NO_CONTROLS = (
     "run has not trained: lolcats finetune DIR --controls."
 )
 
+AGAINST_CONTROLS = {
+    "ppl_window_lora": "What linear attention adds: {} perplexity against the same LoRA without it (lower is better).",
+    "ppl_teacher_lora": "What linearizing costs: {} perplexity against the teacher with the same LoRA.",
+}
+
+
+def attention_of(config: AttentionConfig) -> str:
+    """What replaces softmax attention, in words."""
+    parts = [f"{config.kind} attention"]
+    if config.kind in ("hybrid", "window"):
+        parts.append(f"{config.window} window of {config.window_size} tokens, {config.sinks} sinks")
+    if config.kind in ("hybrid", "linear"):
+        place = "behind" if config.feature_inputs == "rotated" else "in front of"
+        parts.append(f"{config.feature_map} feature maps {place} RoPE")
+    parts += [f"in layers {layers} {kind}" for layers, kind in config.layers.items()]
+    return ", ".join(parts)
+
 
 def perplexity_rows(run: Run) -> list[tuple[str, str, str]]:
     """(model, perplexity, against the teacher) for everything measured so far."""
     results = run.results
+    skipped = {name for name, stage in run.record["stages"].items() if "skipped" in stage}
     labels = {
         "ppl_teacher": "teacher (softmax attention)",
         "ppl_window": "window only, nothing trained",
         "ppl_window_sinks": f"window + {results.get('baseline_sinks')} sinks, nothing trained",
-        "ppl_transfer": "after stage 1 (attention transfer)",
-        "ppl_student": "after stage 2 (LoRA)",
+        "ppl_transfer": "stage 1 skipped" if "transfer" in skipped else "after stage 1 (attention transfer)",
+        "ppl_student": "stage 2 skipped" if "finetune" in skipped else "after stage 2 (LoRA)",
         "ppl_linear_off": "  the same, its linear term off",
         "ppl_window_off": "  the same, its window and sinks off",
         "ppl_window_lora": f"window + {run.config.attention.sinks} sinks + the same LoRA, no linear term",
         "ppl_teacher_lora": "teacher + the same LoRA",
     }
-    teacher = results.get("ppl_teacher")
+    base = "ppl_teacher"
     return [
-        (label, f"{results[key]:.2f}", f"{100 * (results[key] / teacher - 1):+.1f} %")
+        (label, _number(results[key], 2), "" if key == base else _percent(results[key], results[base]))
         for key, label in labels.items()
         if key in results
     ]
@@ -49,16 +68,16 @@ def memory_rows(run: Run) -> list[tuple[str, str, str]]:
 
 def remarks(run: Run) -> list[str]:
     """What the reader must know to read the perplexities right."""
-    results, texts = run.results, []
-    if "ppl_student" not in results or "lora" not in _trained(run):
+    results, student, texts = run.results, run.results.get("ppl_student"), []
+    if student is None or "lora" not in _trained(run):
         return []
-    if results["ppl_student"] < results["ppl_teacher"]:
-        texts.append(ADAPTATION)
-    if "ppl_window_lora" in results:
-        change = results["ppl_student"] / results["ppl_window_lora"] - 1
-        texts.append(f"What linear attention adds: {100 * change:+.1f} % perplexity against the same LoRA without it.")
-    elif "linear" in _trained(run):
+    for control, text in AGAINST_CONTROLS.items():
+        if control in results:
+            texts.append(text.format(_percent(student, results[control])))
+    if "linear" in _trained(run) and "ppl_window_lora" not in results:
         texts.append(NO_CONTROLS)
+    if student < results["ppl_teacher"]:
+        texts.append(ADAPTATION)
     return texts
 
 
@@ -68,6 +87,16 @@ def controls_hint(model: str) -> str:
         return ""
     run = Run.open(Path(model))
     return NO_CONTROLS if {"linear", "lora"} == _trained(run) and "ppl_window_lora" not in run.results else ""
+
+
+def _number(value: float, places: int, sign: str = "") -> str:
+    """Without decimals from 1,000 up."""
+    return f"{value:{sign},.{places if abs(value) < 1000 else 0}f}"
+
+
+def _percent(value: float, other: float) -> str:
+    """How much ``value`` is above ``other``."""
+    return f"{_number(100 * (value / other - 1), 1, '+')} %"
 
 
 def _trained(run: Run) -> set[str]:
