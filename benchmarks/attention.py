@@ -330,7 +330,7 @@ def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Itera
             "ratio | target | with those of maps and γ, ms | ratio | maps alone (stage 1), ms | SDPA ms, eager | "
             "kernels ms, eager | ratio, eager", backward_rows,
         ),
-        "Plain linear attention": (
+        "Plain linear attention against flash-linear-attention": (
             "tokens | fla ms | kernels ms | ratio | fla ms, with backward | kernels ms | ratio | difference",
             linear_rows,
         ),
@@ -347,8 +347,8 @@ def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Itera
 def run(directory: Path, activations: list[Path], only: str) -> dict[str, Any]:
     """Sections with ``only`` in their name; what is measured is written, should a later section fail."""
     results: dict[str, Any] = {
-        "date": str(date.today()), "device": common.hardware(torch.device("cuda")), "torch": torch.__version__,
-        "triton": triton.__version__, "sections": {},
+        "device": common.hardware(torch.device("cuda")), "torch": torch.__version__, "triton": triton.__version__,
+        "sections": {},
     }  # fmt: skip
     before = common.read(directory, "attention")["sections"] if only and (directory / "attention.json").exists() else {}
     every = sections(activations)
@@ -356,7 +356,7 @@ def run(directory: Path, activations: list[Path], only: str) -> dict[str, Any]:
     for name, (columns, rows) in every.items():
         if only not in name:
             continue
-        section = {"columns": columns.split(" | "), "rows": []}
+        section = {"date": str(date.today()), "columns": columns.split(" | "), "rows": []}
         results["sections"][name] = section
         for row in rows():
             section["rows"].append(row)
@@ -370,13 +370,14 @@ def report(results: dict[str, Any]) -> str:
     lines = [
         "# Attention kernels",
         "",
-        f"`python benchmarks/attention.py`, {results['date']}, {results['device']}, torch {results['torch']}, triton "
+        f"`python benchmarks/attention.py`, {results['device']}, torch {results['torch']}, triton "
         f"{results['triton']}, bf16 where nothing else is said, {H} query heads, {G} kv heads, D {D}, f {F_COLUMNS}, "
         "window 64 (terraced), 4 sinks, random data. Medians; ratios above 1: the kernels are faster.",
         "",
         f"Bound: {moved:.1f} ns a token to move q, k, v and o at {BYTES / 1e12:.1f} TB/s, {computed:.1f} ns for the "
         f"products at {OPERATIONS / 1e12:.0f} TFLOP/s (key maps per query head); the larger counts. Timed as CUDA "
-        "graphs; eager: launched one by one, L2 cleared in between.",
+        "graphs; eager: launched one by one, L2 cleared in between. Against flash-linear-attention (0.6.0, "
+        f"`chunk_linear_attn`, normalised): {H} kv heads, {2 * F_COLUMNS} given features, eager.",
         "",
         "![Forward](attention.png)",
     ]
@@ -384,6 +385,7 @@ def report(results: dict[str, Any]) -> str:
         lines += [
             "",
             f"## {name}",
+            section["date"],
             "",
             "| " + " | ".join(section["columns"]) + " |",
             "|---" * len(section["columns"]) + "|",
@@ -394,7 +396,7 @@ def report(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any], directory: Path) -> None:
     pyplot = common.load_pyplot()
-    if pyplot is None:
+    if pyplot is None or "Forward" not in results["sections"]:
         return
     rows = results["sections"]["Forward"]["rows"]
     figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")

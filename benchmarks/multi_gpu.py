@@ -337,7 +337,7 @@ def launch(tiny: bool, counts: list[int], seconds: float, directory: Path) -> di
     directory.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
     results: dict[str, Any] = {
-        "date": str(date.today()), "device": common.hardware(torch.device("cpu" if tiny else "cuda")), "counts": counts,
+        "date": str(date.today()), "device": common.hardware(torch.device("cpu" if tiny else "cuda")), "counts": sorted(counts),
         "versions": common.installed("torch", "transformers", "peft", "triton", "liger-kernel"),
         "sizes": asdict(TINY if tiny else Sizes()), "parts": {}, "failures": {},
     }  # fmt: skip
@@ -384,7 +384,8 @@ def collect(found: list[list[Any]]) -> dict[str, dict[str, Any]]:
             for rows, batch in result.get("batches", {}).items():
                 batch["speed_up"] = batch["tokens_per_second"] / single["batches"][rows]["tokens_per_second"]
         parts.setdefault(name, {})[str(count)] = result
-    return parts
+    order = list(PARTS)
+    return dict(sorted(parts.items(), key=lambda part: order.index(part[0].removesuffix(", larger"))))
 
 
 def report(results: dict[str, Any]) -> str:
@@ -401,7 +402,7 @@ def report(results: dict[str, Any]) -> str:
         f"{sizes['transfer_rows']}, {sizes['finetune_rows']} and (large) {sizes['large_rows']} rows a step. Stage 1 is "
         f"data-parallel, {kind_of_stage_2(results['parts'])}. "
         "Efficiency: tokens/s against one GPU's times the number of GPUs. Peak: PyTorch's allocated memory, weights "
-        "included, of the fullest GPU; planned: what `lolcats plan` says.",
+        "included, of the fullest GPU; planned: what `lolcats plan` says." + results.get("note", ""),
         "",
         "| part | GPUs | tokens/s | planned | efficiency | target | losses differ by | peak GiB | planned |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",

@@ -47,9 +47,9 @@ class Speeds:
     the host, which keeps up better with larger layers."""
     chunked_ns: float = 47.8
     """Stage 1 on the chunked path."""
-    sharded_layer: float = 11.9e-3
+    sharded_layer: float = 10.7e-3
     """Seconds that a decoder layer of a sharded model takes at least, forward and backward, however little it
-    computes: 8B on two H200, 2026-11-25 (``results/multi_gpu.json``), with LoRA sharded too, which it no longer is."""
+    computes: 8B on two and four H100, 2026-11-27 (``results/multi_gpu.json``)."""
     link: float = 300e9
     """Bytes a second that a GPU receives in all-gathers inside a node (NVLink). Assumed, not measured."""
     network: float = 40e9
