@@ -337,7 +337,8 @@ def launch(tiny: bool, counts: list[int], seconds: float, directory: Path) -> di
     directory.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
     results: dict[str, Any] = {
-        "date": str(date.today()), "device": common.hardware(torch.device("cpu" if tiny else "cuda")), "counts": sorted(counts),
+        "date": str(date.today()), "device": common.hardware(torch.device("cpu" if tiny else "cuda")),
+        "counts": sorted(counts),
         "versions": common.installed("torch", "transformers", "peft", "triton", "liger-kernel"),
         "sizes": asdict(TINY if tiny else Sizes()), "parts": {}, "failures": {},
     }  # fmt: skip

@@ -188,7 +188,9 @@ def test_whole_models_where_they_fit_and_shards_where_not() -> None:
 
 
 @pytest.mark.parametrize("gpus", [2, 4])
-@pytest.mark.parametrize("part", ["stage 1", "stage 2", "stage 2, sharded", "stage 2, sharded, larger", "large stage 2"])
+@pytest.mark.parametrize(
+    "part", ["stage 1", "stage 2", "stage 2, sharded", "stage 2, sharded, larger", "large stage 2"]
+)
 def test_several_gpus_take_what_was_measured(part: str, gpus: int) -> None:
     """benchmarks/multi_gpu.py on four H100."""
     found = json.loads((ROOT / "benchmarks/results/multi_gpu.json").read_text())["parts"][part][str(gpus)]
