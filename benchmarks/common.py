@@ -98,6 +98,12 @@ def read(directory: Path, name: str) -> dict[str, Any]:
     return json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def alike(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a sweep's rows those that were measured as most were; where that says nothing, as the newest were."""
+    ways = [row["evaluation"] for row in reversed(rows)]
+    return [row for row in rows if row["evaluation"] == max(ways, key=ways.count)]
+
+
 def load_pyplot() -> Any:
     """matplotlib's pyplot without a display, None where it is not installed."""
     if not importlib.util.find_spec("matplotlib"):

@@ -51,10 +51,8 @@ def read_sweep(path: Path, sweep: str = "") -> list[Trained]:
 
     sweep: name of one of several sweeps that share the file; empty: rows of all.
     """
-    newest: dict[tuple[str, int], dict[str, Any]] = {}
-    for result in common.read_lines(path):
-        if result["kind"] == "row" and sweep in ("", result["sweep"]):
-            newest[result["name"], result["seed"]] = result
+    found = [r for r in common.read_lines(path) if r["kind"] == "row" and sweep in ("", r["sweep"])]
+    newest = {(r["name"], r["seed"]): r for r in (common.alike(found) if sweep else found)}
     rows: dict[str, list[dict[str, Any]]] = {}
     for (name, _), result in newest.items():
         if result["layer_errors"]["after"] and result["layers"]:

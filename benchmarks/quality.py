@@ -1,5 +1,6 @@
 """Tables of sweeps' results for ``benchmarks/quality/``: MODEL.jsonl.gz and EXPERIMENT-MODEL.md of each experiment.
 
+    python benchmarks/quality_data.py ...       # the data
     lolcats sweep experiments/table6.yaml experiments/controls.yaml MODEL --data DATA --out DIR ...
     python benchmarks/quality.py DIR/results.jsonl --name smollm2-135m --teacher "SmolLM2-135M-Instruct, ..."
     python benchmarks/quality.py benchmarks/quality/smollm2-135m.jsonl.gz                         # the tables again
@@ -35,14 +36,10 @@ KEYS = ("kind", "row", "evaluation", "sweep", "name")  # what tells a result
 
 
 def of_experiment(results: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The untrained models and an experiment's rows with their controls; measured alike: as its newest row was."""
-    rows = [r for r in results if r.get("kind") == ROW and r["sweep"] == name]
-    if not rows:
-        return []
-    rows = [r for r in rows if r["evaluation"] == rows[-1]["evaluation"]]
-    untrained = {
-        r["name"]: r for r in results if r.get("kind") == UNTRAINED and r["evaluation"] == rows[-1]["evaluation"]
-    }
+    """The untrained models and an experiment's rows with their controls, measured alike."""
+    rows = common.alike([r for r in results if r.get("kind") == ROW and r["sweep"] == name])
+    ways = {r["evaluation"] for r in rows}
+    untrained = {r["name"]: r for r in results if r.get("kind") == UNTRAINED and r["evaluation"] in ways}
     return [*untrained.values(), *with_controls(rows, results)]
 
 
@@ -85,8 +82,8 @@ def report(name: str, title: str, results: list[dict[str, Any]], about: dict[str
 
 
 def _bare(command: str) -> str:
-    """A command whose paths have lost their folders, which are of the machine it ran on."""
-    return re.sub(r"(?<![^\s='\"])/[^\s'\"=]*/", "", command)
+    """A command whose paths have lost their folders, which are of the machine it ran on, and without its deadline."""
+    return re.sub(r"(?<![^\s='\"])/[^\s'\"=]*/| --deadline \S+", "", command)
 
 
 def main() -> None:

@@ -10,8 +10,10 @@ import pytest
 from conftest import SETTINGS
 from scripts import script
 
+from lolcats.config import DataConfig
 from lolcats.sweep.execute import run_sweeps
 from lolcats.sweep.plan import read_sweep
+from lolcats.training.mixture import read_mixture
 
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 FEW = ["transfer.max_steps=2", "finetune.max_steps=2", "transfer.eval_steps=2"]
@@ -58,6 +60,36 @@ def test_tables_of_several_experiments(model_dirs, chat_file: Path, tmp_path: Pa
     layers = script("layers")
     assert [row.name for row in layers.read_sweep(packed, "lora")] == ["b", "c"]
     assert len(layers.read_sweep(tmp_path / "out" / "results.jsonl")) == 3
+
+
+def test_rows_measured_alike() -> None:
+    alike = script("common").alike
+    old, new = {"evaluation": "old"}, {"evaluation": "new"}
+    assert alike([]) == []
+    assert alike([old, new]) == [new]
+    assert alike([old, new, old]) == [old, old]
+
+
+def test_data_of_the_sweeps(tmp_path: Path) -> None:
+    """Nothing is held out and trained on, nothing is lost but what says nothing."""
+    data = script("quality_data")
+    alpaca = [{"instruction": f"i{n}", "input": "", "output": "<nooutput>" if n == 7 else f"o{n}"} for n in range(101)]
+    books = [{"title": f"b{n}", "text": f"{n} " * 50_000} for n in range(20)]
+    sources = {"alpaca": alpaca, "textbooks": books, "books": books}
+    for name, records in sources.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    data.write(tmp_path / "out", {name: str(tmp_path / f"{name}.json") for name in sources})
+
+    def read(name: str) -> list[dict]:
+        return [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+
+    assert {name: len(read(f"{name}_heldout")) for name in sources} == {"alpaca": 2, "textbooks": 1, "books": 2}
+    assert max(len(r["text"]) for r in read("books_heldout")) == data.LONGEST
+    kept = [r["title"] for name in ("books", "books_heldout") for r in read(name)]
+    assert sorted(kept) == sorted(r["title"] for r in books)
+    assert len(read("alpaca")) == 98
+    shares = read_mixture(str(tmp_path / "out" / "both.yaml"), DataConfig())
+    assert [share.share for share in shares] == [0.5, 0.25, 0.25]
 
 
 @pytest.mark.parametrize("packed", sorted(QUALITY.glob("*.jsonl.gz")), ids=lambda path: path.name)

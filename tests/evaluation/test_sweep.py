@@ -320,7 +320,12 @@ def test_differences_are_paired() -> None:
     value, error = difference(*entries, "wikitext2")
     assert value == pytest.approx(100 * (math.exp(-0.2) - 1))
     assert error == pytest.approx(100 * math.exp(-0.2) * 0.1 / math.sqrt(3))
-    assert difference({"value": 2.0}, {"value": 1.0}, "positions nll 0-63") is None
+    nll, exact = "positions nll 0-63", "passkey@1024 exact"
+    assert difference({"value": 2.0}, {"value": 1.0}, nll) == (pytest.approx(100 * (math.e - 1)), None)
+    assert difference(*({"value": sum(x) / 3, "items": x} for x in (ours, theirs)), nll) == pytest.approx(
+        (value, error)
+    )
+    assert difference({"value": 2.0}, {"value": 1.0}, exact) is None
     assert difference({"value": 2.0}, {"value": 1.0}, "held-out") == (100.0, None)
 
 

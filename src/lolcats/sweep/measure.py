@@ -27,7 +27,7 @@ from lolcats.training.mixture import is_mixture, read_mixture
 
 Measured = dict[str, dict[str, Any]]
 """By the name of what was measured: value, standard error and items, in an order that is the same for every model: of a
-perplexity the losses of rows, of a score with results 0 and 1 a string of them."""
+perplexity the losses of rows, of an nll its items, of a score with results 0 and 1 a string of them."""
 
 
 class Measurement:
@@ -76,7 +76,7 @@ def _entry(score: Score) -> dict[str, Any]:
     entry = {"value": score.value if math.isfinite(score.value) else None, "stderr": score.stderr}
     if items and set(items) <= {0.0, 1.0}:
         return {**entry, "items": "".join(str(int(item)) for item in items)}
-    return entry
+    return {**entry, "items": [round(item, 5) for item in items]} if score.metric.startswith("nll") else entry
 
 
 def _first(rows: tuple[Tensor, Tensor | None], count: int) -> tuple[Tensor, Tensor | None]:

@@ -15,15 +15,15 @@ HELD_OUT, LINEAR_OFF = "held-out", "linear off"
 WINDOW, WINDOW_SINKS = "window, nothing trained", "window + sinks, nothing trained"
 WINDOW_LORA = "window+lora"
 UNTRAINED, CONTROL, ROW = "untrained", "control", "row"  # kinds of results
-ADDS, GAINS = "what the linear term adds", ("acc", "acc_norm", "exact_match")
+ADDS, GAINS, NLL = "what the linear term adds", ("acc", "acc_norm", "exact_match"), " nll"
 NOTE = (
-    "Perplexities (held-out: test rows of the row's own training data, which differ by seed), scores in %; of several "
-    "seeds mean ± standard deviation over them, of one its value and (standard error over rows or items). Lines below "
-    "a row are its other models, those that all rows share stand above: *linear off* is the student without its linear "
-    "term; *window+lora* and *teacher+lora* are controls with the same data, steps, seed and LoRA. "
-    f"*{ADDS.capitalize()}*: student against window+lora, item by item: change of the perplexity in %, of scores in "
-    "points. Layer error: mean squared error of the attention outputs after transfer. Seconds: training, and all "
-    "measured but held-out rows."
+    "Perplexities (held-out: test rows of the row's own training data, which differ by seed), nll in nats a "
+    "token, scores in %; of several seeds mean ± standard deviation over them, of one its value and (standard "
+    "error over rows or items). Lines below a row are its other models, those that all rows share stand above: "
+    "*linear off* is the student without its linear term; *window+lora* and *teacher+lora* are controls with the "
+    f"same data, steps, seed and LoRA. *{ADDS.capitalize()}*: student against window+lora, item by item: change of "
+    "the perplexity in % (of an nll, of its exponential), of scores in points. Layer error: mean squared error of "
+    "the attention outputs after transfer. Seconds: training, and all measured but held-out rows."
 )
 
 
@@ -131,7 +131,7 @@ def _is_score(metric: str) -> bool:
 
 def _added(runs: list[Result], metric: str) -> str:
     """Student against the control with the same LoRA and no linear term: with its error of one seed, of several over
-    seeds; empty where it is no perplexity or score."""
+    seeds; empty where it is no perplexity, nll or score."""
     pairs = [(r["systems"][STUDENT].get(metric), r["systems"].get(WINDOW_LORA, {}).get(metric)) for r in runs]
     found = [difference(*pair, metric) for pair in pairs if pair[0] and pair[1]]
     known = [pair for pair in found if pair is not None]
@@ -144,14 +144,17 @@ def _added(runs: list[Result], metric: str) -> str:
 
 
 def difference(entry: dict[str, Any], other: dict[str, Any], metric: str) -> tuple[float, float | None] | None:
-    """How much more a score is (points) or a perplexity (%), and the standard error of that, paired by item."""
-    score, items = _is_score(metric), entry.get("items")
-    if entry["value"] is None or other["value"] is None or not (score or isinstance(items, list) or metric == HELD_OUT):
+    """How much more a score is (points) or a perplexity (%; of an nll its exponential), and the standard error of that,
+    paired by item."""
+    value, against, items = entry["value"], other["value"], entry.get("items")
+    if value is None or against is None:
         return None
-    if not score:
-        ratio = entry["value"] / other["value"]
-        return 100 * (ratio - 1), _error(items, other.get("items"), 100 * ratio)
-    return 100 * (entry["value"] - other["value"]), _error(items, other.get("items"), 100)
+    if _is_score(metric):
+        return 100 * (value - against), _error(items, other.get("items"), 100)
+    if not (NLL in metric or isinstance(items, list) or metric == HELD_OUT):
+        return None
+    ratio = math.exp(value - against) if NLL in metric else value / against
+    return 100 * (ratio - 1), _error(items, other.get("items"), 100 * ratio)
 
 
 def _error(items: Sequence[Any] | None, others: Sequence[Any] | None, factor: float) -> float | None:
