@@ -16,7 +16,7 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation import positions as by_position
 from lolcats.evaluation import recall as by_depth
 from lolcats.evaluation.positions import buckets, positions, token_losses
-from lolcats.evaluation.recall import DEPTHS, TASKS, recall
+from lolcats.evaluation.recall import DEPTHS, TASKS, Answer, Prompt, recall
 from lolcats.evaluation.text import encode, read_documents, special_prefix
 from lolcats.modeling.layer import override
 
@@ -60,19 +60,33 @@ def test_recall_equals_the_plain_forward_pass(tokenizer, haystack, mode: Any) ->
     model = lolcats.convert(tiny_model(), TINY)
     prompts = TASKS["multi-query"](tokenizer, haystack, 400, 2, "seed")
     with override(model, mode=mode):
-        greedy, log_probs = by_depth._read_and_answer(model, prompts)
-        for prompt, generated, found in zip(prompts, greedy, log_probs, strict=True):
+        for prompt, found in zip(prompts, by_depth._read_and_answer(model, prompts), strict=True):
             ids = torch.tensor([prompt.ids + prompt.continuation])
             with torch.no_grad():
                 whole = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0, len(prompt.ids) - 1 : -1]
             torch.testing.assert_close(found[: len(prompt.continuation)], whole, atol=1e-4, rtol=1e-4)
-            assert generated[0] == whole[0].argmax()
         scores = recall(model, tokenizer, haystack, [400], 2, batch_size=3, seed=0)
     assert [s.key for s in scores] == [
         (f"{task}@400", metric) for task in TASKS for metric in ("exact", "argmax", "nll")
     ]
     assert [s.count for s in scores] == [10, 10, 10, 10, 10, 10, 2, 10, 10]
     assert all(len(s.labels) == s.count for s in scores)
+
+
+@pytest.mark.parametrize("mode", ["teacher", "student"])
+def test_exact_is_what_greedy_generation_gives(tokenizer, haystack, mode: Any) -> None:
+    model = lolcats.convert(tiny_model(), TINY)
+    prompts = TASKS["passkey"](tokenizer, haystack, 100, 1, "seed")
+    with override(model, mode=mode):
+        ids = torch.tensor([prompt.ids for prompt in prompts])
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+        generated = model.generate(ids, max_new_tokens=5, **options)[:, 100:].tolist()
+        own = [Prompt(p.ids, tokens, [Answer(0, 5, 0.5)]) for p, tokens in zip(prompts, generated, strict=True)]
+        other = [Prompt(p.ids, [*p.continuation[:4], p.continuation[4] + 1], p.answers) for p in own]
+        for asked, exact, argmax in ((own, 1.0, 1.0), (other, 0.0, 0.8)):
+            found = {score.metric: score.value for score in by_depth._measure(model, asked, "passkey", 3)}
+            assert found["exact"] == exact
+            assert found["argmax"] == pytest.approx(argmax)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

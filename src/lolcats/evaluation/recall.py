@@ -1,13 +1,13 @@
 """Does a model find what stands far back in its context? Pass key, needle and multi-query recall, by length and depth.
 
 Every prompt has exactly the given number of tokens, so batches need no padding. It is read once; from that state the
-answer is both generated greedily (metric ``exact``) and forced token by token (``argmax``: share of answer tokens that
-were the most likely one; ``nll``: their mean −log p), which shows a signal where a small model never gets all of them.
+answer is forced upon the model. ``exact``: each of its tokens was the most likely one, so greedy generation gives it;
+``argmax``: share of such tokens; ``nll``: their mean −log p. The last two show a signal where a small model never gets
+all of them.
 """
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,10 +50,6 @@ class Prompt:
     ids: list[int]
     continuation: list[int]
     answers: list[Answer]
-
-    @property
-    def first_answer(self) -> list[int]:
-        return self.continuation[: self.answers[0].end]
 
 
 def recall(model: PreTrainedModel, tokenizer: Any, haystack: Sequence[int], lengths: Sequence[int],
@@ -177,20 +173,21 @@ def _room(length: int, needed: int) -> int:
 
 
 def _measure(model: PreTrainedModel, prompts: list[Prompt], task: str, batch_size: int) -> Iterator[Score]:
-    """Scores ``exact``, ``argmax`` and ``nll``; exact is asked of each prompt's first answer alone."""
+    """Scores ``exact``, ``argmax`` and ``nll``; exact is asked of each prompt's first answer alone, behind which greedy
+    generation would go on with its own text."""
     exact: list[float] = []
     argmax: list[float] = []
     nll: list[float] = []
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-        greedy, log_probs = _read_and_answer(model, batch)
-        for prompt, generated, row in zip(batch, greedy, log_probs, strict=True):
-            exact.append(float(generated[: len(prompt.first_answer)] == prompt.first_answer))
+        for prompt, row in zip(batch, _read_and_answer(model, batch), strict=True):
+            truth = torch.tensor(prompt.continuation, device=row.device)
+            right = row[: len(truth)].argmax(1) == truth
+            exact.append(float(right[: prompt.answers[0].end].all()))
             for answer in prompt.answers:
-                truth = torch.tensor(prompt.continuation[answer.start : answer.end], device=row.device)
-                part = row[answer.start : answer.end]
-                argmax.append((part.argmax(1) == truth).float().mean().item())
-                nll.append(-part.gather(1, truth[:, None]).mean().item())
+                span = slice(answer.start, answer.end)
+                argmax.append(right[span].float().mean().item())
+                nll.append(-row[span].gather(1, truth[span, None]).mean().item())
     every = [f"{answer.depth:g}" for prompt in prompts for answer in prompt.answers]
     firsts = [f"{prompt.answers[0].depth:g}" for prompt in prompts]
     yield mean_score(task, "exact", (tuple(exact),), labels=firsts)
@@ -199,16 +196,11 @@ def _measure(model: PreTrainedModel, prompts: list[Prompt], task: str, batch_siz
 
 
 @torch.no_grad()
-def _read_and_answer(model: PreTrainedModel, prompts: list[Prompt]) -> tuple[list[list[int]], Tensor]:
-    """Greedy tokens of each prompt, and log-probabilities (B, C, vocabulary) of its true continuation's places."""
+def _read_and_answer(model: PreTrainedModel, prompts: list[Prompt]) -> Tensor:
+    """Log-probabilities (B, C, vocabulary) at the places of each prompt's true continuation."""
     ids = torch.tensor([p.ids for p in prompts], device=model.device)
     longest = max(len(p.continuation) for p in prompts)
     truth = torch.tensor([p.continuation + [0] * (longest - len(p.continuation)) for p in prompts], device=model.device)
     cache = decoder(model)(input_ids=ids[:, :-1], use_cache=True).past_key_values
     fed = torch.cat([ids[:, -1:], truth[:, :-1]], dim=1)
-    logits = model(input_ids=fed, past_key_values=copy.deepcopy(cache)).logits
-    output = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False,
-        max_new_tokens=max(len(p.first_answer) for p in prompts), pad_token_id=0,
-    )  # fmt: skip
-    return output[:, ids.shape[1] :].tolist(), logits.float().log_softmax(-1)
+    return model(input_ids=fed, past_key_values=cache).logits.float().log_softmax(-1)
