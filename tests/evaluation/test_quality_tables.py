@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,27 @@ def test_data_of_the_sweeps(tmp_path: Path) -> None:
     assert len(read("alpaca")) == 98
     shares = read_mixture(str(tmp_path / "out" / "both.yaml"), DataConfig())
     assert [share.share for share in shares] == [0.5, 0.25, 0.25]
+
+
+@pytest.mark.slow
+def test_processes_share_the_rows_out(model_dirs, chat_file: Path, tmp_path: Path) -> None:
+    """Two processes on one table, then its tables; a second start finds everything there."""
+    for folder in ("models", "data", "eval"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "models" / "tiny").symlink_to(model_dirs["llama"])
+    for name in ("alpaca", "alpaca_heldout", "textbooks_heldout", "books_heldout"):
+        (tmp_path / "data" / f"{name}.jsonl").write_bytes(chat_file.read_bytes())
+    own = ["rows={a: [], b: [finetune.rank=2]}", "evaluate.tasks=[]", f"evaluate.perplexity.wikitext2={chat_file}"]
+    steps = [{"sweeps": ["lora"], "set": [*own, *SETTINGS, *FEW]}]
+    runs = {"processes": [{"model": "tiny", "copies": 2, "steps": steps}]}
+    (tmp_path / "runs.yaml").write_text(json.dumps(runs))
+    folders = [word for name in ("models", "data", "eval", "out") for word in (f"--{name}", tmp_path / name)]
+    command = [sys.executable, QUALITY.parent / "quality_runs.py", tmp_path / "runs.yaml", *folders, "--seconds", "240"]
+    results = tmp_path / "out" / "tiny" / "results.jsonl"
+    for _ in range(2):
+        subprocess.run(command, check=True)
+        kinds = [json.loads(line)["kind"] for line in results.read_text().splitlines()]
+        assert sorted(kinds) == ["row", "row", "untrained", "untrained"]
 
 
 @pytest.mark.parametrize("packed", sorted(QUALITY.glob("*.jsonl.gz")), ids=lambda path: path.name)

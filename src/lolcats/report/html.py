@@ -60,8 +60,8 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
 RECALL_TERMS = (
-    " Of an answer, exact: greedy generation gives it; argmax: share of its tokens that were the most likely; nll: their "
-    "mean −log p, in nats; name@tokens of context."
+    " Of an answer, exact: greedy generation gives it; argmax: share of its tokens that were the most likely; nll: "
+    "their mean −log p, in nats; name@tokens of context."
 )
 STAGES = {
     "transfer": "attention transfer", "finetune": "LoRA",
