@@ -6,6 +6,7 @@ import sys
 from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -82,17 +83,22 @@ def test_fused_layers_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def patch(rope: bool = True, fused_linear_cross_entropy: bool = True, model: Any = None) -> None:
         assert not fused_linear_cross_entropy
-        modeling_llama.apply_rotary_pos_emb = None
+        modeling_llama.apply_rotary_pos_emb = lambda *_: "fused"
+        modeling_llama.LlamaRMSNorm = None
         model.model.norm.__dict__["forward"] = lambda x: x
         model.model.norm.variance_epsilon = 7
 
     fake_liger(monkeypatch, patch)
     model, _ = with_lora()
+    expected = tiny_model()(IDS).logits
     norm, epsilon = model.model.norm, model.model.norm.variance_epsilon
     with ExitStack() as undo:
         _patch(model, undo)
-        assert modeling_llama.apply_rotary_pos_emb is None
+        assert modeling_llama.apply_rotary_pos_emb is not original
+        assert modeling_llama.apply_rotary_pos_emb(Mock(Tensor, is_cuda=True)) == "fused"
         assert norm(IDS) is IDS
+        other = tiny_model()  # of the same family, on a CPU
+        assert torch.equal(other(IDS).logits, expected)
     assert modeling_llama.apply_rotary_pos_emb is original
     assert "forward" not in vars(norm)
     assert norm.variance_epsilon == epsilon

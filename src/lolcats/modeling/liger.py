@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
@@ -40,8 +42,8 @@ def _patch(model: PreTrainedModel, undo: ExitStack) -> None:
     if family not in PATCHES:
         return
     # Liger changes attributes of the model's modules, and names in the family's file: RoPE is a function there.
-    places = [vars(module) for module in decoder(model).modules()]
-    places += [vars(sys.modules[cls.__module__]) for cls in type(model).__mro__ if ".models." in cls.__module__]
+    files = [vars(sys.modules[cls.__module__]) for cls in type(model).__mro__ if ".models." in cls.__module__]
+    places = [vars(module) for module in decoder(model).modules()] + files
     before = [dict(place) for place in places]
     left_out = {name: False for name in LOSSES if name in inspect.signature(PATCHES[family]).parameters}
     try:
@@ -54,6 +56,24 @@ def _patch(model: PreTrainedModel, undo: ExitStack) -> None:
     finally:
         for place, old in zip(places, before, strict=True):
             undo.callback(_restore, place, old, [k for k in place if k not in old or place[k] is not old[k]])
+    for file, old in zip(files, before[len(places) - len(files) :], strict=True):
+        _spare_others(file, old)
+
+
+def _spare_others(file: dict[str, Any], old: dict[str, Any]) -> None:
+    """Leave other models of the family as they are: its file makes plain layers, its functions go by the device."""
+    for name in [name for name in old if file[name] is not old[name]]:
+        plain, fused = old[name], file[name]
+        file[name] = plain if isinstance(plain, type) else _by_device(fused, plain)
+
+
+def _by_device(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return (fused if tensor.is_cuda else plain)(*args, **kwargs)
+
+    return function
 
 
 def _restore(place: dict[str, Any], old: dict[str, Any], changed: list[str]) -> None:
