@@ -51,4 +51,4 @@ docs: .venv/done
 	touch $@
 
 clean:
-	rm -rf .venv .venv-demo .venv-oldest demo-output site
+	rm -rf .venv .venv-demo .venv-oldest demo-data demo-output site

@@ -57,6 +57,8 @@ def test_commands_on_a_finished_run(finished: Path, chat_file: Path, tmp_path: P
     invoke("export", finished, "--merge", "--out", tmp_path / "half", "--dtype", "bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     invoke("generate", tmp_path / "half", "--prompt", "the cat", "--max-new-tokens", 4)
+    (tmp_path / "half" / "chat_template.jinja").unlink()
+    assert "no tokens" in invoke("generate", tmp_path / "half", "--prompt", "", code=2)
 
 
 def test_transfer_then_finetune(model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path) -> None:
@@ -88,7 +90,10 @@ def test_mistakes_end_in_a_sentence(model_dirs, chat_file: Path, settings, tmp_p
     fails("holds another run", "--set", "seed=3", to=finished)
     (tmp_path / "file").touch()
     fails("Cannot write", to=tmp_path / "file" / "out")
+    fails("is a file", to=tmp_path / "file")
     fails("not available", "--set", "device=mps")
+    fails("is linearized already", model=finished)
+    fails("nothing in it is 'q_prj'", "--set", "finetune.targets=[q_prj]")
     for name, content, expected in (
         ("empty.jsonl", "", "is empty"),
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "1 broken line(s): line 2"),
@@ -96,11 +101,13 @@ def test_mistakes_end_in_a_sentence(model_dirs, chat_file: Path, settings, tmp_p
     ):
         (tmp_path / name).write_text(content)
         fails(expected, data=tmp_path / name)
+    fails("no chat column", "--set", "data.format=chat", data=tmp_path / "other.jsonl")
     assert not out.exists(), "a refused run leaves nothing behind"
     invoke("finetune", tmp_path, code=2)
     invoke("export", finished, "--out", out, code=2)
     invoke("export", llama, "--merge", "--out", out, code=2)
     invoke("info", "./nothing", code=2)
+    invoke("generate", finished, "--prompt", "x", "--max-new-tokens", 0, code=2)
 
 
 def test_damaged_models_end_in_a_sentence(model_dirs, chat_file, settings, tmp_path: Path, finished: Path) -> None:

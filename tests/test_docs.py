@@ -91,7 +91,7 @@ def test_commands_and_settings_in_the_text_exist(page: Path) -> None:
         assert name in commands, f"lolcats {name}"
     sections = "|".join(field.name for field in dataclasses.fields(Config))
     for setting in re.findall(rf"`(?:--set )?((?:{sections})\.[a-z_]+)(?:[=:` ]|$)", text):
-        assert has_setting(setting) or setting.endswith((".py", ".yaml", ".json")), setting
+        assert has_setting(setting) or setting.endswith((".py", ".yaml", ".json", ".safetensors")), setting
 
 
 def test_a_wrong_command_is_found(tmp_path: Path) -> None:

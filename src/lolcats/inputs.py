@@ -11,7 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from lolcats.config import DataConfig
+from lolcats.errors import LolcatsError
 from lolcats.modeling.base import find_base, load_model, load_tokenizer
+from lolcats.modeling.checkpoint import is_linearized
 from lolcats.training.data import Data, Documents, split, tokenize_source
 
 COPIES = 16  # of a model that fit on a GPU where one is kept there
@@ -25,6 +27,8 @@ class Inputs:
 
     def __init__(self, model: str, keep: bool = False, trust: bool = False) -> None:
         self.base, self.keep, self.trust = find_base(model, trust), keep, trust
+        if is_linearized(model):
+            raise LolcatsError(f"{model} is linearized already: give its base model.")
         self._models: dict[torch.dtype, PreTrainedModel] = {}
         self._documents: dict[tuple[str, DataConfig], Documents] = {}
 

@@ -49,7 +49,7 @@ from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
 from lolcats.training.controls import control, control_directory, train_control
 from lolcats.training.data import Data
 from lolcats.training.distributed import is_sharded
-from lolcats.training.finetune import finetune, load_lora, load_over_ranks
+from lolcats.training.finetune import finetune, load_lora, load_over_ranks, lora_targets
 from lolcats.training.trainer import StageResult
 from lolcats.training.transfer import layer_errors, transfer, transfer_in_turn
 
@@ -131,6 +131,8 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
         student = skeleton.model
     else:
         student, wrapped = _load_converted(inputs, config, say, run.stage_done("transfer"))
+    if config.finetune.max_steps:
+        lora_targets(student, config.finetune.targets)  # better refused before stage 1 than after it
     if is_first():
         run.save()
         write_text(out / "config.yaml", to_yaml(config))

@@ -87,7 +87,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise LolcatsError(f"{path} does not exist.") from None
     except Exception as error:  # damaged archives fail in any way; weights_only refuses with UnpicklingError
-        raise LolcatsError(f"{path} is no checkpoint of tensors ({str(error).splitlines()[0]}).") from None
+        raise LolcatsError(f"{path} is damaged, or holds more than tensors, which is not unpickled.") from error
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()) or not state:
         raise LolcatsError(f"{path}: expected a dictionary of tensors, or one under model_state_dict.")

@@ -59,7 +59,7 @@ class Run:
                 )
             run.record["config"] = identity["config"]
             return run
-        if directory.exists() and any(directory.iterdir()):
+        if directory.is_dir() and any(directory.iterdir()):
             raise LolcatsError(f"{directory} is not empty and holds no lolcats run; choose another --out.")
         _check_writable(directory)
         versions = {"python": platform.python_version(), "lolcats": lolcats.__version__}
@@ -116,7 +116,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
         return f"its base model is {old['base']['path']} ({old['base']['fingerprint']})"
     changed = [
-        f"{section}.{key} was {before!r} and is now {after!r}"
+        f"{key if key == section else f'{section}.{key}'} was {before!r} and is now {after!r}"
         for (section, key, before), (_, _, after) in zip(_flat(old["config"]), _flat(new["config"]), strict=False)
         if before != after
     ]

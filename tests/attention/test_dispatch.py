@@ -65,6 +65,10 @@ def test_environment_sets_the_switch_and_triton_is_imported_late() -> None:
         "assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+    misspelt = subprocess.run(
+        [sys.executable, "-c", code.replace("'chunked'", "'chunkd'")], check=False, capture_output=True
+    )
+    assert b"LOLCATS_ATTENTION: expected one of auto, triton, chunked" in misspelt.stderr
 
 
 def make_layer(**config: object) -> LinearizedAttention:

@@ -257,6 +257,7 @@ def test_mistakes_end_in_a_sentence(trained: Path, data_dir: Path, tmp_path: Pat
 
 @pytest.mark.usefixtures("lm_eval")
 def test_unknown_tasks_and_missing_data_end_in_a_sentence(trained: Path, data_dir: Path, tmp_path: Path) -> None:
+    assert "Did you mean paper" in evaluate(trained, "--tasks", "papr", code=2)
     assert "Did you mean piqa" in evaluate(trained, "--tasks", "piqua", "--data-dir", data_dir, code=2)
     assert "holds no piqa_valid.parquet" in evaluate(trained, "--tasks", "paper", "--data-dir", tmp_path, code=2)
     assert "--data-dir takes" in evaluate(trained, "--tasks", "boolq", code=2)

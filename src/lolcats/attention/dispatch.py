@@ -29,7 +29,14 @@ TRUSTED = {torch.bfloat16: 256, torch.float16: 128}  # head dims up to which all
 
 DECODED = 64 * 1024  # bytes up to which one map's weights, in the dtype of the queries, fit the decode kernel
 
-_backend = os.environ.get("LOLCATS_ATTENTION", "auto")
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise LolcatsError(f"LOLCATS_ATTENTION: expected one of {', '.join(BACKENDS)}, got {name!r}.")
+    return name
+
+
+_backend = _known(os.environ.get("LOLCATS_ATTENTION", "auto"))
 
 
 @contextmanager
@@ -97,7 +104,7 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
     Raises:
         LolcatsError: the kernels are forced and cannot compute it.
     """
-    name = _known(_backend)
+    name = _backend
     if name == "chunked" or (final and torch.is_grad_enabled()):
         return False
     if name == "auto":
@@ -116,7 +123,7 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
 
 def uses_decode_kernel(q: Tensor, phi_q: Any, spec: AttentionSpec) -> bool:
     """Whether the decode kernel moves a state by one token; it has the hedgehog map inside, and no gradients."""
-    if _known(_backend) == "chunked" or torch.is_grad_enabled() or not _has_triton():
+    if _backend == "chunked" or torch.is_grad_enabled() or not _has_triton():
         return False
     if _misfit(spec.rotated(q).shape[3], spec) or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
@@ -168,12 +175,6 @@ def _kernels(
         cu_seqlens=cu_seqlens, final=final,
     )  # fmt: skip
     return y.to(dtype), S, z
-
-
-def _known(name: str) -> str:
-    if name not in BACKENDS:
-        raise LolcatsError(f"LOLCATS_ATTENTION: expected one of {', '.join(BACKENDS)}, got {name!r}.")
-    return name
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from logging import getLogger
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,8 @@ Model = Annotated[str, typer.Argument(help="Hub id, local model directory or .gg
 Directory = Annotated[Path, typer.Argument(help="A run directory or a linearized model.", metavar="DIR")]
 DataPath = Annotated[str, typer.Option("--data", help="Hub data set id; local .json, .jsonl, .parquet, .txt file; or "
                                        "a .yaml file that mixes several.")]  # fmt: skip
-Out = Annotated[Path, typer.Option("--out", help="Directory to write; an unfinished run in it is continued.")]
+Out = Annotated[Path, typer.Option("--out", file_okay=False,
+                                    help="Directory to write; an unfinished run in it is continued.")]  # fmt: skip
 Recipe = Annotated[str, typer.Option(help="default, paper, paper-70b, paper-405b, small, or a YAML file.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Change one setting: transfer.learning_rate=1e-3. Repeatable.")]
 
@@ -75,6 +77,7 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    getLogger("bitsandbytes").setLevel("ERROR")  # where it is installed, it misses a package that nothing here needs
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

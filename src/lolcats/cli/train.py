@@ -97,7 +97,8 @@ def sweep(
     files: Annotated[list[str], typer.Argument(help="YAML files of sweeps, e.g. of experiments/; then, as --set "
                                                     "base.model=, the base model.", metavar="FILE... [MODEL]")],
     data: Annotated[str, typer.Option(help="As --set base.data=.")] = "",
-    out_: Annotated[Path, typer.Option("--out", help="Directory of results; one begun is continued.")] = Path("sweep"),
+    out_: Annotated[Path, typer.Option("--out", file_okay=False, help="Directory of results; one begun is continued.")]
+        = Path("sweep"),
     set_: Sets = [],  # noqa: B006
     deadline: Annotated[float, typer.Option(help="Seconds: no row is begun that is expected to end later. 0: none.")]
     = 0,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from lolcats.cli.app import (
     Directory,
@@ -25,6 +25,10 @@ from lolcats.cli.app import (
     words,
 )
 from lolcats.errors import LolcatsError
+
+NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this probability.")]
 
 
 @command
@@ -72,7 +76,7 @@ def evaluate(
 @command
 def generate(
     model: Model, prompt: Annotated[str, typer.Option(help="What to answer or continue.")],
-    max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, set_: Sets = [],  # noqa: B006
+    max_new_tokens: NewTokens = 128, temperature: Temperature = 0.0, top_p: TopP = 1.0, set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Answer one prompt, streaming."""
     from lolcats.config import load_config
@@ -83,7 +87,7 @@ def generate(
 
 
 @command
-def chat(model: Model, max_new_tokens: int = 512, temperature: float = 0.7, top_p: float = 0.9,
+def chat(model: Model, max_new_tokens: NewTokens = 512, temperature: Temperature = 0.7, top_p: TopP = 0.9,
          system: str = "", set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
     """Talk to a model in the terminal. An empty line, /exit or Ctrl-D ends; /new starts over."""
     from lolcats.config import load_config
@@ -205,7 +209,7 @@ def info(model: Model) -> None:
     """What a linearized model is, or how a base model would be linearized."""
     from lolcats.modeling.info import describe
 
-    table = Table(show_header=False)
+    table = Table("", Column(overflow="fold"), show_header=False)
     for name, value in describe(model).items():
         table.add_row(name, escape(str(value)))
     out.print(table)

@@ -6,7 +6,7 @@ import difflib
 import functools
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,10 @@ Spec = str | dict[str, Any]
 """What lm-eval's TaskManager loads: a registered name, or a task or group as a dict."""
 
 
-def load_tasks(specs: Sequence[Spec]) -> list[Any]:
+def load_tasks(specs: Sequence[Spec], others: Iterable[str] = ()) -> list[Any]:
     """lm-eval's Task and Group objects with their data. They can be used for several models, one after another.
+
+    ``others``: names that the user may have meant besides lm-eval's.
 
     Raises:
         LolcatsError: lm-eval is not installed, has no such task, or its data cannot be had.
@@ -31,7 +33,7 @@ def load_tasks(specs: Sequence[Spec]) -> list[Any]:
     tasks: list[Any] = []
     for spec in specs:
         if isinstance(spec, str) and spec not in manager.task_index:
-            near = difflib.get_close_matches(spec, manager.all_tasks, n=3)
+            near = difflib.get_close_matches(spec, [*others, *manager.all_tasks], n=3)
             hint = f" Did you mean {', '.join(near)}?" if near else ""
             raise LolcatsError(f"--tasks: lm-eval has no task {spec!r}.{hint}")
         try:
@@ -41,7 +43,7 @@ def load_tasks(specs: Sequence[Spec]) -> list[Any]:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise LolcatsError(
                 f"Cannot load the data of task {name} ({reason}). On a machine without the hub, --data-dir takes "
-                "local Parquet files."
+                "local Parquet files (in a sweep: --set evaluate.data_dir=)."
             ) from error
     return tasks
 

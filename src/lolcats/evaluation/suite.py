@@ -132,7 +132,7 @@ SUITES: dict[str, Callable[[Any, Options], Task]] = {
 
 def _harness(specs: list[Spec], tokenizer: Any, options: Options) -> Task:
     limits = ({} if options.limit is None else {"": options.limit}) | dict(options.limits)
-    return Harness(load_tasks(specs), tokenizer, limits, options.batch_size, options.seed)
+    return Harness(load_tasks(specs, SUITES), tokenizer, limits, options.batch_size, options.seed)
 
 
 def _documents(tokenizer: Any, options: Options) -> list[list[int]]:

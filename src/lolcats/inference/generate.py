@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, TextStreamer
 
+from lolcats.errors import LolcatsError
+
 Message = dict[str, str]
 
 
@@ -24,6 +26,8 @@ def generate(
 ) -> str:  # fmt: skip
     """The model's answer; temperature 0 is greedy; ``stream`` also prints it as it comes."""
     inputs = encode(tokenizer, prompt).to(model.device)
+    if not inputs["input_ids"].numel():
+        raise LolcatsError("The prompt has no tokens: give some text.")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     output = model.generate(
         input_ids=inputs["input_ids"],

@@ -91,7 +91,7 @@ def controls_hint(model: str) -> str:
 
 def _number(value: float, places: int, sign: str = "") -> str:
     """Without decimals from 1,000 up."""
-    return f"{value:{sign},.{places if abs(value) < 1000 else 0}f}"
+    return f"{value:{sign}z,.{places if abs(value) < 1000 else 0}f}"
 
 
 def _percent(value: float, other: float) -> str:

@@ -237,10 +237,14 @@ def hub_records(dataset: Any, name: str) -> Iterator[Record]:
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
     """Errors of datasets and the hub as one sentence."""
+    from datasets.exceptions import DatasetsError
+
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:  # datasets and hub errors derive from these
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # the hub's errors derive from the first three
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if Path(name).is_dir():
+            raise LolcatsError(f"{name} cannot be read as a data set ({reason}): give one of its files.") from None
         raise LolcatsError(f"No data set {name!r} on disk or on the Hugging Face hub ({reason}).") from None
 
 

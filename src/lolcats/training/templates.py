@@ -34,9 +34,9 @@ def record_format(record: Record, config: DataConfig, tokenizer: Any, source: st
     name = config.format if config.format != "auto" else next((n for n, fit in fits.items() if fit), None)
     if name is None or not fits[name]:
         raise LolcatsError(
-            f"{source}: no text column. Its columns are {', '.join(map(str, record))}; expected messages or "
-            f"conversations (chat), instruction and output (alpaca), or {config.text_column!r} (text; choose another "
-            "with --set data.text_column=NAME)."
+            f"{source}: no {name or 'text'} column. Its columns are {', '.join(map(str, record))}; expected messages "
+            f"or conversations (chat), instruction and output (alpaca), or {config.text_column!r} (text; choose "
+            "another with --set data.text_column=NAME)."
         )
     if name == "chat" and not tokenizer.chat_template:
         raise LolcatsError(f"{source} holds conversations, but this model's tokenizer has no chat template.")
