@@ -34,7 +34,7 @@ DataPath = Annotated[str, typer.Option("--data", help="Hub data set id; local .j
                                        "a .yaml file that mixes several.")]  # fmt: skip
 Out = Annotated[Path, typer.Option("--out", file_okay=False,
                                     help="Directory to write; an unfinished run in it is continued.")]  # fmt: skip
-Recipe = Annotated[str, typer.Option(help="default, paper, paper-70b, paper-405b, small, or a YAML file.")]
+Recipe = Annotated[str, typer.Option(help="default, long, paper, paper-70b, paper-405b, small, or a YAML file.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Change one setting: transfer.learning_rate=1e-3. Repeatable.")]
 
 Controls = Annotated[bool, typer.Option("--controls", help="Also train window + sinks with the same LoRA (no linear "
