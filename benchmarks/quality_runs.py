@@ -33,6 +33,7 @@ CONVERT = (
     "base = find_base(sys.argv[1]); load_model(base, torch.bfloat16).save_pretrained(sys.argv[2]);"
     "load_tokenizer(base).save_pretrained(sys.argv[2])"
 )
+SOURCES = {"alpaca": "jsonl", "prose": "yaml", "both": "yaml"}  # of rows with base.data=NAME, in DATA
 STATUS = 30  # seconds between lines that say how far every process is
 
 
@@ -69,9 +70,6 @@ def sweep_command(step: Step, model: Path, data: Path, evaluation: Path, out: Pa
     files = [str(EXPERIMENTS / f"{name}.yaml") for name in step.sweeps]
     fixed = ["--data", str(data / "alpaca.jsonl"), "--out", str(out), "--deadline", f"{seconds:.0f}"]
     return ["sweep", *files, str(model), *fixed, *(word for setting in settings for word in ("--set", setting))]
-
-
-SOURCES = {"alpaca": "jsonl", "prose": "yaml", "both": "yaml"}
 
 
 def work(process: Process, options: argparse.Namespace, end: float) -> int:
