@@ -260,6 +260,11 @@ def test_quantities(text: str, value: float) -> None:
     assert report.parse_quantity(text, "--x") == value
 
 
+def test_memory_without_a_unit() -> None:
+    with pytest.raises(LolcatsError, match=r"--gpu-memory 80 is 80 bytes: give a unit, such as 80GiB"):
+        report.parse_quantity("80", "--gpu-memory", least=1e6)
+
+
 def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["plan", *arguments])
 

@@ -167,8 +167,8 @@ def plan(
 
     read = report.parse_quantity
     machine = Machine(
-        gpus, read(gpu_memory, "--gpu-memory"), read(host_memory, "--host-memory"), read(read_speed, "--read-speed"),
-        read(disk or "1e30", "--disk"), gpus_per_node,
+        gpus, read(gpu_memory, "--gpu-memory", 1e6), read(host_memory, "--host-memory", 1e6),
+        read(read_speed, "--read-speed", 1e6), read(disk or "1e30", "--disk", 1e6), gpus_per_node,
     )  # fmt: skip
     work = Work(read(tokens, "--tokens"), read(finetune_tokens, "--finetune-tokens"), block_size)
     config = load_config(recipe, set_)

@@ -17,12 +17,19 @@ PAPER_BLOCK = 9  # layers a block of the paper's 405B run: 126 layers in 14 bloc
 HEADROOM = 1.1  # host memory that a plan wants beyond what it counts
 
 
-def parse_quantity(text: str, option: str) -> float:
-    """``80GiB``, ``3GB/s``, ``20M`` or a plain number as a number of bytes, bytes a second, or tokens."""
+def parse_quantity(text: str, option: str, least: float = 0.0) -> float:
+    """``80GiB``, ``3GB/s``, ``20M`` or a plain number as a number of bytes, bytes a second, or tokens.
+
+    Raises:
+        LolcatsError: no such quantity, or below ``least``: a unit is missing.
+    """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kMGT]i?)?(?:B|B/s)?", text.strip())
     if not match:
         raise LolcatsError(f"{option} {text}: expected a quantity such as 80GiB, 3GB/s or 20M.")
-    return float(match[1]) * UNITS[match[2] or ""]
+    value = float(match[1]) * UNITS[match[2] or ""]
+    if value < least:
+        raise LolcatsError(f"{option} {text} is {value:,.0f} bytes: give a unit, such as {match[1]}GiB.")
+    return value
 
 
 def title(model: str, size: Size, machine: Machine, work: Work) -> str:
