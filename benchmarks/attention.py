@@ -37,6 +37,7 @@ SHARES = {8192: 25, 131072: 40}  # tokens: percent of the bound that are the tar
 BATCHES = {(8, 1024): 1, (1, 8192): 3}  # forward and backward: the same
 BYTES, OPERATIONS = 3.0e12, 782e12  # a second: measured copy and bf16 product of an H100
 NAMES = ("q", "k", "v", "γ", "φ_q", "φ_k")
+PEER = "flash-linear-attention"
 
 
 @dataclass
@@ -184,7 +185,7 @@ def frozen(problem: Problem, tensors: list[Any]) -> Problem:
 def linear_rows() -> Iterator[list[Any]]:
     """Plain linear attention of given bf16 features and as many kv heads as query heads, normalised by both."""
     if not importlib.util.find_spec("fla"):
-        yield ["flash-linear-attention is not installed", "", "", "", "", "", ""]
+        yield [f"{PEER} is not installed", "", "", "", "", "", ""]
         return
     from fla.ops.linear_attn import chunk_linear_attn
 
@@ -330,7 +331,7 @@ def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Itera
             "ratio | target | with those of maps and γ, ms | ratio | maps alone (stage 1), ms | SDPA ms, eager | "
             "kernels ms, eager | ratio, eager", backward_rows,
         ),
-        "Plain linear attention against flash-linear-attention": (
+        f"Plain linear attention against {PEER}": (
             "tokens | fla ms | kernels ms | ratio | fla ms, with backward | kernels ms | ratio | difference",
             linear_rows,
         ),
@@ -346,13 +347,13 @@ def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Itera
 
 def run(directory: Path, activations: list[Path], only: str) -> dict[str, Any]:
     """Sections with ``only`` in their name; what is measured is written, should a later section fail."""
+    before = common.read(directory, "attention") if only and (directory / "attention.json").exists() else {}
+    every, kept = sections(activations), before.get("sections", {})
     results: dict[str, Any] = {
         "device": common.hardware(torch.device("cuda")), "torch": torch.__version__, "triton": triton.__version__,
-        "sections": {},
+        PEER: common.installed(PEER)[PEER] or before.get(PEER),
+        "sections": {name: kept[name] for name in every if name in kept},
     }  # fmt: skip
-    before = common.read(directory, "attention")["sections"] if only and (directory / "attention.json").exists() else {}
-    every = sections(activations)
-    results["sections"] = {name: before[name] for name in every if name in before}
     for name, (columns, rows) in every.items():
         if only not in name:
             continue
@@ -376,8 +377,9 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"Bound: {moved:.1f} ns a token to move q, k, v and o at {BYTES / 1e12:.1f} TB/s, {computed:.1f} ns for the "
         f"products at {OPERATIONS / 1e12:.0f} TFLOP/s (key maps per query head); the larger counts. Timed as CUDA "
-        "graphs; eager: launched one by one, L2 cleared in between. Against flash-linear-attention (0.6.0, "
-        f"`chunk_linear_attn`, normalised): {H} kv heads, {2 * F_COLUMNS} given features, eager.",
+        "graphs; eager: launched one by one, L2 cleared in between. "
+        f"Against {common.listed({PEER: results[PEER]})} (`chunk_linear_attn`, normalised): {H} kv heads, "
+        f"{2 * F_COLUMNS} given features, eager.",
         "",
         "![Forward](attention.png)",
     ]

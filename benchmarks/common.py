@@ -101,7 +101,8 @@ def read(directory: Path, name: str) -> dict[str, Any]:
 def alike(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of a sweep's rows those that were measured as most were; where that says nothing, as the newest were."""
     ways = [row["evaluation"] for row in reversed(rows)]
-    return [row for row in rows if row["evaluation"] == max(ways, key=ways.count)]
+    way = max(ways, key=ways.count, default=None)
+    return [row for row in rows if row["evaluation"] == way]
 
 
 def load_pyplot() -> Any:

@@ -331,14 +331,14 @@ def work(sizes: Sizes, device: torch.device, most: int, file: Path, end: float) 
         dist.destroy_process_group()
 
 
-def launch(tiny: bool, counts: list[int], seconds: float, directory: Path) -> dict[str, Any]:
+def launch(tiny: bool, counts: list[int], seconds: float, directory: Path, note: str) -> dict[str, Any]:
     """Start torchrun for each number of ranks, and write what all of them found."""
     end, file = time.time() + seconds, directory / "multi_gpu.jsonl"
     directory.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
     results: dict[str, Any] = {
         "date": str(date.today()), "device": common.hardware(torch.device("cpu" if tiny else "cuda")),
-        "counts": sorted(counts),
+        "counts": sorted(counts), "note": note,
         "versions": common.installed("torch", "transformers", "peft", "triton", "liger-kernel"),
         "sizes": asdict(TINY if tiny else Sizes()), "parts": {}, "failures": {},
     }  # fmt: skip
@@ -403,7 +403,7 @@ def report(results: dict[str, Any]) -> str:
         f"{sizes['transfer_rows']}, {sizes['finetune_rows']} and (large) {sizes['large_rows']} rows a step. Stage 1 is "
         f"data-parallel, {kind_of_stage_2(results['parts'])}. "
         "Efficiency: tokens/s against one GPU's times the number of GPUs. Peak: PyTorch's allocated memory, weights "
-        "included, of the fullest GPU; planned: what `lolcats plan` says." + results.get("note", ""),
+        f"included, of the fullest GPU; planned: what `lolcats plan` says. {results['note']}".rstrip(),
         "",
         "| part | GPUs | tokens/s | planned | efficiency | target | losses differ by | peak GiB | planned |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -466,6 +466,7 @@ def profile_lines(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", help="numbers of GPUs in their order (default: 1, 2, 4, 8)")
+    parser.add_argument("--note", default="", help="what else a reader must know")
     parser.add_argument("--deadline", type=float, default=280, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
     parser.add_argument("--table", action="store_true", help="only write the table again from the JSON")
@@ -489,7 +490,7 @@ def main() -> None:
         return
     most = 2 if arguments.tiny else torch.cuda.device_count()
     counts = arguments.counts or [n for n in (1, 2, 4, 8) if n <= most]
-    launch(arguments.tiny, counts, arguments.deadline, arguments.out)
+    launch(arguments.tiny, counts, arguments.deadline, arguments.out, arguments.note)
     print((arguments.out / "multi_gpu.md").read_text())
 
 

@@ -23,16 +23,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
 from lolcats.config import from_dict, read_yaml
+from lolcats.files import whole_directory
+from lolcats.modeling.base import find_base, load_model, load_tokenizer
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-CONVERT = (
-    "import sys, torch; from lolcats.modeling.base import find_base, load_model, load_tokenizer;"
-    "base = find_base(sys.argv[1]); load_model(base, torch.bfloat16).save_pretrained(sys.argv[2]);"
-    "load_tokenizer(base).save_pretrained(sys.argv[2])"
-)
 SOURCES = {"alpaca": "jsonl", "prose": "yaml", "both": "yaml"}  # of rows with base.data=NAME, in DATA
 STATUS = 30  # seconds between lines that say how far every process is
 
@@ -91,15 +92,22 @@ def ready(name: str, options: argparse.Namespace) -> Path:
     return path
 
 
-def convert(names: set[str], options: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
-    """Begin to turn GGUF files into directories; a finished one takes its name last."""
+def to_directory(source: Path, target: Path) -> None:
+    base = find_base(str(source))
+    with whole_directory(target) as directory:
+        load_model(base, torch.bfloat16).save_pretrained(directory)
+        load_tokenizer(base).save_pretrained(directory)
+
+
+def convert(names: set[str], options: argparse.Namespace) -> list[BaseProcess]:
+    """Begin to turn GGUF files into directories."""
     begun = []
     for name in names:
         source, target = options.models / f"{name}.gguf", options.out / "models" / name
         if source.is_file() and not target.is_dir():
             target.parent.mkdir(parents=True, exist_ok=True)
-            script = f"{CONVERT}; import os; os.rename(sys.argv[2], sys.argv[3])"
-            begun.append(subprocess.Popen([sys.executable, "-c", script, source, f"{target}.part", target]))
+            begun.append(get_context("spawn").Process(target=to_directory, args=(source, target)))
+            begun[-1].start()
     return begun
 
 
