@@ -7,8 +7,8 @@
 RUNS.yaml (see quality_runs.yaml) lists processes in the order in which they start: gpu, model, copies, delay (seconds),
 and steps, each with the sweeps and the settings of one ``lolcats sweep``. Processes of a model share its rows out.
 MODELS: a directory or GGUF file for each model; GGUF files become directories in OUT/models first. EVAL: Parquet files
-as ``lolcats evaluate --data-dir`` takes them. Under NVIDIA's MPS, where it is installed, the kernels of a GPU's
-processes run side by side. The same command continues; results that OUT/MODEL/results.jsonl holds are not made again.
+as ``lolcats evaluate --data-dir`` takes them. Under NVIDIA's MPS, where it is installed or runs already, the kernels of
+a GPU's processes run side by side. The same command continues; results in OUT/MODEL/results.jsonl are not made again.
 """
 
 from __future__ import annotations
@@ -113,9 +113,10 @@ def convert(names: set[str], options: argparse.Namespace) -> list[BaseProcess]:
 
 @contextmanager
 def shared_gpus(out: Path) -> Iterator[dict[str, str]]:
-    """The environment in which processes share GPUs: MPS runs while the block does, where it is installed."""
+    """The environment in which processes share GPUs: MPS runs while the block does, where it is installed and does not
+    run already."""
     control = shutil.which("nvidia-cuda-mps-control")
-    if control is None:
+    if control is None or "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
         yield {}
         return
     places = {"CUDA_MPS_PIPE_DIRECTORY": str(out / "mps"), "CUDA_MPS_LOG_DIRECTORY": str(out / "mps")}
