@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -37,13 +38,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 @contextmanager
 def served(directory: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A running ``lolcats serve`` and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "lolcats.cli", "serve", str(directory), "--port", port, *options]
+    command = [sys.executable, "-u", "-m", "lolcats.cli", "serve", str(directory), "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    address = f"http://127.0.0.1:{port}"
     try:
+        said = process.stdout.readline()  # once the model is loaded
+        address = re.search(r"http://127\.0\.0\.1:[1-9]\d+", said)[0]
         wait_until(lambda: ready(address), 60)
         yield address, process
     finally:
@@ -111,9 +110,20 @@ def test_a_killed_server_answers_the_same_after_its_restart(directory: Path) -> 
 
 
 def test_a_model_that_is_none_is_a_sentence(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["serve", str(tmp_path / "no")])
+    done = CliRunner().invoke(app, ["serve", str(tmp_path / "no"), "--port", "0"])
     assert done.exit_code == 2
     assert "does not exist" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"), [("127.0.0.1", "Address already in use"), ("203.0.113.1", "Cannot assign requested address")]
+)
+def test_an_address_that_cannot_be_had_is_a_sentence_before_anything_is_loaded(host: str, reason: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        done = CliRunner().invoke(app, ["serve", "no-model", "--host", host, "--port", port])
+    assert done.exit_code == 2
+    assert done.stderr == f"Cannot listen on {host}, port {port}: {reason}. Use another --port or --host.\n"
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def chat(model: Model, max_new_tokens: NewTokens = 512, temperature: Temperature
 def serve(
     directory: Directory,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
     slots: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 16,
     context: Annotated[int, typer.Option(min=0, help="Most tokens of prompt and answer; 0: the model's own.")] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 4096,
@@ -134,13 +134,15 @@ def serve(
     from lolcats.config import load_config
     from lolcats.inference.engine import Engine
 
+    listening = server.listen(host, port)
     model, tokenizer = load_any(str(directory), load_config("default", set_))
     engine = Engine(model, tokenizer, slots, prefix_bytes=prefix_mb << 20, state_dtype=_state_dtype(state_dtype))
     own = getattr(model.config.get_text_config(), "max_position_embeddings", 8192)
     limits = server.Limits(context or own, min(max_tokens, context or own), waiting=max_waiting)
     app_ = server.create_app(engine, directory.resolve().name, limits, api_key)
-    out.print(f"{directory} on http://{host}:{port} ({slots} slots); Ctrl-C ends.", soft_wrap=True)
-    server.serve(app_, host, port, deadline)
+    place = f"http://{host}:{listening.getsockname()[1]}"
+    out.print(f"{directory} on {place} ({slots} slots); Ctrl-C ends.", soft_wrap=True)
+    server.serve(app_, listening, deadline)
 
 
 @command

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -350,8 +351,23 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         return await answer(request, body, [messages], True, service.limits.max_tokens)
 
 
-def serve(app: FastAPI, host: str, port: int, deadline: int) -> None:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at this address (port 0: at a free port), whose connections wait until the application runs.
+
+    Raises:
+        LolcatsError: the address is in use, not of this machine, or not allowed.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0]  # Python adds the address
+        raise LolcatsError(f"Cannot listen on {host}, port {port}: {reason}. Use another --port or --host.") from None
+
+
+def serve(app: FastAPI, listening: socket.socket, deadline: int) -> None:
     """Run until SIGTERM or SIGINT; requests that run then have ``deadline`` seconds to finish."""
     import uvicorn
 
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=deadline, log_level="warning")
+    config = uvicorn.Config(app, timeout_graceful_shutdown=deadline, log_level="warning")
+    with contextlib.suppress(KeyboardInterrupt):  # that uvicorn has handled
+        uvicorn.Server(config).run([listening])
