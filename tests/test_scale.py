@@ -108,8 +108,12 @@ def test_mistakes_end_in_a_sentence(tokenizer, chat_file: Path, settings, tmp_pa
         common = (tmp_path / "model", "--data", chat_file, "--out", tmp_path / "out", *sets(settings))
         fails("transfer.max_steps was 6 and is now 7", "--set", "transfer.max_steps=7")
         assert "Next: lolcats finetune" in invoke("transfer", *common, *small)
-    (tmp_path / "out").rename(tmp_path / "elsewhere")
-    fails("this run has none", "--block", 1)
+
+
+@pytest.mark.parametrize("schedule", ["joint", "stream"])
+def test_a_block_of_none_is_refused_before_anything_is_read(schedule: str, tmp_path: Path) -> None:
+    nothing = ("no-model", "--data", "no-data", "--out", tmp_path / "out")
+    assert "this run has none" in invoke("transfer", *nothing, "--schedule", schedule, "--block", 0, code=2)
 
 
 @pytest.mark.slow

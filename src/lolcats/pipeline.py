@@ -193,14 +193,19 @@ def resume(
     return start(inputs, run.record["data"]["source"], directory, config, say)
 
 
+def check_block(config: Config, block: int | None) -> None:
+    """LolcatsError where one block alone is asked for of a stage 1 that has no blocks."""
+    if block is not None and config.transfer.order != "blocks":
+        raise LolcatsError("--block chooses a block of transfer.order=blocks (--schedule blocks): this run has none.")
+
+
 def run_transfer(session: Session, block: int | None = None) -> None:
     """Stage 1, unless done: feature maps and gates, saved as ``feature_maps.safetensors``; then what it brought.
 
     ``block``: of ``transfer.order: blocks``, train this one alone; the stage is done when all are.
     """
     run, model = session.run, session.model
-    if block is not None and session.config.transfer.order != "blocks":
-        raise LolcatsError("--block chooses a block of transfer.order=blocks (--schedule blocks): this run has none.")
+    check_block(session.config, block)
     learns = any(layer.spec.has_linear for layer in linearized_layers(model))
     if not run.stage_done("transfer"):
         summary: dict[str, Any] | None = {"skipped": True}

@@ -48,14 +48,15 @@ def transfer(
     schedule: Annotated[str, typer.Option(help="Order of the work: joint, stream or blocks, as --set transfer.order=; "
                                                "the last two set transfer.coupling=per_layer.")] = "",
     block_size: Annotated[int, typer.Option(help="Layers in a block, as --set transfer.block_size=.")] = 0,
-    block: Annotated[int, typer.Option(help="With --schedule blocks: train this block alone, counted from 0.")] = -1,
+    block: Annotated[int | None, typer.Option(min=0, help="With --schedule blocks: train this block alone, counted "
+                                                          "from 0.")] = None,
     join: Annotated[list[Path], typer.Option(help="Another directory of the same run whose layers to take over; "
                                                   "repeatable.")] = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Stage 1 alone: attention transfer. Runs under torchrun, too."""
     from lolcats.config import load_config
     from lolcats.inputs import Inputs
-    from lolcats.pipeline import run_transfer, start
+    from lolcats.pipeline import check_block, run_transfer, start
     from lolcats.ranks import is_first, ranks
     from lolcats.training.orders import join_units
 
@@ -63,11 +64,12 @@ def transfer(
     order += ["transfer.coupling=per_layer"] if schedule in ("stream", "blocks") else []
     order += [f"transfer.block_size={block_size}"] if block_size else []
     config = load_config(recipe, [*order, *set_])
+    check_block(config, block)
     session = start(Inputs(model, trust=config.trust_remote_code), data, out_, config)
     if is_first():
         join_units(out_, join)
     ranks().wait()
-    run_transfer(session, None if block < 0 else block)
+    run_transfer(session, block)
     if is_first():
         show_run(session.run)
         if session.run.stage_done("transfer"):
