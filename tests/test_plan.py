@@ -91,6 +91,20 @@ def test_memory_and_time_are_those_measured(part: str, measured_geometry: tuple[
     assert token * found["tokens"] == pytest.approx(statistics.median(found["seconds"]), rel=0.25)
 
 
+@pytest.mark.parametrize(("maps", "shared"), [("per_query_head", 1), ("per_kv_head", 4)])
+def test_maps_in_front_of_rope_keep_their_inputs_and_projections(maps: str, shared: int) -> None:
+    stage2 = {}
+    for inputs in ("rotated", "unrotated"):
+        size, config = llama("llama-3-8b", f"attention.feature_inputs={inputs}", f"attention.key_maps={maps}")
+        stage2[inputs] = plan_finetune(size, config, Machine(), Work())[0]
+        assert bool(report.time_line(size)) == (inputs == "unrotated")
+    H, G, D, f = 32, 8, 128, config.attention.feature_dim
+    rows = config.finetune.micro_batch_size * config.data.sequence_length
+    kept = 2 * rows * 32 * ((H + G) * D + (H + H // shared) * f)
+    assert stage2["unrotated"].peak - stage2["rotated"].peak == kept
+    assert stage2["unrotated"].seconds == stage2["rotated"].seconds
+
+
 def test_what_the_kernels_leave_to_the_chunked_path_takes_its_time() -> None:
     plain, kind = load_config("default", SMALL), ["attention.kind=linear", "attention.decay=retnet"]
     decays = load_config("default", [*SMALL, *kind])
@@ -280,7 +294,9 @@ def test_command_line(model_dirs: dict[str, Path], capsys: pytest.CaptureFixture
     assert "--set transfer.micro_batch_size=8" in done.output
     small = ["--set", "attention.window_size=8", "--set", "data.sequence_length=32"]
     assert run(str(model_dirs["gemma3"]), *small).exit_code == 0
-    assert run(str(model_dirs["gemma3"] / "config.json"), *small).exit_code == 0
+    done = run(str(model_dirs["gemma3"] / "config.json"), *small, "--recipe", "long")
+    assert done.exit_code == 0
+    assert "Times are those of attention.feature_inputs=rotated" in done.output
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

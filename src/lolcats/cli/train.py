@@ -179,7 +179,8 @@ def plan(
     print_rows(
         report.HEADER, report.plan_rows([*stages[0], *stages[1]]), title=report.title(model, size, machine, work)
     )
-    out.print(report.paper_line(size, work, stages[0]), soft_wrap=True)
+    for line in filter(None, (report.paper_line(size, work, stages[0]), report.time_line(size))):
+        out.print(line, soft_wrap=True)
     chosen = [plan for plans in stages for plan in report.recommended(plans)]
     for best in chosen:
         print_rows(("where", "part", "amount"), report.part_rows(best), f"{best.stage}, {best.schedule}")

@@ -26,7 +26,8 @@ GATHERED = 3  # decoder layers that FSDP2 holds whole: computing, next, and the 
 @dataclass(frozen=True)
 class Speeds:
     """The calibration, in one place: one H100 80GB, 2026-11-25, from ``benchmarks/results/training.json`` by
-    ``python benchmarks/plan_speeds.py``, which has the formulas; a test compares. What was not measured says so."""
+    ``python benchmarks/plan_speeds.py``, which has the formulas; a test compares. What was not measured says so.
+    All are of feature maps behind RoPE."""
 
     matmul: float = 782e12
     """Operations a second of the fastest bf16 matrix product (of one GPU, as all below)."""
@@ -186,13 +187,14 @@ def transfer_activations(size: Size, rows: int, length: int) -> float:
         attention = (
             3 * size.hidden + 60 * channels
         )  # measured: autograd keeps the chunked path's fp32 features and weights
-    return 2.0 * rows * length * max(mlp, attention)
+    return 2.0 * rows * length * max(mlp, attention + size.unrotated)
 
 
 def finetune_activations(size: Size, rows: int, length: int) -> float:
-    """What one decoder layer keeps for backward in stage 2: inputs of norms and LoRA, q, k, v, output, gate and up."""
+    """What one decoder layer keeps for backward in stage 2: inputs of norms and LoRA, q, k, v, output, gate and up; for
+    feature maps in front of RoPE their inputs and projections too."""
     channels = 2 * size.heads * size.head_dim + 2 * size.kv_heads * size.head_dim
-    return 2.0 * rows * length * (3 * size.hidden + channels + size.mlp)
+    return 2.0 * rows * length * (3 * size.hidden + channels + size.unrotated + size.mlp)
 
 
 def head_memory(size: Size, rows: int, length: int) -> float:

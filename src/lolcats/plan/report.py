@@ -102,6 +102,13 @@ def paper_line(size: Size, work: Work, plans: Sequence[Plan]) -> str:
     )
 
 
+def time_line(size: Size) -> str:
+    """What the times leave out; empty if nothing."""
+    if not size.unrotated:
+        return ""
+    return "Times are those of attention.feature_inputs=rotated, which were measured; unrotated ones take longer."
+
+
 def refusal(plans: Sequence[Plan], size: Size, config: Config, machine: Machine, work: Work) -> str:
     """Why no plan of one stage fits and what would do; empty if one fits."""
     if any(not plan.problems for plan in plans):

@@ -19,7 +19,7 @@ from lolcats.attention.dispatch import fits_kernels
 from lolcats.config import Config, read_yaml
 from lolcats.errors import LolcatsError
 from lolcats.modeling.convert import convert
-from lolcats.modeling.layer import decoder_layers, linearized_layers
+from lolcats.modeling.layer import LinearizedAttention, decoder_layers, linearized_layers
 from lolcats.training.finetune import add_lora
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what families call their number of experts
@@ -53,6 +53,8 @@ class Size:
     maps: int
     """Feature maps and gates of all layers."""
     lora: int
+    unrotated: int
+    """Channels a token and layer that feature maps in front of RoPE add: q and k as they were, their projections."""
     kernels: bool
     """Whether the Triton kernels compute its attention on a GPU, in bf16."""
 
@@ -116,6 +118,7 @@ def size_of(model_config: Any, config: Config) -> Size:
         active=active, embedding=embedding.numel(),
         head=0 if head is None or head is embedding else head.numel(), maps=maps,
         lora=sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name),
+        unrotated=_unrotated_channels(largest),
         kernels=all(fits_kernels(layer.geometry.head_dim, torch.bfloat16, layer.spec) for layer in found),
     )  # fmt: skip
 
@@ -138,6 +141,14 @@ def _parameters(layer: nn.Module) -> int:
 
 def _active(layer: nn.Module, share: float) -> int:
     return round(sum(p.numel() * (share if "experts." in name else 1) for name, p in _base_parameters(layer)))
+
+
+def _unrotated_channels(layer: LinearizedAttention) -> int:
+    if not layer.spec.unrotated:
+        return 0
+    geometry, weights = layer.geometry, (layer.phi_q.weight, layer.phi_k.weight)
+    inputs = (geometry.heads + geometry.kv_heads) * geometry.head_dim
+    return inputs + sum(w.shape[0] * w.shape[2] for w in weights if w is not None)
 
 
 def _mlp_channels(layer: nn.Module, config: Any) -> int:
