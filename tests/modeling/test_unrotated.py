@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     CohereConfig,
     Glm4Config,
     GPT2Config,
@@ -29,10 +31,12 @@ from lolcats.inference.engine import Engine, Request
 from lolcats.inference.sampling import SamplingParams
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
+from lolcats.modeling.skeleton import convert_empty, empty_model
 from lolcats.training.finetune import add_lora
 from lolcats.training.transfer import layer_losses
 
 IDS = torch.randint(6, 300, (2, 60), generator=torch.Generator().manual_seed(0))
+UNROTATED = AttentionConfig(window_size=8, sinks=2, feature_dim=8, feature_inputs="unrotated")
 SMALL: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0,
@@ -51,8 +55,7 @@ OTHERS: dict[str, Any] = {
 
 def converted(model: Any, **changes: Any) -> Any:
     torch.manual_seed(1)
-    settings = {"window_size": 8, "sinks": 2, "feature_dim": 8, "feature_inputs": "unrotated", **changes}
-    return lolcats.convert(model, AttentionConfig(**settings))
+    return lolcats.convert(model, replace(UNROTATED, **changes))
 
 
 def at(start: int) -> Tensor:
@@ -174,20 +177,25 @@ def test_lora_with_gradient_checkpointing() -> None:
         assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)
 
 
-def test_families_without_rope_are_refused() -> None:
-    learned = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=256)
-    mixed = SmolLM3Config(**{**SMALL, "num_hidden_layers": 4}, no_rope_layers=[1, 0, 1, 1])
-    for config, message in (
-        (learned, "^Layer 0 of GPT2Attention does not rotate"),
-        (mixed, "^Layer 1 of SmolLM3ForCausalLM does"),
-    ):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with pytest.raises(LolcatsError, match=message):
-            converted(model)
+FOUR: dict[str, Any] = {**SMALL, "num_hidden_layers": 4}
+NO_ROPE: dict[str, Any] = {  # the first layer that is refused
+    "0 of GPT2LMHeadModel": lambda: GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=256),
+    "1 of SmolLM3ForCausalLM": lambda: SmolLM3Config(**FOUR, no_rope_layers=[1, 0, 1, 1]),
+    "3 of Cohere2ForCausalLM": lambda: Cohere2Config(**FOUR),  # RoPE in the layers that slide
+}
+
+
+@pytest.mark.parametrize("layer", NO_ROPE)
+@pytest.mark.parametrize("weights", [True, False])
+def test_layers_without_rope_are_refused(layer: str, weights: bool) -> None:
+    config = NO_ROPE[layer]()
+    model = AutoModelForCausalLM.from_config(config) if weights else empty_model(config, torch.float32)
+    with pytest.raises(LolcatsError, match=f"^Layer {layer} does not rotate its queries and keys"):
+        (lolcats.convert if weights else convert_empty)(model, UNROTATED)
 
 
 def test_a_layer_without_rope_may_stay_softmax() -> None:
-    config = SmolLM3Config(**{**SMALL, "num_hidden_layers": 4}, no_rope_layers=[1, 0, 1, 1])
+    config = NO_ROPE["1 of SmolLM3ForCausalLM"]()
     model = converted(AutoModelForCausalLM.from_config(config, dtype=torch.float32), layers={"1": "softmax"})
     assert len(linearized_layers(model)) == 3
 

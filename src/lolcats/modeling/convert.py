@@ -14,7 +14,7 @@ from lolcats.modeling.auto import SEAL
 from lolcats.modeling.interface import IMPLEMENTATION, prepare_decoder_call
 from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, layer_spec, linearized_layers
 from lolcats.modeling.probe import ProbedLayer, probe, text_config
-from lolcats.modeling.rotary import check_rotation, keep_rotation, no_rotation
+from lolcats.modeling.rotary import check_rotates, check_rotation, keep_rotation
 
 
 def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = None) -> PreTrainedModel:
@@ -44,8 +44,10 @@ def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = No
         ],
     }
     convert_as(model, record)
-    if model.device.type != "meta" and any(layer.spec.unrotated for layer in linearized_layers(model)):
-        check_rotation(model)
+    if any(layer.spec.unrotated for layer in linearized_layers(model)):
+        check_rotates(model)
+        if model.device.type != "meta":
+            check_rotation(model)
     return model
 
 
@@ -74,8 +76,6 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
         device = next(module.parameters()).device
         module.lolcats = layer if device.type == "meta" else layer.to(device)  # of a skeleton, they alone are real
         if spec.unrotated:
-            if not getattr(module, "use_rope", True):
-                raise no_rotation(model, geometry.layer)
             module.register_forward_pre_hook(keep_rotation, with_kwargs=True)
     config._attn_implementation_internal = IMPLEMENTATION  # not of a vision or audio part
     for part in decoders(model):

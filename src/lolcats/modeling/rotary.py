@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
@@ -54,6 +55,39 @@ def _rotate(family: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Ten
     if rotate is None or list(inspect.signature(rotate).parameters)[:2] == ["q", "k"]:
         return rotate  # type: ignore[no-any-return]
     return lambda q, k, cos, sin: (rotate(q, cos, sin), rotate(k, cos, sin))
+
+
+@torch.enable_grad()
+def check_rotates(model: Any) -> None:
+    """LolcatsError unless every layer's output depends on the cosines that it is given: some families rotate in some
+    layers alone. Needs no weights, and knows nothing of what happens to q and k behind RoPE."""
+    given: dict[Any, Tensor] = {}
+
+    def give(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rotation = kwargs.get("position_embeddings")
+        if not isinstance(rotation, tuple):
+            raise no_rotation(model, module.lolcats.geometry.layer)
+        given[module] = rotation[0].detach().requires_grad_()
+        return args, {**kwargs, "position_embeddings": (given[module], *rotation[1:])}
+
+    def look(module: Any, args: Any, output: Any) -> None:
+        total = output[0].sum()
+        if not total.requires_grad or torch.autograd.grad(total, given[module], allow_unused=True)[0] is None:
+            raise no_rotation(model, module.lolcats.geometry.layer)
+
+    modules = [m for m in model.modules() if isinstance(getattr(m, "lolcats", None), LinearizedAttention)]
+    if none := [m for m in modules if _rotate(sys.modules[type(m).__module__]) is None]:
+        raise no_rotation(model, none[0].lolcats.geometry.layer)
+    hooks = [module.register_forward_pre_hook(give, with_kwargs=True) for module in modules]
+    hooks += [module.register_forward_hook(look) for module in modules]
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # without, positions are looked at
+    try:
+        with override(model, mode="teacher"):
+            model(input_ids=ids, past_key_values=cache)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

@@ -246,6 +246,8 @@ def convert_empty(model: PreTrainedModel, attention: AttentionConfig) -> PreTrai
         put(lambda t: t.to("meta") if not isinstance(t, nn.Parameter) else t)
         return convert(model, attention)
     except LolcatsError:
+        if hasattr(model.config, "lolcats"):  # refused after its probe
+            raise
         zeros: dict[Any, Tensor] = {}
         put(lambda t: t if t.device.type != "meta" else nn.Parameter(_zeros(t, zeros), requires_grad=False))
         return convert(model, attention)
