@@ -25,7 +25,7 @@ from lolcats.cli import app
 from lolcats.config import Config, recipe_names
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
+PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "benchmarks/quality/README.md"])
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
 VALUE = r"(?:'[^']*'|\"[^\"]*\"|\S+)"
 

@@ -101,7 +101,9 @@ def sweep(
     data: Annotated[str, typer.Option(help="As --set base.data=.")] = "",
     out_: Annotated[Path, typer.Option("--out", file_okay=False, help="Directory of results; one begun is continued.")]
         = Path("sweep"),
-    set_: Sets = [],  # noqa: B006
+    set_: Annotated[list[str], typer.Option("--set", help="Change one setting, of the sweep (base.sources.NAME=, "
+                                            "evaluate.perplexity.NAME=, seeds=) or of every row. Repeatable.")]
+        = [],  # noqa: B006
     deadline: Annotated[float, typer.Option(help="Seconds: no row is begun that is expected to end later. 0: none.")]
     = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the rows and their tokens.")] = False,
