@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from lolcats.config import from_dict, read_yaml
-from lolcats.files import whole_directory
+from lolcats.files import locked, whole_directory
 from lolcats.modeling.base import find_base, load_model, load_tokenizer
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -93,10 +93,13 @@ def ready(name: str, options: argparse.Namespace) -> Path:
 
 
 def to_directory(source: Path, target: Path) -> None:
+    """Once, whoever else was told to."""
     base = find_base(str(source))
-    with whole_directory(target) as directory:
-        load_model(base, torch.bfloat16).save_pretrained(directory)
-        load_tokenizer(base).save_pretrained(directory)
+    with locked(target.with_name(f"{target.name}.lock")):
+        if not target.is_dir():
+            with whole_directory(target) as directory:
+                load_model(base, torch.bfloat16).save_pretrained(directory)
+                load_tokenizer(base).save_pretrained(directory)
 
 
 def convert(names: set[str], options: argparse.Namespace) -> list[BaseProcess]:

@@ -20,6 +20,7 @@ from lolcats.inputs import Inputs
 from lolcats.pipeline import linearize
 from lolcats.sweep import execute, row
 from lolcats.sweep.execute import run_sweep
+from lolcats.sweep.measure import Measurement
 from lolcats.sweep.plan import Sweep, plan, read_sweep
 from lolcats.sweep.table import difference, render
 
@@ -102,7 +103,7 @@ def test_grid_seeds_and_mistakes(tmp_path: Path) -> None:
 
 
 def test_sweep_resumes_and_skips(file: Path, place: list[str], tmp_path: Path, monkeypatch) -> None:
-    """Killed while a row trains, its last line half written: the same command goes on."""
+    """Killed while a row trains, its last line half written, and while it is measured: the same command goes on."""
     book = tmp_path / "book.txt"
     book.write_text(FILES["long_books"][0]["text"])
     sweep, out = read_sweep(file, [*place, f"evaluate.text={book}"]), tmp_path / "out"
@@ -113,7 +114,16 @@ def test_sweep_resumes_and_skips(file: Path, place: list[str], tmp_path: Path, m
     assert len(read_lines(out / "results.jsonl")) == 2
     with (out / "results.jsonl").open("a") as torn:
         torn.write('{"row": "half')
+    with monkeypatch.context() as patch:
+        patch.setattr(Measurement, "_task", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(sweep, out)
+    (stopped,) = (json.loads(path.read_text())["results"] for path in out.glob("*/run.json"))
+    (found,) = (result for name, result in stopped.items() if name.endswith("student: perplexities"))
     results, said = run(sweep, out)
+    kept = results[2]["systems"]["student"]
+    assert found["found"] == {"chat": kept["chat"]}
+    assert "positions nll 0-63" in kept
     assert "2 of 5 results are in" in said
     assert "No perplexity on other" in said
     names = ["teacher", "window + sinks, nothing trained", "linear, trained late", None, "hybrid"]

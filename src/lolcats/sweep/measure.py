@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lolcats.sweep.plan import Evaluate
 from lolcats.training.data import load_rows
 from lolcats.training.mixture import is_mixture, read_mixture
 
+PERPLEXITIES = "perplexities"
 Measured = dict[str, dict[str, Any]]
 """By the name of what was measured: value, standard error and items, in an order that is the same for every model: of a
 perplexity the losses of rows, of an nll its items, of a score with results 0 and 1 a string of them."""
@@ -62,13 +64,15 @@ class Measurement:
             found[name] = {"value": value, "stderr": None if spread is None else value * spread, "items": items}
         return found
 
+    def parts(self) -> dict[str, Callable[[PreTrainedModel], Measured]]:
+        """Perplexities and tasks, each by itself."""
+        return {PERPLEXITIES: self.perplexities, **{name: partial(self._task, name) for name in self.tasks}}
+
     def everything(self, model: PreTrainedModel) -> Measured:
-        """Perplexities and tasks."""
-        found = self.perplexities(model)
-        for task in self.tasks.values():
-            for score in task(model):
-                found[f"{score.task} {score.metric}"] = _entry(score)
-        return found
+        return {name: entry for part in self.parts().values() for name, entry in part(model).items()}
+
+    def _task(self, name: str, model: PreTrainedModel) -> Measured:
+        return {f"{score.task} {score.metric}": _entry(score) for score in self.tasks[name](model)}
 
 
 def _entry(score: Score) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import gc
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -21,7 +22,7 @@ from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import override
 from lolcats.pipeline import Session, device_and_dtype, measure_maps, measure_student, run_finetune, run_transfer, start
 from lolcats.run import RECORD, Run
-from lolcats.sweep.measure import Measured, Measurement, short_hash, source_identity
+from lolcats.sweep.measure import PERPLEXITIES, Measured, Measurement, short_hash, source_identity
 from lolcats.sweep.plan import Row, Sweep
 from lolcats.sweep.table import HELD_OUT, LINEAR_OFF, WINDOW, WINDOW_SINKS
 
@@ -170,18 +171,25 @@ def _untrained(setup: Setup, session: Session) -> dict[str, Measured]:
 
 
 def _measure(setup: Setup, session: Session, system: str, tasks: bool = True) -> None:
-    """Kept in the run's record: a sweep killed while it measures does not begin again."""
-    measure = setup.measurement.everything if tasks else setup.measurement.perplexities
+    """Each part is kept in the run's record: a sweep killed while it measures goes on with the next one."""
+    for part, measure in setup.measurement.parts().items():
+        if tasks or part == PERPLEXITIES:
+            session.run.measure(f"{_prefix(setup)}{system}: {part}", partial(_timed, measure, session.model))
+
+
+def _timed(measure: Callable[[Any], Measured], model: Any) -> dict[str, Any]:
     started = monotonic()
-
-    def timed() -> dict[str, Any]:
-        return {"found": measure(session.model), "seconds": round(monotonic() - started, 1)}
-
-    session.run.measure(_entry(setup, system), timed)
+    return {"found": measure(model), "seconds": round(monotonic() - started, 1)}
 
 
-def _entry(setup: Setup, system: str) -> str:
-    return f"sweep {setup.measurement.key} {system}"
+def _prefix(setup: Setup) -> str:
+    """How the names of what this sweep measured begin in a run's record."""
+    return f"sweep {setup.measurement.key} "
+
+
+def _found(setup: Setup, results: dict[str, Any], system: str) -> Measured:
+    parts = [result["found"] for name, result in results.items() if name.startswith(f"{_prefix(setup)}{system}: ")]
+    return {metric: entry for part in parts for metric, entry in part.items()}
 
 
 def _summary(setup: Setup, row: Row, run: Run, untrained: dict[str, Measured]) -> dict[str, Any]:
@@ -189,14 +197,14 @@ def _summary(setup: Setup, row: Row, run: Run, untrained: dict[str, Measured]) -
     systems: dict[str, Any] = {}
     for name, key in HELD_OUT_KEYS.items():
         if key in results and not (name == LINEAR_OFF and row.config.attention.kind != "hybrid"):
-            more = untrained.get(name) or results.get(_entry(setup, name), {"found": {}})["found"]
+            more = untrained.get(name) or _found(setup, results, name)
             systems[name] = {HELD_OUT: {"value": results[key], "stderr": None}, **more}
     tokens = {
         stage: stages[stage].get("steps", 0) * getattr(row.config, stage).batch_size * length
         for stage in ("transfer", "finetune")
     }
     seconds = {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage}
-    measured = [value["seconds"] for name, value in results.items() if name.startswith(_entry(setup, ""))]
+    measured = [value["seconds"] for name, value in results.items() if name.startswith(_prefix(setup))]
     errors = results.get("layer_errors_after", []) if tokens["transfer"] else []
     return {
         "seed": row.config.seed, "settings": row.settings, "directory": run.directory.name, "data": row.data,
