@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lolcats.errors import LolcatsError, out_of_memory
@@ -157,7 +158,8 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     config = type(model.config).from_dict(
         {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     )
-    plain = type(model)._from_config(config, dtype=model.dtype)
+    with init_empty_weights(include_buffers=False):  # drawing weights takes as long as reading them
+        plain = type(model)._from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config
