@@ -51,7 +51,7 @@ class Compiled:
         return launch
 
 
-def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str) -> None:
+def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str, projected: bool) -> None:
     driver.set_active(NoDevice())
     plan.precision = lambda: "tf32x3"
     shared: dict[str, int] = {}
@@ -61,7 +61,8 @@ def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str) -> Non
     q, k, v = (torch.empty(1, heads, 512, dim, dtype=getattr(torch, dtype), requires_grad=True) for heads in (4, 2, 2))
     phi_q, phi_k = (FeatureMap("hedgehog", 4, dim, f) for _ in range(2))
     gamma, spec = torch.rand(4, requires_grad=True), AttentionSpec(kind, window, size, 4)
-    y, _, _ = function.triton_attention(q, k, v, phi_q, phi_k, gamma, spec, 0.1)
+    seen = (q, k) if projected else None
+    y, _, _ = function.triton_attention(q, k, v, phi_q, phi_k, gamma, spec, 0.1, seen=seen)
     y.backward(torch.empty_like(y))
     decode_kernels(q, k, v, phi_q, gamma, spec, shared)
     print(json.dumps(shared))
@@ -84,5 +85,5 @@ def decode_kernels(
 
 
 if __name__ == "__main__":
-    kind, window, size, dim, f, dtype = sys.argv[1:]
-    main(kind, window, int(size), int(dim), int(f), dtype)
+    kind, window, size, dim, f, dtype, phi = sys.argv[1:]
+    main(kind, window, int(size), int(dim), int(f), dtype, phi == "projected")

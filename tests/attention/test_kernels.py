@@ -80,12 +80,13 @@ class Problem:
 
 
 def compare(problem: Problem, spec: AttentionSpec, tolerance: float = 1e-4, softcap: float | None = None,
-            tiling: Tiling | None = SMALL, features: bool = False) -> None:  # fmt: skip
+            tiling: Tiling | None = SMALL, projected: bool = False) -> None:  # fmt: skip
+    """projected: as if the maps saw other queries and keys."""
     expected, actual = problem.leaves(), problem.leaves()
     y = problem.reference(expected, spec, softcap)
-    given = (problem.phi_q(actual[0]), problem.key_features(actual[1])) if features else None
+    seen = (actual[0], actual[1]) if projected else None
     z, _, _ = triton_attention(
-        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, softcap, features=given, tiling=tiling
+        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, softcap, seen=seen, tiling=tiling
     )
     close(z, y, tolerance, "outputs")
     direction = torch.randn_like(y)
@@ -141,8 +142,9 @@ def test_softcap() -> None:
     compare(Problem(50, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 16, 2), softcap=1.5)
 
 
+@pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("inputs", [True, False])
-def test_gradients_of_inputs_or_maps_alone(inputs: bool) -> None:
+def test_gradients_of_inputs_or_maps_alone(inputs: bool, projected: bool) -> None:
     """What stage 2 and stage 1 ask for: other states than for all gradients at once."""
     problem, spec = Problem(52, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 16, 4)
     weights = [*problem.phi_q.parameters(), *problem.phi_k.parameters()]
@@ -152,16 +154,29 @@ def test_gradients_of_inputs_or_maps_alone(inputs: bool) -> None:
         for leaf in leaves + weights:
             leaf.requires_grad_(any(leaf is x for x in leaves[:3]) == inputs)
         arguments = (*leaves[:3], problem.phi_q, problem.phi_k, leaves[3], spec, SCALE)
-        y = triton_attention(*arguments, tiling=SMALL)[0] if kernels else problem.reference(leaves, spec)
+        seen = (leaves[0], leaves[1]) if projected else None
+        y = triton_attention(*arguments, seen=seen, tiling=SMALL)[0] if kernels else problem.reference(leaves, spec)
         wanted = leaves[:3] if inputs else [leaves[3], *weights]
         results.append(torch.autograd.grad(y, wanted, torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y)))
     for expected, actual in zip(*results, strict=True):
         close(actual, expected, 1e-4, "gradient")
 
 
-def test_given_features() -> None:
-    problem = Problem(50, batch=1, heads=2, kv_heads=1)
-    compare(problem, AttentionSpec("hybrid", "sliding", 16, 4), features=True)
+@pytest.mark.parametrize(("kind", "window"), [variant for variant in VARIANTS if variant[0] != "window"])
+@pytest.mark.parametrize("maps", ["per_query_head", "per_kv_head"])
+def test_projected_queries_and_keys(kind: str, window: str, maps: str) -> None:
+    compare(Problem(51, maps=maps, batch=1), AttentionSpec(kind, window, 16, 4), projected=True)
+
+
+@pytest.mark.parametrize("length", [2, 15, 17, 33])
+def test_lengths_of_projected(length: int) -> None:
+    compare(Problem(length, f=24, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "sliding", 16, 3),
+            projected=True)  # fmt: skip
+
+
+def test_features_of_maps_that_the_kernels_do_not_know() -> None:
+    problem = Problem(50, batch=1, heads=2, kv_heads=1, feature_map="exp")
+    compare(problem, AttentionSpec("hybrid", "sliding", 16, 4))
 
 
 def test_results_repeat() -> None:
@@ -178,8 +193,9 @@ def test_results_repeat() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize(("kind", "window"), VARIANTS[:3])
-def test_packed_sequences(kind: str, window: str) -> None:
+def test_packed_sequences(kind: str, window: str, projected: bool) -> None:
     """Sequences of different lengths in one row: each as if it were alone, gradients too."""
     bounds = [0, 3, 40, 41, 75]
     problem, spec = Problem(75, batch=1, heads=2, kv_heads=1), AttentionSpec(kind, window, 16, 4)
@@ -190,8 +206,9 @@ def test_packed_sequences(kind: str, window: str) -> None:
     ]
     y = torch.cat(pieces, 2)
     z, _, _ = triton_attention(
-        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, cu_seqlens=bounds, tiling=SMALL
-    )
+        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, cu_seqlens=bounds, tiling=SMALL,
+        seen=(actual[0], actual[1]) if projected else None,
+    )  # fmt: skip
     close(z, y, 1e-4, "outputs")
     direction = torch.randn_like(y)
     pairs = zip(NAMES, problem.gradients(y, direction, expected), problem.gradients(z, direction, actual), strict=True)
@@ -233,8 +250,9 @@ def test_states(kind: str, window: str, heads: int) -> None:
         close(after[:, :, start - cut :], whole[:, :, start:], 1e-4, "after a context")
 
 
+@pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("window", ["terraced", "sliding"])
-def test_gradients_behind_a_context(window: str) -> None:
+def test_gradients_behind_a_context(window: str, projected: bool) -> None:
     """Those of the tokens behind a state, which is a constant; rows stand at different positions."""
     problem, spec = Problem(45, heads=2, kv_heads=1), AttentionSpec("hybrid", window, 16, 4)
     known, known_v = (torch.randn(2, problem.maps, 20, 16, device=DEVICE) for _ in range(2))
@@ -246,8 +264,9 @@ def test_gradients_behind_a_context(window: str) -> None:
     q, k, v, gamma = expected
     y, _, _ = chunked_attention(q, k, v, problem.phi_q, problem.phi_k, gamma, spec, SCALE, None, context)
     z, _, _ = triton_attention(
-        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, context=context, tiling=SMALL
-    )
+        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, context=context, tiling=SMALL,
+        seen=(actual[0], actual[1]) if projected else None,
+    )  # fmt: skip
     close(z, y, 1e-4, "outputs")
     direction = torch.randn_like(y)
     pairs = zip(problem.gradients(y, direction, expected), problem.gradients(z, direction, actual), strict=True)
@@ -258,11 +277,12 @@ def test_gradients_behind_a_context(window: str) -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's own, with its missing products put in")
-@pytest.mark.parametrize("kind", ["hybrid", "linear"])
-def test_bf16_in_the_interpreter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "projected"), [("hybrid", False), ("hybrid", True), ("linear", False)])
+def test_bf16_in_the_interpreter(kind: str, projected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     add_bf16_products(monkeypatch)
     problem = Problem(150, 64, 32, batch=1, heads=2, kv_heads=1, dtype=torch.bfloat16)
-    compare(problem, AttentionSpec(kind, "terraced", 64, 4), tolerance=3e-2, tiling=Tiling(64, 64, 2, 1))
+    spec, tiling = AttentionSpec(kind, "terraced", 64, 4), Tiling(64, 64, 2, 1)
+    compare(problem, spec, tolerance=3e-2, tiling=tiling, projected=projected)
 
 
 @on_gpu
@@ -295,29 +315,33 @@ def test_narrow_heads(dim: int) -> None:
         (256, 64, 300, "sliding", 128),
     ],
 )
-def test_half_precision(dtype: torch.dtype, kind: str, dim: int, f: int, length: int, window: str, size: int) -> None:
+@pytest.mark.parametrize("projected", [False, True])
+def test_half_precision(
+    dtype: torch.dtype, kind: str, dim: int, f: int, length: int, window: str, size: int, projected: bool
+) -> None:
     if dtype == torch.float16 and dim == 256:
         pytest.skip("not a geometry that the dispatcher gives to the kernels: errors up to 1.6e-2")
     problem = Problem(length, dim, f, dtype=dtype)
-    compare(problem, AttentionSpec(kind, window, size, 4), tolerance=1.5e-2, tiling=None)
+    compare(problem, AttentionSpec(kind, window, size, 4), tolerance=1.5e-2, tiling=None, projected=projected)
 
 
 @pytest.mark.parametrize(
-    ("kind", "window", "size", "dim", "f", "dtype"),
+    ("kind", "window", "size", "dim", "f", "dtype", "phi"),
     [
-        ("hybrid", "sliding", 128, 64, 32, "bfloat16"),
-        ("linear", "terraced", 64, 64, 64, "float16"),
-        pytest.param("hybrid", "terraced", 64, 128, 64, "bfloat16", marks=pytest.mark.slow),
-        pytest.param("hybrid", "terraced", 64, 128, 64, "float32", marks=pytest.mark.slow),
-        pytest.param("hybrid", "sliding", 64, 128, 64, "float32", marks=pytest.mark.slow),
-        pytest.param("hybrid", "terraced", 32, 80, 64, "float32", marks=pytest.mark.slow),
-        pytest.param("hybrid", "sliding", 128, 256, 128, "bfloat16", marks=pytest.mark.slow),
-        pytest.param("hybrid", "sliding", 128, 256, 128, "float32", marks=pytest.mark.slow),
+        ("hybrid", "sliding", 128, 64, 32, "bfloat16", "inside"),
+        ("linear", "terraced", 64, 64, 64, "float16", "inside"),
+        ("hybrid", "sliding", 64, 128, 64, "bfloat16", "projected"),
+        pytest.param("hybrid", "terraced", 64, 128, 64, "bfloat16", "inside", marks=pytest.mark.slow),
+        pytest.param("hybrid", "terraced", 64, 128, 64, "float32", "projected", marks=pytest.mark.slow),
+        pytest.param("hybrid", "sliding", 64, 128, 64, "float32", "projected", marks=pytest.mark.slow),
+        pytest.param("hybrid", "terraced", 32, 80, 64, "float32", "projected", marks=pytest.mark.slow),
+        pytest.param("hybrid", "sliding", 128, 256, 128, "bfloat16", "projected", marks=pytest.mark.slow),
+        pytest.param("hybrid", "sliding", 128, 256, 128, "float32", "projected", marks=pytest.mark.slow),
     ],
 )
-def test_compiles_and_fits_on_hopper(kind: str, window: str, size: int, dim: int, f: int, dtype: str) -> None:
+def test_compiles_and_fits_on_hopper(kind: str, window: str, size: int, dim: int, f: int, dtype: str, phi: str) -> None:
     script = Path(__file__).with_name("compile_kernels.py")
-    command = [sys.executable, str(script), kind, window, str(size), str(dim), str(f), dtype]
+    command = [sys.executable, str(script), kind, window, str(size), str(dim), str(f), dtype, phi]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -164,14 +164,14 @@ def _kernels(
         if context is not None:
             context = context._replace(sink_k=context.sink_k.float(), sink_v=context.sink_v.float())
     host = lengths.tolist() if isinstance(lengths, Tensor) else lengths
-    features = None
-    if spec.unrotated:  # of other tensors than the kernels have
-        features = (phi_q(q), phi_k(k)) if spec.has_linear else None
-        q, k = spec.rotated(q), spec.rotated(k)
+    seen = None
+    if spec.unrotated:
+        (q, plain_q), (k, plain_k) = q.chunk(2, -1), k.chunk(2, -1)
+        seen = plain_q, plain_k
         if context is not None:
             context = context._replace(sink_k=spec.rotated(context.sink_k))
     y, S, z = triton_attention(
-        q, k, v, phi_q, phi_k, gamma, spec, scale, softcap, features=features, context=context, lengths=host,
+        q, k, v, phi_q, phi_k, gamma, spec, scale, softcap, seen=seen, context=context, lengths=host,
         cu_seqlens=cu_seqlens, final=final,
     )  # fmt: skip
     return y.to(dtype), S, z

@@ -76,8 +76,8 @@ def query_kernel(
     dq_strides, df, df_strides, d_gamma, pulls, walks, sequences, positions, heads, group, map_group, tokens, scale,
     cap, pull_stride,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
-    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
-    INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, PHI: tl.constexpr,
+    INPUTS: tl.constexpr, DF: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr, WHOLE: tl.constexpr, LOST: tl.constexpr,
     CENTER: tl.constexpr,
@@ -88,7 +88,7 @@ def query_kernel(
     WHOLE: the slice is all of the value dim; then δ_n is found here and stored, else ``delta_kernel`` did. LOST: there
     are ``lost_bits`` of o. CENTER: the states are of centered features.
     INPUTS: gradients of q, k, v are wanted, and r_n is stored (``pulls``) for ``key_kernel``. TILES: that a window
-    reaches. df: unless FUSED, gradients of the features; else, where WEIGHTS, those of x·W for ``weight_kernel``.
+    reaches. DF: those of the maps are wanted, too. df: where PHI is given, gradients of the features, else of x·W.
     """
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
@@ -109,8 +109,8 @@ def query_kernel(
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
     first_piece, one = tl.where(piece == 0, 1.0, 0.0), tl.full((C,), 1.0, tl.float32)
-    wq = load_weight(weight_q, head, d, j, DIM, WIDTH) if FUSED and LINEAR else 0
-    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH) if FUSED and NEAR else 0
+    wq = load_weight(weight_q, head, d, j, DIM, WIDTH) if PHI == "inside" and LINEAR else 0
+    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH) if PHI == "inside" and NEAR else 0
     if SOFTMAX and SINKS > 0 and INPUTS:
         sink = tl.arange(0, BLOCK_SINKS)
         ks = load_sinks(sink_k, sink_k_strides, sequence, batch, first, length, kv_head, sink, d, DIM, SINKS, CONTEXT)
@@ -154,14 +154,14 @@ def query_kernel(
                     k_near = load_tile(k, k_strides[2], near, length, row, d, DIM)
                     v_near = load_tile(v, v_strides[2], near, length, row, vd, VALUE_DIM).to(LOW)
                     k_up, k_down = features(
-                        k_near, wk, fk, fk_strides[2], near, length, row, one, j, WIDTH, FUSED, PRECISION
+                        k_near, wk, fk, fk_strides[2], near, length, row, one, j, WIDTH, PHI, PRECISION
                     )
                     da = tl.dot(do_tile, tl.trans(v_near), input_precision=PRECISION) * r[:, None] - h[:, None]
                     mask = linear_mask(n[:, None], near_keys[None, :], WINDOW, SIZE)
                     da = tl.where(mask, da, 0.0).to(LOW)
                     d_up = tl.dot(da, k_up.to(LOW), d_up, input_precision=PRECISION)
                     d_down = tl.dot(da, k_down.to(LOW), d_down, input_precision=PRECISION)
-            up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
+            up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, PHI, PRECISION)
             pull = -tl.sum(up * d_up, 1) - tl.sum(down * d_down, 1)
             if CENTER:  # what d_up and d_down lack is the same for all columns, and both halves of φ sum to 1
                 rest = sums + index.to(tl.int64) * (2 * WIDTH + REST) + 2 * WIDTH
@@ -169,13 +169,13 @@ def query_kernel(
                 lacking = tl.sum(do_tile.to(tl.float32) * rows_v[None, :], 1) * r - h * tl.load(rest + VALUE_DIM)
                 pull -= lacking * (2.0 / WIDTH)
             sum_pull += tl.where(t < length, pull, 0.0)
-            if FUSED:
+            if PHI != "given":
                 dy = hedgehog_backward(up, down, d_up, d_down)
-                if WEIGHTS:
+                if DF:
                     store_tile(df, df_strides[2], at, length, row, j, WIDTH, dy)
-                if INPUTS:
+                if PHI == "inside" and INPUTS:
                     grad_q = tl.dot(dy.to(LOW), tl.trans(wq).to(LOW), grad_q, input_precision=PRECISION)
-            else:
+            elif DF:
                 store_tile(df, df_strides[2], at, length, row, j, WIDTH, d_up)
                 store_tile(df + WIDTH, df_strides[2], at, length, row, j, WIDTH, d_down)
         if INPUTS and SOFTMAX:
@@ -257,8 +257,8 @@ def key_kernel(
     inverse, delta, peaks, tops, pulls, d_sink_k, d_sink_v, states, sums, dk, dk_strides, dv, dv_strides, df,
     df_strides, walks, sequences, positions, heads, tokens, scale, cap, pull_stride, parts,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
-    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
-    INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, PHI: tl.constexpr,
+    INPUTS: tl.constexpr, DF: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, SINKS_HERE: tl.constexpr, GROUP: tl.constexpr,
     MAPS: tl.constexpr, CENTER: tl.constexpr,
@@ -303,7 +303,7 @@ def key_kernel(
             index = (entry + tl.minimum(after, tl.cdiv(length, SPAN)) - 1) * maps + first_map
             exists = (keys >= 0)[:, None]
             for m in range(MAPS):
-                wk = load_weight(weight_k, first_map + m, d, j, DIM, WIDTH) if FUSED else 0
+                wk = load_weight(weight_k, first_map + m, d, j, DIM, WIDTH) if PHI == "inside" else 0
                 S_up = load_state(states, index + m, 0, j, vd, WIDTH, VALUE_DIM)
                 S_down = load_state(states, index + m, 1, j, vd, WIDTH, VALUE_DIM)
                 REST: tl.constexpr = VALUE_DIM + 1 if CENTER else 0
@@ -311,7 +311,7 @@ def key_kernel(
                 z_down = load_sum(sums, index + m, 1, j, WIDTH, REST)
                 up, down = features(
                     k_tile, wk, fk + tl.cast(m, tl.int64) * fk_strides[1], fk_strides[2], at, length, row, one, j,
-                    WIDTH, FUSED, PRECISION,
+                    WIDTH, PHI, PRECISION,
                 )  # fmt: skip
                 up_low, down_low = tl.where(exists, up, 0.0).to(LOW), tl.where(exists, down, 0.0).to(LOW)
                 if INPUTS:
@@ -335,10 +335,10 @@ def key_kernel(
                             vd, DIM, VALUE_DIM,
                         )  # fmt: skip
                         do_near = do_near.to(LOW)
-                        wq = load_weight(weight_q, first_head + h, d, j, DIM, WIDTH) if FUSED else 0
+                        wq = load_weight(weight_q, first_head + h, d, j, DIM, WIDTH) if PHI == "inside" else 0
                         q_up, q_down = features(
                             q_near, wq, fq + tl.cast(h, tl.int64) * fq_strides[1], fq_strides[2], near, length, row,
-                            one, j, WIDTH, FUSED, PRECISION,
+                            one, j, WIDTH, PHI, PRECISION,
                         )  # fmt: skip
                         q_up, q_down = q_up.to(LOW), q_down.to(LOW)
                         mask = linear_mask((position + s)[:, None], keys[None, :], WINDOW, SIZE)
@@ -353,13 +353,13 @@ def key_kernel(
                             grad_v = tl.dot(a, do_near, grad_v, input_precision=PRECISION)
                 d_up, d_down = tl.where(exists, d_up, 0.0), tl.where(exists, d_down, 0.0)
                 target = df + tl.cast(m, tl.int64) * df_strides[1]
-                if FUSED:
+                if PHI != "given":
                     dy = hedgehog_backward(up, down, d_up, d_down)
-                    if WEIGHTS:
+                    if DF:
                         store_tile(target, df_strides[2], at, length, row, j, WIDTH, dy)
-                    if INPUTS:
+                    if PHI == "inside" and INPUTS:
                         grad_k = tl.dot(dy.to(LOW), tl.trans(wk).to(LOW), grad_k, input_precision=PRECISION)
-                else:
+                elif DF:
                     store_tile(target, df_strides[2], at, length, row, j, WIDTH, d_up)
                     store_tile(target + WIDTH, df_strides[2], at, length, row, j, WIDTH, d_down)
         if INPUTS and SOFTMAX:

@@ -41,7 +41,7 @@ def walk_bounds(walks, sequences, positions, walk):
 def input_pointers(
     q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
 ):  # fmt: skip
-    """Where one query head's sequence begins in q, k, v, φ(q) and φ(k)."""
+    """Where one query head's sequence begins in q, k, v, and in φ(q) and φ(k) or what they are computed from."""
     q, fq = head_pointer(q, q_strides, batch, head, first), head_pointer(fq, fq_strides, batch, head, first)
     k, v = head_pointer(k, k_strides, batch, kv_head, first), head_pointer(v, v_strides, batch, kv_head, first)
     return q, k, v, fq, head_pointer(fk, fk_strides, batch, map_head, first)
@@ -157,12 +157,15 @@ def hedgehog_backward(up, down, d_up, d_down):
 @triton.jit
 def features(
     x, w, base, stride, at, length, row, weight, column,
-    WIDTH: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of φ times the row's ``weight``, (C, f) fp32 each: of the tile x by ``w`` (D, f), or read from
-    ``base``."""
-    if FUSED:
+    """Both halves of φ times the row's ``weight``, (C, f) fp32 each; see ``layout.Phi``. w: (D, f), of maps inside; at
+    ``base``: x·W (projected) or φ (given)."""
+    if PHI == "inside":
         return hedgehog(tl.dot(x, w, input_precision=PRECISION), weight, column, WIDTH)
+    elif PHI == "projected":
+        y = load_tile(base, stride, at, length, row, column, WIDTH).to(tl.float32)
+        return hedgehog(y, weight, column, WIDTH)
     else:
         up = load_tile(base, stride, at, length, row, column, WIDTH).to(tl.float32) * weight[:, None]
         down = load_tile(base + WIDTH, stride, at, length, row, column, WIDTH).to(tl.float32) * weight[:, None]

@@ -33,7 +33,7 @@ def output_kernel(
     gamma, sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, peaks, tops, states, sums, walks, sequences,
     positions, heads, group, map_group, tokens, scale, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
-    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, PHI: tl.constexpr,
     SAVE: tl.constexpr, LOST: tl.constexpr, PEAKS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr,
     PRECISION: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr,
@@ -64,8 +64,8 @@ def output_kernel(
     both = tl.arange(0, 2 * C)  # tokens of a pair of tiles
     one = tl.full((C,), 1.0, tl.float32)
     log_gamma = tl.log2(tl.load(gamma + head))
-    wq = load_weight(weight_q, head, d, j, DIM, WIDTH) if FUSED and LINEAR else 0
-    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH) if FUSED and NEAR else 0
+    wq = load_weight(weight_q, head, d, j, DIM, WIDTH) if PHI == "inside" and LINEAR else 0
+    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH) if PHI == "inside" and NEAR else 0
     if SOFTMAX and SINKS > 0:
         sink = tl.arange(0, BLOCK_SINKS)
         ks = load_sinks(sink_k, sink_k_strides, sequence, batch, first, length, kv_head, sink, d, DIM, SINKS, CONTEXT)
@@ -131,7 +131,7 @@ def output_kernel(
             S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
             z_up, z_down = load_sum(sums, index, 0, j, WIDTH, 0), load_sum(sums, index, 1, j, WIDTH, 0)
         if LINEAR:
-            up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, FUSED, PRECISION)
+            up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, PHI, PRECISION)
             denominator += tl.sum(up * z_up[None, :], 1)
             denominator += tl.sum(down * z_down[None, :], 1)
             up, down = up.to(LOW), down.to(LOW)
@@ -145,7 +145,7 @@ def output_kernel(
                     k_near = load_tile(k, k_strides[2], s, length, row, d, DIM)
                     v_near = load_tile(v, v_strides[2], s, length, row, vd, VALUE_DIM).to(LOW)
                     k_up, k_down = features(
-                        k_near, wk, fk, fk_strides[2], s, length, row, one, j, WIDTH, FUSED, PRECISION
+                        k_near, wk, fk, fk_strides[2], s, length, row, one, j, WIDTH, PHI, PRECISION
                     )  # fmt: skip
                     a = tl.dot(up, tl.trans(k_up.to(LOW)), input_precision=PRECISION)
                     a = tl.dot(down, tl.trans(k_down.to(LOW)), a, input_precision=PRECISION)

@@ -17,11 +17,11 @@ import torch
 import triton
 from torch import Tensor
 
-from lolcats.attention.chunked import Context
+from lolcats.attention.chunked import Context, KeyMap
 from lolcats.attention.feature_maps import FeatureMap
 from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_kernel, sink_kernel, weight_kernel
 from lolcats.attention.kernels.forward import output_kernel
-from lolcats.attention.kernels.layout import Layout, Rows, Tiling, dense_rows, fuses, packed_rows
+from lolcats.attention.kernels.layout import Layout, Phi, Rows, Tiling, dense_rows, fits_inside, packed_rows
 from lolcats.attention.kernels.plan import Plan, find_plan
 from lolcats.attention.kernels.states import scan_kernel, state_kernel
 from lolcats.attention.spec import AttentionSpec
@@ -29,7 +29,8 @@ from lolcats.attention.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Call:
-    """Everything about a call that is no tensor to differentiate. train: gradients may be wanted."""
+    """Everything about a call that is no tensor to differentiate. train: gradients may be wanted; learned: those of the
+    maps' weights, too."""
 
     spec: AttentionSpec
     scale: float
@@ -39,11 +40,13 @@ class Call:
     final: bool = False
     tiling: Tiling | None = None
     train: bool = True
+    phi: Phi = "inside"
+    learned: bool = False
 
 
 def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, phi_q: FeatureMap | None, phi_k: FeatureMap | None, gamma: Tensor,
-    spec: AttentionSpec, scale: float, softcap: float | None = None, *, features: tuple[Tensor, Tensor] | None = None,
+    q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor,
+    spec: AttentionSpec, scale: float, softcap: float | None = None, *, seen: tuple[Tensor, Tensor] | None = None,
     context: Context | None = None, lengths: Sequence[int] | None = None, cu_seqlens: Sequence[int] | None = None,
     final: bool = False, tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
@@ -51,10 +54,10 @@ def triton_attention(
 
     Args:
         q: (B, H, T, D); k, v: (B, G, T, D); fp32, bf16 or fp16, any strides whose last is 1.
-        phi_q, phi_k: feature maps with H and H or G heads. Hedgehog is computed inside the kernels unless its
-            weights are too large, others before them.
+        phi_q, phi_k: feature maps with H and H or G heads. Hedgehog is computed inside the kernels, others before
+            them; these have an even number of features.
         gamma: (H,) fp32.
-        features: φ(q) (B, H, T, F) and φ(k) (B, H or G, T, F) instead of feature maps; F even.
+        seen: (B, H, T, D) and (B, G, T, D), what feature maps see, where that is not q and k.
         context: what came before the first token (see :class:`Context`); no gradient flows into it.
         lengths: of each batch row, when rows are shorter than T (outputs behind them are 0).
         cu_seqlens: cumulative lengths [0, ..., T] of sequences packed into a batch of one.
@@ -70,18 +73,36 @@ def triton_attention(
     rows = dense_rows(batch, tokens, lengths) if cu_seqlens is None else packed_rows(cu_seqlens)
     call = Call(spec, float(scale), softcap, rows, context, final, tiling, train=torch.is_grad_enabled())
     fq = fk = wq = wk = None
-    if spec.has_linear and features is not None:
-        fq, fk = features
-    elif spec.has_linear:
-        assert phi_q is not None and phi_k is not None  # noqa: PT018
-        weight = phi_q.weight
-        small = weight is not None and fuses(weight.shape[1], weight.shape[2], q.dtype.itemsize)
-        if phi_q.name == "hedgehog" and small:
-            wq, wk = weight, phi_k.weight
+    weights, (x_q, x_k) = _hedgehog_weights(phi_q, phi_k), seen or (q, k)
+    if weights is not None and spec.has_linear:
+        _, dim, width = weights[0].shape
+        inside = seen is None and fits_inside(dim, width, q.dtype.itemsize)
+        learned = any(w.requires_grad for w in weights)
+        call = dataclasses.replace(call, phi="inside" if inside else "projected", learned=learned)
+        if inside:
+            wq, wk = weights
         else:
-            fq, fk = phi_q(q), phi_k(k)
+            fq, fk = _project(x_q, weights[0]), _project(x_k, weights[1])
+    elif spec.has_linear:
+        call, fq, fk = dataclasses.replace(call, phi="given"), phi_q(x_q), phi_k(x_k)
     o, S, z = _Attention.apply(q, k, v, fq, fk, wq, wk, gamma, call)  # type: ignore[no-untyped-call]
     return o, S, z
+
+
+def _hedgehog_weights(*maps: KeyMap) -> list[Tensor] | None:
+    """Of feature maps that are all Hedgehog."""
+    found = [phi.weight for phi in maps if isinstance(phi, FeatureMap) and phi.name == "hedgehog"]
+    return [w for w in found if w is not None] if len(found) == len(maps) else None
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """x·W (B, M, T, f) in x's dtype, of heads (B, M or G, T, D) and weights (M, D, f).
+
+    Maps that share a head are one product with it.
+    """
+    each = weight.shape[0] // x.shape[1]
+    y = x @ weight.to(x.dtype).unflatten(0, (-1, each)).transpose(1, 2).flatten(2)  # (B, G, T, each · f)
+    return y.unflatten(3, (each, -1)).transpose(2, 3).flatten(1, 2)
 
 
 class _Attention(torch.autograd.Function):
@@ -106,7 +127,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         *tensors, o, lost, inverse, peaks, tops = ctx.saved_tensors
         problem = dataclasses.replace(ctx.problem, **dict(zip(TENSORS, tensors, strict=True)))
-        wanted = Wanted(any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[5:7]), ctx.needs_input_grad[7])
+        wanted = Wanted(any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[3:7]), ctx.needs_input_grad[7])
         return (*problem.backward(_ready(do), o, lost, (inverse, peaks, tops), wanted), None)
 
 
@@ -116,10 +137,10 @@ TENSORS = ("q", "k", "v", "fq", "fk", "wq", "wk", "gamma")
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which gradients: of q, k and v (inputs), of the maps' weights, of γ."""
+    """Which gradients: of q, k and v (inputs), of what the kernels have of the maps (weights, x·W or φ), of γ."""
 
     inputs: bool
-    weights: bool
+    maps: bool
     gamma: bool
 
 
@@ -145,7 +166,7 @@ class Problem:
         named, context = dict(zip(TENSORS, tensors, strict=True)), call.context
         if context is not None:
             named |= {"sink_k": _ready(context.sink_k), "sink_v": _ready(context.sink_v)}
-        plan = find_plan(call.spec, call.softcap is not None, call.tiling, context is not None, named)
+        plan = find_plan(call.spec, call.phi, call.softcap is not None, call.tiling, context is not None, named)
         return cls(call, plan, plan.layout(call.rows), *tensors)
 
     def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Tensor | None, Softmax, Tensor | None, Tensor | None]:
@@ -328,7 +349,7 @@ class Backward:
     @property
     def center(self) -> bool:
         """Whether states are of centered features: dear in registers, so only where the maps' gradients need it."""
-        return self.plan.fused and (self.wanted.weights or self.wanted.gamma)
+        return self.plan.phi != "given" and (self.problem.call.learned or self.wanted.gamma)
 
     @cached_property
     def variant(self) -> Any:
@@ -351,7 +372,7 @@ class Backward:
         return delta
 
     def query_gradients(self) -> dict[str, Tensor | None]:
-        """Of q, φ(q), φ_q's weights and γ; None where not wanted. Writes ``delta`` and ``pulls``."""
+        """Of q, φ(q) or what the kernels have of it, and γ; None where not wanted. Writes ``delta`` and ``pulls``."""
         problem, plan, wanted = self.problem, self.plan, self.wanted
         walks, pieces = problem.layout.walks, plan.launch("query").pieces
         dq = self.new_gradient(plan.heads, plan.dim, pieces, wanted.inputs)
@@ -365,7 +386,7 @@ class Backward:
         )  # fmt: skip
         plan.run(
             query_kernel, "query", (walks.shape[0], plan.heads, pieces), args, self.variant, INPUTS=wanted.inputs,
-            WEIGHTS=wanted.weights, WHOLE=pieces == 1, LOST=self.lost is not None, CENTER=self.center,
+            DF=wanted.maps, WHOLE=pieces == 1, LOST=self.lost is not None, CENTER=self.center,
             **problem.sink_constants(),
         )  # fmt: skip
         gamma = d_gamma.sum(0) / problem.gamma if wanted.gamma else None
@@ -394,7 +415,7 @@ class Backward:
         return dk, dv
 
     def key_gradients(self) -> dict[str, Tensor | None]:
-        """Of k, v, φ(k) and φ_k's weights; None where not wanted. After ``query_gradients``."""
+        """Of k, v, and φ(k) or what the kernels have of it; None where not wanted. After ``query_gradients``."""
         problem, plan, wanted = self.problem, self.plan, self.wanted
         layout, pieces, kv_heads, maps = problem.layout, plan.launch("key").pieces, plan.kv_heads, plan.maps
         dk = self.new_gradient(kv_heads, plan.dim, pieces, wanted.inputs)
@@ -410,7 +431,7 @@ class Backward:
         )  # fmt: skip
         plan.run(
             key_kernel, "key", (layout.key_walks.shape[0], kv_heads, pieces), args, self.variant, INPUTS=wanted.inputs,
-            WEIGHTS=wanted.weights, SINKS_HERE=sinks is not None, GROUP=heads // kv_heads,
+            DF=wanted.maps, SINKS_HERE=sinks is not None, GROUP=heads // kv_heads,
             MAPS=maps // kv_heads, BLOCK_SINKS=plan.blocks.sinks, CENTER=self.center,
         )  # fmt: skip
         return {
@@ -418,9 +439,9 @@ class Backward:
         }  # fmt: skip
 
     def feature_gradients(self, name: str, x: Tensor, df: Tensor | None) -> dict[str, Tensor | None]:
-        """Of φ(x), or of the weights of its map from those of x·W."""
+        """Of φ(x) or x·W, or of the weights of maps inside from those of x·W."""
         problem, plan = self.problem, self.plan
-        if df is None or not plan.fused:
+        if df is None or plan.phi != "inside":
             return {f"f{name}": df}
         maps = df.shape[1]
         walks = problem.layout.walks if maps == plan.heads else problem.layout.key_walks
@@ -451,10 +472,10 @@ class Backward:
         return self.problem.new_output(heads, dim, dtype, pieces) if wanted else None
 
     def new_feature_gradient(self, maps: int, pieces: int) -> Tensor | None:
-        """(pieces, B, maps, T, 2f) fp32 of given features, (pieces, B, maps, T, f) of x·W for those of weights."""
-        if not self.plan.fused:
+        """(pieces, B, maps, T, 2f) fp32 of given features, else (pieces, B, maps, T, f) of x·W."""
+        if self.plan.phi == "given" and self.wanted.maps:
             return self.problem.new_output(maps, 2 * self.plan.width, torch.float32, pieces)
-        return self.new_gradient(maps, self.plan.width, pieces, self.wanted.weights)
+        return self.new_gradient(maps, self.plan.width, pieces, self.wanted.maps)
 
 
 def _add_pieces(x: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -151,13 +152,17 @@ class Launch:
     num_stages: int
 
 
+Phi = Literal["inside", "projected", "given"]
+"""How the kernels come to φ(x): ``inside`` from x and the map's weights W; ``projected`` from x·W, where x is not what
+softmax sees or W is large; ``given`` as it is, of any map."""
+
 SHARED = 200 * 1024  # bytes of shared memory that the tiles of a program may take
-FUSED = {2: 32 * 1024, 4: 16 * 1024}  # by itemsize: bytes up to which a map's weight shares it, else it is not fused
+WEIGHTS = {2: 32 * 1024, 4: 16 * 1024}  # by itemsize: bytes up to which a map's weights share it
 
 
-def fuses(dim: int, width: int, itemsize: int) -> bool:
-    """Whether the kernels compute a feature map of (dim, width) weights a head themselves, or get its features."""
-    return power_of_two(dim) * power_of_two(width) * itemsize <= FUSED[itemsize]
+def fits_inside(dim: int, width: int, itemsize: int) -> bool:
+    """Whether the kernels have room for the (dim, width) weights of a head's map."""
+    return power_of_two(dim) * power_of_two(width) * itemsize <= WEIGHTS[itemsize]
 
 
 def choose_tiling(itemsize: int) -> Tiling:
@@ -165,15 +170,18 @@ def choose_tiling(itemsize: int) -> Tiling:
 
 
 @lru_cache(maxsize=64)
-def choose_launch(kernel: str, value_dim: int, blocks: Blocks, tile: int, itemsize: int, fused: bool) -> Launch:
-    """The widest slice of the value dim whose sums (fp32) fit in registers and whose operands in shared memory."""
+def choose_launch(kernel: str, value_dim: int, blocks: Blocks, tile: int, itemsize: int, inside: bool) -> Launch:
+    """The widest slice of the value dim whose sums (fp32) fit in registers and whose operands in shared memory.
+
+    inside: a map's weights are among these.
+    """
     num_warps = 8 if blocks.dim > 128 else 4
     back = 1 if itemsize == 2 else 2  # the same for both kernels, which have slices in common
     keys = {"state": 0, "weight": 0, "output": 2, "query": back, "key": back}[kernel] * tile
     least = least_block(itemsize)
     if itemsize == 4:
         itemsize = 6  # fp32 operands are split into parts
-    fixed = (tile + keys) * blocks.dim + (blocks.dim * blocks.feature if fused else 0)
+    fixed = (tile + keys) * blocks.dim + (blocks.dim * blocks.feature if inside else 0)
     column = tile + keys + 2 * blocks.feature
     registers = 2048 * num_warps // (blocks.feature if kernel == "state" else tile)
     value = max(least, power_of_two(value_dim))

@@ -20,6 +20,7 @@ from lolcats.attention.kernels.layout import (
     Blocks,
     Launch,
     Layout,
+    Phi,
     Rows,
     Tiling,
     choose_blocks,
@@ -32,7 +33,7 @@ from lolcats.attention.spec import AttentionSpec
 
 MOST = 1024  # plans kept
 NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants that these kernels do not take
-NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "FUSED", "SPAN", "BLOCK_F")
+NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "PHI", "SPAN", "BLOCK_F")
 ONLY_WEIGHTS = ("DIM", "WIDTH", "LOW", "PRECISION", "C", "BLOCK_D", "BLOCK_F", "num_warps")
 
 _plans: dict[Any, Plan] = {}
@@ -42,17 +43,18 @@ class Plan:
     """For one kind of call; ``heads`` of queries, ``kv_heads``, key ``maps``; ``width``: f, half of the features."""
 
     def __init__(
-        self, spec: AttentionSpec, capped: bool, tiling: Tiling | None, tensors: Mapping[str, Tensor | None]
-    ) -> None:
+        self, spec: AttentionSpec, phi: Phi, capped: bool, tiling: Tiling | None,
+        tensors: Mapping[str, Tensor | None],
+    ) -> None:  # fmt: skip
         q, k, v = tensors["q"], tensors["k"], tensors["v"]
         assert q is not None and k is not None and v is not None  # noqa: PT018
         fq, fk, wq, wk = (tensors[name] for name in ("fq", "fk", "wq", "wk"))
-        self.spec, self.capped, self.device, self.dtype = spec, capped, q.device, q.dtype
+        self.spec, self.phi, self.capped, self.device, self.dtype = spec, phi, capped, q.device, q.dtype
         self.batch, self.heads, self.tokens, self.dim = q.shape
         self.kv_heads, self.value_dim = k.shape[1], v.shape[3]
         self.maps = self.heads if wk is None and fk is None else fk.shape[1] if wk is None else wk.shape[0]  # type: ignore[union-attr]
-        self.width = wq.shape[2] if wq is not None else 16 if fq is None else fq.shape[3] // 2
-        self.fused = fq is None
+        columns = 16 if fq is None else fq.shape[3] // 2 if phi == "given" else fq.shape[3]
+        self.width = columns if wq is None else wq.shape[2]
         self.wide = q.dtype == torch.float32  # products are made in fp32
         self.tiling = tiling or choose_tiling(q.dtype.itemsize)
         self.strides = {name: _strides(x) for name, x in tensors.items() if x is not None and x.ndim == 4}
@@ -71,9 +73,9 @@ class Plan:
 
     def launch(self, kernel: str) -> Launch:
         if kernel not in self._launches:
-            fused = self.fused and self.spec.has_linear
+            inside = self.phi == "inside" and self.spec.has_linear
             self._launches[kernel] = choose_launch(
-                kernel, self.value_dim, self.blocks, self.tiling.tile, self.dtype.itemsize, fused
+                kernel, self.value_dim, self.blocks, self.tiling.tile, self.dtype.itemsize, inside
             )
         return self._launches[kernel]
 
@@ -121,7 +123,7 @@ class Plan:
             "DIM": self.dim, "VALUE_DIM": self.value_dim, "WIDTH": self.width,
             "SOFTMAX": spec.has_softmax, "LINEAR": spec.has_linear, "NEAR": spec.has_linear and not whole,
             "WINDOW": "none" if spec.kind == "linear" else spec.window, "SIZE": spec.window_size,
-            "SINKS": spec.softmax_sinks, "CAPPED": self.capped, "FUSED": self.fused,
+            "SINKS": spec.softmax_sinks, "CAPPED": self.capped, "PHI": self.phi,
             "LOW": tl.float32 if self.wide else tl.bfloat16, "PRECISION": precision(),
             "TILES": window_tiles(spec, tiling.tile), "C": tiling.tile, "SPAN": tiling.span, "BLOCK_D": blocks.dim,
             "BLOCK_V": launch.value, "BLOCK_F": blocks.feature, "num_warps": launch.num_warps,
@@ -130,15 +132,16 @@ class Plan:
 
 
 def find_plan(
-    spec: AttentionSpec, capped: bool, tiling: Tiling | None, context: bool, tensors: Mapping[str, Tensor | None]
-) -> Plan:
+    spec: AttentionSpec, phi: Phi, capped: bool, tiling: Tiling | None, context: bool,
+    tensors: Mapping[str, Tensor | None],
+) -> Plan:  # fmt: skip
     """The plan of calls like this one."""
-    key = spec, capped, tiling, context, *map(_kind, tensors.values())
+    key = spec, phi, capped, tiling, context, *map(_kind, tensors.values())
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= MOST:
             _plans.clear()
-        plan = _plans[key] = Plan(spec, capped, tiling, tensors)
+        plan = _plans[key] = Plan(spec, phi, capped, tiling, tensors)
     return plan
 
 

@@ -36,7 +36,7 @@ def state_kernel(
     positions, heads, x_group, tokens,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr,
     SINKS: tl.constexpr, HEADS: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr, HAS_STARTS: tl.constexpr,
-    CENTER: tl.constexpr, HAS_TOTALS: tl.constexpr, FUSED: tl.constexpr, LOW: tl.constexpr,
+    CENTER: tl.constexpr, HAS_TOTALS: tl.constexpr, PHI: tl.constexpr, LOW: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def state_kernel(
     row, d, j, two = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F), tl.arange(0, 16)[:, None]
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
     last = window_start(position + length - 1, WINDOW, SIZE)  # keys from here on are still in a window at the end
-    w = load_weight(weight, head * HEADS, d, j, DIM, WIDTH) if FUSED else 0
+    w = load_weight(weight, head * HEADS, d, j, DIM, WIDTH) if PHI == "inside" else 0
     index = segment * tl.num_programs(1) + head
     S_up, z_up = load_total(starts, index, 0, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS, CENTER)
     S_down, z_down = load_total(starts, index, 1, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS, CENTER)
@@ -83,7 +83,7 @@ def state_kernel(
         h = tl.cast(i % HEADS, tl.int64)
         x_tile = load_tile(x + h * x_strides[1], x_strides[2], at, length, row, d, DIM)
         u_tile = tl.trans(load_tile(u + h * u_strides[1], u_strides[2], at, length, row, vd, VALUE_DIM).to(LOW))
-        if FUSED and HEADS > 1:
+        if PHI == "inside" and HEADS > 1:
             w = load_weight(weight, head * HEADS + i % HEADS, d, j, DIM, WIDTH)
         if BACKWARD:
             row_S, row_z = load_rows(inverse + h * tokens, t, length), load_rows(delta + h * tokens, t, length)
@@ -92,7 +92,7 @@ def state_kernel(
             row_S = ((key >= 0) & (key < last)).to(tl.float32)
             row_z = row_S
         up, down = features(
-            x_tile, w, f + h * f_strides[1], f_strides[2], at, length, row, row_S, j, WIDTH, FUSED, PRECISION
+            x_tile, w, f + h * f_strides[1], f_strides[2], at, length, row, row_S, j, WIDTH, PHI, PRECISION
         )
         if CENTER:
             up, down = center(up, row_S, real, WIDTH), center(down, row_S, real, WIDTH)
