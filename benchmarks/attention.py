@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from lolcats.attention import AttentionSpec, FeatureMap, chunked_attention, parallel_attention
+from lolcats.attention import AttentionSpec, FeatureMap, attention, chunked_attention, parallel_attention
 from lolcats.attention.kernels import triton_attention
 
 H, G, D, F_COLUMNS = 32, 8, 128, 64
@@ -91,6 +91,14 @@ class Problem:
 
     def leaves(self) -> list[Tensor]:
         return [*self.qkv, self.gamma, *self.phi_q.parameters(), *self.phi_k.parameters()]
+
+
+class Unrotated(Problem):
+    """q and k are twice as wide: feature maps see what lies behind the first D channels."""
+
+    def kernels(self) -> Tensor:
+        spec = replace(self.spec, unrotated=True)
+        return attention(*self.qkv, self.phi_q, self.phi_k, self.gamma, spec, D**-0.5)[0]
 
 
 def softmax_peers(problem: Problem) -> dict[str, Callable[[], Tensor]]:
@@ -180,6 +188,29 @@ def frozen(problem: Problem, tensors: list[Any]) -> Problem:
     for leaf in leaves:
         leaf.requires_grad_(not any(leaf is x for x in (problem.gamma, *tensors)))
     return problem
+
+
+def unrotated_rows() -> Iterator[list[Any]]:
+    """As ``backward_rows``; where maps see other queries and keys, these lie behind the rotated ones, as in models."""
+    for length in (1024, 4096, 16384):
+        for maps in (H, G):
+            rotated = Problem.random(1, length, maps)
+            wide = [torch.cat([x.detach(), torch.randn_like(x)], 3).requires_grad_() for x in rotated.qkv[:2]]
+            unrotated = Unrotated(**vars(rotated) | {"qkv": [*wide, rotated.qkv[2]]})
+            direction, row = torch.randn_like(rotated.qkv[0]), [f"{length}", "query" if maps == H else "kv"]
+            weights = [*rotated.phi_q.parameters(), *rotated.phi_k.parameters()]
+            times: list[list[float]] = []
+            for problem in (rotated, unrotated):
+                with torch.no_grad():
+                    times.append([replayed(problem.kernels)])
+                times[-1].append(replayed(both(problem.kernels, problem.leaves(), direction)))
+                times[-1].append(replayed(both(frozen(problem, weights).kernels, problem.qkv, direction)))
+                times[-1].append(replayed(both(frozen(problem, problem.qkv).kernels, weights, direction)))
+                for leaf in problem.leaves():
+                    leaf.requires_grad_()
+            for a, b in zip(*times, strict=True):
+                row += [f"{a:.3f}", f"{b:.3f}", f"{b / a:.2f}"]
+            yield row
 
 
 def linear_rows() -> Iterator[list[Any]]:
@@ -330,6 +361,11 @@ def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Itera
             "tokens | key maps per head of | fastest SDPA layout | SDPA ms | kernels ms, gradients of q, k, v | "
             "ratio | target | with those of maps and γ, ms | ratio | maps alone (stage 1), ms | SDPA ms, eager | "
             "kernels ms, eager | ratio, eager", backward_rows,
+        ),
+        "Feature maps of unrotated queries and keys": (
+            "tokens | key maps per head of | forward, ms | unrotated | ratio | forward and all gradients, ms | "
+            "unrotated | ratio | gradients of q, k, v | unrotated | ratio | maps alone (stage 1) | unrotated | ratio",
+            unrotated_rows,
         ),
         f"Plain linear attention against {PEER}": (
             "tokens | fla ms | kernels ms | ratio | fla ms, with backward | kernels ms | ratio | difference",

@@ -120,14 +120,18 @@ def test_padding() -> None:
     assert_close(y[:, :, 20:], problem.reference(spec, slice(20, None)), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("maps", [H, G])
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
-@torch.no_grad()
-def test_documents(backend: str) -> None:
+def test_documents(backend: str, maps: int) -> None:
+    """Outputs and gradients, as if each were alone."""
     if backend == "triton":
         pytest.importorskip("triton")
-    problem, spec = Problem(), spec_of()
-    documents = Documents(((30, 45), (30, 45)), problem.q.device)
+    problem, spec = Problem(maps), spec_of()
+    leaves, documents = problem.leaves(), Documents(((30, 45), (30, 45)), problem.q.device)
+    expected = torch.cat([problem.reference(spec, rows) for rows in (slice(30), slice(30, None))], 2)
     with use_backend(backend):
         y = attention(*problem.inputs(), *problem.common(spec), documents=documents)[0]
-    expected = torch.cat([problem.reference(spec, rows) for rows in (slice(30), slice(30, None))], 2)
-    assert_close(y, expected, atol=5e-5, rtol=1e-4)
+        assert_close(y, expected, atol=5e-5, rtol=1e-4)
+        direction = torch.randn_like(expected)
+        for one, other in zip(*(torch.autograd.grad(x, leaves, direction) for x in (expected, y)), strict=True):
+            assert_close(other, one, atol=1e-3, rtol=1e-3)
