@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import FAMILIES, tiny_model
 from scripts import script
 from transformers import MixtralConfig
 from typer.testing import CliRunner
 
 import lolcats
-from lolcats.attention.feature_maps import FeatureMap
 from lolcats.cli import app
 from lolcats.config import Config, load_config
 from lolcats.errors import LolcatsError
@@ -93,23 +91,8 @@ def test_memory_and_time_are_those_measured(part: str, measured_geometry: tuple[
     assert token * found["tokens"] == pytest.approx(statistics.median(found["seconds"]), rel=0.25)
 
 
-def bytes_kept(phi: FeatureMap) -> int:
-    """What autograd keeps of a map's forward for each token, its result included."""
-    x, kept = torch.ones(1, 1, 16, phi.head_dim, dtype=torch.bfloat16), {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        keep(phi(x))
-    for parameter in phi.parameters():
-        kept.pop(parameter.data_ptr(), None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // x.shape[2]
-
-
 @pytest.mark.parametrize(("maps", "shared"), [("per_query_head", 1), ("per_kv_head", 4)])
-def test_maps_in_front_of_rope_keep_their_inputs_and_features(maps: str, shared: int) -> None:
+def test_maps_in_front_of_rope_keep_their_inputs_and_projections(maps: str, shared: int) -> None:
     stage2 = {}
     for inputs in ("rotated", "unrotated"):
         size, config = llama("llama-3-8b", f"attention.feature_inputs={inputs}", f"attention.key_maps={maps}")
@@ -117,7 +100,7 @@ def test_maps_in_front_of_rope_keep_their_inputs_and_features(maps: str, shared:
         assert bool(report.time_line(size)) == (inputs == "unrotated")
     H, G, D, f = 32, 8, 128, config.attention.feature_dim
     rows = config.finetune.micro_batch_size * config.data.sequence_length
-    kept = 2 * rows * 32 * (H + G) * D + rows * 32 * (H + H // shared) * bytes_kept(FeatureMap("hedgehog", 1, D, f))
+    kept = 2 * rows * 32 * ((H + G) * D + (H + H // shared) * f)
     assert stage2["unrotated"].peak - stage2["rotated"].peak == kept
     assert stage2["unrotated"].seconds == stage2["rotated"].seconds
 

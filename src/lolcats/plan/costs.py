@@ -192,7 +192,7 @@ def transfer_activations(size: Size, rows: int, length: int) -> float:
 
 def finetune_activations(size: Size, rows: int, length: int) -> float:
     """What one decoder layer keeps for backward in stage 2: inputs of norms and LoRA, q, k, v, output, gate and up; for
-    feature maps in front of RoPE their inputs and features, too."""
+    feature maps in front of RoPE their inputs and projections too."""
     channels = 2 * size.heads * size.head_dim + 2 * size.kv_heads * size.head_dim
     return 2.0 * rows * length * (3 * size.hidden + channels + size.unrotated + size.mlp)
 

@@ -54,8 +54,7 @@ class Size:
     """Feature maps and gates of all layers."""
     lora: int
     unrotated: int
-    """16-bit channels a token and layer that feature maps in front of RoPE add: q and k as they were, and what autograd
-    keeps of the maps."""
+    """Channels a token and layer that feature maps in front of RoPE add: q and k as they were, and x·W of both."""
     kernels: bool
     """Whether the Triton kernels compute its attention on a GPU, in bf16."""
 
@@ -145,12 +144,11 @@ def _active(layer: nn.Module, share: float) -> int:
 
 
 def _unrotated_channels(layer: LinearizedAttention) -> int:
-    """Features are tensors then: inputs, activations, and features in front of their floor and behind it, all fp32."""
     if not layer.spec.unrotated:
         return 0
-    geometry, maps = layer.geometry, (layer.phi_q, layer.phi_k)
+    geometry, weights = layer.geometry, (layer.phi_q.weight, layer.phi_k.weight)
     inputs = (geometry.heads + geometry.kv_heads) * geometry.head_dim
-    return inputs + sum(phi.heads * 2 * (phi.head_dim + 3 * phi.num_features) for phi in maps)
+    return inputs + sum(w.shape[0] * w.shape[2] for w in weights if w is not None)
 
 
 def _mlp_channels(layer: nn.Module, config: Any) -> int:
