@@ -52,6 +52,8 @@ def test_feature_maps_of_other_queries_and_keys(dim: int, features: int, maps: i
     torch.manual_seed(0)
     spec = AttentionSpec(kind, window, 64, 4, unrotated=True)
     phi_q, phi_k = (FeatureMap("hedgehog", count, dim, features).cuda() for count in (4, maps))
+    for phi in (phi_q, phi_k):  # |x·W| around 9, as of trained maps
+        phi.weight.data *= 9 / dim**0.5 / phi.weight.data.std()
     q, k = (torch.randn(2, heads, 333, 2 * dim, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
     v, gamma = torch.randn(2, 2, 333, dim, device="cuda", dtype=torch.bfloat16), torch.full((4,), 0.1, device="cuda")
     found = []

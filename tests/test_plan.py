@@ -100,7 +100,7 @@ def test_maps_in_front_of_rope_keep_their_inputs_and_projections(maps: str, shar
         assert bool(report.time_line(size)) == (inputs == "unrotated")
     H, G, D, f = 32, 8, 128, config.attention.feature_dim
     rows = config.finetune.micro_batch_size * config.data.sequence_length
-    kept = 2 * rows * 32 * ((H + G) * D + (H + H // shared) * f)
+    kept = 2 * rows * 32 * ((H + G) * D + (H + H // shared) * 2 * f)
     assert stage2["unrotated"].peak - stage2["rotated"].peak == kept
     assert stage2["unrotated"].seconds == stage2["rotated"].seconds
 

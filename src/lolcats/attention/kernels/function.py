@@ -23,6 +23,7 @@ from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_k
 from lolcats.attention.kernels.forward import output_kernel
 from lolcats.attention.kernels.layout import Layout, Phi, Rows, Tiling, dense_rows, fits_inside, packed_rows
 from lolcats.attention.kernels.plan import Plan, find_plan
+from lolcats.attention.kernels.projection import project
 from lolcats.attention.kernels.states import scan_kernel, state_kernel
 from lolcats.attention.spec import AttentionSpec
 
@@ -82,7 +83,7 @@ def triton_attention(
         if inside:
             wq, wk = weights
         else:
-            fq, fk = _project(x_q, weights[0]), _project(x_k, weights[1])
+            fq, fk = project(x_q, weights[0]), project(x_k, weights[1])
     elif spec.has_linear:
         call, fq, fk = dataclasses.replace(call, phi="given"), phi_q(x_q), phi_k(x_k)
     o, S, z = _Attention.apply(q, k, v, fq, fk, wq, wk, gamma, call)  # type: ignore[no-untyped-call]
@@ -93,16 +94,6 @@ def _hedgehog_weights(*maps: KeyMap) -> list[Tensor] | None:
     """Of feature maps that are all Hedgehog."""
     found = [phi.weight for phi in maps if isinstance(phi, FeatureMap) and phi.name == "hedgehog"]
     return [w for w in found if w is not None] if len(found) == len(maps) else None
-
-
-def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """x·W (B, M, T, f) in x's dtype, of heads (B, M or G, T, D) and weights (M, D, f).
-
-    Maps that share a head are one product with it.
-    """
-    each = weight.shape[0] // x.shape[1]
-    y = x @ weight.to(x.dtype).unflatten(0, (-1, each)).transpose(1, 2).flatten(2)  # (B, G, T, each · f)
-    return y.unflatten(3, (each, -1)).transpose(2, 3).flatten(1, 2)
 
 
 class _Attention(torch.autograd.Function):

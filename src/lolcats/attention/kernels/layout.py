@@ -153,8 +153,8 @@ class Launch:
 
 
 Phi = Literal["inside", "projected", "given"]
-"""How the kernels come to φ(x): ``inside`` from x and the map's weights W; ``projected`` from x·W, where x is not what
-softmax sees or W is large; ``given`` as it is, of any map."""
+"""How the kernels come to φ(x): ``inside`` from x and the map's weights W; ``projected`` from x·W in fp32, where x is
+not what softmax sees or W is large; ``given`` as it is, of any map."""
 
 SHARED = 200 * 1024  # bytes of shared memory that the tiles of a program may take
 WEIGHTS = {2: 32 * 1024, 4: 16 * 1024}  # by itemsize: bytes up to which a map's weights share it
