@@ -106,7 +106,7 @@ def time_line(size: Size) -> str:
     """What the times leave out; empty if nothing."""
     if not size.unrotated:
         return ""
-    return "Times are those of attention.feature_inputs=rotated, which were measured; unrotated ones take longer."
+    return "Times are those of attention.feature_inputs=rotated, which were measured; unrotated ones were not."
 
 
 def refusal(plans: Sequence[Plan], size: Size, config: Config, machine: Machine, work: Work) -> str:
