@@ -1,6 +1,7 @@
 """Both training stages on one GPU, at the geometry of Llama 3 8B with random weights.
 
     python benchmarks/training.py           # writes benchmarks/results/training.json, training.md and training.png
+    python benchmarks/training.py --only "in front|linear attention$"    # parts whose name matches; the others stay
     python benchmarks/training.py --plot    # table and picture again, from the JSON
 
 Every part goes through the trainers' own code and is the median of a few optimizer steps behind a warm-up, data loading
@@ -9,6 +10,7 @@ left out. What a part found is written before the next begins. liger-kernel and 
 
 import argparse
 import importlib.util
+import re
 import statistics
 import sys
 import tempfile
@@ -29,7 +31,7 @@ import lolcats
 from lolcats.attention import use_backend
 from lolcats.config import AttentionConfig, FinetuneConfig, TransferConfig
 from lolcats.modeling.convert import decoder
-from lolcats.modeling.layer import LinearizedAttention, linearized_layers, override
+from lolcats.modeling.layer import LinearizedAttention, layer_spec, linearized_layers, override
 from lolcats.modeling.liger import fused_layers
 from lolcats.training.finetune import FinetuneTrainer, add_lora
 from lolcats.training.trainer import StageTrainer, train_only
@@ -69,13 +71,16 @@ class Bench:
     def __init__(self, geometry: Geometry, device: torch.device, deadline: float) -> None:
         self.geometry, self.device, self.deadline = geometry, device, deadline
         started = time.perf_counter()
-        self.model = lolcats.convert(build(geometry, device), self.attention("per_query_head"))
+        # Converted for unrotated inputs, which needs hooks that rotated ones do without and that then do nothing.
+        self.model = lolcats.convert(build(geometry, device), self.attention("per_query_head", "unrotated"))
         common.synchronize(device)
         self.build_seconds = time.perf_counter() - started
 
-    def attention(self, key_maps: Any) -> AttentionConfig:
+    def attention(self, key_maps: Any, inputs: Any = "rotated") -> AttentionConfig:
         g = self.geometry
-        return AttentionConfig(feature_dim=g.feature_dim, window_size=g.window, sinks=g.sinks, key_maps=key_maps)
+        return AttentionConfig(
+            feature_dim=g.feature_dim, window_size=g.window, sinks=g.sinks, key_maps=key_maps, feature_inputs=inputs
+        )
 
     def teacher(self) -> dict[str, Any]:
         """The base model's hidden states alone, no logits."""
@@ -88,9 +93,11 @@ class Bench:
         with fused_layers(self.model.eval(), True):
             return self.measure(forward, ids.numel())
 
-    def transfer(self, key_maps: str = "per_query_head", backend: str = "auto") -> dict[str, Any]:
+    def transfer(
+        self, key_maps: str = "per_query_head", inputs: str = "rotated", backend: str = "auto"
+    ) -> dict[str, Any]:
         """Stage 1; fewer rows where those of the geometry do not fit."""
-        self.fresh_maps(key_maps)
+        self.fresh_maps(key_maps, inputs)
         train_only(self.model, lambda name: ".lolcats." in name)
         rows = self.geometry.transfer_rows
         while True:
@@ -103,9 +110,9 @@ class Bench:
                     raise
                 rows //= 2
 
-    def finetune(self, mode: Any = "student", **settings: Any) -> dict[str, Any]:
+    def finetune(self, mode: Any = "student", inputs: str = "rotated", **settings: Any) -> dict[str, Any]:
         """Stage 2: LoRA on the linearized model, or in mode ``teacher`` on its softmax attention."""
-        self.fresh_maps("per_query_head")
+        self.fresh_maps("per_query_head", inputs)
         g = self.geometry
         batch = {"batch_size": g.finetune_rows * g.accumulated, "micro_batch_size": g.finetune_rows}
         config = replace(FinetuneConfig(**batch), **settings)
@@ -160,13 +167,14 @@ class Bench:
     def ids(self, rows: int) -> Tensor:
         return torch.randint(self.geometry.vocabulary, (rows, self.geometry.length), device=self.device)
 
-    def fresh_maps(self, key_maps: str) -> None:
+    def fresh_maps(self, key_maps: str, inputs: str) -> None:
         """New feature maps and gates in every layer, without gradients or optimizer state of an earlier part."""
+        config = self.attention(key_maps, inputs)
         for module in self.model.modules():
             layer = getattr(module, "lolcats", None)
             if isinstance(layer, LinearizedAttention):
-                config = self.attention(key_maps)
-                fresh = LinearizedAttention(layer.geometry, config, layer.spec, layer.base_implementation)
+                spec = layer_spec(config, layer.spec.kind)
+                fresh = LinearizedAttention(layer.geometry, config, spec, layer.base_implementation)
                 module.lolcats = fresh.to(self.device)
         assert len(linearized_layers(self.model)) == self.geometry.layers
 
@@ -190,7 +198,9 @@ def parts(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
         "teacher, forward alone": bench.teacher,
         "stage 1, a key map per query head": bench.transfer,
         "stage 1, a key map per kv head": lambda: bench.transfer("per_kv_head"),
+        "stage 1, maps in front of RoPE": lambda: bench.transfer(inputs="unrotated"),
         "stage 2, linear attention": bench.finetune,
+        "stage 2, maps in front of RoPE": lambda: bench.finetune(inputs="unrotated"),
         "stage 2, softmax attention": lambda: bench.finetune("teacher"),
         "stage 2, linear attention, recomputed layers": lambda: bench.finetune(gradient_checkpointing=True),
         "stage 2, linear attention, no liger-kernel": lambda: bench.finetune(liger=False),
@@ -198,34 +208,41 @@ def parts(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-def run(geometry: Geometry, device: torch.device, seconds: float, directory: Path) -> dict[str, Any]:
-    """All parts that begin before the deadline; the results are written after each."""
+def run(geometry: Geometry, device: torch.device, seconds: float, directory: Path, only: str = "") -> dict[str, Any]:
+    """All parts that ``only`` matches and that begin before the deadline; the results are written after each."""
     deadline = time.monotonic() + seconds - MARGIN
     bench = Bench(geometry, device, deadline)
     results: dict[str, Any] = {
-        "date": str(date.today()),
         "device": common.hardware(device),
         "versions": common.installed("torch", "transformers", "peft", "triton", "liger-kernel"),
         "geometry": asdict(geometry),
         "build_seconds": bench.build_seconds,
         "parts": {},
     }
+    known = common.read(directory, "training") if only and (directory / "training.json").exists() else {}
+    if any(known.get(key, results[key]) != results[key] for key in ("device", "versions", "geometry")):
+        raise SystemExit(f"{directory}/training.json is of {known['device']}, {known['versions']}: measure all parts.")
     for name, part in parts(bench).items():
-        results["parts"][name] = common.attempt(part, deadline)
+        if not re.search(only, name):
+            results["parts"] |= {name: known["parts"][name]} if name in known.get("parts", {}) else {}
+            continue
+        results["parts"][name] = {"date": str(date.today()), **common.attempt(part, deadline)}
         common.free(device)
         print(name, results["parts"][name], file=sys.stderr, flush=True)
         common.write(results, report(results), directory, "training")
+    common.write(results, report(results), directory, "training")  # parts behind the last one measured, too
     return results
 
 
 def report(results: dict[str, Any]) -> str:
     g = Geometry(**results["geometry"])
     measured = {name: part for name, part in results["parts"].items() if "missing" not in part}
+    dates = sorted({part["date"] for part in results["parts"].values()})
     picture = "\n![Training](training.png)\n" if importlib.util.find_spec("matplotlib") else ""
     lines = [
         "# Training",
         "",
-        f"`python benchmarks/training.py`, {results['date']}, {results['device']}, bf16; "
+        f"`python benchmarks/training.py`, {' and '.join(dates)}, {results['device']}, bf16; "
         f"{common.listed(results['versions'])}.",
         f"A Llama of {g.layers} layers, {g.heads} query and {g.kv_heads} kv heads of {g.head_dim}, hidden size "
         f"{g.heads * g.head_dim}, {g.intermediate} inside the MLP, {g.vocabulary} words, random weights (built and "
@@ -257,6 +274,16 @@ def report(results: dict[str, Any]) -> str:
 RATIOS = (
     ("Stage 1 against the teacher's forward alone", "stage 1, a key map per query head", "teacher, forward alone"),
     ("Stage 2 against the same on softmax attention", "stage 2, linear attention", "stage 2, softmax attention"),
+    (
+        "Stage 1 with maps in front of RoPE against maps behind it",
+        "stage 1, maps in front of RoPE",
+        "stage 1, a key map per query head",
+    ),
+    (
+        "Stage 2 with maps in front of RoPE against maps behind it",
+        "stage 2, maps in front of RoPE",
+        "stage 2, linear attention",
+    ),
 )
 
 
@@ -282,6 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deadline", type=float, default=540, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
+    parser.add_argument("--only", default="", help="measure parts whose name has a match of this regular expression")
     parser.add_argument("--plot", action="store_true", help="only write table and picture again from the JSON")
     parser.add_argument(
         "--tiny", action="store_true", help="a model of two small layers, on a CPU too: tries the script"
@@ -292,7 +320,8 @@ def main() -> None:
         common.write(results, report(results), arguments.out, "training")
     else:
         device = common.chosen_device(arguments, "80 GB")
-        results = run(TINY if arguments.tiny else Geometry(), device, arguments.deadline, arguments.out)
+        geometry = TINY if arguments.tiny else Geometry()
+        results = run(geometry, device, arguments.deadline, arguments.out, arguments.only)
     draw(results, arguments.out)
     print((arguments.out / "training.md").read_text())
 

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -56,6 +57,22 @@ def test_every_part(training: ModuleType, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "training.json").read_text()) == results
     assert not [name for name, part in results["parts"].items() if "missing" in part]
     assert len(results["parts"]) == (tmp_path / "training.md").read_text().count(" | 256 | ")
+
+
+def test_some_parts_beside_those_measured_before(training: ModuleType, tmp_path: Path) -> None:
+    first = training.run(training.TINY, torch.device("cpu"), 100, tmp_path, "teacher|softmax")
+    assert list(first["parts"]) == ["teacher, forward alone", "stage 2, softmax attention"]
+    second = training.run(training.TINY, torch.device("cpu"), 100, tmp_path, "teacher|in front")
+    assert list(second["parts"]) == [
+        "teacher, forward alone", "stage 1, maps in front of RoPE", "stage 2, maps in front of RoPE",
+        "stage 2, softmax attention",
+    ]  # fmt: skip
+    kept, again = ([x["parts"][name]["seconds"] for x in (first, second)] for name in list(first["parts"])[::-1])
+    assert kept[0] == kept[1]
+    assert again[0] != again[1]
+    assert json.loads((tmp_path / "training.json").read_text()) == second
+    with pytest.raises(SystemExit, match="measure all parts"):
+        training.run(replace(training.TINY, steps=1), torch.device("cpu"), 100, tmp_path, "teacher")
 
 
 def test_nothing_begins_behind_the_deadline(training: ModuleType, tmp_path: Path) -> None:

@@ -47,10 +47,28 @@ def test_chunked_equals_reference(window: str) -> None:
 @pytest.mark.parametrize("features", [32, 64])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_feature_maps_of_other_queries_and_keys(dim: int, features: int, maps: int, kind: str, window: str) -> None:
-    """As with ``attention.feature_inputs=unrotated``: both go through the kernels, outputs and gradients."""
+    """As with ``attention.feature_inputs=unrotated``: both go through the kernels, outputs and gradients.
+
+    A head's gradient of γ is a sum over all tokens of terms of both signs, and may be near zero where its error, of
+    1 % of a typical sum, is not: those of several draws are compared together.
+    """
     pytest.importorskip("triton")
-    torch.manual_seed(0)
     spec = AttentionSpec(kind, window, 64, 4, unrotated=True)
+    gammas = []
+    for seed in range(6):
+        errors, gamma = errors_of_other_queries_and_keys(dim, features, maps, spec, seed)
+        assert max(errors.values()) < 6e-3, errors
+        gammas.append(gamma)
+    if kind == "hybrid":
+        found, expected = (torch.cat(x) for x in zip(*gammas, strict=True))
+        assert (found - expected).norm() < 1.5e-2 * expected.norm()
+
+
+def errors_of_other_queries_and_keys(
+    dim: int, features: int, maps: int, spec: AttentionSpec, seed: int
+) -> tuple[dict[str, float], tuple[torch.Tensor, torch.Tensor]]:
+    """Relative errors of outputs and gradients but γ's; that of γ, as found and as it should be."""
+    torch.manual_seed(seed)
     phi_q, phi_k = (FeatureMap("hedgehog", count, dim, features).cuda() for count in (4, maps))
     for phi in (phi_q, phi_k):  # |x·W| around 9, as of trained maps
         phi.weight.data *= 9 / dim**0.5 / phi.weight.data.std()
@@ -64,17 +82,16 @@ def test_feature_maps_of_other_queries_and_keys(dim: int, features: int, maps: i
             assert uses_kernels(leaves[0], spec)
             y = attention(*leaves[:3], phi_q, phi_k, leaves[3], spec, dim**-0.5)[0]
         else:
-            halves = [x.chunk(2, -1) for x in leaves[:2]]
-            (rotated_q, plain_q), (rotated_k, plain_k) = halves
+            (rotated_q, plain_q), (rotated_k, plain_k) = (x.chunk(2, -1) for x in leaves[:2])
             y = parallel_attention(
                 rotated_q, rotated_k, leaves[2], phi_q(plain_q), phi_k(plain_k), leaves[3], spec, dim**-0.5
             )
         direction = torch.randn(y.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
-        found.append([y, *torch.autograd.grad(y, leaves, direction.to(y.dtype), allow_unused=kind == "linear")])
-    names = ("outputs", "q", "k", "v", "gamma", "phi_q", "phi_k")
-    pairs = [pair for pair in zip(names, *found, strict=True) if pair[0] != "gamma" or kind == "hybrid"]
-    errors = {name: ((a.float() - b).norm() / b.norm()).item() for name, a, b in pairs}
-    assert max(errors.values()) < 1e-2, errors
+        grads = torch.autograd.grad(y, leaves, direction.to(y.dtype), allow_unused=not spec.has_softmax)
+        found.append({"outputs": y, **dict(zip(("q", "k", "v", "gamma", "phi_q", "phi_k"), grads, strict=True))})
+    of_gamma = tuple(x.pop("gamma") for x in found)
+    errors = {n: ((found[0][n].float() - b).norm() / b.norm()).item() for n, b in found[1].items()}
+    return errors, of_gamma
 
 
 def half_precision_layer(dim: int = 128) -> tuple[LinearizedAttention, list[torch.Tensor]]:

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lolcats.attention import AttentionSpec, AttentionState, FeatureMap
-from lolcats.attention.kernels import decode, function, plan
+from lolcats.attention.kernels import decode, function, plan, projection
 
 
 class NoDevice:
@@ -55,9 +55,10 @@ def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str, projec
     driver.set_active(NoDevice())
     plan.precision = lambda: "tf32x3"
     shared: dict[str, int] = {}
-    for name in dir(function):
-        if name.endswith("_kernel"):
-            setattr(function, name, Compiled(getattr(function, name), name, shared))
+    for module in (function, projection):
+        for name in dir(module):
+            if name.endswith("_kernel"):
+                setattr(module, name, Compiled(getattr(module, name), name, shared))
     q, k, v = (torch.empty(1, heads, 512, dim, dtype=getattr(torch, dtype), requires_grad=True) for heads in (4, 2, 2))
     phi_q, phi_k = (FeatureMap("hedgehog", 4, dim, f) for _ in range(2))
     gamma, spec = torch.rand(4, requires_grad=True), AttentionSpec(kind, window, size, 4)

@@ -187,12 +187,14 @@ def transfer_activations(size: Size, rows: int, length: int) -> float:
         attention = (
             3 * size.hidden + 60 * channels
         )  # measured: autograd keeps the chunked path's fp32 features and weights
-    return 2.0 * rows * length * max(mlp, attention + size.unrotated)
+    if size.unrotated:  # and x·W in fp32, which the kernels read
+        attention += size.unrotated + 2 * size.heads * size.features
+    return 2.0 * rows * length * max(mlp, attention)
 
 
 def finetune_activations(size: Size, rows: int, length: int) -> float:
     """What one decoder layer keeps for backward in stage 2: inputs of norms and LoRA, q, k, v, output, gate and up; for
-    feature maps in front of RoPE their inputs and projections too."""
+    feature maps in front of RoPE their inputs too."""
     channels = 2 * size.heads * size.head_dim + 2 * size.kv_heads * size.head_dim
     return 2.0 * rows * length * (3 * size.hidden + channels + size.unrotated + size.mlp)
 

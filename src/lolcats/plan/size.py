@@ -54,7 +54,7 @@ class Size:
     """Feature maps and gates of all layers."""
     lora: int
     unrotated: int
-    """16-bit channels a token and layer that feature maps in front of RoPE add: q, k as they were, and x·W in fp32."""
+    """Channels a token and layer that feature maps in front of RoPE add: q and k as they were."""
     kernels: bool
     """Whether the Triton kernels compute its attention on a GPU, in bf16."""
 
@@ -146,9 +146,7 @@ def _active(layer: nn.Module, share: float) -> int:
 def _unrotated_channels(layer: LinearizedAttention) -> int:
     if not layer.spec.unrotated:
         return 0
-    geometry, weights = layer.geometry, (layer.phi_q.weight, layer.phi_k.weight)
-    inputs = (geometry.heads + geometry.kv_heads) * geometry.head_dim
-    return inputs + sum(2 * w.shape[0] * w.shape[2] for w in weights if w is not None)
+    return (layer.geometry.heads + layer.geometry.kv_heads) * layer.geometry.head_dim
 
 
 def _mlp_channels(layer: nn.Module, config: Any) -> int:

@@ -23,8 +23,8 @@ from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_k
 from lolcats.attention.kernels.forward import output_kernel
 from lolcats.attention.kernels.layout import Layout, Phi, Rows, Tiling, dense_rows, fits_inside, packed_rows
 from lolcats.attention.kernels.plan import Plan, find_plan
-from lolcats.attention.kernels.projection import project
-from lolcats.attention.kernels.states import scan_kernel, state_kernel
+from lolcats.attention.kernels.projection import project, project_back
+from lolcats.attention.kernels.states import pack, scan_kernel, state_kernel, unpack
 from lolcats.attention.spec import AttentionSpec
 
 
@@ -73,20 +73,20 @@ def triton_attention(
     batch, _, tokens, _ = q.shape
     rows = dense_rows(batch, tokens, lengths) if cu_seqlens is None else packed_rows(cu_seqlens)
     call = Call(spec, float(scale), softcap, rows, context, final, tiling, train=torch.is_grad_enabled())
-    fq = fk = wq = wk = None
+    maps: dict[str, Tensor] = {}  # what the kernels have of them, by the names of TENSORS
     weights, (x_q, x_k) = _hedgehog_weights(phi_q, phi_k), seen or (q, k)
     if weights is not None and spec.has_linear:
         _, dim, width = weights[0].shape
         inside = seen is None and fits_inside(dim, width, q.dtype.itemsize)
         learned = any(w.requires_grad for w in weights)
         call = dataclasses.replace(call, phi="inside" if inside else "projected", learned=learned)
-        if inside:
-            wq, wk = weights
-        else:
-            fq, fk = project(x_q, weights[0]), project(x_k, weights[1])
+        maps = {"wq": weights[0], "wk": weights[1]}
+        if not inside:
+            maps |= {"x_q": x_q, "x_k": x_k}
     elif spec.has_linear:
-        call, fq, fk = dataclasses.replace(call, phi="given"), phi_q(x_q), phi_k(x_k)
-    o, S, z = _Attention.apply(q, k, v, fq, fk, wq, wk, gamma, call)  # type: ignore[no-untyped-call]
+        call, maps = dataclasses.replace(call, phi="given"), {"fq": phi_q(x_q), "fk": phi_k(x_k)}
+    of_maps = (maps.get(name) for name in TENSORS[3:-1])
+    o, S, z = _Attention.apply(q, k, v, *of_maps, gamma, call)  # type: ignore[no-untyped-call]
     return o, S, z
 
 
@@ -99,11 +99,12 @@ def _hedgehog_weights(*maps: KeyMap) -> list[Tensor] | None:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, fq: Tensor | None, fk: Tensor | None, wq: Tensor | None,
-        wk: Tensor | None, gamma: Tensor, call: Call,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, x_q: Tensor | None, x_k: Tensor | None, fq: Tensor | None,
+        fk: Tensor | None, wq: Tensor | None, wk: Tensor | None, gamma: Tensor, call: Call,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        weights = (w if w is None else w.detach().to(q.dtype).contiguous() for w in (wq, wk))
-        tensors = *map(_ready, (q, k, v, fq, fk)), *weights, gamma.detach().float().contiguous()
+        dtype = q.dtype if call.phi == "inside" else torch.float32
+        weights = (w if w is None else w.detach().to(dtype).contiguous() for w in (wq, wk))
+        tensors = *map(_ready, (q, k, v, x_q, x_k, fq, fk)), *weights, gamma.detach().float().contiguous()
         problem = Problem.of(call, tensors)
         save = call.train and any(ctx.needs_input_grad)  # which says true without gradients, too
         o, lost, softmax, S, z = problem.forward(save, peaks=save and any(ctx.needs_input_grad[:3]))
@@ -117,27 +118,32 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         *tensors, o, lost, inverse, peaks, tops = ctx.saved_tensors
-        problem = dataclasses.replace(ctx.problem, **dict(zip(TENSORS, tensors, strict=True)))
-        wanted = Wanted(any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[3:7]), ctx.needs_input_grad[7])
+        problem = dataclasses.replace(ctx.problem, **dict(zip(TENSORS, tensors, strict=True))).projected()
+        needs = ctx.needs_input_grad
+        wanted = Wanted(any(needs[:3]), any(needs[3:9]), any(needs[3:5]), any(needs[7:9]), needs[9])
         return (*problem.backward(_ready(do), o, lost, (inverse, peaks, tops), wanted), None)
 
 
 Softmax = tuple[Tensor | None, Tensor | None, Tensor | None]  # of each query: 1 / d_n, c_n, key of c_n; (B, H, T)
-TENSORS = ("q", "k", "v", "fq", "fk", "wq", "wk", "gamma")
+TENSORS = ("q", "k", "v", "x_q", "x_k", "fq", "fk", "wq", "wk", "gamma")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which gradients: of q, k and v (inputs), of what the kernels have of the maps (weights, x·W or φ), of γ."""
+    """Which gradients: of q, k and v (inputs), of what the kernels have of the maps (x·W or φ), of the x in front of it
+    (seen), of weights, of γ."""
 
     inputs: bool
     maps: bool
+    seen: bool
+    weights: bool
     gamma: bool
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call's tensors; launches the kernels."""
+    """One call's tensors; launches the kernels. Where ``call.phi`` is projected, maps see x_q and x_k, and the kernels
+    fq and fk, x·W."""
 
     call: Call
     plan: Plan
@@ -145,6 +151,8 @@ class Problem:
     q: Tensor
     k: Tensor
     v: Tensor
+    x_q: Tensor | None
+    x_k: Tensor | None
     fq: Tensor | None
     fk: Tensor | None
     wq: Tensor | None
@@ -158,7 +166,16 @@ class Problem:
         if context is not None:
             named |= {"sink_k": _ready(context.sink_k), "sink_v": _ready(context.sink_v)}
         plan = find_plan(call.spec, call.phi, call.softcap is not None, call.tiling, context is not None, named)
-        return cls(call, plan, plan.layout(call.rows), *tensors)
+        return cls(call, plan, plan.layout(call.rows), *tensors).projected()
+
+    def projected(self) -> Problem:
+        """With x·W where the kernels want it. It is made again for the backward pass: keeping it would double what
+        such maps cost in memory."""
+        if self.call.phi != "projected":
+            return self
+        assert self.x_q is not None and self.x_k is not None and self.wq is not None and self.wk is not None  # noqa: PT018
+        fq, fk = project(self.plan, "x_q", self.x_q, self.wq), project(self.plan, "x_k", self.x_k, self.wk)
+        return dataclasses.replace(self, fq=fq, fk=fk)
 
     def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Tensor | None, Softmax, Tensor | None, Tensor | None]:
         """Outputs; what backward needs (``save``) of their lost bits and of each query's softmax (``peaks`` too); final
@@ -191,7 +208,7 @@ class Problem:
         inverse, peaks, tops = (do if x is None else x for x in softmax)
         back = Backward(self, do, o, lost, inverse, peaks, tops, wanted)
         grads = {**back.query_gradients(), **back.key_gradients()}
-        for name in ("q", "k", "v", "fq", "fk"):
+        for name in ("q", "k", "v", *(("fq", "fk") if self.call.phi == "given" else ())):
             if (x := grads.get(name)) is not None:
                 grads[name] = x.to(getattr(self, name).dtype)
         return tuple(grads.get(name) for name in TENSORS)
@@ -204,7 +221,7 @@ class Problem:
         plan, context = self.plan, self.call.context
         if not plan.spec.has_linear:
             return self.q, self.q, None, None
-        initial = None if context is None else self.pack(context.S, context.z, center)
+        initial = None if context is None else pack(context.S, context.z, plan.width, center)
         k, v = plan.strided("k", self.k), plan.strided("v", self.v)
         arguments = *k, *v, *self.features()[2:], self.wk, self.gamma, self.gamma  # forward sums are not weighted
         final = self.call.final and not center
@@ -216,7 +233,7 @@ class Problem:
         ends = self.layout.ranges[1:].long()
         present = ends > self.layout.ranges[:-1]
         end = torch.where(present[:, None, None], totals[(ends - 1).clamp_min(0)], end) if len(totals) else end
-        return states, sums, *self.unpack(end)
+        return states, sums, *unpack(end, plan.width, plan.value_dim)
 
     def states(
         self, arguments: tuple[Any, ...], group: int, initial: Tensor | None, center: bool, variant: Any = None,
@@ -258,21 +275,6 @@ class Problem:
         totals = self.q.new_empty(segments, maps, size, dtype=torch.float32) if final else None
         run(starts, totals, store=True)
         return states, sums, totals
-
-    def pack(self, S: Tensor, z: Tensor, center: bool = False) -> Tensor:
-        """(N, M, 2f · (D + 1)) fp32 as the kernels hold a state: both halves of Sᵀ, then z; see :mod:`.states`."""
-        halves, z = S.float().unflatten(2, (2, self.plan.width)).mT, z.float()
-        if not center:
-            return torch.cat([halves.flatten(2), z], 2).contiguous()
-        z = z.unflatten(2, (2, self.plan.width))
-        parts = halves - halves.mean(4, True), z - z.mean(3, True), halves[:, :, 0].sum(3), z[:, :, 0].sum(2, True)
-        return torch.cat([x.flatten(2) for x in parts], 2).contiguous()
-
-    def unpack(self, totals: Tensor) -> tuple[Tensor, Tensor]:
-        """S (N, M, 2f, D) and z (N, M, 2f) of packed states."""
-        width, value_dim = self.plan.width, self.plan.value_dim
-        S, z = totals.split([2 * width * value_dim, 2 * width], 2)
-        return S.unflatten(2, (2, value_dim, width)).mT.flatten(2, 3), z.contiguous()
 
     def inputs(self) -> tuple[Any, ...]:
         strided = self.plan.strided
@@ -381,7 +383,7 @@ class Backward:
             **problem.sink_constants(),
         )  # fmt: skip
         gamma = d_gamma.sum(0) / problem.gamma if wanted.gamma else None
-        return {"q": _add_pieces(dq), "gamma": gamma, **self.feature_gradients("q", problem.q, _add_pieces(df))}
+        return {"q": _add_pieces(dq), "gamma": gamma, **self.feature_gradients("q", _add_pieces(df))}
 
     def sink_gradients(self) -> tuple[Tensor, Tensor] | None:
         """By walk and query head, of the sinks' keys (pieces, W, H, sinks, D) and values (W, H, sinks, Dv).
@@ -425,24 +427,33 @@ class Backward:
             DF=wanted.maps, SINKS_HERE=sinks is not None, GROUP=heads // kv_heads,
             MAPS=maps // kv_heads, BLOCK_SINKS=plan.blocks.sinks, CENTER=self.center,
         )  # fmt: skip
-        return {
-            "k": _add_pieces(dk), "v": _add_pieces(dv), **self.feature_gradients("k", problem.k, _add_pieces(df)),
-        }  # fmt: skip
+        return {"k": _add_pieces(dk), "v": _add_pieces(dv), **self.feature_gradients("k", _add_pieces(df))}
 
-    def feature_gradients(self, name: str, x: Tensor, df: Tensor | None) -> dict[str, Tensor | None]:
-        """Of φ(x) or x·W, or of the weights of maps inside from those of x·W."""
+    def feature_gradients(self, name: str, df: Tensor | None) -> dict[str, Tensor | None]:
+        """Of φ(x), or from ``df`` of x·W those of W and, where maps see other x than q and k, of x."""
         problem, plan = self.problem, self.plan
-        if df is None or plan.phi != "inside":
+        if df is None or plan.phi == "given":
             return {f"f{name}": df}
-        maps = df.shape[1]
+        found: dict[str, Tensor | None] = {}
+        x = getattr(problem, name)
+        if plan.phi == "projected":
+            name_x, weight = f"x_{name}", getattr(problem, f"w{name}")
+            x = getattr(problem, name_x)
+            if self.wanted.seen:
+                found[name_x] = project_back(plan, name_x, df, weight, x)
+        if self.wanted.weights:
+            found[f"w{name}"] = self.weight_gradient(name, x, df)
+        return found
+
+    def weight_gradient(self, name: str, x: Tensor, df: Tensor) -> Tensor:
+        """(M, D, f) fp32 from x (B, H or G, T, D) and the gradients ``df`` (B, M, T, f) of x·W."""
+        problem, plan, maps = self.problem, self.plan, df.shape[1]
         walks = problem.layout.walks if maps == plan.heads else problem.layout.key_walks
         partial = x.new_empty(walks.shape[0], maps, plan.width, plan.dim, dtype=torch.float32)
-        args = (
-            *plan.strided(name, x), *plan.strided(f"sum of df{name}", df), partial, walks, *problem.tables(),
-            maps // x.shape[1],
-        )  # fmt: skip
+        strided = *plan.strided(f"x of {name}", x), *plan.strided(f"sum of df{name}", df)
+        args = *strided, partial, walks, *problem.tables(), maps // x.shape[1]
         plan.run(weight_kernel, "weight", (walks.shape[0], maps, 1), args, name)
-        return {f"w{name}": partial.sum(0).mT}
+        return partial.sum(0).mT
 
     def states(self) -> tuple[Tensor, Tensor]:
         """dS and dz of all queries behind each step, one of each key map."""

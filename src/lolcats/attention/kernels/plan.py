@@ -34,7 +34,9 @@ from lolcats.attention.spec import AttentionSpec
 MOST = 1024  # plans kept
 NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants that these kernels do not take
 NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "PHI", "SPAN", "BLOCK_F")
-ONLY_WEIGHTS = ("DIM", "WIDTH", "LOW", "PRECISION", "C", "BLOCK_D", "BLOCK_F", "num_warps")
+ONLY_PROJECTION = ("DIM", "WIDTH", "LOW", "PRECISION", "C", "BLOCK_F", "num_warps")
+ONLY_WEIGHTS = (*ONLY_PROJECTION, "BLOCK_D")
+SAME_LAUNCH = {"sink": "query", "projection": "weight"}
 
 _plans: dict[Any, Plan] = {}
 
@@ -91,7 +93,8 @@ class Plan:
         """Launch a kernel.
 
         Args:
-            kind: ``state``, ``output``, ``query``, ``sink``, ``key`` or ``weight``: whose constants it takes.
+            kind: ``state``, ``output``, ``query``, ``sink``, ``key``, ``weight`` or ``projection``: whose constants it
+                takes.
             variant: what it depends on besides the plan and ``constants``.
         """
         key = kind, variant, tuple(constants.values())
@@ -106,12 +109,13 @@ class Plan:
 
     def constants(self, kind: str) -> dict[str, Any]:
         if kind not in self._constants:
-            every = self._every_constant(self.launch("query" if kind == "sink" else kind))
+            every = self._every_constant(self.launch(SAME_LAUNCH.get(kind, kind)))
             if kind in ("state", "sink"):
                 left_out = NOT_OF_STATES if kind == "state" else NOT_OF_SINKS
                 every = {name: value for name, value in every.items() if name not in left_out}
-            elif kind == "weight":
-                every = {name: every[name] for name in ONLY_WEIGHTS} | {"num_stages": 2}
+            elif kind in ("weight", "projection"):
+                only = ONLY_WEIGHTS if kind == "weight" else ONLY_PROJECTION
+                every = {name: every[name] for name in only} | {"num_stages": 2}
             self._constants[kind] = every
         return self._constants[kind]
 

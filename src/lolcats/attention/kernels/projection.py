@@ -1,46 +1,97 @@
-"""x·W for kernels that cannot have W inside, and its gradients."""
+"""x·W for kernels that cannot have W inside, and its gradient with respect to x.
+
+The products are as exact as fp32's: of trained maps |x·W| is 10 and more, and φ is an exponential. For bf16 and fp16 x
+they are two products with the halves of W's bits, both on tensor cores.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from lolcats.attention.kernels.blocks import head_pointer, load_matrix, load_tile, store_tile
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x·W (B, M, T, f) in fp32, of heads (B, G, T, D) in any float dtype and weights (M, D, f); M a multiple of G.
+if TYPE_CHECKING:
+    from lolcats.attention.kernels.plan import Plan
 
-    Neither W nor the product is rounded to x's dtype: of trained maps |x·W| is 10 and more, and φ is an exponential.
-    """
-    return _Project.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Project(torch.autograd.Function):
-    """Keeps x as it is, where autograd would keep it in fp32. Maps that share a head are one product with it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _by_map(x.float() @ _by_head(weight, x), weight)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        dy = dy.float().unflatten(1, (x.shape[1], -1)).transpose(2, 3).flatten(3)  # (B, G, T, M / G · f)
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = (dy @ _by_head(weight, x).mT).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            dw = _by_map((x.float().mT @ dy).sum(0, keepdim=True), weight)[0].to(weight.dtype)
-        return dx, dw
+CHUNK = tl.constexpr(64)  # of the head dim, whose weights are in registers
 
 
-def _by_head(weight: Tensor, x: Tensor) -> Tensor:
-    """(M, D, f) -> (G, D, M / G · f) fp32"""
-    return weight.float().unflatten(0, (x.shape[1], -1)).transpose(1, 2).flatten(2)
+def project(plan: Plan, name: str, x: Tensor, weight: Tensor) -> Tensor:
+    """x·W (B, M, T, f) fp32 of heads (B, G, T, D) and weights (M, D, f) fp32; M a multiple of G. ``name``: of x."""
+    batch, heads, tokens, _ = x.shape
+    maps, _, width = weight.shape
+    y = x.new_empty(batch, tokens, maps, width, dtype=torch.float32).transpose(1, 2)
+    args = *plan.strided(name, x), weight, *plan.strided(f"{name}·W", y), maps // heads, tokens
+    grid = triton.cdiv(tokens, plan.tiling.tile), maps, batch
+    plan.run(projection_kernel, "projection", grid, args, name)
+    return y
 
 
-def _by_map(y: Tensor, weight: Tensor) -> Tensor:
-    """(B, G, N, M / G · f) -> (B, M, N, f)"""
-    return y.unflatten(3, (-1, weight.shape[2])).transpose(2, 3).flatten(1, 2)
+def project_back(plan: Plan, name: str, dy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x, in its dtype, from that of x·W."""
+    batch, heads, tokens, dim = x.shape
+    dx = x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    args = *plan.strided(f"sum of d{name}·W", dy), weight, *plan.strided(f"d{name}", dx), tokens
+    grid = triton.cdiv(tokens, plan.tiling.tile), heads, batch
+    plan.run(back_kernel, "projection", grid, args, name, GROUP=weight.shape[0] // heads)
+    return dx
+
+
+@triton.jit
+def projection_kernel(
+    x, x_strides, weight, y, y_strides, group, tokens,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """One tile of one map's tokens."""
+    at, head, batch = tl.program_id(0) * C, tl.program_id(1), tl.program_id(2)
+    x = head_pointer(x, x_strides, batch, head // group, batch * 0)
+    y = head_pointer(y, y_strides, batch, head, batch * 0)
+    weight += head.to(tl.int64) * DIM * WIDTH
+    row, j = tl.arange(0, C), tl.arange(0, BLOCK_F)
+    total = tl.zeros((C, BLOCK_F), tl.float32)
+    for chunk in tl.static_range(0, DIM, CHUNK):
+        d = chunk + tl.arange(0, CHUNK)
+        x_tile = load_tile(x, x_strides[2], at, tokens, row, d, DIM)
+        total = add_product(x_tile, load_matrix(weight, d, j, DIM, WIDTH), total, LOW, PRECISION)
+    store_tile(y, y_strides[2], at, tokens, row, j, WIDTH, total)
+
+
+@triton.jit
+def back_kernel(
+    dy, dy_strides, weight, dx, dx_strides, tokens,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    BLOCK_F: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of one head's tokens, from the GROUP maps that see them."""
+    at, head, batch = tl.program_id(0) * C, tl.program_id(1), tl.program_id(2)
+    dy = head_pointer(dy, dy_strides, batch, head * GROUP, batch * 0)
+    dx = head_pointer(dx, dx_strides, batch, head, batch * 0)
+    weight += head.to(tl.int64) * GROUP * DIM * WIDTH
+    row, j = tl.arange(0, C), tl.arange(0, BLOCK_F)
+    for chunk in tl.static_range(0, DIM, CHUNK):
+        d = chunk + tl.arange(0, CHUNK)
+        total = tl.zeros((C, CHUNK), tl.float32)
+        for m in range(GROUP):
+            dy_tile = load_tile(dy + tl.cast(m, tl.int64) * dy_strides[1], dy_strides[2], at, tokens, row, j, WIDTH)
+            w = load_matrix(weight + m * DIM * WIDTH, d, j, DIM, WIDTH)
+            total = add_product(dy_tile, tl.trans(w), total, LOW, PRECISION)
+        store_tile(dx, dx_strides[2], at, tokens, row, d, DIM, total)
+
+
+@triton.jit
+def add_product(x, w, total, LOW: tl.constexpr, PRECISION: tl.constexpr):
+    """total + x·w in fp32, of fp32 ``w``; x is rounded to LOW, unless it is fp16, of which bf16 would lose bits."""
+    if tl.float32 == LOW:
+        return tl.dot(x, w, total, input_precision=PRECISION)
+    else:
+        if x.dtype == tl.float32:
+            x = x.to(LOW)
+        high = w.to(x.dtype)
+        low = (w - high.to(tl.float32)).to(x.dtype)
+        return tl.dot(x, high, tl.dot(x, low, total))

@@ -12,8 +12,10 @@ S to bf16. With S' and z' of centered features, Σ u and Σ 1 nothing is lost: S
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from lolcats.attention.kernels.blocks import (
     features,
@@ -28,6 +30,23 @@ from lolcats.attention.kernels.blocks import (
     walk_bounds,
     window_start,
 )
+
+
+def pack(S: Tensor, z: Tensor, width: int, center: bool) -> Tensor:
+    """(N, M, 2f · (D + 1)) fp32 as the kernels hold a state: both halves of Sᵀ, then z; centered, what both lack behind
+    them. ``width``: f."""
+    halves, z = S.float().unflatten(2, (2, width)).mT, z.float()
+    if not center:
+        return torch.cat([halves.flatten(2), z], 2).contiguous()
+    z = z.unflatten(2, (2, width))
+    parts = halves - halves.mean(4, True), z - z.mean(3, True), halves[:, :, 0].sum(3), z[:, :, 0].sum(2, True)
+    return torch.cat([x.flatten(2) for x in parts], 2).contiguous()
+
+
+def unpack(totals: Tensor, width: int, value_dim: int) -> tuple[Tensor, Tensor]:
+    """S (N, M, 2f, D) and z (N, M, 2f) of packed states that are not centered."""
+    S, z = totals.split([2 * width * value_dim, 2 * width], 2)
+    return S.unflatten(2, (2, value_dim, width)).mT.flatten(2, 3), z.contiguous()
 
 
 @triton.jit
