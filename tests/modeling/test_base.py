@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,7 +71,6 @@ def write_gguf(path: Path, model, tokenizer) -> Path:
 
 
 def _merges(tokenizer) -> list[tuple[str, str]]:
-    import json
 
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
@@ -148,3 +149,13 @@ def test_tokenizer_that_takes_words_apart_is_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr(bases, "_check_gguf", lambda _: None)
     with pytest.raises(LolcatsError, match="takes 'the' apart"):
         load_tokenizer(bases.Base(str(tmp_path / "gemma.gguf"), "gguf", ""))
+
+
+def test_tokenizer_without_its_vocabulary_is_refused(model_dirs, tmp_path: Path) -> None:
+    """transformers makes one that takes any text for empty."""
+    shutil.copytree(model_dirs["llama"], tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer.json"))
+    config = tmp_path / "model" / "tokenizer_config.json"
+    known = json.loads(config.read_text())
+    config.write_text(json.dumps({**known, "tokenizer_class": "Qwen2Tokenizer"}))
+    with pytest.raises(LolcatsError, match=r"knows no words: .* missing"):
+        load_tokenizer(find_base(str(tmp_path / "model")))

@@ -122,15 +122,17 @@ def load_tokenizer(base: Base, trust: bool = False) -> Any:
     _check_gguf(base)
     with _readable(base, "It needs a tokenizer beside its weights."):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust, **kwargs)
-    if base.form == "gguf":
-        _check_words(tokenizer, base)
+    _check_words(tokenizer, base)
     return tokenizer
 
 
 def _check_words(tokenizer: Any, base: Base) -> None:
-    """Some transformers misread some GGUF files' tokenizers: 5.17 loses merges of Gemma 3's, and "the" is "t", "he"."""
+    """Of a directory without its vocabulary transformers makes a tokenizer that takes any text for empty. Some misread
+    some GGUF files' tokenizers: 5.17 loses merges of Gemma 3's, and "the" is "t", "he"."""
     vocabulary, pieces = tokenizer.get_vocab(), tokenizer.tokenize("All the rivers run into the sea")
-    if any(word in vocabulary and word not in pieces for word in ("▁the", "Ġthe")):
+    if not pieces:
+        raise LolcatsError(f"The tokenizer of {base.path} knows no words: its vocabulary, tokenizer.json, is missing.")
+    if base.form == "gguf" and any(word in vocabulary and word not in pieces for word in ("▁the", "Ġthe")):
         raise LolcatsError(
             f"transformers {transformers.__version__} reads the tokenizer of {base.path} wrong: it takes 'the' apart, "
             "a word of its vocabulary. A newer transformers may read it right; else give the model as a directory."
