@@ -71,7 +71,6 @@ def write_gguf(path: Path, model, tokenizer) -> Path:
 
 
 def _merges(tokenizer) -> list[tuple[str, str]]:
-
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
 
