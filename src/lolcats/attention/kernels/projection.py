@@ -1,7 +1,7 @@
 """x·W for kernels that cannot have W inside, and its gradient with respect to x.
 
-The products are as exact as fp32's: of trained maps |x·W| is 10 and more, and φ is an exponential. For bf16 and fp16 x
-they are two products with the halves of W's bits, both on tensor cores.
+For bf16 and fp16 x these are two products, with what rounding W to x's dtype keeps and with what it loses: 16 bits of W
+and more. Of trained maps |x·W| is 10 and more, and φ an exponential of it.
 """
 
 from __future__ import annotations
