@@ -435,22 +435,19 @@ class Backward:
         if df is None or plan.phi == "given":
             return {f"f{name}": df}
         found: dict[str, Tensor | None] = {}
-        x = getattr(problem, name)
-        if plan.phi == "projected":
-            name_x, weight = f"x_{name}", getattr(problem, f"w{name}")
-            x = getattr(problem, name_x)
-            if self.wanted.seen:
-                found[name_x] = project_back(plan, name_x, df, weight, x)
+        seen = f"x_{name}" if plan.phi == "projected" else name
+        if plan.phi == "projected" and self.wanted.seen:
+            found[seen] = project_back(plan, seen, df, getattr(problem, f"w{name}"), getattr(problem, seen))
         if self.wanted.weights:
-            found[f"w{name}"] = self.weight_gradient(name, x, df)
+            found[f"w{name}"] = self.weight_gradient(seen, df)
         return found
 
-    def weight_gradient(self, name: str, x: Tensor, df: Tensor) -> Tensor:
-        """(M, D, f) fp32 from x (B, H or G, T, D) and the gradients ``df`` (B, M, T, f) of x·W."""
-        problem, plan, maps = self.problem, self.plan, df.shape[1]
+    def weight_gradient(self, name: str, df: Tensor) -> Tensor:
+        """(M, D, f) fp32 from the x (B, H or G, T, D) of that name and the gradients ``df`` (B, M, T, f) of x·W."""
+        problem, plan, maps, x = self.problem, self.plan, df.shape[1], getattr(self.problem, name)
         walks = problem.layout.walks if maps == plan.heads else problem.layout.key_walks
         partial = x.new_empty(walks.shape[0], maps, plan.width, plan.dim, dtype=torch.float32)
-        strided = *plan.strided(f"x of {name}", x), *plan.strided(f"sum of df{name}", df)
+        strided = *plan.strided(name, x), *plan.strided(f"sum of d{name}·W", df)
         args = *strided, partial, walks, *problem.tables(), maps // x.shape[1]
         plan.run(weight_kernel, "weight", (walks.shape[0], maps, 1), args, name)
         return partial.sum(0).mT
