@@ -21,7 +21,7 @@ from lolcats.attention import (
 )
 from lolcats.config import AttentionConfig, load_config
 from lolcats.inference.engine import Engine, Request
-from lolcats.inference.sampling import SamplingParams
+from lolcats.inference.engine.sampling import SamplingParams
 from lolcats.modeling.layer import Geometry, LinearizedAttention
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import find_head, language_model_loss

@@ -15,8 +15,8 @@ from lolcats.attention import use_backend
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Delta, Engine, Request
-from lolcats.inference.sampling import SamplingParams
-from lolcats.inference.states import Snapshot
+from lolcats.inference.engine.sampling import SamplingParams
+from lolcats.inference.engine.states import Snapshot
 from lolcats.modeling.checkpoint import load
 
 VARIANTS = [

@@ -143,7 +143,7 @@ def test_a_real_request_does_not_depend_on_its_batch_mates() -> None:
     from transformers import AutoTokenizer
 
     from lolcats.inference.engine import Engine, Request
-    from lolcats.inference.sampling import SamplingParams
+    from lolcats.inference.engine.sampling import SamplingParams
     from lolcats.modeling.checkpoint import load
 
     engine = Engine(load(REAL, "float32"), AutoTokenizer.from_pretrained(REAL), slots=32, prefix_bytes=0)

@@ -16,8 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lolcats.inference.sampling import BatchSampler, Sampler, SamplingParams, filtered, token_logprobs
-from lolcats.inference.text import Detokenizer, StopStrings
+from lolcats.inference.engine.sampling import BatchSampler, Sampler, SamplingParams, filtered, token_logprobs
+from lolcats.inference.engine.text import Detokenizer, StopStrings
 
 LOGITS = 3 * torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
 

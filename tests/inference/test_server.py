@@ -17,7 +17,7 @@ from conftest import sentence
 from serving import serving, tiny_engine, wait_until
 
 from lolcats.inference.engine import Engine, Request
-from lolcats.inference.sampling import SamplingParams
+from lolcats.inference.engine.sampling import SamplingParams
 from lolcats.inference.server import Limits
 
 LIMITS = Limits(context=400, max_tokens=300, body_bytes=5000, waiting=200, choices=4)

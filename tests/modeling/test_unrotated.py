@@ -28,7 +28,7 @@ import lolcats
 from lolcats.config import AttentionConfig, FinetuneConfig, TransferConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Engine, Request
-from lolcats.inference.sampling import SamplingParams
+from lolcats.inference.engine.sampling import SamplingParams
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
 from lolcats.modeling.skeleton import convert_empty, empty_model

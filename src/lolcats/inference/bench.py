@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Delta, Engine, Request
-from lolcats.inference.sampling import SamplingParams
+from lolcats.inference.engine.sampling import SamplingParams
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
 

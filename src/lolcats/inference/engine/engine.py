@@ -28,10 +28,10 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from lolcats.attention import AttentionState
 from lolcats.attention.dispatch import uses_decode_kernel
 from lolcats.errors import LolcatsError
-from lolcats.inference.graphs import DecodeGraphs, Landing, capture
-from lolcats.inference.sampling import BatchSampler, Sampler, SamplingParams, TokenLogprob
-from lolcats.inference.states import PrefillCache, PrefixCache, SlotTable, Snapshot
-from lolcats.inference.text import Detokenizer, StopStrings
+from lolcats.inference.engine.graphs import DecodeGraphs, Landing, capture
+from lolcats.inference.engine.sampling import BatchSampler, Sampler, SamplingParams, TokenLogprob
+from lolcats.inference.engine.states import PrefillCache, PrefixCache, SlotTable, Snapshot
+from lolcats.inference.engine.text import Detokenizer, StopStrings
 from lolcats.modeling.layer import LinearizedAttention, linearized_layers
 from lolcats.modeling.liger import fused_layers
 

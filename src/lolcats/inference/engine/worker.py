@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from lolcats.inference.engine import Delta, Engine, Request
+from lolcats.inference.engine.engine import Delta, Engine, Request
 
 log = logging.getLogger(__name__)
 

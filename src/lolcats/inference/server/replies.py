@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from lolcats.inference.engine import Delta, Request
-from lolcats.inference.sampling import TokenLogprob
+from lolcats.inference.engine.engine import Delta, Request
+from lolcats.inference.engine.sampling import TokenLogprob
 
 Json = dict[str, Any]
 

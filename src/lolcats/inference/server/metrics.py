@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from lolcats.inference.engine import Delta, Request
-from lolcats.inference.worker import Worker
+from lolcats.inference.engine.engine import Delta, Request
+from lolcats.inference.engine.worker import Worker
 
 
 class Metrics:

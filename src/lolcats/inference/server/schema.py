@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lolcats.inference.sampling import SamplingParams
+from lolcats.inference.engine.sampling import SamplingParams
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens = list[Annotated[int, Field(ge=0)]]

@@ -24,13 +24,13 @@ from starlette.exceptions import HTTPException
 
 from lolcats import __version__
 from lolcats.errors import LolcatsError
-from lolcats.inference import engine as engines
-from lolcats.inference.engine import Delta, Engine
+from lolcats.inference.engine import engine as engines
+from lolcats.inference.engine.engine import Delta, Engine
+from lolcats.inference.engine.worker import QueueFull, Worker
 from lolcats.inference.generate import encode
-from lolcats.inference.metrics import Metrics
-from lolcats.inference.replies import Reply
-from lolcats.inference.schema import ChatRequest, CompletionRequest, Generation, first_problem
-from lolcats.inference.worker import QueueFull, Worker
+from lolcats.inference.server.metrics import Metrics
+from lolcats.inference.server.replies import Reply
+from lolcats.inference.server.schema import ChatRequest, CompletionRequest, Generation, first_problem
 
 Body = TypeVar("Body", CompletionRequest, ChatRequest)
 
@@ -280,7 +280,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _add_pages(app: FastAPI, service: Service) -> None:
-    page = resources.files("lolcats.inference").joinpath("chat.html").read_text("utf-8")
+    page = resources.files("lolcats.inference.server").joinpath("chat.html").read_text("utf-8")
     created = int(time.time())
     policy = (
         "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"

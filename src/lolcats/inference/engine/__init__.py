@@ -1,0 +1,7 @@
+"""Continuous batching over states of fixed size."""
+
+from lolcats.inference.engine.engine import Delta, Engine, Request, check_model
+from lolcats.inference.engine.sampling import SamplingParams, TokenLogprob
+from lolcats.inference.engine.states import Snapshot
+
+__all__ = ["Delta", "Engine", "Request", "SamplingParams", "Snapshot", "TokenLogprob", "check_model"]
