@@ -208,11 +208,52 @@ def test_graphs_give_the_tokens_of_eager_steps(dtype: torch.dtype) -> None:
     for graphs in (None, False):
         engine = Engine(model, None, slots=4, stop_tokens=(), graphs=graphs)
         assert (engine.graphs is None) == (graphs is False)
-        results.append([tokens(engine), tokens(engine, temperature=1.0, seed=3, top_p=0.9, repetition_penalty=1.2)])
+        results.append([
+            tokens(engine), tokens(engine, temperature=1.0, seed=3, top_p=0.9, repetition_penalty=1.2),
+            tokens(engine, frequency_penalty=0.7, presence_penalty=0.4, logit_bias=((9, 4.0), (11, -100.0))),
+        ])  # fmt: skip
         engine.close()
     assert results[0] == results[1]
     if dtype == torch.float32:
         assert tokens(Engine(model.cpu(), None, slots=4, stop_tokens=())) == results[0][0]
+
+
+def test_scores_of_a_prompt_are_those_of_one_forward_pass() -> None:
+    model = lolcats.convert(tiny_model().cuda(), AttentionConfig(window_size=8, sinks=2, feature_dim=8))
+    ids = torch.randint(6, 300, (70,), generator=torch.Generator().manual_seed(0)).tolist()
+    engine = Engine(model, None, slots=2, piece=16, stop_tokens=())
+    request = Request(ids, SamplingParams(max_tokens=0, prompt_logprobs=1), lambda _: None, text=False)
+    engine.submit(request)
+    engine.run()
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([ids], device="cuda")).logits[0, :-1].log_softmax(-1)
+    expected = logprobs.gather(1, torch.tensor(ids[1:], device="cuda")[:, None])[:, 0].cpu()
+    torch.testing.assert_close(
+        torch.tensor([e.logprob for e in request.prompt_logprobs]), expected, atol=1e-3, rtol=1e-3
+    )
+
+
+def test_a_decode_step_that_fails_leaves_an_engine_that_works() -> None:
+    model = lolcats.convert(tiny_model(head_dim=16).cuda(), AttentionConfig(window_size=8, sinks=2, feature_dim=8))
+    engine, seen = Engine(model, None, slots=2, stop_tokens=()), []
+    assert engine.graphs is not None
+
+    def ask() -> list[int]:
+        request = Request([5, 6, 7], SamplingParams(max_tokens=20), seen.append, text=False)
+        engine.submit(request)
+        engine.run()
+        return request.generated
+
+    expected, run = ask(), engine.graphs.run
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("injected")
+
+    engine.graphs.run = failing
+    assert len(ask()) == 1
+    assert seen[-1].finish_reason == "error"
+    engine.graphs.run = run
+    assert ask() == expected
 
 
 def test_whole_job_finds_the_gpu_and_uses_bfloat16(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -10,13 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
-import uvicorn
 from conftest import tiny_model
 
 import lolcats
 from lolcats.config import AttentionConfig
 from lolcats.inference.engine import Engine
-from lolcats.inference.server import Limits, create_app
+from lolcats.inference.server import Access, Limits, Server, create_app, listen
 
 CONFIG = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
 
@@ -26,15 +24,17 @@ def tiny_engine(tokenizer: Any, slots: int = 8, **options: Any) -> Engine:
 
 
 @contextmanager
-def serving(engine: Engine, limits: Limits | None = None, api_key: str = "") -> Iterator[tuple[str, Any]]:
+def serving(
+    engine: Engine, limits: Limits | None = None, api_key: str = "", access: Access | None = None, deadline: int = 3
+) -> Iterator[tuple[str, Any]]:
     """(address, service) of a running server."""
-    app = create_app(engine, "tiny", limits, api_key)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5))
-    listening = socket.create_server(("127.0.0.1", 0))
+    app = create_app(engine, "tiny", limits, api_key, access)
+    server, listening = Server(app, deadline, log_level="error"), listen("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
-    address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     wait_until(lambda: server.started)
+    app.state.service.stop = lambda: setattr(server, "should_exit", True)
     try:
         yield address, app.state.service
     finally:

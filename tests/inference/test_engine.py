@@ -138,7 +138,7 @@ def test_steps_that_are_launched_ahead_change_no_token(sampling: dict[str, Any],
     for which in (engine, plain):
         seen: list[list[Delta]] = [[] for _ in many]
         requests = [
-            Request(prompt, SamplingParams(max_tokens=10 + 5 * i, **sampling), deltas.append, keep_state=i == 7)
+            Request(prompt, SamplingParams(max_tokens=10 + 5 * i, **sampling), deltas.append, keep_state=i == 4)
             for i, (prompt, deltas) in enumerate(zip(many, seen, strict=True))
         ]
         for request in requests:
@@ -153,8 +153,8 @@ def test_steps_that_are_launched_ahead_change_no_token(sampling: dict[str, Any],
     assert engine.flying is None
     for got, expected in zip(*results, strict=True):
         assert got[:2] == expected[:2]
-    assert results[0][7][2].tokens == results[1][7][2].tokens
-    for a, b in zip(results[0][7][2].layers, results[1][7][2].layers, strict=True):
+    assert results[0][4][2].tokens == results[1][4][2].tokens
+    for a, b in zip(results[0][4][2].layers, results[1][4][2].layers, strict=True):
         torch.testing.assert_close(a.tensors(), b.tensors())
 
 
@@ -168,6 +168,47 @@ def test_prompts_of_one_length_can_be_prefilled_together(tokenizer: Any) -> None
     engine.run()
     for prompt, deltas in zip(many, asked, strict=True):
         assert tokens(deltas) == alone(single, prompt, max_tokens=20)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=8, stop_tokens=(), prefix_bytes=0)
+    plain = tiny_engine(tokenizer, slots=8, stop_tokens=(), prefix_bytes=0)
+    long, short = [prompts(8)[7] * 10, prompts(8)[7] * 5], prompts(6)
+    slow = [ask(engine, prompt, max_tokens=4) for prompt in long]
+    for _ in range(3):
+        engine.step()
+    for prompt in short:
+        deltas, steps = ask(engine, prompt, max_tokens=8), 0
+        while not deltas:
+            engine.step()
+            steps += 1
+        assert steps <= 2 * (1 + (len(prompt) - 1) // 16)  # its own pieces, and at most one of another before each
+        assert not slow[0]
+    engine.run()
+    assert [tokens(deltas) for deltas in slow] == [alone(plain, prompt, max_tokens=4) for prompt in long]
+
+
+def test_a_long_prompt_does_not_starve_among_short_ones(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=2, stop_tokens=(), prefix_bytes=0)
+    long = ask(engine, prompts(8)[7] * 4, max_tokens=2)  # 18 pieces
+    for _ in range(60):
+        if long:
+            break
+        if len(engine.waiting) < 5:
+            ask(engine, prompts(8)[4], max_tokens=1)
+        engine.step()
+    assert long
+    engine.run()
+
+
+def test_prompts_begun_hold_no_more_states_than_there_are_slots(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=2, stop_tokens=(), prefix_bytes=0)
+    for size in (40, 30, 20, 10):
+        ask(engine, prompts(8)[7] * size, max_tokens=1)
+        for _ in range(3):
+            engine.step()
+        assert sum(request.cache is not None for request in engine.waiting) <= 2
+    engine.run()
 
 
 def test_states_in_bf16_take_half_and_go_on_from_a_snapshot(tokenizer: Any) -> None:
@@ -324,6 +365,6 @@ def test_refusals(tokenizer: Any) -> None:
     for prompt in ([], [-1], [320]):
         with pytest.raises(LolcatsError, match="at least one token"):
             ask(engine, prompt)
-    for wrong in ({"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"max_tokens": 0}, {"stop": ("",)}, {"top_k": -1}):
+    for wrong in ({"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"max_tokens": -1}, {"stop": ("",)}, {"top_k": -1}):
         with pytest.raises(LolcatsError, match=next(iter(wrong))):
             SamplingParams(**wrong)  # type: ignore[arg-type]

@@ -79,6 +79,31 @@ def test_penalties_follow_a_batch_whose_requests_come_and_go() -> None:
         assert [entry.token for entry in logprobs if entry] == tokens
 
 
+def test_penalties_and_biases_are_those_of_openai() -> None:
+    """mu[j] + bias[j], then repetition, then − count[j] · frequency − (count[j] > 0) · presence."""
+    params = {"repetition_penalty": 1.3, "frequency_penalty": 0.7, "presence_penalty": 0.4}
+    bias, prompt, said = {3: 5.0, 7: -100.0}, [3, 4], []
+    own = Sampler(SamplingParams(logit_bias=tuple(bias.items()), logprobs=0, **params), prompt)
+    mates = [Sampler(SamplingParams(frequency_penalty=float(i % 2)), [1]) for i in range(3)]
+    batch = BatchSampler()
+    for step in range(30):
+        expected = LOGITS[0].clone()
+        for token, value in bias.items():
+            expected[token] += value
+        for token in {*prompt, *said}:
+            expected[token] *= 1 / 1.3 if expected[token] > 0 else 1.3
+        for token in set(said):
+            expected[token] -= said.count(token) * 0.7 + 0.4
+        present = mates[: step % 4]
+        tokens, logprobs = batch.sample(LOGITS.repeat(1 + len(present), 1), [own, *present])
+        assert tokens[0] == int(expected.argmax())
+        assert logprobs[0] is not None
+        assert logprobs[0].logprob == pytest.approx(float(LOGITS[0].log_softmax(-1)[tokens[0]]))
+        said.append(tokens[0])
+    assert 10 < len(set(said)) < 30
+    assert 7 not in said
+
+
 def test_logprobs_are_of_the_model_itself() -> None:
     expected = LOGITS[0].log_softmax(-1)
     for token, count, entry in zip((4, 7), (3, 0), token_logprobs(LOGITS.repeat(2, 1), torch.tensor([4, 7]), [3, 0]),

@@ -125,6 +125,33 @@ def test_choices_seeds_and_stop(client: openai.OpenAI, tokenizer: Any) -> None:
     assert set(texts(extra_body=extra)) == {expected(tokenizer, chat_ids(tokenizer), max_tokens=30)}
 
 
+def test_penalties_and_biases(client: openai.OpenAI, tokenizer: Any) -> None:
+    def text(**more: Any) -> str:
+        answer = client.completions.create(
+            model="tiny", prompt=[5, 6], max_tokens=30, temperature=0, logprobs=0, **more
+        )
+        return answer.choices[0].logprobs.tokens if answer.choices[0].logprobs else []
+
+    plain = text()
+    assert len(set(text(frequency_penalty=2))) > len(set(plain))
+    assert len(set(text(presence_penalty=2))) > len(set(plain))
+    assert text(frequency_penalty=0, presence_penalty=0, logit_bias={}) == plain
+    wanted = tokenizer("milk")["input_ids"][0]
+    assert set(text(logit_bias={str(wanted): 100})) == {tokenizer.decode([wanted])}
+    with pytest.raises(openai.BadRequestError, match="logit_bias: expected token ids"):
+        text(logit_bias={"320": 1})
+
+
+def test_what_the_server_said_can_be_sent_back(client: openai.OpenAI) -> None:
+    messages = list(MESSAGES)
+    for _ in range(3):
+        reply = client.chat.completions.create(model="tiny", messages=messages, max_tokens=5, temperature=0)
+        messages.append(reply.choices[0].message)
+        messages.append({"role": "user", "content": "more"})
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens > 20
+
+
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "cat"}], "max_tokens": 3}
 BAD = [
     ({"messages": []}, 400, "messages"),
@@ -139,11 +166,11 @@ BAD = [
     ({"max_tokens": 299, "messages": [{"role": "user", "content": "the cat " * 120}]}, 400, "limit of 400"),
     ({"n": 5}, 400, "choices"),
     ({"n": True}, 400, "n"),
-    ({"stop": ["a"] * 5}, 400, "at most 4"),
+    ({"stop": ["a"] * 65}, 400, "at most 64"),
     ({"stop": [""]}, 400, "stop"),
     ({"top_logprobs": 21, "logprobs": True}, 400, "top_logprobs"),
     ({"seed": 2**70}, 400, "seed"),
-    ({"frequency_penalty": 1}, 400, "frequency_penalty"),
+    ({"frequency_penalty": 3}, 400, "frequency_penalty"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate"),
     ({"model": "gpt-4"}, 404, "gpt-4"),
     ({"user": "x" * 6000}, 413, "5000 bytes"),

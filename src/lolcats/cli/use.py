@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from lolcats.cli.app import (
     Out,
     Sets,
     command,
+    err,
     load_any,
     numbers,
     out,
@@ -76,14 +78,16 @@ def evaluate(
 @command
 def generate(
     model: Model, prompt: Annotated[str, typer.Option(help="What to answer or continue.")],
-    max_new_tokens: NewTokens = 128, temperature: Temperature = 0.0, top_p: TopP = 1.0, set_: Sets = [],  # noqa: B006
+    max_new_tokens: NewTokens = 128, temperature: Temperature = 0.0, top_p: TopP = 1.0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Answer one prompt, streaming."""
     from lolcats.config import load_config
     from lolcats.inference.generate import generate as run_generate
 
     loaded, tokenizer = load_any(model, load_config("default", set_))
-    run_generate(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, stream=True)
+    run_generate(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, stream=True, raw=raw)
 
 
 @command
@@ -115,18 +119,29 @@ def chat(model: Model, max_new_tokens: NewTokens = 512, temperature: Temperature
 def serve(
     directory: Directory,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
-    slots: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 16,
-    context: Annotated[int, typer.Option(min=0, help="Most tokens of prompt and answer; 0: the model's own.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 4096,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot; then 429.")] = 128,
-    prefix_mb: Annotated[int, typer.Option(min=0, help="MiB for states of prompts' beginnings.")] = 256,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on (0 = a free one).")] = 8000,
+    slots: Annotated[int, typer.Option(min=1, help="Maximum number of requests that run at once.")] = 16,
+    context: Annotated[int, typer.Option(min=0, help="Maximum number of tokens of prompt and answer together "
+                                                     "(0 = the model's own).")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = 4096,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot; more get a 429.")] = 128,
+    max_connections: Annotated[int, typer.Option(min=1, help="Open connections; more get a 429.")] = 512,
+    read_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for the head of a request, and again for its "
+                                                              "body, before a 408.")] = 30,
+    prefix_mb: Annotated[int, typer.Option(min=0, help="MiB for the states of prompts' beginnings.")] = 256,
     deadline: Annotated[int, typer.Option(min=0, help="Seconds that running requests have after SIGTERM.")] = 30,
-    state_dtype: Annotated[str, typer.Option(help="float32 or bfloat16: of the sums in the states.")] = "float32",
-    api_key: Annotated[str, typer.Option(envvar="LOLCATS_API_KEY", help="Clients must send it.")] = "",
+    state_dtype: Annotated[str, typer.Option(help="Precision of the sums in the states: float32 or bfloat16.")]
+        = "float32",
+    api_key: Annotated[str | None, typer.Option(envvar="LOLCATS_API_KEY", help="Key that clients must send.")] = None,
+    allow_origin: Annotated[list[str], typer.Option(help="Let web pages of this origin use the API, such as "
+                                                         "https://chat.example.org; '*' needs a key. Repeatable.")]
+        = [],  # noqa: B006
+    allowed_host: Annotated[list[str], typer.Option(help="Answer to this name in the Host header. Repeatable. Default "
+                                                         "without a key on a loopback address: only its own names; "
+                                                         "otherwise any.")] = [],  # noqa: B006
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
-    """An OpenAI-compatible server and a chat page for a linearized model."""
+    """Serve a linearized model: an OpenAI-compatible API, and a chat page at /."""
     try:
         from lolcats.inference import server
     except ImportError as error:
@@ -134,13 +149,21 @@ def serve(
     from lolcats.config import load_config
     from lolcats.inference.engine import Engine
 
+    key = api_key if api_key is not None else os.environ.get("LOLCATS_API_KEY")  # typer takes an empty one as unset
+    access = server.access_for(host, key, allow_origin, allowed_host)
     listening = server.listen(host, port)
+    if not access.api_key and not server.is_loopback(host):
+        err.print(f"No API key: anyone who reaches {host} can use this server. Set LOLCATS_API_KEY.", soft_wrap=True)
     model, tokenizer = load_any(str(directory), load_config("default", set_))
     engine = Engine(model, tokenizer, slots, prefix_bytes=prefix_mb << 20, state_dtype=_state_dtype(state_dtype))
     own = getattr(model.config.get_text_config(), "max_position_embeddings", 8192)
-    limits = server.Limits(context or own, min(max_tokens, context or own), waiting=max_waiting)
-    app_ = server.create_app(engine, directory.resolve().name, limits, api_key)
-    place = f"http://{host}:{listening.getsockname()[1]}"
+    limits = server.Limits(
+        context or own, min(max_tokens, context or own), waiting=max_waiting, connections=max_connections,
+        read_seconds=read_timeout,
+    )  # fmt: skip
+    app_ = server.create_app(engine, directory.resolve().name, limits, access=access)
+    app_.state.service.prepare()
+    place = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     out.print(f"{directory} on {place} ({slots} slots); Ctrl-C ends.", soft_wrap=True)
     server.serve(app_, listening, deadline)
 

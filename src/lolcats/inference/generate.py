@@ -11,21 +11,30 @@ from lolcats.errors import LolcatsError
 Message = dict[str, str]
 
 
-def encode(tokenizer: Any, prompt: str | list[Message]) -> Any:
-    """Token ids of a prompt: a conversation or a question where the tokenizer has a chat template, else plain text."""
-    if not tokenizer.chat_template:
-        text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
-        return tokenizer(text, return_tensors="pt")
+def plain_text(messages: list[Message]) -> str:
+    """A conversation for a model without a chat template."""
+    return "\n".join(message["content"] for message in messages)
+
+
+def encode(tokenizer: Any, prompt: str | list[Message], raw: bool = False) -> Any:
+    """Token ids of a prompt: a conversation or a question where the tokenizer has a chat template, else plain text.
+
+    raw: take a text as it is, without the chat template.
+    """
+    if raw and not isinstance(prompt, str):
+        raise LolcatsError("Messages need a chat template: give a text to complete.")
+    if raw or not tokenizer.chat_template:
+        return tokenizer(prompt if isinstance(prompt, str) else plain_text(prompt), return_tensors="pt")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
 def generate(
     model: PreTrainedModel, tokenizer: Any, prompt: str | list[Message], max_new_tokens: int = 64,
-    temperature: float = 0.0, top_p: float = 1.0, stream: bool = False,
+    temperature: float = 0.0, top_p: float = 1.0, stream: bool = False, raw: bool = False,
 ) -> str:  # fmt: skip
-    """The model's answer; temperature 0 is greedy; ``stream`` also prints it as it comes."""
-    inputs = encode(tokenizer, prompt).to(model.device)
+    """The model's answer; temperature 0 is greedy; ``stream`` prints it as it comes; ``raw`` as in :func:`encode`."""
+    inputs = encode(tokenizer, prompt, raw).to(model.device)
     if not inputs["input_ids"].numel():
         raise LolcatsError("The prompt has no tokens: give some text.")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}

@@ -1,93 +1,42 @@
 """Continuous batching over states of fixed size: a table of slots, prompts prefilled in pieces between decode steps.
 
 Running requests occupy slots 0 .. n−1; when one ends, the last moves into its slot and a waiting one takes the place
-behind. A decode step computes the smallest of ``batch_sizes`` that holds them, always with the same shapes and on the
-same memory, whatever the rows' lengths: what is behind the running rows is computed and thrown away.
+after them. A decode step computes the smallest of ``batch_sizes`` that holds them, always with the same shapes and on
+the same memory, whatever the rows' lengths: rows after the running ones are computed and thrown away.
 
 A request's tokens depend on its prompt, parameters and seed, and on nothing else in the engine: rows are computed
 independently, and prefill pieces end at the same tokens whatever else runs. Sums are rounded differently by matrix
 products of different batch sizes (in fp32 about 1e-6 of a logit); a single batch size excludes that too.
+
+An error ends the requests whose work it was: one request for its sampling, text or delivery, one batch for a forward
+pass. The others go on.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import PreTrainedModel
 
 from lolcats.attention import AttentionState
 from lolcats.attention.dispatch import uses_decode_kernel
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine.graphs import DecodeGraphs, Landing, capture
-from lolcats.inference.engine.sampling import BatchSampler, Sampler, SamplingParams, TokenLogprob
+from lolcats.inference.engine.model import broke_the_device, check_model, end_tokens, lay_out_for_vectors
+from lolcats.inference.engine.prompts import Prompts
+from lolcats.inference.engine.request import Delta, FinishReason, Request
+from lolcats.inference.engine.sampling import BatchSampler, TokenLogprob, sequence_logprobs
 from lolcats.inference.engine.states import PrefillCache, PrefixCache, SlotTable, Snapshot
-from lolcats.inference.engine.text import Detokenizer, StopStrings
 from lolcats.modeling.layer import LinearizedAttention, linearized_layers
 from lolcats.modeling.liger import fused_layers
 
 log = logging.getLogger(__name__)
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-
-
-@dataclass(slots=True)
-class Delta:
-    """What one step added to a request: text that can be shown, tokens, and on the last one why it ended."""
-
-    text: str
-    tokens: list[int]
-    logprobs: list[TokenLogprob]
-    finish_reason: FinishReason | None = None
-    snapshot: Snapshot | None = None
-    error: str = ""
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt on its way through the engine.
-
-    Args:
-        prompt: token ids; with ``start`` those that follow its tokens.
-        on_delta: called from the engine's thread.
-        keep_state: the last delta carries a snapshot behind all tokens but the last sampled one.
-        text: whether deltas have text; without it stop strings are not looked for.
-    """
-
-    prompt: list[int]
-    params: SamplingParams
-    on_delta: Callable[[Delta], None]
-    start: Snapshot | None = None
-    keep_state: bool = False
-    text: bool = True
-    generated: list[int] = field(default_factory=list)
-    prefilled: int = 0
-    """Prompt tokens whose keys are in the state."""
-    cached: int = 0
-    """Of these, how many came from the prefix cache."""
-
-    def begin(self, tokenizer: Any) -> None:
-        history = [*(self.start.tokens if self.start else ()), *self.prompt]
-        self.sampler = Sampler(self.params, history)
-        self.detokenizer, self.stops = Detokenizer(tokenizer), StopStrings(self.params.stop)
-        self.cache: PrefillCache | None = None
-
-    @property
-    def first(self) -> int:
-        """Position of the next prompt token."""
-        return self.prefilled + (len(self.start.tokens) if self.start else 0)
-
-    @property
-    def history(self) -> list[int]:
-        return [*(self.start.tokens if self.start else ()), *self.prompt, *self.generated]
 
 
 class Engine:
@@ -96,8 +45,8 @@ class Engine:
     On a CPU it changes how the model's weights lie in memory, not what they are.
 
     Args:
-        slots: most requests that run at once.
-        piece: most prompt tokens computed between two decode steps.
+        slots: maximum number of requests that run at once.
+        piece: maximum number of prompt tokens computed between two decode steps.
         prefix_bytes: memory for states of prompts' beginnings.
         batch_sizes: rows that a decode step computes; powers of two up to ``slots`` by default.
         stop_tokens: end a request; the model's and tokenizer's end-of-sequence tokens by default.
@@ -119,17 +68,18 @@ class Engine:
         self.table = SlotTable(self.layers, slots, model.dtype, model.device, state_dtype)
         self.batch_sizes = sorted({*(batch_sizes or (1 << i for i in range(slots.bit_length()))), slots})
         self.stop_tokens = frozenset(end_tokens(model, tokenizer) if stop_tokens is None else stop_tokens)
+        self.vocabulary: int = model.config.get_text_config().vocab_size
         self.prefixes = PrefixCache(prefix_bytes, piece)
-        self.waiting: deque[Request] = deque()
+        self.waiting = Prompts(slots)
         self.running: list[Request] = []
+        self.broken = ""
+        """What made the device unusable, if anything did: nothing runs any more."""
         self.flying: tuple[list[Request], Landing] | None = None
-        """Of a step that was launched ahead: its requests in the order of its rows, and their tokens."""
+        """A step that was launched ahead: its requests in the order of its rows, and their tokens."""
         self.sampler = BatchSampler()
         self.inputs = torch.zeros(2, slots, dtype=torch.long, pin_memory=model.device.type == "cuda")
-        """Of each slot, on the host: its newest token, whose key is not in the state yet, and that token's position."""
-        self.keep_logits = (
-            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        )
+        """For each slot, on the host: its newest token, whose key is not in the state yet, and its position."""
+        self.keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.resources = ExitStack()
         try:
             self.resources.enter_context(fused_layers(model, True))
@@ -151,7 +101,7 @@ class Engine:
 
     @property
     def state_bytes(self) -> int:
-        """Of one request, whatever its length."""
+        """Bytes of one request's state, whatever its length."""
         return self.table.nbytes // self.table.slots
 
     def check(self, request: Request) -> None:
@@ -160,26 +110,29 @@ class Engine:
         Raises:
             LolcatsError: no tokens, tokens that the model does not have, or a state of another model.
         """
-        vocabulary = self.model.config.get_text_config().vocab_size
-        if not request.prompt or not all(0 <= token < vocabulary for token in request.prompt):
-            raise LolcatsError(f"prompt: expected at least one token, all between 0 and {vocabulary - 1}.")
+        last = self.vocabulary - 1
+        if not request.prompt or min(request.prompt) < 0 or max(request.prompt) > last:
+            raise LolcatsError(f"prompt: expected at least one token, all between 0 and {last}.")
+        if any(not 0 <= token <= last for token, _ in request.params.logit_bias):
+            raise LolcatsError(f"logit_bias: expected token ids between 0 and {last}.")
         if request.start is not None:
             self._check_start(request.start)
 
     def submit(self, request: Request) -> None:
         """Queue a request, if :meth:`check` passes it."""
         self.check(request)
-        request.begin(self.tokenizer)
-        self.waiting.append(request)
+        if self.broken:
+            return self._tell(request, Delta("", [], [], "error", error=self.broken))
+        try:
+            request.begin(self.tokenizer)
+        except Exception as error:
+            return self._fail([request], error)
+        return self.waiting.add(request)
 
     def cancel(self, request: Request) -> bool:
         """Take a request out at once; its slot is free for the next step. False if it had ended already."""
         self._catch_up()
-        if request in self.waiting:
-            self.waiting.remove(request)
-        elif request in self.running:
-            self._free(self.running.index(request))
-        else:
+        if not self._take_out(request):
             return False
         request.on_delta(Delta("", [], [], "cancelled"))
         return True
@@ -187,11 +140,13 @@ class Engine:
     def abort(self, message: str) -> None:
         """End everything with an error."""
         requests = [*self.running, *self.waiting]
-        self.flying = None
-        self.running.clear()
-        self.waiting.clear()
+        self.waiting = Prompts(self.table.slots)
+        try:
+            self._reset()
+        except Exception as error:
+            self.broken = f"{type(error).__name__}: {error}"
         for request in requests:
-            request.on_delta(Delta("", [], [], "error", error=message))
+            self._tell(request, Delta("", [], [], "error", error=message))
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -207,117 +162,140 @@ class Engine:
         while not self.idle:
             self.step()
 
+    # Prefill
+
     def _prefill(self) -> None:
         budget = self.piece
         while self.waiting and len(self.running) < self.table.slots:
-            if together := self._alike():
-                return self._prefill_together(together)
-            request = self.waiting[0]
-            if request.cache is None:
-                self._start(request)
-            tokens = request.prompt[request.prefilled : request.prefilled + self.piece]
-            if len(tokens) > budget:
-                return None
-            budget -= len(tokens)
-            logits = self._prefill_piece(request, tokens)
-            if request.prefilled == len(request.prompt):
-                self._admit([self.waiting.popleft()], logits)
+            request = self.waiting.next()
+            alike = self._alike(request)
+            try:
+                if len(alike) > 1:
+                    self.waiting.served(request)
+                    return self._prefill_together(alike)
+                if request.cache is None:
+                    self._start(request)
+                budget -= min(request.left, self.piece)
+                if budget < 0:
+                    return None
+                self.waiting.served(request)
+                self._prefill_piece(request)
+            except Exception as error:
+                self._fail(alike, error)
         return None
 
-    def _start(self, request: Request) -> None:
-        """Begin where the request says, or behind the longest known beginning of its prompt."""
-        start = request.start or self.prefixes.find(request.prompt)
-        if start is not None and request.start is None:
-            request.prefilled = request.cached = len(start.tokens)
-        request.cache = PrefillCache(self.layers, start)
+    def _alike(self, request: Request) -> list[Request]:
+        """The request and others that can be prefilled with it."""
+        free = min(self.prefill_rows, self.table.slots - len(self.running))
+        return self.waiting.alike(request, free) if len(request.prompt) <= self.piece else [request]
 
-    def _prefill_piece(self, request: Request, tokens: list[int]) -> Tensor:
-        """Logits (1, V) behind the piece."""
+    def _prefill_piece(self, request: Request) -> None:
         assert request.cache is not None
-        logits = self._forward_new([tokens], request.first, request.cache)
+        tokens = request.prompt[request.prefilled : request.prefilled + self.piece]
+        wanted = request.params.prompt_logprobs
+        logits = self._forward_new([tokens], request.first, request.cache, wanted is not None)
+        if wanted is not None:
+            known = request.prompt[request.prefilled + 1 : request.prefilled + 1 + len(tokens)]
+            request.prompt_logprobs += sequence_logprobs(logits[0, : len(known)], known, wanted)
         request.prefilled += len(tokens)
         if request.start is None:
             self.prefixes.offer(request.prompt, request.prefilled, request.cache.states())
-        return logits
+        if not request.left:
+            self._admit([request], logits[:, -1])
 
-    def _alike(self) -> list[Request]:
-        """The first waiting requests that can be prefilled together; none if that is fewer than two."""
-        most = min(self.prefill_rows, self.table.slots - len(self.running), len(self.waiting))
-        if most < 2 or len(self.waiting[0].prompt) > self.piece:
-            return []
-        length = len(self.waiting[0].prompt)
-        first = (self.waiting[i] for i in range(most))
-        alike = list(takewhile(lambda r: len(r.prompt) == length and r.start is None and r.cache is None, first))
-        return alike if len(alike) > 1 else []
+    def _start(self, request: Request) -> None:
+        """Begin where the request says, or after the longest known beginning of its prompt."""
+        start = request.start
+        if start is None and request.params.prompt_logprobs is None:  # these need logits of every token
+            start = self.prefixes.find(request.prompt)
+            request.prefilled = request.cached = len(start.tokens) if start else 0
+        request.cache = PrefillCache(self.layers, start)
 
     def _prefill_together(self, requests: list[Request]) -> None:
         cache = PrefillCache(self.layers)
         logits = self._forward_new([request.prompt for request in requests], 0, cache)
         for request in requests:
-            self.waiting.popleft()
             request.prefilled, request.cache = len(request.prompt), cache
-        self._admit(requests, logits)
+        self._admit(requests, logits[:, -1])
 
-    def _forward_new(self, tokens: list[list[int]], first: int, cache: PrefillCache) -> Tensor:
-        """Logits (B, V) behind ``tokens`` (B, T), of which the first stand at position ``first``."""
+    def _forward_new(self, tokens: list[list[int]], first: int, cache: PrefillCache, every: bool = False) -> Tensor:
+        """Logits (B, 1 or T, V) after the last or ``every`` token of (B, T), the first at position ``first``."""
         ids = torch.tensor(tokens, device=self.model.device)
         positions = torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
-        return self._forward(ids, positions, cache.cache)
+        return self._forward(ids, positions, cache.cache, every)
 
     def _admit(self, requests: list[Request], logits: Tensor) -> None:
-        """Give requests that share a prefill the next slots, and sample their first tokens."""
+        """Give requests that share a prefill the next slots, and sample their first tokens from logits (B, V)."""
+        for request in requests:
+            self.waiting.remove(request)
+        if requests[0].params.max_tokens == 0:  # only its prompt was to be scored
+            return self._tell(requests[0], Delta("", [], [], "length"))
         begin = len(self.running)
+        self.running += requests
         assert requests[0].cache is not None
         self.table.put(begin, requests[0].cache.states())
         for slot, request in enumerate(requests, begin):
             self.inputs[1, slot] = request.first - 1  # counted up as its first token comes
             request.cache = None
-        self.running += requests
-        self._advance(logits, range(begin, len(self.running)))
+        return self._advance(logits, range(begin, len(self.running)))
+
+    # Decode
 
     def _decode(self) -> None:
         count = len(self.running)
         rows = next(size for size in self.batch_sizes if size >= count)
-        if self._may_overlap():
-            return self._decode_ahead(count, rows)
+        if self.graphs is not None and all(request.overlaps for request in self.running):
+            return self._decode_ahead(self.graphs, count, rows)
         self._catch_up()
         if count != len(self.running):
             return None
+        try:
+            logits = self._decode_now(count, rows)
+        except Exception as error:
+            return self._fail_batch(error)
+        return self._advance(logits[:count], range(count))
+
+    def _decode_now(self, count: int, rows: int) -> Tensor:
         inputs = self.inputs[:, :rows]
         if self.graphs is not None:
-            logits = self.graphs.run(rows, inputs)
-        else:
-            ids, positions = inputs.to(self.model.device)[:, :, None]
-            known = inputs[1, :count].tolist()
-            unused = known[:1] * (rows - count)  # any number that gives no row more to do
-            logits = self._decode_rows(ids, positions, rows, (*known, *unused))
-        self._advance(logits[:count], range(count))
-        return None
+            return self.graphs.run(rows, inputs)
+        ids, positions = inputs.to(self.model.device)[:, :, None]
+        known = inputs[1, :count].tolist()
+        unused = known[:1] * (rows - count)  # any number that gives no row more to do
+        return self._decode_rows(ids, positions, rows, (*known, *unused))
 
-    def _may_overlap(self) -> bool:
-        """Whether a step may begin before the tokens of the last one are on the host: if nothing there needs them.
+    def _decode_ahead(self, graphs: DecodeGraphs, count: int, rows: int) -> None:
+        """Launch a step before the tokens of the last one are on the host, and handle those while the device works.
 
         A request that turns out to have ended was computed for one token more, which is thrown away.
         """
-        return self.graphs is not None and all(not r.keep_state and r.params.logprobs is None for r in self.running)
-
-    def _decode_ahead(self, count: int, rows: int) -> None:
-        """Launch a step, and handle the tokens of the one before it while the device is at work."""
-        assert self.graphs is not None
-        before = self.flying
-        logits = self.graphs.run(rows, self.inputs[:, :rows] if before is None else None)
-        tokens = self.sampler.choose(logits[:count], [r.sampler for r in self.running])
-        self.flying = list(self.running), self.graphs.follow(tokens)
+        before, requests = self.flying, list(self.running)
+        try:
+            logits = graphs.run(rows, self.inputs[:, :rows] if before is None else None)
+        except Exception as error:
+            return self._fail_batch(error)
+        try:
+            tokens = self.sampler.choose(logits[:count], [request.sampler for request in requests])
+            self.flying = requests, graphs.follow(tokens)
+        except Exception as error:
+            log.warning("Sampling a batch failed (%s); each request is sampled by itself.", error)
+            self._catch_up()
+            alive = [row for row, request in enumerate(requests) if request in self.running]
+            return self._advance(logits[alive], [self.running.index(requests[row]) for row in alive])
         if before is not None:
             self._land(*before)
         if len(self.running) < count:  # rows have moved: the next step starts from the host again
             self._catch_up()
+        return None
 
     def _catch_up(self) -> None:
         """Handle the tokens of a step that was launched ahead."""
         if self.flying is not None:
             flying, self.flying = self.flying, None
-            self._land(*flying)
+            try:
+                self._land(*flying)
+            except Exception as error:
+                self._fail_batch(error)
 
     def _land(self, requests: list[Request], landing: Landing) -> None:
         """Report the tokens of requests that have not ended since their step was launched."""
@@ -334,7 +312,7 @@ class Engine:
     def _decode_rows(
         self, ids: Tensor, positions: Tensor, rows: int, counts: tuple[int, ...] | None = None
     ) -> Tensor:  # fmt: skip
-        return self._forward(ids, positions, self.table.view(rows, counts))
+        return self._forward(ids, positions, self.table.view(rows, counts))[:, -1]
 
     def _has_kernels(self) -> bool:
         def has(layer: LinearizedAttention) -> bool:
@@ -345,18 +323,35 @@ class Engine:
         with torch.inference_mode():
             return all(map(has, self.layers.values()))
 
-    def _forward(self, ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """(B, T) -> logits (B, V) behind the last token."""
-        out = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **self.keep_logits
-        )
-        logits: Tensor = out.logits[:, -1]
+    def _forward(self, ids: Tensor, positions: Tensor, cache: Any, every: bool = False) -> Tensor:
+        """(B, T) -> logits (B, 1 or T, V) after the last or ``every`` token."""
+        keep = {"logits_to_keep": 0 if every else 1} if self.keep_logits else {}
+        out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **keep)
+        logits: Tensor = out.logits if every else out.logits[:, -1:]
         return logits
 
-    def _advance(self, logits: Tensor, slots: range) -> None:
+    # Tokens
+
+    def _advance(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Sample a token for each slot from its row of logits (B, V), and report it."""
-        requests = self.running[slots.start : slots.stop]
-        self._report(slots, *self.sampler.sample(logits, [r.sampler for r in requests]))
+        requests = [self.running[slot] for slot in slots]
+        try:
+            tokens, logprobs = self.sampler.sample(logits, [request.sampler for request in requests])
+        except Exception as error:
+            log.warning("Sampling a batch failed (%s); each request is sampled by itself.", error)
+            return self._advance_each(logits, requests)
+        return self._report(slots, tokens, logprobs)
+
+    def _advance_each(self, logits: Tensor, requests: list[Request]) -> None:
+        """Sample row by row; a request whose row fails ends."""
+        self.sampler = BatchSampler()
+        for row, request in zip(logits, requests, strict=True):
+            try:
+                tokens, logprobs = BatchSampler().sample(row[None], [request.sampler])
+            except Exception as error:
+                self._fail([request], error)
+            else:
+                self._report([self.running.index(request)], tokens, logprobs)
 
     def _report(self, slots: Sequence[int], tokens: list[int], logprobs: list[TokenLogprob | None]) -> None:
         """Hand each slot's token to its request; free the slots of those that ended."""
@@ -371,24 +366,24 @@ class Engine:
                 deltas[i].snapshot = self.table.take(slots[i], requests[i].history[:-1])
             self._free(slots[i])
         for request, delta in zip(requests, deltas, strict=True):
-            request.on_delta(delta)
+            self._tell(request, delta)
 
     def _delta(self, request: Request, token: int, logprob: TokenLogprob | None) -> Delta:
-        generated = request.generated
-        generated.append(token)
-        ended, full = token in self.stop_tokens, len(generated) == request.params.max_tokens
-        text = self._text(request, token, ended, full) if request.text else ""
-        stopped = ended or request.stops.stopped
-        reason: FinishReason | None = "stop" if stopped else "length" if full else None
-        return Delta(text, [token], [] if logprob is None else [logprob], reason)
+        try:
+            return request.delta(token, logprob, token in self.stop_tokens)
+        except Exception as error:
+            log.exception("A token could not be turned into text; its request ends.")
+            return _failure(error)
 
-    def _text(self, request: Request, token: int, ended: bool, full: bool) -> str:
-        """What can be shown now."""
-        text = request.stops.add("" if ended else request.detokenizer.add(token))
-        if (ended or full) and not request.stops.stopped:
-            text += request.stops.add(request.detokenizer.rest())
-            text += request.stops.rest()
-        return text
+    def _tell(self, request: Request, delta: Delta) -> None:
+        """Deliver a delta; a request that cannot be told anything ends."""
+        try:
+            request.on_delta(delta)
+        except Exception:
+            log.exception("A token could not be delivered; its request ends.")
+            self._take_out(request)
+
+    # Slots
 
     def _free(self, slot: int) -> None:
         """End the request in a slot; the last one moves there."""
@@ -399,6 +394,51 @@ class Engine:
             self.inputs[:, slot] = self.inputs[:, end]
         self.inputs[:, end] = 0  # a row that is computed and thrown away: any token, and a position that exists
 
+    def _take_out(self, request: Request) -> bool:
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif request in self.running:
+            self._free(self.running.index(request))
+        else:
+            return False
+        return True
+
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """End these requests with an error."""
+        log.error("%d requests end with an error.", len(requests), exc_info=error)
+        if self._breaks(error):
+            return
+        for request in requests:
+            self._take_out(request)
+            self._tell(request, _failure(error))
+
+    def _fail_batch(self, error: Exception) -> None:
+        """A forward pass or its tokens failed: end what was running, and empty the slots."""
+        log.error("A step of %d requests failed.", len(self.running), exc_info=error)
+        if self._breaks(error):
+            return
+        requests = list(self.running)
+        self._reset()
+        for request in requests:
+            self._tell(request, _failure(error))
+
+    def _breaks(self, error: Exception) -> bool:
+        """End everything if the device cannot be used any more."""
+        if broke_the_device(error):
+            self.broken = f"{type(error).__name__}: {error}"
+            requests, self.running, self.waiting = [*self.running, *self.waiting], [], Prompts(self.table.slots)
+            self.flying = None
+            for request in requests:
+                self._tell(request, _failure(error))
+        return bool(self.broken)
+
+    def _reset(self) -> None:
+        """Empty all slots."""
+        self.flying, self.sampler = None, BatchSampler()
+        self.running.clear()
+        self.inputs.zero_()
+        self.table.clear()
+
     def _check_start(self, start: Snapshot) -> None:
         def shapes(states: Sequence[AttentionState]) -> list[Any]:
             return [[x.shape[1:] for x in state.tensors().values()] for state in states]
@@ -407,39 +447,8 @@ class Engine:
             raise LolcatsError("This saved state is of another model: its layers have other shapes.")
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Refuse what the engine cannot run, in a sentence."""
-    if not hasattr(model.config, "lolcats"):
-        raise LolcatsError("The engine runs linearized models; convert this one first: lolcats linearize.")
-    kept = [entry["layer"] for entry in model.config.lolcats["layers"] if entry["kind"] == "softmax"]
-    if kept:
-        raise LolcatsError(
-            f"Layers {', '.join(map(str, kept))} kept softmax attention, whose cache grows with every token: "
-            "the engine holds states of fixed size only. Use lolcats generate for this model."
-        )
-    cache = DynamicCache(config=model.config).layers
-    if others := [str(i) for i, layer in enumerate(cache) if isinstance(layer, LinearAttentionCacheLayerMixin)]:
-        raise LolcatsError(
-            f"Layers {', '.join(others)} have a recurrence or convolution of the base model's own, whose state the "
-            "engine does not hold. Use lolcats generate for this model."
-        )
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        raise LolcatsError(f"{type(model).__name__} takes no position_ids, which rows of different lengths need.")
+def _failure(error: Exception) -> Delta:
+    return Delta("", [], [], "error", error=f"{type(error).__name__}: {error}")
 
 
-def lay_out_for_vectors(model: PreTrainedModel) -> None:
-    """Store the weights of linear layers column by column: values and shapes stay.
-
-    For a single row BLAS then adds columns on all cores, where dot products with rows ran on one: a third less time for
-    batch 1 and 2 on two cores, up to 12 % more for batch 16 (benchmarks/LOG.md).
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.weight.data = module.weight.data.t().contiguous().t()
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """The end-of-sequence tokens of the model's generation settings and of the tokenizer."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    configured = configured if isinstance(configured, list) else [configured]
-    return {token for token in (*configured, tokenizer.eos_token_id) if token is not None}
+__all__ = ["Delta", "Engine", "FinishReason", "Request", "check_model"]

@@ -1,28 +1,37 @@
-"""From logits to tokens: greedy, temperature, top-k, top-p, min-p, repetition penalty; one generator a request.
+"""From logits to tokens: biases, penalties, grammars, temperature, top-k, top-p, min-p; one generator a request.
 
 Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lolcats.errors import LolcatsError
+from lolcats.inference.engine.grammar import Matcher, allowed
 
 ROWS = 256  # drawn at a time: of each, some copies of its logits in double precision are alive
+SCORED = 64  # rows of prompt tokens whose log-probabilities are computed at a time
 DRAWN = 64  # uniform numbers that a request's generator gives at a time
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request's tokens are chosen.
+    """How a request's tokens are chosen. Names and meanings are those of OpenAI's API and of vLLM.
 
     temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: 1 and 0 are off. seed: None draws one.
-    logprobs: None, or how many of the likeliest tokens to report beside the chosen one.
+    repetition_penalty: divides positive logits of tokens of prompt and answer, multiplies negative ones; 1 is off.
+    frequency_penalty, presence_penalty: subtracted from a token's logit for each time, or once, that the answer has it.
+    logit_bias: (token, value) pairs, added to these tokens' logits before the penalties.
+    stop: strings before which the answer ends.
+    logprobs: None, or how many of the likeliest tokens to report beside each chosen one; prompt_logprobs: the same
+    for the tokens of the prompt.
+    max_tokens: 0 only scores the prompt.
     """
 
     max_tokens: int = 128
@@ -34,53 +43,81 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens >= 0, "at least 0"),
             ("temperature", 0 <= self.temperature <= 100, "between 0 and 100"),
-            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_k", 0 <= self.top_k < 2**31, "between 0 and 2^31 - 1"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0, at most 100"),
-            ("stop", all(self.stop), "without empty strings"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= 2, "between -2 and 2"),
+            ("presence_penalty", abs(self.presence_penalty) <= 2, "between -2 and 2"),
+            ("logit_bias", all(abs(bias) <= 100 for _, bias in self.logit_bias), "values between -100 and 100"),
+            ("stop", all(self.stop), "no empty strings"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**64, "at most 64 bits"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            ("prompt_logprobs", self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "between 0 and 20"),
         ):
             if not ok:
                 raise LolcatsError(f"{name}: expected {expected}, got {getattr(self, name)!r}.")
 
+    @property
+    def counts(self) -> bool:
+        """Whether the answer's tokens are counted for penalties."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of a token under the model itself (before temperature and filters), and the likeliest ones."""
+    """Log-probability of a token under the model itself (before temperature and filters), and the likeliest ones.
+
+    logprob: None for the first token of a prompt, which nothing predicts.
+    """
 
     token: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...]
 
 
 class Sampler:
-    """A request's own state of sampling: its random generator and which tokens it has seen."""
+    """A request's own state of sampling: its random generator, the tokens it has seen, and its grammar."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
-        self.params = params
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], matcher: Matcher | None = None) -> None:
+        self.params, self.matcher = params, matcher
         self.generator = torch.Generator()
         if params.seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(params.seed)
         self.seen = dict.fromkeys(prompt) if params.repetition_penalty != 1 else None
+        self.counts: Counter[int] | None = Counter() if params.counts else None
         self.drawn: list[float] = []
+        self.used = 0
 
+    @property
     def uniform(self) -> float:
-        """The next number of the request's generator, in [0, 1); many are drawn at a time."""
-        if not self.drawn:
-            self.drawn = torch.rand(DRAWN, generator=self.generator, dtype=torch.float64).tolist()[::-1]
-        return self.drawn.pop()
+        """The number of the request's generator for its next token, in [0, 1); many are drawn at a time."""
+        if self.used == len(self.drawn):
+            self.drawn = torch.rand(DRAWN, generator=self.generator, dtype=torch.float64).tolist()
+            self.used = 0
+        return self.drawn[self.used]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the grammar lets nothing follow."""
+        return self.matcher is not None and self.matcher.stopped
 
     def saw(self, token: int) -> None:
         if self.seen is not None:
             self.seen[token] = None
+        if self.counts is not None:
+            self.counts[token] += 1
 
 
 class BatchSampler:
@@ -98,33 +135,47 @@ class BatchSampler:
     ) -> tuple[list[int], list[TokenLogprob | None]]:  # fmt: skip
         """A token for each row of ``logits`` (B, V), and its log-probability where the row's parameters ask for it.
 
-        A row's token depends on that row and its own sampler alone.
+        A row's token depends only on that row and its own sampler. After an error nothing has been drawn or seen.
         """
-        tokens = self.choose(logits, samplers)
+        tokens, logprobs = self._choose(logits, samplers)
         result: list[int] = tokens.tolist()
-        for row in self.penalized_rows:
-            samplers[row].saw(result[row])
-        return result, self._logprobs(logits, tokens, result)
+        reported: list[TokenLogprob | None] = [None] * len(result)
+        if logprobs:
+            reported = self._logprobs(logits, tokens, result)
+        self._chosen(tokens)
+        for row, token in enumerate(result):
+            samplers[row].saw(token)
+        return result, reported
 
     def choose(self, logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-        """The tokens (B,) alone, on the device; the samplers are yet to be told that they saw them."""
+        """Only the tokens (B,), on the device; the samplers are yet to be told that they saw them."""
+        tokens, _ = self._choose(logits, samplers)
+        self._chosen(tokens)
+        return tokens
+
+    def _choose(self, logits: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, bool]:
+        """The tokens, and whether any row wants its log-probability."""
         if self.samplers != list(samplers):
             self._compose(list(samplers), logits)
-        changed = self._penalize(logits)
+        changed = self.grammars.apply(self.penalties.apply(self.biases.apply(logits)))
         tokens = changed.argmax(-1)
         for i in range(0, len(self.drawn), ROWS):
             index = self.drawn_index[i : i + ROWS]
             columns = [column[i : i + ROWS] for column in self.columns]
-            uniform = torch.tensor([samplers[row].uniform() for row in self.drawn[i : i + ROWS]], dtype=torch.float64)
+            uniform = torch.tensor([samplers[row].uniform for row in self.drawn[i : i + ROWS]], dtype=torch.float64)
             every = len(self.drawn) == len(samplers) <= ROWS
             tokens[index] = draw(changed if every else changed[index], uniform.to(logits.device), columns, self.filters)
-        if len(self.penalized):
-            self.seen[self.rows, tokens[self.penalized]] = True
-        return tokens
+        return tokens, bool(self.logprob_rows)
+
+    def _chosen(self, tokens: Tensor) -> None:
+        """Nothing can fail any more: count what was used up."""
+        self.penalties.saw(tokens)
+        for row in self.drawn:
+            self.samplers[row].used += 1
 
     def _compose(self, samplers: list[Sampler], logits: Tensor) -> None:
         """Bring to the device what a batch of other requests needs."""
-        self.samplers, device, params = samplers, logits.device, [s.params for s in samplers]
+        self.samplers, device, params = [], logits.device, [s.params for s in samplers]
         self.drawn = [i for i, p in enumerate(params) if p.temperature > 0]
         self.drawn_index = torch.tensor(self.drawn, dtype=torch.long, device=device)
         self.columns = [
@@ -136,36 +187,94 @@ class BatchSampler:
         ]  # fmt: skip
         self.filters = any(p.top_k or p.top_p < 1 or p.min_p for p in (params[i] for i in self.drawn))
         self.logprob_rows = [i for i, p in enumerate(params) if p.logprobs is not None]
-        self.penalized_rows = [i for i, s in enumerate(samplers) if s.seen is not None]
-        self.penalized = torch.tensor(self.penalized_rows, dtype=torch.long, device=device)
-        self.rows = torch.arange(len(self.penalized_rows), device=device)
-        if not self.penalized_rows:
-            return
-        penalties = [params[i].repetition_penalty for i in self.penalized_rows]
-        self.penalty = torch.tensor(penalties, dtype=torch.float32, device=device)[:, None]
-        places = [(row, token) for row, i in enumerate(self.penalized_rows) for token in samplers[i].seen or ()]
-        seen = torch.zeros(len(penalties), logits.shape[1], dtype=torch.bool)
-        seen[tuple(torch.tensor(places, dtype=torch.long).view(-1, 2).T)] = True
-        self.seen = seen.to(device)
-
-    def _penalize(self, logits: Tensor) -> Tensor:
-        """Logits of tokens already seen divided by the row's penalty, or multiplied where negative."""
-        if not self.penalized_rows:
-            return logits
-        every = len(self.penalized_rows) == len(logits)
-        rows = (logits if every else logits[self.penalized]).float()
-        rows = torch.where(self.seen, torch.where(rows > 0, rows / self.penalty, rows * self.penalty), rows)
-        return rows if every else logits.float().index_copy(0, self.penalized, rows)
+        self.biases, self.penalties = Biases(samplers, logits), Penalties(samplers, logits)
+        self.grammars = Grammars(samplers)
+        self.samplers = samplers  # last: after an error the next call composes again
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, chosen: list[int]) -> list[TokenLogprob | None]:
         result: list[TokenLogprob | None] = [None] * len(chosen)
-        if not self.logprob_rows:
-            return result
         rows = torch.tensor(self.logprob_rows, device=logits.device)
         counts = [self.samplers[row].params.logprobs or 0 for row in self.logprob_rows]
         for row, entry in zip(self.logprob_rows, token_logprobs(logits[rows], tokens[rows], counts), strict=True):
             result[row] = entry
         return result
+
+
+class Biases:
+    """Values added to the logits of single tokens."""
+
+    def __init__(self, samplers: Sequence[Sampler], logits: Tensor) -> None:
+        entries = [(row, *entry) for row, s in enumerate(samplers) for entry in s.params.logit_bias]
+        self.any = bool(entries)
+        if entries:
+            rows, tokens, values = zip(*entries, strict=True)
+            self.where = torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)
+            self.values = torch.tensor(values, dtype=torch.float32, device=logits.device)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        return logits.float().index_put(self.where, self.values, accumulate=True) if self.any else logits
+
+
+class Penalties:
+    """Repetition, frequency and presence penalties: which tokens rows have seen, on the device."""
+
+    def __init__(self, samplers: Sequence[Sampler], logits: Tensor) -> None:
+        self.rows = [i for i, s in enumerate(samplers) if s.seen is not None or s.counts is not None]
+        if not self.rows:
+            return
+        chosen, device = [samplers[i] for i in self.rows], logits.device
+        self.index = torch.tensor(self.rows, dtype=torch.long, device=device)
+        self.number = torch.arange(len(chosen), device=device)
+        self.repetition, self.frequency, self.presence = (
+            torch.tensor([getattr(s.params, name) for s in chosen], dtype=torch.float32, device=device)[:, None]
+            for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        )
+        shape = len(chosen), logits.shape[1]
+        self.seen = _table(shape, [dict.fromkeys(s.seen or (), 1) for s in chosen], torch.bool).to(device)
+        counted = any(s.counts is not None for s in chosen)
+        self.counts = _table(shape, [s.counts or {} for s in chosen], torch.float32).to(device) if counted else None
+
+    def apply(self, logits: Tensor) -> Tensor:
+        if not self.rows:
+            return logits
+        every = len(self.rows) == len(logits)
+        rows = (logits if every else logits[self.index]).float()
+        rows = torch.where(self.seen, torch.where(rows > 0, rows / self.repetition, rows * self.repetition), rows)
+        if self.counts is not None:
+            rows = rows - self.frequency * self.counts - self.presence * (self.counts > 0)
+        return rows if every else logits.float().index_copy(0, self.index, rows)
+
+    def saw(self, tokens: Tensor) -> None:
+        if self.rows:
+            own = tokens[self.index]
+            self.seen[self.number, own] = True
+            if self.counts is not None:
+                self.counts[self.number, own] += 1
+
+
+def _table(shape: tuple[int, int], rows: Sequence[Mapping[int, int]], dtype: torch.dtype) -> Tensor:
+    """(rows, V) values by token, on the host."""
+    result = torch.zeros(shape, dtype=dtype)
+    places = [(row, token, value) for row, values in enumerate(rows) for token, value in values.items()]
+    if places:
+        row, token, value = torch.tensor(places, dtype=torch.long).T
+        result[row, token] = value.to(dtype)
+    return result
+
+
+class Grammars:
+    """Takes away the tokens that a row's grammar forbids."""
+
+    def __init__(self, samplers: Sequence[Sampler]) -> None:
+        self.rows = [(row, s.matcher) for row, s in enumerate(samplers) if s.matcher is not None]
+
+    def apply(self, logits: Tensor) -> Tensor:
+        if not self.rows:
+            return logits
+        index = torch.tensor([row for row, _ in self.rows], device=logits.device)
+        masks = torch.stack([matcher.bitmask() for _, matcher in self.rows]).to(logits.device)
+        rows = logits[index].float().masked_fill(~allowed(masks, logits.shape[1]), -torch.inf)
+        return logits.float().index_copy(0, index, rows)
 
 
 def draw(logits: Tensor, uniform: Tensor, columns: Sequence[Tensor], filters: bool) -> Tensor:
@@ -174,7 +283,9 @@ def draw(logits: Tensor, uniform: Tensor, columns: Sequence[Tensor], filters: bo
     columns: temperature, top_k, top_p, min_p, (B, 1) each; the last three count where ``filters``.
     """
     temperature, top_k, top_p, min_p = columns
-    probs = torch.softmax(logits.double() / temperature, -1)
+    logits = logits.double()
+    logits = logits - logits.amax(-1, True)  # first: divided by a tiny temperature they would be infinite
+    probs = torch.softmax(logits / temperature, -1)
     order = None
     if filters:
         probs, order = probs.sort(-1, descending=True)
@@ -199,7 +310,7 @@ def filtered(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tens
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
-    """Of rows of logits (B, V) and their tokens (B,), each with so many of the likeliest."""
+    """Log-probabilities of tokens (B,) under logits (B, V), each with its ``counts`` likeliest tokens."""
     logprobs = torch.log_softmax(logits.float(), -1)
     own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
     values, ids = (x.tolist() for x in logprobs.topk(max(counts)))
@@ -207,3 +318,12 @@ def token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> lis
         TokenLogprob(token, logprob, tuple(zip(i[:count], v[:count], strict=True)))
         for token, logprob, i, v, count in zip(tokens.tolist(), own, ids, values, counts, strict=True)
     ]
+
+
+def sequence_logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+    """Log-probabilities of the tokens that follow each of T positions, from logits (T, V), a few rows at a time."""
+    result: list[TokenLogprob] = []
+    for i in range(0, len(tokens), SCORED):
+        own = torch.tensor(tokens[i : i + SCORED], dtype=torch.long, device=logits.device)
+        result += token_logprobs(logits[i : i + SCORED], own, [count] * len(own))
+    return result

@@ -122,6 +122,12 @@ class SlotTable:
                 x = getattr(new, name)
                 table[slot : slot + len(x)].copy_(x)
 
+    def clear(self) -> None:
+        """Forget everything, also what an interrupted step left half written."""
+        for state in self.states:
+            for x in state.tensors().values():
+                x.zero_()
+
     def move(self, source: int, target: int) -> None:
         for state in self.states:
             for x in state.tensors().values():

@@ -7,13 +7,18 @@ import queue
 import threading
 from collections.abc import Callable
 
-from lolcats.inference.engine.engine import Delta, Engine, Request
+from lolcats.inference.engine.engine import Engine
+from lolcats.inference.engine.request import Delta, Request
 
 log = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
     """As many requests wait as may."""
+
+
+class EngineBroken(Exception):
+    """The engine cannot run anything any more."""
 
 
 class Worker:
@@ -35,13 +40,21 @@ class Worker:
     def waiting(self) -> int:
         return max(0, self.open - len(self.engine.running))
 
+    @property
+    def failure(self) -> str:
+        """Why nothing runs any more; empty while all is well."""
+        return self.engine.broken or ("" if self.thread.is_alive() else "The engine's thread has ended.")
+
     def submit(self, requests: list[Request]) -> None:
         """Hand in requests, all or none; their deltas come from the engine's thread.
 
         Raises:
             QueueFull: too many are waiting.
+            EngineBroken: the device failed.
             LolcatsError: the engine does not take one of them.
         """
+        if self.failure:
+            raise EngineBroken(self.failure)
         for request in requests:
             self.engine.check(request)
         with self.lock:
@@ -54,7 +67,7 @@ class Worker:
             self.commands.put(lambda request=request: self.engine.submit(request))  # type: ignore[misc]
 
     def cancel(self, requests: list[Request]) -> None:
-        """Free the requests' slots before the next step; those that have ended already are left alone."""
+        """Free the requests' slots before the next step; those that have ended already are left as they are."""
         for request in requests:
             self.commands.put(lambda request=request: self.engine.cancel(request))  # type: ignore[misc]
 
@@ -64,11 +77,22 @@ class Worker:
         self.thread.join()
 
     def _counted(self, report: Callable[[Delta], None]) -> Callable[[Delta], None]:
+        is_open = True
+
+        def close() -> None:
+            nonlocal is_open
+            with self.lock:
+                self.open -= is_open
+                is_open = False
+
         def on_delta(delta: Delta) -> None:
             if delta.finish_reason is not None:
-                with self.lock:
-                    self.open -= 1
-            report(delta)
+                close()
+            try:
+                report(delta)
+            except Exception:  # nobody can be told: the engine takes the request out
+                close()
+                raise
 
         return on_delta
 

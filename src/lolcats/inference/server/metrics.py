@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from lolcats.inference.engine.engine import Delta, Request
+from lolcats.inference.engine.request import Delta, Request
 from lolcats.inference.engine.worker import Worker
 
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from lolcats.inference.engine.engine import Delta, Request
+from lolcats.inference.engine.request import Delta, Request
 from lolcats.inference.engine.sampling import TokenLogprob
 
 Json = dict[str, Any]
@@ -19,6 +19,8 @@ class Choice:
     finish_reason: str | None = None
     unsent: list[TokenLogprob] = field(default_factory=list)
     """Of tokens whose text is still held back."""
+    prompt: str | None = None
+    """What is to be repeated before the first token."""
 
 
 class Reply:
@@ -29,11 +31,23 @@ class Reply:
         self.tokenizer, self.created = tokenizer, int(time.time())
         self.choices = [Choice() for _ in requests]
 
-    def add(self, index: int, delta: Delta) -> None:
-        choice = self.choices[index]
-        choice.text += delta.text
-        choice.logprobs += delta.logprobs
+    def echo(self, prompts: list[str | list[int]]) -> None:
+        """Let each choice begin with its prompt."""
+        texts = [prompt if isinstance(prompt, str) else str(self.tokenizer.decode(prompt)) for prompt in prompts]
+        for index, choice in enumerate(self.choices):
+            choice.prompt = texts[index // self.n]
+
+    def add(self, index: int, delta: Delta) -> tuple[str, list[TokenLogprob]]:
+        """The text and log-probabilities that the delta adds, with the prompt's before the first."""
+        choice, request, text, logprobs = self.choices[index], self.requests[index], delta.text, delta.logprobs
+        if choice.prompt is not None:
+            text, choice.prompt = choice.prompt + text, None
+            if request.params.prompt_logprobs is not None:
+                logprobs = [TokenLogprob(request.prompt[0], None, ()), *request.prompt_logprobs, *logprobs]
+        choice.text += text
+        choice.logprobs += logprobs
         choice.finish_reason = delta.finish_reason
+        return text, logprobs
 
     def whole(self) -> Json:
         kind = "chat.completion" if self.chat else "text_completion"
@@ -53,12 +67,12 @@ class Reply:
     def chunks(self, index: int, delta: Delta) -> list[Json]:
         """The chunk for a delta; none while there is nothing to show."""
         choice, offset = self.choices[index], len(self.choices[index].text)
-        self.add(index, delta)
-        choice.unsent += delta.logprobs
-        if not delta.text and delta.finish_reason is None:
+        text, logprobs = self.add(index, delta)
+        choice.unsent += logprobs
+        if not text and delta.finish_reason is None:
             return []
         logprobs, choice.unsent = choice.unsent, []
-        content = {"content": delta.text} if self.chat and delta.text else {} if self.chat else {"text": delta.text}
+        content = {"content": text} if self.chat and text else {} if self.chat else {"text": text}
         return [self._chunk(index, content, logprobs, delta.finish_reason, offset)]
 
     def usage_chunk(self) -> Json:
@@ -98,7 +112,7 @@ class Reply:
             "top_logprobs": [self._token(token, logprob) for token, logprob in entry.top],
         }
 
-    def _token(self, token: int, logprob: float) -> Json:
+    def _token(self, token: int, logprob: float | None) -> Json:
         text = self._text(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
@@ -107,7 +121,10 @@ class Reply:
         for text in texts:
             offsets.append(offset)
             offset += len(text)
-        tops = [{self._text(token): logprob for token, logprob in entry.top} for entry in entries]
+        tops = [
+            None if entry.logprob is None else {self._text(token): logprob for token, logprob in entry.top}
+            for entry in entries
+        ]
         logprobs = [entry.logprob for entry in entries]
         return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 

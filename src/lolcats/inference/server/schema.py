@@ -1,28 +1,38 @@
-"""What the server accepts, in the shape of OpenAI's API. Unknown fields are errors: none is silently ignored."""
+"""What the server accepts, in the shape of OpenAI's API.
+
+Each request passes through :mod:`.fields` first, which takes what changes nothing and refuses what the server cannot
+do, so the models here only know what it can.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from lolcats.inference.engine.sampling import SamplingParams
+from lolcats.inference.server import fields
+from lolcats.inference.server.errors import ApiError
+from lolcats.inference.server.messages import Message, Tool, settled_message
+from lolcats.inference.server.strict import Int, Strict, Text
 
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Tokens = list[Annotated[int, Field(ge=0)]]
+MOST_STOPS, MOST_BIASES, MOST_LOGPROBS = 64, 1024, 20
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+Tokens = list[Annotated[int, Field(ge=0, lt=2**31)]]
 
-    @model_validator(mode="after")
-    def _whole_text(self) -> Strict:
-        """JSON can escape halves of surrogate pairs, which are no text and which no tokenizer takes."""
-        for name, value in self:
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
-                    raise ValueError(f"{name} holds a lone surrogate, which is no Unicode text")
-        return self
+
+def _stop_form(value: Any) -> str:
+    return "<list>" if isinstance(value, list) else "<text>"
+
+
+def _prompt_form(value: Any) -> str:
+    """Names in angle brackets are left out of error messages."""
+    if not isinstance(value, list):
+        return "<text>"
+    first = value[0] if value else 0
+    return "<texts>" if isinstance(first, str) else "<lists>" if isinstance(first, list) else "<ids>"
 
 
 class StreamOptions(Strict):
@@ -30,88 +40,158 @@ class StreamOptions(Strict):
 
 
 class Generation(Strict):
-    """The fields that both kinds of completion have; the last three are not OpenAI's."""
+    """The fields that both kinds of completion have; the last three are vLLM's."""
 
-    model: str
-    max_tokens: int | None = Field(None, ge=1)
+    model: Text
+    max_tokens: Annotated[Int, Field(ge=0)] | None = None
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    n: int = Field(1, ge=1, le=16)
-    stop: Stop | list[Stop] | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: Annotated[Int, Field(ge=1, le=16)] = 1
+    stop: Annotated[
+        Annotated[Stop, Tag("<text>")] | Annotated[list[Stop], Field(max_length=MOST_STOPS), Tag("<list>")],
+        Discriminator(_stop_form),
+    ] = []  # noqa: RUF012 frozen
+    seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=MOST_BIASES)
+    response_format: dict[str, Any] = Field({"type": "text"})
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    top_k: int = Field(0, ge=0)
+    stream_options: StreamOptions = StreamOptions()
+    top_k: Annotated[Int, Field(ge=-1, lt=2**31)] = 0
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
 
     @model_validator(mode="after")
-    def _few_stops(self) -> Generation:
-        if isinstance(self.stop, list) and len(self.stop) > 4:
-            raise ValueError("stop: at most 4 strings")
+    def _complete(self) -> Generation:
+        if not all(token.isascii() and token.isdigit() and len(token) < 10 for token in self.logit_bias):
+            raise ValueError("logit_bias: expected token ids as keys")
+        if self.response_format.get("type") not in ("text", "json_object", "json_schema"):
+            raise ValueError("response_format.type: expected text, json_object or json_schema")
         return self
 
-    def wanted_tokens(self) -> int | None:
-        return self.max_tokens
+    @property
+    def tokens_field(self) -> tuple[str, int | None]:
+        """How many tokens are asked for, and in which field."""
+        return "max_tokens", self.max_tokens
 
+    @property
     def wanted_logprobs(self) -> int | None:
         raise NotImplementedError
 
+    @property
+    def echoes(self) -> bool:
+        return False
+
     def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
         """Parameters of one choice; choices of one seed differ, and do so reproducibly."""
-        stop = self.stop or []
         return SamplingParams(
-            max_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
-            tuple([stop] if isinstance(stop, str) else stop),
-            None if self.seed is None else (self.seed + choice) % 2**63, self.wanted_logprobs(),
+            max_tokens, self.temperature, max(self.top_k, 0), self.top_p, self.min_p, self.repetition_penalty,
+            (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            None if self.seed is None else (self.seed + choice) % 2**63, self.wanted_logprobs,
+            self.frequency_penalty, self.presence_penalty,
+            tuple((int(token), bias) for token, bias in self.logit_bias.items()),
+            self.wanted_logprobs if self.echoes else None,
         )  # fmt: skip
 
 
 class CompletionRequest(Generation):
-    prompt: str | list[str] | Tokens | list[Tokens]
-    logprobs: int | None = Field(None, ge=0, le=20)
+    prompt: Annotated[
+        Annotated[Text, Tag("<text>")] | Annotated[list[Text], Tag("<texts>")] | Annotated[Tokens, Tag("<ids>")]
+        | Annotated[list[Tokens], Tag("<lists>")],
+        Discriminator(_prompt_form),
+    ]  # fmt: skip
+    logprobs: Annotated[Int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool = False
+    best_of: Int = 1
 
+    @model_validator(mode="after")
+    def _possible(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 needs echo, or there is nothing to answer")
+        if self.best_of not in (1, self.n):
+            raise ValueError("best_of: not supported; leave it out or send n")
+        return self
+
+    @property
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
 
+    @property
+    def echoes(self) -> bool:
+        return self.echo
+
+    @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        form = _prompt_form(self.prompt)
+        return list(self.prompt) if form in ("<texts>", "<lists>") else [self.prompt]  # type: ignore[arg-type,list-item]
 
 
 class ChatRequest(Generation):
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Annotated[Int, Field(ge=0, le=MOST_LOGPROBS)] = 0
+    tools: list[Tool] = []  # noqa: RUF012 frozen
+    tool_choice: Any = "auto"
 
-    def wanted_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+    @model_validator(mode="after")
+    def _possible(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs: true")
+        if self.tool_choice not in ("auto", "none"):
+            raise ValueError('tool_choice: not supported; leave it out or send "auto" or "none"')
+        return self
 
+    @property
+    def tokens_field(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
+
+    @property
     def wanted_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+        return self.top_logprobs if self.logprobs else None
 
 
-def first_problem(errors: list[Any]) -> tuple[str, str]:
-    """(field, sentence) of the first of pydantic's errors."""
+Body = TypeVar("Body", CompletionRequest, ChatRequest)
+TABLES: dict[type, tuple[fields.Table, ...]] = {
+    CompletionRequest: (fields.COMPLETION, fields.SHARED),
+    ChatRequest: (fields.CHAT, fields.SHARED),
+}
+
+
+def parse(kind: type[Body], given: Any) -> Body:
+    """A request out of parsed JSON.
+
+    Raises:
+        ApiError: 400, naming the field as the client wrote it.
+    """
+    if not isinstance(given, dict):
+        raise ApiError(400, "The request is not valid: expected a JSON object (a dictionary of fields).")
+    settled = fields.settle(given, set(kind.model_fields), *TABLES[kind])
+    if "stream_options" in settled:
+        own = set(StreamOptions.model_fields)
+        settled["stream_options"] = fields.settle(
+            settled["stream_options"], own, fields.STREAM_OPTIONS, place="stream_options."
+        )
+    if isinstance(settled.get("messages"), list):
+        settled["messages"] = [settled_message(message, i) for i, message in enumerate(settled["messages"])]
+    try:
+        return kind.model_validate(settled)
+    except ValidationError as error:
+        param, message = first_problem(list(error.errors(include_url=False, include_input=False)))
+        raise ApiError(400, message, param) from None
+
+
+def first_problem(errors: list[Any]) -> tuple[str | None, str]:
+    """(field, sentence) of the first of pydantic's errors. Our own begin with the field that they are about."""
     error = errors[0]
-    path = ".".join(str(part) for part in error["loc"])
-    return str(next(iter(error["loc"]), "")), f"{path}: {error['msg']}" if path else str(error["msg"])
+    path = [str(part) for part in error["loc"] if not str(part).startswith("<")]
+    message = str(error["msg"])
+    if error["type"] == "value_error":
+        field, colon, rest = message.removeprefix("Value error, ").partition(": ")
+        path, message = ([*path, field], rest) if colon else (path, field)
+    where = ".".join(path)
+    return where or None, f"{where}: {message}" if where else message

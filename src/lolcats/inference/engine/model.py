@@ -1,0 +1,57 @@
+"""What the engine asks of a model: that it can run it, how its weights lie in memory, which tokens end a sequence."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from lolcats.errors import LolcatsError, out_of_memory
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse what the engine cannot run, in a sentence."""
+    if not hasattr(model.config, "lolcats"):
+        raise LolcatsError("The engine runs linearized models; convert this one first: lolcats linearize.")
+    kept = [entry["layer"] for entry in model.config.lolcats["layers"] if entry["kind"] == "softmax"]
+    if kept:
+        raise LolcatsError(
+            f"Layers {', '.join(map(str, kept))} kept softmax attention, whose cache grows with every token: "
+            "the engine holds states of fixed size only. Use lolcats generate for this model."
+        )
+    cache = DynamicCache(config=model.config).layers
+    if others := [str(i) for i, layer in enumerate(cache) if isinstance(layer, LinearAttentionCacheLayerMixin)]:
+        raise LolcatsError(
+            f"Layers {', '.join(others)} have a recurrence or convolution of the base model's own, whose state the "
+            "engine does not hold. Use lolcats generate for this model."
+        )
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise LolcatsError(f"{type(model).__name__} takes no position_ids, which rows of different lengths need.")
+
+
+def lay_out_for_vectors(model: PreTrainedModel) -> None:
+    """Store the weights of linear layers column by column: values and shapes stay.
+
+    For a single row BLAS then adds columns on all cores, where dot products with rows ran on one: a third less time for
+    batch 1 and 2 on two cores, up to 12 % more for batch 16 (benchmarks/LOG.md).
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """The end-of-sequence tokens of the model's generation settings and of the tokenizer."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    return {token for token in (*configured, tokenizer.eos_token_id) if token is not None}
+
+
+def broke_the_device(error: BaseException) -> bool:
+    """Whether a GPU is unusable until the process ends, as it is after an illegal access, but not without memory."""
+    accelerator = getattr(torch, "AcceleratorError", ())
+    named = isinstance(error, accelerator) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+    return named and not out_of_memory(error)

@@ -1,0 +1,174 @@
+"""Messages of a conversation: what clients send, and as much of it as the model's chat template knows."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from lolcats.inference.generate import plain_text
+from lolcats.inference.server import fields
+from lolcats.inference.server.errors import ApiError
+from lolcats.inference.server.strict import Int, Strict, Text
+
+MARK = "qzx7kjw"
+"""A name or text that no template has: if it is in what a template makes, the template knows where it came from."""
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class Function(Strict):
+    name: Text
+    arguments: Text | dict[str, Any] = ""
+
+
+class ToolCall(Strict):
+    id: Text = ""
+    type: Literal["function"] = "function"
+    function: Function
+    index: Int = 0
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it: arguments are an object there."""
+        arguments: Any = self.function.arguments
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError:
+                arguments = self.function.arguments
+        return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class ToolFunction(Strict):
+    name: Text
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: ToolFunction
+
+    def plain(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[
+        Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Tag("<parts>")],
+        Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<text>"),
+    ] | None = None  # fmt: skip
+    name: Text | None = None
+    tool_calls: list[ToolCall] = Field([])
+    tool_call_id: Text | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content: expected text; only an assistant's may be null")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls: only an assistant's message has them")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError("tool_call_id: only a tool's message has one")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        parts = self.content or ""
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        result: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        result |= {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
+        if self.tool_calls:
+            result["tool_calls"] = [call.plain() for call in self.tool_calls]
+        return result
+
+
+def settled_message(given: Any, number: int) -> Any:
+    """A message without the fields that change nothing; see :func:`.fields.settle`."""
+    place = f"messages.{number}."
+    message = fields.settle(given, set(Message.model_fields), fields.MESSAGE, place=place)
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    for i, part in enumerate(message["content"]):
+        if isinstance(part, dict) and part.get("type") != "text":
+            where = f"{place}content.{i}.type"
+            raise ApiError(400, f'{where}: expected "text", got {part.get("type")!r}; this server reads text.', where)
+    parts = [
+        fields.settle(part, set(TextPart.model_fields), fields.TEXT_PART, place=f"{place}content.{i}.")
+        for i, part in enumerate(message["content"])
+    ]
+    return {**message, "content": parts}
+
+
+class Template:
+    """A tokenizer's chat template, and what it knows besides plain messages."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def check(self, messages: list[Message], tools: list[Tool]) -> None:
+        """Refuse what the template would leave out.
+
+        Raises:
+            ApiError: tools, tool calls or tool messages that it does not know.
+        """
+        if tools and not self.knows_tools:
+            raise ApiError(400, "tools: this model's chat template does not know tools.", "tools")
+        for i, message in enumerate(messages):
+            if message.tool_calls and not self.knows_tool_calls:
+                field = f"messages.{i}.tool_calls"
+                raise ApiError(400, f"{field}: this model's chat template does not know tool calls.", field)
+            if message.role == "tool" and not self.knows_tool_messages:
+                field = f"messages.{i}.role"
+                raise ApiError(400, f"{field}: this model's chat template does not know the role tool.", field)
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        """The text of a conversation, up to where the assistant's answer begins.
+
+        Raises:
+            ApiError: the template refuses the messages.
+        """
+        if not self.tokenizer.chat_template:
+            return plain_text(messages)
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+            )
+        except Exception as error:  # whatever a template raises, it does so because of these messages
+            raise ApiError(400, f"The chat template refuses these messages: {error}", "messages") from None
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        function = {"name": MARK, "description": "", "parameters": {"type": "object", "properties": {}}}
+        return self._shows([_USER], [{"type": "function", "function": function}])
+
+    @cached_property
+    def knows_tool_calls(self) -> bool:
+        return self._shows([_USER, _called(MARK)])
+
+    @cached_property
+    def knows_tool_messages(self) -> bool:
+        called = [_called("f")] if self.knows_tool_calls else []
+        answer = {"role": "tool", "content": MARK, "tool_call_id": "call00001", "name": "f"}
+        return self._shows([_USER, *called, answer])
+
+    def _shows(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> bool:
+        try:
+            return bool(self.tokenizer.chat_template) and MARK in self.render(messages, tools)
+        except ApiError:
+            return False
+
+
+_USER = {"role": "user", "content": "a"}
+
+
+def _called(name: str) -> dict[str, Any]:
+    call = {"id": "call00001", "type": "function", "function": {"name": name, "arguments": {}}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
