@@ -6,7 +6,7 @@ QUICK := -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-oldest lint docs clean
+.PHONY: demo test test-all test-oldest test-clients compatibility lint docs clean
 
 demo: .venv-demo/done
 	.venv-demo/bin/python examples/demo.py
@@ -22,6 +22,13 @@ test-all: .venv/done test-oldest
 # The same quick tests with the oldest transformers and peft that we support.
 test-oldest: .venv-oldest/done
 	.venv-oldest/bin/python $(QUICK)
+
+# The clients that docs/compatibility.md lists, against a real server; the page must be what they show.
+test-clients: .venv/done .venv-clients/done
+	.venv-clients/bin/python -m pytest tests/clients --check-compatibility=docs/compatibility.md
+
+compatibility: .venv/done .venv-clients/done
+	.venv-clients/bin/python -m pytest tests/clients --write-compatibility=docs/compatibility.md
 
 lint: .venv/done
 	.venv/bin/ruff check .
@@ -50,5 +57,10 @@ docs: .venv/done
 	.venv-oldest/bin/pip install -q -c .venv-oldest/constraints.txt -e ".[dev]"
 	touch $@
 
+.venv-clients/done: tests/clients/constraints.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install -q --no-deps -r tests/clients/constraints.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-demo .venv-oldest demo-data demo-output site
+	rm -rf .venv .venv-clients .venv-demo .venv-oldest demo-data demo-output site

@@ -31,6 +31,7 @@ from transformers import (
 from lolcats.report import html
 from lolcats.run import Run
 
+collect_ignore = ["clients"]  # has an environment of its own: make test-clients
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
 WORDS = [

@@ -143,5 +143,5 @@ def test_a_grammar_that_fails_in_the_middle_ends_its_own_request(
     plain.start()
     broken = post(server[0], response_format=format_of(SCHEMA))
     plain.join()
-    assert (broken.status_code, broken.json()["error"]["message"]) == (500, "GrammarError: too much")
+    assert (broken.status_code, broken.json()["error"]["message"]) == (400, "too much")
     assert replies[0].json()["choices"] == expected

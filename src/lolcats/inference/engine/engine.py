@@ -372,7 +372,7 @@ class Engine:
         try:
             return request.delta(token, logprob, token in self.stop_tokens)
         except Exception as error:
-            log.exception("A token could not be turned into text; its request ends.")
+            _log("A token could not be taken; its request ends", error)
             return _failure(error)
 
     def _tell(self, request: Request, delta: Delta) -> None:
@@ -405,7 +405,7 @@ class Engine:
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         """End these requests with an error."""
-        log.error("%d requests end with an error.", len(requests), exc_info=error)
+        _log(f"{len(requests)} requests end with an error", error)
         if self._breaks(error):
             return
         for request in requests:
@@ -414,7 +414,7 @@ class Engine:
 
     def _fail_batch(self, error: Exception) -> None:
         """A forward pass or its tokens failed: end what was running, and empty the slots."""
-        log.error("A step of %d requests failed.", len(self.running), exc_info=error)
+        _log(f"A step of {len(self.running)} requests failed", error)
         if self._breaks(error):
             return
         requests = list(self.running)
@@ -448,7 +448,18 @@ class Engine:
 
 
 def _failure(error: Exception) -> Delta:
-    return Delta("", [], [], "error", error=f"{type(error).__name__}: {error}")
+    refused = isinstance(error, LolcatsError)
+    return Delta(
+        "", [], [], "error", error=str(error) if refused else f"{type(error).__name__}: {error}", refused=refused
+    )
+
+
+def _log(what: str, error: Exception) -> None:
+    """With a traceback only where the fault is ours."""
+    if isinstance(error, LolcatsError):
+        log.warning("%s: %s", what, error)
+    else:
+        log.error("%s.", what, exc_info=error)
 
 
 __all__ = ["Delta", "Engine", "FinishReason", "Request", "check_model"]

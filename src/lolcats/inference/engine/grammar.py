@@ -1,4 +1,4 @@
-"""Answers that follow a grammar: of one request, which tokens may come next. Uses llguidance, an optional extra."""
+"""Answers that follow a grammar: which tokens of a request may come next. Uses llguidance, an optional extra."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Matcher:
         return self._mask
 
     def accept(self, token: int) -> None:
-        """Go on to behind ``token``.
+        """Move on past ``token``.
 
         Raises:
             GrammarError: the grammar does not allow it, or costs too much from here on.

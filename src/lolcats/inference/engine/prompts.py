@@ -7,6 +7,7 @@ prefilled is next.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 
 from lolcats.inference.engine.request import Request
@@ -29,7 +30,7 @@ class Prompts:
     def __contains__(self, request: Request) -> bool:
         return request in self.requests
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Request]:
         return iter(tuple(self.requests))
 
     def add(self, request: Request) -> None:

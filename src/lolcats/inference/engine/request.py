@@ -16,7 +16,10 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(slots=True)
 class Delta:
-    """What one step added to a request: text that can be shown, tokens, and on the last one why it ended."""
+    """What one step added to a request: text that can be shown, tokens, and on the last one why it ended.
+
+    refused: the error is the request's own fault, such as a grammar that leads nowhere.
+    """
 
     text: str
     tokens: list[int]
@@ -24,6 +27,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     snapshot: Snapshot | None = None
     error: str = ""
+    refused: bool = False
 
 
 @dataclass(eq=False)
@@ -47,7 +51,7 @@ class Request:
     matcher: Matcher | None = None
     generated: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    """Of the prompt's tokens from the second on, if the parameters ask for them; whole with the first delta."""
+    """For the prompt's tokens from the second on, if the parameters ask for them; complete with the first delta."""
     prefilled: int = 0
     """Prompt tokens whose keys are in the state."""
     cached: int = 0

@@ -25,7 +25,7 @@ from lolcats.modeling.layer import LinearizedAttention
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state behind ``tokens``, one :class:`AttentionState` of batch 1 a layer.
+    """The state after ``tokens``: one :class:`AttentionState` of batch 1 for each layer.
 
     Nothing changes it, so using it twice forks the sequence.
     """
@@ -157,9 +157,9 @@ class PrefixCache:
         return None
 
     def offer(self, tokens: Sequence[int], done: int, states: Sequence[AttentionState]) -> None:
-        """Keep the state behind the first ``done`` tokens of a prompt, if it is worth its memory.
+        """Keep the state after the first ``done`` tokens of a prompt, if it is worth its memory.
 
-        Of a long prompt only the ends of 1, 2, 4, 8, ... pieces and of the last whole piece are kept.
+        A long prompt keeps the states after 1, 2, 4, 8, ... pieces and after its last whole piece.
         """
         pieces, remainder = divmod(done, self.piece)
         last = done + self.piece > len(tokens)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-REPLACEMENT = "\ufffd"  # what a tokenizer gives for bytes that are no whole character yet
+REPLACEMENT = "\ufffd"  # what a tokenizer gives for an incomplete character
 
 
 class Detokenizer:
     """Text of a growing list of tokens, piece by piece.
 
-    Some tokenizers strip or add spaces at the start of what they decode, so each piece is decoded behind a few tokens
-    that are out already, and their text is cut off.
+    Some tokenizers strip or add spaces at the start of what they decode. So each piece is decoded together with the
+    few tokens before it, whose text is then cut off.
     """
 
     def __init__(self, tokenizer: Any) -> None:

@@ -117,7 +117,7 @@ def serve(compiler: Compiler) -> None:
             reply = {"error": "it leads to a place from which no token goes on"}
         except MemoryError:
             os._exit(1)
-        except BaseException as error:  # a panic of Rust is no Exception
+        except BaseException as error:  # a panic in Rust does not derive from Exception
             reply = {"error": f"llguidance failed with {type(error).__name__}"}
         answer(reply)
 

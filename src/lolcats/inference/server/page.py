@@ -48,7 +48,7 @@ def add_page(app: FastAPI, authorize: Callable[[Request], None], limits: Limits)
     @app.get("/static/{name}", include_in_schema=False)
     async def static_file(request: Request, name: str) -> Response:
         if name not in files:
-            raise ApiError(404, "There is no such file.")
+            raise ApiError(404, "This file does not exist.")
         return _file(request, name, files[name])
 
     @app.post("/markdown", include_in_schema=False)

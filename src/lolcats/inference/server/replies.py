@@ -18,7 +18,7 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     unsent: list[TokenLogprob] = field(default_factory=list)
-    """Of tokens whose text is still held back."""
+    """For tokens whose text is still held back."""
     prompt: str | None = None
     """What is to be repeated before the first token."""
 
@@ -121,12 +121,16 @@ class Reply:
         for text in texts:
             offsets.append(offset)
             offset += len(text)
-        tops = [
-            None if entry.logprob is None else {self._text(token): logprob for token, logprob in entry.top}
-            for entry in entries
-        ]
+        tops = [None if entry.logprob is None else self._tops(entry) for entry in entries]
         logprobs = [entry.logprob for entry in entries]
         return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+    def _tops(self, entry: TokenLogprob) -> dict[str, float]:
+        """By text, as OpenAI has it. Tokens that are parts of characters share one text: the likeliest counts."""
+        result: dict[str, float] = {}
+        for token, logprob in entry.top:  # the likeliest first
+            result.setdefault(self._text(token), logprob)
+        return result
 
     def _text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))

@@ -83,7 +83,7 @@ class Stream:
             self.left -= delta.finish_reason is not None
             self.streams.metrics.count(self.requests[choice], delta, time.monotonic() - self.started)
         if delta.finish_reason == "error":
-            raise ApiError(503 if self.cut else 500, delta.error)
+            raise ApiError(503 if self.cut else 400 if delta.refused else 500, delta.error)
         return choice, delta
 
     def close(self) -> None:

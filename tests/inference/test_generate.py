@@ -1,0 +1,40 @@
+"""``lolcats generate``: through the chat template, or the text as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_model
+from serving import CONFIG
+from typer.testing import CliRunner
+
+import lolcats
+from lolcats.cli import app
+from lolcats.errors import LolcatsError
+from lolcats.inference.generate import encode
+
+
+def test_raw_text_is_not_a_question(tokenizer: Any) -> None:
+    raw, asked = encode(tokenizer, "the cat", raw=True), encode(tokenizer, "the cat")
+    assert raw["input_ids"][0].tolist() == tokenizer("the cat")["input_ids"]
+    assert "<|user|>" in tokenizer.decode(asked["input_ids"][0])
+    with pytest.raises(LolcatsError, match="give a text to complete"):
+        encode(tokenizer, [{"role": "user", "content": "the cat"}], raw=True)
+
+
+def test_the_option_continues_the_text(tokenizer: Any, tmp_path: Path) -> None:
+    model = lolcats.convert(tiny_model(), CONFIG)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    command = ["generate", str(tmp_path), "--prompt", "the cat", "--max-new-tokens", "12"]
+    shown = {}
+    for raw in (False, True):
+        done = CliRunner().invoke(app, [*command, *(["--raw"] if raw else [])])
+        assert done.exit_code == 0, done.output
+        shown[raw] = done.stdout
+        ids = encode(tokenizer, "the cat", raw)["input_ids"]
+        said = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        assert tokenizer.decode(said, skip_special_tokens=True).strip() in done.stdout
+    assert shown[False] != shown[True]
