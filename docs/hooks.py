@@ -1,5 +1,8 @@
-"""What mkdocs does besides: equations become MathML while the site is built, so that no page needs a script for them;
-links to files outside of docs/ become their text (they work where the repository is read), if the files exist."""
+"""Hooks of mkdocs.
+
+Equations become MathML while the site is built, so no page needs a script for them. Links to files outside of docs/
+become plain text, after a check that the files exist; the links work where the repository is read.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ equations: list[str] = []
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
-    """Equations wait under a name that Markdown leaves alone."""
+    """Replace each equation with a placeholder that Markdown does not change."""
 
     def outside(match: re.Match[str]) -> str:
         if not (Path(config["docs_dir"]) / Path(page.file.src_path).parent / match["path"]).resolve().exists():

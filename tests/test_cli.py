@@ -1,4 +1,4 @@
-"""The command line as a user meets it: commands, and a sentence with exit code 2 for every mistake."""
+"""The command line as users see it: commands, and one sentence with exit code 2 for every mistake."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ def test_mistakes_end_in_a_sentence(model_dirs, chat_file: Path, settings, tmp_p
 
     def fails(expected: str, *changes: str, model: object = llama, data: Path = chat_file, to: Path = out) -> None:
         output = invoke("linearize", model, "--data", data, "--out", to, *sets(settings), *changes, code=2)
-        assert expected in " ".join(output.split()), output
+        assert expected in " ".join(output.replace("│", " ").split()), output
 
     fails("does not exist", model="./nothing")
     fails("No model 'nobody/nothing'", model="nobody/nothing")
-    fails("no Hugging Face model", model=tmp_path)
+    fails("is not a Hugging Face model", model=tmp_path)
     fails("Unknown recipe", "--recipe", "nonsense")
     fails("Unknown configuration key attention.windw", "--set", "attention.windw=3")
     fails("below two windows", "--set", "data.sequence_length=15")
@@ -93,7 +93,7 @@ def test_mistakes_end_in_a_sentence(model_dirs, chat_file: Path, settings, tmp_p
     fails("is a file", to=tmp_path / "file")
     fails("not available", "--set", "device=mps")
     fails("is linearized already", model=finished)
-    fails("nothing in it is 'q_prj'", "--set", "finetune.targets=[q_prj]")
+    fails("it has no 'q_prj'", "--set", "finetune.targets=[q_prj]")
     for name, content, expected in (
         ("empty.jsonl", "", "is empty"),
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "1 broken line(s): line 2"),
@@ -152,7 +152,7 @@ def test_disk_full_keeps_everything_and_says_so(
 def test_a_disk_that_is_really_full(
     kilobytes: int, model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path
 ) -> None:
-    """A small file system fills up at different moments; with more room the same command ends with the same weights."""
+    """A small file system fills up at different moments; with more space the command ends with the same weights."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
@@ -171,7 +171,7 @@ def test_a_disk_that_is_really_full(
 
 
 class Job:
-    """``lolcats linearize`` in a process of its own, slowed so that a signal lands where it is meant to."""
+    """``lolcats linearize`` in its own process, slowed down so that signals arrive at the intended step."""
 
     SLOW = "import time, transformers; from lolcats.training import trainer as t; o = t.BestKeeper.on_step_end; " \
            "t.BestKeeper.on_step_end = lambda *a, **k: (o(*a, **k), time.sleep(0.15))[0]; " \
@@ -187,7 +187,7 @@ class Job:
         )  # fmt: skip
 
     def signal_after(self, stage: str, step: int, number: int) -> int:
-        """Send the signal once metrics.jsonl shows that training step; the exit code."""
+        """Send the signal once metrics.jsonl shows that training step; returns the exit code."""
         deadline = time.time() + 120
         while not self._reached(stage, step):
             assert self.process.poll() is None, self.process.communicate()[1]
@@ -212,7 +212,7 @@ class Job:
 def test_killed_at_any_moment_gives_the_same_weights(
     model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path
 ) -> None:
-    """SIGKILL at three moments in each stage, one after another in the same directory; then the run finishes."""
+    """SIGKILL three times in each stage, always in the same directory; then the run finishes."""
     for stage, step in [("transfer", 1), ("transfer", 3), ("transfer", 5), ("finetune", 1), ("finetune", 2),
                         ("finetune", 3)]:  # fmt: skip
         job = Job(model_dirs["llama"], chat_file, tmp_path / "out", settings)

@@ -1,4 +1,4 @@
-"""Recipes, overrides, and configurations that cannot be."""
+"""Recipes, overrides, and invalid configurations."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Damaged adapters and GGUF files: never a crash, a hang, or a silent success with other content.
 
-10,000 cases in the slow suite, a few hundred in the quick one; every case is known by its number. Anything but a
-LolcatsError fails the test, and so does a load that succeeds with tensors or settings that are not the undamaged ones.
+10,000 cases in the slow suite, a few hundred in the quick one; each case is identified by its number. Any error other
+than LolcatsError fails the test, and so does a load that returns tensors or settings that differ from the undamaged
+ones.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=4)
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory, model_dirs) -> Path:
-    """A whole adapter of a tiny model with feature maps and LoRA of one matrix a layer."""
+    """A complete adapter of a tiny model, with feature maps and LoRA on one projection per layer."""
     directory, base = tmp_path_factory.mktemp("adapter"), find_base(str(model_dirs["llama"]))
     model = lolcats.convert(load_model(base, torch.float32), SMALL)
     save_adapter_config(model, base, directory)
@@ -74,7 +75,7 @@ def limited(case: int) -> Iterator[None]:
 
 
 def damaged(data: bytes, rng: random.Random, header: int) -> bytes:
-    """One thing wrong: bits, bytes, a cut, something put in or taken out, a length that lies; mostly in the header."""
+    """Damage one thing: a bit, a byte, a cut, an insertion or removal, a wrong length; mostly in the header."""
     changed, place = bytearray(data), rng.randrange(header if rng.random() < 0.7 else len(data))
     match rng.randrange(7):
         case 0:
@@ -96,7 +97,7 @@ def damaged(data: bytes, rng: random.Random, header: int) -> bytes:
 
 
 def safetensors_damage(data: bytes, rng: random.Random) -> bytes:
-    """As above, or a header that is valid JSON and lies: other dtypes, shapes, offsets, very deep, very long."""
+    """As above, or a wrong header in valid JSON: other dtypes, shapes or offsets, very deep, very long."""
     length = struct.unpack_from("<Q", data)[0]
     if rng.random() < 0.7:
         return damaged(data, rng, 8 + length)
@@ -128,7 +129,7 @@ def safetensors_damage(data: bytes, rng: random.Random) -> bytes:
 
 
 def json_damage(data: bytes, rng: random.Random) -> bytes:
-    """Of a config.json: as above, or valid JSON with a value of our section changed, removed, or very deep."""
+    """For a config.json: as above, or valid JSON with a value of our section changed, removed, or very deep."""
     if rng.random() < 0.5:
         return damaged(data, rng, len(data))
     tree = json.loads(data)
@@ -150,7 +151,7 @@ def json_damage(data: bytes, rng: random.Random) -> bytes:
 
 
 def fuzz(cases: range, seed: str, damage: Callable[[random.Random], Any], load: Callable[[Any], bool]) -> int:
-    """``load`` says whether what it loaded is the undamaged content; how many cases were refused."""
+    """Number of cases that were refused. ``load`` returns whether it loaded the undamaged content."""
     refused = 0
     for case in cases:
         content = damage(random.Random(f"{seed} {case}"))
@@ -183,7 +184,7 @@ def config_case(adapter: Path, place: Path) -> tuple[Callable, Callable]:
     expected = AutoConfig.from_pretrained(str(adapter)).lolcats
 
     def load(content: bytes) -> bool:
-        """As lolcats.load does before it reads weights; a file that no longer says lolcats is another model's."""
+        """As lolcats.load does before it reads weights. A file that no longer says lolcats counts as another model."""
         (place / "config.json").write_bytes(content)
         (place / FEATURE_MAPS).write_bytes(b"")
         with pytest.MonkeyPatch.context() as patch:
@@ -204,7 +205,8 @@ def stop() -> Any:
 
 
 def header_case(gguf_file: Path, place: Path) -> tuple[Callable, Callable]:
-    """What is valid in itself may be loaded: a GGUF file has no checksum of its own, adapters know the whole file's."""
+    """A consistent file may be loaded: a GGUF file has no checksum of its own, but adapters know that of the whole
+    file."""
     data, fingerprint = gguf_file.read_bytes(), find_base(str(gguf_file)).fingerprint
 
     def load(content: bytes) -> bool:
@@ -219,7 +221,7 @@ def model_case(gguf_file: Path, place: Path) -> tuple[Callable, Callable]:
     data, expected = gguf_file.read_bytes(), load_model(find_base(str(gguf_file)), torch.float32).state_dict()
 
     def load(content: bytes) -> bool:
-        """A file without checksum: loaded is all of a model of the same shapes, or nothing."""
+        """Without a checksum, a load must give a complete model of the same shapes, or fail."""
         place.write_bytes(content)
         found = load_model(find_base(str(place)), torch.float32).state_dict()
         return {n: x.shape for n, x in found.items()} == {n: x.shape for n, x in expected.items()}
@@ -285,12 +287,12 @@ def test_a_changed_value_is_noticed(adapter: Path, tmp_path: Path) -> None:
     data = bytearray((place / FEATURE_MAPS).read_bytes())
     data[-3] ^= 1
     (place / FEATURE_MAPS).write_bytes(data)
-    with pytest.raises(LolcatsError, match="another checksum"):
+    with pytest.raises(LolcatsError, match="the checksum of its tensors does not match"):
         lolcats.load(place)
     shutil.copy(adapter / FEATURE_MAPS, place / FEATURE_MAPS)
     config = (place / "config.json").read_text()
     (place / "config.json").write_text(config.replace('"window_size": 8', '"window_size": 9'))
-    with pytest.raises(LolcatsError, match=r"take lolcats\.sha256 out"):
+    with pytest.raises(LolcatsError, match=r"checksum does not match\. .* remove lolcats\.sha256"):
         lolcats.load(place)
     tree = json.loads((place / "config.json").read_text())
     del tree["lolcats"]["sha256"]
@@ -314,7 +316,7 @@ def test_files_without_a_checksum_are_read(tmp_path: Path) -> None:
 
 
 def test_a_base_model_with_a_tensor_missing_is_refused(model_dirs, tmp_path: Path) -> None:
-    """transformers itself would go on with random numbers."""
+    """transformers itself would continue with random numbers."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(model_dirs["llama"], tmp_path / "base")

@@ -1,4 +1,4 @@
-"""The pages of docs/: they build, what they name exists, and the tutorial runs."""
+"""The pages of docs/ and the README: they build, what they name exists, the tutorial runs, the English is plain."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,16 @@ from lolcats.config import Config, recipe_names
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "benchmarks/quality/README.md"])
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
-VALUE = r"(?:'[^']*'|\"[^\"]*\"|\S+)"
+HEADINGS = ["Try it", "Install", "Use it", "In Python", "Will my model work?", "Links"]
+TELL_TALE = (
+    "window alone", "behind rope", "in front of rope", "(?<!there )are none", "is none of", "that is none",
+    "is no number", "are no numbers", "no numbers", "at most so many", "behind so many", "behind the last",
+    "behind them", "rank 0 alone", "by no means",
+)  # fmt: skip
+"""Phrases that stand for stiff English; each has a plain form (the window only, after RoPE, NaN, maximum number of)."""
+QUOTED = re.compile(r"""^\w*(\"{3}|'{3}|"|')(.*)\1$""", re.S)
+PARTS_OF_STRINGS = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+BETWEEN = {tokenize.NL, getattr(tokenize, "FSTRING_START", tokenize.NL), getattr(tokenize, "FSTRING_END", tokenize.NL)}
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -35,7 +45,7 @@ def names(paths: list[Path]) -> list[str]:
 
 
 def shell_lines(page: Path) -> Iterator[list[str]]:
-    """The words of every command in a page's bash blocks, continued lines joined and comments dropped."""
+    """The words of every command in a page's bash blocks; continued lines are joined, comments dropped."""
     for language, _, block in FENCE.findall(page.read_text()):
         if language == "bash":
             for line in block.replace("\\\n", " ").splitlines():
@@ -44,7 +54,7 @@ def shell_lines(page: Path) -> Iterator[list[str]]:
 
 
 def subcommand(words: list[str]) -> tuple[click.Command, list[str]] | None:
-    """The command that a line calls and the words behind its name; None if it calls none of ours."""
+    """The lolcats command that a line calls, and the words after its name; None for other programs."""
     programs = ("lolcats", "lolcats.cli")
     start = next((i for i, word in enumerate(words) if word in programs), None)
     if start is None:
@@ -106,11 +116,109 @@ def test_a_wrong_command_is_found(tmp_path: Path) -> None:
             test_commands_options_recipes_and_settings_exist(page)
 
 
+def test_the_readme_is_short_and_in_order() -> None:
+    readme = ROOT / "README.md"
+    assert readme.stat().st_size <= 12_288
+    assert re.findall(r"^#+ (.*)$", FENCE.sub("", readme.read_text()), re.M) == ["lolcats", *HEADINGS]
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    """mkdocs checks the links of docs/; the README is outside of it."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text())
+    assert len(targets) > 30
+    for target in targets:
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            assert (ROOT / path).exists(), target
+            headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.M) if anchor else []
+            assert not anchor or anchor in [re.sub(r"[^\w-]", "", h.lower().replace(" ", "-")) for h in headings], (
+                target
+            )
+
+
 def test_figures_on_the_first_page_are_the_readmes() -> None:
     readme = set((ROOT / "README.md").read_text().splitlines())
     rows = [line for line in (ROOT / "docs/index.md").read_text().splitlines() if re.match(r"\|.*\d.*\|$", line)]
     assert len(rows) > 15
     assert [row for row in rows if row not in readme] == []
+
+
+def paths_in_the_tree() -> set[str]:
+    """The Python files that docs/tree.md lists below src/lolcats/, each with its folders."""
+    folders: list[tuple[int, str]] = []
+    paths = set()
+    block = (ROOT / "docs/tree.md").read_text().partition("src/lolcats/\n")[2].partition("\ntests/")[0]
+    for line in block.splitlines():
+        indent = len(line) - len(line.lstrip())
+        folders = [entry for entry in folders if entry[0] < indent]
+        prefix = "".join(name for _, name in folders)
+        if folder := re.match(r" *(\w+/)(?: |$)", line):
+            folders.append((indent, folder[1]))
+            prefix += folder[1]
+        names = re.match(r" *((?:[\w/]+(?:\.py)?,? )*)", line)
+        listed = re.findall(r"\w+\.py", line if folder else names[1])  # type: ignore[index]
+        paths |= {prefix + name for name in listed}
+    return paths
+
+
+def modules() -> set[str]:
+    source = ROOT / "src/lolcats"
+    return {str(path.relative_to(source)) for path in source.rglob("*.py")}
+
+
+def test_the_tree_lists_every_module() -> None:
+    assert paths_in_the_tree() == {name for name in modules() if not name.endswith("__init__.py")}
+
+
+def test_terms_of_the_glossary_name_their_modules() -> None:
+    entries = re.findall(r"^- \*\*(.+?)\*\*.*?\(`(.+?)`\): ", (ROOT / "docs/glossary.md").read_text(), re.M)
+    terms = [term.lower() for names, _ in entries for term in names.split(", ")]
+    assert len(terms) == len(set(terms)) > 40
+    assert {module for _, module in entries} <= modules()
+
+
+def prose_of_code(path: Path) -> Iterator[tuple[int, str]]:
+    """First line and text of a file's strings and comments; adjacent strings, or lines of a comment, are one text."""
+    line, kind = 0, tokenize.ENDMARKER
+    parts: list[str] = []
+    for token in tokenize.generate_tokens(path.open().readline):
+        now = tokenize.STRING if token.type in PARTS_OF_STRINGS else token.type
+        if now in BETWEEN:
+            continue
+        if parts and now != kind:
+            yield line, "".join(parts)
+            parts = []
+        line, kind = (line if parts else token.start[0]), now
+        if now == tokenize.COMMENT:
+            parts.append(" " + token.string.lstrip("#: "))
+        elif now == tokenize.STRING:
+            parts.append(QUOTED.sub(r"\2", token.string))
+
+
+def tell_tale_phrases(text: str) -> list[str]:
+    plain = " ".join(text.lower().replace("*", "").split())
+    return [phrase for phrase in TELL_TALE if re.search(rf"\b{phrase}\b", plain)]
+
+
+def test_no_tell_tale_phrases() -> None:
+    """Plain English in docs, README, and strings and comments of the code. Names of the code are free."""
+    found = []
+    for page in [*ROOT.glob("docs/**/*.md"), ROOT / "README.md"]:
+        found += [f"{page.relative_to(ROOT)}: {phrase}" for phrase in tell_tale_phrases(page.read_text())]
+    for path in sorted(ROOT.glob("src/**/*.py")):
+        for line, text in prose_of_code(path):
+            found += [f"{path.relative_to(ROOT)}:{line}: {phrase}" for phrase in tell_tale_phrases(text)]
+    assert not found, "\n".join(found)
+
+
+def test_tell_tale_phrases_are_found_in_strings_and_comments(tmp_path: Path) -> None:
+    path = tmp_path / "code.py"
+    path.write_text(
+        'behind_rope = 1\n# the window\n# alone\nx = ("at most "\n     f"so many {x}")\n\n\n'
+        'def f():\n    """Maps behind\n    RoPE."""\n'
+    )
+    found = [(line, phrase) for line, text in prose_of_code(path) for phrase in tell_tale_phrases(text)]
+    assert found == [(2, "window alone"), (4, "at most so many"), (9, "behind rope")]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Rows of the experiments through the whole job: prior art in both stages, saved, loaded, generating; kinds of data."""
+"""Rows of the experiments through the whole pipeline: prior art in both stages, saving, loading, generation."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_whole_job(row: str, model_dirs: dict[str, Path], chat_file: Path, setti
 
 
 def test_supra_saves_its_norm_and_trains_it(model_dirs, chat_file: Path, settings: list[str], tmp_path: Path) -> None:
-    """In stage 1 with the feature maps, in stage 2 with them or not at all."""
+    """In stage 1 it trains with the feature maps, in stage 2 with them or not at all."""
     saved = {}
     for name, more in (("stage 1", ["finetune.max_steps=0"]), ("both", []), ("stage 2", NO_TRANSFER)):
         config = load_config("default", [*settings, *SUPRA, *more])
@@ -76,7 +76,7 @@ def test_supra_saves_its_norm_and_trains_it(model_dirs, chat_file: Path, setting
 
 
 def test_half_and_half_and_longest_effective_lengths(model_dirs, settings: list[str], tmp_path: Path) -> None:
-    """The paper's Tables 14 and 15 as rows of one sweep: each trains on the rows that it should, the others on all."""
+    """The paper's Tables 14 and 15 as rows of one sweep: each trains on its own selection of rows."""
     rng = random.Random(0)
     for name, mark in (("a", "A"), ("b", "B")):
         texts = [f"{mark} {sentence(rng, rng.randint(5, 60))}" for _ in range(150)]

@@ -58,7 +58,7 @@ def test_whole_job(family: str, model_dirs, chat_file: Path, settings, tmp_path:
     assert f"{run.results['ppl_student']:.2f}" in card
     assert "window only, nothing trained" in card
 
-    # The same command again does nothing; another one is refused.
+    # The same command again does nothing; a different one is refused.
     before = (out / "run.json").read_bytes(), (out / "merged" / "model.safetensors").stat().st_mtime_ns
     linearize(str(model_dirs[family]), str(chat_file), out, config, say=lambda _: None)
     assert before == ((out / "run.json").read_bytes(), (out / "merged" / "model.safetensors").stat().st_mtime_ns)
@@ -78,14 +78,14 @@ def test_parts_equal_the_whole(model_dirs, chat_file: Path, settings, tmp_path: 
     config, quiet = load_config("default", settings), lambda _: None
     linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "whole", config, merge=False, say=quiet)
     run_transfer(start(Inputs(str(model_dirs["llama"])), str(chat_file), tmp_path / "parts", config, quiet))
-    between = lolcats.load(tmp_path / "parts")  # stage 1 alone is loadable
+    between = lolcats.load(tmp_path / "parts")  # stage 1 is loadable without stage 2
     assert len(linearized_layers(between)) == 2
     run_finetune(resume(tmp_path / "parts", quiet))
     for name in ("feature_maps.safetensors", "lora/adapter_model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-def test_run_from_before_a_setting_existed_goes_on(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
+def test_a_run_from_before_a_setting_existed_continues(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
     config, quiet = load_config("default", settings), lambda _: None
     start(Inputs(str(model_dirs["llama"])), str(chat_file), tmp_path / "out", config, quiet)
     path = tmp_path / "out" / "run.json"
@@ -98,7 +98,7 @@ def test_run_from_before_a_setting_existed_goes_on(model_dirs, chat_file: Path, 
         start(Inputs(str(model_dirs["llama"])), str(chat_file), tmp_path / "out", changed, quiet)
 
 
-def test_another_run_in_the_same_place_is_refused(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
+def test_another_run_in_the_same_directory_is_refused(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
     config, quiet = load_config("default", settings), lambda _: None
     llama = str(model_dirs["llama"])
     start(Inputs(llama), str(chat_file), tmp_path / "out", config, quiet)
@@ -109,11 +109,11 @@ def test_another_run_in_the_same_place_is_refused(model_dirs, chat_file: Path, s
         start(Inputs(llama), str(chat_file), tmp_path / "out", changed, quiet)
     other = tmp_path / "other.jsonl"
     other.write_text(chat_file.read_text()[::-1].replace("}", "{") and chat_file.read_text().replace("cat", "dog"))
-    with pytest.raises(LolcatsError, match="its data were other rows"):
+    with pytest.raises(LolcatsError, match="its data differs"):
         start(Inputs(llama), str(other), tmp_path / "out", config, quiet)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(LolcatsError, match="not empty and holds no lolcats run"):
+    with pytest.raises(LolcatsError, match="not empty and does not hold a lolcats run"):
         start(Inputs(llama), str(chat_file), tmp_path / "full", config, quiet)
 
 
@@ -129,7 +129,7 @@ def test_adapter_refuses_a_changed_base(chat_file: Path, settings, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["linear", "window", "softmax"])
 def test_controls_and_stages_skipped(kind: str, model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
-    """Linear only; the control without linear term + LoRA; the teacher + the same LoRA: one setting each."""
+    """Only linear attention; the control with LoRA but no linear term; the teacher with the same LoRA."""
     config = load_config("default", [*settings, f"attention.kind={kind}"])
     run = linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "out", config, say=lambda _: None)
     assert ("skipped" in run.record["stages"]["transfer"]) == (kind != "linear")
@@ -165,7 +165,7 @@ def test_record_is_complete(model_dirs, chat_file: Path, settings, tmp_path: Pat
 
 @pytest.mark.slow
 def test_long_sequences_through_the_cache(tokenizer) -> None:
-    """2,000 generated tokens equal the full forward, with a state that stays as large as it was."""
+    """2,000 generated tokens equal the full forward, with a state of constant size."""
     model = lolcats.convert(tiny_model("llama"), lolcats.config.AttentionConfig(window_size=16, sinks=4, feature_dim=8))
     ids = torch.tensor([tokenizer.encode(sentence(random.Random(2), 30))])[:, :30]
     out = model.generate(ids, max_new_tokens=1970, do_sample=False, eos_token_id=None, return_dict_in_generate=True)

@@ -1,4 +1,4 @@
-"""lolcats plan: counts against real models, memory and time against the committed measurements, refusals."""
+"""lolcats plan: counts against real models, memory and time against committed measurements, refusals."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_memory_and_time_are_those_measured(part: str, measured_geometry: tuple[
 
 
 @pytest.mark.parametrize("maps", ["per_query_head", "per_kv_head"])
-def test_maps_in_front_of_rope_keep_their_inputs(maps: str) -> None:
+def test_maps_before_rope_keep_their_inputs(maps: str) -> None:
     stage2 = {}
     for inputs in ("rotated", "unrotated"):
         size, config = llama("llama-3-8b", f"attention.feature_inputs={inputs}", f"attention.key_maps={maps}")
@@ -179,7 +179,7 @@ def form(plans: list[Any], schedule: str) -> Any:
 
 
 def test_whole_models_where_they_fit_and_shards_where_not() -> None:
-    """Of a model that one GPU holds, the whole one on each is faster: nothing is gathered."""
+    """If one GPU holds the model, a whole copy on each GPU is faster than shards, as nothing is gathered."""
     size, config = llama("llama-3-8b", "finetune.micro_batch_size=4")
     plans = plan_finetune(size, config, Machine(gpus=2), Work())
     assert [plan.schedule for plan in plans] == [
@@ -255,12 +255,12 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     plans = plan_finetune(size, config, machine, Work())
     text = report.refusal(plans, size, config, machine, Work())
     assert "Stage 2 does not fit in any form" in text
-    assert "16 such GPUs would do" in text
+    assert "It would fit on 16 such GPUs" in text
     enough = Machine(gpus=16)
     roomy = load_config("default", ["finetune.batch_size=16", "finetune.micro_batch_size=1"])
     assert not report.refusal(plan_finetune(size, roomy, enough, Work()), size, roomy, enough, Work())
     tiny = Machine(gpu_memory=GIB)
-    assert "No number of such GPUs" in report.refusal(
+    assert "No number of such GPUs is enough" in report.refusal(
         plan_finetune(size, config, tiny, Work()), size, config, tiny, Work())  # fmt: skip
     assert "GiB of host memory and" in report.refusal(
         plan_transfer(size, config, tiny, Work()), size, config, tiny, Work())  # fmt: skip
@@ -295,16 +295,16 @@ def test_command_line(model_dirs: dict[str, Path], capsys: pytest.CaptureFixture
     assert run(str(model_dirs["gemma3"]), *small).exit_code == 0
     done = run(str(model_dirs["gemma3"] / "config.json"), *small, "--recipe", "long")
     assert done.exit_code == 0
-    assert "Times are those of attention.feature_inputs=rotated" in done.output
+    assert "Times were measured with attention.feature_inputs=rotated" in done.output
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
-    (["nowhere/at-all"], "No configuration of"),
+    (["nowhere/at-all"], "Cannot load a configuration from"),
     (["llama-3-8b", "--gpus", "3"], "3 GPUs cannot share equally. Use 1, 2, 4, 8 GPUs"),
     (["llama-3-8b", "--gpus", "0"], "gpus must be above 0"),
     (["llama-3-8b", "--tokens", "many"], "--tokens many: expected a quantity"),
-    (["llama-3.1-70b"], "2 such GPUs would do"),
-    (["llama-3-8b", "--disk", "1GB"], "disk"),
+    (["llama-3.1-70b"], "It would fit on 2 such GPUs"),
+    (["llama-3-8b", "--disk", "1GB"], "disk: needs"),
 ])  # fmt: skip
 def test_bad_input_is_a_sentence(arguments: list[str], sentence: str) -> None:
     done = run(*arguments)
@@ -313,7 +313,7 @@ def test_bad_input_is_a_sentence(arguments: list[str], sentence: str) -> None:
     assert "Traceback" not in done.output
 
 
-def test_models_that_are_no_decoders_are_refused() -> None:
+def test_models_that_are_not_decoders_are_refused() -> None:
     from transformers import BertConfig
 
     with pytest.raises(LolcatsError):

@@ -1,4 +1,4 @@
-"""Properties that hold for whatever is put in: configurations, data files, packing. The same examples in every run."""
+"""Properties that hold for any input: configurations, data files, packing. Every run uses the same examples."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ values = st.recursive(
 
 
 def sections() -> dict[str, list[str]]:
-    """Fields of each section of a Config; those of its own are in ``""``."""
+    """The fields of each section of a Config; top-level fields are under ``""``."""
     parts = {f.name: getattr(Config(), f.name) for f in dataclasses.fields(Config)}
     inner = {name: [f.name for f in dataclasses.fields(x)] for name, x in parts.items() if dataclasses.is_dataclass(x)}
     return {"": [name for name in parts if name not in inner], **inner}
 
 
 def trees(value: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """Configurations whose keys are mostly known."""
+    """Configurations with mostly known keys."""
     known = sections()
     some = {
         name: st.dictionaries(st.sampled_from(fields) | st.text(max_size=6), value, max_size=3) | value
@@ -55,7 +55,7 @@ def trees(value: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def accepted(make: Callable[[], Any]) -> Any:
-    """What ``make`` gives; None if it was refused with a sentence. Any other error fails the test."""
+    """The result of ``make``, or None if it raised a LolcatsError. Any other error fails the test."""
     try:
         return make()
     except LolcatsError as error:
@@ -70,7 +70,7 @@ def test_any_tree_is_a_configuration_or_refused(tree: dict[str, Any]) -> None:
     config = accepted(lambda: from_dict(Config, tree))
     if config is not None:
         again = from_dict(Config, yaml.safe_load(to_yaml(config)))
-        assert repr(again) == repr(config)  # NaN is no equal of itself
+        assert repr(again) == repr(config)  # NaN does not equal itself
         assert to_dict(again).keys() == to_dict(config).keys()
 
 
@@ -82,7 +82,7 @@ plausible = {
 @quick
 @given(st.data())
 def test_valid_configurations_round_trip(data: st.DataObject) -> None:
-    """Through YAML and JSON, and every one of them is the run it was."""
+    """Through YAML and JSON; the identity of a run does not change either."""
     tree: dict[str, Any] = {}
     for name, default in vars(Config()).items():
         if not dataclasses.is_dataclass(default):
@@ -125,7 +125,7 @@ record_like = st.fixed_dictionaries({}, optional={
 
 
 def check_source(path: Path, tokenizer: Any) -> None:
-    """Rows of the right shape, or a sentence that names the file."""
+    """Rows of the right shape, or an error that names the file."""
     for read in (
         lambda: read_records(str(path), DataConfig()),
         lambda: load_rows(str(path), tokenizer, SMALL)[0],

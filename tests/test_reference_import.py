@@ -1,6 +1,6 @@
-"""Checkpoints of the paper's own code: their keys and shapes, and that the function they describe is ours.
+"""Checkpoints of the paper's own code: their keys and shapes, and that they describe our function.
 
-The files here are made by a small independent writing of that code's documented formula, not by running it.
+The files here come from a small independent implementation of that code's documented formula, not from running it.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def reference_logits(transfer: dict, lora: dict, alpha: float, terraced: bool, i
 
 @pytest.mark.parametrize("window", ["terraced", "sliding"])
 def test_imported_model_computes_their_function(window: str, model_dirs, chat_file: Path, tmp_path: Path) -> None:
-    """At lengths that are multiples of the window and at least two of them; elsewhere that code is no oracle."""
+    """At lengths that are multiples of the window and at least two windows; for others that code is not an oracle."""
     transfer, lora = transfer_state(), lora_state()
     files = save(transfer, tmp_path / "a.pt"), save(lora, tmp_path / "b.pt", bare=True)
     out = tmp_path / "out"
@@ -143,7 +143,7 @@ def test_key_table(model_dirs, tmp_path: Path) -> None:
 
 
 def test_feature_maps_of_the_second_file_replace_those_of_the_first(model_dirs, tmp_path: Path) -> None:
-    """Where stage 2 trained them, too, its file has them beside LoRA."""
+    """If stage 2 trained them too, its file contains them along with LoRA."""
     later = {name: x.detach() + 1 for name, x in transfer_state(PREFIX).items()}
     files = save(transfer_state(), tmp_path / "a.pt"), save(lora_state() | later, tmp_path / "b.pt")
     import_reference(str(model_dirs["llama"]), *files, tmp_path / "out", load_config("paper", SETTINGS))
@@ -194,7 +194,7 @@ def spoiled(what: str) -> tuple[dict, dict]:
         ("lora missing", r"b\.pt: tensor layers\.1\.self_attn\.o_proj\.lora_B\.default\.weight is missing"),
         ("lora shape", r"b\.pt: tensor layers\.1\.self_attn\.o_proj\.lora_B\.default\.weight has shape \(32, 5\)"),
         ("no lora", r"b\.pt has no LoRA matrices"),
-        ("lora first", r"give this file as --lora"),
+        ("lora first", r"pass this file as --lora"),
     ],
 )
 def test_strict(what: str, message: str, model_dirs, tmp_path: Path) -> None:

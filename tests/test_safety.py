@@ -1,4 +1,4 @@
-"""What comes with a model, an adapter or data is never run; running out of memory is a sentence."""
+"""Code in a model, an adapter or data is never run; running out of memory is an error with advice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Evil:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """Every call of torch.load, with its weights_only; pickle's own readers must not be called at all."""
+    """Records every call of torch.load and its weights_only; pickle's own readers must not be called at all."""
     calls: list[tuple[str, Any]] = []
     real = torch.load
 
@@ -54,7 +54,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 def test_a_whole_run_unpickles_nothing(
     loaded: list, model_dirs, chat_file: Path, tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted and continued: the Trainer's checkpoints are read from the run's own folder, as tensors only."""
+    """An interrupted run that is resumed: the Trainer's checkpoints are read from the run's own folder, as tensors
+    only."""
     out, config, original = tmp_path / "out", load_config("default", settings), BestKeeper.on_step_end
 
     def stopping(self, args, state, control, **kwargs):
@@ -84,7 +85,7 @@ def test_pickles_in_a_base_model_are_not_run(model_dirs, tmp_path: Path, capfd) 
     with pytest.raises(LolcatsError, match="Cannot load"):
         load_model(find_base(str(tmp_path / "base")), torch.float32)
     torch.save(tiny_model().state_dict(), tmp_path / "base" / "pytorch_model.bin")
-    load_model(find_base(str(tmp_path / "base")), torch.float32)  # tensors alone may come so
+    load_model(find_base(str(tmp_path / "base")), torch.float32)  # only tensors may be stored this way
     assert RAN not in capfd.readouterr().out
 
 

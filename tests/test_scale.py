@@ -1,4 +1,4 @@
-"""Stage 1 in turn, as a user meets it: commands, stage 2 behind it, torchrun, a real model."""
+"""Stage 1 layer by layer, as users run it: commands, stage 2 after it, torchrun, a real model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GGUF = os.environ.get("LOLCATS_TEST_GGUF", "")  # SmolLM2-135M as a GGUF file
 
 @pytest.fixture(scope="module")
 def finished(model_dirs, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole job with layers uncoupled and the model in memory."""
+    """The whole job with per-layer coupling and the model in memory."""
     out = tmp_path_factory.mktemp("run") / "out"
     uncoupled = sets([*SETTINGS, "transfer.coupling=per_layer"])
     invoke("linearize", model_dirs["llama"], "--data", chat_file, "--out", out, *uncoupled)
@@ -72,11 +72,11 @@ def test_blocks_of_two_machines(model_dirs, chat_file: Path, settings, tmp_path:
     for block in (0, 1):
         assert "Other blocks are still untrained" in transfer(f"machine{block}", "--block", block)
         assert not (tmp_path / f"machine{block}" / MAPS).exists()
-    assert "attention transfer comes first" in invoke("finetune", tmp_path / "machine0", code=2)
+    assert "run attention transfer first" in invoke("finetune", tmp_path / "machine0", code=2)
     assert "Next: lolcats finetune" in transfer("machine0", "--join", tmp_path / "machine1")
     assert same(tmp_path / "machine0", finished, MAPS)
     assert "has the blocks 0 to 1" in transfer("machine1", "--block", 2, code=2)
-    assert "no layers in training" in transfer("machine1", "--join", tmp_path / "nowhere", code=2)
+    assert "no attention transfer was started" in transfer("machine1", "--join", tmp_path / "nowhere", code=2)
 
 
 def test_mistakes_end_in_a_sentence(tokenizer, chat_file: Path, settings, tmp_path: Path, monkeypatch) -> None:
@@ -90,9 +90,9 @@ def test_mistakes_end_in_a_sentence(tokenizer, chat_file: Path, settings, tmp_pa
 
     fails("transfer.order: expected one of joint, stream, blocks, got 'layers'", schedule="layers")
     fails("needs transfer.coupling=per_layer", "--set", "transfer.coupling=joint")
-    fails("whole model must be in memory", "--set", "data.keep_longest_effective=0.5")
-    fails("Documents are kept apart inside rows", "--set", "data.reset_at_documents=true")
-    (tmp_path / "out").rename(tmp_path / "kept")  # the second was seen when the run had begun
+    fails("needs the whole model in memory", "--set", "data.keep_longest_effective=0.5")
+    fails("needs a single process that trains all layers jointly", "--set", "data.reset_at_documents=true")
+    (tmp_path / "out").rename(tmp_path / "kept")  # the last error came after the run had started
     shard = sorted((tmp_path / "model").glob("*.safetensors"))[1]
     content = shard.read_bytes()
     shard.unlink()
@@ -111,14 +111,14 @@ def test_mistakes_end_in_a_sentence(tokenizer, chat_file: Path, settings, tmp_pa
 
 
 @pytest.mark.parametrize("schedule", ["joint", "stream"])
-def test_a_block_of_none_is_refused_before_anything_is_read(schedule: str, tmp_path: Path) -> None:
+def test_block_without_blocks_is_refused_before_anything_is_read(schedule: str, tmp_path: Path) -> None:
     nothing = ("no-model", "--data", "no-data", "--out", tmp_path / "out")
-    assert "this run has none" in invoke("transfer", *nothing, "--schedule", schedule, "--block", 0, code=2)
+    assert "this run has no blocks" in invoke("transfer", *nothing, "--schedule", schedule, "--block", 0, code=2)
 
 
 @pytest.mark.slow
 def test_torchrun(model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path) -> None:
-    """The command itself on two ranks: one directory, whole, in which stage 2 goes on."""
+    """The command on two ranks leaves one complete directory, in which stage 2 continues."""
     out = tmp_path / "out"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     command = [*torchrun, "lolcats.cli", "transfer", model_dirs["llama"], "--data", chat_file, "--out", out,

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Both stages on all GPUs of one machine.
 #   MODEL=meta-llama/Llama-3.1-70B DATA=alpaca.jsonl OUT=run RECIPE=paper-70b bash examples/launch/one_node.sh
-# Killed at any moment, the same command continues.
+# If it is killed, run the same command again to continue.
 set -euo pipefail
 : "${MODEL:?a hub id or a model directory}" "${DATA:?a file or a hub data set}" "${OUT:?a directory to write}"
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}

@@ -3,8 +3,8 @@
     import lolcats
     model = lolcats.convert(model, lolcats.load_config("default"))
 
-Importing this package registers ``model_type: lolcats`` with transformers, so that
-``AutoModelForCausalLM.from_pretrained(DIR)`` loads linearized models. Everything else is imported when first used.
+Importing this package registers ``model_type: lolcats`` with transformers, so
+``AutoModelForCausalLM.from_pretrained(DIR)`` loads linearized models. Everything else is imported on first use.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The one typed configuration: recipes (YAML), ``--set a.b=c`` and saved runs all resolve to a :class:`Config`.
 
-Unknown keys, wrong types and impossible combinations raise :class:`LolcatsError` naming the key.
+Unknown keys, wrong types and impossible combinations raise a :class:`LolcatsError` that names the key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lolcats.errors import LolcatsError
 T = TypeVar("T")
 
 PLACEMENT = {"transfer": ("order", "block_size", "chunk_tokens"), "finetune": ("sharding",)}
-"""Settings that say where the work of a stage is done; they change no result."""
+"""Settings that decide where and in which order a stage is computed; they do not change its result."""
 
 Kind = Literal["hybrid", "linear", "window", "softmax"]
 Control = Literal["window_lora", "teacher_lora"]
@@ -32,29 +32,34 @@ class AttentionConfig:
     """What replaces softmax attention, in every layer unless ``layers`` says otherwise."""
 
     kind: Kind = "hybrid"
-    """``hybrid``: window + linear term; ``linear``: linear term over all keys; ``window``: window and sinks alone, a
-    control; ``softmax``: the base model's own attention."""
+    """``hybrid``: softmax over window and sinks, plus the linear term over older keys; ``linear``: the linear term over
+    all keys; ``window``: only window and sinks, as a control; ``softmax``: the base model's own attention."""
     layers: dict[str, Kind] = field(default_factory=dict)
-    """Exceptions by layer index or range, e.g. ``{"7": "softmax", "0-3": "linear"}``."""
+    """Layers of another kind, by index or range, e.g. ``{"7": "softmax", "0-3": "linear"}``."""
     feature_map: Literal["hedgehog", "t2r", "exp", "elu"] = "hedgehog"
+    """Feature map φ of the linear term; docs/theory/method.md has the formulas."""
     feature_dim: int = 64
-    """f, columns of the learned projection; hedgehog and exp have 2f features."""
+    """Columns f of the learned projection of ``hedgehog`` and ``exp``, which have 2f features. Other maps ignore it."""
     window: Literal["terraced", "sliding"] = "terraced"
+    """``terraced``: the query's own block of ``window_size`` tokens and the whole block before it; ``sliding``: the
+    last ``window_size`` tokens."""
     window_size: int = 64
     sinks: int = 4
-    """First tokens of a sequence that every query sees through softmax. 0 is the paper."""
+    """Number of first tokens of a sequence that every query sees through softmax. The paper uses 0."""
     key_maps: Literal["per_query_head", "per_kv_head"] = "per_query_head"
+    """Key feature maps: one per query head (the paper), or one per key/value head, which makes states smaller."""
     gate_init: float = -2.1972
-    """Start of g; γ = sigmoid(g) = 0.1 weighs the window against the linear term."""
+    """Initial value of g. γ = sigmoid(g), initially 0.1, weighs the window against the linear term."""
     feature_inputs: Literal["rotated", "unrotated"] = "rotated"
-    """What feature maps see: q and k behind RoPE (the paper), or as they are in front of it. Behind it, a student is
-    worthless at positions that it was not trained at; see docs/theory/long_range.md."""
+    """Whether feature maps see q and k after RoPE (the paper) or before it. After RoPE, a student is useless at
+    positions it was not trained at; see docs/theory/long_range.md."""
     decay: Literal["none", "retnet"] = "none"
-    """Of kind ``linear``: ``retnet`` weighs what is m tokens old by (1 − 2^(−5−h))^m in head h."""
+    """For kind ``linear``: ``retnet`` weights a token that is m tokens old by (1 − 2^(−5−h))^m in head h."""
     normalizer: Literal["sum", "group_norm"] = "sum"
-    """Of kind ``linear``: outputs are divided by the ``sum`` of weights, or go through a learned ``group_norm`` of each
-    head instead. With t2r features and both of these attention is SUPRA's (arXiv 2405.06640, the LoLCATs paper's
-    Eq. 12), except that here features come behind RoPE, and LoRA trains instead of all weights."""
+    """For kind ``linear``: ``sum`` divides each output by the sum of its weights; ``group_norm`` applies a learned
+    group norm per head instead. Together with ``feature_map: t2r`` and ``decay: retnet`` this is SUPRA's attention
+    (arXiv 2405.06640, Eq. 12 of the LoLCATs paper), except that feature maps see q and k after RoPE and LoRA is trained
+    instead of all weights."""
 
     def __post_init__(self) -> None:
         _at_least(self, "attention", feature_dim=1, window_size=1, sinks=0)
@@ -65,8 +70,8 @@ class AttentionConfig:
         changed = [name for name, plain in (("decay", "none"), ("normalizer", "sum")) if getattr(self, name) != plain]
         if changed and "hybrid" in (self.kind, *self.layers.values()):
             raise LolcatsError(
-                f"attention.{changed[0]}={getattr(self, changed[0])} is of linear attention alone: it needs "
-                "attention.kind=linear, and no hybrid layer in attention.layers."
+                f"attention.{changed[0]}={getattr(self, changed[0])} only works with linear attention: set "
+                "attention.kind=linear, with no hybrid layer in attention.layers."
             )
 
 
@@ -75,63 +80,75 @@ class DataConfig:
     """How records become packed rows of token ids."""
 
     format: Literal["auto", "alpaca", "chat", "text"] = "auto"
+    """How a record becomes text; ``auto`` chooses by the columns of the first record."""
     text_column: str = "text"
+    """Column that holds the text of a record with ``format: text``."""
     split: str = "train"
     """Split of a hub data set."""
     subset: str = ""
     """Configuration name of a hub data set that has several."""
     sequence_length: int = 1024
+    """Tokens per packed row."""
     validation_rows: int = 32
-    """Packed rows held out to choose the best checkpoint."""
+    """Number of packed rows held out to choose the best checkpoint."""
     test_rows: int = 32
-    """Packed rows held out for the final table; nothing is chosen on them."""
+    """Number of packed rows held out for the final table; they are not used to choose anything."""
     skip_broken: bool = False
-    """Skip and count broken lines of a .jsonl file instead of stopping."""
+    """Skip broken lines of a .jsonl file, or broken records of a .json file, and count them instead of stopping."""
     streaming: bool = False
-    """Read a hub data set while it comes instead of downloading it first; meant with ``max_tokens``."""
+    """Read a hub data set while it downloads instead of downloading it first. Meant to be used with ``max_tokens``."""
     max_tokens: int = 0
-    """Stop reading a source behind so many tokens; 0: read all of it."""
+    """Stop reading a source after this many tokens (0 = read all of it)."""
     reset_at_documents: bool = False
-    """Documents packed into a row are sequences of their own: attention, softmax and linear, does not reach from one
-    into the next. Off is the paper."""
+    """Treat the documents packed into a row as separate sequences: neither softmax nor linear attention reaches from
+    one into the next. Off in the paper."""
     keep_longest_effective: float = 1.0
-    """Train on this fraction of the training rows: those with the longest effective sequence length in the base model's
-    attention (the paper's Eq. 9 and Table 15)."""
+    """Train only on this fraction of the training rows, those with the longest effective sequence length in the base
+    model's attention (Eq. 9 and Table 15 of the paper)."""
 
     def __post_init__(self) -> None:
         _at_least(self, "data", sequence_length=2, validation_rows=1, test_rows=1, max_tokens=0)
         if not 0 < self.keep_longest_effective <= 1:
             raise LolcatsError(
-                f"data.keep_longest_effective must be above 0 and at most 1, not {self.keep_longest_effective}."
+                f"data.keep_longest_effective must be greater than 0 and at most 1, not {self.keep_longest_effective}."
             )
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Optimization settings that both stages have."""
+    """Optimization settings that both stages share."""
 
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     batch_size: int = 8
-    """Rows an optimizer step."""
+    """Rows per optimizer step."""
     micro_batch_size: int = 8
-    """Rows in memory at a time; gradients are accumulated over batch_size / micro_batch_size of them."""
+    """Rows per forward and backward pass; gradients are accumulated until ``batch_size`` rows are done."""
     epochs: float = 2.0
     max_steps: int = -1
-    """Optimizer steps; -1 means ``epochs`` decides, 0 skips the stage."""
+    """Number of optimizer steps (-1 = as many as ``epochs`` takes, 0 = skip the stage)."""
     max_grad_norm: float = 1.0
+    """Clip gradients to this norm (0 = no clipping)."""
     schedule: Literal["reduce_on_plateau", "constant", "linear", "cosine"] = "reduce_on_plateau"
+    """Learning rate schedule; ``linear`` and ``cosine`` decay to 0."""
     warmup_steps: int = 0
+    """Linear warmup steps. ``reduce_on_plateau`` has no warmup."""
     plateau_factor: float = 0.1
+    """Factor by which ``reduce_on_plateau`` multiplies the learning rate."""
     plateau_patience: int = 10
+    """Evaluations without improvement that ``reduce_on_plateau`` tolerates before it reduces the learning rate."""
     min_learning_rate: float = 1e-5
+    """Lower bound of the learning rate with ``reduce_on_plateau``."""
     eval_steps: int = 100
+    """Optimizer steps between evaluations on the validation rows."""
     save_steps: int = 100
+    """Optimizer steps between checkpoints."""
     log_steps: int = 10
+    """Optimizer steps between logged training losses."""
     early_stopping_patience: int = 0
-    """Evaluations without improvement before the stage stops; 0: never."""
+    """Stop the stage after this many evaluations without improvement (0 = never)."""
     liger: bool = True
-    """On CUDA, train with liger-kernel's fused layers and loss where it is installed and knows the family."""
+    """On CUDA, train with liger-kernel's fused layers and loss if it is installed and supports the model's family."""
 
     def __post_init__(self) -> None:
         name = "transfer" if isinstance(self, TransferConfig) else "finetune"
@@ -148,65 +165,74 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class TransferConfig(StageConfig):
-    """Stage 1, attention transfer: feature maps and γ learn the softmax attention's output."""
+    """Stage 1, attention transfer: train feature maps and γ to reproduce the output of softmax attention."""
 
     learning_rate: float = 1e-2
     early_stopping_patience: int = 10
     mse_weight: float = 1000.0
+    """Weight of the mean squared error between the outputs of linearized and softmax attention."""
     xent_weight: float = 0.0
-    """Cross-entropy between attention weights (the paper's 405B used 1). Quadratic time in the sequence length."""
+    """Weight of the cross-entropy between attention weights (1 for the paper's 405B). Its time is quadratic in the
+    sequence length."""
     window_dropout: float = 0.0
-    """Probability with which a row of a training step hides window and sinks in all hybrid layers: there the linear
-    term alone learns softmax attention over the keys that it has, those older than the window. Without, it is trained
-    as far as the window leaves something to mend. After arXiv 2510.05901, which hides windows on a schedule."""
+    """Probability that a training row hides window and sinks in all hybrid layers. In such a row the linear term learns
+    softmax attention over its own keys, those older than the window. In other rows it only learns to correct what the
+    window gets wrong. Based on arXiv 2510.05901, which hides windows on a schedule."""
     coupling: Literal["joint", "per_layer"] = "joint"
-    """Who shares gradient clip, mean loss, plateau, early stopping, best checkpoint: all layers (the paper) or none."""
+    """``joint``: all layers share gradient clip, mean loss, plateau, early stopping and best checkpoint (the paper);
+    ``per_layer``: each layer has its own."""
     order: Literal["joint", "stream", "blocks"] = "joint"
-    """Of the work, see docs/scale.md: the whole model in memory; layers streamed through it, a chunk of tokens at a
-    time; blocks of layers, hidden states on disk. The last two need ``coupling: per_layer``."""
+    """Order of the work, see docs/scale.md. ``joint``: train with the whole model in memory; ``stream``: load one layer
+    after another, for a chunk of tokens at a time; ``blocks``: train one block of layers after another and keep hidden
+    states on disk. ``stream`` and ``blocks`` need ``coupling: per_layer``."""
     block_size: int = 1
-    """Layers in a block of ``order: blocks``."""
+    """Layers per block with ``order: blocks``."""
     chunk_tokens: int = 1_000_000
-    """Tokens whose hidden states are in host memory at a time with ``order: stream``."""
+    """Tokens per chunk with ``order: stream``. Host memory holds their hidden states."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, "transfer", block_size=1, chunk_tokens=1)
         if not 0 <= self.window_dropout <= 1:
-            raise LolcatsError(f"transfer.window_dropout is a probability, not {self.window_dropout}.")
+            raise LolcatsError(f"transfer.window_dropout must be between 0 and 1, not {self.window_dropout}.")
         if self.order != "joint" and self.coupling != "per_layer":
             raise LolcatsError(
-                f"transfer.order={self.order} trains each layer by itself: it needs transfer.coupling=per_layer, which "
+                f"transfer.order={self.order} trains layers separately: it needs transfer.coupling=per_layer, which "
                 "gives each layer its own gradient clip, schedule, early stopping and best checkpoint."
             )
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(StageConfig):
-    """Stage 2, low-rank linearizing: LoRA on next-token loss."""
+    """Stage 2, low-rank linearizing: train LoRA on the next-token loss."""
 
     learning_rate: float = 1e-4
     early_stopping_patience: int = 10
     rank: int = 8
+    """Rank of the LoRA matrices."""
     alpha: float = 16.0
+    """LoRA scale: updates are multiplied by alpha / rank."""
     dropout: float = 0.0
+    """Dropout on the input of the LoRA matrices."""
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
-    """Linear layers with LoRA. These four mean the attention's, whatever the family calls them (``qkv_proj``, ``dense``
-    and so on); others are names of modules, e.g. ``gate_proj``."""
+    """Linear layers to add LoRA to. These four names mean the attention's query, key, value and output projections,
+    whatever the family calls them (``qkv_proj``, ``dense`` and so on). Other names are module names, e.g.
+    ``gate_proj``."""
     use_dora: bool = False
-    """DoRA: LoRA on the direction of each weight, its magnitude trained apart (Liu et al. 2024, arXiv 2402.09353)."""
+    """DoRA: apply LoRA to the direction of each weight and train its magnitude separately (Liu et al. 2024, arXiv
+    2402.09353)."""
     use_rslora: bool = False
     """rsLoRA: scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)."""
     quantize_base: Literal["none", "nf4"] = "none"
-    """``nf4``: train LoRA on a base model in 4 bits (bitsandbytes, CUDA only), for memory. The adapter goes onto the
-    untouched base model all the same."""
+    """``nf4``: train LoRA on a base model quantized to 4 bits, to save memory (bitsandbytes, CUDA only). The adapter is
+    still applied to the original base model."""
     feature_map_learning_rate: float = 0.0
-    """Rate for feature maps and γ in stage 2; 0 keeps them frozen (the paper). Meant for runs without stage 1."""
+    """Learning rate of feature maps and γ in stage 2 (0 = frozen, as in the paper). Set it if stage 1 is skipped."""
     gradient_checkpointing: bool = False
-    """Keep only each decoder layer's input for backward and compute the layer again: less memory, more time."""
+    """Keep only the input of each decoder layer and recompute the layer in the backward pass: less memory, slower."""
     sharding: Literal["auto", "always", "never"] = "auto"
-    """On several GPUs: ``always`` shard the base model over them (FSDP2), ``never``: the whole one on each, which is
-    faster; ``auto``: never where a GPU holds it, as ``lolcats plan`` counts."""
+    """How to place the base model on several GPUs. ``always``: shard it across them (FSDP2); ``never``: keep all of it
+    on each, which is faster; ``auto``: shard it only if it does not fit on each, as ``lolcats plan`` estimates."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,35 +241,36 @@ class FinetuneConfig(StageConfig):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on besides the base model and the data themselves."""
+    """Everything a run depends on besides the base model and the data."""
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     controls: list[Control] = field(default_factory=list)
-    """Trained beside the student with the same data, steps, seed and LoRA: ``window_lora`` (window and sinks, no linear
-    term) and ``teacher_lora`` (softmax attention). They can be added to a finished run."""
+    """Control models to train with the student's data, steps, seed and LoRA settings: ``window_lora`` (window and
+    sinks, no linear term) and ``teacher_lora`` (softmax attention). They can be added to a finished run."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """``auto``: CUDA if it is available, else CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto``: bfloat16 on CUDA, float32 elsewhere."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the base model. Never on unless asked for."""
+    """Run Python code that comes with the base model. Off by default."""
     report_to: list[str] = field(default_factory=list)
-    """Trackers of transformers.Trainer, e.g. ``[tensorboard]`` or ``[wandb]``. A stage 1 of uncoupled layers or several
-    processes does without the Trainer, and without them."""
+    """Trackers for transformers.Trainer to report to, e.g. ``[tensorboard]`` or ``[wandb]``. Stage 1 does not use the
+    Trainer, nor trackers, with ``coupling: per_layer`` or several processes."""
 
     def __post_init__(self) -> None:
         if self.controls and self.finetune.quantize_base != "none":
             raise LolcatsError(
-                "controls: they train on the base model as it is, which a student on a quantized one "
-                "(finetune.quantize_base) cannot be compared with. Leave out one of the two."
+                "controls are trained on the original base model and cannot be compared with a student that is "
+                "trained on a quantized one (finetune.quantize_base). Leave out one of the two."
             )
         if self.transfer.window_dropout and "hybrid" not in (self.attention.kind, *self.attention.layers.values()):
             raise LolcatsError(
-                "transfer.window_dropout hides the window of hybrid attention, which "
-                f"attention.kind={self.attention.kind} is not."
+                "transfer.window_dropout hides the window of hybrid layers, but with "
+                f"attention.kind={self.attention.kind} there are none. Leave it out."
             )
         length, window = self.data.sequence_length, self.attention.window_size
         if self.attention.kind in ("hybrid", "window") and length < 2 * window:
@@ -257,7 +284,7 @@ def load_config(recipe: str | None = None, overrides: Iterable[str] = ()) -> Con
     """Resolve a recipe (a shipped name or a YAML file) and ``a.b=c`` overrides into a :class:`Config`.
 
     Raises:
-        LolcatsError: an unknown recipe or key, a wrong type, or settings that cannot be together.
+        LolcatsError: an unknown recipe or key, a wrong type, or settings that exclude each other.
     """
     tree = _read_recipe(recipe or "default")
     for item in overrides:
@@ -266,7 +293,7 @@ def load_config(recipe: str | None = None, overrides: Iterable[str] = ()) -> Con
 
 
 def parse_setting(item: str) -> tuple[str, Any]:
-    """``a.b=c`` as a dotted key and a value."""
+    """Split ``a.b=c`` into a dotted key and a value."""
     key, equals, text = item.partition("=")
     if not equals:
         raise LolcatsError(f"--set {item!r}: expected KEY=VALUE, for example transfer.learning_rate=1e-3.")
@@ -346,7 +373,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     elif Path(recipe).is_file():
         text = Path(recipe).read_text()
     else:
-        raise LolcatsError(f"Unknown recipe {recipe!r}: not a file, nor one of {', '.join(recipe_names())}.")
+        raise LolcatsError(f"Unknown recipe {recipe!r}: expected a YAML file or one of {', '.join(recipe_names())}.")
     tree = read_yaml(text, recipe) or {}
     if not isinstance(tree, dict):
         raise LolcatsError(f"Recipe {recipe}: expected a mapping of sections, got {type(tree).__name__}.")
@@ -356,7 +383,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
 def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers that are none are ValueErrors
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # invalid dates and numbers are ValueErrors
         raise LolcatsError(f"{where}: not valid YAML ({error}).") from None
 
 

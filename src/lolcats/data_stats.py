@@ -1,4 +1,4 @@
-"""What ``lolcats data stats`` tells of a data set: sizes, document lengths, effective sequence lengths, a picture."""
+"""Data set statistics for ``lolcats data stats``: sizes, document lengths, effective sequence lengths, a picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUANTILES = {"lowest": 0.0, "lower quartile": 0.25, "median": 0.5, "upper quarti
 
 @dataclass(frozen=True)
 class Statistics:
-    """``documents``: tokens of each; ``effective``: of a sample of the training rows, ``length`` tokens each."""
+    """``documents``: tokens per document; ``effective``: measured on a sample of training rows of ``length`` tokens."""
 
     facts: dict[str, Any]
     documents: Tensor
@@ -44,7 +44,7 @@ class Statistics:
         return ("", *columns), rows
 
     def draw(self, path: Path) -> None:
-        """Histograms of the three, as a PNG."""
+        """Draw histograms of the three distributions as a PNG."""
         if find_spec("matplotlib") is None:
             raise LolcatsError("The picture needs matplotlib: pip install 'lolcats[plots]'.")
         import matplotlib
@@ -62,7 +62,7 @@ class Statistics:
 
 def data_statistics(model: str, source: str, config: Config, device: torch.device, dtype: torch.dtype,
                     count: int) -> Statistics:  # fmt: skip
-    """Read ``source`` as a run would; look at ``count`` of its training rows, evenly spread, with the base model."""
+    """Read ``source`` as a run would, and measure ``count`` evenly spaced training rows with the base model."""
     inputs = Inputs(model, trust=config.trust_remote_code)
     data, documents = inputs.data(source, config.data, config.seed), inputs.documents(source, config.data)
     converted = convert(inputs.model(dtype, device), config)
@@ -73,22 +73,22 @@ def data_statistics(model: str, source: str, config: Config, device: torch.devic
         "duplicate records dropped": f"{documents.counts['duplicate_records']:,}",
         "empty records": f"{documents.counts['empty_records']:,}",
         "broken lines skipped": f"{documents.counts['broken_lines_skipped']:,}", **_shares(documents),
-        "rows to train on": f"{len(data.train):,} × {config.data.sequence_length}",
-        "rows looked at": f"{len(chosen):,}", "layers looked at": f"{len(found.layers)}",
+        "training rows": f"{len(data.train):,} × {config.data.sequence_length}",
+        "rows measured": f"{len(chosen):,}", "layers measured": f"{len(found.layers)}",
     }  # fmt: skip
     return Statistics(facts, torch.from_numpy(documents.length), found, config.data.sequence_length)
 
 
 def longest(data: Data, model: PreTrainedModel, fraction: float, batch: int) -> tuple[EffectiveLengths, Tensor]:
-    """Effective sequence lengths of all training rows, and the numbers of the fraction of them with the longest, in
-    the rows' own order."""
+    """Effective sequence lengths of all training rows, and the indices of the ``fraction`` of rows with the longest, in
+    ascending order."""
     found = effective_lengths(model, _batches(data, list(range(len(data.train))), batch))
     count = max(1, round(fraction * len(found.rows)))
     return found, found.rows.topk(count).indices.sort().values
 
 
 def select(data: Data, kept: Tensor) -> Data:
-    """``data`` with some of its training rows, by number."""
+    """``data`` with only the training rows at indices ``kept``."""
     if isinstance(data.train, PackedRows):
         return replace(data, train=data.train.select(kept.numpy()))
     positions = {name: x[kept] if name == "train" else x for name, x in data.positions.items()}
@@ -104,7 +104,7 @@ def _batches(data: Data, numbers: list[int], size: int) -> Any:
 
 
 def _shares(documents: Documents) -> dict[str, str]:
-    """Of a mixture: what each source has."""
+    """For a mixture, the tokens of each source."""
     if not documents.shares:
         return {}
     own = [int(documents.length[documents.which == n].sum()) for n in range(len(documents.stores))]

@@ -1,8 +1,8 @@
-"""The one exception that is a user's mistake, not ours: the command line prints it as a sentence and exits with 2."""
+"""The exception for user errors: the command line prints its message without a traceback and exits with 2."""
 
 
 class LolcatsError(Exception):
-    """Bad input or a state the user can mend. The message says what was wrong, what was expected, and what to do."""
+    """Bad input, or a problem that the user can fix. The message says what was wrong, what was expected, what to do."""
 
 
 class Interrupted(LolcatsError):
@@ -10,6 +10,6 @@ class Interrupted(LolcatsError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out: PyTorch's own error on a GPU, a plain RuntimeError on a CPU."""
+    """Whether ``error`` means that memory ran out: PyTorch's own error on a GPU, a plain RuntimeError on a CPU."""
     named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and tensors that fit or are an error that names them."""
+"""Atomic file writes, and strict loading of tensors with errors that name them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lolcats.errors import LolcatsError
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where no two processes may share a sweep
+except ImportError:  # missing on Windows, where two processes cannot share a sweep
     fcntl = None  # type: ignore[assignment]
 
 CHECKSUM = "lolcats_sha256"  # key in a safetensors file's metadata
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write so that a reader sees either the old file or the whole new one."""
+    """Write atomically: a reader sees either the old file or the complete new one."""
     partial = _partial(path)
     with partial.open("w") as file:
         file.write(text)
@@ -36,15 +36,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _partial(path: Path) -> Path:
-    """The unfinished file beside ``path``: another one for each rank, since ranks may write the same thing."""
+    """The temporary file next to ``path``, one for each rank, since several ranks may write the same file."""
     return path.with_name(f"{path.name}.partial{os.environ.get('RANK', '')}")
 
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock that the file ``path`` stands for, of which one process at a time has it; a kill frees it.
+    """Hold the lock file ``path``, which only one process at a time can hold. It is freed if the process is killed.
 
-    wait: until it is free; otherwise the block is given whether it was.
+    wait: wait until the lock is free; otherwise yield at once whether it was acquired.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -61,7 +61,7 @@ def _lock(file: IO[Any], wait: bool = True) -> bool:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line; a line that an earlier kill left unfinished is dropped. Several processes may add lines."""
+    """Append a line, dropping an unfinished one left by a killed process. Several processes may append at once."""
     with path.open("ab+") as file:
         _lock(file)
         file.seek(0)
@@ -72,7 +72,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The finished lines of a file; none where it does not exist."""
+    """The complete lines of a file; an empty list if it does not exist."""
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
@@ -83,7 +83,7 @@ def hash_file(path: Path) -> str:
 
 @contextmanager
 def whole_directory(directory: Path) -> Iterator[Path]:
-    """A directory to fill, which takes the place of ``directory`` once the block has ended without an error."""
+    """Yield the path of a directory to create, which replaces ``directory`` if the block ends without an error."""
     unfinished = directory.with_name(directory.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     yield unfinished
@@ -94,14 +94,14 @@ def whole_directory(directory: Path) -> Iterator[Path]:
 def write_tensors(
     tensors: dict[str, Tensor], path: Path, beside: str = "", more: dict[str, str] | None = None
 ) -> None:  # fmt: skip
-    """Write a safetensors file so that a reader sees either the old file or the whole new one; with a checksum.
+    """Write a safetensors file atomically, with a checksum.
 
-    beside: checksum of what lies beside it, kept with its own; more: further metadata.
+    beside: checksum of a file next to it, stored with its own; more: further metadata.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     written = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    # One entry alone: the order of several is random, and equal tensors are to be equal files.
+    # Only one entry: the order of several is random, and equal tensors should give equal files.
     save_file(written, partial, metadata={CHECKSUM: f"{tensor_hash(written)} {beside}".strip(), **(more or {})})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
@@ -109,7 +109,7 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which must be what was written if we wrote it."""
+    """Read the tensors of a safetensors file, and verify its checksum if it has one."""
     try:
         known, _ = read_checksums(path)
         tensors = load_file(path)
@@ -118,12 +118,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise LolcatsError(f"{path} is damaged or truncated ({error}).") from None
     if known and known != tensor_hash(tensors):
-        raise LolcatsError(f"{path} is damaged: its tensors are not those that were written (another checksum).")
+        raise LolcatsError(f"{path} is damaged: the checksum of its tensors does not match.")
     return tensors
 
 
 def read_checksums(path: Path) -> tuple[str, str]:
-    """Of a safetensors file's tensors, and of what lay beside it; empty where it says none."""
+    """Checksums of a safetensors file's tensors and of the file next to it; empty if not stored."""
     with safe_open(path, "pt") as file:
         own, _, beside = (file.metadata() or {}).get(CHECKSUM, "").partition(" ")
     return own, beside
@@ -148,7 +148,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def load_strictly(target: dict[str, Tensor], source: dict[str, Tensor], path: Path) -> None:
-    """Copy ``source`` into the tensors of ``target``; a missing, extra or mis-shaped one is an error that names it."""
+    """Copy ``source`` into the tensors of ``target``; raise an error that names a missing, extra or mis-shaped one."""
     compare_keys(set(target), set(source), path)
     for name, tensor in target.items():
         if source[name].shape != tensor.shape:

@@ -1,4 +1,4 @@
-"""What runs are made from: a base model, its tokenizer and tokenized data, read once however many runs use them."""
+"""Inputs of runs: a base model, its tokenizer and tokenized data, read once and shared by any number of runs."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from lolcats.modeling.base import find_base, load_model, load_tokenizer
 from lolcats.modeling.checkpoint import is_linearized
 from lolcats.training.data import Data, Documents, split, tokenize_source
 
-COPIES = 16  # of a model that fit on a GPU where one is kept there
+COPIES = 16  # keep a model on a GPU if more than this many copies fit there
 
 
 class Inputs:
-    """``keep``: a loaded model stays in memory as it is (on a GPU that it is small for); every run is given a copy.
+    """A base model, its tokenizer and its data.
 
-    ``trust``: run Python code that comes with the model.
+    Args:
+        keep: keep the loaded model in memory, on a GPU if it is small for that, and give every run a copy.
+        trust: run Python code that comes with the model.
     """
 
     def __init__(self, model: str, keep: bool = False, trust: bool = False) -> None:
         self.base, self.keep, self.trust = find_base(model, trust), keep, trust
         if is_linearized(model):
-            raise LolcatsError(f"{model} is linearized already: give its base model.")
+            raise LolcatsError(f"{model} is linearized already: pass its base model instead.")
         self._models: dict[torch.dtype, PreTrainedModel] = {}
         self._documents: dict[tuple[str, DataConfig], Documents] = {}
 
@@ -37,7 +39,7 @@ class Inputs:
         return load_tokenizer(self.base, self.trust)
 
     def data(self, source: str, config: DataConfig, seed: int) -> Data:
-        """The splits of ``source``; another seed, length or size of a split does not read or tokenize it again."""
+        """The splits of ``source``. A new seed, row length or split size does not read or tokenize it again."""
         return split(self.documents(source, config), config, seed)
 
     def documents(self, source: str, config: DataConfig) -> Documents:
@@ -51,7 +53,7 @@ class Inputs:
         return self._documents[source, reading]
 
     def model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """The base model, untouched, for the caller to change."""
+        """The unchanged base model, for the caller to modify."""
         if not self.keep:
             return load_model(self.base, dtype, device, self.trust)
         if dtype not in self._models:
@@ -61,6 +63,6 @@ class Inputs:
 
 
 def _has_room(device: torch.device, model: PreTrainedModel) -> bool:
-    """Whether a copy that does nothing but wait takes little of a GPU's memory."""
+    """Whether an idle copy would take only little of a GPU's memory."""
     size = sum(p.nbytes for p in model.parameters())
     return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > COPIES * size

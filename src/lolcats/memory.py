@@ -1,4 +1,4 @@
-"""How much memory a process may still take."""
+"""How much memory is available."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import psutil
 
 
 def free_host_memory() -> int:
-    """Bytes that this process and its siblings may still take: of the machine, or of the container if that is less."""
+    """Bytes of host memory still available: on the machine, or in the container if that is less."""
     free = psutil.virtual_memory().available
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())

@@ -1,4 +1,4 @@
-"""The whole job in order: teacher, attention transfer, LoRA, table, export. Each part can be repeated after a kill."""
+"""The whole job in order: teacher, attention transfer, LoRA, table, export. A killed run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -54,23 +54,24 @@ from lolcats.training.trainer import StageResult
 from lolcats.training.transfer import layer_errors, transfer, transfer_in_turn
 
 LENGTHS = (1024, 8192, 65536)
-LOOKED_AT = 8  # validation rows on which each head's attention is measured
+LOOKED_AT = 8  # validation rows to measure each head's attention on
 Say = Callable[[str], None]
 
 
 def log(message: str) -> None:
-    """Progress goes to standard error, results to standard output; of several ranks the first speaks."""
+    """Print progress to standard error, only on the first rank; results go to standard output."""
     if is_first():
         print(message, file=sys.stderr, flush=True)
 
 
 @dataclass
 class Session:
-    """A run with everything loaded that its stages need.
+    """A run, and everything its stages need in memory.
 
-    ``wrapped``: the model with untrained LoRA in it, where it was loaded over several ranks for stage 2.
-    ``skeleton``: where stage 1 brings layers in turn, its ``model``; :func:`load_whole` puts the whole one there.
-    ``lean``: measure what a table of many runs shows, no samples and pictures of a single one.
+    ``wrapped``: the model with untrained LoRA, if it was loaded sharded across ranks for stage 2.
+    ``skeleton``: set if stage 1 loads one layer after another; ``model`` is then the skeleton's model until
+    :func:`load_whole` replaces it by the whole model.
+    ``lean``: measure only what a table of many runs shows, without samples and pictures.
     """
 
     run: Run
@@ -86,18 +87,18 @@ class Session:
 
 
 def linearize(model: str, data: str, out: Path, config: Config, merge: bool = True, say: Say = log) -> Run:
-    """Turn ``model`` into a linear-attention one with ``data``; everything it makes lies in ``out``.
+    """Turn ``model`` into a linear-attention model by training on ``data``, and write everything to ``out``.
 
-    Called again with the same arguments it continues where it stopped, and ends with the same weights.
+    When called again with the same arguments, it continues where it stopped and ends with the same weights.
 
     Args:
         model: hub id, directory or .gguf file.
-        data: hub data set id or a file, see :func:`lolcats.training.data.load_data`.
+        data: hub data set id or file, see :func:`lolcats.training.data.load_data`.
         merge: also write ``out``/merged.
-        say: is told of progress.
+        say: called with each progress message.
 
     Raises:
-        LolcatsError: a model, data or settings that cannot be used; or ``out`` holds something else.
+        LolcatsError: the model, data or settings cannot be used, or ``out`` holds something else.
     """
     session = start(Inputs(model, trust=config.trust_remote_code), data, out, config, say)
     run_transfer(session)
@@ -108,7 +109,7 @@ def linearize(model: str, data: str, out: Path, config: Config, merge: bool = Tr
 
 
 def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, lean: bool = False) -> Session:
-    """Load base model, tokenizer and data, measure the teacher and the untrained baselines, convert."""
+    """Load base model, tokenizer and data, convert the model, and measure the teacher and the untrained baselines."""
     device, dtype = device_and_dtype(config)
     base, tokenizer = inputs.base, inputs.tokenizer
     if config.finetune.quantize_base != "none":
@@ -118,13 +119,13 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     rows = inputs.data(data, config.data, config.seed)
     run = Run.start(out, base, {**rows.summary, "fingerprint": rows.fingerprint}, config)
     config = run.config
-    ranks().wait()  # all have looked at the directory before one of them writes
+    ranks().wait()  # every rank has checked the directory before one of them writes
     skeleton = wrapped = None
     if config.transfer.order != "joint" and not run.stage_done("transfer"):
         if config.data.keep_longest_effective < 1:
             raise LolcatsError(
-                "data.keep_longest_effective measures the base model's attention, for which the whole model must be in "
-                "memory: use transfer.order=joint."
+                "data.keep_longest_effective needs the whole model in memory to measure its attention: use "
+                "transfer.order=joint."
             )
         say(f"Reading {base.path} layer by layer ({dtype}, {device})".replace("torch.", ""))
         skeleton = build_skeleton(base, config.attention, dtype, device, config.seed, inputs.trust)
@@ -132,7 +133,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     else:
         student, wrapped = _load_converted(inputs, config, say, run.stage_done("transfer"))
     if config.finetune.max_steps:
-        lora_targets(student, config.finetune.targets)  # better refused before stage 1 than after it
+        lora_targets(student, config.finetune.targets)  # reject bad targets before stage 1, not after it
     if is_first():
         run.save()
         write_text(out / "config.yaml", to_yaml(config))
@@ -147,7 +148,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
 def _load_converted(
     inputs: Inputs, config: Config, say: Say, for_finetuning: bool
 ) -> tuple[PreTrainedModel, PeftModel | None]:  # fmt: skip
-    """The converted model; for stage 2 on several ranks sharded over them, also as a PEFT model."""
+    """Load the converted model. If stage 2 shards it across ranks, also return the PEFT model that wraps it."""
     device, dtype = device_and_dtype(config)
     if for_finetuning and shards(inputs.base, config, device, dtype):
         say(f"Loading {inputs.base.path} over {ranks().size} ranks ({dtype}, {device})".replace("torch.", ""))
@@ -160,7 +161,7 @@ def _load_converted(
 
 
 def _begin_measuring(session: Session) -> None:
-    """What is measured of the untrained model; then it gets the feature maps that stage 1 has made, if it has."""
+    """Measure the untrained model, then load its feature maps if stage 1 is done."""
     _baselines(session)
     _keep_longest(session)
     if session.run.stage_done("transfer"):
@@ -169,11 +170,11 @@ def _begin_measuring(session: Session) -> None:
 
 
 def load_whole(session: Session) -> None:
-    """Load the model of a session whose stage 1 has brought layers in turn: stage 2 and measurements need all of it."""
+    """Load the whole model, for stage 2 and measurements, after a stage 1 that loaded one layer after another."""
     if session.skeleton is None:
         return
     if not session.run.stage_done("transfer"):
-        raise LolcatsError(f"{session.run.directory}: attention transfer comes first (lolcats transfer).")
+        raise LolcatsError(f"{session.run.directory}: run attention transfer first (lolcats transfer).")
     session.skeleton = None
     session.model, session.wrapped = _load_converted(session.inputs, session.config, session.say, True)
     _begin_measuring(session)
@@ -183,8 +184,8 @@ def load_whole(session: Session) -> None:
 def resume(
     directory: Path, say: Say = log, controls: Sequence[Control] = (), sharding: str = ""
 ) -> Session:  # fmt: skip
-    """The session of an existing run directory, with ``controls`` added to what it is to have, and with another
-    ``finetune.sharding`` if one is given."""
+    """Load the session of an existing run. Adds ``controls`` to the run's own, and replaces ``finetune.sharding``
+    unless ``sharding`` is empty."""
     run = Run.open(directory)
     settings = to_dict(replace(run.config, controls=[*run.config.controls, *controls]))
     settings["finetune"] |= {"sharding": sharding} if sharding else {}
@@ -194,15 +195,15 @@ def resume(
 
 
 def check_block(config: Config, block: int | None) -> None:
-    """LolcatsError where one block alone is asked for of a stage 1 that has no blocks."""
+    """Raise LolcatsError if ``block`` is set but stage 1 has no blocks."""
     if block is not None and config.transfer.order != "blocks":
-        raise LolcatsError("--block chooses a block of transfer.order=blocks (--schedule blocks): this run has none.")
+        raise LolcatsError("--block needs transfer.order=blocks (--schedule blocks), but this run has no blocks.")
 
 
 def run_transfer(session: Session, block: int | None = None) -> None:
-    """Stage 1, unless done: feature maps and gates, saved as ``feature_maps.safetensors``; then what it brought.
+    """Run stage 1 unless done: train feature maps and gates, save ``feature_maps.safetensors``, measure the result.
 
-    ``block``: of ``transfer.order: blocks``, train this one alone; the stage is done when all are.
+    ``block``: with ``transfer.order: blocks``, train only this block; the stage is done once all blocks are.
     """
     run, model = session.run, session.model
     check_block(session.config, block)
@@ -215,7 +216,7 @@ def run_transfer(session: Session, block: int | None = None) -> None:
             session.say(_headline(session, "Stage 1: attention transfer", "transfer"))
             summary = _train_transfer(session, block)
         if summary is None:
-            session.say("Other blocks are still untrained: train them too, and bring them together with --join.")
+            session.say("Other blocks are still untrained: train them too, then combine them with --join.")
             return
         _finish_transfer(session, summary)
     if session.skeleton is not None:
@@ -225,14 +226,14 @@ def run_transfer(session: Session, block: int | None = None) -> None:
 
 
 def _measure_transfer(session: Session) -> None:
-    """What stage 1 brought, unless measured; the model has its feature maps, and no LoRA yet."""
+    """Measure the result of stage 1 unless done; the model has its feature maps and no LoRA yet."""
     session.run.measure("ppl_transfer", lambda: _measured(session, "after transfer"))
     if any(layer.spec.has_linear for layer in linearized_layers(session.model)):
         session.run.measure("layer_errors_after", partial(_layer_errors, session))
 
 
 def _train_transfer(session: Session, block: int | None) -> dict[str, Any] | None:
-    """The stage's entry in run.json; None as long as there are untrained blocks."""
+    """Train stage 1 and return its entry in run.json; None while there are untrained blocks."""
     run, data, config, base = session.run, session.data, session.config, session.run.base.fingerprint
     started = time.time()
     if session.skeleton is None:
@@ -256,13 +257,15 @@ def _finish_transfer(session: Session, summary: dict[str, Any]) -> None:
 
 
 def run_controls(session: Session) -> None:
-    """The controls that the configuration asks for, unless done. They come before stage 2: they need the base model's
-    weights without the student's LoRA, and leave them so."""
+    """Train and measure the configured controls unless done.
+
+    Call it before stage 2: controls need the base model's weights without the student's LoRA, and leave them unchanged.
+    """
     load_whole(session)
     run, model, config = session.run, session.model, session.config
     comparable = config.finetune.max_steps != 0 and any(layer.spec.has_linear for layer in linearized_layers(model))
     if comparable and config.controls and ranks().size > 1:
-        raise LolcatsError("Controls are trained by one process: run lolcats finetune --controls without torchrun.")
+        raise LolcatsError("Controls are trained in one process: run lolcats finetune --controls without torchrun.")
     for name in config.controls if comparable else ():
         if not run.stage_done(name):
             session.say(_headline(session, f"Control {name.replace('_', ' + ')}", "finetune"))
@@ -276,12 +279,15 @@ def run_controls(session: Session) -> None:
 
 
 def run_finetune(session: Session) -> None:
-    """Stage 2, unless done: LoRA, saved in ``lora/``. The session's model ends with LoRA merged into its weights."""
+    """Run stage 2 unless done: train LoRA and save it in ``lora/``.
+
+    Afterwards the session's model has LoRA merged into its weights, or beside them if they are sharded.
+    """
     load_whole(session)
     run, model, out = session.run, session.model, session.run.directory
     if not run.stage_done("transfer"):
-        raise LolcatsError(f"{out}: attention transfer comes first (lolcats transfer).")
-    run_transfer(session)  # what a stage 1 without the whole model could not measure
+        raise LolcatsError(f"{out}: run attention transfer first (lolcats transfer).")
+    run_transfer(session)  # measure what stage 1 could not without the whole model
     if run.stage_done("finetune"):
         if session.wrapped is not None and (out / LORA).is_dir():
             load_lora(session.wrapped, out / LORA)
@@ -293,9 +299,9 @@ def run_finetune(session: Session) -> None:
         return
     quantized = session.config.finetune.quantize_base != "none"
     if quantized and ranks().size > 1:
-        raise LolcatsError("finetune.quantize_base trains on one GPU: run this without torchrun.")
+        raise LolcatsError("finetune.quantize_base works on one GPU only: run this without torchrun.")
     if quantized:
-        del model  # two models at a time would undo what quantizing saves
+        del model  # a second model in memory would undo the saving
         model = _reload(session, load_quantized)
     session.say(_headline(session, "Stage 2: low-rank linearizing", "finetune"))
     started = time.time()
@@ -310,7 +316,7 @@ def run_finetune(session: Session) -> None:
     ranks().wait()
     if is_first():
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    if is_sharded(wrapped):  # LoRA stays beside the weights
+    if is_sharded(wrapped):  # LoRA is not merged into sharded weights
         session.model, session.wrapped = wrapped.get_base_model().eval(), wrapped
     elif quantized:
         del wrapped, model
@@ -320,7 +326,7 @@ def run_finetune(session: Session) -> None:
 
 
 def _reload(session: Session, load: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """The session's student after stage 1, its base model loaded anew by ``load`` in the place of the one it had."""
+    """Replace the session's model: reload its base model with ``load``, convert it, and load stage 1's feature maps."""
     record, device, dtype = session.model.config.lolcats, session.model.device, session.model.dtype
     del session.model
     session.model = convert_as(load(session.run.base, dtype, device, session.config.trust_remote_code), record)
@@ -329,7 +335,7 @@ def _reload(session: Session, load: Callable[..., PreTrainedModel]) -> PreTraine
 
 
 def measure_student(session: Session) -> None:
-    """Held-out perplexity of the trained model, whole and with one branch off, and its gates."""
+    """Measure the held-out perplexity of the trained model, complete and with one branch off, and its gates."""
     run, model = session.run, session.model
     run.measure("ppl_student", lambda: _measured(session, "after LoRA"))
     for name, change in ABLATIONS.items() if linearized_layers(model) else ():
@@ -338,7 +344,7 @@ def measure_student(session: Session) -> None:
 
 
 def finish(session: Session, merge: bool = True, pictures: bool = True) -> None:
-    """Measure the result, write card and pictures, and the merged model if asked."""
+    """Measure the result, write model card and pictures, and write the merged model if ``merge`` is set."""
     from lolcats.report.card import write_card
     from lolcats.report.html import write_html
     from lolcats.report.picture import draw_report
@@ -347,9 +353,9 @@ def finish(session: Session, merge: bool = True, pictures: bool = True) -> None:
     measure_student(session)
     run.measure("sample_student", lambda: _sample(session))
     run.measure("cache_bytes", lambda: {str(n): cache_bytes(model, n) for n in LENGTHS})
-    measure_maps(session, "student")  # feature maps that were trained in stage 2 as well
+    measure_maps(session, "student")  # unless stage 2 left the feature maps unchanged
     if merge and is_sharded(model):
-        session.say(f"No merged model: its parts are on several ranks. lolcats export {out} --merge --out MERGED")
+        session.say(f"No merged model: the weights are sharded. To write it: lolcats export {out} --merge --out MERGED")
     elif merge and is_first() and not (out / "merged").is_dir():
         session.say(f"Writing {out / 'merged'}")
         export_merged(model, session.tokenizer, out / "merged")
@@ -364,7 +370,7 @@ def finish(session: Session, merge: bool = True, pictures: bool = True) -> None:
 
 
 def report(directory: Path, say: Say = log) -> Path:
-    """Write report.html of a run; of one that has not measured its attention, load the model for that."""
+    """Write report.html of a run. If its attention has not been measured, load the model and measure it first."""
     from lolcats.report.html import write_html
 
     if find_spec("matplotlib") is None:
@@ -382,14 +388,14 @@ def report(directory: Path, say: Say = log) -> Path:
 
 
 def export_merged(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
-    """Write a self-contained model directory, whole or not at all."""
+    """Write a self-contained model directory, completely or not at all."""
     with whole_directory(directory) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
 
 
 def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype that ``auto`` means here."""
+    """The configured device and dtype, with ``auto`` resolved for this machine."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -405,29 +411,29 @@ def _baselines(session: Session) -> None:
     run.measure("ppl_teacher", lambda: _measured(session, "teacher", mode="teacher"))
     if not session.lean:
         run.measure("sample_teacher", lambda: _teacher_sample(session))
-    run.measure("ppl_window", lambda: _measured(session, "window alone", kind="window", sinks=0))
+    run.measure("ppl_window", lambda: _measured(session, "window only", kind="window", sinks=0))
     run.measure("baseline_sinks", lambda: sinks)
     run.measure("ppl_window_sinks", lambda: _measured(session, "window + sinks", kind="window", sinks=sinks))
 
 
 def _keep_longest(session: Session) -> None:
-    """Leave the session the training rows that ``data.keep_longest_effective`` asks for; measured once in a run."""
+    """Keep only the training rows that ``data.keep_longest_effective`` selects; measured once per run."""
     fraction, data = session.config.data.keep_longest_effective, session.data
     if fraction == 1:
         return
 
     def measured() -> dict[str, Any]:
         session.say(f"Effective sequence lengths of {len(data.train)} rows")
-        found, kept = longest(data, session.model, fraction, _batch(session))
-        means = {"all": found.rows.mean().item(), "kept": found.rows[kept].mean().item()}
-        return {"mean": means, "rows": kept.tolist()}
+        lengths, indices = longest(data, session.model, fraction, _batch(session))
+        means = {"all": lengths.rows.mean().item(), "kept": lengths.rows[indices].mean().item()}
+        return {"mean": means, "rows": indices.tolist()}
 
-    kept = session.run.measure("effective_length", measured)
-    session.data = select(data, torch.tensor(kept["rows"]))
-    means = kept["mean"]
+    selection = session.run.measure("effective_length", measured)
+    session.data = select(data, torch.tensor(selection["rows"]))
+    means = selection["mean"]
     session.say(
-        f"  training on the {len(kept['rows'])} of {len(data.train)} rows with the longest effective sequence length: "
-        f"{means['kept']:.1f} tokens in the mean, of all rows {means['all']:.1f}"
+        f"  training on the {len(selection['rows'])} of {len(data.train)} rows with the longest effective sequence "
+        f"length: {means['kept']:.1f} tokens on average, {means['all']:.1f} over all rows"
     )
 
 
@@ -460,13 +466,13 @@ def _headline(session: Session, title: str, stage: str) -> str:
 
 
 def _summary(result: StageResult, started: float) -> dict[str, Any]:
-    """A stage's entry in run.json; ``seconds`` are those since the stage was last started or continued."""
+    """A stage's entry in run.json; ``seconds`` counts from when the stage was last started or continued."""
     entry = {key: getattr(result, key) for key in ("steps", "best_step", "best_loss")}
     return {**entry, "seconds": round(time.time() - started, 1)}
 
 
 def measure_maps(session: Session, of: str) -> None:
-    """The attention itself, layer by layer, unless measured; ``of``: whose queries and keys the model has."""
+    """Measure the attention of each layer unless done; ``of``: whose queries and keys these are, teacher or student."""
     model, run, rows = session.model, session.run, session.data.validation
     if linearized_layers(model):
         batches = zip(*_validation(session, LOOKED_AT), strict=False)
@@ -476,7 +482,7 @@ def measure_maps(session: Session, of: str) -> None:
 
 
 def _measure_final_maps(session: Session) -> None:
-    """On the teacher's queries and keys, where stage 2 leaves the feature maps as they are."""
+    """Measure attention on the teacher's queries and keys if stage 2 does not change the feature maps."""
     if session.config.finetune.feature_map_learning_rate == 0:
         measure_maps(session, "teacher")
 
@@ -486,7 +492,7 @@ def _layer_errors(session: Session) -> list[float]:
 
 
 def _validation(session: Session, rows: int | None = None) -> tuple[Iterable[Tensor], Iterable[Tensor | None]]:
-    """Batches of the first ``rows`` validation rows, or all, and of their positions where documents are kept apart."""
+    """Batches of the first ``rows`` validation rows (default: all) and their positions (None: one sequence per row)."""
     data, size = session.data, _batch(session)
     places = data.positions["validation"][:rows].split(size) if data.positions else repeat(None)
     return data.validation[:rows].split(size), places

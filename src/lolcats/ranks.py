@@ -1,6 +1,6 @@
-"""Several processes that train one model: torchrun starts them, rank 0 alone writes.
+"""Training of one model by several processes, which torchrun starts; only rank 0 writes files.
 
-No wrapper around the model: what has to be summed is summed explicitly.
+The model is not wrapped: sums over ranks are explicit.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from lolcats.errors import LolcatsError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among ``size`` that work together."""
+    """This process among the ``size`` processes of a run."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what all share."""
+        """Whether this process writes the shared files."""
         return self.rank == 0
 
     def share(self, whole: range) -> range:
-        """This rank's consecutive part; the first ranks have one more where it does not come out even."""
+        """This rank's contiguous part; if ``whole`` does not divide evenly, the first ranks get one more."""
         least, more = divmod(len(whole), self.size)
         start = whole.start + self.rank * least + min(self.rank, more)
         return range(start, start + least + (self.rank < more))
@@ -47,13 +47,13 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank is here."""
         if self.size > 1:
             with _together():
                 dist.barrier()
 
     def shared(self, value: Any) -> Any:
-        """Rank 0's ``value``."""
+        """The ``value`` of rank 0, on every rank."""
         if self.size == 1:
             return value
         values = [value]
@@ -62,7 +62,7 @@ class Ranks:
         return values[0]
 
     def agree(self, identity: dict[str, Any]) -> None:
-        """LolcatsError on every rank if what they were started with differs."""
+        """Raise LolcatsError on every rank if their ``identity`` differs."""
         if self.size == 1:
             return
         everyone: list[dict[str, Any]] = [{} for _ in range(self.size)]
@@ -79,7 +79,7 @@ class Ranks:
 
 
 def ranks() -> Ranks:
-    """This process's place; the process group is made at the first call under torchrun."""
+    """This process's rank; the first call under torchrun creates the process group."""
     if not dist.is_available() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks()
     if not dist.is_initialized():
@@ -92,17 +92,17 @@ def ranks() -> Ranks:
 
 
 def is_first() -> bool:
-    """Whether this process writes what all share."""
+    """Whether this process writes the shared files."""
     return ranks().is_first
 
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """What a lost rank does to the others, as a sentence."""
+    """Turn the errors that a lost rank causes into a LolcatsError."""
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
         raise LolcatsError(
-            f"Another rank was lost ({str(error).splitlines()[0]}). What was saved is kept: run the same command "
-            "again, on any number of ranks."
+            f"Another rank was lost ({str(error).splitlines()[0]}). Saved progress is kept: run the same command "
+            "again, with any number of ranks."
         ) from error

@@ -1,15 +1,15 @@
-"""Checkpoints of the paper's own code (github.com/HazyResearch/lolcats) as an adapter of ours.
+"""Import checkpoints of the paper's own code (github.com/HazyResearch/lolcats) as a lolcats adapter.
 
-It saves what a stage trained with ``torch.save``: ``{"model_state_dict": {name: tensor}, "step": ...}``; it also reads
-the inner dictionary alone. What the files do not tell (window, feature map's kind, LoRA's α) comes from the
-configuration, by default the paper's. Facts about its function, from reading it:
+That code saves what a stage trained with ``torch.save``: ``{"model_state_dict": {name: tensor}, "step": ...}``; it also
+reads just the inner dictionary. Settings that the files lack (window, kind of feature map, LoRA's α) come from the
+configuration, by default the paper's. What its tensors mean, from reading the code:
 
     feature_map_q.mlp.layer  (H, D, f)     y = x · layer for every query head, softmax(y) ⊕ softmax(−y): our weight
-    feature_map_q.mlp.bias   (1, H, 1, 1 or f)  with t2r alone: our bias
+    feature_map_q.mlp.bias   (1, H, 1, 1 or f)  only with t2r: our bias
     window_factors           (1, H, 1, 1)  γ = sigmoid of it, against a linear term of weight 1: our gate
-    q_proj.lora_A.default.weight           PEFT's own names, α / r as PEFT has it
+    q_proj.lora_A.default.weight           PEFT's own names, scaled by α / r as in PEFT
 
-Its ``affine_attention_factors`` (linear term weighted 1 − γ) is off in every configuration it ships and not supported.
+Its ``affine_attention_factors`` (linear term weighted 1 − γ) is off in every configuration it ships, and not supported.
 """
 
 from __future__ import annotations
@@ -41,15 +41,16 @@ LORA_KEY = re.compile(r"(\w+)\.lora_([AB])\.default\.weight")
 
 
 def import_reference(base: str, transfer: Path, lora: Path | None, out: Path, config: Config) -> None:
-    """Write the adapter directory ``out`` from the files of the two stages; weights of the base are not read.
+    """Write the adapter directory ``out`` from the files of the two stages. The base model's weights are not read.
 
     Args:
         transfer: feature maps and window factors.
-        lora: LoRA matrices; and feature maps, where stage 2 trained them too: they replace those of ``transfer``.
+        lora: LoRA matrices, and feature maps if stage 2 trained them too; these replace the ones in ``transfer``.
         config: ``attention`` and ``finetune.alpha`` are used; feature dim, rank and targets are read from the files.
 
     Raises:
-        LolcatsError: a file that is none of these; a missing, unexpected or mis-shaped tensor, by its name in the file.
+        LolcatsError: if a file is not such a checkpoint, or a tensor is missing, unexpected or mis-shaped; it is named
+            as in the file.
     """
     if out.exists() and any(out.iterdir()):
         raise LolcatsError(f"{out} is not empty; choose another --out.")
@@ -58,11 +59,11 @@ def import_reference(base: str, transfer: Path, lora: Path | None, out: Path, co
     tokenizer = load_tokenizer(known, trust)
     maps, adapters = _sorted(read_state_dict(transfer), transfer)
     if adapters:
-        raise LolcatsError(f"{transfer}: {_full(next(iter(adapters)))} belongs to LoRA: give this file as --lora.")
+        raise LolcatsError(f"{transfer} contains LoRA ({_full(next(iter(adapters)))}): pass this file as --lora.")
     if lora is not None:
         later, adapters = _sorted(read_state_dict(lora), lora)
         if not adapters:
-            raise LolcatsError(f"{lora} has no LoRA matrices (self_attn.q_proj.lora_A.default.weight and the like).")
+            raise LolcatsError(f"{lora} has no LoRA matrices (such as self_attn.q_proj.lora_A.default.weight).")
         maps |= later
     columns = {tensor.shape[-1] for (_, key), tensor in maps.items() if key.endswith("mlp.layer")}
     if config.attention.feature_map != "t2r" and len(columns) == 1:
@@ -81,13 +82,13 @@ def import_reference(base: str, transfer: Path, lora: Path | None, out: Path, co
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.pt`` file by name, read without unpickling anything but tensors and plain containers."""
+    """The tensors of a ``.pt`` file by name. Only tensors and plain containers are unpickled."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise LolcatsError(f"{path} does not exist.") from None
-    except Exception as error:  # damaged archives fail in any way; weights_only refuses with UnpicklingError
-        raise LolcatsError(f"{path} is damaged, or holds more than tensors, which is not unpickled.") from error
+    except Exception as error:  # damaged archives raise many errors, weights_only an UnpicklingError
+        raise LolcatsError(f"{path} is damaged, or contains more than tensors, which is not unpickled.") from error
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()) or not state:
         raise LolcatsError(f"{path}: expected a dictionary of tensors, or one under model_state_dict.")
@@ -98,7 +99,7 @@ Keyed = dict[tuple[int, str], Tensor]  # by layer and the name inside its self_a
 
 
 def _sorted(state: dict[str, Tensor], path: Path) -> tuple[Keyed, Keyed]:
-    """Tensors of the attentions, and those of LoRA; an unknown name is an error."""
+    """Split tensors into those of the attentions and those of LoRA; an unknown name is an error."""
     maps: Keyed = {}
     lora: Keyed = {}
     for name, tensor in state.items():
@@ -106,14 +107,14 @@ def _sorted(state: dict[str, Tensor], path: Path) -> tuple[Keyed, Keyed]:
         known = match and (maps if match[2] in KEYS else lora if LORA_KEY.fullmatch(match[2]) else None)
         if match is None or known is None:
             raise LolcatsError(
-                f"{path}: unexpected tensor {name}; expected feature maps, window factors and LoRA of self_attn alone."
+                f"{path}: unexpected tensor {name}; expected only feature maps, window factors and LoRA of self_attn."
             )
         known[int(match[1]), match[2]] = tensor
     return maps, lora
 
 
 def _feature_maps(model: PreTrainedModel, names: dict[int, str], maps: Keyed, path: Path) -> dict[str, Tensor]:
-    """Our tensors by name: strictly those that the converted model has."""
+    """Our tensors by name: exactly those that the converted model has."""
     state = feature_map_state(model)
     ours = {
         (layer.geometry.layer, key): f"{names[layer.geometry.layer]}.{name}"
@@ -141,7 +142,7 @@ def _fitting(tensor: Tensor, shape: torch.Size, place: tuple[int, str], path: Pa
 def _save_lora(
     model: PreTrainedModel, names: dict[int, str], lora: Keyed, config: Config, base: str, directory: Path, path: Path
 ) -> Config:
-    """Write LoRA in PEFT's format; returns the configuration with the rank and targets that the file shows."""
+    """Write LoRA in PEFT's format; return the configuration with the rank and targets found in the file."""
     parts = {place: LORA_KEY.fullmatch(place[1]) for place in lora}
     targets = sorted({match[1] for match in parts.values() if match})
     _compare({(n, f"{t}.lora_{m}.default.weight") for n in names for t in targets for m in "AB"}, set(lora), path)

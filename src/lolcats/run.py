@@ -1,12 +1,12 @@
-"""The run directory: what a run is, how far it has come, what it measured. ``run.json`` is its one record.
+"""The run directory: identity, progress and results of a run. ``run.json`` is the only record of these.
 
 DIR/run.json                identity (base model, data, configuration), versions, stages done, results
-DIR/config.json             with feature_maps.safetensors and lora/: the adapter, loadable by from_pretrained(DIR)
+DIR/config.json             with feature_maps.safetensors and lora/: the adapter, loaded by from_pretrained(DIR)
 DIR/merged/                 the self-contained model
 DIR/metrics.jsonl           losses of both stages
 DIR/controls/NAME/          the controls, each an adapter with its metrics.jsonl
 DIR/README.md, report.png   model card and picture
-DIR/report.html             everything measured, with pictures; attention.safetensors is drawn there
+DIR/report.html             all measurements, with pictures; some are drawn from attention.safetensors
 DIR/checkpoints/            working files of an unfinished stage
 """
 
@@ -31,36 +31,35 @@ from lolcats.ranks import is_first
 
 RECORD = "run.json"
 SAMPLE_PROMPT = "What is a good way to spend a rainy weekend? Explain your ideas."
-SAMPLE_WINDOWS = 3  # an answer's most tokens: it leaves the window, and its end is read through the linear term
+SAMPLE_WINDOWS = 3  # maximum length of an answer in windows; its end depends on the linear term
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 class Run:
-    """A run directory, created or continued. Every change is written at once, so that a kill loses nothing."""
+    """A run directory, new or continued. Every change is written immediately, so a kill loses nothing."""
 
     def __init__(self, directory: Path, record: dict[str, Any]) -> None:
         self.directory, self.record = directory, record
 
     @classmethod
     def start(cls, directory: Path, base: Base, data: dict[str, Any], config: Config) -> Run:
-        """A new run (written at its first ``save``), or the one in ``directory`` if it has the same identity."""
+        """Start a new run (written by its first ``save``), or continue the one in ``directory`` if it is the same."""
         identity = {"base": asdict(base), "data": data, "config": to_dict(config)}
         if (directory / RECORD).exists():
             run = cls.open(directory)
             asked = {"controls": list(dict.fromkeys([*run.config.controls, *config.controls]))}  # may be added later
-            known = {**run.record, "config": {**to_dict(run.config), **asked}}  # newer settings have their defaults
+            known = {**run.record, "config": {**to_dict(run.config), **asked}}  # new settings have their defaults
             for stage, keys in PLACEMENT.items():
                 known["config"][stage] |= {key: identity["config"][stage][key] for key in keys}
             identity["config"] |= asked
             if changed := _difference(known, identity):
                 raise LolcatsError(
-                    f"{directory} holds another run: {changed}. Choose another --out, or repeat the command it was "
-                    "made with."
+                    f"{directory} holds another run: {changed}. Choose another --out, or repeat the original command."
                 )
             run.record["config"] = identity["config"]
             return run
         if directory.is_dir() and any(directory.iterdir()):
-            raise LolcatsError(f"{directory} is not empty and holds no lolcats run; choose another --out.")
+            raise LolcatsError(f"{directory} is not empty and does not hold a lolcats run: choose another --out.")
         _check_writable(directory)
         versions = {"python": platform.python_version(), "lolcats": lolcats.__version__}
         versions |= {name: version(name) for name in PACKAGES}
@@ -73,7 +72,7 @@ class Run:
         try:
             return cls(directory, json.loads((directory / RECORD).read_text()))
         except FileNotFoundError:
-            raise LolcatsError(f"{directory} holds no lolcats run ({RECORD} is missing).") from None
+            raise LolcatsError(f"{directory} does not hold a lolcats run: {RECORD} is missing.") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise LolcatsError(f"{directory / RECORD} is damaged ({error}).") from None
 
@@ -97,14 +96,14 @@ class Run:
         self.save()
 
     def measure(self, name: str, function: Callable[[], Any]) -> Any:
-        """The result called ``name``, measured now unless an earlier attempt of this run already did."""
+        """Return the result called ``name``; measure it now unless an earlier attempt of this run did."""
         if name not in self.record["results"]:
             self.record["results"][name] = function()
             self.save()
         return self.record["results"][name]
 
     def save(self) -> None:
-        """Write the record; creates the directory. Of several ranks, the first writes."""
+        """Write the record, and create the directory if needed. Only the first rank writes."""
         if not is_first():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -112,7 +111,7 @@ class Run:
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first thing in which two identities differ, in words; empty if none does."""
+    """How two identities differ, in words; empty if they are the same."""
     if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
         return f"its base model is {old['base']['path']} ({old['base']['fingerprint']})"
     changed = [
@@ -123,7 +122,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     if changed:
         return ", ".join(changed)
     if old["data"]["fingerprint"] != new["data"]["fingerprint"]:
-        return f"its data were other rows ({old['data']['source']}, {old['data']['fingerprint']})"
+        return f"its data differs ({old['data']['source']}, {old['data']['fingerprint']})"
     return ""
 
 
@@ -135,4 +134,4 @@ def _flat(config: dict[str, Any]) -> list[tuple[str, str, Any]]:
 def _check_writable(directory: Path) -> None:
     ancestor = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise LolcatsError(f"Cannot write to {directory}: {ancestor} is no directory that may be written.")
+        raise LolcatsError(f"Cannot write to {directory}: {ancestor} is not a writable directory.")

@@ -1,7 +1,7 @@
-"""Compiles the kernels for an NVIDIA Hopper GPU where there is none, and prints the shared memory of each in bytes.
+"""Compile the kernels for an NVIDIA Hopper GPU without one, and print the shared memory of each in bytes.
 
-The interpreter forgives what the compiler does not: names that change their type in a loop, shapes that are no power of
-two. Run by test_kernels.py in a process of its own, since the interpreter is chosen when triton is imported.
+The interpreter forgives what the compiler does not: names that change their type in a loop, shapes that are not powers
+of two. test_kernels.py runs this in a separate process, since the interpreter is chosen when triton is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lolcats.attention.kernels import decode, function, plan, projection
 
 
 class NoDevice:
-    """What triton asks of a driver before it launches anything."""
+    """The driver functions that triton calls before it launches anything."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -73,7 +73,7 @@ def decode_kernels(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, phi_q: FeatureMap, gamma: torch.Tensor, spec: AttentionSpec,
     shared: dict[str, int],
 ) -> None:  # fmt: skip
-    """Of key maps per query and per key/value head, with the state in fp32 and bf16."""
+    """Decode kernels for key maps per query and per key/value head, with the state in fp32 and bf16."""
     decode.precision = plan.precision
     kernel = decode.decode_kernel
     token = [x.detach()[:, :, :1] for x in (q, k, v)]

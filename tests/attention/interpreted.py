@@ -8,7 +8,7 @@ import pytest
 
 
 def add_bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter holds bf16 as its bits and cuts instead of rounding, so errors are three times the GPU's."""
+    """Add bf16 products. The interpreter truncates to bf16 instead of rounding, so errors are three times the GPU's."""
     from triton import language
     from triton.runtime import interpreter
 

@@ -1,4 +1,4 @@
-"""The decode kernel against the PyTorch step and the reference: on a GPU where there is one, or interpreted (fp32)."""
+"""The decode kernel against the PyTorch step and the reference: on a GPU if there is one, else interpreted (fp32)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCALE = 0.4
 class Decoding:
     """Rows of different lengths in a batch that decode together, by the kernel or by PyTorch.
 
-    For the kernel, slots of the ring that hold nothing are NaN, so that no result can rest on them.
+    For the kernel, empty slots of the ring are NaN, so that no result can depend on them.
     """
 
     def __init__(self, spec: AttentionSpec, lengths: list[int], new: int, dim: int = 16, f: int = 16, heads: int = 4,
@@ -141,7 +141,8 @@ def test_softcap() -> None:
 @pytest.mark.parametrize("window", ["terraced", "sliding"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_states_in_bf16_round_alike(window: Any, shared: bool) -> None:
-    """The kernel's bf16 state is that of the PyTorch step, up to a step where fp32 sums differ in their last bit."""
+    """The kernel's bf16 state is that of the PyTorch step, within one bf16 step where fp32 sums differ in the last
+    bit."""
     spec, bf16 = AttentionSpec("hybrid", window, 8, 3), torch.bfloat16
     decoding = Decoding(spec, [4, 13], 14, heads=2, kv_heads=1, shared=shared, state_dtype=bf16)
     y, state = decoding.run("triton")
@@ -155,7 +156,7 @@ def test_states_in_bf16_round_alike(window: Any, shared: bool) -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's own, with its missing products put in")
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_bf16_in_the_interpreter(state_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shared key maps are read by products of bf16 parts there, and nowhere else."""
+    """Only there, shared key maps are read by products of bf16 parts."""
     add_bf16_products(monkeypatch)
     monkeypatch.setattr(states, "uses_decode_kernel", lambda *_: dispatch._backend == "triton")
     spec = AttentionSpec("hybrid", "terraced", 16, 2)

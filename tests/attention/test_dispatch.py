@@ -85,7 +85,7 @@ def tokens(length: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("window", ["terraced", "sliding"])
 @torch.no_grad()
 def test_nothing_waits_for_the_device_without_padding(window: str) -> None:
-    """Tensors without contents: reading one on the host is an error."""
+    """On meta tensors, where reading a value on the host is an error."""
     layer = make_layer().to("meta")
     layer.spec = AttentionSpec("hybrid", window, 16, 2)
     q, k, v = (x.to("meta") for x in tokens(70))

@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference: on a GPU where there is one, else in Triton's interpreter (fp32)."""
+"""The Triton kernels against the reference: on a GPU if there is one, else in Triton's interpreter (fp32)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device; the interpr
 
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
-    """Memory that a kernel forgets to write is NaN, so that no result can rest on it."""
+    """Fill new memory with NaN, so that no result can depend on what a kernel forgets to write."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -145,7 +145,7 @@ def test_softcap() -> None:
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("inputs", [True, False])
 def test_gradients_of_inputs_or_maps_alone(inputs: bool, projected: bool) -> None:
-    """What stage 2 and stage 1 ask for: other states than for all gradients at once."""
+    """As stage 2 and stage 1 need them: the states differ from those for all gradients at once."""
     problem, spec = Problem(52, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 16, 4)
     weights = [*problem.phi_q.parameters(), *problem.phi_k.parameters()]
     results = []
@@ -196,7 +196,7 @@ def test_results_repeat() -> None:
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize(("kind", "window"), VARIANTS[:3])
 def test_packed_sequences(kind: str, window: str, projected: bool) -> None:
-    """Sequences of different lengths in one row: each as if it were alone, gradients too."""
+    """Sequences of different lengths in one row equal separate ones, including gradients."""
     bounds = [0, 3, 40, 41, 75]
     problem, spec = Problem(75, batch=1, heads=2, kv_heads=1), AttentionSpec(kind, window, 16, 4)
     expected, actual = problem.leaves(), problem.leaves()
@@ -222,7 +222,7 @@ def test_packed_sequences(kind: str, window: str, projected: bool) -> None:
     ("kind", "window", "heads"), [("hybrid", "terraced", 4), ("hybrid", "sliding", 2), ("linear", "terraced", 2)]
 )
 def test_states(kind: str, window: str, heads: int) -> None:
-    """The final state is the one prefill computes, and going on from it equals the whole; rows of different lengths."""
+    """The final state equals that of prefill, and continuing from it equals the whole; rows of different lengths."""
     problem = Problem(70, heads=heads, kv_heads=heads // 2)
     spec = AttentionSpec(kind, window, 16, 4)
     maps, common = (problem.phi_q, problem.key_features), (problem.gamma, spec, SCALE)
@@ -253,7 +253,7 @@ def test_states(kind: str, window: str, heads: int) -> None:
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("window", ["terraced", "sliding"])
 def test_gradients_behind_a_context(window: str, projected: bool) -> None:
-    """Those of the tokens behind a state, which is a constant; rows stand at different positions."""
+    """Gradients of the tokens after a state, which is a constant; rows are at different positions."""
     problem, spec = Problem(45, heads=2, kv_heads=1), AttentionSpec("hybrid", window, 16, 4)
     known, known_v = (torch.randn(2, problem.maps, 20, 16, device=DEVICE) for _ in range(2))
     features = torch.cat([known.softmax(-1), (-known).softmax(-1)], -1)
@@ -287,7 +287,8 @@ def test_bf16_in_the_interpreter(kind: str, projected: bool, monkeypatch: pytest
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")
 def test_large_projections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of trained maps |x·W| is around 9 and up to 30: rounded to bf16, it would cost the maps' gradients 1 to 5 %."""
+    """In trained maps |x·W| is around 9 and up to 30: rounding it to bf16 would change the maps' gradients by 1 to 5
+    %."""
     add_bf16_products(monkeypatch)
     problem = Problem(150, 64, 32, batch=1, heads=2, kv_heads=1, dtype=torch.bfloat16)
     for phi, x in ((problem.phi_q, problem.q), (problem.phi_k, problem.k)):
@@ -308,7 +309,7 @@ def test_large_projections(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @on_gpu
 def test_gradients_where_outputs_are_large() -> None:
-    """As in real models: dy·v − δ is then a small difference, which the rounding of outputs to bf16 must not reach."""
+    """As in real models: dy·v − δ is then a small difference, which must not suffer from rounding outputs to bf16."""
     problem = Problem(300, 64, 64, dtype=torch.bfloat16)
     problem.q, problem.v = problem.q / 8, problem.v + 4
     compare(problem, AttentionSpec("hybrid", "terraced", 64, 4), tolerance=1.5e-2, tiling=None)
@@ -317,7 +318,7 @@ def test_gradients_where_outputs_are_large() -> None:
 @on_gpu
 @pytest.mark.parametrize("dim", [16, 32])
 def test_narrow_heads(dim: int) -> None:
-    """Products of narrow tiles come out wrong: they are padded."""
+    """Products of narrow tiles are wrong on a GPU, so these are padded."""
     problem = Problem(100, dim, 8, dtype=torch.bfloat16)
     compare(problem, AttentionSpec("hybrid", "terraced", 8, 2), tolerance=1.5e-2, tiling=None)
 

@@ -47,11 +47,11 @@ class Problem:
         self.gamma = torch.rand(H) * 0.5 + 0.05
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the references take."""
+        """The tensors that the references take."""
         return self.q, self.k, self.v, self.phi_q(self.q), self.phi_k(self.k), self.gamma
 
     def leaves(self) -> dict[str, Tensor]:
-        """Everything that has a gradient."""
+        """All tensors that have a gradient."""
         leaves = {"q": self.q, "k": self.k, "v": self.v, "gamma": self.gamma}
         for name, phi in (("q", self.phi_q), ("k", self.phi_k)):
             leaves |= {f"phi_{name}.{parameter}": x for parameter, x in phi.named_parameters()}
@@ -71,7 +71,7 @@ class Problem:
         return step(state, *tensors, *common) if use_step else extend(state, *tensors, *common, mask=mask)
 
     def in_pieces(self, spec: AttentionSpec, cuts: Sequence[int], use_step: bool) -> tuple[Tensor, AttentionState]:
-        """Outputs of all pieces one behind the other, and the state at the end."""
+        """Outputs of all pieces, concatenated, and the final state."""
         state, outputs = self.empty(spec), []
         for start, stop in itertools.pairwise(cuts):
             y, state = self.move(state, spec, slice(start, stop), use_step and stop - start == 1)
@@ -147,7 +147,7 @@ def test_prefill_in_pieces_and_decode(kind: str, window: str, sinks: int, maps: 
 
 @pytest.mark.parametrize(("kind", "window", "sinks", "maps"), VARIANTS)
 def test_padded_rows_equal_rows_alone(kind: str, window: str, sinks: int, maps: str) -> None:
-    """Left, right and scattered padding, whole and in pieces, then decode at different positions."""
+    """Left, right and scattered padding, whole and in pieces, then decoding at different positions."""
     length, spec = 90, AttentionSpec(kind, window, 16, sinks)
     generator = torch.Generator().manual_seed(3)
     for left, cut in itertools.product((0, 1, 16, 37), (90, 50, 20)):
@@ -193,7 +193,7 @@ def test_steps_in_place_at_positions_that_the_host_knows(kind: str, window: str,
 def test_segments_and_their_gradients(
     kind: str, window: str, sinks: int, maps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Long inputs go through in recomputed segments: outputs and gradients, of the feature maps' weights too."""
+    """Long inputs are processed in recomputed segments: outputs, and gradients including those of feature maps."""
     monkeypatch.setattr(state_module, "SEGMENT", 40)
     problem, spec = Problem(150, maps), AttentionSpec(kind, window, 16, sinks)
     leaves = {"q": problem.q, "k": problem.k, "v": problem.v, "gamma": problem.gamma}

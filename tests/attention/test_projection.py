@@ -1,4 +1,4 @@
-"""x·W for the kernels, and its gradients: on a GPU where there is one, else in Triton's interpreter."""
+"""x·W for the kernels, and its gradients: on a GPU if there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HYBRID = AttentionSpec("hybrid", "terraced", 16, 4)
 def test_products_keep_sixteen_bits(
     dtype: torch.dtype, maps: int, dim: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as two bf16 hold."""
+    """As many bits as two bf16 numbers hold."""
     if DEVICE == "cpu":
         add_bf16_products(monkeypatch)
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def test_gradients_of_other_queries_and_keys(maps: int, learned: bool) -> None:
 
 
 def test_gradients_of_maps_alone() -> None:
-    """As stage 1 wants them."""
+    """As in stage 1."""
     torch.manual_seed(0)
     q, k, v, x = (torch.randn(1, 2, 40, 16, device=DEVICE) for _ in range(4))
     phi, gamma = FeatureMap("hedgehog", 2, 16, 8).to(DEVICE), torch.full((2,), 0.2, device=DEVICE)

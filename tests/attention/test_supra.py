@@ -1,4 +1,4 @@
-"""Linear attention with fixed decay, and a group norm in the place of its denominator: every path."""
+"""Linear attention with fixed decay, and a group norm in place of its denominator: every path."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def expected_output(layer: LinearizedAttention, q: Tensor, k: Tensor, v: Tensor)
 
 @pytest.mark.parametrize("maps", MAPS)
 def test_the_reference_is_the_equation(maps: str) -> None:
-    """y_n = Σ_{i ≤ n} γ_h^(n−i) φ(q_n)ᵀφ(k_i) v_i with γ_h = 1 − 2^(−5−h), a state's h."""
+    """y_n = Σ_{i ≤ n} γ_h^(n−i) φ(q_n)ᵀφ(k_i) v_i with γ_h = 1 − 2^(−5−h), where h is the index of the state."""
     problem = Problem(7, maps, "t2r")
     fq, fk = problem.phi_q(problem.q), problem.phi_k(problem.k)
     y = parallel_attention(problem.q, problem.k, problem.v, fq, fk, problem.gamma, spec_of(*SUPRA), SCALE)
@@ -165,7 +165,7 @@ def test_norm_is_torch_group_norm() -> None:
 
 @torch.no_grad()
 def test_states_in_place_and_in_bf16() -> None:
-    """As the engine keeps them: the same memory, S rounded stochastically with the right mean."""
+    """As the engine keeps them: in the same memory, with S rounded stochastically and without bias."""
     problem, spec = Problem(80), spec_of(*SUPRA)
     expected = problem.reference(spec)
     for dtype in (torch.float32, torch.bfloat16):
@@ -187,12 +187,12 @@ def test_kernels_leave_it_to_the_chunked_path() -> None:
         with torch.no_grad(), use_backend("triton"):
             assert not uses_decode_kernel(q, layer.phi_q, spec_of(*kind))
     pytest.importorskip("triton")
-    with use_backend("triton"), pytest.raises(LolcatsError, match=r"sums without decay.*normalizer=group_norm"):
+    with use_backend("triton"), pytest.raises(LolcatsError, match=r"only attention\.decay=none with .*normalizer=sum"):
         layer(q, q[:, :G], q[:, :G], SCALE)
 
 
 def test_other_kinds_do_without_both() -> None:
-    """What an ablation or a control makes of the layer is what it makes of any."""
+    """Ablations and controls change the layer as they change any other."""
     layer, problem = make_layer(), Problem(40)
     window = AttentionSpec("window", decay="retnet", normalizer="group_norm")
     layer.spec = window
@@ -203,15 +203,15 @@ def test_other_kinds_do_without_both() -> None:
 
 
 def test_tensor_parallel_is_refused() -> None:
-    with pytest.raises(LolcatsError, match="tensor parallel cannot split it"):
+    with pytest.raises(LolcatsError, match="tensor parallelism cannot split it"):
         make_layer().split_heads(2)
 
 
 @pytest.mark.parametrize("setting", ["attention.decay=retnet", "attention.normalizer=group_norm"])
 def test_hybrid_layers_have_neither(setting: str) -> None:
-    with pytest.raises(LolcatsError, match=r"needs attention\.kind=linear"):
+    with pytest.raises(LolcatsError, match=r"only works with linear attention: set attention\.kind=linear"):
         load_config("default", [setting])
-    with pytest.raises(LolcatsError, match=r"needs attention\.kind=linear"):
+    with pytest.raises(LolcatsError, match=r"only works with linear attention: set attention\.kind=linear"):
         load_config("default", [setting, "attention.kind=linear", "attention.layers={'1': hybrid}"])
     load_config("default", [setting, "attention.kind=linear", "attention.layers={'1': softmax}"])
 

@@ -26,7 +26,7 @@ B, H, G, T, D, SCALE = 2, 4, 2, 75, 16, 0.4
 
 
 class Problem:
-    """Random q and k as softmax sees them, and others as feature maps do."""
+    """Random q and k for softmax, and different ones for the feature maps."""
 
     def __init__(self, maps: int = H, feature_map: str = "hedgehog") -> None:
         torch.manual_seed(0)
@@ -40,7 +40,7 @@ class Problem:
         return [x.requires_grad_() for x in (*tensors, *self.phi_q.parameters(), *self.phi_k.parameters())]
 
     def reference(self, spec: AttentionSpec, rows: slice | Tensor = slice(None)) -> Tensor:
-        """The specification, which is given features."""
+        """The specification, which takes features."""
         q, k, v, plain_q, plain_k = (x[:, :, rows] for x in (self.q, self.k, self.v, self.plain_q, self.plain_k))
         return parallel_attention(q, k, v, self.phi_q(plain_q), self.phi_k(plain_k), self.gamma, spec, SCALE)
 
@@ -123,7 +123,7 @@ def test_padding() -> None:
 @pytest.mark.parametrize("maps", [H, G])
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_documents(backend: str, maps: int) -> None:
-    """Outputs and gradients, as if each were alone."""
+    """Outputs and gradients equal those of separate documents."""
     if backend == "triton":
         pytest.importorskip("triton")
     problem, spec = Problem(maps), spec_of()

@@ -1,4 +1,4 @@
-"""Tiny Parquet files with the columns that ``--data-dir`` takes."""
+"""Tiny Parquet files with the columns that ``--data-dir`` expects."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ FILES: dict[str, list[dict[str, Any]]] = {
 
 
 def write_files(root: Path) -> Path:
-    """Some files lie in the folder itself, some in one under it."""
+    """Write some files to the folder itself, some to a subfolder."""
     for number, (name, rows) in enumerate(FILES.items()):
         folder = root / ("eval" if number % 2 else "")
         folder.mkdir(exist_ok=True)

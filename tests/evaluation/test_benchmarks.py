@@ -1,4 +1,4 @@
-"""``lolcats evaluate --tasks``: lm-eval over local Parquet files, teacher beside baseline and student."""
+"""``lolcats evaluate --tasks``: lm-eval on local Parquet files, for teacher, baseline and student."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lolcats.pipeline import linearize
 from lolcats.run import Run
 
 CPU = (torch.device("cpu"), torch.float32)
-# Documents as the hub's data sets have them, of what the first row of each local file holds.
+# The first row of each local file, in the format of the hub's data sets.
 HUB: dict[str, dict[str, Any]] = {
     "piqa": FILES["piqa_valid"][0],
     "arc_easy": FILES["arc_easy_test"][0],
@@ -69,7 +69,7 @@ def evaluate(*arguments: object, code: int = 0) -> str:
 
 
 def rendered(task: Any) -> tuple[Any, ...]:
-    """Everything that lm-eval makes of a task's first document before a model sees it."""
+    """Everything that lm-eval builds from a task's first document before a model sees it."""
     document = task.eval_docs[0]
     task.build_all_requests(limit=1)
     requests = [instance.args for instance in task.instances]
@@ -106,7 +106,7 @@ def test_mmlu_has_its_own_examples_in_order(data_dir: Path) -> None:
 
 @pytest.mark.usefixtures("lm_eval")
 def test_tasks_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without local files the same specs ask the hub's data sets for lm-eval's own documents."""
+    """Without local files, the same specs load lm-eval's own documents from the hub."""
     import datasets
 
     question = {"question": "?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 1}
@@ -152,7 +152,7 @@ def test_gsm8k_never_asks_its_examples(data_dir: Path) -> None:
 
 
 def test_models_compared(trained: Path, model_dirs) -> None:
-    """The teacher is the base model to the bit, without LoRA; the untrained baseline has no trained part either."""
+    """The teacher is bit for bit the base model, without LoRA; the untrained baselines have no trained part either."""
     ids = torch.arange(3, 60)[None]
     found = {}
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_benchmarks_end_to_end(trained: Path, data_dir: Path, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("lm_eval")
 def test_batches_change_nothing(model_dirs, data_dir: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Likelihoods and generated answers (left-padded batches) of a student are those of single prompts."""
+    """A student's likelihoods and generated answers are the same for single prompts and (left-padded) batches."""
     from lm_eval.models.huggingface import HFLM
 
     answers: list[list[str]] = []
@@ -224,7 +224,7 @@ def test_recall_and_positions_on_the_command_line(trained: Path, data_dir: Path,
     text = evaluate(trained, *arguments, "--data-dir", data_dir)
     assert "Recall by depth: argmax" in text
     trained_on = load_config(str(trained / "config.yaml")).data.sequence_length
-    warning = f"trained on rows of {trained_on} tokens and is measured on up to 600: do not expect it to hold there"
+    warning = f"trained on rows of {trained_on} tokens but is evaluated on up to 600: expect worse results there"
     assert warning in " ".join(text.split())
     assert not beyond_training(str(trained), [trained_on])
     assert not beyond_training("a/base-model", [600])
@@ -247,9 +247,9 @@ def test_mistakes_end_in_a_sentence(trained: Path, data_dir: Path, tmp_path: Pat
         assert expected in output, output
 
     fails("Nothing to evaluate")
-    fails("is no directory", "--tasks", "recall", "--output", tmp_path / "none" / "results.json")
+    fails("is not a directory", "--tasks", "recall", "--output", tmp_path / "none" / "results.json")
     fails("neither a linearized model nor one of window", "--tasks", "recall", "--baseline", "nonsense")
-    fails("need long text", "--tasks", "recall")
+    fails("These tasks need long text: give --data FILE", "--tasks", "recall")
     fails("holds no long_books.parquet", "--tasks", "recall", "--data-dir", tmp_path)
     fails("expected positive numbers", "--tasks", "recall", "--lengths", "1k")
     fails("No document has 99999 tokens", "--tasks", "positions", "--lengths", 99999, "--data-dir", data_dir)
@@ -260,12 +260,12 @@ def test_unknown_tasks_and_missing_data_end_in_a_sentence(trained: Path, data_di
     assert "Did you mean paper" in evaluate(trained, "--tasks", "papr", code=2)
     assert "Did you mean piqa" in evaluate(trained, "--tasks", "piqua", "--data-dir", data_dir, code=2)
     assert "holds no piqa_valid.parquet" in evaluate(trained, "--tasks", "paper", "--data-dir", tmp_path, code=2)
-    assert "--data-dir takes" in evaluate(trained, "--tasks", "boolq", code=2)
+    assert "local Parquet files with --data-dir" in evaluate(trained, "--tasks", "boolq", code=2)
 
 
 @pytest.mark.usefixtures("lm_eval")
 def test_likelihoods_are_lm_evals_own(model_dirs, data_dir: Path, tokenizer) -> None:
-    """Shared rows, logits only where they are asked for and padded batches change nothing; nor does another model."""
+    """Shared rows, logits only of continuations, padded batches and a second model change nothing."""
     from lm_eval.models.huggingface import HFLM
 
     from lolcats.evaluation.bridge import Bridge, make_batches

@@ -1,4 +1,4 @@
-"""Effective sequence lengths: the paper's Eq. 9, of rows and heads, and what ``lolcats data stats`` makes of them."""
+"""Effective sequence lengths (the paper's Eq. 9) of rows and heads, and in ``lolcats data stats``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_distances_are_those_of_the_whole_matrix(tokens: int, softcap: float | N
 
 
 def test_known_attention() -> None:
-    """Uniform attention of query n looks back (n + 2) / 2 tokens; one that sees its own token alone, 1."""
+    """Uniform attention of query n looks back (n + 2) / 2 tokens; attention to only its own token, 1."""
     n = torch.arange(10.0)
     uniform = mean_distances(torch.zeros(1, 1, 10, 4), torch.randn(1, 1, 10, 4), 1.0)
     torch.testing.assert_close(uniform.flatten(), (n + 2) / 2)
@@ -42,7 +42,7 @@ def test_known_attention() -> None:
 
 
 def test_rows_and_heads_of_a_model() -> None:
-    """Gemma's sliding layer stays softmax and is not looked at."""
+    """Gemma's sliding layer stays softmax and is not measured."""
     model = lolcats.convert(tiny_model("gemma3"), SMALL)
     ids = torch.randint(6, 300, (4, 40))
     found = effective_lengths(model, [(ids[:3], None), (ids[3:], None)])
@@ -93,6 +93,6 @@ def test_command(model_dirs, tmp_path: Path, settings: list[str]) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     lengths = [float(line.split("|")[3]) for line in output.splitlines() if line.startswith("| lowest")]
     assert 1 <= lengths[0] <= 32
-    assert "is no directory" in invoke(
+    assert "is not a directory" in invoke(
         *common[:3], "--data", tmp_path / "a.jsonl", "--picture", tmp_path / "no" / "p.png", code=2
     )

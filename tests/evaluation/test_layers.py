@@ -1,4 +1,4 @@
-"""Errors, entropies and older shares by layer and head, against the whole matrix of the teacher's own weights."""
+"""Errors, entropies and older shares by layer and head, against the full matrix of the teacher's own weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def teacher_weights(family: str = "llama", ids: Tensor = IDS) -> Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 def test_entropies_and_shares_are_those_of_the_original(family: str) -> None:
-    """Gemma's sliding layer is not linearized, and left out."""
+    """Gemma's sliding layer is not linearized and not measured."""
     found = measure_layers(converted(family), [(IDS[:2], None), (IDS[2:], None)], "teacher")
     weights = teacher_weights(family)[found["layers"]]
     assert found["layers"] == ([0, 1] if family != "gemma3" else [1, 2])
@@ -78,7 +78,7 @@ def test_errors_are_those_that_training_sees() -> None:
 
 
 def test_known_weights() -> None:
-    """Uniform attention of query n has entropy log(n + 1); all keys but its own window and sinks are older."""
+    """Uniform attention of query n has entropy log(n + 1); all keys outside its window and sinks are older."""
     length = QUERIES + 20
     values = weights_of_queries(
         torch.zeros(1, 2, length, 4), torch.randn(1, 1, length, 4), AttentionSpec("hybrid", "sliding", 5, 3), 1.0
@@ -102,7 +102,7 @@ def test_documents_are_sequences_of_their_own() -> None:
 
 
 def test_a_run_leaves_them_as_data(model_dirs, chat_file: Path, settings: list[str], tmp_path: Path) -> None:
-    """After stage 1 on the teacher's queries; where stage 2 trains the maps, behind it and on the student's."""
+    """Measured after stage 1 on the teacher's queries, or after stage 2 on the student's if that trains the maps."""
     for name, more in (("frozen", []), ("trained", ["finetune.feature_map_learning_rate=1e-2"])):
         config = load_config("default", [*settings, *more])
         linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / name, config, merge=False, say=lambda _: None)
@@ -129,7 +129,7 @@ def tiny_sweep(path: Path, model: Path, data: Path) -> Sweep:
 
 
 def test_tables_of_a_sweep(model_dirs, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A column or line for each row that has linear attention; means over seeds of what the results say."""
+    """A column or line for each row with linear attention, as means over the seeds in the results."""
     layers, out = script("layers"), tmp_path / "out"
     run_sweep(tiny_sweep(tmp_path / "sweep.yaml", model_dirs["llama"], chat_file), out, "", lambda _: None)
     results = out / "results.jsonl"

@@ -1,4 +1,4 @@
-"""benchmarks/quality.py: from the results of several sweeps to a table and a record of each experiment."""
+"""benchmarks/quality.py: turns the results of several sweeps into a table and a record of each experiment."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_rows_measured_alike() -> None:
 
 
 def test_data_of_the_sweeps(tmp_path: Path) -> None:
-    """Nothing is held out and trained on, nothing is lost but what says nothing."""
+    """Nothing is both held out and trained on, and only records without an answer are dropped."""
     data = script("quality_data")
     alpaca = [{"instruction": f"i{n}", "input": "", "output": "<nooutput>" if n == 7 else f"o{n}"} for n in range(101)]
     books = [{"title": f"b{n}", "text": f"{n} " * 50_000} for n in range(20)]
@@ -96,7 +96,7 @@ def test_data_of_the_sweeps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_share_the_rows_out(model_dirs, chat_file: Path, tmp_path: Path) -> None:
-    """Two processes on one table, then its tables; a second start finds everything there."""
+    """Two processes fill one table; starting them again finds every result there."""
     for folder in ("models", "data", "eval"):
         (tmp_path / folder).mkdir()
     (tmp_path / "models" / "tiny").symlink_to(model_dirs["llama"])

@@ -1,4 +1,4 @@
-"""Standard errors, paired differences and the share of a gap closed, against figures worked out by hand."""
+"""Standard errors, paired differences and the share of a gap closed, against figures computed by hand."""
 
 from __future__ import annotations
 

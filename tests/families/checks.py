@@ -1,4 +1,4 @@
-"""What must hold of a linearized model whatever its family, and what is known of every decoder class."""
+"""What must hold for a linearized model of any family, and what is known about every decoder class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PADDING = torch.ones_like(IDS)
 PADDING[1, :13] = 0
 HYBRID = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
 TOLERANCE = 1e-4
-NOTABLE = 1e-3  # an error of the base model's own that the README mentions
+NOTABLE = 1e-3  # an error of the base model's own that docs/families.md mentions
 
 
 def forward(model: PreTrainedModel) -> Tensor:
@@ -51,7 +51,7 @@ def check_teacher(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_kept(model: PreTrainedModel) -> None:
-    """Where not all can be linearized, layers that stay as they are change nothing, or are refused as well."""
+    """If not all layers can be linearized, keeping them all as softmax changes nothing, or is refused too."""
     try:
         logits = forward(converted(model, AttentionConfig(kind="softmax")))
     except LolcatsError:
@@ -71,7 +71,7 @@ def check_window(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_cache(student: PreTrainedModel) -> None:
-    """A call that says nothing of a cache gets states of fixed size for linearized layers."""
+    """A call without a cache argument gets states of fixed size for linearized layers."""
     cache = getattr(student(IDS), "past_key_values", None)  # RecurrentGemma returns none
     for layer in linearized_layers(student) if cache is not None else ():
         state = cache.layers[layer.geometry.layer].state
@@ -97,7 +97,7 @@ def padding_error(model: PreTrainedModel, **positions: Tensor) -> float:
 
 @torch.no_grad()
 def generated_alike(model: PreTrainedModel) -> bool:
-    """Whether greedy answers to a padded batch are those of its rows alone."""
+    """Whether greedy answers to a padded batch equal those to its rows separately."""
     greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     prompt, mask = IDS[:, :20], PADDING[:, :20]
     together = model.generate(prompt, attention_mask=mask, **greedy)
@@ -107,7 +107,7 @@ def generated_alike(model: PreTrainedModel) -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is known of a decoder class. ``refused``: why it cannot be linearized; empty if it was, and all held."""
+    """What is known about a decoder class. ``refused``: why it cannot be linearized; empty if all checks passed."""
 
     model_type: str
     refused: str = ""

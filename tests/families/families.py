@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of transformers and what its tiny configuration has beyond the rules of tiny.py."""
+    """A model type of transformers and the settings of its tiny configuration beyond the rules of tiny.py."""
 
     model_type: str
     changes: dict[str, Any] = field(default_factory=dict)

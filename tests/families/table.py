@@ -1,4 +1,4 @@
-"""The README's table of families: ``python tests/families/table.py`` tries a tiny model of each and writes it anew."""
+"""The table of docs/families.md: ``python tests/families/table.py`` rewrites it from a tiny model of each family."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NOT_BUILT = {
     "musicgen": "makes audio; AutoModelForCausalLM does not build it from its own configuration",
     "musicgen_melody": "makes audio; AutoModelForCausalLM does not build it from its own configuration",
 }
-"""Decoder classes of which no tiny model is made, and why."""
+"""Decoder classes for which no tiny model is made, and why."""
 WORKS = "**works**"
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 BEGIN, END = "<!-- families, written by tests/families/table.py -->\n", "<!-- end of families -->"
 
 
@@ -31,7 +31,7 @@ def model_types() -> list[str]:
 
 
 def render(outcomes: Iterable[Outcome]) -> str:
-    """The table in Markdown: one row a kind of outcome."""
+    """The table in Markdown: one row per kind of outcome."""
     rows: dict[str, list[str]] = {}
     for found in outcomes:
         rows.setdefault(kind(found), []).append(found.model_type)
@@ -43,10 +43,10 @@ def render(outcomes: Iterable[Outcome]) -> str:
 
 
 def kind(found: Outcome) -> str:
-    """What the table says of an outcome."""
+    """The table's text for an outcome."""
     if found.refused:
         reason = re.sub(r"^(Layer \d+ of )?\w+ ", "", found.refused.rstrip("."))
-        reason = re.sub(r" \(\d+ and \d+\)|, so its? .*$| Families such as .*$|, of which .*$", "", reason).rstrip(".")
+        reason = re.sub(r" \(\d+ and \d+\)|, so its? .*$| Families such as .*$|, a keyword .*$", "", reason).rstrip(".")
         return f"refused: {reason}"
     notes = {
         "layers that slide or attend in chunks stay as they are": found.kept,
@@ -59,14 +59,14 @@ def kind(found: Outcome) -> str:
 
 
 def written() -> str:
-    """The table that the README has."""
-    return README.read_text().partition(BEGIN)[2].partition(END)[0]
+    """The table that the page has."""
+    return PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
 
 
 def main() -> None:
-    before, _, rest = README.read_text().partition(BEGIN)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
     table = render(outcome(t) for t in model_types() if t not in NOT_BUILT)
-    README.write_text(before + BEGIN + table + END + rest.partition(END)[2])
+    PAGE.write_text(before + BEGIN + table + END + rest.partition(END)[2])
 
 
 if __name__ == "__main__":

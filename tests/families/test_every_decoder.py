@@ -1,4 +1,5 @@
-"""Every decoder class that transformers lists is linearized right or refused with a reason, never silently wrong."""
+"""Every decoder class that transformers lists is linearized correctly or refused with a reason, never silently
+wrong."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ def test_linearized_right_or_refused(model_type: str) -> None:
 
 
 @pytest.mark.slow
-def test_table_in_the_readme() -> None:
-    """``python tests/families/table.py`` writes it anew."""
+def test_table_in_the_docs() -> None:
+    """``python tests/families/table.py`` rewrites it."""
     if not OF_THE_TABLE:
         pytest.skip("the table is of another version of transformers")
     assert written() == render(outcome(t) for t in TRIED)

@@ -38,7 +38,7 @@ from lolcats.training.data import Data
 from lolcats.training.finetune import finetune
 from lolcats.training.transfer import layer_errors, transfer
 
-NOT_UNROTATED = {  # learned positions, none in some or all layers, turned in another way, or norms behind RoPE
+NOT_UNROTATED = {  # learned positions, none in some or all layers, turned in another way, or norms after RoPE
     "AFMoE", "Cohere 2", "EXAONE 4", "GPT-2", "Granite 4 hybrid", "Hunyuan", "Jamba", "Llama 4", "OPT",
     "SmolLM3",
 }  # fmt: skip
@@ -70,7 +70,7 @@ def test_feature_maps_in_front_of_rope(name: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_function(family: Family) -> None:
-    """The teacher exactly, the window as the family has it, prefill and decode as one function, padding no effect."""
+    """The teacher is exact, the window is that of the family, prefill and decode agree, and padding has no effect."""
     model = built(family)
     check_teacher(model)
     check_window(model)
@@ -145,7 +145,7 @@ def test_layers_that_cannot_be_linearized_may_stay(family: Family) -> None:
 
 @torch.no_grad()
 def test_bidirectional_image_tokens_are_refused_in_the_call() -> None:
-    """Text alone is causal in Gemma 3; where tokens are marked as an image's, they see each other."""
+    """Plain text is causal in Gemma 3; tokens that are marked as an image see each other."""
     model = built(FAMILIES["Gemma 3 with vision"])
     kinds = torch.zeros_like(IDS)
     kinds[:, 5:15] = 1
@@ -160,7 +160,7 @@ def test_bidirectional_image_tokens_are_refused_in_the_call() -> None:
 
 
 def test_sparse_layers_cannot_even_stay() -> None:
-    """The indexer's choice would get lost."""
+    """The indexer's choice would be lost."""
     with pytest.raises(LolcatsError, match="keys that an indexer picks"):
         converted(built(Family("minimax_m3_vl_text")), AttentionConfig(kind="softmax"))
 
@@ -177,4 +177,4 @@ def test_refused_with_the_reason(family: Family, reason: str) -> None:
     with pytest.raises(LolcatsError, match=reason):
         lolcats.convert(model, HYBRID)
     assert not linearized_layers(model)
-    assert torch.isfinite(forward(model)).all()  # as it was
+    assert torch.isfinite(forward(model)).all()  # unchanged

@@ -1,4 +1,4 @@
-"""A tiny random model of any decoder class of transformers, its configuration shrunk by what its fields are called."""
+"""A tiny random model of any decoder class of transformers; its configuration is shrunk by the names of its fields."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def shrunk(config_class: Any, **changes: Any) -> Any:
 
 
 def _part(config_class: Any, name: str, changes: dict[str, Any]) -> Any:
-    """A tiny configuration of a part (text, vision, ...); None where the default configuration has none."""
+    """A tiny configuration of a part (text, vision, ...); None if the default configuration has no such part."""
     if getattr(config_class(), name, None) is None or changes is None:
         return None
     return shrunk(type(getattr(config_class(), name)), **changes)
@@ -144,7 +144,7 @@ def _is_latent(fields: dict[str, Any]) -> bool:
 
 
 def layer_pattern(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """One layer of each type that the default configuration mixes, and two at least."""
+    """One layer of each type that the default configuration mixes, and at least two layers."""
     types = getattr(config_class(), "layer_types", None) if "layer_types" in fields else None
     if not types:
         return {}

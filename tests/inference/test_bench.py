@@ -69,7 +69,7 @@ def test_the_teacher_is_the_base_model_in_the_same_memory() -> None:
 
 
 def test_what_comes_too_late_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that moves a second each time it is looked at."""
+    """With a clock that advances one second per reading."""
     seconds = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: next(seconds), perf_counter=time.perf_counter)
     monkeypatch.setattr(bench, "time", clock)

@@ -127,8 +127,8 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
 def test_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").touch()
     for path, message in (
-        (tmp_path / "weights.bin", "no .gguf"),
-        (tmp_path, "without config.json"),
+        (tmp_path / "weights.bin", "not a .gguf file"),
+        (tmp_path, "has no config.json"),
         (tmp_path / "no.gguf", "does not exist"),
         ("nobody/no-such-model", "on disk or on the Hugging Face hub"),
     ):
@@ -146,15 +146,15 @@ def test_tokenizer_that_takes_words_apart_is_refused(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: Misread())
     monkeypatch.setattr(bases, "_check_gguf", lambda _: None)
-    with pytest.raises(LolcatsError, match="takes 'the' apart"):
+    with pytest.raises(LolcatsError, match="splits 'the'"):
         load_tokenizer(bases.Base(str(tmp_path / "gemma.gguf"), "gguf", ""))
 
 
 def test_tokenizer_without_its_vocabulary_is_refused(model_dirs, tmp_path: Path) -> None:
-    """transformers makes one that takes any text for empty."""
+    """transformers makes one that turns any text into nothing."""
     shutil.copytree(model_dirs["llama"], tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer.json"))
     config = tmp_path / "model" / "tokenizer_config.json"
     known = json.loads(config.read_text())
     config.write_text(json.dumps({**known, "tokenizer_class": "Qwen2Tokenizer"}))
-    with pytest.raises(LolcatsError, match=r"knows no words: .* missing"):
+    with pytest.raises(LolcatsError, match=r"has no vocabulary: .* missing"):
         load_tokenizer(find_base(str(tmp_path / "model")))

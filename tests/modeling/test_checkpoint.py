@@ -56,7 +56,7 @@ def test_reload_equals_memory_exactly(family: str, tmp_path: Path) -> None:
 
 
 def python(code: str) -> Any:
-    """The last line that a process of its own prints, read as JSON; nobody answers its questions."""
+    """The last line that a separate process prints, read as JSON; its standard input is empty."""
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, check=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -22,7 +22,7 @@ CONFIG = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
 
 
 class Watch(LogitsProcessor):
-    """Notes the process's memory every 10,000 tokens."""
+    """Record the process's memory every 10,000 tokens."""
 
     def __init__(self) -> None:
         self.resident: list[int] = []

@@ -35,7 +35,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
 
 @pytest.fixture(scope="module")
 def address(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of a running ``transformers serve``."""
+    """The address of a running ``transformers serve``."""
     pytest.importorskip("uvicorn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -44,7 +44,7 @@ def separate(model: Any) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_logits_equal_those_of_separate_rows(family: str) -> None:
-    """Gemma's sliding layer stays softmax: its own mask keeps documents apart."""
+    """Gemma's sliding layer stays softmax: its own mask separates documents."""
     model = converted(family)
     torch.testing.assert_close(model(IDS, position_ids=POSITIONS).logits, separate(model), atol=1e-4, rtol=1e-4)
     with override(model, mode="teacher"):
@@ -94,7 +94,7 @@ def by_reference(layer: LinearizedAttention, tensors: list[Tensor], lengths: Any
 
 @pytest.mark.parametrize("xent", [0.0, 1.0])
 def test_stage_one_equals_separate_rows(xent: float) -> None:
-    """Losses are means over tokens: those of documents alone, weighted with their lengths; gradients, too."""
+    """The loss is a mean over tokens, so it is that of separate documents weighted by length; likewise gradients."""
     model, config = converted(), TransferConfig(xent_weight=xent)
     packed = layer_losses(model, IDS, config, 1.0, POSITIONS)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if ".lolcats." in n}
@@ -141,9 +141,9 @@ def test_one_document_a_row_is_nothing_special() -> None:
 
 def test_what_cannot_be_packed_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     model = converted()
-    with pytest.raises(LolcatsError, match="no cache"):
+    with pytest.raises(LolcatsError, match="do not support a cache"):
         model(IDS, position_ids=POSITIONS, use_cache=True)
-    with pytest.raises(LolcatsError, match="take no attention_mask"):
+    with pytest.raises(LolcatsError, match="do not support an attention_mask"):
         model(IDS, position_ids=POSITIONS, attention_mask=torch.ones_like(IDS))
     padded = torch.ones_like(IDS)
     padded[0, :10] = 0
@@ -154,7 +154,7 @@ def test_what_cannot_be_packed_is_refused_with_a_sentence(monkeypatch: pytest.Mo
     linearized_layers(model)[1].base_implementation = "sdpa"
     monkeypatch.setattr(interface.MaskRequest, "_check_documents", lambda self, documents: self.arguments.update(
         mask_function=lambda batch, head, query, key: key <= query) or checked(self, documents))  # fmt: skip
-    with pytest.raises(LolcatsError, match="does not keep documents apart"):
+    with pytest.raises(LolcatsError, match="does not separate documents"):
         model(IDS, position_ids=POSITIONS)
 
 

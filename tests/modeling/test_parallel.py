@@ -73,7 +73,7 @@ def on_two_ranks(root: Path) -> None:
             assert layer.gate.shape == (2,)
             assert not [p for p in layer.parameters() if isinstance(p, DTensor)]
         assert_same(answers(model), torch.load(root / f"{name}.pt"))
-    with pytest.raises(LolcatsError, match="some of the model's heads only"):
+    with pytest.raises(LolcatsError, match="only some of the model's heads"):
         model.save_pretrained(root / "saved")
     for family in ("mistral", "qwen2", "gemma3"):
         model = AutoModelForCausalLM.from_pretrained(root / family, tp_plan="auto")
@@ -89,7 +89,8 @@ def on_two_ranks(root: Path) -> None:
 
 
 def assert_wrappers_are_for_gradients() -> None:
-    """Split layers take transformers' way with gradients alone; logits are the same in both, and biases count once."""
+    """Split layers use transformers' wrapper only with gradients; logits are equal either way, and biases count
+    once."""
     model = student(attention_bias=True, mlp_bias=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

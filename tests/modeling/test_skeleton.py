@@ -91,7 +91,7 @@ def test_layers_one_by_one_are_the_model(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
 def test_built_from_files(family: str, tmp_path: Path) -> None:
-    """Files read as they lie or, where experts are stored apart, by transformers; maps as convert makes them."""
+    """Files are read directly or, if experts are stored separately, by transformers; maps are those of convert."""
     model = model_of(family)
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -118,7 +118,7 @@ def test_built_from_files(family: str, tmp_path: Path) -> None:
 def test_a_model_too_large_to_be_rearranged_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_of("qwen3_moe").save_pretrained(tmp_path)
     monkeypatch.setattr(skeleton_module, "free_host_memory", lambda: 1000)
-    with pytest.raises(LolcatsError, match=r"gate_up_proj is in none of its .* whole model were in host memory"):
+    with pytest.raises(LolcatsError, match=r"gate_up_proj is not in any of its .* whole model in host memory"):
         build_skeleton(find_base(str(tmp_path)), SMALL, torch.float32, CPU, seed=0)
 
 
@@ -135,7 +135,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(LolcatsError, match=rf"{shard.name} is damaged or truncated"):
         build()
     shard.unlink()
-    with pytest.raises(LolcatsError, match=rf"{shard.name} is missing: model.safetensors.index.json names it"):
+    with pytest.raises(LolcatsError, match=rf"{shard.name} is missing: model.safetensors.index.json lists it"):
         build()
     shard.write_bytes(content)
     skeleton = build()

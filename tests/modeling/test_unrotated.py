@@ -1,4 +1,4 @@
-"""attention.feature_inputs=unrotated: feature maps see q and k in front of RoPE, in every mode and for any family."""
+"""attention.feature_inputs=unrotated: feature maps see q and k before RoPE, in every mode and for any family."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_losses_do_not_know_positions(config: TransferConfig) -> None:
 
 
 def test_lora_with_gradient_checkpointing() -> None:
-    """Layers are called again in backward, and find their rotation again."""
+    """Layers are called again in backward, and must find their rotation again."""
     gradients = []
     for again in (False, True):
         model = converted(tiny_model())

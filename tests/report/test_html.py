@@ -1,4 +1,4 @@
-"""report.html: every section, nothing from elsewhere; the attention that it shows."""
+"""report.html has every section and needs no other file; the attention that it shows."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_report_has_everything_and_needs_nothing(run: Path) -> None:
 
 
 def test_report_on_the_command_line(run: Path, tmp_path: Path) -> None:
-    """Of benchmarks in the run's directory, and of a run that has not measured its attention."""
+    """A run with benchmarks in its directory that has not measured its attention."""
     before = (run / "report.html").read_text()
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -106,9 +106,9 @@ def test_runs_without_linear_term(model_dirs, chat_file: Path, tmp_path: Path) -
 def test_attention_in_words() -> None:
     for changes, words in (
         ({"feature_inputs": "unrotated"},
-         "hybrid attention, terraced window of 64 tokens, 4 sinks, hedgehog feature maps in front of RoPE"),
+         "hybrid attention, terraced window of 64 tokens, 4 sinks, hedgehog feature maps before RoPE"),
         ({"kind": "linear", "layers": {"0-3": "softmax"}},
-         "linear attention, hedgehog feature maps behind RoPE, in layers 0-3 softmax"),
+         "linear attention, hedgehog feature maps after RoPE, in layers 0-3 softmax"),
         ({"kind": "window", "sinks": 0}, "window attention, terraced window of 64 tokens, 0 sinks"),
     ):  # fmt: skip
         assert attention_of(AttentionConfig(**changes)) == words

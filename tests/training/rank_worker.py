@@ -1,4 +1,4 @@
-"""What one process of a distributed test does: stage 1 of a tiny model, in several settings one after another."""
+"""One process of a distributed test: trains stage 1 of a tiny model with several settings, one after another."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def train(model_path: Path, task: Task) -> dict[str, torch.Tensor]:
 
 
 def work(rank: int, size: int, port: int, model_path: Path, tasks: Sequence[Task]) -> None:
-    """The whole life of a process; what goes wrong is said in OUT/RANK.txt."""
+    """Run a whole process; errors are written to OUT/RANK.txt."""
     as_torchrun(rank, size, port)
     for task in tasks:
         if task.die and task.die[0] == rank:

@@ -1,4 +1,4 @@
-"""The controls of a run: what they are, that they leave no trace, that a finished run can be given them."""
+"""The controls of a run: what they are, that they leave no trace, and that they can be added to a finished run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def invoke(*arguments: object) -> str:
     return result.output
 
 
-def test_controls_leave_the_student_as_it_is(runs: dict[str, Path]) -> None:
+def test_controls_do_not_change_the_student(runs: dict[str, Path]) -> None:
     for name in ("feature_maps.safetensors", "lora/adapter_model.safetensors"):
         assert (runs["with"] / name).read_bytes() == (runs["without"] / name).read_bytes()
     without, found = results(runs["without"]), results(runs["with"])
@@ -73,7 +73,7 @@ def test_controls_are_adapters_without_linear_term(runs: dict[str, Path], chat_f
 
 
 def test_controls_as_baselines(runs: dict[str, Path], chat_file: Path) -> None:
-    """In one pass over all of them every model is itself: none leaves anything on the next."""
+    """In one pass over all baselines, no model changes the next one."""
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
         every = ["window", "window+sinks", "window+lora", "teacher+lora", "linear-off", "window-off"]
@@ -90,7 +90,7 @@ def test_controls_as_baselines(runs: dict[str, Path], chat_file: Path) -> None:
     assert "--controls" not in table
 
 
-def test_a_finished_run_is_given_its_controls(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_controls_are_added_to_a_finished_run(runs: dict[str, Path], tmp_path: Path) -> None:
     import shutil
 
     late = tmp_path / "late"

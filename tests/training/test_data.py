@@ -137,7 +137,7 @@ def test_broken_lines_are_named_counted_and_skipped_only_when_asked(tmp_path: Pa
         ("a.json", b"{broken", "not valid JSON"),
         ("a.json", b'"text"', "expected a list"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
-        ("a.parquet", b"PAR1 nonsense", "no readable Parquet"),
+        ("a.parquet", b"PAR1 nonsense", "not a readable Parquet"),
         ("a.csv", b"text\nhello", "unknown data format"),
         ("a.jsonl", b'{"body": "hello"}\n', "no text column. Its columns are body"),
         ("a.jsonl", b'{"text": ""}\n', "every record is empty"),
@@ -154,7 +154,7 @@ def test_bad_files(name: str, content: bytes, message: str, tmp_path: Path, toke
 
 def test_missing_sources(tokenizer) -> None:
     for source in ("./no/such/file.jsonl", "/no/such", "nobody/no-such-data-set"):
-        with pytest.raises(LolcatsError, match=r"does not exist|No data set|needs the datasets package"):
+        with pytest.raises(LolcatsError, match=r"does not exist|Cannot load data set|needs the datasets package"):
             load_data(source, tokenizer, SMALL)
 
 

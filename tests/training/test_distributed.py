@@ -1,4 +1,4 @@
-"""Stage 2 over gloo processes, sharded or whole on each: losses, checkpoints and adapter of one process."""
+"""Stage 2 on gloo processes, with and without sharding: losses, checkpoints and adapter equal those of one process."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FORMS = {"": SHARDED, "_whole": WHOLE}
 
 def data() -> Data:
     rows = torch.randint(6, 300, (40, 32), generator=torch.Generator().manual_seed(0))
-    return Data(rows[7:], rows[:3], rows[3:7], "", {})  # three rows of validation: not a multiple of the ranks'
+    return Data(rows[7:], rows[:3], rows[3:7], "", {})  # three validation rows: not a multiple of the number of ranks
 
 
 def tune(directory: Path, settings: list[str], stop: bool = False, tied: bool = False) -> Any:
@@ -107,7 +107,7 @@ def on_two_ranks(root: Path) -> None:
         tune(root / f"two_tied{form}", [*PLAIN, setting], tied=True)
         with pytest.raises(Interrupted):
             tune(root / f"two_then_one{form}", [*PLAIN, setting], stop=True)
-        tune(root / f"one_then_two{form}", [*PLAIN, setting])  # begun by one process
+        tune(root / f"one_then_two{form}", [*PLAIN, setting])  # started by one process
     for name, first, then in (("sharded_then_whole", SHARDED, WHOLE), ("whole_then_sharded", WHOLE, SHARDED)):
         with pytest.raises(Interrupted):
             tune(root / name, [*PLAIN, first], stop=True)
@@ -122,13 +122,13 @@ def on_two_ranks(root: Path) -> None:
 
 
 def assert_sharded(wrapped: Any) -> None:
-    """Frozen weights are DTensors of which each rank has a part; feature maps and LoRA are not."""
+    """Frozen weights are DTensors, of which each rank has a part; feature maps and LoRA are plain tensors."""
     model = wrapped.get_base_model()
-    forward_and_backward(model)  # behind which every weight is sharded again
+    forward_and_backward(model)  # after which every weight is sharded again
     assert_gathers(model)
     kept = {p for layer in linearized_layers(model) for p in layer.parameters()}
     kept |= {p for name, p in model.named_parameters() if "lora_" in name}
-    assert len(kept) == 2 * 3 + 2 * 8  # of each layer maps and gate, LoRA of q, k, v and o
+    assert len(kept) == 2 * 3 + 2 * 8  # per layer: maps and gate, LoRA of q, k, v and o
     assert not [p for p in kept if isinstance(p, DTensor)]
     assert all(isinstance(p, DTensor) for p in model.parameters() if p not in kept)
     large = decoder_layers(model)[0].mlp.up_proj.weight
@@ -147,8 +147,8 @@ def forward_and_backward(model: Any) -> None:
 
 
 def assert_gathers(model: Any) -> None:
-    """Forward gathers norm, embedding, two layers and head, backward the first layer alone; it sums no gradients: those
-    of LoRA wait for the end of the step."""
+    """Forward gathers norm, embedding, two layers and head; backward gathers only the first layer. Neither sums
+    gradients: those of LoRA are summed at the end of the step."""
     with profile() as profiler:
         forward_and_backward(model)
     counts = {event.key: event.count for event in profiler.key_averages()}
@@ -157,7 +157,7 @@ def assert_gathers(model: Any) -> None:
 
 
 def assert_same_everywhere(wrapped: Any) -> None:
-    """Every rank has made the same updates, to the last bit."""
+    """Check that every rank made exactly the same updates."""
     own = torch.cat([p.detach().flatten() for p in wrapped.parameters() if p.requires_grad])
     first = own.clone()
     dist.broadcast(first, 0)
@@ -178,7 +178,7 @@ def assert_gradients() -> None:
 
 
 def assert_who_shards(root: Path) -> None:
-    """Left open, the model is sharded where it does not fit; all ranks do what one of them must."""
+    """With ``auto``, the model is sharded if it does not fit; if one rank must shard, all do."""
     base, cpu = find_base(str(root / "model")), torch.device("cpu")
 
     def answer(sharding: str, memory: list[int], source: Base = base) -> bool:
@@ -194,7 +194,7 @@ def assert_who_shards(root: Path) -> None:
     assert answer("auto", [much, little])
     assert answer("always", [much, much])
     assert not answer("never", [little, little])
-    assert answer("auto", [much, much], Base(str(root / "nothing"), "directory", ""))  # cannot be counted
+    assert answer("auto", [much, much], Base(str(root / "nothing"), "directory", ""))  # its memory is unknown
 
 
 @pytest.fixture(scope="module")
@@ -220,13 +220,13 @@ def root(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path], 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["", "_maps", "_tied"])
-def test_two_ranks_are_one_process(kind: str, form: str, root: Path) -> None:
+def test_two_ranks_equal_one_process(kind: str, form: str, root: Path) -> None:
     assert_same_run(root / f"one{kind}", root / f"two{kind}{form}")
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_run_is_finetuned_by_two_ranks(form: str, root: Path) -> None:
-    """LoRA, losses and measurements are those of one process; where every rank has all weights, so is all it leaves."""
+    """LoRA, losses and measurements equal those of one process; without sharding, all files do."""
     one, two = root / "run_one", root / f"run_two{form}"
     assert_same_run(one, two)
     ours, theirs = (json.loads((path / "run.json").read_text()) for path in (one, two))
@@ -246,7 +246,7 @@ def test_a_run_is_finetuned_by_two_ranks(form: str, root: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_checkpoint_of_two_ranks_continues_in_one_process(form: str, root: Path) -> None:
-    """It is that of one process: what trains, whole, once."""
+    """It equals that of one process: all trained tensors, once."""
     directory = root / f"two_then_one{form}"
     checkpoint = newest_checkpoint(directory / "checkpoints" / "finetune")
     assert checkpoint is not None
@@ -269,7 +269,7 @@ def test_checkpoints_continue_on_two_ranks_in_either_form(name: str, root: Path)
 
 def test_dora_is_not_sharded() -> None:
     config = load_config("default", ["finetune.use_dora=true", SHARDED])
-    with pytest.raises(LolcatsError, match="does not go with a sharded base model"):
+    with pytest.raises(LolcatsError, match="does not work with a sharded base model"):
         load_over_ranks(Base("base", "directory", ""), config, torch.float32, torch.device("cpu"))
 
 

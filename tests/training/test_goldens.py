@@ -1,4 +1,4 @@
-"""Attention transfer decides, logs and learns what commit b5a2d0a did, through transformers' Trainer among others."""
+"""Attention transfer decides, logs and learns the same as at commit b5a2d0a, also with transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_metric_names(tmp_path: Path) -> None:
 
 
 def test_cases_show_what_they_are_for() -> None:
-    """Schedules, clips and stops that never come into play would be held by nothing."""
+    """Each case exercises the schedule, clip or stop it is for; otherwise no test would check it."""
     cases = RECORDED["cases"]
     assert list(cases) == list(CASES)
     for case in ("early stopping", "early stopping, per_layer"):

@@ -30,7 +30,7 @@ from lolcats.training.transfer import layer_errors, transfer, transfer_in_turn
 from lolcats.training.visits import Visits
 
 CPU = torch.device("cpu")
-HARD = [  # an uneven last batch, accumulation, all that depends on validation, chunks that end anywhere
+HARD = [  # an uneven last batch, accumulation, everything that depends on validation, chunks that end anywhere
     "transfer.coupling=per_layer", "transfer.max_steps=9", "transfer.batch_size=8", "transfer.micro_batch_size=4",
     "transfer.eval_steps=2", "transfer.save_steps=3", "transfer.schedule=reduce_on_plateau",
     "transfer.plateau_patience=0", "transfer.early_stopping_patience=2", "transfer.learning_rate=0.5",
@@ -56,7 +56,7 @@ class Job:
     def train(
         self, out: Path, config: Config, only: int | None = None
     ) -> tuple[dict[str, Tensor], StageResult | None]:  # fmt: skip
-        """The feature maps that an order gives."""
+        """The feature maps that an order produces."""
         base = find_base(str(self.model))
         if config.transfer.order == "joint":
             model = load_model(base, torch.float32)
@@ -92,7 +92,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     ("llama", ["transfer.window_dropout=0.5"]), ("llama", ["attention.feature_inputs=unrotated"]),
 ])  # fmt: skip
 def test_three_orders_give_the_same(family: str, changes: list[str], model_dirs, job: Job, tmp_path: Path) -> None:
-    """Gemma 3's first layer slides: it is not trained, and passes the states on."""
+    """Gemma 3's first layer uses a sliding window: it is not trained, and only passes the states on."""
     if family != "llama":
         job = replace(job, model=model_dirs[family])
     maps, result = job.train(tmp_path / "joint", job.config(*changes))
@@ -105,7 +105,7 @@ def test_three_orders_give_the_same(family: str, changes: list[str], model_dirs,
     assert not list((tmp_path / "blocks").rglob("*.bin"))
 
 
-def test_each_layer_is_trained_by_itself(job: Job, tmp_path: Path) -> None:
+def test_layers_are_trained_separately(job: Job, tmp_path: Path) -> None:
     """Layers stop at different steps, and each ends with its own best weights."""
     config = job.config(*APART)
     _, result = job.train(tmp_path / "joint", config)
@@ -140,7 +140,7 @@ def test_equals_transformers_trainer(schedule: str, dropout: float, job: Job, tm
     assert own.best_loss == pytest.approx(result.best_loss, rel=1e-6)
 
 
-def test_one_layer_needs_no_coupling(job: Job, tmp_path: Path) -> None:
+def test_coupling_does_not_matter_for_one_layer(job: Job, tmp_path: Path) -> None:
     """With a single linearized layer both couplings are transformers' Trainer."""
     only = ["attention.layers={0-1: softmax}", "transfer.micro_batch_size=2"]
     maps, _ = job.train(tmp_path / "trainer", job.config(*only, "transfer.coupling=joint"))
@@ -163,7 +163,7 @@ def test_visits_cover_each_epoch_once() -> None:
 
 
 class Killed(BaseException):
-    """What ends a run at once; only files are left, as behind SIGKILL."""
+    """Ends a run at once and leaves only files, as SIGKILL does."""
 
 
 def kill_at(patch: pytest.MonkeyPatch, owner: type, name: str, call: int, after: bool) -> Callable[[], int]:
@@ -186,9 +186,9 @@ def kill_at(patch: pytest.MonkeyPatch, owner: type, name: str, call: int, after:
 
 @pytest.mark.parametrize("order", ["joint", "stream", "blocks"])
 def test_killed_anywhere_continues_bit_for_bit(order: str, job: Job, tmp_path: Path, monkeypatch) -> None:
-    """Killed again and again in the same directory, at another place each time."""
+    """Killed repeatedly in the same directory, at a different place each time."""
     config = job.config(f"transfer.order={order}", "transfer.early_stopping_patience=0")
-    monkeypatch.setattr("lolcats.training.hidden.SHARD", 20000)  # several files a boundary
+    monkeypatch.setattr("lolcats.training.hidden.SHARD", 20000)  # several files per boundary
     expected, result = job.train(tmp_path / "a", config)
     kills = [(LayerTrainer, "_end_step", 2, False), (LayerTrainer, "_learn", 5, True), (LayerTrainer, "_save", 1, True),
              (LayerTrainer, "_evaluate", 1, False), (LayerTrainer, "_end_step", 4, True),
@@ -206,8 +206,8 @@ def test_killed_anywhere_continues_bit_for_bit(order: str, job: Job, tmp_path: P
 
 
 @pytest.mark.parametrize("order", ["joint", "stream", "blocks"])
-def test_what_is_done_is_not_done_again(order: str, job: Job, tmp_path: Path, monkeypatch) -> None:
-    """A continued run steps each optimizer only from where its layer was."""
+def test_completed_steps_are_not_repeated(order: str, job: Job, tmp_path: Path, monkeypatch) -> None:
+    """A continued run steps each optimizer only from the step that its layer had reached."""
     config = job.config(f"transfer.order={order}", "transfer.early_stopping_patience=0", "transfer.save_steps=1")
     counts = []
     for kill in (5, 10**9):
@@ -240,8 +240,8 @@ def test_ctrl_c_saves(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert_same(expected, job.train(tmp_path / "b", config)[0])
 
 
-def test_blocks_apart_and_joined(job: Job, tmp_path: Path) -> None:
-    """Each block in a directory of its own, none of which has the other's hidden states; then brought together."""
+def test_blocks_trained_separately_and_joined(job: Job, tmp_path: Path) -> None:
+    """Each block in its own directory, without the other's hidden states; then joined."""
     config = job.config("transfer.order=blocks")
     expected, result = job.train(tmp_path / "whole", config)
     for block in (0, 1):
@@ -258,7 +258,7 @@ def test_blocks_apart_and_joined(job: Job, tmp_path: Path) -> None:
     job.train(tmp_path / "other", other, only=0)
     with pytest.raises(LolcatsError, match=r"transfer\.learning_rate was 0.5 and is now 0.1"):
         join_units(tmp_path / "1", [tmp_path / "other"])
-    with pytest.raises(LolcatsError, match=r"no layers in training"):
+    with pytest.raises(LolcatsError, match=r"no attention transfer was started"):
         join_units(tmp_path / "1", [tmp_path / "nothing"])
 
 
@@ -269,12 +269,12 @@ def test_blocks_one_after_another_by_command_share_boundaries(job: Job, tmp_path
     boundary = tmp_path / "out" / "checkpoints" / "transfer" / "hidden" / "002"
     assert (boundary / "validation.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(Embeddings, "read", None)  # nothing begins at the tokens again
+        patch.setattr(Embeddings, "read", None)  # nothing starts from the token ids again
         maps, _ = job.train(tmp_path / "out", config, only=1)
     assert_same(expected, maps)
 
 
-def test_another_job_in_the_same_place(job: Job, tmp_path: Path) -> None:
+def test_another_job_in_the_same_directory_is_refused(job: Job, tmp_path: Path) -> None:
     job.train(tmp_path / "out", job.config("transfer.order=stream"))
     changes = {
         "transfer.learning_rate=0.1": r"transfer\.learning_rate was 0.5 and is now 0.1",
@@ -293,7 +293,7 @@ def test_another_job_in_the_same_place(job: Job, tmp_path: Path) -> None:
         job.train(tmp_path / "out", job.config("transfer.order=stream"))
 
 
-def test_too_little_memory_or_disk_is_said_before(job: Job, tmp_path: Path, monkeypatch) -> None:
+def test_too_little_memory_or_disk_is_an_error_before_training(job: Job, tmp_path: Path, monkeypatch) -> None:
     row = 32 * 32 * 4
     with monkeypatch.context() as patch:
         patch.setattr(orders, "free_host_memory", lambda: 11 * row + 2 * 320 * 32 * 4)
@@ -303,7 +303,7 @@ def test_too_little_memory_or_disk_is_said_before(job: Job, tmp_path: Path, monk
             tmp_path / "b", job.config("transfer.order=stream", "transfer.chunk_tokens=160", "transfer.batch_size=4")
         )
         patch.setattr(orders, "free_host_memory", lambda: 1)
-        with pytest.raises(LolcatsError, match="needs a larger machine"):
+        with pytest.raises(LolcatsError, match=r"needs .* GiB of host memory.*Use a machine with more memory"):
             job.train(tmp_path / "c", job.config("transfer.order=stream"))
     with monkeypatch.context() as patch:
         free = type("Usage", (), {"free": 10})
@@ -336,7 +336,7 @@ def test_damaged_files_are_named(job: Job, tmp_path: Path) -> None:
         job.train(out, config)
 
 
-def test_rows_may_be_read_when_asked_for(job: Job, tmp_path: Path) -> None:
+def test_rows_may_be_read_on_access(job: Job, tmp_path: Path) -> None:
     config = job.config("transfer.order=stream")
     expected, _ = job.train(tmp_path / "a", config)
     lazily = replace(job, data=replace(job.data, train=Rows(job.data.train)))
@@ -347,12 +347,12 @@ def test_rows_may_be_read_when_asked_for(job: Job, tmp_path: Path) -> None:
 
 def test_rows_of_several_documents_are_refused(job: Job, tmp_path: Path) -> None:
     job.data = replace(job.data, positions={"train": job.data.train})
-    with pytest.raises(LolcatsError, match="only where all layers are coupled and one process trains"):
+    with pytest.raises(LolcatsError, match="needs a single process that trains all layers jointly"):
         job.train(tmp_path / "out", job.config("transfer.order=stream"))
 
 
 def test_a_disk_that_fills_up(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that the command line knows, not a signal; with more room the same command goes on."""
+    """An error that the command line handles, not a signal; with more space, the same command continues."""
     config = job.config("transfer.order=blocks")
     expected, _ = job.train(tmp_path / "a", config)
 
@@ -366,14 +366,14 @@ def test_a_disk_that_fills_up(job: Job, tmp_path: Path, monkeypatch: pytest.Monk
     assert_same(expected, job.train(tmp_path / "b", config)[0])
 
 
-def test_a_loss_that_is_no_number(job: Job, tmp_path: Path) -> None:
+def test_a_loss_that_is_nan(job: Job, tmp_path: Path) -> None:
     config = job.config("transfer.order=stream", "transfer.learning_rate=1e38", "transfer.max_grad_norm=0",
                         "transfer.early_stopping_patience=0")  # fmt: skip
     with pytest.raises(LolcatsError, match="The loss became"):
         job.train(tmp_path / "out", config)
 
 
-def test_orders_need_layers_of_their_own(settings: list[str]) -> None:
+def test_stream_and_blocks_need_per_layer_coupling(settings: list[str]) -> None:
     for order in ("stream", "blocks"):
         with pytest.raises(LolcatsError, match=r"needs transfer\.coupling=per_layer"):
             load_config("default", [*settings, f"transfer.order={order}"])

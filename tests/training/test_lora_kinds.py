@@ -26,7 +26,7 @@ KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
 
 def with_lora(dtype: torch.dtype, **kind: bool) -> Any:
-    """A model with LoRA far from its start, where it changes nothing."""
+    """A model with LoRA far from its initial values, which change nothing."""
     wrapped = add_lora(lolcats.convert(tiny_model().to(dtype), SMALL), FinetuneConfig(rank=4, **kind))
     torch.manual_seed(2)
     with torch.no_grad():
@@ -81,12 +81,12 @@ def test_through_the_recipe(kind: dict[str, bool], model_dirs, chat_file: Path, 
         assert torch.equal(logits(lolcats.load(tmp_path)), logits(lolcats.load(tmp_path / "merged")))
 
 
-def test_targets_by_the_part_they_play() -> None:
+def test_targets_by_their_role() -> None:
     model = lolcats.convert(tiny_model(), SMALL)
     assert lora_targets(model, ["q_proj", "gate_proj"]) == [
         f"model.layers.{i}.{name}" for name in ("self_attn.q_proj", "mlp.gate_proj") for i in (0, 1)
     ]
-    with pytest.raises(LolcatsError, match=r"nothing in it is 'qkv'. Linear layers of its attention: k_proj, o_proj"):
+    with pytest.raises(LolcatsError, match=r"it has no 'qkv'. Linear layers of its attention: k_proj, o_proj"):
         lora_targets(model, ["q_proj", "qkv"])
 
 
@@ -137,7 +137,7 @@ def test_quantized_base_needs_cuda_and_bitsandbytes(
 def test_quantized_base(
     device: str, tokenizer, chat_file: Path, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU, where bitsandbytes packs weights anew and gives them no gradient, all but the learning is tested."""
+    """On a CPU, bitsandbytes packs weights again and gives them no gradient, so learning is not tested there."""
     if importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed")
     if device == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Losses that save memory are the plain ones, in value and gradient."""
+"""Memory-saving losses equal the plain ones in value and gradient."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_mean_squared_error_of_16_bit_tensors_is_summed_in_fp32() -> None:
 @pytest.mark.parametrize("kind", ["hybrid", "linear"])
 @pytest.mark.parametrize("key_maps", ["per_query_head", "per_kv_head"])
 def test_cross_entropy_of_weights_equals_the_naive_one(kind: Any, key_maps: Any, softcap: float | None) -> None:
-    """In value and gradients, for pieces of queries and rows that do not come out even."""
+    """In value and gradients, also if queries and rows do not divide evenly into pieces."""
     config = AttentionConfig(kind=kind, window_size=8, sinks=2, feature_dim=8, key_maps=key_maps)
     layer = lolcats.convert(tiny_model(), config).model.layers[0].self_attn.lolcats
     generator = torch.Generator().manual_seed(1)
@@ -173,7 +173,7 @@ def test_cross_entropy_of_weights_has_no_square_tensor() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Notes how many elements the largest tensor has that any operation makes."""
+    """Records the number of elements of the largest tensor that any operation creates."""
 
     def __init__(self) -> None:
         super().__init__()

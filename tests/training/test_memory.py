@@ -1,4 +1,4 @@
-"""What saves memory in stage 2 changes no gradient, and leaves the model as it found it."""
+"""Saving memory in stage 2 changes no gradient, and leaves the model unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention transfer on several gloo processes: the result of one, also when a rank dies and another number goes on."""
+"""Attention transfer on several gloo processes equals that on one, also if a rank dies and another number continues."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def settings(order: str, *changes: str) -> list[str]:
 
 
 def launch(ranks: int, model: Path, tasks: Sequence[Task]) -> list[int | None]:
-    """Exit codes of as many processes as torchrun would start."""
+    """Start processes as torchrun would, and return their exit codes."""
     context, port = forked(), free_port()
     processes = [context.Process(target=work, args=(rank, ranks, port, model, tasks)) for rank in range(ranks)]
     for process in processes:
@@ -49,7 +49,7 @@ def launch(ranks: int, model: Path, tasks: Sequence[Task]) -> list[int | None]:
 
 
 def assert_close(found: Path, expected: dict[str, torch.Tensor]) -> None:
-    """Within the order of sums."""
+    """Equal up to the order of sums."""
     maps = load_file(found / "maps.safetensors")
     assert set(maps) == set(expected)
     for name, tensor in expected.items():
@@ -67,7 +67,7 @@ def test_shares() -> None:
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_two_ranks_agree_or_say_in_what_they_differ(model: Path, tmp_path: Path) -> None:
+def test_two_ranks_agree_or_report_how_they_differ(model: Path, tmp_path: Path) -> None:
     tasks = [
         Task(tmp_path / "differ", settings("stream"), different="transfer.learning_rate=0.3"),
         Task(tmp_path / "few", settings("stream", "transfer.batch_size=1", "transfer.micro_batch_size=1")),
@@ -84,10 +84,10 @@ def test_two_ranks_agree_or_say_in_what_they_differ(model: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_give_what_one_gives(ranks: int, model: Path, tmp_path: Path) -> None:
+def test_ranks_give_the_same_as_one(ranks: int, model: Path, tmp_path: Path) -> None:
     """In every order, and with all layers coupled. On four ranks, a last batch of six rows and five validation rows
-    leave some fewer rows than others. One process with joint coupling is transformers' Trainer (which gives an uneven
-    last micro-batch the weight of a whole one: there is none here)."""
+    give some ranks fewer rows than others. One process with joint coupling uses transformers' Trainer, which would give
+    an uneven last micro-batch the weight of a full one; there is none here."""
     tasks = [Task(tmp_path / order, settings(order)) for order in ORDERS]
     coupled = settings("joint", "transfer.coupling=joint", "transfer.micro_batch_size=2")
     tasks.append(Task(tmp_path / "coupled", coupled))
@@ -121,7 +121,7 @@ def test_a_lost_rank_and_another_number_of_ranks(order: str, model: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["joint", "stream", "blocks"])
 def test_killed_at_any_moment(order: str, model: Path, tmp_path: Path) -> None:
-    """SIGKILL from outside at moments that nobody chose, again and again, until a run gets through."""
+    """SIGKILL at arbitrary moments, repeated until a run finishes."""
     changes = settings(order, "transfer.max_steps=120", "transfer.save_steps=3", "transfer.early_stopping_patience=0")
     expected = train(model, Task(tmp_path / "a", changes))
     rng, kills, task = random.Random(0), 0, Task(tmp_path / "b", changes)

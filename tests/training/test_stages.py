@@ -1,4 +1,4 @@
-"""Both stages: what trains, what the loss is, that resuming changes nothing."""
+"""Both stages: what is trained, what the loss is, and that resuming changes nothing."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_layer_local_backward_equals_one_backward(config: Config) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_layers_loss_reads_nothing_back_from_the_device(padded: bool, config: Config) -> None:
-    """On tensors without contents, where reading one on the host is an error."""
+def test_the_loss_of_a_layer_reads_nothing_back_from_the_device(padded: bool, config: Config) -> None:
+    """On meta tensors, where reading one on the host is an error."""
     layer = converted(config).to("meta").model.layers[0].self_attn.lolcats
     q, k, v = (torch.empty(2, heads, 40, 8, device="meta") for heads in (4, 2, 2))
     padding = torch.empty(2, 40, dtype=torch.bool, device="meta") if padded else None
@@ -88,7 +88,7 @@ def test_a_layers_loss_reads_nothing_back_from_the_device(padded: bool, config: 
 
 
 @torch.no_grad()
-def test_transfer_loss_is_the_papers(config: Config) -> None:
+def test_transfer_loss_is_that_of_the_paper(config: Config) -> None:
     """1000 · MSE between per-head outputs before o_proj, of the same q, k, v; layers see the teacher's states."""
     model = converted(config)
     ids = torch.randint(6, 300, (2, 40))

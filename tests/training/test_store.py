@@ -28,7 +28,7 @@ SMALL = DataConfig(sequence_length=16, validation_rows=6, test_rows=6)
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Every file is a large one, in pieces of 4 kB; gives the cache directory."""
+    """Treat every file as large, in pieces of 4 kB; returns the cache directory."""
     monkeypatch.setattr(store, "LARGE", 0)
     monkeypatch.setattr(sources, "PIECE", 4096)
     monkeypatch.setattr(store, "cores", lambda: 2)
@@ -85,7 +85,7 @@ def test_other_formats(name: str, tmp_path: Path, tokenizer, large: Path, monkey
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
-def test_txt_read_in_blocks_is_txt_read_at_once(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_txt_read_in_blocks_equals_txt_read_whole(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "é\r\n\r\n\r\nb\n\n\n\nc\r\r\nd\r\n\r\n" * 3 + "end\r"
     (tmp_path / "a.txt").write_bytes(text.encode())
     monkeypatch.setattr(sources, "BLOCK", block)
@@ -122,10 +122,10 @@ def test_second_run_comes_from_the_cache_by_content(tmp_path: Path, tokenizer, l
         load_data(source, tokenizer, SMALL)
 
 
-def test_a_store_that_was_not_finished_is_none(tmp_path: Path, tokenizer, large: Path, monkeypatch) -> None:
+def test_an_unfinished_store_is_not_used(tmp_path: Path, tokenizer, large: Path, monkeypatch) -> None:
     source = write(tmp_path / "a.jsonl")
     left = large / f"{store._key(['.jsonl', store.content_hash(Path(source))], tokenizer, SMALL)}.999999999"
-    left.mkdir(parents=True)  # of a process that was killed
+    left.mkdir(parents=True)  # left by a killed process
     with monkeypatch.context() as patch:
         patch.setattr(store, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -149,7 +149,7 @@ def test_lines_and_records_are_counted_through_all_pieces(tmp_path: Path, tokeni
         load_data(str(source), tokenizer, replace(SMALL, skip_broken=True))
 
 
-def test_a_killed_worker_is_a_sentence(tmp_path: Path, tokenizer, large: Path, monkeypatch) -> None:
+def test_a_killed_worker_is_an_error_message(tmp_path: Path, tokenizer, large: Path, monkeypatch) -> None:
     monkeypatch.setattr(store.Reading, "piece", lambda self, piece: os._exit(9))
     with pytest.raises(LolcatsError, match="was killed"):
         load_data(write(tmp_path / "a.jsonl"), tokenizer, SMALL)
@@ -164,7 +164,7 @@ def test_max_tokens(tmp_path: Path, tokenizer, large: Path) -> None:
 
 
 def test_hub_data_set_streams(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory is loaded as a hub data set is, by the datasets package."""
+    """The datasets package loads a directory like a hub data set."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setenv("LOLCATS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
@@ -203,7 +203,7 @@ def mixture(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_mixture_has_the_shares_asked_for(stored: bool, tmp_path: Path, tokenizer, request) -> None:
+def test_mixture_has_the_requested_shares(stored: bool, tmp_path: Path, tokenizer, request) -> None:
     if stored:
         request.getfixturevalue("large")
     source = mixture(tmp_path)
@@ -221,7 +221,7 @@ def test_mixture_has_the_shares_asked_for(stored: bool, tmp_path: Path, tokenize
     assert rows.numel() == pytest.approx(min(everything[0] / 0.75, everything[1] / 0.25), rel=0.02)
 
 
-def test_a_mixture_is_known_by_what_its_sources_hold(tmp_path: Path) -> None:
+def test_identity_of_a_mixture_depends_on_the_content_of_its_sources(tmp_path: Path) -> None:
     source = mixture(tmp_path)
     before = source_identity(source)
     assert source_identity(source) == before
@@ -319,7 +319,7 @@ print(peak() - before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss //
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, model_dirs) -> None:
-    """A file of 64 MB needs hardly more memory than one of 12 MB, though its token ids alone are over 60 MB more."""
+    """A file of 64 MB needs hardly more memory than one of 12 MB, although its token ids take over 60 MB more."""
     rng = random.Random(0)
     for name, megabytes in (("small", 12), ("large", 64)):
         with (tmp_path / f"{name}.jsonl").open("w") as file:

@@ -1,4 +1,4 @@
-"""A loss that is no number stops the stage with the step and the layer, and nothing bad is saved."""
+"""A NaN or infinite loss stops the stage, the error names step and layer, and nothing bad is saved."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def converted(config: Config) -> Any:
 
 
 def test_stage_one_names_step_and_layer(config: Config, data: Data, tmp_path: Path, monkeypatch) -> None:
-    """Long before it is logged; the checkpoint of the step before and the best weights are whole."""
+    """Also if it is logged much later. The checkpoint of the step before and the best weights stay intact."""
     real, calls = transfer_module.attention_loss, []
 
     def loss(layer, call, settings, hidden):
@@ -50,7 +50,7 @@ def test_stage_one_names_step_and_layer(config: Config, data: Data, tmp_path: Pa
     model = converted(config)
     with monkeypatch.context() as patch:
         patch.setattr(transfer_module, "attention_loss", loss)
-        with pytest.raises(LolcatsError, match="In step 5 of transfer the loss became no number in layer 1"):
+        with pytest.raises(LolcatsError, match="In step 5 of transfer the loss became NaN or infinite in layer 1"):
             transfer(model, data, config, tmp_path)
     directory = tmp_path / "checkpoints" / "transfer"
     newest = newest_checkpoint(directory)
@@ -65,7 +65,7 @@ def test_stage_two_that_diverges(settings: list[str], data: Data, tmp_path: Path
     """Every layer's LoRA has grown too large; the first one is named."""
     changes = ["finetune.learning_rate=1e30", "finetune.max_grad_norm=0", "finetune.log_steps=50"]
     config = load_config("default", [*settings, *changes])
-    with pytest.raises(LolcatsError, match="In step 2 of finetune the loss became no number in layer 0"):
+    with pytest.raises(LolcatsError, match="In step 2 of finetune the loss became NaN or infinite in layer 0"):
         finetune(converted(config), data, config, tmp_path)
 
 
@@ -73,21 +73,21 @@ def test_stage_two_names_the_layer(config: Config, data: Data, tmp_path: Path) -
     model = converted(config)
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight[3, 3] = float("inf")
-    with pytest.raises(LolcatsError, match="In step 1 of finetune the loss became no number in layer 1"):
+    with pytest.raises(LolcatsError, match="In step 1 of finetune the loss became NaN or infinite in layer 1"):
         finetune(model, data, config, tmp_path)
     assert newest_checkpoint(tmp_path / "checkpoints" / "finetune") is None
 
 
-def test_weights_that_are_no_numbers_are_not_saved() -> None:
+def test_weights_with_nan_are_not_saved() -> None:
     watch = LossWatch("transfer", lambda bad: "")
     weights = {"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")]), "c": torch.ones(1)}
-    with pytest.raises(LolcatsError, match="By step 7 of transfer b has become no number"):
+    with pytest.raises(LolcatsError, match="By step 7 of transfer, b has become NaN or infinite"):
         watch.check_weights(7, weights)
     watch.check_weights(7, {"a": weights["a"]})
 
 
-def test_on_a_gpu_nothing_waits_until_something_is_saved() -> None:
-    """A step's losses are looked at when they have come over; a save waits for them."""
+def test_on_a_gpu_only_saving_waits_for_losses() -> None:
+    """A step's losses are checked once they have been copied; a save waits for them."""
     event = SimpleNamespace(query=lambda: False, synchronize=lambda: None)
     watch = LossWatch("transfer", lambda bad: f" in place {int(bad.long().argmax())}")
     watch.steps.append((3, torch.tensor([False, True]), event))

@@ -1,4 +1,4 @@
-"""Window dropout in attention transfer: what hidden rows learn, and which rows are hidden."""
+"""Window dropout in attention transfer: what rows with a hidden window learn, and which rows these are."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def naive_error(layer: LinearizedAttention, call: AttentionCall, row: int) -> Te
 
 @pytest.mark.parametrize("window", ["terraced", "sliding"])
 @pytest.mark.parametrize("sinks", [0, 3])
-def test_hidden_rows_match_softmax_over_what_the_linear_term_has(window: str, sinks: int) -> None:
+def test_hidden_rows_match_softmax_over_the_keys_of_the_linear_term(window: str, sinks: int) -> None:
     layer, call = make_layer(window=window, sinks=sinks), make_call()
     expected = torch.stack([naive_error(layer, call, row) for row in range(B)])
     torch.testing.assert_close(older_error(layer, call), expected.mean(), atol=1e-6, rtol=1e-4)
@@ -70,7 +70,7 @@ def test_hidden_rows_match_softmax_over_what_the_linear_term_has(window: str, si
 
 
 def test_gradients() -> None:
-    """Of the naive loss for both maps; the window's weight plays no part in hidden rows."""
+    """Those of the naive loss for both maps; the gate gets none in hidden rows."""
     layer, call = make_layer(), make_call()
     weights = [layer.phi_q.weight, layer.phi_k.weight]
     naive = torch.stack([naive_error(layer, call, row) for row in range(B)]).mean()
@@ -125,14 +125,14 @@ def test_only_hybrid_layers_and_unpadded_rows() -> None:
     assert torch.equal(attention_loss(linear, call, PLAIN, hidden=[1]), attention_loss(linear, call, PLAIN))
     with pytest.raises(LolcatsError, match="without padding"):
         older_error(make_layer(), replace(call, padding=torch.ones(B, T, dtype=torch.bool)))
-    with pytest.raises(LolcatsError, match=r"is a probability, not 1\.5"):
+    with pytest.raises(LolcatsError, match=r"must be between 0 and 1, not 1\.5"):
         load_config("default", ["transfer.window_dropout=1.5"])
-    with pytest.raises(LolcatsError, match=r"attention\.kind=linear is not"):
+    with pytest.raises(LolcatsError, match=r"hybrid layers, but with attention\.kind=linear there are none"):
         load_config("default", ["transfer.window_dropout=0.5", "attention.kind=linear"])
 
 
 def test_which_rows_are_hidden() -> None:
-    """A visit's own draw: the same in any batch, another one in another epoch or with another seed."""
+    """Each visit has its own draw: the same in any batch, another in another epoch or with another seed."""
     assert hidden_windows(range(9), 0.0, 0) == []
     assert hidden_windows(range(9), 1.0, 0) == list(range(9))
     every = hidden_windows(range(2000), 0.3, 5)
@@ -164,13 +164,13 @@ def test_training_uses_it_and_validation_does_not(settings: list[str], data: Dat
     hidden, (result, model) = trained(settings, data, tmp_path / "hidden", "transfer.window_dropout=1")
     assert all(not torch.equal(plain[name], hidden[name]) for name in plain)
     gates = [tensor for name, tensor in hidden.items() if name.endswith("gate")]
-    assert all((gate == gate[0]).all() for gate in gates)  # never trained, where every row is hidden
+    assert all((gate == gate[0]).all() for gate in gates)  # not trained, because every row is hidden
     loss = layer_losses(model, data.validation, TransferConfig()).mean()
     assert result.best_loss == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_the_linear_term_learns_what_the_window_hides(settings: list[str], data: Data, tmp_path: Path) -> None:
-    """With it the linear term alone is nearer to softmax over the same keys."""
+    """With window dropout, the linear term is closer to softmax over the same keys."""
     errors = {}
     more = ["transfer.max_steps=30", "transfer.eval_steps=30", "transfer.save_steps=30", "attention.window_size=4"]
     for p in (0, 0.5):

@@ -1,4 +1,4 @@
-"""The maths of hybrid attention: specification, reference, fast paths, fixed-size state. Knows nothing of models."""
+"""The maths of hybrid attention: specification, reference, fast paths and fixed-size state. Independent of models."""
 
 from lolcats.attention.chunked import chunked_attention
 from lolcats.attention.dispatch import attention, use_backend, uses_kernels

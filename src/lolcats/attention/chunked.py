@@ -1,14 +1,14 @@
-"""Hybrid attention in chunks: plain PyTorch with autograd, time and memory linear in T. The path of CPUs.
+"""Hybrid attention in chunks, in plain PyTorch with autograd: time and memory linear in T. The path used on CPUs.
 
 Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, M maps of keys (H or G), F features, N chunks,
 C chunk length, R query heads that share a key (H / G) or a state (H / M).
-With C = window size, softmax reaches the sinks and two chunks, the query's own and the one before. Through the linear
-term a query sees all earlier chunks as a state S, z; and, unless the window is terraced, some keys of the chunk behind
-them, by a static C × C mask. What nobody sees is left out: of 512 tokens with a terraced window of 64, the first 128
-queries have no older keys, and the last 128 keys are inside of every window that reaches them.
+With C = window size, softmax reaches the sinks and two chunks, the query's own and the previous one. The linear term
+reaches all earlier chunks through a state S, z and, unless the window is terraced, some keys of the next chunk through
+a static C × C mask. Work that no query needs is skipped: with 512 tokens and a terraced window of 64, the first 128
+queries have no older keys, and the last 128 keys lie in the window of every query that sees them.
 
-The window's weights e_i = exp(s_i − c) are computed as p = softmax(s), in one pass over the logits: c being the maximum
-of s, the largest p is 1 / Σ e_i. Numerator and denominator of the specification are both multiplied by it.
+The window's weights e_i = exp(s_i − c) are computed as p = softmax(s), in one pass over the logits. Since c is the
+maximum of s, the largest p is 1 / Σ e_i; numerator and denominator of the specification are both multiplied by it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KeyMap = Callable[[Tensor], Tensor]
 
 
 class Context(NamedTuple):
-    """What came before the first key of a chunked call; rows may stand at different positions.
+    """The state before the first key of a chunked call. Rows may be at different positions.
 
     offset: (B,) int64, position of each row's first key (a multiple of the window size if terraced).
     sink_k, sink_v: (B, G, sinks, D); S: (B, H or G, F, D) fp32; z: (B, H or G, F) fp32.
@@ -47,7 +47,7 @@ def chunked_attention(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Outputs (B, H, T, D) fp32 of :func:`lolcats.attention.reference.parallel_attention`, and the final state.
 
-    Arguments and results as of :func:`lolcats.attention.attention`.
+    Arguments and results are those of :func:`lolcats.attention.attention`.
     """
     length, chunk = q.shape[2], spec.chunk
     position = torch.arange(-(-length // chunk) * chunk, device=q.device)[None]  # (1 or B, T')
@@ -67,10 +67,10 @@ def chunked_attention(
 
 
 def merged(mean: Tensor, largest: Tensor, gamma: Tensor, linear: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Softmax and linear term under one denominator.
+    """Combine softmax and linear term under one denominator.
 
     Args:
-        mean, largest: output of the softmax alone, (B, H, ..., D), and its largest weight, (B, H, ..., 1).
+        mean, largest: output of the softmax part, (B, H, ..., D), and its largest weight, (B, H, ..., 1).
         gamma: (H,)
         linear: numerator (B, H, ..., D) and denominator (B, H, ..., 1) of the linear term.
     """
@@ -81,14 +81,14 @@ def merged(mean: Tensor, largest: Tensor, gamma: Tensor, linear: tuple[Tensor, T
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
-    """(B, H, T, D) -> (B, H, N, C, D), the end padded with zeros."""
+    """(B, H, T, D) -> (B, H, N, C, D), padded with zeros at the end."""
     missing = -x.shape[2] % chunk
     x = pad(x, (0, 0, 0, missing)) if missing else x
     return x.unflatten(2, (x.shape[2] // chunk, chunk))
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    """(B, H, N, C, D) -> (B, G, N, R · C, D): heads that share a key or a state as rows of one matrix."""
+    """(B, H, N, C, D) -> (B, G, N, R · C, D): heads that share a key or a state become rows of one matrix."""
     return x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)
 
 
@@ -98,9 +98,9 @@ def _ungrouped(x: Tensor, heads: int) -> Tensor:
 
 
 def _older_mask(spec: AttentionSpec, device: torch.device) -> Tensor:
-    """(C, 2C): which keys of the previous and the own chunk a query sees through the linear term."""
+    """(C, 2C): which keys of the previous and its own chunk a query sees through the linear term."""
     chunk = spec.chunk
-    # Two chunks into any sequence the pattern no longer depends on where the chunk stands.
+    # From the third chunk of a sequence on, the pattern does not depend on the position of the chunk.
     n = torch.arange(chunk, device=device)[:, None] + 2 * chunk
     i = torch.arange(2 * chunk, device=device)[None, :] + chunk
     return (i < spec.window_start(n)) & (i <= n)
@@ -110,7 +110,7 @@ def _softmax_part(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float, softcap: float | None, position: Tensor,
     context: Context | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Softmax over sinks and window alone, (B, H, N, C, D), and its largest weight for each query, (B, H, N, C, 1)."""
+    """Softmax over only sinks and window, (B, H, N, C, D), and the largest weight of each query, (B, H, N, C, 1)."""
     q, k, groups = spec.rotated(q), spec.rotated(k), k.shape[1]
     sinks = k[:, :, : spec.sinks], v[:, :, : spec.sinks]
     if context is not None:
@@ -123,16 +123,17 @@ def _softmax_part(
 
 
 def _with_sinks(x: Tensor, sinks: Tensor, spec: AttentionSpec) -> Tensor:
-    """Keys or values (B, G, T, D) as each chunk's queries see them: sinks, the chunk before, their own."""
+    """Lay out keys or values (B, G, T, D) for the queries of each chunk: sinks, the previous chunk, their own."""
     own = _chunks(x.float(), spec.chunk)
     before = pad(own[:, :, :-1], (0, 0, 0, 0, 1, 0))
     return torch.cat([sinks.float()[:, :, None].expand(-1, -1, own.shape[2], -1, -1), before, own], 3)
 
 
 def _softmax_mask(spec: AttentionSpec, position: Tensor, sinks: int) -> Tensor:
-    """(1 or B, 1, N, 1, C, sinks + 2C): 0 for what a query sees through softmax, else −∞.
+    """(1 or B, 1, N, 1, C, sinks + 2C): 0 for keys that a query sees through softmax, else −∞.
 
-    That is sinks up to itself, and keys inside its window that are no sinks and not before the row's first.
+    A query sees the sinks up to its own position, and the keys in its window except sinks and positions before the
+    row's first.
     """
     chunk = spec.chunk
     own = position.unflatten(1, (-1, chunk))  # (1 or B, N, C)
@@ -145,12 +146,13 @@ def _softmax_mask(spec: AttentionSpec, position: Tensor, sinks: int) -> Tensor:
 
 
 class _Past:
-    """Keys as the linear term sees them: of each chunk of queries, the state and the chunk that are older than it.
+    """The keys that the linear term reaches: for each chunk of queries, a state and possibly one more chunk of keys.
 
-    first: chunks at the beginning of a sequence that have no older keys; fk: (B, M, N − first, C, F) and v (B, M,
-    N − first, C, D) of all others' keys; near: (C, C) or (M, 1, C, C), how their own queries see them beside the state;
-    S: (B, M, N', F, D) and z (B, M, N', F) for the N' last chunks of queries, which are all but the ``first`` ones
-    where there is no ``context``.
+    first: number of leading chunks of queries without older keys.
+    fk, v: (B, M, N − first, C, F) and (B, M, N − first, C, D), features and values of keys that queries reach.
+    near: (C, C) or (M, 1, C, C), how queries weight the keys that they see directly; None if all are in S, z.
+    S, z: (B, M, N', F, D) and (B, M, N', F) for the last N' chunks of queries (all but the ``first``, if no
+    ``context``).
     """
 
     def __init__(
@@ -179,12 +181,12 @@ class _Past:
         return _older_mask(self.spec, self.place.device)[:, own]
 
     def _decayed(self, age: Tensor) -> Tensor:
-        """(M, *age.shape): what is left of a key ``age`` tokens old, 0 before it came."""
+        """(M, *age.shape): weight of a key that is ``age`` tokens old; 0 for negative ages."""
         log_decay = self.spec.log_decay(self.fk.shape[1], age.device)
         return torch.exp(log_decay.view(-1, *(1,) * age.ndim) * age.clamp_min(0)) * (age >= 0)
 
     def _sums(self) -> tuple[Tensor, Tensor]:
-        """What queries of each chunk see as a state: the sums at its beginning, or one chunk before."""
+        """The state that each chunk of queries sees: the sums at the chunk's start, or one chunk earlier."""
         if self.spec.decays:
             return self._decayed_sums()
         S, z = (self.fk.mT @ self.v).cumsum_(2), self.fk.sum(3).cumsum_(2)
@@ -196,7 +198,7 @@ class _Past:
         return S, z
 
     def _decayed_sums(self) -> tuple[Tensor, Tensor]:
-        """As at the last token before each chunk."""
+        """The same sums with decay, as of the last token before each chunk."""
         n, chunk = torch.arange(self.chunks, device=self.place.device), self.spec.chunk
         keys = self.fk * self._decayed(chunk - 1 - self.place)[:, None, :, None]
         between, since = self._decayed((n[:, None] - 1 - n) * chunk), self._decayed(n * chunk)
@@ -227,7 +229,7 @@ class _Past:
         return numerator, denominator
 
     def final(self, length: int, lengths: Sequence[int] | Tensor | None) -> tuple[Tensor, Tensor]:
-        """S (B, M, F, D) and z (B, M, F): what the last of each row's ``lengths`` tokens sees, by default of all."""
+        """S (B, M, F, D) and z (B, M, F): the state that each row's last token sees; ``lengths``: default all T."""
         count = torch.as_tensor(length if lengths is None else lengths, device=self.place.device).expand(len(self.fk))
         chunk, last = self.spec.chunk, None if lengths is None else (count - 1).clamp_min(0) // self.spec.chunk
         S, z = self._at(self.S, last), self._at(self.z, last)
@@ -245,7 +247,7 @@ class _Past:
         return S + fk.mT @ self._at(self.v, last), z + fk.sum(2)
 
     def _at(self, x: Tensor, last: Tensor | None) -> Tensor:
-        """Of (B, M, n, ...) for the n last chunks of queries, that of each row's chunk ``last`` (B,), or of the end."""
+        """Select each row's chunk ``last`` (B,; default: the final one) from x (B, M, n, ...) for the last n chunks."""
         if last is None and x.shape[2]:
             return x[:, :, -1].clone()
         x = pad(x, (*(0, 0) * (x.ndim - 3), self.chunks - x.shape[2], 0))

@@ -1,8 +1,8 @@
-"""Which code computes attention: the Triton kernels on a GPU, the chunked PyTorch path everywhere else.
+"""Select the code that computes attention: Triton kernels on a GPU, the chunked PyTorch path everywhere else.
 
-One switch forces either: ``LOLCATS_ATTENTION=triton`` (or ``chunked``, ``auto``) in the environment sets it for a
-process, ``with use_backend("chunked"):`` for a block. ``auto`` takes the kernels for 16-bit tensors on CUDA (or ROCm)
-where triton is installed and the geometry is one they are trusted with; fp32 takes the chunked path, exact to fp32.
+To force one, set ``LOLCATS_ATTENTION=triton`` (or ``chunked``, ``auto``) in the environment, or wrap a block in ``with
+use_backend("chunked"):``. ``auto`` uses the kernels for 16-bit tensors on CUDA (or ROCm) if triton is
+installed and the kernels are trusted with the geometry. fp32 tensors use the chunked path, which is exact to fp32.
 
 Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F features.
 """
@@ -25,9 +25,9 @@ from lolcats.attention.spec import AttentionSpec
 from lolcats.errors import LolcatsError
 
 BACKENDS = ("auto", "triton", "chunked")
-TRUSTED = {torch.bfloat16: 256, torch.float16: 128}  # head dims up to which all gradients were right on a GPU (LOG.md)
+TRUSTED = {torch.bfloat16: 256, torch.float16: 128}  # largest head dims with correct gradients on a GPU (LOG.md)
 
-DECODED = 64 * 1024  # bytes up to which one map's weights, in the dtype of the queries, fit the decode kernel
+DECODED = 64 * 1024  # maximum bytes of one map's weights, in the dtype of the queries, for the decode kernel
 
 
 def _known(name: str) -> str:
@@ -41,10 +41,10 @@ _backend = _known(os.environ.get("LOLCATS_ATTENTION", "auto"))
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """For the block's duration, ``triton`` or ``chunked`` computes all attention; ``auto`` chooses by the tensors.
+    """Compute all attention inside the block with ``triton`` or ``chunked``; ``auto`` chooses by the tensors.
 
     Raises:
-        LolcatsError: another name.
+        LolcatsError: if the name is unknown.
     """
     global _backend
     before, _backend = _backend, _known(name)
@@ -62,19 +62,20 @@ def attention(
     """Hybrid or linear attention of whole rows.
 
     Args:
-        q: (B, H, T, D); k, v: (B, G, T, D), any float dtype. Of a ``spec`` that is unrotated, q and k have 2D channels.
+        q: (B, H, T, D); k, v: (B, G, T, D), any float dtype. If ``spec.unrotated``, q and k have 2D channels.
         phi_q, phi_k: feature maps with H and H or G heads.
         gamma: (H,) the window's weight, fp32.
-        context: what came before the first token; None at the start of a sequence.
-        lengths: of each row, where rows are shorter than T; matters for the final state alone. The kernels need them on
-            the host: a tensor on the GPU is waited for.
-        final: also return the state behind each row's last token.
-        documents: rows are several sequences one behind the other; without ``context`` and ``final``.
+        context: state before the first token; None at the start of a sequence.
+        lengths: length of each row, if rows are shorter than T; affects only the final state. The kernels need them on
+            the host, so a tensor on the GPU forces a synchronization.
+        final: also return the state after each row's last token.
+        documents: the sequences packed into each row; cannot be combined with ``context`` or ``final``.
 
     Returns:
-        outputs (B, H, T, D), bf16 from the kernels for bf16 inputs and fp32 otherwise; and, with ``final`` where the
-        kind has a linear term, S (B, H or G, F, D) and z (B, H or G, F) fp32 over all keys that the window of the row's
-        last token no longer reaches; else None. The kernels' S and z carry no gradient, see :func:`uses_kernels`.
+        outputs (B, H, T, D), in bf16 from the kernels for bf16 inputs and in fp32 otherwise. With ``final``, if the
+        kind has a linear term, also S (B, H or G, F, D) and z (B, H or G, F) in fp32 over all keys older than the
+        window of the row's last token; otherwise None. The kernels' S and z carry no gradient, see
+        :func:`uses_kernels`.
     """
     path = _kernels if uses_kernels(q, spec, final) else chunked_attention
     if documents is not None:
@@ -84,25 +85,25 @@ def attention(
 
 
 def _packed_kernels(documents: Documents, q: Tensor, k: Tensor, v: Tensor, *common: Any) -> Tensor:
-    """All documents as they lie."""
+    """All documents in one call, without padding."""
     attend: Callable[..., Any] = _kernels
     y = attend(*documents.laid_out((q, k, v)), *common, None, None, False, documents.cumulative)[0]
     return y.unflatten(2, (q.shape[0], q.shape[2]))[0].transpose(0, 1)
 
 
 def _packed_chunked(documents: Documents, q: Tensor, k: Tensor, v: Tensor, *common: Any) -> Tensor:
-    """Documents of similar length together."""
+    """One call per group of documents of similar length."""
     return documents.apart(lambda *rows: chunked_attention(*rows, *common)[0], q, k, v)
 
 
 def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
     """Whether the Triton kernels compute this call.
 
-    With gradients, a call that moves a state takes the chunked path even where the kernels are forced: no gradient
-    flows through the kernels' states. (Training keeps no states.)
+    With gradients enabled, a call that returns a state uses the chunked path even if the kernels are forced, since no
+    gradient flows through the kernels' states. (Training keeps no states.)
 
     Raises:
-        LolcatsError: the kernels are forced and cannot compute it.
+        LolcatsError: if the kernels are forced but cannot compute it.
     """
     name = _backend
     if name == "chunked" or (final and torch.is_grad_enabled()):
@@ -110,19 +111,19 @@ def uses_kernels(q: Tensor, spec: AttentionSpec, final: bool = False) -> bool:
     if name == "auto":
         return q.is_cuda and fits_kernels(spec.rotated(q).shape[3], q.dtype, spec) and _has_triton()
     if not _has_triton():
-        raise LolcatsError("The Triton kernels were asked for, but triton is not installed: pip install triton.")
+        raise LolcatsError("The Triton kernels were requested, but triton is not installed: pip install triton.")
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise LolcatsError(
-            f"The Triton kernels were asked for, but the tensors are on {q.device.type}: there they run only in "
-            "Triton's interpreter (TRITON_INTERPRET=1 in the environment before triton is imported)."
+            f"The Triton kernels were requested, but the tensors are on {q.device.type}, where the kernels run only in "
+            "Triton's interpreter. Set TRITON_INTERPRET=1 in the environment before triton is imported."
         )
     if misfit := _misfit(spec.rotated(q).shape[3], spec):
-        raise LolcatsError(f"The Triton kernels were asked for, but they take {misfit}.")
+        raise LolcatsError(f"The Triton kernels were requested, but they support {misfit}.")
     return True
 
 
 def uses_decode_kernel(q: Tensor, phi_q: Any, spec: AttentionSpec) -> bool:
-    """Whether the decode kernel moves a state by one token; it has the hedgehog map inside, and no gradients."""
+    """Whether the decode kernel advances a state by one token. It supports only the hedgehog map, without gradients."""
     if _backend == "chunked" or torch.is_grad_enabled() or not _has_triton():
         return False
     if _misfit(spec.rotated(q).shape[3], spec) or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -143,9 +144,9 @@ def fits_kernels(head_dim: int, dtype: torch.dtype, spec: AttentionSpec) -> bool
 
 
 def _misfit(head_dim: int, spec: AttentionSpec) -> str:
-    """What the kernels would need instead; empty if they have this geometry."""
+    """What the kernels support instead; empty if they support this geometry."""
     if spec.decays or not spec.divides:
-        return "sums without decay under a denominator, not attention.decay or attention.normalizer=group_norm"
+        return "only attention.decay=none with attention.normalizer=sum"
     if spec.softmax_sinks > 16:
         return f"at most 16 sinks, not {spec.softmax_sinks}"
     return f"heads of at most 256 channels, not {head_dim}" if head_dim > 256 else ""

@@ -1,4 +1,4 @@
-"""Rows that hold several documents one behind the other, each of which is a sequence of its own.
+"""Rows that pack several documents, each of which is a sequence of its own.
 
 Shapes: B batch, H heads, T tokens, D head dim.
 """
@@ -16,32 +16,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Documents:
-    """Lengths of the documents of each row of a batch, (B rows) of equal sum T, on the host."""
+    """Lengths of the documents in each of the B rows of a batch, on the host. The lengths of each row sum to T."""
 
     lengths: tuple[tuple[int, ...], ...]
     device: torch.device
 
     @classmethod
     def of(cls, numbers: Tensor) -> Documents:
-        """From (B, T) numbers that change where another document begins."""
+        """From document numbers (B, T), which change where another document begins."""
         counts = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in numbers.cpu()]
         return cls(tuple(map(tuple, counts)), numbers.device)
 
     def rows(self, chosen: Sequence[int]) -> Documents:
-        """Those of some rows."""
+        """The documents of the ``chosen`` rows."""
         return Documents(tuple(self.lengths[row] for row in chosen), self.device)
 
     @cached_property
     def cumulative(self) -> list[int]:
-        """[0, ..., B · T]: where documents begin and end if rows are laid one behind the other."""
+        """[0, ..., B · T]: where documents begin and end once all rows are concatenated."""
         return [0, *accumulate(length for row in self.lengths for length in row)]
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor]]:
-        """Documents of similar length together, so that padding at most doubles what is computed.
+        """Documents grouped by similar length, so that padding at most doubles the work.
 
-        Of each group: (N, L) places of its tokens in B · T, the last one repeated behind a shorter document's end, and
-        (N · L) bool, False there.
+        Each group has the (N, L) places of its tokens in B · T, where a document's last token is repeated as padding,
+        and a mask (N · L,), False for padding.
         """
         by_size: dict[int, list[tuple[int, int]]] = {}
         for begin, end in pairwise(self.cumulative):
@@ -55,14 +55,14 @@ class Documents:
 
     @cached_property
     def order(self) -> Tensor:
-        """(B · T,): which token of all groups, padding left out, is each token of the batch."""
+        """(B · T,): for each token of the batch, its index among the unpadded tokens of all groups."""
         placed = torch.cat([places.flatten()[real] for places, real in self.groups])
         return torch.empty_like(placed).scatter_(0, placed, torch.arange(len(placed), device=self.device))
 
     def apart(self, attend: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """``attend`` of (B, heads, T, D) tensors, (B, H, T, D), with every document as a row of its own.
+        """Apply ``attend`` to (B, heads, T, D) tensors with each document in a row of its own; returns (B, H, T, D).
 
-        ``attend`` must be causal: what follows a document in its row is another token, whose output is dropped.
+        ``attend`` must be causal: documents are padded by repeating their last token, and those outputs are dropped.
         """
         batch, length = tensors[0].shape[0], tensors[0].shape[2]
         flat, parts = [x.transpose(1, 2).flatten(0, 1) for x in tensors], []
@@ -74,5 +74,5 @@ class Documents:
         return torch.cat(parts).index_select(0, self.order).unflatten(0, (batch, length)).transpose(1, 2)
 
     def laid_out(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """(B, heads, T, D) -> (1, heads, B · T, D): all rows one behind the other."""
+        """(B, heads, T, D) -> (1, heads, B · T, D): all rows concatenated."""
         return [x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in tensors]

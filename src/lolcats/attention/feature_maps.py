@@ -30,7 +30,7 @@ def t2r(y: Tensor) -> Tensor:
 
 
 def elu(y: Tensor) -> Tensor:
-    """1 + elu(x), nothing learned (Katharopoulos et al. 2020). (..., D) -> (..., D)"""
+    """1 + elu(x), without parameters (Katharopoulos et al. 2020). (..., D) -> (..., D)"""
     return 1 + nn.functional.elu(y)
 
 
@@ -43,7 +43,7 @@ class FeatureMap(nn.Module):
     Args:
         name: ``hedgehog``, ``exp``, ``t2r`` or ``elu``.
         heads: number of maps, H or G.
-        head_dim: D of the input; of an input with more channels the last D count (see ``AttentionSpec.unrotated``).
+        head_dim: D of the input; if it has more channels, the last D are used (see ``AttentionSpec.unrotated``).
         feature_dim: f; ignored by t2r (D × D) and elu (no weights).
     """
 
@@ -63,7 +63,7 @@ class FeatureMap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, heads, T, D) in any float dtype -> (B, heads, T, F) fp32, at least EPS.
 
-        Key/value heads fewer than the maps, (B, G, T, D), are repeated for the query heads of their group.
+        Key/value heads (B, G, T, D), if fewer than the maps, are repeated for the query heads of their group.
         """
         y = x[..., -self.head_dim :].float()
         if y.shape[1] < self.heads:

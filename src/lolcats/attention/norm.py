@@ -1,4 +1,4 @@
-"""What may stand in the place of a denominator: a group norm whose groups are the heads.
+"""A group norm over heads, which can replace the denominator of linear attention.
 
 Shapes: B batch, H heads, T tokens, D channels of a head.
 """
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-EPS = 1e-5  # torch.nn.GroupNorm's
+EPS = 1e-5  # default of torch.nn.GroupNorm
 
 
 class HeadNorm(nn.Module):
-    """Each head's output of each token to mean 0 and variance 1 over its channels, then a learned scale and shift of
-    each channel: ``torch.nn.GroupNorm(H, H * D)`` of one token at a time, in fp32 (SUPRA, arXiv 2405.06640)."""
+    """Normalize each head's output at each token to mean 0 and variance 1 over its channels, then scale and shift each
+    channel: ``torch.nn.GroupNorm(H, H * D)`` on one token at a time, in fp32 (SUPRA, arXiv 2405.06640)."""
 
     def __init__(self, heads: int, channels: int) -> None:
         super().__init__()

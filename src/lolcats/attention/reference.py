@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lolcats.attention.spec import AttentionSpec
 
-QUERIES = 128  # whose weights exist at a time
+QUERIES = 128  # queries whose weights are in memory at a time
 
 
 def softmax_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
@@ -29,15 +29,15 @@ def softmax_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = N
 
 
 def softmax_weights(q: Tensor, k: Tensor, scale: float, softcap: float | None = None, first: int = 0) -> Tensor:
-    """The teacher's causal attention weights (B, H, T, T) fp32 of unpadded rows; ``first``: position of q[:, :, 0]."""
+    """The teacher's causal attention weights (B, H, T, T) fp32 for unpadded rows; ``first``: position of q[:, :, 0]."""
     logits = softmax_logits(q.float(), expand_heads(k, q.shape[1]), scale, softcap)
     causal = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril(first)
     return logits.masked_fill(~causal, -torch.inf).softmax(-1)
 
 
 def query_blocks(q: Tensor, k: Tensor, size: int = QUERIES) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """For quadratic time without a T × T tensor: t <= ``size`` queries (B, H, t, D), keys up to the last of them
-    (B, H, T', D), fp32, and the positions of both, n (t, 1) and i (T',)."""
+    """Yield blocks of t <= ``size`` queries (B, H, t, D) and the keys up to the last of them (B, H, T', D), in fp32,
+    with their positions n (t, 1) and i (T',): quadratic time without a T × T tensor."""
     k, positions = expand_heads(k, q.shape[1]), torch.arange(q.shape[2], device=q.device)
     for first in range(0, q.shape[2], size):
         n = positions[first : first + size, None]
@@ -51,12 +51,12 @@ def expand_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def normalize(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 0 where a query sees no key (kind ``remote`` at the start of a sequence)."""
+    """numerator / denominator, or 0 if a query sees no key (kind ``remote`` at the start of a sequence)."""
     return numerator / denominator.masked_fill(denominator == 0, 1)
 
 
 def output(spec: AttentionSpec, numerator: Tensor, denominator: Tensor) -> Tensor:
-    """What attention gives: the quotient, or the numerator alone where a group norm follows."""
+    """The output of attention: the quotient, or just the numerator if a group norm follows."""
     return normalize(numerator, denominator) if spec.divides else numerator
 
 
@@ -69,12 +69,12 @@ def attention_weights(
     q: Tensor, k: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
     softcap: float | None = None, first: int = 0,
 ) -> Tensor:  # fmt: skip
-    """The whole (B, H, T, T) matrix of attention weights, whose rows sum to 1, quadratic in T.
+    """The full (B, H, T, T) matrix of attention weights, whose rows sum to 1; quadratic in T.
 
     Args:
         q, k, fq, fk, gamma: as above, any float dtype; the weights are fp32.
-        scale: of the logits; softcap: what they are squashed to, before the mask.
-        first: position of q[:, :, 0]; q and fq may be some of the queries alone.
+        scale: factor of the logits; softcap: bound to which they are squashed before masking.
+        first: position of q[:, :, 0], if q and fq hold only some of the queries.
     """
     weights = unnormalized_weights(q, k, fq, fk, gamma, spec, scale, softcap, first)
     return normalize(weights, weights.sum(-1, keepdim=True))
@@ -84,7 +84,7 @@ def unnormalized_weights(
     q: Tensor, k: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
     softcap: float | None = None, first: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Parallel form: what :func:`attention_weights`, which has the same arguments, divides by its sum."""
+    """Parallel form: the weights of :func:`attention_weights` before normalization. Same arguments."""
     heads, length, maps = q.shape[1], k.shape[2], fk.shape[1]
     k, fk = expand_heads(k, heads), expand_heads(fk, heads)
     n = first + torch.arange(q.shape[2], device=q.device)[:, None]
@@ -105,7 +105,7 @@ def parallel_attention(
     q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
     softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Outputs (B, H, T, D) fp32 by the whole matrix of :func:`attention_weights`, which has the same arguments."""
+    """Outputs (B, H, T, D) fp32 from the full matrix of :func:`attention_weights`."""
     weights = unnormalized_weights(q, k, fq, fk, gamma, spec, scale, softcap)
     return output(spec, weights, weights.sum(-1, keepdim=True)) @ expand_heads(v, q.shape[1])
 
@@ -114,7 +114,7 @@ def recurrent_attention(
     q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
     softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same outputs one token at a time, from S, z, the window's keys and the sinks: constant memory in T."""
+    """The same outputs one token at a time, from S, z, the window's keys and the sinks: memory constant in T."""
     heads, length, maps = q.shape[1], q.shape[2], fk.shape[1]
     decay = spec.log_decay(maps, q.device).exp().repeat_interleave(heads // maps)[:, None]
     k, v, fk = (expand_heads(x, heads) for x in (k, v, fk))

@@ -1,8 +1,8 @@
-"""Stochastic rounding to bf16: up or down with the probability that makes the mean right.
+"""Stochastic rounding to bf16: up or down at random, so that the mean is unbiased.
 
-A bf16 sum stops growing once what is added is smaller than half a step of it: rounded to the nearest, S would stall
-after some ten thousand tokens. The random bits are a hash of position and place, so a row's state depends on nothing
-but its own tokens, and every path rounds alike.
+A bf16 sum stops growing once the addends are smaller than half its spacing: rounded to the nearest, S would stall after
+some ten thousand tokens. The random bits are a hash of position and element index, so a row's state depends only on its
+own tokens, and every path rounds the same way.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def stochastic(x: Tensor, position: Tensor) -> Tensor:
-    """(B, ...) fp32 -> bf16; ``position`` (B,): of the token at which the row is written."""
+    """(B, ...) fp32 -> bf16; ``position`` (B,): position of the token at which each row is written."""
     index = torch.arange(x[0].numel(), device=x.device) * 0x9E3779B1
     h = (index + position[:, None] * 0x85EBCA77) & 0xFFFFFFFF
     h = ((h ^ (h >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF

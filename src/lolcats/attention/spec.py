@@ -1,6 +1,6 @@
 """Which keys a query sees through softmax and which through the linear term.
 
-Every path (reference, chunked, prefill, decode) derives its masks from :class:`AttentionSpec` alone. For the query at
+Every path (reference, chunked, prefill, decode) derives its masks only from :class:`AttentionSpec`. For the query at
 position n (counted from its own sequence's first token):
 
     sinks    i < sinks                    softmax, always
@@ -21,21 +21,22 @@ Position = TypeVar("Position", int, torch.Tensor)
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """The variant of one layer's attention; a value, so that variants are data and not copies of code.
+    """The attention variant of one layer. Variants are data, not copies of code.
 
     kind:
         ``hybrid``  softmax over sinks and window plus the linear term, under one denominator (the paper's Eq. 7);
         ``linear``  the linear term over all keys;
-        ``window``  sinks and window alone: the control without linear term;
-        ``remote``  the linear term of a hybrid alone, over the keys older than its window (a branch ablation; zero
-        where there are none).
+        ``window``  only sinks and window: the control without a linear term;
+        ``remote``  only the linear term of a hybrid, over the keys older than its window (a branch ablation; zero if
+        there are none).
     decay, normalizer:
-        of kind ``linear`` alone, as SUPRA has them (Mercat et al. 2024, arXiv 2405.06640): ``decay="retnet"`` weighs
-        what is m tokens old by γ^m, see :meth:`log_decay`; with ``normalizer="group_norm"`` nothing is divided by the
-        sum of weights, for a group norm over each head's channels follows. Other kinds do without both.
+        only for kind ``linear``, as in SUPRA (Mercat et al. 2024, arXiv 2405.06640); other kinds ignore both.
+        ``decay="retnet"`` weights a key that is m tokens old by γ^m, see :meth:`log_decay`. With
+        ``normalizer="group_norm"`` outputs are not divided by the sum of weights, since a group norm over each head's
+        channels follows.
     unrotated:
-        feature maps see q and k as they are in front of RoPE: every path then takes both side by side, (…, 2D), see
-        :meth:`rotated`, and softmax the first half alone.
+        feature maps see q and k before RoPE. Every path then takes both versions side by side, (…, 2D), see
+        :meth:`rotated`; softmax uses only the first half.
     """
 
     kind: Literal["hybrid", "linear", "window", "remote"] = "hybrid"
@@ -56,20 +57,20 @@ class AttentionSpec:
         return self.kind != "linear" or self.normalizer == "sum"
 
     def log_decay(self, maps: int, device: torch.device) -> Tensor:
-        """(maps,) fp32 log γ_h, fixed, one a state: γ_h = 1 − 2^(−5−h) (RetNet, Sun et al. 2023, arXiv 2307.08621).
+        """(maps,) fp32 log γ_h, fixed, one per state: γ_h = 1 − 2^(−5−h) (RetNet, Sun et al. 2023, arXiv 2307.08621).
 
-        0 where nothing decays.
+        0 without decay.
         """
         if not self.decays:
             return torch.zeros(maps, device=device)
         return torch.log1p(-torch.exp2(-5.0 - torch.arange(maps, device=device)))
 
     def channels(self, head_dim: int) -> int:
-        """Of q and k of heads with D = ``head_dim``, as every path takes them."""
+        """Channels of q and k as every path takes them, for heads with D = ``head_dim``."""
         return 2 * head_dim if self.unrotated else head_dim
 
     def rotated(self, x: Tensor) -> Tensor:
-        """(..., D): of queries or keys as every path takes them, what softmax sees."""
+        """The part (..., D) of queries or keys that softmax sees."""
         return x[..., : x.shape[-1] // 2] if self.unrotated else x
 
     @property
@@ -82,17 +83,17 @@ class AttentionSpec:
 
     @property
     def softmax_sinks(self) -> int:
-        """Tokens excluded from the linear term; the linear kind has no softmax part to hold them."""
+        """Number of tokens excluded from the linear term; 0 for kind ``linear``, which has no softmax part."""
         return 0 if self.kind == "linear" else self.sinks
 
     @property
     def chunk(self) -> int:
-        """Block length of the chunked form: two blocks hold every key that is not strictly older than the window."""
+        """Block length of the chunked form: two blocks hold every key of a window."""
         return 64 if self.kind == "linear" else self.window_size
 
     @property
     def span(self) -> int:
-        """Most keys ever kept as they are for a later query: the length of the ring buffer of keys and values."""
+        """Length of the ring buffer: maximum number of keys and values kept for later queries."""
         if self.kind == "linear":
             return 0
         return 2 * self.window_size if self.window == "terraced" else self.window_size
@@ -103,7 +104,7 @@ class AttentionSpec:
         return self.window_size if self.window == "terraced" else 1
 
     def window_start(self, n: Position) -> Position:
-        """First position inside the window of the query at ``n`` (may be negative; ``n + 1``: no window at all)."""
+        """First position inside the window of the query at ``n`` (may be negative; ``n + 1`` without a window)."""
         if self.kind == "linear":
             return n + 1
         if self.window == "terraced":

@@ -1,10 +1,10 @@
-"""Fixed-size state of a sequence, moved forward by many tokens (:func:`extend`) or by one (:func:`step`).
+"""Fixed-size state of a sequence, advanced by many tokens (:func:`extend`) or by one (:func:`step`).
 
-Both are the same function as the parallel form. Every row of a batch has its own count of tokens seen, so padding on
-any side, prompts of different lengths and prefill in pieces need no special case.
+Both compute the same function as the parallel form. Each row of a batch counts its own tokens, so padding on any side,
+prompts of different lengths and prefill in pieces need no special case.
 
-Where the host knows how many tokens every row has (``count``), nothing here waits for a GPU, and tokens that begin a
-sequence go through as they are, without a copy.
+If the host knows how many tokens every row has (``count``), nothing here waits for a GPU, and the first tokens of a
+sequence are used without a copy.
 
 The ring buffer holds the last W = ``spec.span`` keys: position p lives in slot p mod W. A key moves into S and z when
 the window of an arriving token no longer reaches it, just before its slot is overwritten.
@@ -37,14 +37,14 @@ SEGMENT = 1024  # tokens laid out at a time by the chunked path
 
 @dataclass
 class AttentionState:
-    """All that a layer remembers of the tokens seen.
+    """Everything that a layer remembers of the tokens seen.
 
     seen: (B,) int64, tokens so far; ring_k, ring_v: (B, G, W, D); sink_k, sink_v: (B, G, sinks, D);
     S: (B, H or G, F, D) fp32, or bf16 and rounded stochastically by :func:`step` (see :mod:`.rounding`); z: (B, H or G,
-    F) fp32. F = 0 where the kind has no linear term.
-    count: ``seen`` where it is the same in every row and the host knows it, else None.
-    counts: ``seen`` of each row, where the host knows it and says so; for the next :func:`step` alone.
-    in_place: :func:`step` writes into these tensors, always the same memory, instead of making new ones; no gradients.
+    F) fp32. F = 0 if the kind has no linear term.
+    count: ``seen`` if it is the same in every row and known on the host, else None.
+    counts: ``seen`` of each row, if known on the host; used only by the next :func:`step`.
+    in_place: :func:`step` writes into these tensors instead of allocating new ones; no gradients.
     """
 
     seen: Tensor
@@ -64,7 +64,7 @@ class AttentionState:
     ) -> AttentionState:
         """State before the first token, for keys and values like ``k``, ``v`` (B, G, *, D).
 
-        maps: H or G. dtype: of S.
+        maps: H or G. dtype: dtype of S.
         """
         batch, features = k.shape[0], features if spec.has_linear else 0
 
@@ -81,7 +81,7 @@ class AttentionState:
         )  # fmt: skip
 
     def map(self, change: Callable[[Tensor], Tensor]) -> AttentionState:
-        """A state whose tensors are ``change(tensor)``: reorder, repeat, move."""
+        """Apply ``change`` to every tensor, to reorder, repeat or move rows."""
         changed: dict[str, Any] = {name: change(x) for name, x in self.tensors().items()}
         return dataclasses.replace(self, **changed)
 
@@ -93,7 +93,7 @@ class AttentionState:
         return sum(x.nbytes for x in self.tensors().values())
 
     def ring_positions(self) -> Tensor:
-        """(B, W) position of the key in each slot; negative: nothing there yet."""
+        """(B, W) position of the key in each slot; negative if the slot is empty."""
         last, slots = self.seen[:, None] - 1, torch.arange(self.ring_k.shape[2], device=self.seen.device)
         return last - (last - slots) % slots.numel() if slots.numel() else slots.expand(self.seen.shape[0], 0)
 
@@ -105,21 +105,20 @@ def extend(
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
     """Outputs (B, H, T, D) for T new tokens, in the dtype of :func:`attention`, and the state after them.
 
-    The kernels take any length at once. On the chunked path long inputs go through in segments, so that what is
-    computed on the way stays in the processor's caches and only inputs and outputs grow with T; with gradients,
-    segments are recomputed in backward.
+    The kernels process any length at once. The chunked path splits long inputs into segments, so intermediates stay in
+    the processor's caches and only inputs and outputs grow with T. With gradients, segments are recomputed in backward.
 
     Args:
         q: (B, H, T, D); k, v: (B, G, T, D), any float dtype.
         gamma: (H,) the window's weight, fp32.
-        mask: (B, T) bool, False where a token is padding (on either side, or between): skipped, output 0.
-        counts: how many tokens of each row are none, where the host knows that already.
+        mask: (B, T) bool, False for padding (on either side, or in between), which is skipped and has output 0.
+        counts: number of real tokens in each row, if already known on the host.
         phi_q, phi_k: feature maps of (B, H, T, D) and (B, G, T, D).
     """
     common = (phi_q, phi_k, gamma, spec, scale, softcap)
     if q.shape[2] <= SEGMENT or uses_kernels(q, spec, final=True):
         return _extend(state, q, k, v, *common, mask, counts)
-    # split and not slices: the gradient of a slice is as large as the whole, which would make backward quadratic.
+    # split, not slices: the gradient of a slice is as large as the whole, so backward would be quadratic.
     pieces = zip(*(x.split(SEGMENT, 2) for x in (q, k, v)), strict=True)
     masks = repeat(None) if mask is None else mask.split(SEGMENT, 1)
     outputs = []
@@ -138,7 +137,7 @@ def _extend(
     spec: AttentionSpec, scale: float, softcap: float | None, mask: Tensor | None = None,
     counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
-    """One segment of :func:`extend`: lay out, attend, and keep what a later token needs."""
+    """One segment of :func:`extend`: lay out, attend, and keep what later tokens need."""
     rows = _lay_out(state, q, k, v, spec, mask)
     sinks = _sinks(rows.k, state.sink_k, rows.start), _sinks(rows.v, state.sink_v, rows.start)
     fresh = state.count == 0
@@ -161,9 +160,9 @@ def _extend(
 
 
 def compacted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-    """``attend(q, k, v)`` (B, H, T, D) with each row's tokens moved to its beginning and back; 0 for padding.
+    """``attend(q, k, v)`` (B, H, T, D) with each row's real tokens moved to the front, and back; 0 for padding.
 
-    mask: (B, T) bool, False where a token is padding.
+    mask: (B, T) bool, False for padding.
     """
     length = q.shape[2]
     index = (mask.cumsum(1) - 1).where(mask, length)
@@ -175,12 +174,12 @@ def step(
     state: AttentionState, q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor,
     spec: AttentionSpec, scale: float, softcap: float | None = None,
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
-    """Output (B, H, 1, D) for one new token a row, and the state after it. Constant time and memory.
+    """Output (B, H, 1, D) for one new token per row, and the state after it. Constant time and memory.
 
     Arguments as for :func:`extend`, with q (B, H, 1, D) and k, v (B, G, 1, D).
 
-    The decode kernel computes it for states that are ``in_place`` where it can, in the dtype of the other kernels; else
-    it is fp32.
+    States that are ``in_place`` use the decode kernel if possible, with the output dtype of the other kernels;
+    otherwise the output is fp32.
     """
     if state.in_place and uses_decode_kernel(q, phi_q, spec):
         from lolcats.attention.kernels.decode import decode
@@ -203,11 +202,12 @@ def step(
 
 
 class Arrival(NamedTuple):
-    """Where the token of each row that arrives at position n (B,) goes, and what it sees: the same in every layer.
+    """Where the new token of each row, at position n (B,), goes and what it sees: the same in every layer.
 
-    bias: (B, 1, 1, sinks + W), 0 for sinks and ring slots that it sees through softmax (its own among them), else −∞;
-    slot: (B, 1, 1, 1) of the ring; sink: (B, 1, sinks, 1) bool, the one that it is itself, None where no row's is one;
-    leaving: rows (R,), ring slots and mask (R, stride) of the keys that its window no longer reaches; None without any.
+    bias: (B, 1, 1, sinks + W), 0 for sinks and ring slots that it sees through softmax (its own included), else −∞.
+    slot: (B, 1, 1, 1), its slot in the ring.
+    sink: (B, 1, sinks, 1) bool, True if the token is that sink; None if no row's token is a sink.
+    leaving: rows (R,), ring slots and mask (R, stride) of the keys that leave the window; None if no key does.
     """
 
     bias: Tensor
@@ -219,7 +219,7 @@ class Arrival(NamedTuple):
     def of(cls, n: Tensor, spec: AttentionSpec) -> Arrival:
         n, slots = n[:, None], torch.arange(spec.span, device=n.device)
         places = torch.arange(spec.softmax_sinks, device=n.device)
-        positions = n - (n - slots) % max(spec.span, 1)  # of the key in each slot, once the token is in
+        positions = n - (n - slots) % max(spec.span, 1)  # of the key in each slot, once the token is added
         reached = positions >= spec.window_start(n).clamp_min(spec.sinks)
         seen = torch.cat([places <= n, reached], 1)[:, None, None]
         is_sink = n == places
@@ -244,7 +244,7 @@ def _arrival(state: AttentionState, spec: AttentionSpec) -> Arrival:
 
 @lru_cache(maxsize=8)  # all layers of a model ask for the same
 def _known_arrival(counts: tuple[int, ...], spec: AttentionSpec, device: torch.device) -> Arrival:
-    with torch.inference_mode(False), torch.no_grad():  # autograd may need what inference mode asked for first
+    with torch.inference_mode(False), torch.no_grad():  # autograd may use what inference mode cached
         bias, slot, sink, leaving = Arrival.of(torch.tensor(counts), spec)
     if leaving is not None:
         leaving = leaving[0].to(device), leaving[1].to(device), leaving[2].to(device)
@@ -252,7 +252,7 @@ def _known_arrival(counts: tuple[int, ...], spec: AttentionSpec, device: torch.d
 
 
 def _append(state: AttentionState, k: Tensor, v: Tensor, arrival: Arrival) -> AttentionState:
-    """Put the arriving key and value (B, G, 1, D) into ring and sinks, and count them."""
+    """Store the new key and value (B, G, 1, D) in ring and sinks, and count the token."""
     new: dict[str, Any] = {}
     if arrival.sink is not None:
         new = {
@@ -274,7 +274,7 @@ def _append(state: AttentionState, k: Tensor, v: Tensor, arrival: Arrival) -> At
 
 
 def _add(state: AttentionState, rows: Tensor, S: Tensor, z: Tensor) -> AttentionState:
-    """Add to the sums of ``rows`` (R,)."""
+    """Add ``S`` and ``z`` to the sums of ``rows`` (R,)."""
     if state.S.dtype != torch.float32:
         after = stochastic(state.S[rows].float() + S, state.seen[rows])
         if state.in_place:
@@ -292,7 +292,7 @@ def _add(state: AttentionState, rows: Tensor, S: Tensor, z: Tensor) -> Attention
 def _fold(
     state: AttentionState, k: Tensor, v: Tensor, phi_k: KeyMap, spec: AttentionSpec, arrival: Arrival
 ) -> AttentionState:  # fmt: skip
-    """Move into S and z what the window of the arriving token no longer reaches."""
+    """Move the keys that leave the window of the new token into S and z."""
     if not spec.has_linear:
         return state
     if spec.kind == "linear":  # no window: the new key itself
@@ -312,7 +312,7 @@ def _fold(
 
 
 def _grouped(x: Tensor, shared: Tensor) -> Tensor:
-    """(B, H, 1, D) -> (B, G, H / G, D): the query heads that share one of the G heads of ``shared``, as its rows."""
+    """(B, H, 1, D) -> (B, G, H / G, D): query heads grouped by the head of ``shared`` that they use."""
     return x[:, :, 0].unflatten(1, (shared.shape[1], -1))
 
 
@@ -322,10 +322,10 @@ def _ungrouped(y: Tensor) -> Tensor:
 
 
 class _Rows(NamedTuple):
-    """Keys still in the ring and new tokens, one sequence a row, from the window start of the row's last token on.
+    """Keys from the ring followed by the new tokens, one sequence per row, from the last seen token's window start on.
 
-    So the chunk grid of every row is aligned with its own first token. q: (B, H, T', D); k, v: (B, G, T', D);
-    start: (B,) position of the first; place: (B, T) where the new tokens are, or the number of old ones before them.
+    This aligns the chunk grid of every row with its own first token. q: (B, H, T', D); k, v: (B, G, T', D); start: (B,)
+    position of the first key; place: (B, T) places of the new tokens, or the number of old ones before them.
     """
 
     q: Tensor
@@ -335,7 +335,7 @@ class _Rows(NamedTuple):
     place: Tensor | int
 
     def outputs(self, y: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, H, T', D) -> (B, H, T, D): those of the new tokens, 0 for padding."""
+        """(B, H, T', D) -> (B, H, T, D): the outputs of the new tokens, 0 for padding."""
         if isinstance(self.place, int):
             return y[:, :, self.place :]
         y = _gather(y, self.place.clamp_max(y.shape[2] - 1))
@@ -355,7 +355,7 @@ def _lay_out(state: AttentionState, q: Tensor, k: Tensor, v: Tensor, spec: Atten
     start = spec.window_start(state.seen - 1).clamp_min(0).minimum(state.seen)
     old_positions, room = state.ring_positions(), q.shape[2] + (0 if state.count == 0 else state.ring_k.shape[2])
     index = torch.cat([old_positions, state.seen[:, None] + valid.cumsum(1) - 1], 1) - start[:, None]
-    # `room`: a slot that is thrown away
+    # `room`: a slot that is discarded
     index = index.where(torch.cat([old_positions >= start[:, None], valid], 1), room)
     new = index[:, old_positions.shape[1] :]
     k = _scatter(torch.cat([state.ring_k, k], 2), index, room)
@@ -364,7 +364,7 @@ def _lay_out(state: AttentionState, q: Tensor, k: Tensor, v: Tensor, spec: Atten
 
 
 def _sinks(row: Tensor, known: Tensor, start: Tensor) -> Tensor:
-    """(B, G, sinks, D): from the row where it begins at position 0, else those already known."""
+    """(B, G, sinks, D): taken from rows that start at position 0, otherwise those already known."""
     count = known.shape[2]
     fresh = pad(row, (0, 0, 0, max(0, count - row.shape[2])))[:, :, :count]
     return torch.where((start == 0)[:, None, None, None], fresh, known)

@@ -1,4 +1,4 @@
-"""The command line: translates arguments, prints results, turns a user's mistake into a sentence and exit code 2."""
+"""The command line: parse arguments, print results, and report a user's mistake in one sentence with exit code 2."""
 
 from lolcats.cli import train, use
 from lolcats.cli.app import app

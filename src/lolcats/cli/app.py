@@ -1,4 +1,4 @@
-"""What all commands share: the program, the types of arguments, errors as sentences, tables."""
+"""Shared by all commands: the Typer app, argument types, error handling and tables."""
 
 from __future__ import annotations
 
@@ -24,32 +24,34 @@ app = typer.Typer(
     name="lolcats", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Turn pretrained softmax-attention language models into linear-attention ones.",
 )  # fmt: skip
-data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on them.")
+data_app = typer.Typer(no_args_is_help=True, help="Inspect training data.")
 app.add_typer(data_app, name="data")
 out, err = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Hub id, local model directory or .gguf file.", metavar="MODEL")]
-Directory = Annotated[Path, typer.Argument(help="A run directory or a linearized model.", metavar="DIR")]
-DataPath = Annotated[str, typer.Option("--data", help="Hub data set id; local .json, .jsonl, .parquet, .txt file; or "
-                                       "a .yaml file that mixes several.")]  # fmt: skip
+Directory = Annotated[Path, typer.Argument(help="Run directory or linearized model.", metavar="DIR")]
+RunDirectory = Annotated[Path, typer.Argument(help="Run directory.", metavar="DIR")]
+DataPath = Annotated[str, typer.Option("--data", help="Hub data set id, a local .json, .jsonl, .parquet or .txt "
+                                       "file, or a .yaml file that mixes several sources.")]  # fmt: skip
 Out = Annotated[Path, typer.Option("--out", file_okay=False,
-                                    help="Directory to write; an unfinished run in it is continued.")]  # fmt: skip
-Recipe = Annotated[str, typer.Option(help="default, long, paper, paper-70b, paper-405b, small, or a YAML file.")]
-Sets = Annotated[list[str], typer.Option("--set", help="Change one setting: transfer.learning_rate=1e-3. Repeatable.")]
+                                    help="Output directory; an unfinished run in it is continued.")]  # fmt: skip
+Recipe = Annotated[str, typer.Option(help="default, long, paper, paper-70b, paper-405b, small or a YAML file.")]
+Sets = Annotated[list[str], typer.Option("--set", help="Change a setting, e.g. transfer.learning_rate=1e-3. "
+                                         "Repeatable.")]  # fmt: skip
 
-Controls = Annotated[bool, typer.Option("--controls", help="Also train window + sinks with the same LoRA (no linear "
-                                        "term) and the teacher with it.")]  # fmt: skip
+Controls = Annotated[bool, typer.Option("--controls", help="Also train two controls with the same LoRA: window + sinks "
+                                        "without a linear term, and the teacher.")]  # fmt: skip
 
 
 NO_MEMORY = (
-    "Memory ran out. Lower transfer.micro_batch_size and finetune.micro_batch_size (the batch stays as it is), use "
-    "shorter rows (data.sequence_length), or --set finetune.gradient_checkpointing=true. Evaluations: --batch-size; "
-    "serving: --slots. What was finished is saved."
+    "Out of memory. To train, lower transfer.micro_batch_size and finetune.micro_batch_size (the batch size stays the "
+    "same), shorten rows (data.sequence_length), or use --set finetune.gradient_checkpointing=true. To evaluate, lower "
+    "--batch-size; to serve, lower --slots. Finished work is saved."
 )
 
 
 def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
-    """Register a command whose user errors end in one sentence."""
+    """Register a command that reports user errors in one sentence, without a traceback."""
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -59,7 +61,7 @@ def command(function: Callable[..., None], group: typer.Typer = app) -> Callable
         except Interrupted as error:
             _fail(f"{error} Run the same command again to continue.", 130)
         except KeyboardInterrupt:
-            _fail("Stopped. What was finished is saved; run the same command again to continue.", 130)
+            _fail("Stopped. Finished work is saved; run the same command again to continue.", 130)
         except LolcatsError as error:
             _fail(str(error), 2)
         except Exception as error:
@@ -67,23 +69,23 @@ def command(function: Callable[..., None], group: typer.Typer = app) -> Callable
                 _fail(NO_MEMORY, 2)
             if not _disk_full(error, [path for path in kwargs.values() if isinstance(path, Path)]):
                 raise
-            _fail("The disk is full. Free some space and run the same command again: it continues where it stopped.", 2)
+            _fail("The disk is full. Free some space and run the same command again to continue where it stopped.", 2)
 
     return group.command(function.__name__.removesuffix("_"))(guarded)
 
 
 def _quiet() -> None:
-    """Our own progress is enough: no loading bars or notes of transformers."""
+    """Silence the progress bars and notes of transformers: lolcats reports its own progress."""
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    getLogger("bitsandbytes").setLevel("ERROR")  # where it is installed, it misses a package that nothing here needs
+    getLogger("bitsandbytes").setLevel("ERROR")  # warns about a package that nothing here needs
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def _disk_full(error: Exception, written: list[Path]) -> bool:
-    """Whether ``error`` comes of a full disk. torch.save only reports that some write failed: look at the disk then."""
+    """Whether a full disk caused ``error``. torch.save only reports a failed write: then check the free space."""
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return True
     writing = isinstance(error, (OSError, RuntimeError, SafetensorError))
@@ -96,7 +98,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def print_rows(header: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> None:
-    """A table in a terminal, Markdown in a pipe or file; nothing without rows."""
+    """Print a table: rich in a terminal, Markdown in a pipe or file; print nothing if there are no rows."""
     from lolcats.report.table import markdown
 
     if not rows:
@@ -127,7 +129,7 @@ def numbers(text: str, option: str = "--lengths") -> tuple[int, ...]:
 
 
 def load_any(model: str, config: Any) -> tuple[Any, Any]:
-    """A linearized directory, or any base model, with its tokenizer."""
+    """Load a linearized model or any base model, and its tokenizer."""
     from lolcats.modeling.base import find_base, load_model, load_tokenizer
     from lolcats.modeling.checkpoint import is_linearized, load
     from lolcats.pipeline import device_and_dtype
@@ -147,14 +149,14 @@ def tokenizer_of(model: str) -> Any:
 
 
 def show_run(run: Any) -> None:
-    """The tables that end a run."""
+    """Print the tables at the end of a run."""
     from lolcats.report.table import memory_rows, perplexity_rows, remarks
 
     rows, length = run.record["data"]["test_rows"], run.config.data.sequence_length
     table = Table("model", title=f"Perplexity on {rows} × {length} held-out tokens")
     for name in ("perplexity", "against teacher"):
         table.add_column(name, justify="right")
-    perplexities = perplexity_rows(run)  # none behind a stage 1 that brought layers in turn
+    perplexities = perplexity_rows(run)  # empty after a stage 1 that trained layers in turn
     for row in perplexities:
         table.add_row(*row)
     if perplexities:

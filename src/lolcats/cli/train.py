@@ -1,4 +1,4 @@
-"""Commands that make linearized models: ``linearize`` and its stages, ``sweep``, and what helps to plan them."""
+"""Commands that make linearized models: ``linearize`` and its stages, ``sweep``, and the commands around them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rich.table import Table
 from lolcats.cli.app import (
     Controls,
     DataPath,
-    Directory,
     Model,
     Out,
     Recipe,
+    RunDirectory,
     Sets,
     command,
     data_app,
@@ -30,9 +30,9 @@ from lolcats.errors import LolcatsError
 
 @command
 def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
-              merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True,
+              merge: Annotated[bool, typer.Option(help="Also write the merged model to OUT/merged.")] = True,
               controls: Controls = False) -> None:  # fmt: skip
-    """The whole job: attention transfer, LoRA, table, adapter and merged model."""
+    """Linearize a model: attention transfer, LoRA, results table, adapter and merged model."""
     from lolcats.config import Control, load_config
     from lolcats.pipeline import linearize as run_pipeline
 
@@ -45,15 +45,17 @@ def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default
 @command
 def transfer(
     model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
-    schedule: Annotated[str, typer.Option(help="Order of the work: joint, stream or blocks, as --set transfer.order=; "
-                                               "the last two set transfer.coupling=per_layer.")] = "",
-    block_size: Annotated[int, typer.Option(help="Layers in a block, as --set transfer.block_size=.")] = 0,
-    block: Annotated[int | None, typer.Option(min=0, help="With --schedule blocks: train this block alone, counted "
-                                                          "from 0.")] = None,
-    join: Annotated[list[Path], typer.Option(help="Another directory of the same run whose layers to take over; "
-                                                  "repeatable.")] = [],  # noqa: B006
+    schedule: Annotated[str, typer.Option(help="Training order: joint, stream or blocks. Same as --set "
+                                               "transfer.order=; stream and blocks also set "
+                                               "transfer.coupling=per_layer.")] = "",
+    block_size: Annotated[int, typer.Option(help="Layers per block; same as --set transfer.block_size= (0 = "
+                                             "the recipe's value).")] = 0,
+    block: Annotated[int | None, typer.Option(min=0, help="With --schedule blocks, train only this block "
+                                                          "(counted from 0).")] = None,
+    join: Annotated[list[Path], typer.Option(help="Take over the trained layers from another directory of the same "
+                                                  "run. Repeatable.")] = [],  # noqa: B006
 ) -> None:  # fmt: skip
-    """Stage 1 alone: attention transfer. Runs under torchrun, too."""
+    """Run only stage 1, attention transfer. Also runs under torchrun."""
     from lolcats.config import load_config
     from lolcats.inputs import Inputs
     from lolcats.pipeline import check_block, run_transfer, start
@@ -77,11 +79,13 @@ def transfer(
 
 
 @command
-def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Also write DIR/merged.")] = True,
+def finetune(directory: RunDirectory,
+             merge: Annotated[bool, typer.Option(help="Also write the merged model to DIR/merged.")] = True,
              controls: Controls = False,
-             sharding: Annotated[str, typer.Option(help="Of the base model over several GPUs: auto, always, never. "
-                                                        "Without: as the run was begun.")] = "") -> None:  # fmt: skip
-    """Stage 2 alone: LoRA, in a run directory that attention transfer has finished. Under torchrun on several GPUs."""
+             sharding: Annotated[str, typer.Option(help="How to shard the base model across GPUs: auto, always "
+                                                        "or never. Default: the run's own setting.")] = "",
+             ) -> None:  # fmt: skip
+    """Run only stage 2, LoRA, in a run directory where stage 1 is finished. Also runs under torchrun."""
     from lolcats.config import Control
     from lolcats.pipeline import finish, resume, run_controls, run_finetune
     from lolcats.ranks import is_first
@@ -96,20 +100,24 @@ def finetune(directory: Directory, merge: Annotated[bool, typer.Option(help="Als
 
 @command
 def sweep(
-    files: Annotated[list[str], typer.Argument(help="YAML files of sweeps, e.g. of experiments/; then, as --set "
-                                                    "base.model=, the base model.", metavar="FILE... [MODEL]")],
-    data: Annotated[str, typer.Option(help="As --set base.data=.")] = "",
-    out_: Annotated[Path, typer.Option("--out", file_okay=False, help="Directory of results; one begun is continued.")]
+    files: Annotated[list[str], typer.Argument(help="Sweep files (YAML), e.g. from experiments/; then, optionally, "
+                                                    "the base model (same as --set base.model=).",
+                                               metavar="FILE... [MODEL]")],
+    data: Annotated[str, typer.Option(help="Training data; same as --set base.data=.")] = "",
+    out_: Annotated[Path, typer.Option("--out", file_okay=False, help="Results directory; an unfinished sweep in it "
+                                      "is continued.")]
         = Path("sweep"),
-    set_: Annotated[list[str], typer.Option("--set", help="Change one setting, of the sweep (base.sources.NAME=, "
+    set_: Annotated[list[str], typer.Option("--set", help="Change one setting of the sweep (base.sources.NAME=, "
                                             "evaluate.perplexity.NAME=, seeds=) or of every row. Repeatable.")]
         = [],  # noqa: B006
-    deadline: Annotated[float, typer.Option(help="Seconds: no row is begun that is expected to end later. 0: none.")]
-    = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the rows and their tokens.")] = False,
+    deadline: Annotated[float, typer.Option(help="Time limit in seconds; rows not expected to finish in time are not "
+                                                 "started (0 = no limit).")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List rows and tokens without running anything.")] = False,
 ) -> None:  # fmt: skip
-    """Run every row of each FILE with every seed, and make one table of them. Run again to continue, or at the same
-    time, to share the rows."""
+    """Run every row of each FILE with every seed, and write one table per FILE.
+
+    Run the same command again to continue, or several times at once to share the rows.
+    """
     from lolcats.pipeline import log
     from lolcats.sweep.plan import plan, plan_rows, read_sweep
 
@@ -127,8 +135,8 @@ def sweep(
 
 
 @command
-def report(directory: Directory) -> None:
-    """Write DIR/report.html: curves, errors, attention maps, tables, samples."""
+def report(directory: RunDirectory) -> None:
+    """Write DIR/report.html with loss curves, errors, attention maps, tables and samples."""
     from lolcats.pipeline import report as write_report
 
     out.print(f"Report: {write_report(directory)}", soft_wrap=True)
@@ -136,13 +144,16 @@ def report(directory: Directory) -> None:
 
 @command
 def import_(
-    base: Annotated[str, typer.Option(help="The base model: hub id, directory or .gguf file.")],
+    base: Annotated[str, typer.Option(help="Base model: hub id, directory or .gguf file.")],
     transfer: Annotated[Path, typer.Option(help=".pt file with feature maps and window factors.")],
-    out_: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    out_: Annotated[Path, typer.Option("--out", help="Output directory.")],
     lora: Annotated[Path | None, typer.Option(help=".pt file with LoRA matrices.")] = None,
     recipe: Recipe = "paper", set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
-    """An adapter from checkpoints of the paper's own code. What they do not say (window, α): --set attention...=."""
+    """Convert checkpoints of the paper's own code to an adapter.
+
+    The checkpoints do not record every setting (window, α): pass those with --set attention...=.
+    """
     from lolcats.config import load_config
     from lolcats.reference_import import import_reference
 
@@ -152,20 +163,20 @@ def import_(
 
 @command
 def plan(
-    model: Annotated[str, typer.Argument(help="Hub id, model directory, config.json, or llama-3-8b, llama-3.1-70b, "
-                                              "llama-3.1-405b.", metavar="MODEL")],
-    gpus: Annotated[int, typer.Option(help="All GPUs of the run.")] = 1,
-    gpu_memory: Annotated[str, typer.Option(help="Of each.")] = "80GiB",
-    host_memory: Annotated[str, typer.Option(help="Of each node.")] = "128GiB",
-    disk: Annotated[str, typer.Option(help="Free space of each node; default: not checked.")] = "",
-    read_speed: Annotated[str, typer.Option(help="Reading of weights on each node.")] = "3GB/s",
-    gpus_per_node: Annotated[int, typer.Option()] = 8,
-    tokens: Annotated[str, typer.Option(help="Tokens of stage 1, all epochs together.")] = "20M",
-    finetune_tokens: Annotated[str, typer.Option(help="Tokens of stage 2, all epochs together.")] = "40M",
-    block_size: Annotated[int, typer.Option(help="Layers of a block; 0: as many as fit.")] = 0,
+    model: Annotated[str, typer.Argument(help="Hub id, model directory, config.json, or one of llama-3-8b, "
+                                              "llama-3.1-70b, llama-3.1-405b.", metavar="MODEL")],
+    gpus: Annotated[int, typer.Option(help="Total number of GPUs.")] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of each GPU.")] = "80GiB",
+    host_memory: Annotated[str, typer.Option(help="Memory of each node.")] = "128GiB",
+    disk: Annotated[str, typer.Option(help="Free disk space of each node. Default: not checked.")] = "",
+    read_speed: Annotated[str, typer.Option(help="Speed at which each node reads weights from disk.")] = "3GB/s",
+    gpus_per_node: Annotated[int, typer.Option(help="Number of GPUs of each node.")] = 8,
+    tokens: Annotated[str, typer.Option(help="Training tokens of stage 1, over all epochs.")] = "20M",
+    finetune_tokens: Annotated[str, typer.Option(help="Training tokens of stage 2, over all epochs.")] = "40M",
+    block_size: Annotated[int, typer.Option(help="Layers per block (0 = as many as fit).")] = 0,
     recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
-    """Memory, disk and time of both stages from the model's configuration alone, and the commands to run."""
+    """Estimate memory, disk and time of both stages from the model's configuration, and print the commands to run."""
     from lolcats.config import load_config
     from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_config, report, size_of
 
@@ -195,17 +206,17 @@ def plan(
 @partial(command, group=data_app)
 def stats(
     model: Model, data: DataPath,
-    rows: Annotated[int, typer.Option(min=1, help="Training rows to look at with the model.")] = 64,
+    rows: Annotated[int, typer.Option(min=1, help="Number of training rows to run the model on.")] = 64,
     picture: Annotated[Path, typer.Option(help="PNG file for the histograms.")] = Path("data-stats.png"),
     recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
-    """Sizes, document lengths, and how far back MODEL's attention looks on DATA (effective sequence length)."""
+    """Show data sizes, document lengths, and how far back MODEL's attention looks on DATA."""
     from lolcats.config import load_config
     from lolcats.data_stats import data_statistics
     from lolcats.pipeline import device_and_dtype
 
     if not picture.parent.is_dir():
-        raise LolcatsError(f"--picture {picture}: {picture.parent} is no directory.")
+        raise LolcatsError(f"--picture {picture}: {picture.parent} is not a directory.")
     config = load_config(recipe, set_)
     found = data_statistics(model, data, config, *device_and_dtype(config), rows)
     facts = Table("", "", show_header=False)

@@ -1,4 +1,4 @@
-"""Commands that use linearized models: ``evaluate``, ``generate``, ``chat``, ``serve``, ``bench``, ``export``."""
+"""Commands that use models: ``evaluate``, ``generate``, ``chat``, ``serve``, ``bench``, ``export``, ``info``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from rich.table import Column, Table
 from lolcats.cli.app import (
     Directory,
     Model,
-    Out,
     Sets,
     command,
     err,
@@ -28,34 +27,41 @@ from lolcats.cli.app import (
 )
 from lolcats.errors import LolcatsError
 
-NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this probability.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")]
+Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature (0 = greedy).")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Total probability of the tokens to sample from (1 = all).")]
 
 
 @command
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(help="Data for perplexity; with --tasks recall, positions: their text.")] = "",
-    tasks: Annotated[str, typer.Option(help="Comma list: paper, recall, generate, positions, mmlu-permuted, or tasks "
-                                            "of lm-eval. Without: perplexity on --data.")] = "",
-    data_dir: Annotated[Path | None, typer.Option(help="Local Parquet files instead of the hub's data sets.")] = None,
-    baseline: Annotated[str, typer.Option(help="With --tasks, a comma list: window, window+sinks (both untrained), "
-                                               "window+lora, teacher+lora (controls), linear-off, window-off, or "
-                                               "linearized models.")] = "",
-    limit: Annotated[int, typer.Option(help="At most so many items of each task; 0: all.")] = 0,
-    lengths: Annotated[str, typer.Option(help="Context lengths of recall and positions, e.g. 1024,8192.")] = "",
-    batch_size: Annotated[int, typer.Option(help="Rows at a time; 0: transfer.micro_batch_size.")] = 0,
-    device: Annotated[str, typer.Option(help="As --set device=.")] = "",
-    dtype: Annotated[str, typer.Option(help="As --set dtype=.")] = "",
-    output: Annotated[Path | None, typer.Option(help="JSON file for the results of --tasks, items included.")] = None,
-    seed: Annotated[int, typer.Option(help="Of prompts and few-shot draws.")] = 1234,
-    recipe: Annotated[str, typer.Option(help="Default: the run's own.")] = "",
-    rows: Annotated[int, typer.Option(help="At most so many rows of data.sequence_length tokens; 0: all.")] = 0,
+    data: Annotated[str, typer.Option(help="Data for perplexity, or text for --tasks recall and positions.")] = "",
+    tasks: Annotated[str, typer.Option(help="Comma-separated benchmarks: paper, recall, generate, positions, "
+                                            "mmlu-permuted, or lm-eval tasks. Default: perplexity on --data.")] = "",
+    data_dir: Annotated[Path | None, typer.Option(help="Directory of local Parquet files to use instead of "
+                                                        "the hub's data sets.")] = None,
+    baseline: Annotated[str, typer.Option(help="With --tasks, comma-separated models to compare with: window, "
+                                               "window+sinks (both untrained), window+lora, teacher+lora (controls), "
+                                               "linear-off, window-off, or linearized models.")] = "",
+    limit: Annotated[int, typer.Option(help="Maximum number of items per task (0 = all); for recall, of prompts per "
+                                            "length and depth (0 = 10).")] = 0,
+    lengths: Annotated[str, typer.Option(help="Context lengths for recall and positions, e.g. 1024,8192.")] = "",
+    batch_size: Annotated[int, typer.Option(help="Rows per batch (0 = transfer.micro_batch_size).")] = 0,
+    device: Annotated[str, typer.Option(help="Same as --set device=.")] = "",
+    dtype: Annotated[str, typer.Option(help="Same as --set dtype=.")] = "",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results of --tasks, including "
+                                                      "those of single items.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed for recall prompts and few-shot examples.")] = 1234,
+    recipe: Annotated[str, typer.Option(help="Recipe or YAML file. Default: the run's own configuration.")] = "",
+    rows: Annotated[int, typer.Option(help="Maximum number of rows of data.sequence_length tokens (0 = all).")] = 0,
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
-    """Perplexity on DATA of teacher, student, and the student with one branch off (on a run's own data: its test rows);
-    or benchmarks of teacher and student, with --tasks."""
+    """Measure perplexity on --data, or run the benchmarks in --tasks, for teacher and student.
+
+    Perplexity also covers the untrained baselines, any trained controls, and the student with one branch off.
+
+    If the run was trained on --data, only its test rows are used.
+    """
     from lolcats.config import load_config
     from lolcats.evaluation.suite import Options
     from lolcats.pipeline import device_and_dtype
@@ -67,7 +73,7 @@ def evaluate(
     if tasks:
         options = Options(data_dir, data, numbers(lengths), limit or None, batch_size, seed)
         if output and not output.parent.is_dir():
-            raise LolcatsError(f"--output {output}: {output.parent} is no directory.")
+            raise LolcatsError(f"--output {output}: {output.parent} is not a directory.")
         _benchmarks(model, words(tasks), words(baseline), place, options, output)
     elif data:
         _perplexity(model, data, config, rows, place, batch_size)
@@ -77,12 +83,12 @@ def evaluate(
 
 @command
 def generate(
-    model: Model, prompt: Annotated[str, typer.Option(help="What to answer or continue.")],
+    model: Model, prompt: Annotated[str, typer.Option(help="Prompt to answer or continue.")],
     max_new_tokens: NewTokens = 128, temperature: Temperature = 0.0, top_p: TopP = 1.0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as is, without the chat template.")] = False,
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
-    """Answer one prompt, streaming."""
+    """Answer one prompt and stream the answer."""
     from lolcats.config import load_config
     from lolcats.inference.generate import generate as run_generate
 
@@ -92,8 +98,8 @@ def generate(
 
 @command
 def chat(model: Model, max_new_tokens: NewTokens = 512, temperature: Temperature = 0.7, top_p: TopP = 0.9,
-         system: str = "", set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
-    """Talk to a model in the terminal. An empty line, /exit or Ctrl-D ends; /new starts over."""
+         system: Annotated[str, typer.Option(help="System prompt.")] = "", set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
+    """Chat with a model in the terminal. An empty line, /exit or Ctrl-D quits; /new starts a new conversation."""
     from lolcats.config import load_config
     from lolcats.inference.generate import generate as run_generate
 
@@ -124,24 +130,27 @@ def serve(
     context: Annotated[int, typer.Option(min=0, help="Maximum number of tokens of prompt and answer together "
                                                      "(0 = the model's own).")] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = 4096,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot; more get a 429.")] = 128,
-    max_connections: Annotated[int, typer.Option(min=1, help="Open connections; more get a 429.")] = 512,
-    read_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for the head of a request, and again for its "
-                                                              "body, before a 408.")] = 30,
-    prefix_mb: Annotated[int, typer.Option(min=0, help="MiB for the states of prompts' beginnings.")] = 256,
-    deadline: Annotated[int, typer.Option(min=0, help="Seconds that running requests have after SIGTERM.")] = 30,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Maximum number of requests waiting for a slot; more "
+                                                         "get a 429.")] = 128,
+    max_connections: Annotated[int, typer.Option(min=1, help="Maximum number of open connections; more get "
+                                                             "a 429.")] = 512,
+    read_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the head of a request, and again "
+                                                              "for its body, before a 408.")] = 30,
+    prefix_mb: Annotated[int, typer.Option(min=0, help="MiB for the prefix cache (states of prompt beginnings).")]
+        = 256,
+    deadline: Annotated[int, typer.Option(min=0, help="Seconds that running requests get after SIGTERM.")] = 30,
     state_dtype: Annotated[str, typer.Option(help="Precision of the sums in the states: float32 or bfloat16.")]
         = "float32",
     api_key: Annotated[str | None, typer.Option(envvar="LOLCATS_API_KEY", help="Key that clients must send.")] = None,
-    allow_origin: Annotated[list[str], typer.Option(help="Let web pages of this origin use the API, such as "
-                                                         "https://chat.example.org; '*' needs a key. Repeatable.")]
+    allow_origin: Annotated[list[str], typer.Option(help="Allow web pages of this origin to use the API, e.g. "
+                                                         "https://chat.example.org ('*' needs a key). Repeatable.")]
         = [],  # noqa: B006
-    allowed_host: Annotated[list[str], typer.Option(help="Answer to this name in the Host header. Repeatable. Default "
-                                                         "without a key on a loopback address: only its own names; "
-                                                         "otherwise any.")] = [],  # noqa: B006
+    allowed_host: Annotated[list[str], typer.Option(help="Accept this name in the Host header. Repeatable. Default: "
+                                                         "any name; on a loopback address without a key, only "
+                                                         "loopback names.")] = [],  # noqa: B006
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
-    """Serve a linearized model: an OpenAI-compatible API, and a chat page at /."""
+    """Serve a linearized model with an OpenAI-compatible API, and a chat page at /."""
     try:
         from lolcats.inference import server
     except ImportError as error:
@@ -164,39 +173,44 @@ def serve(
     app_ = server.create_app(engine, directory.resolve().name, limits, access=access)
     app_.state.service.prepare()
     place = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    out.print(f"{directory} on {place} ({slots} slots); Ctrl-C ends.", soft_wrap=True)
+    out.print(f"Serving {directory} on {place} ({slots} slots). Press Ctrl-C to stop.", soft_wrap=True)
     server.serve(app_, listening, deadline)
 
 
 @command
 def bench(
-    model: Annotated[str, typer.Argument(help="A linearized model, or any base model.", metavar="[DIR|MODEL]")] = "",
-    random: Annotated[str, typer.Option(help="Instead of MODEL, random weights: llama3-8b, smollm2-135m, tiny.")] = "",
-    batches: Annotated[str, typer.Option(help="Comma list of batch sizes; max: the largest that fits.")] = "1,16,64",
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
-    new: Annotated[int, typer.Option(min=3, help="Tokens to generate for each.")] = 4096,
-    peers: Annotated[str, typer.Option(help="Hugging Face's generate on the teacher, a comma list: sdpa, static "
-                                            "(static cache, compiled); or empty.")] = "sdpa",
-    peer_new: Annotated[int, typer.Option(min=3, help="Tokens that a peer generates.")] = 64,
-    state_dtype: Annotated[str, typer.Option(help="float32 or bfloat16: of the sums in the states.")] = "float32",
-    runs: Annotated[int, typer.Option(min=1, help="Of each system, in turns; the median counts.")] = 1,
-    deadline: Annotated[float, typer.Option(help="Seconds after which nothing begins; 0: none.")] = 0,
-    bandwidth: Annotated[float, typer.Option(help="TB/s of the device's memory, for the bound.")] = 3.0,
-    flops: Annotated[float, typer.Option(help="TFLOP/s of the device, for the bound.")] = 782,
-    prefill_rows: Annotated[int, typer.Option(min=1, help="Prompts that are prefilled together.")] = 16,
-    out_: Annotated[Path, typer.Option("--out", help="FILE.json that results are added to; .md, .png beside it.")]
+    model: Annotated[str, typer.Argument(help="Linearized model or any base model.", metavar="[DIR|MODEL]")] = "",
+    random: Annotated[str, typer.Option(help="Use random weights of this shape instead of MODEL: llama3-8b, "
+                                             "smollm2-135m or tiny.")] = "",
+    batches: Annotated[str, typer.Option(help="Comma-separated batch sizes; max = largest that fits.")] = "1,16,64",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 128,
+    new: Annotated[int, typer.Option(min=3, help="Tokens to generate per prompt.")] = 4096,
+    peers: Annotated[str, typer.Option(help="Comma-separated variants of Hugging Face's generate to compare with: "
+                                            "sdpa, static (static cache, compiled); may be empty.")] = "sdpa",
+    peer_new: Annotated[int, typer.Option(min=3, help="Tokens to generate per prompt with each peer.")] = 64,
+    state_dtype: Annotated[str, typer.Option(help="Precision of the sums in the states: float32 or bfloat16.")]
+        = "float32",
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each system, in turns; the median is reported.")] = 1,
+    deadline: Annotated[float, typer.Option(help="Time limit in seconds (0 = no limit).")] = 0,
+    bandwidth: Annotated[float, typer.Option(help="Memory bandwidth of the device in TB/s, for the bound.")] = 3.0,
+    flops: Annotated[float, typer.Option(help="Speed of the device in TFLOP/s, for the bound.")] = 782,
+    prefill_rows: Annotated[int, typer.Option(min=1, help="Number of prompts to prefill together.")] = 16,
+    out_: Annotated[Path, typer.Option("--out", help="JSON file to add the results to; a .md table and a .png "
+                                              "plot are written beside it.")]
         = Path("generation.json"),
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
-    """Tokens per second and memory by batch size: the engine beside Hugging Face's generate (the paper's Figure 8)."""
+    """Measure speed and memory of generation by batch size, next to Hugging Face's generate (the paper's Figure 8)."""
     from lolcats.config import load_config
     from lolcats.inference import bench as benchmarks
     from lolcats.pipeline import device_and_dtype
     from lolcats.report.generation import write
 
     config, unknown = load_config("default", set_), set(words(peers)) - set(benchmarks.PEERS)
-    if unknown or bool(model) == bool(random):
-        raise LolcatsError(f"--peers: no {unknown.pop()!r}." if unknown else "Give a model or --random, one of them.")
+    if unknown:
+        raise LolcatsError(f"--peers: expected {' or '.join(benchmarks.PEERS)}, got {unknown.pop()!r}.")
+    if bool(model) == bool(random):
+        raise LolcatsError("Give either MODEL or --random.")
     sizes = tuple(0 if word == "max" else numbers(word, "--batches")[0] for word in words(batches))
     options = benchmarks.Options(
         sizes, prompt, new, tuple(words(peers)), peer_new, _state_dtype(state_dtype), runs, deadline or float("inf"),
@@ -211,16 +225,17 @@ def bench(
 
 
 @command
-def export(directory: Directory, out_: Out,
-           merge: Annotated[bool, typer.Option("--merge", help="Fold LoRA into the weights.")] = False,
-           dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: as trained.")] = "auto",
+def export(directory: Directory,
+           out_: Annotated[Path, typer.Option("--out", file_okay=False, help="Output directory; must be empty.")],
+           merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA into the weights. Required.")] = False,
+           dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as trained.")] = "auto",
            ) -> None:  # fmt: skip
-    """Write a self-contained model directory from an adapter."""
+    """Export an adapter as a self-contained model directory."""
     from lolcats.modeling.checkpoint import load
     from lolcats.pipeline import export_merged
 
     if not merge:
-        raise LolcatsError("The run directory is the adapter already: copy it, or pass --merge for a full model.")
+        raise LolcatsError("The run directory already is the adapter: copy it, or pass --merge for a full model.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise LolcatsError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}.")
     if out_.exists() and any(out_.iterdir()):
@@ -231,7 +246,7 @@ def export(directory: Directory, out_: Out,
 
 @command
 def info(model: Model) -> None:
-    """What a linearized model is, or how a base model would be linearized."""
+    """Describe a linearized model, or how a base model would be linearized."""
     from lolcats.modeling.info import describe
 
     table = Table("", Column(overflow="fold"), show_header=False)
@@ -241,7 +256,7 @@ def info(model: Model) -> None:
 
 
 def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any, Any], batch_size: int) -> None:
-    """The table of ``evaluate --data``."""
+    """Print the table of ``evaluate --data``."""
     from lolcats.evaluation.compare import compare, evaluation_rows
     from lolcats.report.table import controls_hint
 
@@ -260,7 +275,7 @@ def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any,
 def _benchmarks(
     model: str, tasks: list[str], baselines: list[str], place: tuple[Any, Any], options: Any, output: Path | None
 ) -> None:  # fmt: skip
-    """The tables of ``evaluate --tasks``, and its JSON file."""
+    """Print the tables of ``evaluate --tasks`` and write its JSON file."""
     from lolcats.evaluation.suite import evaluate as run_suite
     from lolcats.pipeline import log
     from lolcats.report.comparison import comparison_rows, depth_rows, write_comparison

@@ -1,4 +1,4 @@
-"""What attention does on one row, teacher beside student: errors and effective lengths of all heads, weights of some.
+"""Attention of teacher and student on one row: errors and effective lengths of all heads, weights of some heads.
 
 Shapes: H query heads, T tokens, D head dim.
 """
@@ -18,23 +18,24 @@ from lolcats.modeling.convert import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
 
 FILE = "attention.safetensors"
-TOKENS = 512  # at most: weights are quadratic
+TOKENS = 512  # maximum length: weights grow with its square
 RANKS = {"lowest": 0.0, "lower quartile": 0.25, "median": 0.5, "upper quartile": 0.75, "highest": 1.0}
-"""Heads whose weights are kept: those with this rank of error among all heads of all layers."""
+"""Heads whose weights are saved, by the rank of their error among all heads of all layers."""
 
 
 @torch.no_grad()
 def measure_attention(model: PreTrainedModel, row: Tensor, path: Path, of: str) -> dict[str, Any]:
-    """Compare softmax and linearized attention on the same queries and keys, those of the model's softmax pass.
+    """Compare softmax and linearized attention on the queries and keys of the model's softmax forward pass.
 
     Args:
-        row: (T,) token ids, of which the first TOKENS are used.
-        path: file for the weights of the kept heads, ``teacher`` and ``student`` (heads, T, T).
-        of: whose queries and keys they are, ``teacher`` or (with LoRA) ``student``; returned as it is.
+        row: (T,) token ids; only the first TOKENS are used.
+        path: file to write the weights of the chosen heads to, as ``teacher`` and ``student`` (heads, T, T).
+        of: the model that the queries and keys come from, ``teacher`` or (with LoRA) ``student``; returned unchanged.
 
     Returns:
-        layers (their indices), errors (layers, H) mean squared error of each head's output, lengths (layers, H)
-        effective sequence lengths of the softmax attention, heads: {rank, layer, head} in the file's order, tokens, of.
+        ``layers``, the layer indices; ``errors`` (layers, H), the mean squared error of each head's output; ``lengths``
+        (layers, H), the effective sequence lengths of the softmax attention; ``heads``, {rank, layer, head} in the
+        order of the file; ``tokens``; ``of``.
     """
     ids = row[None, :TOKENS].to(model.device)
     errors: list[Tensor] = []
@@ -70,10 +71,10 @@ def measure_attention(model: PreTrainedModel, row: Tensor, path: Path, of: str) 
 
 
 def effective_length(weights: Tensor) -> Tensor:
-    """Effective sequence length, (..., T, T) causal weights -> (...): how far back attention looks, in tokens.
+    """Effective sequence length of causal weights (..., T, T) -> (...): how far back attention looks, in tokens.
 
     ESL = mean over queries n of Σ_{i ≤ n} a_ni · (n − i + 1): the attention-weighted distance from a query to its keys,
-    the query's own token counted as 1 (LoLCATs, Eq. 9). Uniform attention over T tokens has about T / 4.
+    where the query's own token counts as 1 (LoLCATs, Eq. 9). Uniform attention over T tokens gives about T / 4.
     """
     length = weights.shape[-1]
     positions = torch.arange(length, device=weights.device)
@@ -92,7 +93,7 @@ def _observe(model: PreTrainedModel, ids: Tensor, observer: Any) -> None:
 
 
 def _chosen(errors: list[Tensor]) -> dict[str, tuple[int, int]]:
-    """(number of the layer, head) by rank."""
+    """(position of the layer, head) for each rank."""
     places = [(at, head) for at, layer in enumerate(errors) for head in range(len(layer))]
     ranked = sorted(places, key=lambda place: errors[place[0]][place[1]].item())
     return {rank: ranked[round(share * (len(ranked) - 1))] for rank, share in RANKS.items()}

@@ -1,9 +1,9 @@
-"""lm-eval's Hugging Face class with likelihoods of our own: requests become batches once, for any number of models.
+"""lm-eval's Hugging Face class with our own likelihoods: requests are batched once and reused for every model.
 
-A batch holds as many rows as have a number of tokens together. Requests that differ in their last token alone (the
-letters of a question's answers) share a row, and logits are computed only where a continuation is asked for.
+A batch is filled up to a fixed number of tokens. Requests that differ only in their last token (the letters of a
+question's answers) share a row, and logits are computed only for the tokens of continuations.
 
-Shapes: B rows of a batch, T tokens, N tokens that are asked for, E hidden size, V vocabulary.
+Shapes: B rows of a batch, T tokens, N continuation tokens, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lolcats.modeling.convert import decoder
 from lolcats.modeling.loss import find_head
 
 ROW = 1024
-"""Tokens of a row of ``batch_size``: shorter rows go together up to batch_size · ROW tokens."""
-MULTIPLE = 16  # rows are padded to: kernels compile for such lengths once
-PIECE = 1024  # tokens whose logits exist at a time
+"""Tokens per row of ``batch_size``: a batch holds up to batch_size · ROW tokens."""
+MULTIPLE = 16  # rows are padded to a multiple of this, so kernels compile for few lengths
+PIECE = 1024  # tokens whose logits are in memory at a time
 
 Encoded = tuple[list[int], list[int]]
 Answer = tuple[float, bool]
@@ -31,9 +31,9 @@ Answer = tuple[float, bool]
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids (B, T), padded on the right, and what is asked for of them: (N,) each.
+    """Token ids (B, T), padded on the right, and the tokens to score: four tensors (N,).
 
-    ``targets[i]`` is predicted by row ``rows[i]`` at ``places[i]`` and counts for request ``requests[i]``.
+    ``targets[i]`` is predicted by row ``rows[i]`` at position ``places[i]`` and counts toward request ``requests[i]``.
     """
 
     ids: Tensor
@@ -44,7 +44,7 @@ class Batch:
 
 
 class Bridge(HFLM):
-    """``known``: batches by the texts that they are of; bridges of several models share it."""
+    """lm-eval's model interface. ``known`` caches the batches of a set of texts; the bridges of all models share it."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int, known: dict[Any, list[Batch]]) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
@@ -53,7 +53,7 @@ class Bridge(HFLM):
         self.encodings: dict[str, list[int]] = {}
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Answer]:
-        """(log-probability of the continuation, whether each of its tokens is the likeliest) of each request."""
+        """For each request, the log-probability of the continuation and whether greedy decoding would produce it."""
         texts = tuple(request.args for request in requests)
         if texts not in self.known:
             self._encode_together(texts)
@@ -62,7 +62,7 @@ class Bridge(HFLM):
         return answers(self.model, self.known[texts], len(texts))
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[Answer]:
-        """The same of what is tokenized already: windows of whole texts."""
+        """The same for requests that are already tokenized: windows of whole texts."""
         return answers(self.model, self._batches([pair for _, *pair in requests]), len(requests))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, *args: Any, **kwargs: Any) -> list[int]:
@@ -71,15 +71,15 @@ class Bridge(HFLM):
         return super().tok_encode(string, add_special_tokens, *args, **kwargs)
 
     def _encode_together(self, texts: Sequence[tuple[str, str]]) -> None:
-        """Contexts, and contexts with their continuations: at once, for which a tokenizer uses all cores."""
+        """Tokenize contexts, alone and with their continuations, in one call: a tokenizer then uses all cores."""
         start = self.tokenizer.decode(self.prefix_token_id)
         strings = list(dict.fromkeys(s for context, rest in texts for s in (context.rstrip(), context + rest)))
-        plain = [string for string in strings if not string.startswith(start)]  # lm-eval begins the others itself
+        plain = [string for string in strings if not string.startswith(start)]  # lm-eval tokenizes the others itself
         special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
         self.encodings = dict(zip(plain, self.tokenizer(plain, **special)["input_ids"], strict=True))
 
     def _encoded(self, context: str, continuation: str) -> Encoded:
-        """As lm-eval does it; an empty context is the token that begins a text."""
+        """Encode a request as lm-eval does; an empty context becomes the token that starts a text."""
         if context:
             return self._encode_pair(context, continuation)
         ids = self.tok_encode(continuation, add_special_tokens=False)
@@ -95,7 +95,7 @@ def make_batches(requests: Sequence[Encoded], longest: int, tokens: int) -> Iter
 
     Args:
         requests: token ids of contexts and continuations.
-        longest: of a row; contexts are cut from the left.
+        longest: maximum row length; contexts are truncated on the left.
     """
     asked: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(requests):
@@ -122,11 +122,11 @@ def _batch(
 
 @torch.no_grad()
 def answers(model: PreTrainedModel, batches: Sequence[Batch], count: int) -> list[Answer]:
-    """Of each request the continuation's log-probability in fp32, and whether each of its tokens is the likeliest."""
+    """The fp32 log-probability of each request's continuation, and whether all its tokens are the most likely ones."""
     model.eval()
     head, device = find_head(model), model.device
     total = torch.zeros(count, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    missed = torch.zeros(count, dtype=torch.int32, device=device)  # tokens that are not the likeliest
+    missed = torch.zeros(count, dtype=torch.int32, device=device)  # number of tokens that are not the most likely ones
     for batch in batches:
         call = {"input_ids": batch.ids.to(device), "use_cache": False}
         at = batch.rows.to(device), batch.places.to(device)

@@ -1,4 +1,4 @@
-"""Perplexity on the same rows of a model, its teacher, the untrained baselines, the controls, and with a branch off."""
+"""Compare the perplexity of a model, its teacher, the untrained baselines, the controls, and one branch at a time."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ def compare(
     model: str, rows: Tensor, device: torch.device, dtype: torch.dtype, batch_size: int = 4,
     positions: Tensor | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Perplexity by name on rows (N, L), with position ids that keep documents apart or None.
+    """Perplexity by model name on rows (N, L), with ``positions`` (N, L) if documents are kept apart.
 
-    Teacher and baselines are measured where ``model`` is an adapter: it knows its base.
+    Teacher and baselines are measured only if ``model`` is an adapter, which knows its base model.
     """
     compared = systems(model, available(model), device, dtype)
     return {name: perplexity(loaded, rows, batch_size, positions) for name, loaded in compared}
 
 
 def evaluation_rows(model: str, source: str, tokenizer: Any, config: Config) -> tuple[Tensor, Tensor | None]:
-    """Rows (N, L) to evaluate on: all of ``source``, or its held-out test rows where the run trained on the rest; and
-    their position ids where these keep documents apart."""
+    """Rows (N, L) to evaluate on, and their position ids if these keep documents apart (else None).
+
+    The rows are all of ``source``, or only its held-out test rows if the run was trained on the rest.
+    """
     record = Path(model) / "run.json"
     if record.is_file():
         trained_on = json.loads(record.read_text())["data"]["source"]

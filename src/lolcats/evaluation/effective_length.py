@@ -1,8 +1,9 @@
 """Effective sequence length of a data set: how far back the base model's attention looks on it.
 
-ESL of a row = mean over layers, heads and queries n of Σ_{i ≤ n} a_ni · (n − i + 1): the attention-weighted distance to
-a query's keys, its own token counted as 1 (LoLCATs, Eq. 9; the paper's own code counts it as 0, which is 1 less for
-every row and ranks them alike). Rows with a long one teach more of what is older than the window (its Table 15).
+ESL of a row = mean over layers, heads and queries n of Σ_{i ≤ n} a_ni · (n − i + 1): the attention-weighted distance
+from a query to its keys, where its own token counts as 1 (LoLCATs, Eq. 9). The paper's own code counts it as 0, which
+gives 1 less for every row and the same ranking. Rows with a large ESL teach more about keys older than the window (the
+paper's Table 15).
 
 Shapes: B batch, H query heads, T tokens, D head dim.
 """
@@ -23,7 +24,7 @@ from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearize
 
 @dataclass(frozen=True)
 class EffectiveLengths:
-    """``rows`` (N,) of each row, ``heads`` (layers, H) of each head over all rows, ``layers`` their indices."""
+    """``rows`` (N,), one per row; ``heads`` (layers, H), means over all rows; ``layers``, the indices of the layers."""
 
     rows: Tensor
     heads: Tensor
@@ -34,10 +35,10 @@ class EffectiveLengths:
 def effective_lengths(
     model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor | None]]
 ) -> EffectiveLengths:  # fmt: skip
-    """Of the softmax attention in the layers of a converted model that are linearized.
+    """Effective sequence lengths of the softmax attention in the linearized layers of a converted model.
 
     Args:
-        batches: token ids (B, T), and position ids that start again with each document or None.
+        batches: token ids (B, T) with position ids that restart at each document, or None.
     """
     rows, heads = [], []
     model.eval()
@@ -63,7 +64,7 @@ def effective_lengths(
 
 
 def mean_distances(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-    """(B, H, T, 1) fp32: of each query, Σ_i a_ni · (n − i + 1) over softmax weights of causal rows.
+    """(B, H, T, 1) fp32: Σ_i a_ni · (n − i + 1) for each query n, over causal softmax weights a.
 
     q: (B, H, T, D); k: (B, G, T, D).
     """

@@ -1,4 +1,4 @@
-"""A thin bridge to lm-eval: its task definitions, its Hugging Face class over a model in memory, its metrics."""
+"""Run lm-eval's tasks and metrics on a model in memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Spec = str | dict[str, Any]
 
 
 def load_tasks(specs: Sequence[Spec], others: Iterable[str] = ()) -> list[Any]:
-    """lm-eval's Task and Group objects with their data. They can be used for several models, one after another.
+    """Load lm-eval's Task and Group objects with their data. They can be used for several models in turn.
 
-    ``others``: names that the user may have meant besides lm-eval's.
+    ``others``: names to suggest for a misspelled task besides lm-eval's own.
 
     Raises:
-        LolcatsError: lm-eval is not installed, has no such task, or its data cannot be had.
+        LolcatsError: lm-eval is not installed, has no such task, or cannot load its data.
     """
     manager = task_manager()
     tasks: list[Any] = []
@@ -42,20 +42,21 @@ def load_tasks(specs: Sequence[Spec], others: Iterable[str] = ()) -> list[Any]:
             name = spec if isinstance(spec, str) else spec.get("group", spec.get("task"))
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise LolcatsError(
-                f"Cannot load the data of task {name} ({reason}). On a machine without the hub, --data-dir takes "
-                "local Parquet files (in a sweep: --set evaluate.data_dir=)."
+                f"Cannot load the data of task {name} ({reason}). Without access to the hub, give local Parquet files "
+                "with --data-dir (in a sweep: --set evaluate.data_dir=)."
             ) from error
     return tasks
 
 
 class Harness:
-    """Tasks whose requests are built, tokenized and put into batches once, for any number of models.
+    """Tasks whose requests are built, tokenized and batched once, for any number of models.
 
     Args:
-        tasks: of :func:`load_tasks`.
-        limits: items of a task by its name (all where it has none), a group's shared evenly by its tasks; "" of others.
-        batch_size: rows of 1,024 tokens at a time; of shorter rows as many as have as many tokens.
-        seed: of few-shot draws.
+        tasks: from :func:`load_tasks`.
+        limits: maximum number of items by task name; "" applies to tasks that are not named (default: all items). A
+            group's limit is shared evenly by its tasks.
+        batch_size: rows of 1,024 tokens per batch; of shorter rows, as many as hold the same number of tokens.
+        seed: for few-shot examples.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Harness:
         self.built = False
 
     def __call__(self, model: PreTrainedModel) -> list[Score]:
-        """Every metric of every task; a group that aggregates gives one score."""
+        """Scores for every metric of every task; a group with aggregation gives one score per metric."""
         from lm_eval import evaluate
         from lm_eval.api.group import Group
 
@@ -90,7 +91,7 @@ class Harness:
         return scores
 
     def _build(self) -> None:
-        """Build the tasks' requests, and make them answer with these whenever they are to build them."""
+        """Build the tasks' requests once, and make later calls to build them reuse these."""
         if self.built:
             return
         for name, task in self.loaded["tasks"].items():
@@ -108,7 +109,7 @@ class Harness:
 
 
 def _chosen(tasks: Sequence[Any], limits: Mapping[str, int]) -> dict[str, list[int]]:
-    """Numbers of the documents of each task that are asked: the first ones."""
+    """Indices of the documents to ask in each task: the first ones, up to its limit."""
     from lm_eval.api.group import Group
 
     chosen: dict[str, list[int]] = {}
@@ -124,14 +125,14 @@ def _chosen(tasks: Sequence[Any], limits: Mapping[str, int]) -> dict[str, list[i
 
 
 def _unanswered(instances: Sequence[Any], **_: Any) -> None:
-    """Take the answers of an earlier model from requests."""
+    """Clear the answers of an earlier model from the requests."""
     for instance in instances:
         instance.resps, instance.filtered_resps = [], {}
 
 
 @contextmanager
 def _templates_compiled_once() -> Iterator[None]:
-    """lm-eval compiles a task's templates anew for every field of every document, and does little else in that time."""
+    """Cache compiled templates: lm-eval spends most of its time compiling them for every field of every document."""
     from lm_eval.utils import env
 
     env.from_string = functools.lru_cache(maxsize=1024)(env.from_string)
@@ -143,7 +144,7 @@ def _templates_compiled_once() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar for each of the 57 subjects of MMLU."""
+    """Hide lm-eval's progress bars, one for each of the 57 subjects of MMLU."""
     import lm_eval.api.task as module
 
     shown = module.tqdm
@@ -156,7 +157,7 @@ def _quiet() -> Iterator[None]:
 
 @functools.cache
 def task_manager() -> Any:
-    """lm-eval's index of its tasks (several seconds to build)."""
+    """lm-eval's index of its tasks, which takes several seconds to build."""
     try:
         import lm_eval.tasks
     except ImportError:
@@ -168,7 +169,7 @@ def task_manager() -> Any:
 
 @contextmanager
 def _plain_forward(model: PreTrainedModel) -> Iterator[None]:
-    """No cache where only logits are wanted; ``generate`` asks for one itself."""
+    """Turn off the cache where only logits are needed; ``generate`` turns it on itself."""
     before, model.config.use_cache = model.config.use_cache, False
     try:
         yield
@@ -177,7 +178,7 @@ def _plain_forward(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _load(manager: Any, spec: Spec) -> list[Any]:
-    """One group, or tasks. lm-eval hands the metrics of a group given as a dict on to its tasks: they are set after."""
+    """Load a group or tasks. Metrics of a group are set after loading, as lm-eval would pass them on to its tasks."""
     from lm_eval.config.group import AggMetricConfig
 
     metrics: list[dict[str, Any]] = []
@@ -205,7 +206,7 @@ def _task_scores(results: dict[str, Any], task: str) -> Iterator[Score]:
         score = mean_score(task, name, (items,), higher) if items else None
         if score is not None and abs(score.value - value) < 1e-6:
             yield score
-        else:  # no mean over items
+        else:  # not a mean over items
             yield Score(task, name, value, None, higher_is_better=higher)
 
 
@@ -216,7 +217,7 @@ def _group_scores(results: dict[str, Any], group: Any) -> Iterator[Score]:
             strata = tuple(_items(results, name, wanted.metric, filtered) for name in names)
             if not all(strata):
                 raise LolcatsError(
-                    f"Group {group.name}: {wanted.metric} is no mean over items; name its tasks instead."
+                    f"Group {group.name}: {wanted.metric} is not a mean over items; name its tasks instead."
                 )
             if wanted.weight_by_size:
                 strata = (tuple(x for stratum in strata for x in stratum),)
@@ -228,7 +229,7 @@ def _metric_name(metric: str, filtered: str) -> str:
 
 
 def _items(results: dict[str, Any], task: str, metric: str, filtered: str) -> tuple[float, ...]:
-    """A metric's values by document; empty where they are no numbers."""
+    """A metric's values in document order; empty if they are not numbers."""
     samples = [s for s in results["samples"][task] if s["filter"] == filtered and metric in s]
     values = [s[metric] for s in sorted(samples, key=lambda s: s["doc_id"])]
     return tuple(map(float, values)) if all(isinstance(v, (int, float)) for v in values) else ()

@@ -1,6 +1,6 @@
-"""Layer by layer and head by head: how wrong the student's outputs are, and what the teacher's attention is like there.
+"""Errors of the student's attention outputs, and the entropy of the teacher's attention, by layer and head.
 
-For the paper's Tables 17 and 18 and Figures 5 and 6: errors by layer, and errors against the attention's entropy.
+The paper's Tables 17 and 18 and Figures 5 and 6 show the same: errors by layer, and errors against entropy.
 
 Shapes: B batch, H query heads, T tokens, D head dim.
 """
@@ -25,16 +25,16 @@ from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearize
 def measure_layers(
     model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor | None]], of: str
 ) -> dict[str, Any]:  # fmt: skip
-    """Softmax and linearized attention on the same queries, keys and values, those of the model's softmax pass.
+    """Compare softmax and linearized attention on the queries, keys and values of the model's softmax forward pass.
 
     Args:
-        batches: token ids (B, T), and position ids that start again with each document or None; rows of equal length.
-        of: whose queries and keys they are, ``teacher`` or (with LoRA) ``student``; returned as it is.
+        batches: token ids (B, T) with position ids that restart at each document, or None; all rows of equal length.
+        of: the model that the queries and keys come from, ``teacher`` or (with LoRA) ``student``; returned unchanged.
 
     Returns:
-        layers (their indices), rows, tokens, of; and (layers, H) means over rows and queries of: ``errors``, squared,
-        of each head's output; ``sizes``, the squared softmax output; ``entropies``, −Σ a log a of the softmax weights,
-        in nats; ``older``, the share of these weights on keys that the linear term has.
+        ``layers`` (their indices), ``rows``, ``tokens``, ``of``; and means over rows and queries, (layers, H):
+        ``errors``, the squared error of each head's output; ``sizes``, the squared softmax output; ``entropies``,
+        −Σ a log a of the softmax weights a, in nats; ``older``, the share of these weights on keys of the linear term.
     """
     totals: dict[int, Tensor] = {}
     rows = length = 0
@@ -57,7 +57,7 @@ def measure_layers(
 
 
 def _of_call(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
-    """(4, H): error, size, entropy and older share of one layer, means over the rows of a call."""
+    """(4, H): error, size, entropy and older share of one layer, as means over the rows of a call."""
     y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding, call.documents).float()
     target = call.target.transpose(1, 2).float()
     per_query = partial(weights_of_queries, spec=layer.spec, scale=call.scale, softcap=call.softcap)
@@ -69,7 +69,7 @@ def _of_call(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
 def weights_of_queries(
     q: Tensor, k: Tensor, spec: AttentionSpec, scale: float, softcap: float | None = None
 ) -> Tensor:  # fmt: skip
-    """(B, H, T, 2) of each query's softmax weights over causal rows: entropy in nats, and share on older keys.
+    """(B, H, T, 2): entropy in nats of each query's causal softmax weights, and their share on older keys.
 
     q: (B, H, T, D); k: (B, G, T, D).
     """

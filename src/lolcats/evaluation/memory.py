@@ -1,4 +1,4 @@
-"""Bytes a sequence occupies while it is generated: growing cache of the teacher, fixed state of the student."""
+"""Memory of one sequence during generation: the teacher's growing cache, the student's fixed-size state."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lolcats.modeling.layer import layer_spec, linearized_layers
 
 
 def cache_bytes(model: Any, tokens: int) -> tuple[int, int]:
-    """(teacher, student) bytes for one sequence of ``tokens``, in the model's dtype (S and z are fp32).
+    """(teacher, student) bytes for one sequence of ``tokens`` tokens, in the model's dtype (S and z are fp32).
 
-    Kept softmax layers count with their full cache on both sides, whatever window they slide.
+    Layers that stay softmax count with a full cache for both, even if they slide a window.
     """
     record, width = model.config.lolcats, model.dtype.itemsize
     attention = from_dict(AttentionConfig, record["attention"])
@@ -35,6 +35,6 @@ def cache_bytes(model: Any, tokens: int) -> tuple[int, int]:
 
 
 def readable(count: float) -> str:
-    """Bytes as a short string in binary units."""
+    """Format a number of bytes in binary units."""
     power = min(4, int(math.log(max(count, 1), 1024)))
     return f"{count / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

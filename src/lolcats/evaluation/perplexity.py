@@ -13,9 +13,9 @@ from lolcats.modeling.loss import next_token_loss
 def perplexity(
     model: torch.nn.Module, rows: Tensor, batch_size: int = 4, positions: Tensor | None = None
 ) -> float:  # fmt: skip
-    """exp of the mean next-token cross-entropy over rows (N, L) of token ids; rows are independent sequences.
+    """exp of the mean next-token cross-entropy over rows (N, L) of token ids; each row is its own sequence.
 
-    positions: (N, L), which start again at 0 where another document begins: documents are then the sequences.
+    positions: (N, L), restarting at 0 at each document; then each document is its own sequence.
     """
     losses, counts = row_losses(model, rows, batch_size, positions)
     return math.exp((losses * counts).sum().item() / counts.sum().item())
@@ -25,7 +25,7 @@ def perplexity(
 def row_losses(
     model: torch.nn.Module, rows: Tensor, batch_size: int = 4, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mean cross-entropy of each row and the number of its predicted tokens, (N,) float64; arguments as above."""
+    """Mean cross-entropy and number of predicted tokens of each row, (N,) float64. Arguments as above."""
     model.eval()
     device = next(model.parameters()).device
     losses: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Next-token loss by position: does a model still gain from context that lies far back?"""
+"""Next-token loss by position: does a model still gain from distant context?"""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lolcats.evaluation.scores import Score, mean_score
 from lolcats.evaluation.text import special_prefix
 from lolcats.modeling.convert import decoder
 
-FIRST = 64  # end of the first bucket of positions; each later one ends at twice the one before
+FIRST = 64  # end of the first bucket of positions; each bucket ends at twice the end of the one before
 TOKENS = 512  # logits in memory at a time
 
 
 def positions(model: PreTrainedModel, tokenizer: Any, documents: Sequence[Sequence[int]], length: int,
               limit: int | None) -> list[Score]:  # fmt: skip
-    """Mean −log p (nats a token) by bucket of positions, over windows of ``length`` tokens cut from the documents.
+    """Mean −log p (nats per token) by bucket of positions, over windows of ``length`` tokens cut from the documents.
 
-    An item is one window's mean; the standard error is that of windows.
+    Each item is the mean of one window; the standard error is over windows.
     """
     prefix = special_prefix(tokenizer)
     size = length - len(prefix)
@@ -36,7 +36,7 @@ def positions(model: PreTrainedModel, tokenizer: Any, documents: Sequence[Sequen
     if not windows:
         longest = max(map(len, documents), default=0)
         raise LolcatsError(
-            f"No document has {length} tokens (the longest has {longest}): give longer ones, or a length."
+            f"No document has {length} tokens (the longest has {longest}): give longer documents or a smaller length."
         )
     losses = [token_losses(model, torch.tensor([window], device=model.device))[0] for window in windows]
     scores = []
@@ -47,7 +47,7 @@ def positions(model: PreTrainedModel, tokenizer: Any, documents: Sequence[Sequen
 
 
 def buckets(length: int) -> Iterator[tuple[int, int]]:
-    """[start, end) of positions: 0-63, 64-127, 128-255, ... up to ``length``."""
+    """Buckets [start, end) of positions: 0-63, 64-127, 128-255, ... up to ``length``."""
     start, end = 0, min(FIRST, length)
     while start < length:
         yield start, end
@@ -56,7 +56,7 @@ def buckets(length: int) -> Iterator[tuple[int, int]]:
 
 @torch.no_grad()
 def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """−log p of ids[:, 1:] given everything before, (B, T − 1) fp32, from one pass and never all logits at once."""
+    """−log p of ids[:, 1:], (B, T − 1) fp32, from one forward pass that never holds all logits at once."""
     parts = []
     targets = ids[:, 1:].split(TOKENS, dim=1)
     for logits, target in zip(_logits(model, ids[:, :-1]), targets, strict=True):
@@ -65,10 +65,10 @@ def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
-    """The model's logits, TOKENS at a time, from one pass of the decoder.
+    """The model's logits, TOKENS at a time, from one forward pass of the decoder.
 
-    Families scale or cap around their head, so each piece of hidden states goes through the model's own forward: of one
-    token, whose hidden state is replaced by the piece as it leaves the decoder.
+    Some families scale or cap the logits in their own forward, so each piece of hidden states must pass through it. The
+    forward is called with one token, and a hook replaces the decoder's output by the piece.
     """
     hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
     for piece in hidden.split(TOKENS, dim=1):
@@ -78,7 +78,7 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
 
 @contextmanager
 def _leaving(module: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """For the block's duration ``module`` returns ``hidden`` as its last hidden state."""
+    """Make ``module`` return ``hidden`` as its last hidden state."""
     handle = module.register_forward_hook(lambda _, __, output: type(output)(last_hidden_state=hidden))
     try:
         yield

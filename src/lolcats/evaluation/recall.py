@@ -1,9 +1,9 @@
-"""Does a model find what stands far back in its context? Pass key, needle and multi-query recall, by length and depth.
+"""Pass key, needle and multi-query recall by length and depth: does a model find what lies far back in its context?
 
-Every prompt has exactly the given number of tokens, so batches need no padding. It is read once; from that state the
-answer is forced upon the model. ``exact``: each of its tokens was the most likely one, so greedy generation gives it;
-``argmax``: share of such tokens; ``nll``: their mean −log p. The last two show a signal where a small model never gets
-all of them.
+Every prompt has exactly the requested number of tokens, so batches need no padding. The model reads a prompt once and
+is then fed the true answer. ``exact``: every token of the answer was the most likely one, so greedy generation produces
+it; ``argmax``: the share of such tokens; ``nll``: the mean −log p of all tokens. The last two still give a signal where
+a small model never gets an answer fully right.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lolcats.evaluation.scores import Score, mean_score
 from lolcats.evaluation.text import encode, special_prefix
 from lolcats.modeling.convert import decoder
 
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the answer stands: share of the text before it
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the answer lies: share of the text before it
 SAMPLES = 10  # prompts per length and depth unless a limit says otherwise
-ROW = 1024  # tokens: a batch of n rows holds n × ROW tokens, or one prompt
+ROW = 1024  # tokens per row: a batch of n rows holds n × ROW tokens, but at least one prompt
 DIGITS = 5
 CITIES = ("Lisbon", "Chicago", "Nairobi", "Oslo", "Kyoto", "Lima", "Cairo", "Toronto")
 ACTIVITIES = (
@@ -36,7 +36,7 @@ ACTIVITIES = (
 
 @dataclass(frozen=True)
 class Answer:
-    """Tokens start..end of a continuation, and the depth at which the prompt gave them."""
+    """Tokens [start, end) of a continuation, and the depth at which they lie in the prompt."""
 
     start: int
     end: int
@@ -45,7 +45,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids that end where the first answer begins, what truly follows, and which parts of that are answers."""
+    """Token ids up to the first answer, their true continuation, and the answers within the continuation."""
 
     ids: list[int]
     continuation: list[int]
@@ -54,9 +54,9 @@ class Prompt:
 
 def recall(model: PreTrainedModel, tokenizer: Any, haystack: Sequence[int], lengths: Sequence[int],
            samples: int | None, batch_size: int, seed: int) -> list[Score]:  # fmt: skip
-    """Scores of every task at every length (tokens of prompt); ``haystack``: token ids of the text to hide in."""
+    """Scores of every task at every prompt length; ``haystack`` holds the token ids of the text to hide answers in."""
     if not tokenizer.is_fast:
-        raise LolcatsError("Recall needs a fast tokenizer: it must know where in the text each token lies.")
+        raise LolcatsError("Recall needs a fast tokenizer, which maps each token to its place in the text.")
     scores: list[Score] = []
     for name, make in TASKS.items():
         for length in lengths:
@@ -80,7 +80,7 @@ def passkey(tokenizer: Any, haystack: Sequence[int], length: int, samples: int, 
 
 
 def needle(tokenizer: Any, haystack: Sequence[int], length: int, samples: int, seed: str) -> list[Prompt]:
-    """A sentence hidden in text (Kamradt 2023), asked for with its own beginning."""
+    """A sentence hidden in text (Kamradt 2023); the question is its beginning."""
 
     def draw(rng: random.Random) -> tuple[str, str, str]:
         start, end = f"The best thing to do in {rng.choice(CITIES)} is to", rng.choice(ACTIVITIES)
@@ -90,7 +90,7 @@ def needle(tokenizer: Any, haystack: Sequence[int], length: int, samples: int, s
 
 
 def multi_query(tokenizer: Any, haystack: Sequence[int], length: int, samples: int, seed: str) -> list[Prompt]:
-    """Associative recall: as many ``key: value`` lines as fit, then one of each depth asked for, in any order."""
+    """Associative recall: as many ``key: value`` lines as fit, then one query per depth in random order."""
     return [_multi_query(tokenizer, haystack, length, random.Random(f"{seed}/{i}")) for i in range(samples)]
 
 
@@ -101,7 +101,7 @@ TASKS: dict[str, Callable[[Any, Sequence[int], int, int, str], list[Prompt]]] = 
 
 def _hidden(draw: Callable[[random.Random], tuple[str, str, str]], tokenizer: Any, haystack: Sequence[int],
             length: int, samples: int, seed: str) -> list[Prompt]:  # fmt: skip
-    """Prompts with a sentence at each depth and a question at the end; ``draw`` gives sentence, question and answer."""
+    """Prompts with a sentence at each depth and a question at the end; ``draw`` returns sentence, question, answer."""
     prompts = []
     for depth in DEPTHS:
         for i in range(samples):
@@ -144,7 +144,7 @@ def _multi_query(tokenizer: Any, haystack: Sequence[int], length: int, rng: rand
 
 
 def _tail(tokenizer: Any, questions: list[tuple[str, str, float]]) -> tuple[list[int], list[int], list[Answer]]:
-    """(tokens up to the first answer, tokens from there on, where the answers lie among these)."""
+    """(tokens before the first answer, tokens from there on, places of the answers in the latter)."""
     text, places = "", []
     for question, answer, _ in questions:
         text += f"{question} {answer}"
@@ -161,20 +161,22 @@ def _tail(tokenizer: Any, questions: list[tuple[str, str, float]]) -> tuple[list
 
 
 def _filler(haystack: Sequence[int], count: int, rng: random.Random) -> list[int]:
-    """``count`` tokens of the haystack from a random place on, starting over at its end."""
+    """``count`` tokens of the haystack from a random place on, wrapping around at its end."""
     start = rng.randrange(len(haystack))
     return [haystack[(start + i) % len(haystack)] for i in range(count)]
 
 
 def _room(length: int, needed: int) -> int:
     if needed >= length:
-        raise LolcatsError(f"{length} tokens are too few: question and answer alone take {needed}.")
+        raise LolcatsError(f"{length} tokens are too few: question and answer already take {needed}.")
     return length - needed
 
 
 def _measure(model: PreTrainedModel, prompts: list[Prompt], task: str, batch_size: int) -> Iterator[Score]:
-    """Scores ``exact``, ``argmax`` and ``nll``; exact is asked of each prompt's first answer alone, behind which greedy
-    generation would go on with its own text."""
+    """Scores ``exact``, ``argmax`` and ``nll``.
+
+    ``exact`` looks only at the first answer of each prompt: greedy generation would go on with its own text after it.
+    """
     exact: list[float] = []
     argmax: list[float] = []
     nll: list[float] = []
@@ -197,7 +199,7 @@ def _measure(model: PreTrainedModel, prompts: list[Prompt], task: str, batch_siz
 
 @torch.no_grad()
 def _read_and_answer(model: PreTrainedModel, prompts: list[Prompt]) -> Tensor:
-    """Log-probabilities (B, C, vocabulary) at the places of each prompt's true continuation."""
+    """Log-probabilities (B, C, vocabulary) at each token of the true continuations."""
     ids = torch.tensor([p.ids for p in prompts], device=model.device)
     longest = max(len(p.continuation) for p in prompts)
     truth = torch.tensor([p.continuation + [0] * (longest - len(p.continuation)) for p in prompts], device=model.device)

@@ -1,8 +1,8 @@
-"""Scores with standard errors: of one model, of the difference of two (paired by item), of the share of a gap closed.
+"""Scores with standard errors: of one model, of the paired difference of two, and of the share of a gap closed.
 
-Items are in the same order for every model, so two models are compared item by item: much of what makes an item hard is
-common to both, and the difference is known better than either score. Items lie in strata (usually one); a score is the
-mean of the strata's means, e.g. the average of five benchmarks of different sizes.
+Items are in the same order for every model, so two models are compared item by item. An item that is hard for one model
+is often hard for the other, so the difference is known more precisely than either score. Items are grouped in strata
+(usually one); a score is the mean of the strata's means, e.g. the average of five benchmarks of different sizes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Strata = tuple[tuple[float, ...], ...]
-"""Results of single items by stratum; empty where a metric is no mean over items (a corpus perplexity)."""
+"""Results of single items by stratum; empty if a metric is not a mean over items (e.g. corpus perplexity)."""
 
-NOISE = 2.0  # standard errors below which teacher and baseline count as equal
+NOISE = 2.0  # teacher and baseline count as equal below this many standard errors
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Score:
     items: Strata = ()
     higher_is_better: bool = True
     labels: tuple[str, ...] = ()
-    """What each item of a single stratum belongs to (a depth, say); for tables that split the score."""
+    """A label for each item of a single stratum (e.g. its depth), for tables that split the score."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -41,7 +41,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its standard error; None where it is not known."""
+    """A number and its standard error, or None if the error is unknown."""
 
     value: float
     stderr: float | None = None
@@ -49,7 +49,7 @@ class Estimate:
 
 def mean_score(task: str, metric: str, items: Strata, higher_is_better: bool = True,
                labels: Sequence[str] = ()) -> Score:  # fmt: skip
-    """The score whose value is the mean of the strata's means. For 0/1 items the error is the binomial one."""
+    """The score of these items: the mean of the strata's means. For 0/1 items its error is the binomial one."""
     estimate = _estimate(items)
     return Score(task, metric, estimate.value, estimate.stderr, items, higher_is_better, tuple(labels))
 
@@ -60,14 +60,14 @@ def average(task: str, metric: str, scores: Sequence[Score]) -> Score:
 
 
 def difference(score: Score, other: Score) -> Estimate:
-    """score − other; the error is that of the items' differences."""
+    """score − other, with the standard error of the differences by item."""
     if not score.items:
         return Estimate(score.value - other.value)
     return _estimate(_combine(lambda a, b: a - b, score, other))
 
 
 def share_closed(student: Score, teacher: Score, baseline: Score) -> Estimate | None:
-    """(student − baseline) / (teacher − baseline), its error to first order; None if the gap is within noise."""
+    """(student − baseline) / (teacher − baseline) with its first-order error; None if the gap is within noise."""
     gap = difference(teacher, baseline)
     if gap.value == 0 or (gap.stderr is not None and abs(gap.value) < NOISE * gap.stderr):
         return None

@@ -1,4 +1,4 @@
-"""Benchmarks of teacher, baseline and student: which tasks a name stands for, and every model on every task."""
+"""Benchmarks of teacher, baselines and student: look up tasks by name, and run every model on every task."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from lolcats.evaluation.systems import check_baselines, systems
 from lolcats.evaluation.text import encode, read_documents
 from lolcats.modeling.base import find_base, load_tokenizer
 
-LONG = {"recall", "positions"}  # tasks over long text of given lengths
+LONG = {"recall", "positions"}  # tasks over long text, at given lengths
 LENGTHS = tuple(2**n for n in range(10, 16))
 Task = Callable[[PreTrainedModel], list[Score]]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the tasks are given besides the model."""
+    """What tasks need besides the model."""
 
     data_dir: Path | None = None
-    """Folder of local Parquet files that take the place of the hub's data."""
+    """Folder of local Parquet files to use instead of the hub's data."""
     text: str = ""
-    """Long text for recall and positions; without one, long_books.parquet of ``data_dir``."""
+    """Long text for recall and positions. Default: long_books.parquet in ``data_dir``."""
     lengths: tuple[int, ...] = ()
-    """Tokens of context for recall and positions; without, powers of two from 1,024 to 32,768 that the model takes."""
+    """Context lengths for recall and positions. Default: powers of two from 1,024 to 32,768 that the model supports."""
     limit: int | None = None
-    """Items of each task; recall: prompts of each length and depth; positions: windows."""
+    """Maximum number of items per task; for recall, of prompts per length and depth; for positions, of windows."""
     batch_size: int = 8
-    """Rows of 1,024 tokens at a time, of shorter ones as many as have as many tokens; recall: prompts."""
+    """Rows of 1,024 tokens per batch; of shorter or longer rows, as many as hold the same number of tokens."""
     seed: int = 1234
-    """Of recall's prompts and of few-shot draws; 1234 is lm-eval's own."""
+    """Seed for recall prompts and few-shot examples; 1234 is lm-eval's default."""
     limits: Mapping[str, int] = field(default_factory=dict)
-    """Items of single benchmarks by lm-eval's name, before ``limit``; a group's are shared evenly by its tasks."""
+    """Limits of single benchmarks by lm-eval's name, instead of ``limit``; a group's is shared evenly by its tasks."""
 
 
 def evaluate(model: str, names: list[str], baselines: list[str], device: torch.device, dtype: torch.dtype,
              options: Options, say: Callable[[str], None]) -> dict[str, list[Score]]:  # fmt: skip
-    """Scores by model: teacher, baselines and student of an adapter, or one model that stands alone.
+    """Scores by model: teacher, baselines and student for an adapter, otherwise the model itself.
 
     Raises:
-        LolcatsError: an unknown task or baseline, or data that cannot be had; before any model is loaded.
+        LolcatsError: an unknown task or baseline, or data that cannot be loaded. Raised before any model is loaded.
     """
     check_baselines(model, baselines)
     options = _with_lengths(model, names, options)
@@ -66,12 +66,12 @@ def evaluate(model: str, names: list[str], baselines: list[str], device: torch.d
             started = time.time()
             scores[system] += task(loaded)
             say(f"  {system}: {name} ({time.time() - started:.0f} s)")
-        del loaded  # before the next one comes
+        del loaded  # before the next model is loaded
     return scores
 
 
 def prepare(names: list[str], options: Options, tokenizer: Any) -> dict[str, Task]:
-    """Functions from a model to its scores, with all data read; LONG tasks need lengths."""
+    """Read all data and return functions from a model to its scores, by task name. LONG tasks need lengths."""
     single = [name for name in names if name not in SUITES]
     prepared: dict[str, Task] = {name: SUITES[name](tokenizer, options) for name in names if name in SUITES}
     if single:
@@ -96,7 +96,7 @@ def _generate(tokenizer: Any, options: Options) -> Task:
 
 
 def _permuted(tokenizer: Any, options: Options) -> Task:
-    """Accuracy over all rotations of a question's options, and the share of questions right in every one of them."""
+    """Accuracy over all rotations of a question's options, and the share of questions right in every rotation."""
     asked = replace(options, limit=options.limit and options.limit * tasks.OPTIONS, limits={})
     run = _harness([tasks.permuted_mmlu_spec(options.data_dir)], tokenizer, asked)
 
@@ -140,12 +140,12 @@ def _documents(tokenizer: Any, options: Options) -> list[list[int]]:
     if not source and options.data_dir is not None:
         source = str(tasks.find_file(options.data_dir, "long_books"))
     if not source:
-        raise LolcatsError("These tasks need long text: --data FILE, or long_books.parquet in --data-dir.")
+        raise LolcatsError("These tasks need long text: give --data FILE, or --data-dir with long_books.parquet.")
     return [encode(tokenizer, document) for document in read_documents(source)]
 
 
 def _with_lengths(model: str, names: list[str], options: Options) -> Options:
-    """Lengths that the model's positions reach, unless the user named some or no task wants them."""
+    """Fill in the lengths that the model supports, if a task needs lengths and the user gave none."""
     if options.lengths or not LONG & set(names):
         return options
     path, arguments = find_base(model).arguments
@@ -153,7 +153,7 @@ def _with_lengths(model: str, names: list[str], options: Options) -> Options:
 
 
 def beyond_training(model: str, lengths: Sequence[int]) -> str:
-    """A sentence where a run directory's student is to be measured on longer rows than it was trained on; else ''."""
+    """A warning if the student of a run directory is measured on longer rows than it was trained on, else ''."""
     own = Path(model) / "config.yaml"
     if not own.is_file():
         return ""
@@ -162,12 +162,12 @@ def beyond_training(model: str, lengths: Sequence[int]) -> str:
     if longest <= trained or config.attention.kind not in ("hybrid", "linear"):
         return ""
     return (
-        f"The student was trained on rows of {trained:,} tokens and is measured on up to {longest:,}: do not expect it "
-        "to hold there, least of all with attention.feature_inputs=rotated (docs/theory/long_range.md)."
+        f"The student was trained on rows of {trained:,} tokens but is evaluated on up to {longest:,}: expect worse "
+        "results there, above all with attention.feature_inputs=rotated (docs/theory/long_range.md)."
     )
 
 
 def reached_lengths(config: Any) -> tuple[int, ...]:
-    """Those of LENGTHS that the positions of a model with this configuration reach."""
+    """The LENGTHS within the maximum position of a model with this configuration."""
     reach = getattr(config, "max_position_embeddings", LENGTHS[-1])
     return tuple(n for n in LENGTHS if n <= reach) or LENGTHS[:1]

@@ -1,4 +1,4 @@
-"""The models that an evaluation compares: teacher, baselines, student, one in memory at a time."""
+"""The models that an evaluation compares: teacher, baselines and student, one in memory at a time."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from lolcats.training.controls import CONTROLS, control, control_directory
 
 TEACHER, STUDENT = "teacher", "student"
 UNTRAINED = {
-    "window": "the base model with the window alone, nothing trained",
-    "window+sinks": "the base model with window and sinks, nothing trained",
+    "window": "the base model with only the window, untrained",
+    "window+sinks": "the base model with window and sinks, untrained",
 }
 CONTROL_NAMES = {name.replace("_", "+"): name for name in CONTROLS}
 ABLATIONS: dict[str, dict[str, Any]] = {"linear-off": {"kind": "window"}, "window-off": {"kind": "remote"}}
-"""What a trained model becomes when one branch is switched off: the other branch alone."""
+"""Overrides that switch off one branch of a trained model, which leaves only the other."""
 BASELINES = (*UNTRAINED, *CONTROL_NAMES, *ABLATIONS)
 
 
 def check_baselines(model: str, baselines: Sequence[str]) -> None:
-    """LolcatsError unless each is one of BASELINES or a linearized model, and fits ``model``."""
+    """Raise LolcatsError unless each baseline is in BASELINES or a linearized model, and fits ``model``."""
     for baseline in baselines:
         if baseline not in BASELINES and not is_linearized(baseline):
             raise LolcatsError(f"--baseline {baseline}: neither a linearized model nor one of {', '.join(BASELINES)}.")
         if not is_linearized(model):
-            raise LolcatsError(f"{model} is no linearized model: there is no gap for a baseline to measure.")
+            raise LolcatsError(f"{model} is not a linearized model: a baseline has nothing to compare with.")
         if baseline in UNTRAINED and _base(model) is None:
-            raise LolcatsError(f"{model} does not know its base model, which {baseline} needs: give the run directory.")
+            raise LolcatsError(f"{model} does not know its base model, needed for {baseline}: give the run directory.")
         if baseline in CONTROL_NAMES and baseline not in controls(model):
-            raise LolcatsError(f"{model} has no control {baseline}: lolcats finetune DIR --controls trains it.")
+            raise LolcatsError(f"{model} has no control {baseline}. Train it with lolcats finetune DIR --controls.")
 
 
 def controls(model: str) -> list[str]:
-    """The trained controls that lie in a run's directory, as baselines."""
+    """Names of the trained controls in a run directory, as baselines."""
     return [name for name, own in CONTROL_NAMES.items() if is_linearized(control_directory(Path(model), own))]
 
 
 def available(model: str) -> list[str]:
-    """Every named baseline that ``model`` can be compared with."""
+    """All named baselines that ``model`` can be compared with."""
     if not is_linearized(model):
         return []
     return [*(UNTRAINED if _base(model) else ()), *controls(model), *ABLATIONS]
@@ -55,10 +55,10 @@ def available(model: str) -> list[str]:
 def systems(
     model: str, baselines: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, PreTrainedModel]]:  # fmt: skip
-    """(name, model) one after another; each is valid until the next is asked for.
+    """Yield (name, model) in turn; each model is valid only until the next one is requested.
 
-    An adapter gives teacher and student; the teacher is the converted base model in teacher mode, without the adapter's
-    LoRA. A merged model no longer knows its base and comes alone, and so does a base model.
+    An adapter yields teacher and student; the teacher is the converted base model in teacher mode, without LoRA. A
+    merged model does not record its base model, so it yields no teacher. A base model yields only itself.
     """
     if not is_linearized(model):
         yield Path(model).name, load_model(find_base(model), dtype, device)
@@ -79,7 +79,7 @@ def systems(
 def _of_base(
     model: str, base_model: PreTrainedModel, baselines: Sequence[str]
 ) -> Iterator[tuple[str, PreTrainedModel]]:  # fmt: skip
-    """What the base model alone is enough for: teacher, untrained windows, controls."""
+    """Models that need only the base model: teacher, untrained windows, controls."""
     converted = convert_as(base_model, AutoConfig.from_pretrained(model).lolcats)
     with override(converted, mode="teacher"):
         yield TEACHER, converted
@@ -99,6 +99,6 @@ def _base(model: str) -> Base | None:
 
 
 def _sinks(model: PreTrainedModel) -> int:
-    """The model's own number of sinks, or 4 where it was trained without."""
+    """The model's number of sinks, or 4 if it was trained without sinks."""
     attention = model.config.lolcats["attention"]
     return int(attention["sinks"] or min(4, attention["window_size"]))

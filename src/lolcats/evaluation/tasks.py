@@ -1,8 +1,8 @@
-"""Which lm-eval tasks make a suite, and how local Parquet files take the place of the hub's data.
+"""The lm-eval tasks of each suite, and how local Parquet files replace the hub's data.
 
 A local task is lm-eval's own definition (prompt, choices, metrics, few-shot format) with another source of documents:
-the columns of a file are renamed to those of the hub's data set. Only ``gsm8k`` differs in its few-shot examples:
-always the first five rows, not five random ones.
+the columns of a file are renamed to those of the hub's data set. Only ``gsm8k`` has other few-shot examples: always the
+first five rows instead of five random ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lolcats.evaluation.harness import Spec, task_manager
 from lolcats.training.sources import Record, read_records
 
 PAPER = {"piqa": "acc", "arc_easy": "acc", "arc_challenge": "acc_norm", "hellaswag": "acc_norm", "winogrande": "acc"}
-"""The paper's zero-shot tasks and the metric that it reports of each."""
+"""The paper's zero-shot tasks, with the metric that it reports for each."""
 SHOTS = 5
 OPTIONS = 4
 MMLU_TAGS = [f"mmlu_{field}_tasks" for field in ("stem", "other", "social_sciences", "humanities")]
@@ -36,7 +36,7 @@ def paper_specs(data_dir: Path | None) -> list[Spec]:
 
 
 def named_spec(name: str, data_dir: Path | None) -> Spec:
-    """The lm-eval task called ``name``, with its documents from ``data_dir`` where that has a file for it."""
+    """The lm-eval task ``name``; for tasks in LOCAL, mmlu_half and gsm8k, with documents from ``data_dir`` if given."""
     if data_dir is not None and name == "mmlu_half":
         return mmlu_spec(data_dir)
     if data_dir is not None and name == "gsm8k":
@@ -51,7 +51,7 @@ def named_spec(name: str, data_dir: Path | None) -> Spec:
 
 
 def mmlu_spec(data_dir: Path | None, name: str = "mmlu", **changes: Any) -> Spec:
-    """5-shot MMLU as one group; from local files the subjects that those have, as ``NAME_half``."""
+    """5-shot MMLU as one group. From local files: ``NAME_half``, with the subjects in those files."""
     changes = {"num_fewshot": SHOTS, **changes}
     group = {"group": name, "aggregate_metric_list": MMLU_METRIC}
     if data_dir is None:
@@ -69,13 +69,13 @@ def mmlu_spec(data_dir: Path | None, name: str = "mmlu", **changes: Any) -> Spec
 
 
 def permuted_mmlu_spec(data_dir: Path | None) -> Spec:
-    """MMLU with every question asked OPTIONS times, its options rotated by one each time; few-shot rows unchanged."""
+    """MMLU with every question asked OPTIONS times, rotating its options by one each time; few-shot rows unchanged."""
     fewshot = {"sampler": "first_n", "process_docs": list}
     return mmlu_spec(data_dir, "mmlu_permuted", process_docs=rotate_options, fewshot_config=fewshot)
 
 
 def gsm8k_spec(data_dir: Path | None) -> Spec:
-    """lm-eval's 5-shot GSM8K. Without a gsm8k_test file it asks rows of gsm8k_train, and its name says so."""
+    """lm-eval's 5-shot GSM8K. Without a local gsm8k_test file, the questions and the name are those of gsm8k_train."""
     if data_dir is None:
         return "gsm8k"
     train = find_file(data_dir, "gsm8k_train")
@@ -103,12 +103,12 @@ def _find(data_dir: Path, name: str) -> Path | None:
 
 
 def local_dataset(path: Path, split: str, convert: Callable[[Records], Records], **_: Any) -> dict[str, Any]:
-    """What lm-eval expects of a ``custom_dataset``: documents by split."""
+    """The documents by split, as lm-eval expects from a ``custom_dataset``."""
     return {split: _dataset(convert(_read(path)))}
 
 
 def mmlu_dataset(test: Path, dev: Path, subject: str, **_: Any) -> dict[str, Any]:
-    """One subject's questions and its few-shot rows in the file's order."""
+    """Questions and few-shot rows of one subject, in the order of the files."""
     splits = {"test": test, "dev": dev}
     return {
         split: _dataset([_mmlu_document(r) for r in _read(path) if r["subject"] == subject])
@@ -143,7 +143,7 @@ def _same(records: Records) -> Records:
 
 
 def _hellaswag(records: Records) -> Records:
-    """What lm-eval's own preprocessing makes; the file holds texts that went through it."""
+    """The output of lm-eval's own preprocessing, which the texts in the file have already been through."""
     return [{"query": r["query"], "choices": r["endings"], "label": str(r["label"])} for r in records]
 
 
@@ -152,7 +152,7 @@ def _lambada(records: Records) -> Records:
 
 
 def _pages(records: Records) -> Records:
-    """WikiText's lines joined to pages; a page starts at a heading of the first level."""
+    """Join WikiText's lines to pages; a page starts at a top-level heading."""
     pages: list[str] = []
     for line in (r["text"] for r in records):
         if re.fullmatch(r" = [^=].*[^=] = \n", line) or not pages:
@@ -163,7 +163,7 @@ def _pages(records: Records) -> Records:
 
 @dataclass(frozen=True)
 class Local:
-    """Where a task's documents lie locally: file, lm-eval's split, change of columns, further changes of the task."""
+    """A task's local documents: file, lm-eval's split, conversion of the columns, further changes of the task."""
 
     file: str
     split: str

@@ -1,4 +1,4 @@
-"""Long texts as token ids, for evaluations that cut their own contexts from them."""
+"""Long texts as token ids, for evaluations that cut contexts from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lolcats.training.sources import read_records
 
 
 def read_documents(source: str) -> list[str]:
-    """Whole documents: a .txt file is one; of other files and data sets, the ``text`` column."""
+    """Whole documents: a .txt file is one; other files and data sets need a ``text`` column."""
     path = Path(source).expanduser()
     if path.suffix == ".txt" and path.is_file():
         return [path.read_text()]
@@ -28,7 +28,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text: a BOS token, or nothing."""
+    """Token ids that the tokenizer adds before every text: a BOS token, or nothing."""
     plain, whole = encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return whole[:start]

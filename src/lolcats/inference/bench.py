@@ -1,10 +1,10 @@
-"""Generation speed and memory by batch size, the engine beside Hugging Face's ``generate`` on the teacher (``lolcats
-bench``; the paper's Figure 8).
+"""Generation speed and memory by batch size: the engine next to Hugging Face's ``generate`` on the teacher.
 
-Everything is measured in one process on one device. A row is one system at one batch size: a prompt of random tokens
-for each sequence, greedy, no stop tokens, no text. *decode* is the time between the first and the last new token,
-*whole* has the prefill, too. The bound of a step is what the device needs at least for the weights (or their products)
-and the states; it is computed from the model's own sizes.
+This is ``lolcats bench``, the paper's Figure 8. Everything is measured in one process on one device. A row is one
+system at one batch size, with a prompt of random tokens for each sequence, greedy decoding, no stop tokens and no
+text. *decode* is the time between the first and the last new token; *whole* includes the prefill. The bound of a step
+is the minimum time that the device needs for the weights (or their products) and the states, computed from the model's
+own sizes.
 """
 
 from __future__ import annotations
@@ -52,16 +52,17 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 2, "vocab_size": 320,
     },
 }  # fmt: skip
-SPARE = 3 << 30  # bytes that stay free beside the largest batch
+SPARE = 3 << 30  # bytes to leave free next to the largest batch
 
 
 @dataclass(frozen=True)
 class Options:
     """What to measure.
 
-    batches: sizes; 0 is the largest that fits. new: tokens a sequence of the engine; peer_new: of the peers.
-    bandwidth, flops: of the device, bytes and operations a second, for the bound. seconds: nothing begins after them,
-    and what runs then is cut short. runs: of each row, taken in turns; the median counts.
+    batches: batch sizes (0 = the largest that fits). new, peer_new: tokens to generate per sequence with the engine and
+    with the peers. bandwidth, flops: bytes and operations per second of the device, for the bound. seconds: time limit;
+    no run starts after it, and the current run is cut short. runs: number of runs per row, taken in turns; the median
+    is reported.
     """
 
     batches: tuple[int, ...] = (1, 16, 64)
@@ -79,9 +80,9 @@ class Options:
 
 @dataclass
 class Times:
-    """When a generation began, when each step of all its sequences ended, and the memory after 1,000 and all.
+    """When a generation began, when each step of all its sequences ended, and memory after 1,000 and after all steps.
 
-    new: tokens that the last sequence got; tokens: that all got together.
+    new: tokens generated for the last sequence; tokens: for all sequences together.
     """
 
     began: float
@@ -92,7 +93,7 @@ class Times:
 
     @property
     def decode(self) -> float:
-        """Seconds a step."""
+        """Seconds per step."""
         return (self.steps[-1] - self.steps[0]) / (len(self.steps) - 1)
 
     @property
@@ -103,7 +104,7 @@ class Times:
 def random_model(
     shape: str, attention: AttentionConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:  # fmt: skip
-    """A linearized Llama of a true geometry with random weights, made where it runs."""
+    """A linearized Llama of a real geometry with random weights, created directly on ``device``."""
     if shape not in SHAPES:
         raise LolcatsError(f"--random {shape}: expected one of {', '.join(SHAPES)}.")
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=131072, tie_word_embeddings=shape != "llama3-8b")
@@ -114,12 +115,12 @@ def random_model(
 
 
 def linearized(model: PreTrainedModel, attention: AttentionConfig) -> PreTrainedModel:
-    """The model, converted (with feature maps that nothing has trained) if it is none yet."""
+    """The model, converted with untrained feature maps unless it is already linearized."""
     return model if hasattr(model.config, "lolcats") else convert(model, attention)
 
 
 def plain_teacher(student: PreTrainedModel) -> PreTrainedModel:
-    """The family's own softmax model with the weights of a linearized one, in the same memory."""
+    """The family's own softmax model, sharing its weights in memory with a linearized one."""
     from accelerate import init_empty_weights
 
     family: Any = next(cls for cls in type(student).__mro__[1:] if cls.__module__.startswith("transformers.models"))
@@ -136,7 +137,7 @@ def plain_teacher(student: PreTrainedModel) -> PreTrainedModel:
 
 
 def benchmark(student: PreTrainedModel, options: Options) -> Iterator[Row]:
-    """The rows, one by one as they are measured; those that did not fit or came too late say so under ``missing``."""
+    """Yield rows as they are measured. Rows that did not fit or came too late give the reason under ``missing``."""
     deadline = time.monotonic() + options.seconds
     about = describe(student, options)
     teacher = plain_teacher(student) if options.peers else None
@@ -155,12 +156,12 @@ def benchmark(student: PreTrainedModel, options: Options) -> Iterator[Row]:
                 measured["engine"] = engine
             for name, result in measured.items():
                 yield row(name, batch, result, student, engine, options, about)
-        engine, systems = "gone", {}  # so that its memory is free for the next one
+        engine, systems = "gone", {}  # free its memory for the next one
 
 
 @contextmanager
 def slots(student: PreTrainedModel, batch: int, options: Options) -> Iterator[Engine | str]:
-    """An engine of ``batch`` slots (0: as many as fit), or why there is none."""
+    """An engine with ``batch`` slots (0 = as many as fit), or the reason why there is none."""
     engine: Engine | str
     _collect(student.device)
     try:
@@ -182,7 +183,7 @@ def slots(student: PreTrainedModel, batch: int, options: Options) -> Iterator[En
 
 
 def take_turns(systems: dict[str, Callable[[], Times]], runs: int, deadline: float) -> dict[str, list[Times] | str]:
-    """Each system's times of all runs, or why there are none."""
+    """The times of all runs by system, or the reason why there are none."""
     results: dict[str, list[Times] | str] = {name: [] for name in systems}
     for _ in range(runs):
         for name, measure in systems.items():
@@ -200,9 +201,9 @@ def take_turns(systems: dict[str, Callable[[], Times]], runs: int, deadline: flo
 
 
 def most_slots(student: PreTrainedModel, options: Options) -> int:
-    """How many sequences fit beside the weights, a multiple of 8."""
+    """The number of sequences that fit next to the weights, a multiple of 8."""
     if student.device.type != "cuda":
-        raise LolcatsError("--batches max: only on a GPU, whose memory is known.")
+        raise LolcatsError("--batches max needs a GPU, whose free memory is known.")
     free, _ = torch.cuda.mem_get_info(student.device)
     config = student.config.get_text_config()
     logits = 2 * config.vocab_size * student.dtype.itemsize
@@ -212,7 +213,7 @@ def most_slots(student: PreTrainedModel, options: Options) -> int:
 
 
 def state_bytes(student: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Of one sequence, whatever its length."""
+    """Bytes of state of one sequence of any length."""
     total = 0
     for layer in linearized_layers(student):
         g = layer.geometry
@@ -229,7 +230,7 @@ def prompts(student: PreTrainedModel, batch: int, length: int) -> list[list[int]
 
 
 def engine_times(engine: Engine, options: Options, deadline: float) -> Times:
-    """All slots filled, then steps until every sequence has its tokens; those that began earlier have some more."""
+    """Fill all slots, then step until every sequence has its tokens; sequences that started earlier get a few more."""
     device, most = engine.model.device, options.new + engine.table.slots + 1
     _reset_peak(device)
 
@@ -258,7 +259,7 @@ def engine_times(engine: Engine, options: Options, deadline: float) -> Times:
 
 
 class Stopwatch:
-    """A streamer of transformers that notes when each token came (the prompt comes first), and ends what is late."""
+    """A streamer for transformers that records the time of each token after the prompt, and stops at the deadline."""
 
     def __init__(self, times: Times, deadline: float) -> None:
         self.times, self.deadline, self.prompt = times, deadline, True
@@ -278,7 +279,7 @@ class Stopwatch:
 
 
 def peer_times(teacher: Any, batch: int, options: Options, static: bool, deadline: float) -> Times:
-    """Hugging Face's generate; with a static cache it compiles, so a first run is thrown away."""
+    """Time Hugging Face's generate. With a static cache it compiles, so the first run is discarded."""
     ids = torch.tensor(prompts(teacher, batch, options.prompt), device=teacher.device)
     cache = {"cache_implementation": "static"} if static else {}
 
@@ -327,13 +328,13 @@ def row(
 
 
 def bound_seconds(about: Row, batch: int, state: int, options: Options) -> float:
-    """Of one step: weights once or their products for every row, whatever takes longer, and all states."""
+    """Minimum time of one step: the longer of reading all weights and multiplying them, plus reading all states."""
     weights = max(about["weight_bytes"] / options.bandwidth, batch * 2 * about["weights"] / options.flops)
     return weights + batch * state / options.bandwidth
 
 
 def describe(student: PreTrainedModel, options: Options) -> Row:
-    """What all rows of a model have in common; weights are those that a token is multiplied with."""
+    """What all rows of a model have in common. ``weights`` counts only those that a token is multiplied with."""
     layers = linearized_layers(student)
     if not layers:
         raise LolcatsError("This model has no linearized layer.")

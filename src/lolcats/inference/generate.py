@@ -1,4 +1,4 @@
-"""Text in, text out, through Hugging Face's ``generate``."""
+"""Generate text from text with Hugging Face's ``generate``."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Message = dict[str, str]
 
 
 def plain_text(messages: list[Message]) -> str:
-    """A conversation for a model without a chat template."""
+    """A conversation as plain text, for models without a chat template."""
     return "\n".join(message["content"] for message in messages)
 
 
 def encode(tokenizer: Any, prompt: str | list[Message], raw: bool = False) -> Any:
-    """Token ids of a prompt: a conversation or a question where the tokenizer has a chat template, else plain text.
+    """Token ids of a prompt, in the tokenizer's chat template if it has one, else as plain text.
 
-    raw: take a text as it is, without the chat template.
+    raw: encode the text as is, without the chat template.
     """
     if raw and not isinstance(prompt, str):
-        raise LolcatsError("Messages need a chat template: give a text to complete.")
+        raise LolcatsError("Messages cannot be encoded raw: give a text to complete.")
     if raw or not tokenizer.chat_template:
         return tokenizer(prompt if isinstance(prompt, str) else plain_text(prompt), return_tensors="pt")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -33,7 +33,7 @@ def generate(
     model: PreTrainedModel, tokenizer: Any, prompt: str | list[Message], max_new_tokens: int = 64,
     temperature: float = 0.0, top_p: float = 1.0, stream: bool = False, raw: bool = False,
 ) -> str:  # fmt: skip
-    """The model's answer; temperature 0 is greedy; ``stream`` prints it as it comes; ``raw`` as in :func:`encode`."""
+    """The model's answer. Temperature 0 is greedy; ``stream`` prints it as it comes; ``raw`` as in :func:`encode`."""
     inputs = encode(tokenizer, prompt, raw).to(model.device)
     if not inputs["input_ids"].numel():
         raise LolcatsError("The prompt has no tokens: give some text.")

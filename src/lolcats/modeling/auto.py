@@ -1,7 +1,7 @@
-"""Registers ``model_type: lolcats`` with transformers' AutoConfig. Imported by ``import lolcats``, so kept light.
+"""Register ``model_type: lolcats`` with transformers' AutoConfig. Imported by ``import lolcats``, so kept light.
 
-A saved config.json holds the base family's own fields, ``base_model_type``, and a ``lolcats`` section. Reading it makes
-the family's subclasses (:mod:`lolcats.modeling.classes`), so that AutoModelForCausalLM finds them.
+A saved config.json holds the base family's own fields, ``base_model_type``, and a ``lolcats`` section. Reading it
+creates the family's subclasses (:mod:`lolcats.modeling.classes`), so AutoModelForCausalLM finds them.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class LolcatsConfig(PretrainedConfig):
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """``record`` with the checksum of what it says."""
+    """``record`` with a checksum of its contents."""
     plain = {key: value for key, value in record.items() if key != SEAL}
     return {**plain, SEAL: hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
 def check_record(record: Any) -> None:
-    """LolcatsError unless the ``lolcats`` section of a config.json is one, and says what was written."""
+    """Raise LolcatsError unless ``record`` is an intact ``lolcats`` section of a config.json."""
     if not isinstance(record, dict) or not isinstance(record.get("layers"), list):
-        raise LolcatsError("config.json has no lolcats section that says how the model was linearized: it is damaged.")
+        raise LolcatsError("config.json is damaged: it has no lolcats section that says how the model was linearized.")
     if SEAL in record and sealed(record) != record:
         raise LolcatsError(
-            f"The lolcats section of config.json is not what was written (another checksum): it is damaged. If you "
-            f"changed it on purpose, take lolcats.{SEAL} out of it."
+            f"The lolcats section of config.json is damaged: its checksum does not match. If you changed it on "
+            f"purpose, remove lolcats.{SEAL} from it."
         )
 
 

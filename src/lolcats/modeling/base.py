@@ -20,7 +20,7 @@ from lolcats.files import hash_file
 from lolcats.modeling.gguf_header import check_gguf
 
 HINT = "Is it a complete decoder-only language model that transformers knows?"
-STRIDE, SAMPLE = 1 << 20, 4096  # bytes: of each MiB of a weight file, 4 KiB are hashed
+STRIDE, SAMPLE = 1 << 20, 4096  # bytes: 4 KiB of each MiB of a weight file are hashed
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Base:
     path: str
     form: Literal["hub", "directory", "gguf"]
     fingerprint: str
-    """Identity of the weights: sha256 of a GGUF file; of names, sizes and 4 KiB of each MiB of a directory's files,
-    which no training or merging leaves as they were; the commit of a hub model."""
+    """Identity of the weights. GGUF file: its sha256; directory: sha256 of its files' names, sizes and 4 KiB of each
+    MiB, which any training or merging changes; hub model: its commit."""
 
     @property
     def arguments(self) -> tuple[str, dict[str, Any]]:
@@ -42,18 +42,18 @@ class Base:
 
 
 def find_base(model: str, trust: bool = False) -> Base:
-    """Look up ``model`` without loading its weights; LolcatsError if it is neither on disk nor on the hub.
+    """Look up ``model`` without loading its weights; raise LolcatsError if it is neither on disk nor on the hub.
 
     Here and below, ``trust``: run Python code that comes with the model (transformers' trust_remote_code).
     """
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise LolcatsError(f"{model} is a file but no .gguf: give a hub id, a model directory or a GGUF file.")
+            raise LolcatsError(f"{model} is not a .gguf file: give a hub id, a model directory or a GGUF file.")
         return Base(str(path.resolve()), "gguf", hash_file(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise LolcatsError(f"{model} is a directory without config.json: no Hugging Face model.")
+            raise LolcatsError(f"{model} is not a Hugging Face model: the directory has no config.json.")
         return Base(str(path.resolve()), "directory", _hash_directory(path))
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith("."):
         raise LolcatsError(f"{model} does not exist.")
@@ -67,14 +67,14 @@ def find_base(model: str, trust: bool = False) -> Base:
 def load_model(
     base: Base, dtype: torch.dtype, device: torch.device | str = "cpu", trust: bool = False
 ) -> PreTrainedModel:
-    """The base model in evaluation mode; LolcatsError with a reason if it cannot be loaded."""
+    """The base model in evaluation mode; raise LolcatsError with a reason if it cannot be loaded."""
     path, kwargs = base.arguments
     _check_gguf(base)
     with _readable(base, HINT):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, trust_remote_code=trust, **kwargs
         )
-        if missing := sorted(info["missing_keys"]):  # transformers would go on with random weights
+        if missing := sorted(info["missing_keys"]):  # transformers would continue with random weights
             raise LolcatsError(f"{base.path} is incomplete: tensor {missing[0]} is missing ({len(missing)} in all).")
     if base.form == "gguf":
         model = _plain(model)
@@ -98,9 +98,9 @@ def load_quantized(base: Base, dtype: torch.dtype, device: torch.device, trust: 
 
 
 def check_quantized(base: Base, device: torch.device) -> None:
-    """LolcatsError unless ``base`` can be loaded in 4 bits here: better before stage 1 than after it."""
+    """Raise LolcatsError unless ``base`` can be loaded in 4 bits here. Checked before stage 1, not after it."""
     if device.type != "cuda":
-        raise LolcatsError(f"finetune.quantize_base: 4-bit weights need a CUDA GPU, and this runs on {device.type}.")
+        raise LolcatsError(f"finetune.quantize_base: 4-bit weights need a CUDA GPU, but this runs on {device.type}.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise LolcatsError("finetune.quantize_base needs bitsandbytes: pip install 'lolcats[quantize]'.")
     if base.form == "gguf":
@@ -108,7 +108,7 @@ def check_quantized(base: Base, device: torch.device) -> None:
 
 
 def empty_model(base: Base, trust: bool = False) -> PreTrainedModel:
-    """The base model's modules and shapes without memory for weights, on the meta device."""
+    """The base model on the meta device: its modules and shapes, but no memory for weights."""
     path, kwargs = base.arguments
     _check_gguf(base)
     with _readable(base, "Is it a decoder-only language model that transformers knows?"):
@@ -127,21 +127,24 @@ def load_tokenizer(base: Base, trust: bool = False) -> Any:
 
 
 def _check_words(tokenizer: Any, base: Base) -> None:
-    """Of a directory without its vocabulary transformers makes a tokenizer that takes any text for empty. Some misread
-    some GGUF files' tokenizers: 5.17 loses merges of Gemma 3's, and "the" is "t", "he"."""
+    """Raise LolcatsError if transformers read the tokenizer wrong.
+
+    Without a vocabulary, it makes a tokenizer that turns any text into nothing. Some versions misread the tokenizers of
+    some GGUF files: 5.17 loses merges of Gemma 3's, and "the" becomes "t", "he".
+    """
     vocabulary, pieces = tokenizer.get_vocab(), tokenizer.tokenize("All the rivers run into the sea")
     if not pieces:
-        raise LolcatsError(f"The tokenizer of {base.path} knows no words: its vocabulary, tokenizer.json, is missing.")
+        raise LolcatsError(f"The tokenizer of {base.path} has no vocabulary: tokenizer.json is missing.")
     if base.form == "gguf" and any(word in vocabulary and word not in pieces for word in ("▁the", "Ġthe")):
         raise LolcatsError(
-            f"transformers {transformers.__version__} reads the tokenizer of {base.path} wrong: it takes 'the' apart, "
-            "a word of its vocabulary. A newer transformers may read it right; else give the model as a directory."
+            f"transformers {transformers.__version__} misreads the tokenizer of {base.path}: it splits 'the', which is "
+            "in the vocabulary. Try a newer transformers, or give the model as a directory."
         )
 
 
 @contextmanager
 def _readable(base: Base, hint: str) -> Iterator[None]:
-    """Readers of damaged files fail in any way (struct, index and key errors among them): one sentence for all."""
+    """Turn any error of reading a model into a LolcatsError: damaged files raise struct, index and other errors."""
     try:
         yield
     except Exception as error:
@@ -149,18 +152,18 @@ def _readable(base: Base, hint: str) -> Iterator[None]:
             raise
         if "trust_remote_code" in str(error):
             raise LolcatsError(
-                f"{base.path} comes with Python code of its own, which is not run unless you ask for it: --set "
+                f"{base.path} comes with its own Python code, which runs only if you allow it: --set "
                 "trust_remote_code=true."
             ) from error
         raise LolcatsError(f"Cannot load {base.path}: {_first_line(error)} {hint}") from error
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """A model without the marks of its GGUF file: transformers would treat it as quantized and refuse to save it."""
+    """A copy without traces of the GGUF file: transformers would treat it as quantized and refuse to save it."""
     config = type(model.config).from_dict(
         {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     )
-    with init_empty_weights(include_buffers=False):  # drawing weights takes as long as reading them
+    with init_empty_weights(include_buffers=False):  # initializing weights takes as long as reading them
         plain = type(model)._from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
@@ -169,7 +172,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check_gguf(base: Base) -> None:
-    """Of a GGUF file, that it can be read and that its header fits it."""
+    """Check that a GGUF file can be read and that its header fits the file."""
     if base.form != "gguf":
         return
     try:

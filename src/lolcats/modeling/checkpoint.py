@@ -1,8 +1,8 @@
 """Save and load linearized models, in safetensors only.
 
-*Adapter*: feature maps, gates and LoRA beside a reference to the untouched base model.
+*Adapter*: feature maps, gates and LoRA, with a reference to the unchanged base model.
     DIR/config.json  DIR/feature_maps.safetensors  DIR/lora/
-*Merged*: a self-contained model directory, LoRA folded into the weights, written by ``model.save_pretrained``.
+*Merged*: a self-contained model directory with LoRA folded into the weights, written by ``model.save_pretrained``.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ def load(
     """Load a linearized model (adapter or merged form) in evaluation mode.
 
     Args:
-        dtype: of the weights; ``auto``: as saved. Feature maps and gates are fp32 in any case.
+        dtype: dtype of the weights; ``auto``: as saved. Feature maps and gates are always fp32.
         trust: run Python code that comes with the base model.
 
     Raises:
-        LolcatsError: no linearized model, damaged files, or a base model that has changed since.
+        LolcatsError: if there is no linearized model, files are damaged, or the base model has changed since.
     """
     from transformers import AutoModelForCausalLM
 
     if not is_linearized(directory):
-        raise LolcatsError(f"{directory} holds no linearized model (config.json with model_type lolcats).")
+        raise LolcatsError(f"{directory} is not a linearized model (no config.json with model_type lolcats).")
     try:
         kwargs = {"trust_remote_code": True} if trust else {}
         return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, **kwargs).to(device).eval()
-    except Exception as error:  # damaged files make any of transformers' and safetensors' errors
+    except Exception as error:  # damaged files cause any error of transformers or safetensors
         if isinstance(error, LolcatsError) or out_of_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -93,7 +93,7 @@ def load_feature_maps(model: nn.Module, path: Path) -> None:
 def save_adapter_config(model: PreTrainedModel, base: Base, directory: Path, kind: str = "") -> None:
     """Write DIR/config.json of the adapter form: the family's configuration, our record, and where the base is.
 
-    ``kind``: what every linearized layer is to be when the adapter is loaded; by default what it is.
+    ``kind``: the kind that every linearized layer gets when the adapter is loaded (default: its own).
     """
     config = type(model.config).from_dict(model.config.to_dict())
     record = copy.deepcopy(config.lolcats)
@@ -110,7 +110,7 @@ def load_adapter(
     directory: str | Path, config: Any = None, dtype: torch.dtype | str = "auto", device_map: Any = None,
     trust: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
-    """Base model + feature maps + LoRA (merged in memory). LolcatsError if the base has changed since."""
+    """Base model + feature maps + LoRA (merged in memory). Raise LolcatsError if the base has changed since."""
     from lolcats.modeling.convert import convert_as
 
     directory = Path(directory if Path(directory).is_dir() else snapshot_download(str(directory)))
@@ -136,7 +136,8 @@ def load_adapter(
 
 
 def spread(model: PreTrainedModel, device_map: Any) -> PreTrainedModel:
-    """Put the layers of a model in host memory on the devices of ``device_map`` (accelerate's: ``auto`` or by name)."""
+    """Move the layers of a model in host memory to the devices of ``device_map`` (accelerate's: ``auto`` or by
+    name)."""
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
@@ -150,7 +151,7 @@ def spread(model: PreTrainedModel, device_map: Any) -> PreTrainedModel:
 
 
 def save_lora(model: Any, base: Base, directory: Path) -> None:
-    """Write the LoRA of a PEFT model in PEFT's format, whole or not at all; of several ranks, the first writes."""
+    """Write the LoRA of a PEFT model atomically in PEFT's format; only the first rank writes."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     model.peft_config["default"].base_model_name_or_path = base.path
@@ -161,9 +162,9 @@ def save_lora(model: Any, base: Base, directory: Path) -> None:
 
 
 def seal_lora(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Write LoRA matrices beside their adapter_config.json, with a checksum of both.
+    """Write LoRA matrices next to their adapter_config.json, with a checksum of both.
 
-    PEFT keeps the names of the layers as a set: they are sorted, so that equal runs write equal files.
+    PEFT keeps the names of the layers as a set; they are sorted here, so that equal runs write equal files.
     """
     path = directory / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -180,7 +181,7 @@ def merge_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
 
 @contextmanager
 def merged_lora(model: PreTrainedModel, directory: Path) -> Iterator[PreTrainedModel]:
-    """As :func:`merge_lora`; behind the block the weights of ``model`` are as they were, bit for bit."""
+    """Like :func:`merge_lora`, but the weights of ``model`` are restored bit for bit after the block."""
     from peft.tuners.lora import LoraLayer
 
     wrapped = _with_lora(model, directory)
@@ -199,14 +200,14 @@ def _with_lora(model: PreTrainedModel, directory: Path) -> Any:
     saved = read_tensors(directory / LORA_WEIGHTS)
     _, known = read_checksums(directory / LORA_WEIGHTS)
     if known and known != hash_file(directory / "adapter_config.json"):
-        raise LolcatsError(f"{directory / 'adapter_config.json'} is damaged: it is not what was written.")
+        raise LolcatsError(f"{directory / 'adapter_config.json'} is damaged: its checksum does not match.")
     wrapped = PeftModel.from_pretrained(model, str(directory))
     compare_keys(set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)), set(saved), directory)
     return wrapped
 
 
 def verify_loading(info: dict[str, Any], path: Any) -> None:
-    """Turn transformers' loading report into an error: nothing may be missing, left over or reshaped."""
+    """Raise LolcatsError if transformers' loading report lists a mis-shaped, missing or unexpected tensor."""
     for problem in ("mismatched", "missing", "unexpected"):
         if keys := sorted(map(str, info.get(f"{problem}_keys") or [])):
             raise LolcatsError(f"{path}: {problem} tensor {keys[0]} ({len(keys)} in all).")

@@ -1,4 +1,4 @@
-"""The linearized subclass of each base family, made when first needed: no model code per family."""
+"""The linearized subclass of each base family, created when first needed: no model code per family."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AUTO_MAP = {
 }
 
 ASSISTED = (
-    "assisted decoding takes tokens back, which cannot be taken out of a linear-attention state. Use greedy decoding, "
+    "assisted decoding discards tokens, which cannot be removed from a linear-attention state. Use greedy decoding, "
     "sampling or beam search."
 )
 IMPOSSIBLE = {
@@ -35,11 +35,11 @@ IMPOSSIBLE = {
     "assistant_early_exit": ASSISTED,
     "cache_implementation": "a linearized model has a state of fixed size and cannot use another cache. Leave it out.",
 }
-"""Arguments of ``generate`` that need what a linearized model does not have."""
+"""Arguments of ``generate`` that a linearized model does not support, and why."""
 
 
 class LinearizedModel:
-    """Mixin put before the family's class: builds the extra modules, loads strictly, saves under our model type."""
+    """Mixin placed before the family's class: builds the extra modules, loads strictly, saves under our model type."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -48,14 +48,14 @@ class LinearizedModel:
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers' own, for merged models and adapters; a missing or extra tensor is an error that names it."""
+        """Like transformers' own, for merged models and adapters; errors name a missing or extra tensor."""
         from lolcats.modeling.checkpoint import load_adapter, verify_loading
 
         config = kwargs.get("config")
         if config is not None and config.lolcats.get("form") == "adapter":
             if kwargs.get("tp_plan") or kwargs.get("distributed_config"):
                 raise LolcatsError(
-                    f"{path} is an adapter; only merged models load in parts for tensor parallel. Merge it first: "
+                    f"{path} is an adapter; only merged models support tensor parallelism. Merge it first: "
                     f"lolcats export {path} --merge --out MERGED."
                 )
             trust = bool(kwargs.get("trust_remote_code"))
@@ -71,18 +71,18 @@ class LinearizedModel:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers' own, in safetensors, plus the file that ``trust_remote_code`` imports."""
+        """Like transformers' own, in safetensors, plus the file that ``trust_remote_code`` imports."""
         if is_split(self):  # type: ignore[arg-type]
-            raise LolcatsError("This rank holds some of the model's heads only: save it where it is loaded whole.")
+            raise LolcatsError("This rank holds only some of the model's heads: load the whole model to save it.")
         config = self.config  # type: ignore[attr-defined]
         config.auto_map = dict(AUTO_MAP)
-        config.lolcats = sealed({k: v for k, v in config.lolcats.items() if k != "base"})  # merged: stands alone
+        config.lolcats = sealed({k: v for k, v in config.lolcats.items() if k != "base"})  # merged: needs no base
         super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
         shim = resources.files("lolcats.modeling").joinpath("remote.py").read_text()
         (Path(directory) / REMOTE_CODE).write_text(shim)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own; what a state of fixed size cannot do is refused before it begins."""
+        """Like transformers' own; options that a fixed-size state does not support are refused before it begins."""
         config = kwargs.get("generation_config")
         given = kwargs if config is None else {**vars(config), **kwargs}
         for name, reason in IMPOSSIBLE.items():
@@ -93,7 +93,7 @@ class LinearizedModel:
     def set_attn_implementation(self, implementation: Any, *args: Any, **kwargs: Any) -> None:
         if implementation != IMPLEMENTATION:
             raise LolcatsError(
-                "The attention of a linearized model cannot be set: it would silently become softmax attention."
+                "The attention implementation of a linearized model cannot be set: it would silently become softmax."
             )
 
     def get_correct_attn_implementation(self, requested: str | None, *args: Any, **kwargs: Any) -> str:
@@ -106,7 +106,7 @@ class LinearizedModel:
 def linearized_class(base: Any) -> Any:
     """The linearized subclass of a Hugging Face model class, with its own config class."""
     base_config = base.config_class
-    # As custom code, transformers would rename layer types and leave buffers that are in no file uninitialized.
+    # For custom code, transformers would rename layer types and not initialize buffers that are in no file.
     common = {"__module__": __name__, "is_custom_code": base.is_custom_code}
     name, config_name = f"Lolcats{base.__name__}", f"Lolcats{base_config.__name__}"
     config_class = type(config_name, (base_config,), {**common, "model_type": MODEL_TYPE})
@@ -120,9 +120,9 @@ def linearized_class(base: Any) -> Any:
 
 
 def _publish(cls: Any) -> None:
-    """``transformers serve`` looks a model's class up by name in what it knows as ``transformers``.
+    """Let ``transformers serve`` find the class, which it looks up by name in its ``transformers`` module.
 
-    That need not be the module of that name, since transformers' import runs twice.
+    That may not be the module in ``sys.modules``, since transformers is imported twice.
     """
     server = sys.modules.get("transformers.cli.serving.model_manager")
     for module in (sys.modules["transformers"], getattr(server, "transformers", None)):
@@ -131,8 +131,11 @@ def _publish(cls: Any) -> None:
 
 
 def _keep_conversions(base: Any, name: str) -> None:
-    """Weights in files are arranged otherwise than in memory in some families (experts one by one, say), which
-    transformers looks up by class or model type: the class ``name`` is to be found as its base is."""
+    """Register the weight conversions of ``base`` for the class ``name``.
+
+    Some families arrange weights differently in files than in memory (experts one by one, for example). transformers
+    looks these conversions up by class or model type.
+    """
     known = get_checkpoint_conversion_mapping(base.__name__)
     known = known or get_checkpoint_conversion_mapping(base.config_class.model_type)
     if known is not None:
@@ -159,5 +162,5 @@ def become_linearized(model: PreTrainedModel, record: dict[str, Any]) -> None:
     config.base_model_type = base_type
     config.architectures = [cls.__name__]
     if model.generation_config is not None:
-        model.generation_config.cache_implementation = None  # Gemma 2's asks for a cache of its own
+        model.generation_config.cache_implementation = None  # Gemma 2's asks for its own cache
     add_plan(model, record)

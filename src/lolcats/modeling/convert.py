@@ -18,19 +18,20 @@ from lolcats.modeling.rotary import check_rotates, check_rotation, keep_rotation
 
 
 def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = None) -> PreTrainedModel:
-    """Replace the softmax attention of ``model`` by the one ``config`` describes; returns the same object.
+    """Replace the softmax attention of ``model`` with the one that ``config`` describes; returns the same object.
 
     The model keeps its weights and becomes an instance of a subclass of its own class whose ``model_type`` is
-    ``lolcats``. New parameters (feature maps and gates, fp32) hang on each attention module as ``lolcats``.
+    ``lolcats``. New parameters (feature maps and gates, fp32) are added to each attention module as ``lolcats``.
 
     Raises:
-        LolcatsError: no decoder, no call of the attention interface, or a layer that cannot be linearized.
+        LolcatsError: if the model is not a decoder, does not call the attention interface, or has a layer that cannot
+            be linearized.
     """
     attention = config.attention if isinstance(config, Config) else config or AttentionConfig()
     if hasattr(model.config, "lolcats"):
-        raise LolcatsError("This model is linearized already.")
+        raise LolcatsError("This model is already linearized.")
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
-        raise LolcatsError(f"{type(model).__name__} is no decoder-only language model; only those can be linearized.")
+        raise LolcatsError(f"{type(model).__name__} is not a decoder-only language model, so it cannot be linearized.")
     layers = probe(model)
     kinds = layer_kinds(attention, layers)
     for layer in layers:
@@ -61,7 +62,7 @@ def convert_as(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedMode
 
 
 def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
-    """Hang the modules that ``record`` (saved as ``config.lolcats``) lists on the model, and route its attention."""
+    """Add the modules that ``record`` (saved as ``config.lolcats``) lists to the model, and route its attention."""
     attention = from_dict(AttentionConfig, record["attention"])
     config = text_config(model)
     base_implementation = config._attn_implementation
@@ -74,12 +75,12 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
         spec = layer_spec(attention, entry["kind"])
         layer = LinearizedAttention(geometry, attention, spec, base_implementation)
         device = next(module.parameters()).device
-        module.lolcats = layer if device.type == "meta" else layer.to(device)  # of a skeleton, they alone are real
+        module.lolcats = layer if device.type == "meta" else layer.to(device)  # in a skeleton, only they are real
         if spec.unrotated:
             module.register_forward_pre_hook(keep_rotation, with_kwargs=True)
     config._attn_implementation_internal = IMPLEMENTATION  # not of a vision or audio part
     for part in decoders(model):
-        # A list, so not in the model's own lists: looked at in every call.
+        # A plain list, which torch does not register; read in every call.
         part.lolcats_layers = linearized_layers(part)
         part.register_forward_pre_hook(prepare_decoder_call, with_kwargs=True)
 
@@ -90,13 +91,13 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def decoders(model: PreTrainedModel) -> list[Any]:
-    """Models inside ``model`` that hold its layers, outermost first; the head may call any (OPT's the inner one)."""
+    """Models inside ``model`` that hold its layers, outermost first; the head may call any of them (as in OPT)."""
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
     return [m for m in parts if any(isinstance(x, KeptAttention | LinearizedAttention) for x in m.modules())] or [model]
 
 
 def layer_kinds(config: AttentionConfig, layers: list[ProbedLayer]) -> dict[int, str]:
-    """Kind of every layer. Layers that slide already stay as they are, unless every layer does (Mistral 7B v0.1)."""
+    """Kind of every layer. Layers with a sliding window stay as they are, unless all have one (Mistral 7B v0.1)."""
     chosen: dict[int, str] = {}
     indices = [layer.geometry.layer for layer in layers]
     for text, kind in config.layers.items():
@@ -104,7 +105,7 @@ def layer_kinds(config: AttentionConfig, layers: list[ProbedLayer]) -> dict[int,
         try:
             wanted = range(int(first), int(last or first) + 1)
         except ValueError:
-            raise LolcatsError(f"attention.layers: {text!r} is no layer index or range such as 7 or 0-3.") from None
+            raise LolcatsError(f"attention.layers: {text!r} is not a layer index or range such as 7 or 0-3.") from None
         if missing := [i for i in wanted if i not in indices]:
             raise LolcatsError(f"attention.layers: the model has no attention layer {missing[0]} (it has {indices}).")
         chosen.update(dict.fromkeys(wanted, kind))

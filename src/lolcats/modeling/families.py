@@ -1,4 +1,4 @@
-"""What differs between families, as data. A new family is a row here, or none at all."""
+"""What differs between families, as data. A new family needs one row here, or none at all."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ HARMLESS = {
     "max_length_k", "max_length_q", "output_attentions", "output_hidden_states", "output_router_logits",
     "position_ids", "return_dict", "scaling", "sliding_window", "softcap", "use_cache",
 }  # fmt: skip
-"""Keywords of an attention call that need nothing more than is done for them. Attention dropout is not applied."""
+"""Keywords of an attention call that need no further handling. Attention dropout is not applied."""
 
 OBSTACLES = {
     "s_aux": "has learned sink logits of its own (s_aux), which the hybrid attention does not model",
     "sinks": "has learned sink logits of its own (sinks), which the hybrid attention does not model",
     "position_bias": "adds a position bias to its attention logits, which the hybrid attention does not model",
 }
-"""Keywords of an attention call that mean another function. As softmax such a layer may stay."""
+"""Keywords of an attention call that change its function. Such a layer can stay softmax."""
 
 SPARSE = {"indices", "block_indices"}
-"""Keywords of families that choose keys by an indexer, and tell implementations they know by a mask instead: under
-another implementation's name not even softmax layers would be theirs. So it is with keywords that are not here."""
+"""Keywords of families whose indexer selects keys. They pass the selection in a mask only to implementations they know,
+so under another name even their softmax layers would be wrong. Unknown keywords are treated the same way."""
 
 PROJECTIONS = {
     "q_proj": ("q_proj", "query", "Wq"),
@@ -26,7 +26,7 @@ PROJECTIONS = {
     "v_proj": ("v_proj", "value", "Wv"),
     "o_proj": ("o_proj", "out_proj", "dense", "c_proj", "Wo"),
 }
-"""What families call the linear layers of an attention module that make q, k, v and its output."""
+"""Names in families of the linear layers of an attention module that compute q, k, v and its output."""
 
 FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
-"""Layers that make q, k and v at once: each stands for all three."""
+"""Layers that compute q, k and v at once."""

@@ -1,6 +1,6 @@
-"""Reads a GGUF file's header and believes nothing: every length is checked against the file before anything uses it.
+"""Read a GGUF file's header without trusting it: every length is checked against the file before it is used.
 
-A damaged header would make the readers behind transformers allocate, loop or fail in any way. The layout, in
+A damaged header could make the reader that transformers uses allocate too much memory, loop or crash. The layout, in
 little-endian order:
 
     "GGUF", version u32, tensors u64, pairs u64
@@ -26,8 +26,8 @@ STRING, ARRAY = 8, 9
 SIZES = ("embedding_length", "feed_forward_length", "vocab_size", "expert_count", "expert_feed_forward_length",
          "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
          "rope.dimension_count")  # fmt: skip
-"""Of a model, none larger than the largest dimension of its tensors."""
-MOST = 1 << 16  # tensors; the largest models have a few thousand
+"""Sizes of a model, none larger than the largest dimension of its tensors."""
+MOST = 1 << 16  # maximum number of tensors or pairs; the largest models have a few thousand
 
 
 @dataclass
@@ -39,15 +39,15 @@ class Header:
 
 
 class _Cursor:
-    """Where reading is; anything behind the end of the file is an error."""
+    """The read position; reading past the end of the file is an error."""
 
     def __init__(self, data: Any, size: int) -> None:
         self.data, self.size, self.place = data, size, 0
 
     def take(self, count: int) -> int:
-        """Go on by ``count`` bytes; where they begin."""
+        """Advance by ``count`` bytes; returns where they begin."""
         if count > self.size - self.place:
-            raise LolcatsError(f"its header asks for {count} bytes at {self.place} of {self.size}")
+            raise LolcatsError(f"its header asks for {count} bytes at {self.place}, but the file has {self.size}")
         self.place += count
         return self.place - count
 
@@ -60,7 +60,7 @@ class _Cursor:
         return bytes(self.data[start : start + length]).decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
-        """A scalar or string; of an array only its place, having gone over it."""
+        """Read a scalar or string; skip an array and return None."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:
@@ -81,10 +81,10 @@ class _Cursor:
 
 
 def check_gguf(path: Path) -> Header:
-    """The header of a GGUF file whose lengths, offsets and sizes all fit the file and each other.
+    """Read the header of a GGUF file and check that its lengths, offsets and sizes fit the file and each other.
 
     Raises:
-        LolcatsError: what does not fit.
+        LolcatsError: if they do not; the message says what is wrong.
     """
     size = path.stat().st_size
     try:
@@ -93,7 +93,7 @@ def check_gguf(path: Path) -> Header:
         _check_tensors(sizes, end, size)
         _check_model(header)
     except LolcatsError as error:
-        raise LolcatsError(f"Cannot load {path}: damaged, or no GGUF file: {error}.") from None
+        raise LolcatsError(f"Cannot load {path}: it is damaged or not a GGUF file ({error}).") from None
     except ValueError:  # an empty file cannot be mapped
         raise LolcatsError(f"Cannot load {path}: it is empty.") from None
     return header
@@ -103,7 +103,7 @@ Tensors = dict[str, tuple[tuple[int, ...], int, int]]  # name: sizes, type, offs
 
 
 def _read(cursor: _Cursor) -> tuple[Header, Tensors, int]:
-    """Header, tensors, and where their bytes begin."""
+    """Header, tensors, and the offset of their bytes."""
     if cursor.data[:4] != b"GGUF":
         raise LolcatsError("it does not begin with GGUF")
     cursor.take(4)
@@ -132,7 +132,7 @@ def _read(cursor: _Cursor) -> tuple[Header, Tensors, int]:
 
 
 def _check_tensors(tensors: Tensors, begin: int, size: int) -> None:
-    """Bytes of all tensors lie in the file, and none of them in another's."""
+    """Check that all tensors lie in the file and do not overlap."""
     import gguf
 
     spans = []
@@ -142,10 +142,10 @@ def _check_tensors(tensors: Tensors, begin: int, size: int) -> None:
         except (ValueError, KeyError):
             raise LolcatsError(f"tensor {name!r} has unknown type {kind}") from None
         if not shape or prod(shape) == 0 or shape[0] % block:
-            raise LolcatsError(f"tensor {name!r} has sizes {shape}")
+            raise LolcatsError(f"tensor {name!r} has invalid sizes {shape}")
         stop = begin + offset + prod(shape) // block * width
         if stop > size:
-            raise LolcatsError(f"tensor {name!r} of sizes {shape} ends at {stop} of {size} bytes")
+            raise LolcatsError(f"tensor {name!r} of sizes {shape} ends at byte {stop}, but the file has {size}")
         spans.append((begin + offset, stop, name))
     spans.sort()
     for (_, stop, name), (start, _, other) in pairwise(spans):
@@ -154,7 +154,7 @@ def _check_tensors(tensors: Tensors, begin: int, size: int) -> None:
 
 
 def _check_model(header: Header) -> None:
-    """The model's sizes are those of its tensors: a wrong one would be allocated or looped over."""
+    """Check the model's sizes against its tensors: a reader would allocate or loop over a wrong one."""
     architecture = header.pairs.get("general.architecture")
     if not isinstance(architecture, str) or not header.shapes:
         raise LolcatsError("it names no architecture, or has no tensors")
@@ -165,4 +165,4 @@ def _check_model(header: Header) -> None:
     for name in SIZES:
         value = header.pairs.get(f"{architecture}.{name}", 1)
         if isinstance(value, int) and not 0 <= value <= largest:
-            raise LolcatsError(f"{architecture}.{name} is {value}, its largest tensor dimension {largest}")
+            raise LolcatsError(f"{architecture}.{name} is {value}, but the largest tensor dimension is {largest}")

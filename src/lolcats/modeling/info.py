@@ -1,4 +1,4 @@
-"""What ``lolcats info`` tells about a model directory, without loading weights where it can."""
+"""What ``lolcats info`` reports about a model, without loading its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lolcats.modeling.checkpoint import is_linearized
 
 
 def describe(model: str) -> dict[str, Any]:
-    """Facts by name: of a linearized directory from its config.json, of a base model from its configuration."""
+    """Facts by name, from the config.json of a linearized model or from the configuration of a base model."""
     if is_linearized(model):
         return _linearized(Path(model))
     return _base(model)

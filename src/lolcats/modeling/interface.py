@@ -32,13 +32,13 @@ from lolcats.modeling.rotary import as_attended
 IMPLEMENTATION = "lolcats"
 _packed: ContextVar[Documents | None] = ContextVar("documents of the decoder call that is running", default=None)
 NOT_APART = (
-    "This model's family does not keep documents apart that are packed into one row (position_ids that start again). "
-    "Give each document a row of its own."
+    "This model's family does not separate documents that are packed into one row (position_ids that restart). "
+    "Give each document its own row."
 )
 
 
 class MaskRequest:
-    """What the family asked of its mask, kept until a layer needs it.
+    """The mask that the family asked for, kept until a layer needs it.
 
     Linearized layers read ``padding``; kept softmax layers and the teacher build the family's own mask, once.
     """
@@ -49,7 +49,7 @@ class MaskRequest:
         self._causal = False
         mask, length = arguments.get("attention_mask"), arguments["q_length"]
         self.padding: Tensor | None = None
-        self.counts: list[int] | None = None  # tokens of each row, on the host: read once, not by every layer
+        self.counts: list[int] | None = None  # real tokens per row, on the host: read once, not by every layer
         if mask is not None:
             end = int(arguments["kv_length"]) + int(arguments.get("kv_offset", 0))
             new = mask[:, end - length : end].bool()
@@ -61,12 +61,12 @@ class MaskRequest:
             self._check_documents(self.documents)
 
     def verify(self) -> None:
-        """Raise unless the mask is causal, but for padding and a window: nothing else would have an effect here.
+        """Raise unless the mask is causal, apart from padding and a window: anything else would be ignored here.
 
-        Bidirectional blocks of image tokens, prefixes and the like are known only in the call.
+        Bidirectional blocks of image tokens, prefixes and the like are known only during the call.
         """
         if self.documents is not None or self.arguments.get("allow_is_causal_skip", True) or self._causal:
-            return  # documents of a packed row are kept apart
+            return  # documents of a packed row are separated
         mask = self.build("sdpa")
         if mask is None:
             return
@@ -78,8 +78,8 @@ class MaskRequest:
         wrong = mask & ~causal if self.arguments.get("local_size") else mask ^ expected
         if (wrong & queries).any():
             raise LolcatsError(
-                "This call asks for attention that is not causal (bidirectional image tokens, a prefix): a "
-                "linearized layer cannot compute that."
+                "This call needs attention that is not causal (bidirectional image tokens, a prefix), which a "
+                "linearized layer cannot compute."
             )
         self._causal = True
 
@@ -90,7 +90,7 @@ class MaskRequest:
         return self._built[implementation]
 
     def _check_documents(self, documents: Documents) -> None:
-        """LolcatsError unless the family's own mask keeps the first two documents of a packed row apart."""
+        """Raise LolcatsError unless the family's own mask separates the first two documents of a packed row."""
         row, first = next((row, lengths[0]) for row, lengths in enumerate(documents.lengths) if len(lengths) > 1)
         place = [torch.tensor(x, device=documents.device) for x in (row, 0, first, first - 1)]
         if bool(self.arguments["mask_function"](*place)):
@@ -101,7 +101,7 @@ class MaskRequest:
 
 
 class SlicedMask(MaskRequest):
-    """The mask of some queries: Gemma 4 drops the others before its last layers, which share keys and stay softmax."""
+    """The mask for some queries: Gemma 4 drops the others before its last layers, which share keys and stay softmax."""
 
     def __init__(self, whole: MaskRequest, index: Any) -> None:
         super().__init__({**whole.arguments, "allow_is_causal_skip": False})
@@ -111,7 +111,7 @@ class SlicedMask(MaskRequest):
         return super().build(implementation)[self.index]
 
     def verify(self) -> None:
-        raise LolcatsError("This model drops queries in front of a linearized layer, whose state needs them all.")
+        raise LolcatsError("This model drops queries before a linearized layer, whose state needs all of them.")
 
 
 def mask_function(**arguments: Any) -> MaskRequest:
@@ -125,8 +125,8 @@ def attention_function(
     layer = getattr(module, "lolcats", None)
     if layer is None:
         raise LolcatsError(
-            f"{type(module).__name__} was not called when this model was converted (cross-attention to images?): a "
-            "linearized model is its text decoder alone."
+            f"{type(module).__name__} was not called when this model was converted (cross-attention to images?): only "
+            "the text decoder of a model is linearized."
         )
     if isinstance(layer, KeptAttention) or layer.mode == "teacher":
         return softmax_attention(module, query, key, value, attention_mask, **kwargs)
@@ -134,7 +134,7 @@ def attention_function(
     scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     padding, documents = _padding(attention_mask), _documents_of(attention_mask)
-    if padding is not None and padding.device != query.device:  # this layer is on another GPU than the first
+    if padding is not None and padding.device != query.device:  # this layer is on another GPU
         padding = padding.to(query.device)
     if layer.mode == "transfer":
         with torch.no_grad():
@@ -161,8 +161,8 @@ def softmax_attention(
     if isinstance(mask, MaskRequest):
         if key.shape[2] != mask.arguments["kv_length"]:
             raise LolcatsError(
-                f"{type(module).__name__} attends to other keys than those of the tokens (compressed ones, say), "
-                "which it can do under its own attention implementation only: this model cannot be converted."
+                f"{type(module).__name__} attends to keys other than those of the tokens (compressed ones, for "
+                "example), which works only with its own attention implementation: this model cannot be converted."
             )
         mask = mask.build(implementation)
     if isinstance(mask, Tensor) and mask.device != query.device:
@@ -185,7 +185,7 @@ def _padding(mask: Any) -> Tensor | None:
 
 
 def _documents_of(mask: Any) -> Documents | None:
-    """Those of the call that the mask was asked for in: with gradient checkpointing, the call is over by now."""
+    """The documents of the call that asked for the mask, which with gradient checkpointing has already ended."""
     if isinstance(mask, MaskRequest):
         return mask.documents
     if _packed.get() is not None:  # the family asks for no mask
@@ -197,7 +197,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
     """A cache layer of fixed size: holds an :class:`AttentionState` instead of all keys and values.
 
     ``update`` returns the new keys and values as they are; the keys carry a reference to this layer, through which the
-    attention function finds and moves the state.
+    attention function finds and updates the state.
     """
 
     is_sliding = False
@@ -214,16 +214,16 @@ class LinearizedCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if self.pending:
-            raise RuntimeError("The keys of the last call never reached the attention function: family not supported.")
+            raise RuntimeError("The keys of the last call never reached the attention function: unsupported family.")
         self.is_initialized = self.pending = True
         self.length += key_states.shape[2]
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]  # for who looks: none are kept here
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]  # for callers: none are kept
         key_states = key_states.view_as(key_states)
         key_states.lolcats_cache = self  # type: ignore[attr-defined]
         return key_states, value_states
 
     def take(self, layer: LinearizedAttention, k: Tensor, v: Tensor) -> AttentionState:
-        """The state before the keys just handed to ``update``."""
+        """The state before the keys that were just passed to ``update``."""
         self.pending = False
         return layer.empty_state(k, v) if self.state is None else self.state
 
@@ -257,8 +257,8 @@ class LinearizedCacheLayer(CacheLayerMixin):
 
     def crop(self, *_: Any) -> None:
         raise LolcatsError(
-            "Tokens cannot be taken back out of a linear-attention state, so assisted and contrastive decoding do not "
-            "work with a linearized model. Use greedy decoding, sampling or beam search."
+            "Tokens cannot be removed from a linear-attention state, so assisted and contrastive decoding do not work "
+            "with a linearized model. Use greedy decoding, sampling or beam search."
         )
 
     def offload(self) -> None:
@@ -269,7 +269,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
 
 
 class MixedCacheLayer(LinearizedCacheLayer, LinearAttentionAndFullAttentionLayer):
-    """The same for a layer that has attention and a convolution or recurrence side by side (Falcon-H1, Zamba 2)."""
+    """The same for a layer with attention and a convolution or recurrence side by side (Falcon-H1, Zamba 2)."""
 
     def __init__(self, number_of_states: int = 1) -> None:
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
@@ -288,9 +288,9 @@ class MixedCacheLayer(LinearizedCacheLayer, LinearAttentionAndFullAttentionLayer
 
 
 def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of the decoder: whatever empty cache is about to be filled gets our layers.
+    """Forward pre-hook of the decoder: put our layers into any cache that is still empty.
 
-    forward, generate, pipeline and lm-eval all pass here, so none of them can end up with a growing cache.
+    forward, generate, pipeline and lm-eval all come through here, so none of them can end up with a growing cache.
     """
     config = decoder.config.get_text_config(decoder=True)
     implementation = config._attn_implementation
@@ -331,7 +331,7 @@ def _parameters(decoder: Any) -> list[str]:
 
 
 def _positions(call: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
-    """Positions counted from each row's first real token, where the caller gave a padding mask but no positions.
+    """Positions counted from each row's first real token, if the caller passed a padding mask but no positions.
 
     Softmax with RoPE only sees differences of positions; feature maps see the positions themselves.
     """
@@ -345,17 +345,17 @@ def _positions(call: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
 
 
 def install_cache(cache: Any, layers: dict[int, LinearizedAttention]) -> None:
-    """Put our layers into an empty ``DynamicCache`` in place; leave one that already has them alone."""
+    """Put our layers into an empty ``DynamicCache`` in place; one that already has them is left unchanged."""
     if not isinstance(cache, DynamicCache):
         raise LolcatsError(
             f"A linearized model keeps a state of fixed size and cannot use a {type(cache).__name__}: "
-            "do not set cache_implementation, or pass no cache at all."
+            "do not set cache_implementation or pass such a cache."
         )
     have = [i for i in layers if i < len(cache.layers) and isinstance(cache.layers[i], LinearizedCacheLayer)]
     if len(have) == len(layers):
         return
     if cache.get_seq_length() > 0:
-        raise LolcatsError("This cache holds keys of another model; pass an empty one, or none.")
+        raise LolcatsError("This cache holds keys of another model: pass an empty cache, or none.")
     template = cache.layer_class_to_replicate
     while len(cache.layers) <= max(layers):
         cache.layers.append(template())  # type: ignore[misc]
@@ -365,7 +365,7 @@ def install_cache(cache: Any, layers: dict[int, LinearizedAttention]) -> None:
 
 
 def _documents(call: dict[str, Any]) -> Documents | None:
-    """Positions that do not go on by one inside a row mean packed documents, to transformers and to us."""
+    """The packed documents, if any: as in transformers, positions that do not increase by one mark another document."""
     positions, mask = call.get("position_ids"), call.get("attention_mask")
     ids = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
     if positions is None or positions.ndim != 2 or positions.shape[1] < 2 or ids is None:
@@ -377,21 +377,21 @@ def _documents(call: dict[str, Any]) -> Documents | None:
         return None
     if mask is None:
         return Documents.of(numbers)
-    if not isinstance(mask, Tensor):  # made by the model around this one, whose call was looked at before
+    if not isinstance(mask, Tensor):  # made by the outer model, whose call was already checked
         return _packed.get()
     if mask.ndim == 2 and mask.shape == numbers.shape:
         real = mask[:, 1:].bool() & mask[:, :-1].bool()
         if ((numbers[:, 1:] != numbers[:, :-1]) & real).any():
-            raise LolcatsError("Packed rows (position_ids that start again) take no attention_mask.")
+            raise LolcatsError("Packed rows (position_ids that restart) do not support an attention_mask.")
     return None
 
 
 def _check_packed(call: dict[str, Any], implementations: set[str]) -> None:
-    """What packed documents cannot be combined with: here, or in transformers' own masks."""
+    """Raise LolcatsError for what packed documents cannot be combined with, here or in transformers' own masks."""
     if call.get("past_key_values") is not None or call.get("use_cache"):
         raise LolcatsError(
-            "Packed rows (position_ids that start again) have no cache: a state belongs to one sequence. Pass "
-            "use_cache=False, or give each document a row of its own."
+            "Packed rows (position_ids that restart) do not support a cache: a state belongs to one sequence. Pass "
+            "use_cache=False, or give each document its own row."
         )
     if flash := [name for name in implementations if "flash" in name]:
         raise LolcatsError(

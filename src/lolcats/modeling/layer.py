@@ -1,4 +1,4 @@
-"""What hangs on each attention module of a converted model, under the name ``lolcats``.
+"""The modules added to each attention module of a converted model, under the name ``lolcats``.
 
 Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F features.
 """
@@ -37,10 +37,10 @@ Mode = Literal["student", "teacher", "transfer"]
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of a layer's attention in transfer mode, everything detached: what stage 1 learns from.
+    """One call of a layer's attention in transfer mode, with detached tensors: what stage 1 learns from.
 
     q: (B, H, T, D); k, v: (B, G, T, D); target: (B, T, H, D), the softmax output; padding: (B, T) bool or None.
-    Where feature maps see q and k without RoPE, these have 2D channels (``AttentionSpec.rotated``).
+    If feature maps see q and k without RoPE, these have 2D channels (``AttentionSpec.rotated``).
     """
 
     q: Tensor
@@ -51,10 +51,10 @@ class AttentionCall:
     softcap: float | None
     padding: Tensor | None
     documents: Documents | None = None
-    """Of rows that hold several sequences."""
+    """Set if rows hold several sequences."""
 
     def rows(self, chosen: Sequence[int]) -> AttentionCall:
-        """The call with some of its rows alone."""
+        """The call with only the ``chosen`` rows."""
         index = torch.tensor(chosen, device=self.q.device)
         q, k, v, target = (x.index_select(0, index) for x in (self.q, self.k, self.v, self.target))
         padding = None if self.padding is None else self.padding.index_select(0, index)
@@ -85,7 +85,7 @@ class KeptAttention(nn.Module):
 
 
 def layer_spec(config: AttentionConfig, kind: Any) -> AttentionSpec:
-    """The attention of a layer of kind ``kind``, which is not ``softmax``."""
+    """The attention spec of a layer of kind ``kind``, which must not be ``softmax``."""
     unrotated = config.feature_inputs == "unrotated"
     return AttentionSpec(
         kind, config.window, config.window_size, config.sinks, config.decay, config.normalizer, unrotated
@@ -94,20 +94,20 @@ def layer_spec(config: AttentionConfig, kind: Any) -> AttentionSpec:
 
 class LinearizedAttention(nn.Module):
     """The extra parameters of one linearized layer: feature maps φ_q, φ_k and the gate g (γ = sigmoid(g)), in fp32.
-    With ``attention.normalizer=group_norm`` also the norm's.
+    With ``attention.normalizer=group_norm``, also those of the norm.
 
     ``mode`` says what the layer outputs: ``student`` (hybrid attention), ``teacher`` (the base model's softmax
-    attention) or ``transfer`` (softmax, while ``observer`` is handed both outputs: stage 1).
+    attention) or ``transfer`` (softmax, while ``observer`` receives each call: stage 1).
     """
 
     def __init__(self, geometry: Geometry, config: AttentionConfig, spec: AttentionSpec, implementation: str) -> None:
         super().__init__()
         self.geometry, self.spec, self.base_implementation = geometry, spec, implementation
         self.mode: Mode = "student"
-        self.ranks = 1  # that share the heads, in tensor parallel
+        self.ranks = 1  # ranks that share the heads in tensor parallelism
         self.observer: Observer | None = None
         self.rotation: tuple[Tensor, Tensor] | None = None
-        """RoPE's cos and sin (B or 1, T, channels) of the call at hand, where the spec is unrotated."""
+        """RoPE's cos and sin (B or 1, T, channels) of the current call, if the spec is unrotated."""
         groups = geometry.heads // geometry.kv_heads
         self.maps = geometry.kv_heads if config.key_maps == "per_kv_head" else geometry.heads
         self.phi_q = FeatureMap(config.feature_map, geometry.heads, geometry.head_dim, config.feature_dim)
@@ -124,14 +124,14 @@ class LinearizedAttention(nn.Module):
         self.norm = HeadNorm(geometry.heads, geometry.value_dim) if normed else None
 
     def split_heads(self, ranks: int) -> None:
-        """Become one of ``ranks`` that each have some of the heads; the caller splits the parameters."""
+        """Become one of ``ranks`` that each hold some of the heads; the caller splits the parameters."""
         if self.geometry.kv_heads % ranks:
             raise LolcatsError(
                 f"Layer {self.geometry.layer} has {self.geometry.kv_heads} key/value heads, which {ranks} ranks cannot "
                 "share equally: use a number of ranks that divides it."
             )
         if self.spec.decays:
-            raise LolcatsError("attention.decay is one of all heads together: tensor parallel cannot split it.")
+            raise LolcatsError("attention.decay depends on all heads, so tensor parallelism cannot split it.")
         self.ranks, self.maps = ranks, self.maps // ranks
         self.phi_q.heads //= ranks
         self.phi_k.heads //= ranks
@@ -145,13 +145,13 @@ class LinearizedAttention(nn.Module):
                 padding: Tensor | None = None, documents: Documents | None = None) -> Tensor:  # fmt: skip
         """Outputs (B, H, T, D) for whole sequences, bf16 from the kernels for bf16 inputs, else fp32.
 
-        The kernels keep q, k, v, the output and one number a query for backward; the chunked path keeps q, k, v and
-        recomputes, since through the whole model (stage 2) its intermediates are many times that.
+        For backward, the kernels keep q, k, v, the output and a few numbers per query. The chunked path keeps q, k, v
+        and recomputes the rest, since its intermediates in a whole model (stage 2) are many times larger.
 
         Args:
             q: (B, H, T, D); k, v: (B, G, T, D), any float dtype.
-            padding: (B, T) bool, False where padded.
-            documents: rows are several sequences one behind the other, none padded.
+            padding: (B, T) bool, False for padding.
+            documents: the sequences packed into each row, without padding.
         """
         if documents is not None:
             if uses_kernels(q, self.spec):
@@ -168,7 +168,7 @@ class LinearizedAttention(nn.Module):
         return self._chunked(q, k, v, scale, softcap)
 
     def _chunked(self, *args: Any) -> Tensor:
-        with use_backend("chunked"):  # also when backward, outside of any block that chose it, comes here again
+        with use_backend("chunked"):  # also for recomputation in backward, outside the block that chose it
             return self._whole(*args)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None,
@@ -177,7 +177,7 @@ class LinearizedAttention(nn.Module):
         return self._normed(attention(q, k, v, *common, documents=documents)[0])
 
     def _normed(self, y: Tensor, padding: Tensor | None = None) -> Tensor:
-        """(B, H, T, D) outputs, through the norm where one takes the denominator's place; 0 for padding."""
+        """Outputs (B, H, T, D), normalized if a norm replaces the denominator; 0 for padding."""
         if self.norm is None or self.spec.divides:
             return y
         y = self.norm(y)
@@ -187,7 +187,7 @@ class LinearizedAttention(nn.Module):
         self, state: AttentionState, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
         padding: Tensor | None = None, counts: Sequence[int] | None = None,
     ) -> tuple[Tensor, AttentionState]:  # fmt: skip
-        """Outputs (B, H, T, D) for T new tokens behind ``state``, and the state after them (see :func:`extend`)."""
+        """Outputs (B, H, T, D) for T new tokens after ``state``, and the state after them (see :func:`extend`)."""
         common = (self.phi_q, self.phi_k, self.gamma, self.spec, scale, softcap)
         if q.shape[2] == 1 and padding is None:
             y, state = step(state, q, k, v, *common)
@@ -199,7 +199,7 @@ class LinearizedAttention(nn.Module):
         return AttentionState.empty(k, v, self.maps, self.phi_k.num_features, self.spec, dtype)
 
     def weights(self, q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-        """(B, H, T, T) attention weights, quadratic: for pictures. Rows sum to 1, in every variant."""
+        """(B, H, T, T) attention weights, for plots; quadratic in T. Rows sum to 1 in every variant."""
         features, spec = (self.phi_q(q), self.phi_k(k)), self.spec
         return attention_weights(spec.rotated(q), spec.rotated(k), *features, self.gamma, spec, scale, softcap)
 
@@ -220,10 +220,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 @contextmanager
 def override(model: nn.Module, mode: Mode | None = None, observer: Observer | None = None,
              **spec: Any) -> Iterator[None]:  # fmt: skip
-    """For the block's duration, change the mode or fields of the spec in every linearized layer.
+    """Change the mode or fields of the spec in every linearized layer for the duration of the block.
 
-    ``override(model, mode="teacher")`` is the base model (with the LoRA it may carry); ``override(model,
-    kind="window", sinks=0)`` is its window alone; ``kind="remote"`` its linear term alone.
+    ``override(model, mode="teacher")`` is the base model (with its LoRA, if any); ``override(model, kind="window",
+    sinks=0)`` is only its window; ``kind="remote"`` only its linear term.
     """
     layers = linearized_layers(model)
     before = [(layer.mode, layer.observer, layer.spec) for layer in layers]

@@ -1,4 +1,4 @@
-"""liger-kernel's fused norms, gated MLPs and rotary embeddings under a model while it trains or generates."""
+"""Run a model with liger-kernel's fused norms, gated MLPs and rotary embeddings while it trains or generates."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.convert import decoder
 from lolcats.modeling.loss import has_liger
 
-LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # parts of a patch that we leave out: the loss is ours
+LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # parts of a patch that we leave out: we have our own loss
 
 
 @contextmanager
 def fused_layers(model: PreTrainedModel, wanted: bool, device: torch.device | None = None) -> Iterator[None]:
-    """For the block's duration, the layers that liger-kernel has for the family of a converted ``model`` run fused.
+    """Inside the block, a converted ``model`` runs the fused layers that liger-kernel has for its family.
 
-    Nothing happens unless ``wanted``, the model is on CUDA, and liger-kernel is installed (the extra ``gpu``) and knows
-    the family. Behind the block model and family are as they were.
+    Does nothing unless ``wanted``, the model is on CUDA, and liger-kernel is installed (the extra ``gpu``) and knows
+    the family. After the block, model and family are restored.
 
-    ``device``: where the model's layers compute, if their weights are not there all the time.
+    ``device``: where the model's layers compute, if their weights are not always there.
     """
     with ExitStack() as undo:
         if wanted and (device or model.device).type == "cuda" and has_liger():
@@ -41,7 +41,7 @@ def _patch(model: PreTrainedModel, undo: ExitStack) -> None:
     family = getattr(model.config, "base_model_type", model.config.model_type)
     if family not in PATCHES:
         return
-    # Liger changes attributes of the model's modules, and names in the family's file: RoPE is a function there.
+    # Liger changes attributes of the model's modules and names in the family's file, where RoPE is a function.
     files = [vars(sys.modules[cls.__module__]) for cls in type(model).__mro__ if ".models." in cls.__module__]
     places = [vars(module) for module in decoder(model).modules()] + files
     before = [dict(place) for place in places]
@@ -50,7 +50,7 @@ def _patch(model: PreTrainedModel, undo: ExitStack) -> None:
         PATCHES[family](model=model, **left_out)
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         raise LolcatsError(
-            f"liger-kernel does not fit this {family} model ({error}). Do without it: --set transfer.liger=off "
+            f"liger-kernel cannot patch this {family} model ({error}). Turn it off: --set transfer.liger=off "
             "--set finetune.liger=off."
         ) from error
     finally:
@@ -61,7 +61,7 @@ def _patch(model: PreTrainedModel, undo: ExitStack) -> None:
 
 
 def _spare_others(file: dict[str, Any], old: dict[str, Any]) -> None:
-    """Leave other models of the family as they are: its file makes plain layers, its functions go by the device."""
+    """Leave other models of the family as they are: restore its classes, and let its functions choose by device."""
     for name in [name for name in old if file[name] is not old[name]]:
         plain, fused = old[name], file[name]
         file[name] = plain if isinstance(plain, type) else _by_device(fused, plain)

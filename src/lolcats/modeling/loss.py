@@ -1,4 +1,4 @@
-"""Losses that keep no second tensor of their input's size: next-token cross-entropy and mean squared error.
+"""Losses that do not keep a second tensor of their input's size: next-token cross-entropy, mean squared error.
 
 Shapes: B batch, T tokens, V vocabulary, E hidden size.
 """
@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 
 from lolcats.modeling.convert import decoder
 
-TOKENS = 512  # logits turned into fp32 log-probabilities at a time: with 128k words, 256 MB
-PIECE = 1024  # tokens whose logits exist at a time where the loss computes them itself
+TOKENS = 512  # tokens whose logits become fp32 log-probabilities at a time: 256 MB at 128k words
+PIECE = 1024  # tokens whose logits are in memory at a time, if the loss computes them itself
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, positions: Tensor | None = None) -> Tensor:
     """Mean −log p(ids[:, n+1] | ids[:, ≤n]) in fp32; logits (B, T, V) in any float dtype, ids (B, T) int64.
 
-    positions: (B, T), 0 where another document begins: nothing predicts its first token.
+    positions: (B, T), 0 where another document begins; its first token is not predicted.
     """
     targets = _targets(ids, positions)
     parts = zip(logits.flatten(0, 1).split(TOKENS), targets.split(TOKENS), strict=True)
@@ -40,7 +40,7 @@ def _summed(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _targets(ids: Tensor, positions: Tensor | None = None) -> Tensor:
-    """(B, T) -> (B · T,): the next token of each, −100 behind the last of a row or document."""
+    """(B, T) -> (B · T,): the next token of each, −100 after the last of a row or document."""
     if positions is not None:
         ids = ids.masked_fill(positions == 0, -100)
     return pad(ids[:, 1:], (0, 1), value=-100).flatten()
@@ -59,23 +59,24 @@ class Head:
         return self.shape(self.module(hidden).float())
 
     def shape(self, logits: Tensor) -> Tensor:
-        """What the family does to the module's output."""
+        """Scale and cap the module's output as the family does."""
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 @torch.no_grad()
 def find_head(model: PreTrainedModel) -> Head | None:
-    """The head of ``model``, read from a real call rather than from attributes, which families name as they like.
+    """The head of ``model``, read from a real call, since families differ in the names of their attributes.
 
-    In that call the head's module answers with known numbers, and what the family makes of them shows scale and cap.
-    None where that is not the form of :class:`Head`, or where the module is not given the decoder's output as it is.
+    In that call the head's module returns known numbers, and the logits that the family makes of them show scale and
+    cap. None if they do not have the form of :class:`Head`, or if the module does not receive the decoder's output
+    unchanged.
     """
     module, given, answers = model.get_output_embeddings(), [], []
 
     def answer(_: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor:
         numbers = torch.linspace(-100, 100, logits.shape[-1], device=logits.device)
-        numbers[0], numbers[1] = 1e4, 1e-2  # far beyond any cap, and where a cap does nothing yet
+        numbers[0], numbers[1] = 1e4, 1e-2  # far above any cap, and far below it
         given.append(inputs[0])
         answers.append(numbers.expand(logits.shape))
         return answers[-1]
@@ -91,7 +92,7 @@ def find_head(model: PreTrainedModel) -> Head | None:
         model.train(training)
     if len(given) != 1 or given[0].shape != hidden.shape or logits.shape != answers[0].shape:
         return None
-    if not torch.isfinite(hidden).all():  # a broken model: its loss will say so
+    if not torch.isfinite(hidden).all():  # a broken model: its loss will show it
         return None
     high, low = logits[0, 0, 0].item(), logits[0, 0, 1].item()
     capped = abs(high - 1e6 * low) > 1e-3 * abs(high)
@@ -107,9 +108,9 @@ def language_model_loss(
     """:func:`next_token_loss` of the model on ids (B, T) without the logits of the whole batch.
 
     Args:
-        head: of :func:`find_head`; None: the family's own forward, whose logits are all there at once.
+        head: from :func:`find_head`; None: use the family's own forward, which computes all logits at once.
         liger: on CUDA, use liger-kernel's fused head and loss if it is installed (the extra ``gpu``).
-        positions: (B, T), which start again at 0 where another document begins; None: rows are one sequence each.
+        positions: (B, T), which restart at 0 with each document; None: each row is one sequence.
     """
     call = {"input_ids": ids, "use_cache": False} | ({} if positions is None else {"position_ids": positions})
     if head is None:
@@ -131,7 +132,7 @@ def language_model_loss(
 
 @contextmanager
 def gathered(module: Any) -> Iterator[None]:
-    """The weights of an output layer that FSDP2 shards are gathered while they are used without calling it."""
+    """Gather the weights of an output layer that FSDP2 shards, while they are used without calling it."""
     if hasattr(module, "unshard"):
         module.unshard()
     yield
@@ -172,7 +173,7 @@ def mean_squared_error(y: Tensor, target: Tensor, mask: Tensor | None = None) ->
 
 
 class _MeanSquaredError(torch.autograd.Function):
-    """Keeps the error alone, in the operands' dtype: three passes over it in all, where autograd's own take ten."""
+    """Keeps only the error, in the operands' dtype, and takes three passes over it where autograd takes ten."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""A converted model over several devices: tensor parallel, or layers on different ones (``device_map``).
+"""A converted model on several devices: tensor parallelism, or layers on different ones (``device_map``).
 
-Feature maps and gates are per head, so tensor parallel cuts them along their first dimension with the heads. They are
-0.2 % of the parameters: where layers are offloaded to host memory or disk, they stay on the device that computes.
+Feature maps and gates are per head, so tensor parallelism splits them with the heads, along their first dimension. They
+are only 0.2 % of the parameters: if layers are offloaded to host memory or disk, they stay on the compute device.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lolcats.modeling.layer import LinearizedAttention, linearized_layers
 
 STYLE = "lolcats_heads"
 COLUMNS = "colwise"  # the style of projections whose outputs, and so heads, are split over the ranks
-ROWS = "rowwise"  # of those whose inputs are, and whose outputs are summed
+ROWS = "rowwise"  # the style of those whose inputs are split and outputs summed
 
 
 class HeadsParallel(styles.TensorParallelLayer):  # type: ignore[misc]
-    """transformers' style for :class:`LinearizedAttention` and its feature maps: each rank keeps its heads'."""
+    """transformers' style for :class:`LinearizedAttention` and its feature maps: each rank keeps those of its heads."""
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         whole = module._parameters[param]
@@ -46,7 +46,7 @@ styles.ALL_PARALLEL_STYLES.register(STYLE, HeadsParallel())
 
 
 def add_plan(model: PreTrainedModel, record: dict[str, Any]) -> None:
-    """Put the modules that ``record`` lists into the model's tensor-parallel plan, where that splits its heads."""
+    """Add the modules that ``record`` lists to the model's tensor-parallel plan, for layers whose heads it splits."""
     plan = dict(model._tp_plan or {})
     for entry in record["layers"]:
         name = styles.replace_layer_number_by_wildcard(entry["name"])
@@ -57,9 +57,9 @@ def add_plan(model: PreTrainedModel, record: dict[str, Any]) -> None:
 
 
 def tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
-    """Split a converted model over the ranks of ``mesh``, in place; every rank has the same whole model before.
+    """Split a converted model over the ranks of ``mesh``, in place; every rank must hold the same whole model before.
 
-    Parameters may be on the meta device (and are filled by the caller). ``from_pretrained(DIR, tp_plan="auto")`` reads
+    Parameters may be on the meta device, to be filled by the caller. ``from_pretrained(DIR, tp_plan="auto")`` reads
     each rank's part of a merged model instead.
     """
     if not model._tp_plan:
@@ -72,10 +72,10 @@ def tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel
 
 
 def settle(model: PreTrainedModel) -> PreTrainedModel:
-    """Make feature maps and gates plain tensors on the device that computes with them, whatever loading made of them.
+    """Turn feature maps and gates into plain tensors on the device that computes with them, after any loading.
 
-    Their parts on this rank, where tensor parallel split them; whole where accelerate's hooks would fetch them only for
-    a module's ``forward``, which the kernels do not call.
+    With tensor parallelism these are this rank's parts. With accelerate's hooks they are whole, since the hooks would
+    fetch them only for a module's ``forward``, which the kernels do not call.
     """
     for layer in linearized_layers(model):
         for module in layer.modules():
@@ -95,8 +95,11 @@ def settle(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _plain_inference(model: PreTrainedModel) -> None:
-    """Let split linear layers compute with this rank's part alone where no gradient is asked for: transformers' wrapper
-    looks every parameter up and swaps it at every call, which took the host a fifth of a decode step."""
+    """Without gradients, let split linear layers compute directly with this rank's part.
+
+    transformers' wrapper looks up and swaps every parameter at every call, which took the host a fifth of a decode
+    step.
+    """
     for name, module in model.named_modules():
         style = (model._tp_plan or {}).get(styles.replace_layer_number_by_wildcard(name))
         if type(module) is nn.Linear and style in (COLUMNS, ROWS) and isinstance(module.weight, DTensor):
@@ -105,7 +108,7 @@ def _plain_inference(model: PreTrainedModel) -> None:
 
 
 def _split_linear(module: nn.Linear, wrapped: Any, group: dist.ProcessGroup | None, x: Tensor) -> Tensor:
-    """``wrapped``: transformers' forward, for gradients; ``group``: over which outputs are summed."""
+    """``wrapped``: transformers' forward, for gradients; ``group``: ranks over which outputs are summed."""
     if torch.is_grad_enabled() or isinstance(x, DTensor):
         return wrapped(x)
     weight, bias = (p.to_local() if isinstance(p, DTensor) else p for p in (module.weight, module.bias))

@@ -1,5 +1,5 @@
-"""What a family does with its attention, read from one real call instead of from attributes, which families name
-(or omit) as they like."""
+"""What a family does with its attention, read from one real call, since families name (or omit) attributes as they
+like."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PROBE = "lolcats_probe"
 
 @dataclass
 class ProbedLayer:
-    """One attention module as a real call showed it."""
+    """One attention module, as a real call shows it."""
 
     name: str
     module: nn.Module
     geometry: Geometry
     sliding_window: int | None
-    """How many keys its mask lets a query see, where it limits them (a sliding window, or chunks)."""
+    """Maximum number of keys that its mask lets a query see, if limited (a sliding window, or chunks)."""
     obstacle: str | None
     """Why this layer cannot be linearized; None if it can."""
     keepable: bool
@@ -36,7 +36,7 @@ class ProbedLayer:
 
 
 class _Mask:
-    """Stands for the family's mask. A family that computes with it does more than the attention function is told."""
+    """Stands for the family's mask. A family that computes with it does more than the attention function can see."""
 
     def __init__(self, **arguments: Any) -> None:
         index = torch.arange(2, device="cpu")
@@ -61,7 +61,7 @@ class _Mask:
 
 
 class _Cache(DynamicCache):
-    """Marks the keys of each layer, so that the attention function sees whose they are; keeps none."""
+    """Marks the keys of each layer, so that the attention function knows their layer; keeps none."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         key_states = key_states.view_as(key_states)
@@ -76,7 +76,7 @@ class _Call:
     layer: int | None
     """Index under which the call's keys went into the cache."""
     added: int
-    """Keys that are no token's: there are more of them than queries."""
+    """Number of keys beyond those of the tokens."""
     mask: Any
     keywords: dict[str, Any]
 
@@ -86,7 +86,7 @@ def probe(model: PreTrainedModel) -> list[ProbedLayer]:
     """Run two tokens through the model and record every call of the attention interface, in order of layers.
 
     Raises:
-        LolcatsError: the model does not leave its attention to transformers' attention interface.
+        LolcatsError: if the model does not leave its attention to transformers' attention interface.
     """
     calls: list[_Call] = []
 
@@ -107,7 +107,7 @@ def probe(model: PreTrainedModel) -> list[ProbedLayer]:
     with _implementation(model, PROBE):
         try:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
-        except Exception as error:  # a family that computes attention itself may stumble over what it gets in any way
+        except Exception as error:  # a family that computes attention itself may fail in any way
             failure = error
     if failure or not calls:
         raise LolcatsError(_unfollowed(model, failure)) from failure
@@ -175,7 +175,7 @@ def _obstacle(call: _Call, repeated: bool, shared: bool) -> str | None:
     if unknown in SPARSE:
         return f"attends to keys that an indexer picks ({unknown}: sparse attention)"
     if unknown is not None:
-        return OBSTACLES.get(unknown, f"passes {unknown!r} to its attention, of which nothing is known here")
+        return OBSTACLES.get(unknown, f"passes {unknown!r} to its attention, a keyword that lolcats does not know")
     if getattr(call.module, "is_causal", True) is False or call.keywords.get("is_causal") is False:
         return "attends in both directions (an encoder): linear attention here is causal"
     if geometry.head_dim != geometry.value_dim:

@@ -1,7 +1,7 @@
-"""Queries and keys as they were in front of RoPE, for feature maps that know no positions.
+"""Queries and keys before RoPE, for feature maps that do not depend on positions.
 
-Families rotate before the attention interface is called. What they rotated by reaches their attention modules as
-``position_embeddings``; rotating by the negative angle, with their own function, takes it out again.
+Families rotate before they call the attention interface. Their attention modules receive the cosines and sines as
+``position_embeddings``; rotating by the negative angle, with the family's own function, undoes RoPE.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
 
 SHIFT = 7  # positions by which the check moves its tokens
-SAME = 0.05  # by which, in 16 bits, q and k without RoPE may differ between positions
+SAME = 0.05  # relative difference of q and k without RoPE between positions that 16 bits may cause
 
 
 def keep_rotation(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an attention module: what this call is rotated by."""
+    """Forward pre-hook of an attention module: store the cosines and sines of this call."""
     module.lolcats.rotation = kwargs.get("position_embeddings")
 
 
 def as_attended(module: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """q (B, H, T, D) and k (B, G, T, D) as the layer of ``module`` takes them: as they are, or (..., 2D) with what they
-    were in front of RoPE behind them. RoPE that turns some channels turns the first ones.
+    """q (B, H, T, D) and k (B, G, T, D) as the layer of ``module`` takes them: unchanged, or (..., 2D) with their
+    values before RoPE appended. Partial RoPE rotates the first channels.
 
     Raises:
-        LolcatsError: the family does not rotate, or not by cosines and sines that its attention modules are given.
+        LolcatsError: if the family does not rotate by cosines and sines that its attention modules receive.
     """
     layer = module.lolcats
     if not layer.spec.unrotated:
@@ -50,7 +50,7 @@ def as_attended(module: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(family: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """A family's own function, of q and k (B, heads, T, D), cosines and sines (B, T, D)."""
+    """A family's own RoPE function of q and k (B, heads, T, D), cosines and sines (B, T, D); None if it has none."""
     rotate: Any = getattr(family, "apply_rotary_pos_emb", None)
     if rotate is None or list(inspect.signature(rotate).parameters)[:2] == ["q", "k"]:
         return rotate  # type: ignore[no-any-return]
@@ -59,8 +59,8 @@ def _rotate(family: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Ten
 
 @torch.enable_grad()
 def check_rotates(model: Any) -> None:
-    """LolcatsError unless every layer's output depends on the cosines that it is given: some families rotate in some
-    layers alone. Needs no weights, and knows nothing of what happens to q and k behind RoPE."""
+    """Raise LolcatsError unless every layer's output depends on the cosines it receives: some families rotate only in
+    some layers. Needs no weights, and cannot see what happens to q and k after RoPE."""
     given: dict[Any, Tensor] = {}
 
     def give(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -81,7 +81,7 @@ def check_rotates(model: Any) -> None:
     hooks = [module.register_forward_pre_hook(give, with_kwargs=True) for module in modules]
     hooks += [module.register_forward_hook(look) for module in modules]
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # without, positions are looked at
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # else families look at positions
     try:
         with override(model, mode="teacher"):
             model(input_ids=ids, past_key_values=cache)
@@ -92,9 +92,9 @@ def check_rotates(model: Any) -> None:
 
 @torch.no_grad()
 def check_rotation(model: Any) -> None:
-    """LolcatsError unless q and k without RoPE are found, and are the same wherever a sequence begins.
+    """Raise LolcatsError unless q and k without RoPE can be recovered and are the same wherever a sequence begins.
 
-    Attention gives 0 meanwhile, so that what goes into a layer does not depend on positions either.
+    Attention outputs are set to 0 meanwhile, so that the input of a layer does not depend on positions either.
     """
     found: list[list[Tensor]] = []
 
@@ -120,9 +120,9 @@ def check_rotation(model: Any) -> None:
 
 
 def no_rotation(owner: Any, layer: int) -> LolcatsError:
-    """What to say of ``owner``, the model or an attention module of it."""
+    """The error for ``owner``, which is the model or one of its attention modules."""
     return LolcatsError(
         f"Layer {layer} of {type(owner).__name__.removeprefix('Lolcats')} does not rotate its queries and keys by RoPE "
-        "as transformers' families do, so that feature maps cannot see them unrotated: use "
+        "as transformers' families do, so feature maps cannot see them unrotated. Use "
         "attention.feature_inputs=rotated, or keep such layers as softmax (attention.layers)."
     )

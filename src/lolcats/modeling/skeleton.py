@@ -1,7 +1,7 @@
-"""A converted model without weights, whose decoder layers come to the device a few at a time. No code per family.
+"""A converted model without weights whose decoder layers are loaded to the device a few at a time. No code per family.
 
-The family's own decoder forward runs with a stub in the place of each layer: the first is handed the embeddings, all
-of them the keywords (rotary embeddings, masks, positions) that their layer would get.
+The family's own decoder forward runs with a stub in place of each layer. The first stub receives the embeddings, and
+each one receives the keywords (rotary embeddings, masks, positions) of its layer.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ class Skeleton:
         return found[0] if found else None
 
     def bytes(self, index: int) -> int:
-        """Size of a layer's base parameters; of everything else of the decoder for index −1."""
+        """Size of a layer's base parameters; for index −1, of everything else in the decoder."""
         return sum(p.numel() * p.element_size() for p in self._wanted(index).values())
 
     def read_ahead(self, index: int) -> None:
-        """Begin to read layer ``index`` into host memory."""
+        """Start reading layer ``index`` into host memory."""
         if self.source.ahead and index not in self._coming:
             wanted = self._wanted(index)
             self._coming[index] = self._reader.submit(self.source.read, wanted, self.device)
 
     @contextmanager
     def brought(self, indices: Sequence[int]) -> Iterator[None]:
-        """For the block's duration, the base parameters and buffers of these layers are on the device."""
+        """Keep the base parameters and buffers of these layers on the device for the duration of the block."""
         placed: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for index in indices:
@@ -90,17 +90,17 @@ class Skeleton:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) token ids on the device -> what enters the first layer, (B, T, E). Inside ``brought([-1])``."""
+        """(B, T) token ids on the device -> input of the first layer, (B, T, E). Call inside ``brought([-1])``."""
         hidden, calls, _ = self._stubbed(ids)
         self._calls.setdefault((ids.shape[0], ids.shape[1]), calls)
         self.width, self.dtype = hidden.shape[-1], hidden.dtype
         return hidden
 
     def prepare(self, rows: Sequence[int], length: int) -> None:
-        """Learn the layers' keywords for batches of so many rows, and whether they depend on the tokens.
+        """Record the layers' keywords for batches of these sizes, and check that they do not depend on the tokens.
 
         Raises:
-            LolcatsError: they do.
+            LolcatsError: if they do.
         """
         missing = [n for n in rows if (n, length) not in self._calls]
         if not missing:
@@ -112,7 +112,7 @@ class Skeleton:
             _, others, _ = self._stubbed(ids + 1)
         if not all(_same(a, b) for a, b in zip(self._calls[n, length], others, strict=True)):
             raise LolcatsError(
-                f"{type(self.model).__name__} hands its layers something besides hidden states that depends on the "
+                f"{type(self.model).__name__} passes its layers an argument besides hidden states that depends on the "
                 "tokens, so they cannot be trained one by one: use transfer.order=joint."
             )
 
@@ -159,7 +159,7 @@ class Skeleton:
 
 
 class _Stub(nn.Module):
-    """Stands where a layer was, with its attributes: hands hidden states on and notes the rest of the call."""
+    """Stands in for a layer, with its attributes: passes hidden states on and records the rest of the call."""
 
     def __init__(self, layer: nn.Module, calls: list[Call], reached: list[Tensor], tuples: bool) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def build_skeleton(
     base: Base, attention: AttentionConfig, dtype: torch.dtype, device: torch.device, seed: int, trust: bool = False
 ) -> Skeleton:  # fmt: skip
     """The skeleton of a base model, with the feature maps that :func:`convert` would give the loaded one."""
-    if base.form == "gguf":  # its tensors are quantized and named otherwise: transformers reads it whole
+    if base.form == "gguf":  # its tensors are quantized and named differently: transformers reads it whole
         return _of_loaded(load_model(base, dtype, trust=trust), attention, dtype, device, seed)
     model = empty_model(AutoConfig.from_pretrained(base.path, trust_remote_code=trust), dtype, trust)
     source = shards_of(base, model.base_model_prefix)
@@ -196,8 +196,8 @@ def build_skeleton(
         size, free = sum(p.numel() * p.element_size() for p in model.parameters()), free_host_memory()
         if size > free:
             raise LolcatsError(
-                f"{error} transformers could rearrange them if the whole model were in host memory: it takes "
-                f"{size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free."
+                f"{error} transformers could rearrange them with the whole model in host memory, but it takes "
+                f"{size / 2**30:.1f} GiB, and only {free / 2**30:.1f} GiB are free."
             ) from None
         return _of_loaded(load_model(base, dtype, trust=trust), attention, dtype, device, seed)
 
@@ -228,8 +228,8 @@ def empty_model(config: Any, dtype: torch.dtype, trust: bool = False) -> PreTrai
 
 
 def convert_empty(model: PreTrainedModel, attention: AttentionConfig) -> PreTrainedModel:
-    """:func:`convert` for a model of :func:`empty_model`: probed on the meta device, or, if its family looks at values,
-    with zeros that share their memory."""
+    """:func:`convert` for a model of :func:`empty_model`: probed on the meta device or, if its family looks at values,
+    with zeros that share memory."""
     own: list[tuple[dict[str, Any], str, Tensor]] = [
         (place, name, tensor)
         for module in model.modules()
@@ -246,7 +246,7 @@ def convert_empty(model: PreTrainedModel, attention: AttentionConfig) -> PreTrai
         put(lambda t: t.to("meta") if not isinstance(t, nn.Parameter) else t)
         return convert(model, attention)
     except LolcatsError:
-        if hasattr(model.config, "lolcats"):  # refused after its probe
+        if hasattr(model.config, "lolcats"):  # refused after probing
             raise
         zeros: dict[Any, Tensor] = {}
         put(lambda t: t if t.device.type != "meta" else nn.Parameter(_zeros(t, zeros), requires_grad=False))
@@ -256,7 +256,7 @@ def convert_empty(model: PreTrainedModel, attention: AttentionConfig) -> PreTrai
 
 
 def _zeros(like: Tensor, known: dict[Any, Tensor]) -> Tensor:
-    """Zeros that cost little: one element for matrices, one tensor a shape for stacks of them (strides matter)."""
+    """Zeros that take little memory: one element per matrix, one tensor per shape for stacks (strides matter)."""
     if like.ndim < 3:
         return torch.zeros((), dtype=like.dtype).expand(like.shape)
     key = (like.shape, like.dtype)
@@ -266,14 +266,16 @@ def _zeros(like: Tensor, known: dict[Any, Tensor]) -> Tensor:
 
 
 def layers_path(model: PreTrainedModel) -> str:
-    """Name of the list of decoder layers: the one with all attention modules of the conversion below it."""
+    """Name of the list of decoder layers: the one that contains all converted attention modules."""
     names = [entry["name"] for entry in model.config.lolcats["layers"]]
     parts = names[0].split(".")
     for end in range(len(parts), 0, -1):
         path = ".".join(parts[:end])
         if isinstance(model.get_submodule(path), nn.ModuleList) and all(n.startswith(f"{path}.") for n in names):
             return path
-    raise LolcatsError(f"{type(model).__name__} keeps its layers in no list, so they cannot come one by one.")
+    raise LolcatsError(
+        f"{type(model).__name__} does not keep its layers in a list, so they cannot be loaded one by one."
+    )
 
 
 def _name(model: nn.Module, wanted: nn.Module) -> str:

@@ -22,19 +22,19 @@ READERS = 4  # threads that read tensors of one layer
 
 
 class OtherNames(LolcatsError):
-    """A checkpoint that does not name its tensors as the model does."""
+    """A checkpoint that names its tensors differently from the model."""
 
 
 class WeightSource(Protocol):
     """Gives tensors by their names in the model.
 
-    ``ahead``: worth reading in a thread before they are needed; otherwise they are made on the device itself.
+    ``ahead``: whether to read them in a thread before they are needed; otherwise they are created on the device.
     """
 
     ahead: bool
 
     def check(self, wanted: Mapping[str, Tensor]) -> None:
-        """LolcatsError, naming file and tensor, if one of these (on the meta device, by shape) cannot be had."""
+        """Raise LolcatsError, naming file and tensor, if one of these (on the meta device, by shape) is missing."""
 
     def read(self, wanted: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Tensors of these shapes and dtypes: on ``device``, or in host memory if ``ahead`` (pinned for a GPU)."""
@@ -44,7 +44,7 @@ class Shards:
     """A directory of safetensors files as transformers writes it, or its copy in the hub's cache.
 
     Args:
-        prefix: name of the decoder in the model, which names in checkpoints may have or lack.
+        prefix: name of the decoder in the model, which tensor names in checkpoints may include or omit.
     """
 
     ahead = True
@@ -71,7 +71,7 @@ class Shards:
             return dict(zip(wanted, pool.map(one, wanted), strict=True))
 
     def read_part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Indices start to stop of a tensor's dimension ``dim``; the rest of it is not read."""
+        """Read indices start to stop of a tensor's dimension ``dim``, and nothing else of it."""
         file, stored = self._find(name)
         with _readable(file), safe_open(file, framework="pt") as opened:
             return opened.get_slice(stored)[*[slice(None)] * dim, start:stop]
@@ -87,8 +87,8 @@ class Shards:
             if stored in self.files:
                 return self.directory / self.files[stored], stored
         raise OtherNames(
-            f"{self.directory}: tensor {name} is in none of its safetensors files, so layers cannot be read from them "
-            "one by one."
+            f"{self.directory}: tensor {name} is not in any of its safetensors files, so layers cannot be read from "
+            "them one by one."
         )
 
     def _shapes(self, file: Path) -> dict[str, list[int]]:
@@ -113,9 +113,9 @@ class Loaded:
 
 
 class Random:
-    """Weights drawn anew, on the device, each time they are asked for: the same for the same seed and name there.
+    """Random weights, drawn on the device at each request. On one device, seed and name determine them.
 
-    Matrices are normal with ``std``; vectors are ones (norms) or, biases, zeros.
+    Matrices are normal with ``std``; vectors are ones (norms) or zeros (biases).
     """
 
     ahead = False
@@ -139,7 +139,7 @@ class Random:
 
 
 def use_device(device: torch.device) -> None:
-    """What a thread does first: else pinned memory would be a matter of GPU 0, whichever the process has."""
+    """Set a thread's GPU: otherwise pinned memory would involve GPU 0, whichever GPU the process uses."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -154,7 +154,7 @@ def shards_of(base: Base, prefix: str) -> Shards:
             base.path, revision=None if revision == "None" else revision, allow_patterns=["*.safetensors", "*.json"]
         )
     except (OSError, ValueError) as error:
-        raise LolcatsError(f"Cannot fetch the weights of {base.path} ({str(error).splitlines()[0]}).") from None
+        raise LolcatsError(f"Cannot download the weights of {base.path} ({str(error).splitlines()[0]}).") from None
     return Shards(Path(place), prefix)
 
 
@@ -167,18 +167,18 @@ def _index(directory: Path) -> dict[str, str]:
             raise LolcatsError(f"{directory / INDEX} is damaged ({type(error).__name__}: {error}).") from None
         for file in sorted(set(files.values())):
             if not (directory / file).exists():
-                raise LolcatsError(f"{directory / file} is missing: {INDEX} names it. Fetch the model again.")
+                raise LolcatsError(f"{directory / file} is missing: {INDEX} lists it. Download the model again.")
         return files
     if not (directory / SINGLE).exists():
         raise LolcatsError(
-            f"{directory} has neither {INDEX} nor {SINGLE}: layers can be read one by one from safetensors files alone."
+            f"{directory} has neither {INDEX} nor {SINGLE}: layers can be read one by one only from safetensors files."
         )
     with _readable(directory / SINGLE), safe_open(directory / SINGLE, framework="pt") as opened:
         return dict.fromkeys(opened.keys(), SINGLE)
 
 
 class _readable:
-    """Errors of reading a weight file as a sentence that names it."""
+    """Turn errors of reading a weight file into a LolcatsError that names it."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -188,6 +188,6 @@ class _readable:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, FileNotFoundError):
-            raise LolcatsError(f"{self.file} is missing. Fetch the model again.") from None
+            raise LolcatsError(f"{self.file} is missing. Download the model again.") from None
         if isinstance(error, (SafetensorError, OSError)):
-            raise LolcatsError(f"{self.file} is damaged or truncated ({error}). Fetch the model again.") from None
+            raise LolcatsError(f"{self.file} is damaged or truncated ({error}). Download the model again.") from None

@@ -1,4 +1,4 @@
-"""What a run would need and take, from a model's configuration alone: ``lolcats plan``."""
+"""Estimate memory, disk and time of a run from the model's configuration (``lolcats plan``)."""
 
 from lolcats.plan import report
 from lolcats.plan.costs import Machine, Plan, Speeds, Work, plan_finetune, plan_transfer

@@ -1,6 +1,6 @@
-"""Memory, disk and time of both stages, counted from sizes and a few measured speeds.
+"""Memory, disk and time of both stages, computed from sizes and a few measured speeds.
 
-Bytes unless said otherwise. Weights and activations are bf16 (2 bytes), feature maps, gates and LoRA fp32.
+Memory is in bytes. Weights and activations are bf16 (2 bytes), feature maps, gates and LoRA fp32.
 Units of the formulas: E hidden size, H query heads, G key/value heads, D head dim, F features, T tokens a row.
 """
 
@@ -14,54 +14,56 @@ from lolcats.errors import LolcatsError
 from lolcats.plan.size import Size
 
 GIB = 2**30
-WORKSPACE = 0.1 * GIB  # cuBLAS and small buffers: what stage 1 of results/training.json takes beyond what is counted
-CONTEXT = 1.5 * GIB  # CUDA context, NCCL: of the GPU's memory, but not of PyTorch's allocator
-SLACK = 1.05  # fragments of the allocator: it reserves more than is allocated
+WORKSPACE = 0.1 * GIB  # cuBLAS and small buffers: the rest of what stage 1 took in results/training.json
+CONTEXT = 1.5 * GIB  # CUDA context and NCCL, outside PyTorch's allocator
+SLACK = 1.05  # fragmentation: the allocator reserves more than is allocated
 PROCESS = 4 * GIB  # host memory of one process with torch and CUDA loaded
-PIECE = 1024  # tokens whose logits exist at a time (modeling/loss.py)
-CHUNK = 1e6  # tokens whose hidden states stream holds in host memory, unless reading weights that often takes too long
-GATHERED = 3  # decoder layers that FSDP2 holds whole: computing, next, and the buffer it arrives in
+PIECE = 1024  # tokens whose logits are in memory at a time (modeling/loss.py)
+CHUNK = 1e6  # tokens per chunk of stream (hidden states in host memory), unless reading weights that often is too slow
+GATHERED = 3  # decoder layers that FSDP2 holds unsharded: the current one, the next, and a receive buffer
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """The calibration, in one place: one H100 80GB, 2026-11-25, from ``benchmarks/results/training.json`` by
-    ``python benchmarks/plan_speeds.py``, which has the formulas; a test compares. What was not measured says so.
-    All are of feature maps behind RoPE."""
+    """Calibration of the plans: one H100 80GB, 2026-11-25, with feature maps after RoPE.
+
+    ``python benchmarks/plan_speeds.py`` computes the values from ``benchmarks/results/training.json``, and a test
+    compares them. Values that were not measured say so.
+    """
 
     matmul: float = 782e12
-    """Operations a second of the fastest bf16 matrix product (of one GPU, as all below)."""
+    """Operations per second of the fastest bf16 matrix product, on one GPU (like all values below)."""
     memory: float = 3.0e12
-    """Bytes a second from and to GPU memory."""
+    """GPU memory bandwidth in bytes per second."""
     forward: float = 0.804
-    """Share of ``matmul`` that forward passes without gradients reach, everything between the products included."""
+    """Share of ``matmul`` that forward passes without gradients reach, including everything between the products."""
     training: float = 0.633
-    """The same with gradients."""
+    """Share of ``matmul`` that passes with gradients reach."""
     softmax: float = 0.5
-    """Share of ``matmul`` that softmax attention reaches. Not measured alone."""
+    """Share of ``matmul`` that softmax attention reaches. Not measured separately."""
     transfer_ns: float = 5.27
-    """Linear attention of stage 1 with its backward: ns for a token, head and layer at D = F = 128, by the kernels."""
+    """Linear attention of stage 1 with its backward, by the kernels: ns per token, head and layer at D = F = 128."""
     finetune_ns: float = 4.72
-    """The same in stage 2."""
+    """Like ``transfer_ns``, for stage 2."""
     recompute_ns: float = 13.3
-    """Its forward once more in stage 2, and whatever else recomputing whole layers costs beyond their products: mostly
-    the host, which keeps up better with larger layers."""
+    """Cost of recomputing layers in stage 2 beyond their matrix products: one more forward of linear attention, and
+    mostly host time, which matters less for larger layers."""
     chunked_ns: float = 47.8
-    """Stage 1 on the chunked path."""
+    """Like ``transfer_ns``, on the chunked path."""
     sharded_layer: float = 10.7e-3
-    """Seconds that a decoder layer of a sharded model takes at least, forward and backward, however little it
-    computes: 8B on two and four H100, 2026-11-27 (``results/multi_gpu.json``)."""
+    """Minimum time in seconds of a sharded decoder layer, forward and backward, however little it computes: 8B on two
+    and four H100, 2026-11-27 (``results/multi_gpu.json``)."""
     link: float = 300e9
-    """Bytes a second that a GPU receives in all-gathers inside a node (NVLink). Assumed, not measured."""
+    """Bytes per second that a GPU receives in all-gathers within a node (NVLink). Assumed, not measured."""
     network: float = 40e9
-    """The same between nodes (400 Gb/s a GPU). Assumed, not measured."""
+    """The same between nodes (400 Gb/s per GPU). Assumed, not measured."""
     host_link: float = 50e9
-    """Bytes a second from pinned host memory to a GPU (PCIe 5.0 x16). Assumed, not measured."""
+    """Bytes per second from pinned host memory to a GPU (PCIe 5.0 x16). Assumed, not measured."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is. ``host_memory``, ``read_speed`` and ``disk`` are of one node."""
+    """The available hardware. ``host_memory``, ``read_speed`` and ``disk`` are per node."""
 
     gpus: int = 1
     gpu_memory: float = 80 * GIB
@@ -81,7 +83,7 @@ class Machine:
 
     @property
     def ranks(self) -> int:
-        """Processes of one node."""
+        """Processes per node."""
         return min(self.gpus, self.gpus_per_node)
 
     def gather_speed(self, speeds: Speeds) -> float:
@@ -90,21 +92,21 @@ class Machine:
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked for: tokens that each stage sees, repetitions of the same text included."""
+    """The work to plan: the tokens that each stage trains on, counting repeated text every time."""
 
     transfer_tokens: float = 20e6
     finetune_tokens: float = 40e6
     block_size: int = 0
-    """Layers of a block in the schedule ``blocks``; 0: as many as fit."""
+    """Layers per block in the schedule ``blocks`` (0 = as many as fit)."""
 
     def __post_init__(self) -> None:
         if self.transfer_tokens < 1 or self.finetune_tokens < 1 or self.block_size < 0:
-            raise LolcatsError("Tokens of both stages must be at least 1, and the block size at least 0.")
+            raise LolcatsError("The tokens of both stages must be at least 1 and the block size at least 0.")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run one stage. ``seconds`` are of things that overlap: the longest one is the time."""
+    """One way to run one stage. The parts of ``seconds`` overlap, so the longest one is the time."""
 
     stage: str
     schedule: str
@@ -119,7 +121,7 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Peak of PyTorch's allocated memory of each GPU."""
+        """Peak memory that PyTorch allocates on each GPU."""
         return sum(self.gpu.values())
 
     @property
@@ -132,12 +134,12 @@ class Plan:
 
 
 def adam(parameters: float) -> float:
-    """fp32 weight, gradient and two moments."""
+    """Bytes of fp32 weights, gradients and two moments."""
     return 16 * parameters
 
 
 def forward_operations(size: Size, length: int) -> tuple[float, float]:
-    """Operations of one token's forward pass through all decoder layers: matrix products, causal softmax attention."""
+    """Operations per token of a forward pass through all decoder layers: (matrix products, softmax attention)."""
     return 2.0 * size.active, 2.0 * length * size.heads * size.head_dim * size.layers
 
 
@@ -147,12 +149,12 @@ def linear_attention(size: Size, nanoseconds: float) -> float:
 
 
 def transfer_token(size: Size, config: Config, speeds: Speeds) -> float:
-    """Seconds of stage 1 for one token on one GPU, all layers, nothing waited for."""
+    """Seconds of stage 1 for one token on one GPU, in all layers, without waiting."""
     length = config.data.sequence_length
     products, attention = forward_operations(size, length)
     seconds = (products / speeds.forward + attention / speeds.softmax) / speeds.matmul
     seconds += linear_attention(size, speeds.transfer_ns if size.kernels else speeds.chunked_ns)
-    if config.transfer.xent_weight:  # both weights of a query and their gradients, fp32: about ten passes over T / 2
+    if config.transfer.xent_weight:  # fp32 attention weights of both with gradients: about ten passes over T / 2
         seconds += 10 * 4 * (length / 2) * size.heads * size.linearized / speeds.memory
     return seconds
 
@@ -172,12 +174,12 @@ def finetune_token(size: Size, config: Config, speeds: Speeds) -> float:
 
 
 def with_evaluation(config: Config, stage: StageConfig) -> float:
-    """Training and validation against training alone: validation rows every ``eval_steps``, a third of the work."""
+    """Factor of training with validation over training alone: validation takes a third of the work per row."""
     return 1 + config.data.validation_rows / (3 * stage.eval_steps * stage.batch_size)
 
 
 def transfer_activations(size: Size, rows: int, length: int) -> float:
-    """Working set of one layer in stage 1, without gradients through the layer itself."""
+    """Working memory of one layer in stage 1, without gradients through the layer itself."""
     channels = size.heads * size.head_dim
     mlp = 3 * size.hidden + 1.5 * size.mlp  # the layer's input, residual, norm; gate, up and their product
     if size.kernels:  # q, k, v, target, output, error, gradient; states of every 64 tokens and their gradients
@@ -187,14 +189,14 @@ def transfer_activations(size: Size, rows: int, length: int) -> float:
         attention = (
             3 * size.hidden + 60 * channels
         )  # measured: autograd keeps the chunked path's fp32 features and weights
-    if size.unrotated:  # and x·W in fp32, which the kernels read
+    if size.unrotated:  # x·W in fp32, which the kernels read
         attention += size.unrotated + 2 * size.heads * size.features
     return 2.0 * rows * length * max(mlp, attention)
 
 
 def finetune_activations(size: Size, rows: int, length: int) -> float:
-    """What one decoder layer keeps for backward in stage 2: inputs of norms and LoRA, q, k, v, output, gate and up; for
-    feature maps in front of RoPE their inputs too."""
+    """Activations that one decoder layer keeps for backward in stage 2: inputs of norms and LoRA, q, k, v, output, gate
+    and up; with feature maps before RoPE, their inputs too."""
     channels = 2 * size.heads * size.head_dim + 2 * size.kv_heads * size.head_dim
     return 2.0 * rows * length * (3 * size.hidden + channels + size.unrotated + size.mlp)
 
@@ -205,7 +207,7 @@ def head_memory(size: Size, rows: int, length: int) -> float:
 
 
 def rows_each(name: str, stage: StageConfig, ranks: int) -> int:
-    """Rows of a micro-batch on each of ``ranks``: at most micro_batch_size, and equal parts of a batch."""
+    """Rows per micro-batch on each rank: at most micro_batch_size, and a divisor of the rank's share of a batch."""
     if stage.batch_size % ranks:
         options = [n for n in range(1, stage.batch_size + 1) if stage.batch_size % n == 0]
         raise LolcatsError(
@@ -217,12 +219,12 @@ def rows_each(name: str, stage: StageConfig, ranks: int) -> int:
 
 
 def share(stage: StageConfig, machine: Machine) -> int:
-    """Rows of a step of stage 1 on the GPU that has most of them; the others wait for it."""
+    """Rows per step of stage 1 on the GPU that has most of them, which the others wait for."""
     return -(-stage.batch_size // machine.gpus)
 
 
 def plan_transfer(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds | None = None) -> list[Plan]:
-    """Stage 1 in its three schedules, each with what keeps it from running here, if anything."""
+    """Plans for the three schedules of stage 1, each with the problems that prevent it on this machine, if any."""
     speeds = speeds or Speeds()
     rows = min(config.transfer.micro_batch_size, share(config.transfer, machine))
     plans = [schedule(size, config, machine, work, speeds, rows) for schedule in (joint, stream, blocks)]
@@ -245,9 +247,9 @@ def joint(size: Size, config: Config, machine: Machine, work: Work, speeds: Spee
 
 
 def stream(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds, rows: int) -> Plan:
-    """Layer after layer over a chunk of tokens whose hidden states lie in host memory; then the next chunk."""
+    """Layer by layer over a chunk of tokens, with its hidden states in host memory; then the next chunk."""
     step = config.transfer.batch_size * config.data.sequence_length
-    held = config.data.validation_rows * config.data.sequence_length  # validation rows travel with every chunk
+    held = config.data.validation_rows * config.data.sequence_length  # validation rows pass through with every chunk
     host = {
         "processes": PROCESS * machine.ranks, "a layer and the next": 2 * 2.0 * size.layer * machine.ranks,
         "feature maps, Adam, best": 16.0 * size.maps * machine.ranks,
@@ -261,9 +263,9 @@ def stream(size: Size, config: Config, machine: Machine, work: Work, speeds: Spe
     host["hidden states of a chunk"] = 2.0 * size.hidden * (chunk + held) / machine.nodes
     chunks = math.ceil(work.transfer_tokens / chunk)
     read = chunks * 2.0 * size.decoder + 2.0 * size.embedding
-    hidden = 4.0 * size.hidden * work.transfer_tokens * size.layers / machine.gpus  # in and out of every layer
+    hidden = 4.0 * size.hidden * work.transfer_tokens * size.layers / machine.gpus  # into and out of every layer
     seconds = {
-        "computing": compute + chunks * 2.0 * size.decoder / speeds.host_link,  # a layer's copy is waited for
+        "computing": compute + chunks * 2.0 * size.decoder / speeds.host_link,  # the copy of a layer does not overlap
         "reading": read / machine.read_speed,
         "copying": hidden / speeds.host_link,
     }
@@ -274,7 +276,7 @@ def stream(size: Size, config: Config, machine: Machine, work: Work, speeds: Spe
 
 
 def blocks(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds, rows: int) -> Plan:
-    """k layers after k layers over all tokens; hidden states at both ends of a block lie on disk."""
+    """Blocks of k layers in turn, each over all tokens; hidden states at both ends of a block are stored on disk."""
     k = work.block_size or next(
         (k for k in range(size.layers, 0, -1)
          if gpu_need(sum(layer_memory(size, config, rows, k).values())) <= machine.gpu_memory), 1
@@ -300,16 +302,16 @@ def blocks(size: Size, config: Config, machine: Machine, work: Work, speeds: Spe
 
 
 def paper_disk(size: Size, work: Work, block: int) -> float:
-    """The paper's cost model of block-wise training, which stores every block's input."""
+    """Disk space in the paper's cost model of block-wise training, which stores the input of every block."""
     return 2.0 * work.transfer_tokens * size.hidden * size.layers / block
 
 
 def layer_memory(size: Size, config: Config, rows: int, layers: int) -> dict[str, float]:
-    """GPU memory with ``layers`` of the model at a time."""
+    """GPU memory with ``layers`` layers of the model at a time."""
     length = config.data.sequence_length
     return {
         "weights": 2.0 * size.layer * layers,
-        "embedding": 2.0 * size.embedding if layers > 1 else 0.0,  # blocks: the first begins with token ids
+        "embedding": 2.0 * size.embedding if layers > 1 else 0.0,  # the first block starts from token ids
         "feature maps, gradients, Adam": adam(size.maps / size.linearized * layers),
         "hidden states in and out": 4 * 2.0 * rows * length * size.hidden,
         "activations": transfer_activations(size, rows, length), "workspace": WORKSPACE,
@@ -317,7 +319,7 @@ def layer_memory(size: Size, config: Config, rows: int, layers: int) -> dict[str
 
 
 def transfer_compute(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds) -> float:
-    """Seconds of computing, with validation and the sums of gradients over the ranks, which nothing hides."""
+    """Seconds of computing, including validation and gradient all-reduces, which do not overlap with anything."""
     seconds = work.transfer_tokens * transfer_token(size, config, speeds) * with_evaluation(config, config.transfer)
     steps = work.transfer_tokens / (config.transfer.batch_size * config.data.sequence_length)
     reduced = 2 * 4.0 * size.maps * (machine.gpus - 1) / machine.gpus
@@ -326,13 +328,16 @@ def transfer_compute(size: Size, config: Config, machine: Machine, work: Work, s
 
 
 def checkpoints(parameters: float) -> float:
-    """Two checkpoints (weights and moments) and the best weights."""
+    """Bytes of two checkpoints (weights and moments) and the best weights."""
     return 2 * 12.0 * parameters + 4.0 * parameters
 
 
 def plan_finetune(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds | None = None) -> list[Plan]:
-    """Stage 2 as the recipe has it and with recomputed layers; on several GPUs with the whole base model on each, and
-    with it sharded over all of them (FSDP2), unless ``finetune.sharding`` says which."""
+    """Plans for stage 2 as in the recipe and with gradient checkpointing.
+
+    On several GPUs, each comes with the whole base model on every GPU and with it sharded over all of them (FSDP2),
+    unless ``finetune.sharding`` selects one.
+    """
     variants = [config]
     if not config.finetune.gradient_checkpointing:
         variants.append(replace(config, finetune=replace(config.finetune, gradient_checkpointing=True)))
@@ -366,11 +371,11 @@ def lora(
     host = {"processes": PROCESS * machine.ranks, "weights while loading": loading * machine.ranks}
     seconds = {"computing": work.finetune_tokens * finetune_token(size, config, speeds) / ranks
                * with_evaluation(config, stage)}  # fmt: skip
-    if ranks > 1:  # once a step, which nothing hides
+    if ranks > 1:  # once per step, without overlap
         trained = size.lora + (size.maps if trains_maps else 0)
         steps = work.finetune_tokens / (stage.batch_size * length)
         seconds["computing"] += steps * 2 * 4.0 * trained * (ranks - 1) / ranks / machine.gather_speed(speeds)
-    if sharded:  # weights are gathered in forward and again in backward, for every micro-batch
+    if sharded:  # every micro-batch gathers the weights in forward and again in backward
         micro_batches = work.finetune_tokens / (rows * length * ranks)
         gathers = 2 * weights * (ranks - 1) / ranks
         seconds["gathering"] = micro_batches * gathers / machine.gather_speed(speeds)
@@ -386,19 +391,19 @@ def lora(
 
 
 def gpu_need(peak: float) -> float:
-    """Memory that a GPU must have for a peak of allocated bytes."""
+    """Memory that a GPU needs for a peak of allocated bytes."""
     return peak * SLACK + CONTEXT
 
 
 def checked(plan: Plan, machine: Machine) -> Plan:
-    """The plan with what keeps it from running on this machine."""
+    """The plan with the problems that prevent it on this machine."""
     needs = (
         ("GPU memory", gpu_need(plan.peak), machine.gpu_memory, plan.gpu),
         ("host memory", sum(plan.host.values()), machine.host_memory, plan.host),
         ("disk", sum(plan.disk.values()), machine.disk, plan.disk),
     )
     problems = [
-        f"{name}: {need / GIB:.0f} GiB needed (most for {max(parts, key=parts.__getitem__)}), {have / GIB:.0f} there"
+        f"{name}: needs {need / GIB:.0f} GiB (most for {max(parts, key=parts.__getitem__)}), has {have / GIB:.0f} GiB"
         for name, need, have, parts in needs
         if need > have
     ]
@@ -406,7 +411,7 @@ def checked(plan: Plan, machine: Machine) -> Plan:
 
 
 def enough_gpus(size: Size, config: Config, machine: Machine, work: Work) -> tuple[int, Plan] | None:
-    """The smallest power of two of these GPUs that holds stage 2, whatever the host memory, and its plan."""
+    """The smallest power of two of these GPUs that stage 2 fits on, ignoring host memory and disk, and its plan."""
     for gpus in (2**n for n in range(11)):
         stage = replace(config.finetune, batch_size=max(config.finetune.batch_size, gpus), micro_batch_size=1)
         stage = replace(stage, batch_size=-(-stage.batch_size // gpus) * gpus)

@@ -1,4 +1,4 @@
-"""Whether the machine that this runs on holds what a plan counts."""
+"""Check whether a plan fits the current machine."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lolcats.training.distributed import any_rank, own_device
 
 
 def shards(base: Base, config: Config, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether stage 2 shards the base model over the ranks there are: where the configuration says so; or leaves it
-    open, and one rank's device is too small for the whole model, or its host while ranks load it, by ``lolcats plan``.
+    """Whether stage 2 shards the base model across the current ranks; the answer is the same on every rank.
 
-    The same answer on every rank.
+    With ``finetune.sharding=auto``, it does if ``lolcats plan`` finds that the whole model does not fit on some rank's
+    device, or that its host lacks the memory to load it.
     """
     asked = config.finetune.sharding
     if ranks().size == 1 or asked != "auto":
@@ -36,17 +36,17 @@ def _holds_whole(base: Base, config: Config, device: torch.device, dtype: torch.
     try:
         found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code, **keywords)
         size = size_of(found, config)
-    except (LolcatsError, OSError, ValueError):  # nothing that could be counted
+    except (LolcatsError, OSError, ValueError):  # the model cannot be counted
         return False
     plan = lora(size, config, here(device), Work(), sharded=False)
-    wide = dtype.itemsize / 2  # a plan is of 16-bit weights
+    wide = dtype.itemsize / 2  # a plan assumes 16-bit weights
     plan = replace(plan, gpu={name: wide * n for name, n in plan.gpu.items()},
                    host={name: wide * n for name, n in plan.host.items()})  # fmt: skip
     return not checked(plan, here(device)).problems
 
 
 def here(device: torch.device) -> Machine:
-    """The machine of these ranks. Of a CPU's memory each has its part, into which the model is loaded."""
+    """The machine of these ranks. On CPU, ranks share the memory equally and load the model into it."""
     local, free = int(os.environ.get("LOCAL_WORLD_SIZE", ranks().size)), free_host_memory()
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory

@@ -1,4 +1,4 @@
-"""Plans as tables, commands, and the sentence that refuses what does not fit."""
+"""Plans as tables and commands, and the error message if nothing fits."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lolcats.plan.size import Size
 
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
 HEADER = ("stage", "schedule", "GPU GiB", "host GiB", "disk GB", "read GB", "hours", "tokens/s", "limited by", "fits")
-PAPER_BLOCK = 9  # layers a block of the paper's 405B run: 126 layers in 14 blocks
-HEADROOM = 1.1  # host memory that a plan wants beyond what it counts
+PAPER_BLOCK = 9  # layers per block of the paper's 405B run: 126 layers in 14 blocks
+HEADROOM = 1.1  # factor on the host memory that a plan counts
 
 
 def parse_quantity(text: str, option: str, least: float = 0.0) -> float:
-    """``80GiB``, ``3GB/s``, ``20M`` or a plain number as a number of bytes, bytes a second, or tokens.
+    """Parse ``80GiB``, ``3GB/s``, ``20M`` or a plain number as bytes, bytes per second, or tokens.
 
     Raises:
-        LolcatsError: no such quantity, or below ``least``: a unit is missing.
+        LolcatsError: not a quantity, or below ``least``, which means that the unit is missing.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kMGT]i?)?(?:B|B/s)?", text.strip())
     if not match:
@@ -41,12 +41,12 @@ def title(model: str, size: Size, machine: Machine, work: Work) -> str:
 
 
 def recommended(plans: Sequence[Plan]) -> list[Plan]:
-    """The fastest plan that fits; none if none does. Of equally fast ones the first."""
+    """The fastest plan that fits (the first of equally fast ones), or an empty list."""
     return sorted((plan for plan in plans if not plan.problems), key=lambda plan: plan.time)[:1]
 
 
 def plan_rows(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
-    """A line for each plan, in the columns of ``HEADER``."""
+    """A row for each plan, with the columns of ``HEADER``."""
     return [
         (
             plan.stage, plan.schedule, f"{plan.peak / GIB:.1f}", f"{sum(plan.host.values()) / GIB:.0f}",
@@ -58,7 +58,7 @@ def plan_rows(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
 
 
 def part_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """What the plan's memory, disk and time are made of: place, part, amount."""
+    """The parts of a plan's memory, disk and time: (place, part, amount)."""
     parts = [("GPU", plan.gpu, GIB, "GiB"), ("host", plan.host, GIB, "GiB"), ("disk", plan.disk, 1e9, "GB"),
              ("time", plan.seconds, 3600, "h")]  # fmt: skip
     return [
@@ -69,7 +69,7 @@ def part_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def commands(plans: Sequence[Plan], model: str, recipe: str, sets: Sequence[str], machine: Machine) -> list[str]:
-    """The command lines that run the plans of both stages. A run has one configuration: stage 1 gets all settings."""
+    """Commands that run the plans of both stages. A run has one configuration, so stage 1 gets all settings."""
     words = ["lolcats", "transfer", model, "--data", "DATA", "--out", "DIR", "--recipe", recipe]
     settings = [word for text in (*sets, *(s for plan in plans for s in plan.settings)) for word in ("--set", text)]
     lines = []
@@ -82,7 +82,7 @@ def commands(plans: Sequence[Plan], model: str, recipe: str, sets: Sequence[str]
 
 
 def launcher(machine: Machine) -> list[str]:
-    """What stands before ``lolcats`` where several processes run: torchrun, on every node."""
+    """The words before ``lolcats``: torchrun if there are several processes, to run on every node."""
     if machine.gpus == 1:
         return []
     words = ["torchrun", "--nproc-per-node", str(machine.ranks), "--no-python"]
@@ -92,38 +92,38 @@ def launcher(machine: Machine) -> list[str]:
 
 
 def paper_line(size: Size, work: Work, plans: Sequence[Plan]) -> str:
-    """The paper's cost of block-wise training beside ours."""
+    """Compare the disk space of the paper's block-wise training with ours."""
     ours = next(plan for plan in plans if plan.schedule.startswith("blocks"))
     kept = ours.disk["hidden states at two boundaries"]
     return (
         "Hidden states on disk: the paper's blocks store 2 × tokens × hidden × layers / k bytes, "
         f"{paper_disk(size, work, PAPER_BLOCK) / 1e12:.2f} TB in blocks of {PAPER_BLOCK}; {ours.schedule} here keep "
-        f"two boundaries, {kept / 1e12:.2f} TB; stream and joint store none."
+        f"two boundaries, {kept / 1e12:.2f} TB; stream and joint store nothing."
     )
 
 
 def time_line(size: Size) -> str:
-    """What the times leave out; empty if nothing."""
+    """A note if the times do not apply to this model, else empty."""
     if not size.unrotated:
         return ""
-    return "Times are those of attention.feature_inputs=rotated, which were measured; unrotated ones were not."
+    return "Times were measured with attention.feature_inputs=rotated; unrotated was not measured."
 
 
 def refusal(plans: Sequence[Plan], size: Size, config: Config, machine: Machine, work: Work) -> str:
-    """Why no plan of one stage fits and what would do; empty if one fits."""
+    """Why no plan of a stage fits, and what would fit; empty if a plan fits."""
     if any(not plan.problems for plan in plans):
         return ""
     best = min(plans, key=lambda plan: (len(plan.problems), plan.peak))
     text = (
-        f"{best.stage.capitalize()} does not fit in any form. The nearest, {best.schedule}: {'; '.join(best.problems)}."
+        f"{best.stage.capitalize()} does not fit in any form. The closest, {best.schedule}: {'; '.join(best.problems)}."
     )
     if best.stage == "stage 1":
         needs = f"{_host_need(best):.0f} GiB of host memory and {gpu_need(best.peak) / GIB:.0f} GiB on each GPU"
-        return f"{text} {_less(best)}As it is, it takes {needs}."
+        return f"{text} {_less(best)}This plan needs {needs}."
     if found := enough_gpus(size, config, machine, work):
         host = f"{_host_need(found[1]):.0f} GiB of host memory in each node"
-        return f"{text} {found[0]} such GPUs would do ({found[1].schedule}, one row at a time), with {host}."
-    return f"{text} No number of such GPUs would do: a few decoder layers are too large for them."
+        return f"{text} It would fit on {found[0]} such GPUs ({found[1].schedule}, one row at a time) with {host}."
+    return f"{text} No number of such GPUs is enough: they cannot hold even a few decoder layers."
 
 
 def _host_need(plan: Plan) -> float:
@@ -131,7 +131,7 @@ def _host_need(plan: Plan) -> float:
 
 
 def _less(plan: Plan) -> str:
-    """What to turn down first."""
+    """Advice on what to reduce first."""
     if any(problem.startswith("GPU") for problem in plan.problems):
-        return "A smaller transfer.micro_batch_size or a smaller block takes less. "
+        return "Use a smaller transfer.micro_batch_size or a smaller --block-size. "
     return ""

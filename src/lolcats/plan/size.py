@@ -1,4 +1,4 @@
-"""Counts of a model, its feature maps and its LoRA, from the configuration: the model is built without memory.
+"""Sizes of a model, its feature maps and its LoRA, counted on the meta device from the configuration.
 
 Shapes: H query heads, G key/value heads, D head dim, F features.
 """
@@ -28,7 +28,7 @@ CHOSEN = ("num_experts_per_tok", "top_k_experts")
 
 @dataclass(frozen=True)
 class Size:
-    """Numbers of parameters and channels; of the largest layer where layers differ."""
+    """Numbers of parameters and channels; those of the largest layer where layers differ."""
 
     family: str
     layers: int
@@ -39,24 +39,24 @@ class Size:
     head_dim: int
     features: int
     mlp: int
-    """Channels inside the MLP that backward needs for a token: gate and up together."""
+    """MLP channels per token that backward needs: gate and up together."""
     vocabulary: int
     layer: int
     """Parameters of one decoder layer."""
     decoder: int
     """Parameters of all decoder layers."""
     active: int
-    """Of those, the ones that a token is multiplied with: all, but for experts that are not chosen."""
+    """Parameters of the decoder layers that are used for one token: all except experts that are not chosen."""
     embedding: int
     head: int
-    """Parameters of the output layer; 0 where it is the embedding."""
+    """Parameters of the output layer; 0 if it is tied to the embedding."""
     maps: int
-    """Feature maps and gates of all layers."""
+    """Parameters of feature maps and gates in all layers."""
     lora: int
     unrotated: int
-    """Channels a token and layer that feature maps in front of RoPE add: q and k as they were."""
+    """Channels per token and layer that feature maps before RoPE add: the unrotated q and k."""
     kernels: bool
-    """Whether the Triton kernels compute its attention on a GPU, in bf16."""
+    """Whether the Triton kernels support the model's attention in bf16."""
 
     @property
     def total(self) -> int:
@@ -65,26 +65,26 @@ class Size:
 
 
 def geometries() -> dict[str, dict[str, int]]:
-    """Shipped configurations by name."""
+    """Configurations in geometries.yaml by name."""
     text = resources.files("lolcats.plan").joinpath("geometries.yaml").read_text()
     return dict(read_yaml(text, "geometries.yaml"))
 
 
 def read_config(model: str) -> Any:
-    """The configuration of a hub id, a directory, a ``config.json``, or of a geometry known by name."""
+    """The configuration from a hub id, a directory, a ``config.json``, or the name of a known geometry."""
     if model in geometries():
         return LlamaConfig(**geometries()[model], vocab_size=128256, max_position_embeddings=8192)
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        raise LolcatsError(f"{model}: a GGUF file fits on one small GPU; lolcats plan reads config.json or a hub id.")
+        raise LolcatsError(f"{model}: lolcats plan does not read GGUF files. Give a config.json or a hub id.")
     try:
         return AutoConfig.from_pretrained(path if path.exists() else model)
     except (OSError, ValueError, KeyError, TypeError) as error:
         known = ", ".join(geometries())
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise LolcatsError(
-            f"No configuration of {model!r} ({reason}). Give a hub id, a model directory, a config.json, or one of "
-            f"{known}."
+            f"Cannot load a configuration from {model!r} ({reason}). Give a hub id, a model directory, a config.json, "
+            f"or one of {known}."
         ) from None
 
 
@@ -104,7 +104,7 @@ def size_of(model_config: Any, config: Config) -> Size:
     counts = [_parameters(layer) for layer in layers]
     found = linearized_layers(model)
     if not found:
-        raise LolcatsError("attention.kind and attention.layers leave every layer as it is: nothing to plan.")
+        raise LolcatsError("Nothing to plan: attention.kind and attention.layers leave every layer unchanged.")
     largest = max(found, key=lambda layer: layer.geometry.heads * layer.geometry.head_dim)
     active = sum(_active(layer, share) for layer in layers)
     maps = sum(p.numel() for layer in found for p in layer.parameters())
@@ -124,7 +124,7 @@ def size_of(model_config: Any, config: Config) -> Size:
 
 
 def chosen_share(config: Any) -> float:
-    """Experts that a token goes through, of all; 1 for dense models."""
+    """Share of the experts that each token is routed to; 1 for dense models."""
     text = config.get_text_config()
     total = next((n for name in EXPERTS if (n := getattr(text, name, None))), None)
     chosen = next((n for name in CHOSEN if (n := getattr(text, name, None))), None)
@@ -150,7 +150,7 @@ def _unrotated_channels(layer: LinearizedAttention) -> int:
 
 
 def _mlp_channels(layer: nn.Module, config: Any) -> int:
-    """Channels inside the layer's MLP: outputs, other than hidden states, of the weights outside its attention."""
+    """Channels inside the MLP of a layer: outputs of all weights outside attention, except hidden states."""
     text = config.get_text_config()
     attention = [m for m in layer.modules() if isinstance(getattr(m, "lolcats", None), nn.Module)]
     inside = {p for module in attention for p in module.parameters()}

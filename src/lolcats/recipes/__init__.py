@@ -1,1 +1,1 @@
-"""Shipped recipes, one YAML file each: ``paper``, ``default``, ``small``."""
+"""Shipped recipes, one YAML file each; :func:`lolcats.config.recipe_names` lists them."""

@@ -1,4 +1,4 @@
-"""README.md beside the weights: what this model is, what was measured, how to load it."""
+"""The model card, README.md: what the model is, how to load it, and what was measured."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def write_card(run: Run) -> None:
             length=config.data.sequence_length, remarks="\n\n".join(remarks(run)),
             perplexity=markdown(("model", "perplexity", "against teacher"), perplexity_rows(run)),
             memory=markdown(("tokens", "teacher", "student"), memory_rows(run)),
-            layers=f"Layers {kept} keep their softmax attention." if kept else "Every layer is linearized.",
+            layers=f"Layers {kept} keep softmax attention." if kept else "Every layer is linearized.",
             teacher=json.dumps(results["sample_teacher"], ensure_ascii=False),
             student=json.dumps(results["sample_student"], ensure_ascii=False),
             source=data["source"].rsplit("/", 1)[-1], documents=data["documents"], train_rows=data["train_rows"],

@@ -1,4 +1,4 @@
-"""Benchmark scores of several models side by side: as table rows, and as plain data for a JSON file."""
+"""Benchmark scores of several models side by side, as table rows and as plain data for a JSON file."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from lolcats.evaluation.systems import STUDENT, TEACHER
 from lolcats.files import write_text
 
 Scores = dict[str, list[Score]]
-"""By model; every list has the same tasks in the same order."""
+"""Scores by model name; every list has the same tasks in the same order."""
 NONE = "n/a"
 
 
 def comparison_rows(scores: Scores) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(header, rows): every task and metric of every model, student − each other, share of the gap between teacher and
-    each baseline that the student closes; ± one error; ↓ where lower is better."""
+    """(header, rows) with every task and metric: the score of each model, the difference of the student to each other
+    model, and the share of the gap between each baseline and the teacher that the student closes.
+
+    Values are ± one standard error; ↓ marks metrics where lower is better.
+    """
     return entry_rows(comparison(scores))
 
 
 def entry_rows(entries: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """As :func:`comparison_rows`, of entries as :func:`comparison` makes them and the JSON file has them."""
+    """Same as :func:`comparison_rows`, from the entries of :func:`comparison` or of its JSON file."""
     models = list(entries[0]["models"])
     header = ["task", "items", *models]
     pair, baselines = STUDENT in models and TEACHER in models, _baselines(models)
@@ -52,7 +55,7 @@ def entry_rows(entries: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tup
 
 
 def comparison(scores: Scores) -> list[dict[str, Any]]:
-    """One entry a task and metric; ``gap_closed`` is None where teacher and baseline are equal within noise."""
+    """One entry per task and metric; ``gap_closed`` is None if teacher and baseline are equal within noise."""
     entries = []
     for aligned in zip(*scores.values(), strict=True):
         by_name = dict(zip(scores, aligned, strict=True))
@@ -74,7 +77,7 @@ def comparison(scores: Scores) -> list[dict[str, Any]]:
 
 def write_comparison(path: Path, scores: Scores, model: str, tasks: list[str], baselines: list[str],
                      place: tuple[torch.device, torch.dtype], options: Options) -> None:  # fmt: skip
-    """Write everything measured, each item's result included, with what it was measured with, as one JSON file."""
+    """Write all scores, including the result of each item, and how they were measured to one JSON file."""
     packages = (p for name in ("torch", "transformers", "lm-eval") for p in metadata.distributions(name=name))
     versions = {package.name: package.version for package in packages}
     record = {
@@ -86,7 +89,7 @@ def write_comparison(path: Path, scores: Scores, model: str, tasks: list[str], b
 
 
 def depth_rows(scores: Scores, metric: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(header, rows) of a metric by task, model and depth; no rows where no score has depths."""
+    """(header, rows) of a metric by task, model and depth; no rows if no score has depths."""
     labelled = [s for s in next(iter(scores.values())) if s.labels and s.metric == metric]
     depths = sorted({label for score in labelled for label in score.labels}, key=float)
     rows = []

@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn with matplotlib on axes that the caller provides."""
+"""Plots of a run, drawn with matplotlib on axes that the caller provides."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-DIM = 1e-4  # the smallest attention weight that shows
-PIXELS = 3  # weights in a direction that a pixel stands for
+DIM = 1e-4  # smallest attention weight that is visible
+PIXELS = 3  # each pixel shows PIXELS × PIXELS weights
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a directory's metrics.jsonl; none where it has none."""
+    """The lines of a directory's metrics.jsonl; empty if there is no such file."""
     path = directory / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def draw_losses(axis: Any, entries: list[dict[str, Any]], title: str) -> None:
-    """Training and validation loss of one stage by step."""
+    """Plot training and validation loss of one stage by step."""
     for key, label in (("loss", "training"), ("eval_loss", "validation")):
         _line(axis, entries, key, label)
     axis.set(title=title, xlabel="step", ylabel="loss")
@@ -31,13 +31,13 @@ def draw_losses(axis: Any, entries: list[dict[str, Any]], title: str) -> None:
 
 
 def draw_validation(axis: Any, entries: list[dict[str, Any]], label: str) -> None:
-    """The validation loss of another model beside it."""
+    """Add the validation loss of another model."""
     _line(axis, entries, "eval_loss", label, linestyle="--")
     axis.legend()
 
 
 def draw_errors(axis: Any, before: list[float], after: list[float]) -> None:
-    """Each layer's error before and after transfer."""
+    """Plot each layer's error before and after transfer."""
     for values, label in ((before, "before transfer"), (after, "after transfer")):
         axis.plot(values, marker="o", markersize=3, label=label)
     axis.set(title="Error of each layer's attention output", xlabel="linearized layer", ylabel="mean squared error")
@@ -48,8 +48,10 @@ def draw_errors(axis: Any, before: list[float], after: list[float]) -> None:
 
 
 def draw_weights(axis: Any, weights: Tensor, title: str) -> Any:
-    """One head's attention weights (T, T), logarithmic from DIM up; of each block of PIXELS² weights the largest, so
-    that a column of one key (a sink) is not lost."""
+    """Plot one head's attention weights (T, T) on a logarithmic scale from DIM up.
+
+    Each pixel shows the largest weight of a block of PIXELS × PIXELS, which keeps single columns (sinks) visible.
+    """
     from matplotlib.colors import LogNorm
 
     length = weights.shape[-1]
@@ -59,13 +61,13 @@ def draw_weights(axis: Any, weights: Tensor, title: str) -> Any:
         largest.masked_fill(future, torch.nan).numpy(), norm=LogNorm(DIM, 1), cmap="magma_r", interpolation="nearest",
         extent=(0, length, length, 0),
     )  # fmt: skip
-    axis.spines[:].set_visible(False)  # they would cover the first key, which is often the one attended to
+    axis.spines[:].set_visible(False)  # they would cover the first key, which often gets most of the attention
     axis.set(title=title, xlabel="key", xlim=(-0.03 * length, length))
     return picture
 
 
 def draw_heads(axis: Any, values: list[list[float]], layers: list[int], title: str, base: int = 0) -> None:
-    """A number of each head of each layer, with its colour bar; with a ``base`` logarithmic, in powers of it."""
+    """Plot one number per head and layer, with a colour bar; with a ``base``, on a logarithmic scale in its powers."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogLocator, MaxNLocator
 

@@ -1,4 +1,4 @@
-"""Results of ``lolcats bench``: one JSON file that runs add to, its table in Markdown, its picture."""
+"""Results of ``lolcats bench``: a JSON file that runs add to, with a Markdown table and a plot of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADER = (
 
 
 def write(path: Path, lines: Iterable[Row], command: str) -> str:
-    """Add each line to the JSON file as it comes, make table and picture of all in it; returns the table."""
+    """Add each line to the JSON file as it comes, and write table and plot of the whole file. Returns the table."""
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     names = ("lolcats", "torch", "transformers", "triton", "liger-kernel")
     about = {"date": str(date.today()), "versions": {name: _version(name) for name in names}, "command": command}
@@ -62,7 +62,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A section for each model and device."""
+    """A Markdown section for each model and device."""
     parts = ["# Generation", ""]
     for group in _groups(rows):
         first, memory = group[0], [r for r in group if (r.get("memory") or {}).get("1000")]
@@ -74,8 +74,8 @@ def table(rows: Sequence[Row]) -> str:
             f"{first['device']}",
             "",
             f"{first['heads']} query and {first['kv_heads']} key/value heads of {first['head_dim']}, "
-            f"{first['features']} features; {first['window']}; prompt {first['prompt']}; the column *new* has how many "
-            f"tokens were generated for each sequence. {versions}; {dates}.",
+            f"{first['features']} features; {first['window']}; prompts of {first['prompt']} tokens; *new* is the "
+            f"number of tokens generated per sequence. {versions}; {dates}.",
             "",
             *(f"- `{command}`" for command in commands),
             "",
@@ -86,7 +86,7 @@ def table(rows: Sequence[Row]) -> str:
             markdown(HEADER, [cells(row) for row in group]),
             "",
             *(
-                f"Memory allocated behind {r['new']:,} tokens against 1,000 at batch {r['batch']}: "
+                f"Memory allocated after {r['new']:,} tokens against 1,000 at batch {r['batch']}: "
                 f"{r['memory']['end'] / r['memory']['1000'] - 1:+.2%}."
                 for r in memory
             ),
@@ -95,7 +95,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Tokens per second and memory against batch size, for every system."""
+    """Plot tokens per second and memory against batch size for every system."""
     if not has_matplotlib(path.name):
         return
     from matplotlib import pyplot
@@ -129,7 +129,7 @@ def _label(row: Row) -> str:
 
 
 def _groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows of one model, device and prompt."""
+    """Group rows by device, model, dtype and prompt length."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in KEY[:6]), []).append(row)

@@ -1,4 +1,4 @@
-"""report.html: everything that a run measured, in one file that needs nothing else."""
+"""report.html: everything that a run measured, in one self-contained file."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
 RECALL_TERMS = (
-    " Of an answer, exact: greedy generation gives it; argmax: share of its tokens that were the most likely; nll: "
-    "their mean −log p, in nats; name@tokens of context."
+    " For an answer, exact means that greedy generation produces it, argmax is the share of its tokens that were the "
+    "most likely ones, and nll is their mean −log p in nats. Task names end in @tokens of context."
 )
 STAGES = {
     "transfer": "attention transfer", "finetune": "LoRA",
@@ -70,7 +70,7 @@ STAGES = {
 
 
 def write_html(run: Run) -> None:
-    """Write DIR/report.html; without matplotlib installed, say so and go on."""
+    """Write DIR/report.html; if matplotlib is not installed, warn and write nothing."""
     if not has_matplotlib("report.html"):
         return
     import matplotlib
@@ -90,33 +90,33 @@ def _summary(run: Run) -> str:
         for name, stage in run.record["stages"].items() if name not in CONTROLS and "steps" in stage
     ]  # fmt: skip
     return (
-        f"The teacher is the base model with its softmax attention; in its place the student has "
+        f"The teacher is the base model with softmax attention. The student replaces it with "
         f"{attention_of(run.config.attention)}. Trained on {_name(run.record['data']['source'])} with lolcats "
         f"{run.record['versions']['lolcats']}, {run.record['date']}: {', '.join(trained) or 'nothing yet'}."
     )
 
 
 def _batch(run: Run, stage: str) -> tuple[int, int]:
-    """Rows of a step, tokens of a row."""
+    """Rows per step and tokens per row."""
     config = run.config
     return (config.transfer if stage == "transfer" else config.finetune).batch_size, config.data.sequence_length
 
 
 def _name(path: str) -> str:
-    """A hub id or relative path as it is; the end of an absolute one, for where that lies is nobody's business."""
+    """A hub id or relative path unchanged; only the last part of an absolute path, which is private."""
     return Path(path).name if path.startswith("/") else path
 
 
 def _perplexity(run: Run) -> Iterator[str]:
     rows, length = run.record["data"]["test_rows"], run.config.data.sequence_length
-    yield _paragraph(f"On {rows} × {length} held-out tokens of the same data: nothing was trained or chosen on them.")
+    yield _paragraph(f"On {rows} × {length} held-out tokens of the same data, never used to train or select anything.")
     yield _table(("model", "perplexity", "against the teacher"), perplexity_rows(run))
     for text in remarks(run):
         yield _paragraph(text)
 
 
 def _benchmarks(run: Run) -> Iterator[str]:
-    """Of files that ``lolcats evaluate --tasks ... --output DIR/evaluation*.json`` left in the run's directory."""
+    """Results that ``lolcats evaluate --tasks ... --output DIR/evaluation*.json`` left in the run directory."""
     for path in sorted(run.directory.glob("evaluation*.json")):
         record = json.loads(path.read_text())
         yield _code(_evaluation(record))
@@ -133,7 +133,7 @@ def _benchmarks(run: Run) -> Iterator[str]:
 
 
 def _evaluation(record: dict[str, Any]) -> str:
-    """The command behind the file that ``report.comparison.write_comparison`` wrote."""
+    """The command that produced a file of ``report.comparison.write_comparison``."""
     options = record["options"]
     given = {
         "--tasks": ",".join(record["tasks"]), "--baseline": ",".join(map(_name, record["baselines"])),
@@ -173,8 +173,8 @@ def _training(run: Run) -> Iterator[str]:
 def _layer_errors(run: Run) -> Iterator[str]:
     if after := run.results.get("layer_errors_after"):
         yield _paragraph(
-            "How far each layer's attention output is from that of softmax attention on the same input, over all "
-            "validation rows: with untrained feature maps, and with those of attention transfer.", "note",
+            "Error of each layer's attention output against softmax attention on the same input, over all validation "
+            "rows: with untrained feature maps, and after attention transfer.", "note",
         )  # fmt: skip
         with _figure(5.6, 3.3) as (axis, embed):
             figures.draw_errors(axis, run.results.get("layer_errors_before", []), after)
@@ -184,13 +184,13 @@ def _layer_errors(run: Run) -> Iterator[str]:
 
 
 def _heads(found: dict[str, Any]) -> Iterator[str]:
-    """``found``: by ``evaluation.layers.measure_layers``."""
+    """``found`` is the result of ``evaluation.layers.measure_layers``."""
     pairs = zip(found["errors"], found["sizes"], strict=True)
     relative = [[error / max(size, 1e-30) for error, size in zip(*pair, strict=True)] for pair in pairs]
     yield _paragraph(
-        f"Of each head, on {found['rows']} validation rows after training: the squared error of its output as a share "
-        f"of the squared softmax output, and the entropy of the {found['of']}'s softmax weights (the log of how many "
-        "keys a head spreads over).", "note",
+        f"For each head, on {found['rows']} validation rows after training: the squared error of its output as a share "
+        f"of the squared softmax output, and the entropy of the {found['of']}'s softmax weights (the log of the "
+        "effective number of keys).", "note",
     )  # fmt: skip
     with _figure(5.6, 3.6, columns=2) as (axes, embed):
         figures.draw_heads(axes[0], relative, found["layers"], "relative error", base=10)
@@ -208,10 +208,11 @@ def _maps(run: Run) -> Iterator[str]:
     hybrid = run.config.attention.kind == "hybrid"
     yield _paragraph(
         f"Attention weights on the first {attention['tokens']} tokens of a validation row, logarithmic, for the heads "
-        "with the lowest, median and highest squared error of their output and the quartiles between. Left softmax, "
-        f"right what replaces it{', near the diagonal its window, further left its linear term' if hybrid else ''}; "
-        f"both have the queries and keys of {whose}. A dark line at the left edge is the first token, on which many "
-        "heads rest.", "note",
+        "with the lowest, median and highest squared error of their output and the quartiles between. On the left: "
+        "softmax. On the right: its replacement"
+        f"{', with the window near the diagonal and the linear term further left' if hybrid else ''}. Both use the "
+        f"queries and keys of {whose}. A dark line at the left edge is the first token, to which many heads attend.",
+        "note",
     )  # fmt: skip
     for number, head in enumerate(attention["heads"]):
         error = attention["errors"][attention["layers"].index(head["layer"])][head["head"]]
@@ -233,9 +234,9 @@ def _lengths(run: Run) -> Iterator[str]:
     beyond = sum(value > run.config.attention.window_size for value in values) / len(values)
     yield _paragraph(
         f"How far back the teacher's heads look on those {attention['tokens']} tokens: the mean over queries n of "
-        f"Σᵢ aₙᵢ (n − i + 1). The median head has {values[len(values) // 2]:.0f} tokens (attention that is the "
-        f"same everywhere has {attention['tokens'] / 4:.0f}); {100 * beyond:.0f} % of all heads look further than the "
-        f"window of {run.config.attention.window_size}, some of them because they rest on the first token.", "note",
+        f"Σᵢ aₙᵢ (n − i + 1). The median head looks back {values[len(values) // 2]:.0f} tokens (uniform attention: "
+        f"{attention['tokens'] / 4:.0f}). {100 * beyond:.0f} % of all heads look further back than the window of "
+        f"{run.config.attention.window_size}, some of them because they attend to the first token.", "note",
     )  # fmt: skip
     with _figure(5.6, 4) as (axis, embed):
         title = "Effective sequence length, tokens"
@@ -250,8 +251,8 @@ def _gamma(run: Run) -> Iterator[str]:
     start = 1 / (1 + math.exp(-run.config.attention.gate_init))
     every = [value for layer in values for value in layer]
     yield _paragraph(
-        f"The weight γ of the window's softmax terms against the linear term: {start:.3g} at the start, now "
-        f"{min(every):.3g} to {max(every):.3g}.", "note",
+        f"The weight γ of the window's softmax terms relative to the linear term: {start:.3g} at the start, "
+        f"{min(every):.3g} to {max(every):.3g} after training.", "note",
     )  # fmt: skip
     with _figure(5.6, 4) as (axis, embed):
         figures.draw_heads(axis, values, attention["layers"], "γ of each head")
@@ -260,7 +261,7 @@ def _gamma(run: Run) -> Iterator[str]:
 
 def _memory(run: Run) -> Iterator[str]:
     if rows := memory_rows(run):
-        yield _paragraph("What a model keeps of its context while it generates.")
+        yield _paragraph("Memory of one sequence during generation.")
         yield _table(("tokens in context", "teacher", "student"), rows)
 
 
@@ -281,7 +282,7 @@ def _provenance(run: Run) -> Iterator[str]:
     }
     for name, value in facts.items():
         yield _paragraph(f"{name}: {value}")
-    yield _paragraph("Everything but the benchmarks was trained and measured by this command, or by its parts:")
+    yield _paragraph("This command, or its stages one by one, made everything here except the benchmarks:")
     again = [_name(run.base.path), "--data", _name(record["data"]["source"]), "--recipe", "config.yaml", "--out", "DIR"]
     yield _code(shlex.join(["lolcats", "linearize", *again]))
     yield f"<details><summary>config.yaml</summary>\n{_code(to_yaml(run.config))}</details>"
@@ -310,7 +311,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 @contextmanager
 def _figure(width: float, height: float, columns: int = 1) -> Iterator[tuple[Any, Callable[..., str]]]:
-    """Axes to draw on, and a function that turns what was drawn into an <img> with the picture inside."""
+    """Axes to draw on, and a function that turns the drawing into an <img> with the picture embedded."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, columns, figsize=(width, height))

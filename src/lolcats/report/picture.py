@@ -9,7 +9,7 @@ from lolcats.run import Run
 
 
 def has_matplotlib(file: str) -> bool:
-    """Whether pictures can be drawn; if not, say that ``file`` is not written."""
+    """Whether plots can be drawn; if not, warn that ``file`` is not written."""
     try:
         import matplotlib
     except ImportError:
@@ -20,7 +20,7 @@ def has_matplotlib(file: str) -> bool:
 
 
 def draw_report(run: Run) -> None:
-    """Write DIR/report.png; without matplotlib installed, say so and go on."""
+    """Write DIR/report.png; if matplotlib is not installed, warn and write nothing."""
     if not has_matplotlib("report.png"):
         return
     from matplotlib import pyplot

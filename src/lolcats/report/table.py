@@ -1,4 +1,4 @@
-"""The tables that end a run, as rows of data; terminal and model card render the same rows."""
+"""The tables at the end of a run, as rows of data that both terminal and model card render."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lolcats.evaluation.memory import readable
 from lolcats.run import RECORD, Run
 
 ADAPTATION = (
-    "LoRA below the teacher is domain adaptation (the teacher never saw these data), not better attention: "
-    "compare with the teacher on other text before you conclude."
+    "The student with LoRA beats the teacher by adapting to this data, which the teacher never saw, not by better "
+    "attention: compare them on other text before you conclude anything."
 )
 NO_CONTROLS = (
-    "What linear attention adds is the difference to window + sinks with the same LoRA and no linear term, which this "
-    "run has not trained: lolcats finetune DIR --controls."
+    "To see what linear attention adds, compare with window + sinks with the same LoRA and no linear term. This run "
+    "has not trained that control: use lolcats finetune DIR --controls."
 )
 
 AGAINST_CONTROLS = {
@@ -31,14 +31,14 @@ def attention_of(config: AttentionConfig) -> str:
     if config.kind in ("hybrid", "window"):
         parts.append(f"{config.window} window of {config.window_size} tokens, {config.sinks} sinks")
     if config.kind in ("hybrid", "linear"):
-        place = "behind" if config.feature_inputs == "rotated" else "in front of"
+        place = "after" if config.feature_inputs == "rotated" else "before"
         parts.append(f"{config.feature_map} feature maps {place} RoPE")
     parts += [f"in layers {layers} {kind}" for layers, kind in config.layers.items()]
     return ", ".join(parts)
 
 
 def perplexity_rows(run: Run) -> list[tuple[str, str, str]]:
-    """(model, perplexity, against the teacher) for everything measured so far."""
+    """(model, perplexity, difference to the teacher) of everything measured so far."""
     results = run.results
     skipped = {name for name, stage in run.record["stages"].items() if "skipped" in stage}
     labels = {
@@ -61,13 +61,13 @@ def perplexity_rows(run: Run) -> list[tuple[str, str, str]]:
 
 
 def memory_rows(run: Run) -> list[tuple[str, str, str]]:
-    """(tokens, teacher, student) bytes of state a sequence."""
+    """(tokens, teacher, student): bytes of state per sequence."""
     sizes: dict[str, Any] = run.results.get("cache_bytes", {})
     return [(f"{int(tokens):,}", readable(pair[0]), readable(pair[1])) for tokens, pair in sizes.items()]
 
 
 def remarks(run: Run) -> list[str]:
-    """What the reader must know to read the perplexities right."""
+    """Notes on how to read the perplexities."""
     results, student, texts = run.results, run.results.get("ppl_student"), []
     if student is None or "lora" not in _trained(run):
         return []
@@ -82,7 +82,7 @@ def remarks(run: Run) -> list[str]:
 
 
 def controls_hint(model: str) -> str:
-    """How to get the controls of a run's directory that has none; empty for anything else."""
+    """How to train the controls of a run that lacks them; empty if nothing is missing."""
     if not (Path(model) / RECORD).is_file():
         return ""
     run = Run.open(Path(model))
@@ -90,17 +90,17 @@ def controls_hint(model: str) -> str:
 
 
 def _number(value: float, places: int, sign: str = "") -> str:
-    """Without decimals from 1,000 up."""
+    """Format a number; from 1,000 up without decimals."""
     return f"{value:{sign}z,.{places if abs(value) < 1000 else 0}f}"
 
 
 def _percent(value: float, other: float) -> str:
-    """How much ``value`` is above ``other``."""
+    """How far ``value`` is above ``other``, in %."""
     return f"{_number(100 * (value / other - 1), 1, '+')} %"
 
 
 def _trained(run: Run) -> set[str]:
-    """What this run has trained by now: ``linear`` (a linear term, in either stage) and ``lora``."""
+    """What this run has trained so far: ``linear`` (a linear term, in either stage), ``lora``, or both."""
     kinds = {run.config.attention.kind, *run.config.attention.layers.values()}
     stages = {"lora"} if "steps" in run.record["stages"].get("finetune", {}) else set()
     return stages | ({"linear"} if kinds & {"hybrid", "linear"} else set())

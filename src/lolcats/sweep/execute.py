@@ -1,9 +1,9 @@
-"""Runs a sweep: one base model and one reading of the data for all rows, a line of results.jsonl for each.
+"""Run a sweep: load the base model and the data once for all rows, and write a line of results.jsonl per result.
 
-OUT/results.jsonl         one line a result; what is in it is not run again, whatever sweep or machine it is from
-OUT/table.md              the rows of the sweep as a table; of several, SWEEP.md each
-OUT/NAME-seedN-HASH/      each row's run directory, continued where it stopped
-OUT/locks/                what is being run: the same command, started several times, shares the rows out
+OUT/results.jsonl         one line per result; results in it are not run again, from whichever sweep or machine they are
+OUT/table.md              the table of the sweep (SWEEP.md for each of several sweeps)
+OUT/NAME-seedN-HASH/      the run directory of each row, continued where it stopped
+OUT/locks/                rows that are running, so that several processes of the same command share the rows
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """A result that is wanted. ``keys`` tell it; ``row``: what is trained for it."""
+    """A result to produce. ``keys`` identify it; ``row`` is the row to train for it, if any."""
 
     keys: dict[str, Any]
     name: str
@@ -57,7 +57,7 @@ class Job:
         return all(result.get(key) == value for key, value in self.keys.items())
 
     def same_run(self, result: Result) -> bool:
-        """Whether it is the result of the same run under another name, or as another row's control."""
+        """Whether ``result`` is of the same run, under another name or as another row's control."""
         same = all(result.get(key) == self.keys[key] for key in ("row", "evaluation"))
         return same and self.row is not None and result.get("kind") in (ROW, CONTROL)
 
@@ -65,7 +65,7 @@ class Job:
 def run_sweep(
     sweep: Sweep, out: Path, command: str, say: Callable[[str], None], deadline: float | None = None
 ) -> list[Result]:  # fmt: skip
-    """:func:`run_sweeps` of one; its results, rows with those of their controls."""
+    """Run one sweep with :func:`run_sweeps` and return its results; rows include the results of their controls."""
     run_sweeps([sweep], out, command, say, deadline)
     setup = _setup(sweep, Shared(out, say), "")
     return _of_sweep(_results(out), list(_jobs(setup, plan(sweep))))
@@ -74,13 +74,16 @@ def run_sweep(
 def run_sweeps(
     sweeps: Sequence[Sweep], out: Path, command: str, say: Callable[[str], None], deadline: float | None = None
 ) -> list[Path]:  # fmt: skip
-    """Run what is not yet in OUT/results.jsonl; a table of each sweep, written after each row.
+    """Run everything that is not yet in OUT/results.jsonl. Each sweep's table is written again after each row.
 
     Args:
-        deadline: seconds. No row is begun that is not expected to end by then.
+        deadline: time limit in seconds; rows not expected to finish in time are not started.
+
+    Returns:
+        Paths of the tables.
 
     Raises:
-        LolcatsError: missing paths, before anything is trained; rows that failed, after all others are done.
+        LolcatsError: if paths are missing, before any training; if rows failed, after all others are done.
     """
     started = monotonic()
     for sweep in sweeps:
@@ -101,15 +104,15 @@ def run_sweeps(
             tables.append(table)
         missing = len(jobs) - len(_of_sweep(_results(out), jobs))
         if missing > 0:
-            say(f"{missing} results are missing; the same command continues.")
+            say(f"{missing} results are missing; run the same command again to continue.")
     if failed:
-        raise LolcatsError(f"{len(failed)} rows failed, the others are in {out}: {'; '.join(failed)}.")
+        raise LolcatsError(f"{len(failed)} rows failed ({'; '.join(failed)}). The results of the others are in {out}.")
     return tables
 
 
 @dataclass
 class Shared:
-    """What sweeps of one command share: inputs of a base model, and what is measured, by what tells it."""
+    """Shared by the sweeps of one command: inputs by base model, and measurements by a hash of what they depend on."""
 
     out: Path
     say: Callable[[str], None]
@@ -129,8 +132,10 @@ def _setup(sweep: Sweep, shared: Shared, command: str) -> Setup:
 
 
 def _run_job(setup: Setup, job: Job, left: float | None, failed: list[str]) -> bool:
-    """Run a job unless its result is there, another process has it, or it would take longer than is left; whether it
-    gave a result. The names of those that fail go into ``failed``."""
+    """Run a job, unless its result exists, another process runs it, or the remaining time (``left``) is too short.
+
+    Returns whether there is a new result. The titles of failed jobs are added to ``failed``.
+    """
     path = setup.out / RESULTS
     with locked(setup.out / LOCKS / "-".join(job.keys[key] for key in ("row", "evaluation")), wait=False) as ours:
         results = _results(setup.out)
@@ -141,7 +146,7 @@ def _run_job(setup: Setup, job: Job, left: float | None, failed: list[str]) -> b
             return True
         expected = expected_seconds(job.row, results) if job.row else 0.0
         if left is not None and expected > left:
-            setup.say(f"Deadline: {job.title} is expected to take {expected:.0f} s, {max(0.0, left):.0f} are left.")
+            setup.say(f"Deadline: {job.title} needs about {expected:.0f} s, only {max(0.0, left):.0f} s are left.")
             return False
         setup.say(f"\n{job.title}")
         try:
@@ -158,7 +163,7 @@ def _run_job(setup: Setup, job: Job, left: float | None, failed: list[str]) -> b
 
 
 def expected_seconds(row: Row, results: list[Result]) -> float:
-    """How long a row will take, by the results there are: time per token of each stage, and what else a row takes."""
+    """Expected time of a row from earlier results: time per token of each stage, plus the time for everything else."""
     known = [r for r in results if r.get("kind") in (ROW, CONTROL) and r.get("hardware") == hardware()]
     if not known:
         return 0.0
@@ -171,13 +176,13 @@ def expected_seconds(row: Row, results: list[Result]) -> float:
 
 
 def _training(result: Result) -> float:
-    """Seconds that a row has spent on training itself."""
+    """Seconds that a row spent on its own training."""
     stages = ("finetune",) if result["transfer_of"] else ("transfer", "finetune")
     return sum(result["seconds"].get(stage, 0.0) for stage in stages)
 
 
 def _jobs(setup: Setup, rows: list[Row]) -> Iterator[Job]:
-    """The untrained models, and every row behind those of its controls that no earlier row has."""
+    """Jobs for the untrained models, then for each row, after those of its controls that no earlier row has."""
     evaluation, first = setup.measurement.key, rows[0]
     for system in (TEACHER, WINDOW_SINKS):
         keys = {"kind": UNTRAINED, "row": untrained_key(setup, first, system), "name": system, "evaluation": evaluation}
@@ -200,13 +205,13 @@ def _results(out: Path) -> list[Result]:
 
 
 def _of_sweep(results: list[Result], jobs: list[Job]) -> list[Result]:
-    """The results of ``jobs`` in their order, rows with the figures of their controls."""
+    """The results of ``jobs`` in their order; rows include the results of their controls."""
     found = [next((r for r in results if job.is_result(r)), None) for job in jobs]
     return with_controls([result for result in found if result is not None], results)
 
 
 def with_controls(rows: list[Result], results: list[Result]) -> list[Result]:
-    """``rows`` with what their controls, trained as runs of their own, gave in ``results``."""
+    """Add to each of ``rows`` the results of its controls, which were trained as separate runs in ``results``."""
     students = {(r["row"], r["evaluation"]): r["systems"][STUDENT] for r in results if r.get("kind") in (ROW, CONTROL)}
 
     def joined(row: Result) -> Result:
@@ -218,7 +223,7 @@ def with_controls(rows: list[Result], results: list[Result]) -> list[Result]:
 
 
 def _write_table(setup: Setup, jobs: list[Job], path: Path) -> bool:
-    """Write what there is of a sweep's table; whether there is anything."""
+    """Write a sweep's table from the results so far. Returns False if there are none."""
     wanted = _of_sweep(_results(setup.out), jobs)
     if wanted:
         write_text(path, render(setup.sweep.title, wanted, setup.provenance["command"]))
@@ -227,7 +232,7 @@ def _write_table(setup: Setup, jobs: list[Job], path: Path) -> bool:
 
 def _check_paths(sweep: Sweep, rows: list[Row]) -> None:
     if not sweep.base.model:
-        raise LolcatsError("The sweep has no base model: lolcats sweep FILE MODEL, or --set base.model=MODEL.")
+        raise LolcatsError("The sweep has no base model: use lolcats sweep FILE MODEL or --set base.model=MODEL.")
     for row in rows:
         if not source(sweep, row):
             how = f"--set base.sources.{row.data}=DATA" if row.data else "--data DATA"
@@ -244,7 +249,7 @@ def _provenance(command: str) -> Result:
 
 
 def hardware() -> str:
-    """The GPU, or the processor and the threads that torch uses of it."""
+    """The GPU, or the CPU and the number of threads that torch uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

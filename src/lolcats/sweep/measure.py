@@ -1,4 +1,4 @@
-"""What a sweep measures of each model: perplexity on files, and the tasks of ``lolcats evaluate``; data read once."""
+"""Measurements of each model in a sweep: perplexity on files, and tasks of ``lolcats evaluate``. Data is read once."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from lolcats.training.mixture import is_mixture, read_mixture
 
 PERPLEXITIES = "perplexities"
 Measured = dict[str, dict[str, Any]]
-"""By the name of what was measured: value, standard error and items, in an order that is the same for every model: of a
-perplexity the losses of rows, of an nll its items, of a score with results 0 and 1 a string of them."""
+"""Value, standard error and items by metric. Items are in the same order for every model: the losses of rows for a
+perplexity, the items of an nll, and a string of 0s and 1s for a score with such results."""
 
 
 class Measurement:
-    """Everything ``evaluate`` asks for that can be measured here; what is left out is said."""
+    """Everything in the sweep's ``evaluate`` section that can be measured here; reports what is left out."""
 
     def __init__(self, wanted: Evaluate, inputs: Inputs, config: Config, say: Callable[[str], None]) -> None:
         self.wanted, self.batch_size = wanted, wanted.batch_size
         files = {name: path for name, path in wanted.perplexity.items() if path}
         for name in wanted.perplexity.keys() - files.keys():
-            say(f"No perplexity on {name}: --set evaluate.perplexity.{name}=FILE measures it.")
+            say(f"No perplexity on {name}: to measure it, use --set evaluate.perplexity.{name}=FILE.")
         self.rows = {name: _first(load_rows(path, inputs.tokenizer, config.data), wanted.rows)
                      for name, path in files.items()}  # fmt: skip
         names = [name for name in wanted.tasks if _possible(name, wanted, say)]
@@ -65,7 +65,7 @@ class Measurement:
         return found
 
     def parts(self) -> dict[str, Callable[[PreTrainedModel], Measured]]:
-        """Perplexities and tasks, each by itself."""
+        """The perplexities and each task as separate functions."""
         return {PERPLEXITIES: self.perplexities, **{name: partial(self._task, name) for name in self.tasks}}
 
     def everything(self, model: PreTrainedModel) -> Measured:
@@ -84,13 +84,13 @@ def _entry(score: Score) -> dict[str, Any]:
 
 
 def _first(rows: tuple[Tensor, Tensor | None], count: int) -> tuple[Tensor, Tensor | None]:
-    """The first ``count`` rows and their positions; 0: all."""
+    """The first ``count`` rows and their positions (0 = all)."""
     ids, positions = rows
     return ids[: count or None], None if positions is None else positions[: count or None]
 
 
 def source_identity(source: str) -> str:
-    """What a file holds, wherever it lies; a hub data set's own name; of a mixture also what its sources hold."""
+    """Identify data by content: the hash of a file (for a mixture, also of its sources), or a hub data set's name."""
     if is_mixture(source) and Path(source).is_file():
         parts = [source_identity(share.source) for share in read_mixture(source, DataConfig())]
         return short_hash([hash_file(Path(source)), *parts])
@@ -108,5 +108,5 @@ def _possible(name: str, wanted: Evaluate, say: Callable[[str], None]) -> bool:
     elif name not in LONG and importlib.util.find_spec("lm_eval") is None:
         reason = "it needs lm-eval (pip install 'lolcats[eval]')"
     if reason:
-        say(f"Task {name} is left out: {reason}.")
+        say(f"Skipping task {name}: {reason}.")
     return not reason

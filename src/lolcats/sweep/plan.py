@@ -1,17 +1,17 @@
-"""A sweep's file: a base, rows of settings (listed, or a grid), seeds, and what to evaluate. Here it becomes runs.
+"""Read a sweep file and turn it into runs. It has a base, rows of settings or a grid, seeds, and what to evaluate.
 
-    title: What the table shows
+    title: Heading of the table
     base: {recipe: default, set: [transfer.max_steps=488]}
     rows:
       no sinks: [attention.sinks=0]
-      other text: [base.data=books]      # a name of base.sources
-    grid:                                # and every combination of one setting of each list
+      other text: [base.data=books]      # a name in base.sources
+    grid:                                # adds every combination of one setting per list
       - [attention.window_size=32, attention.window_size=64]
     seeds: [0, 1]
     evaluate: {perplexity: {wikitext2: ""}, tasks: [paper, recall], limit: 500, limits: {mmlu_half: 2000}}
 
-The command gives the paths: base.model, base.data, base.sources.NAME, evaluate.perplexity.NAME, evaluate.data_dir,
-evaluate.text. base.recipe may be a file beside the sweep's.
+Paths are given on the command line: base.model, base.data, base.sources.NAME, evaluate.perplexity.NAME,
+evaluate.data_dir, evaluate.text. base.recipe may be a file relative to the sweep file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DATA = "base.data="
 
 @dataclass(frozen=True)
 class Base:
-    """What every row has unless it says otherwise."""
+    """Defaults for every row."""
 
     model: str = ""
     data: str = ""
@@ -56,30 +56,30 @@ class Base:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """What is measured of every trained row besides the perplexity on its held-out rows."""
+    """What to measure for every trained row besides the perplexity on its held-out rows."""
 
     perplexity: dict[str, str] = field(default_factory=dict)
-    """Data sets by name; those without a path are left out."""
+    """Data sets by name; those without a path are skipped."""
     tasks: list[str] = field(default_factory=list)
-    """As ``lolcats evaluate --tasks``. lm-eval's are left out where it is not installed, long ones without a text."""
+    """As in ``lolcats evaluate --tasks``. Tasks that need lm-eval or a long text are skipped if it is missing."""
     limit: int = 0
     limits: dict[str, int] = field(default_factory=dict)
-    """Items of single tasks, before ``limit``; of a group (``mmlu_half``) in all, as many of each of its tasks."""
+    """Limits of single tasks, instead of ``limit``; that of a group (``mmlu_half``) is shared evenly by its tasks."""
     rows: int = 0
-    """Of each perplexity file the first so many; 0: all."""
+    """Maximum number of rows of each perplexity file (0 = all)."""
     lengths: list[int] = field(default_factory=list)
     data_dir: str = ""
     text: str = ""
     batch_size: int = 8
-    """Rows of 1,024 tokens at a time; of shorter ones as many as have as many tokens."""
+    """Rows of 1,024 tokens per batch; of shorter rows, as many as hold the same number of tokens."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's file with the settings of the command."""
+    """A sweep file with the settings of the command line."""
 
     name: str = ""
-    """The file's, without its ending."""
+    """The name of the file without its extension."""
     title: str = ""
     base: Base = field(default_factory=Base)
     rows: dict[str, list[str]] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class Sweep:
     seeds: list[int] = field(default_factory=lambda: [0])
     evaluate: Evaluate = field(default_factory=Evaluate)
     last: list[str] = field(default_factory=list)
-    """Settings of the command, which go before those of rows."""
+    """Settings of the command line, which override those of rows."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Row:
     settings: list[str]
     config: Config
     data: str
-    """The name of its data (one of base.sources), or empty for base.data."""
+    """The name of its data in base.sources, or empty for base.data."""
 
     @property
     def slug(self) -> str:
@@ -106,7 +106,7 @@ class Row:
 
     @property
     def controls(self) -> dict[Control, Row]:
-        """The controls that a row can have: all where it has a linear term and LoRA."""
+        """The controls that the row can have: all if it has a linear term and LoRA, else none."""
         attention = self.config.attention
         linear = {"hybrid", "linear"} & {attention.kind, *attention.layers.values()}
         if not linear or self.config.finetune.max_steps == 0:
@@ -114,7 +114,7 @@ class Row:
         return {name: control_row(self, name) for name in get_args(Control)}
 
     def tokens(self, stage: str) -> int | None:
-        """Tokens that a stage trains on; None where only the data can tell."""
+        """Number of tokens that a stage trains on; None if it depends on the data."""
         config: StageConfig = getattr(self.config, stage)
         if config.max_steps < 0:
             return None
@@ -122,9 +122,9 @@ class Row:
 
 
 def control_row(row: Row, name: Control) -> Row:
-    """A control of a row as a row of its own, whose configuration has nothing left that does not matter to it.
+    """A control of a row as its own row, with every setting that does not affect it at its default.
 
-    Rows with the same data, window, sinks, seed and LoRA have the same control.
+    Rows with the same data, window, sinks, seed and LoRA therefore share their controls.
     """
     config, own = row.config, row.config.attention
     if name == "window_lora":
@@ -142,10 +142,10 @@ def control_row(row: Row, name: Control) -> Row:
 
 
 def read_sweep(path: Path, changes: Iterable[str] = ()) -> Sweep:
-    """The file with ``a.b=c`` changes: of the sweep's own sections, or of the configuration of every row.
+    """Read a sweep file and apply ``a.b=c`` changes to its own sections or to the configuration of every row.
 
     Raises:
-        LolcatsError: an unknown key, a wrong type, no row, or a row that is no valid configuration.
+        LolcatsError: an unknown key, a wrong type, no rows, or a row with an invalid configuration.
     """
     if not path.is_file():
         raise LolcatsError(f"{path} does not exist.")
@@ -168,7 +168,7 @@ def read_sweep(path: Path, changes: Iterable[str] = ()) -> Sweep:
 
 
 def plan(sweep: Sweep) -> list[Row]:
-    """Every row with the first seed, then with the next one, so that a table is whole as early as can be."""
+    """Every row with the first seed, then with the next one, so that the table has all rows early on."""
     named = list(sweep.rows.items()) + [(_name(chosen), list(chosen)) for chosen in _product(sweep.grid)]
     if not named:
         raise LolcatsError("The sweep has no rows: give it rows or a grid.")
@@ -179,7 +179,7 @@ def _row(sweep: Sweep, name: str, settings: list[str], seed: int) -> Row:
     chosen = [s.removeprefix(DATA) for s in settings if s.startswith(DATA)]
     for source in chosen:
         if source not in sweep.base.sources:
-            raise LolcatsError(f"Row {name!r}: {source!r} is no name of base.sources.")
+            raise LolcatsError(f"Row {name!r}: {source!r} is not in base.sources.")
     own = [s for s in settings if not s.startswith(DATA)]
     try:
         config = load_config(sweep.base.recipe, [*sweep.base.set, *own, *sweep.last, f"seed={seed}"])
@@ -198,7 +198,7 @@ def _name(settings: Iterable[str]) -> str:
 
 
 def plan_rows(rows: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(header, rows) of what a sweep would do."""
+    """(header, rows) of the runs of a sweep, for --dry-run."""
     header = ("row", "seed", "settings", "transfer tokens", "LoRA tokens", "controls")
     return header, [
         (

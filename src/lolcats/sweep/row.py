@@ -1,4 +1,4 @@
-"""One row of a sweep: trained in a directory of its own, and measured. Equal first stages are trained once."""
+"""Train and measure one row of a sweep in its own directory. Rows with an equal stage 1 train it only once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lolcats.sweep.table import HELD_OUT, LINEAR_OFF, WINDOW, WINDOW_SINKS
 
 LOCKS = "locks"
 LATER = {("attention", "feature_inputs"): ["rotated"], ("finetune", "sharding"): ["auto", "always", "never"]}
-"""Settings that are younger than results that are kept, with values that change nothing: there keys are as ever."""
+"""Settings newer than committed results; keys leave them out at these values, which change nothing."""
 OF_TRANSFER = ("layer_errors_before", "layer_errors_after", "ppl_transfer")
 HELD_OUT_KEYS = {
     TEACHER: "ppl_teacher", WINDOW: "ppl_window", WINDOW_SINKS: "ppl_window_sinks", STUDENT: "ppl_student",
@@ -38,7 +38,7 @@ HELD_OUT_KEYS = {
 
 @dataclass
 class Setup:
-    """What all rows of a sweep share."""
+    """Shared by all rows of a sweep."""
 
     sweep: Sweep
     inputs: Inputs
@@ -47,13 +47,13 @@ class Setup:
     provenance: dict[str, Any]
     say: Callable[[str], None]
     untrained: dict[str, dict[str, Measured]] = field(default_factory=dict)
-    """Perplexities of untrained models, by what they are."""
+    """Perplexities of untrained models, by a description of their attention."""
     identities: dict[str, str] = field(default_factory=dict)
-    """Of sources of data."""
+    """Content identities of data sources, by source."""
 
 
 def run_key(setup: Setup, row: Row) -> str:
-    """What tells a run: base model, data and configuration."""
+    """A hash that identifies a run by base model, data and configuration."""
     config = _without(row.config, "controls", "device", "report_to")
     data = source(setup.sweep, row)
     if data not in setup.identities:
@@ -62,7 +62,7 @@ def run_key(setup: Setup, row: Row) -> str:
 
 
 def _without(config: Config, *names: str) -> dict[str, Any]:
-    """A configuration without what tells no run: settings of these names, and younger ones that change nothing."""
+    """A configuration without the named settings, and without settings in LATER at values that change nothing."""
     found = {name: value for name, value in to_dict(config).items() if name not in names}
     for (section, name), harmless in LATER.items():
         if found.get(section, {}).get(name) in harmless:
@@ -75,14 +75,14 @@ def source(sweep: Sweep, row: Row) -> str:
 
 
 def untrained_key(setup: Setup, row: Row, name: str) -> str:
-    """What tells the teacher, or the untrained window with sinks of a row."""
+    """A hash that identifies the teacher, or the untrained window with sinks of a row."""
     own = row.config.attention
     window = [own.window, own.window_size, own.sinks or 4, own.layers] if name == WINDOW_SINKS else []
     return short_hash([setup.inputs.base.fingerprint, name, window, row.config.dtype])
 
 
 def untrained_result(setup: Setup, row: Row, name: str) -> dict[str, Any]:
-    """The teacher, or the window with sinks, nothing trained, on files and tasks."""
+    """Measure the teacher, or the untrained window with sinks, on files and tasks."""
     device, dtype = device_and_dtype(row.config)
     started, model = monotonic(), convert(setup.inputs.model(dtype, device), row.config)
     change: dict[str, Any] = {"kind": "window", "sinks": row.config.attention.sinks or 4}
@@ -124,7 +124,7 @@ def release() -> None:
 
 
 def take_transfer(session: Session, out: Path) -> None:
-    """Give a run whose stage 1 is still to be trained that of another run in ``out`` that trained the same."""
+    """Copy stage 1 from another run in ``out`` that trained the same, if this run has not trained it yet."""
     run = session.run
     if run.stage_done("transfer") or session.config.transfer.max_steps == 0 or session.skeleton is not None:
         return
@@ -134,7 +134,7 @@ def take_transfer(session: Session, out: Path) -> None:
             break
     else:
         return
-    session.say(f"Stage 1 is that of {other.directory.name}")
+    session.say(f"Taking stage 1 from {other.directory.name}")
     shutil.copy(other.directory / FEATURE_MAPS, run.directory / FEATURE_MAPS)
     lines = (other.directory / "metrics.jsonl").read_text().splitlines(keepends=True)
     write_text(run.directory / "metrics.jsonl", "".join(line for line in lines if '"stage": "transfer"' in line))
@@ -144,7 +144,7 @@ def take_transfer(session: Session, out: Path) -> None:
 
 
 def _transfer_key(run: Run) -> str:
-    """What the feature maps of a run depend on."""
+    """A hash of everything that the feature maps of a run depend on."""
     config = _without(run.config, "finetune", "controls", "device", "report_to")
     return short_hash([run.base.fingerprint, run.record["data"]["fingerprint"], config])
 
@@ -155,7 +155,7 @@ def _maps_of_transfer(run: Run) -> bool:
 
 
 def _untrained(setup: Setup, session: Session) -> dict[str, Measured]:
-    """Perplexities of the row's window, with sinks and without, nothing trained; measured once in a sweep."""
+    """Perplexities of the row's untrained window, with and without sinks; measured once per sweep."""
     model, attention = session.model, session.config.attention
     fresh = not session.run.stage_done("finetune") and session.skeleton is None
     if attention.kind not in ("hybrid", "linear") or not fresh:
@@ -171,7 +171,7 @@ def _untrained(setup: Setup, session: Session) -> dict[str, Measured]:
 
 
 def _measure(setup: Setup, session: Session, system: str, tasks: bool = True) -> None:
-    """Each part is kept in the run's record: a sweep killed while it measures goes on with the next one."""
+    """Measure part by part and save each in the run's record, so that a killed sweep continues with the next part."""
     for part, measure in setup.measurement.parts().items():
         if tasks or part == PERPLEXITIES:
             session.run.measure(f"{_prefix(setup)}{system}: {part}", partial(_timed, measure, session.model))
@@ -183,7 +183,7 @@ def _timed(measure: Callable[[Any], Measured], model: Any) -> dict[str, Any]:
 
 
 def _prefix(setup: Setup) -> str:
-    """How the names of what this sweep measured begin in a run's record."""
+    """Prefix of the names of this sweep's measurements in a run's record."""
     return f"sweep {setup.measurement.key} "
 
 
@@ -219,7 +219,7 @@ def _summary(setup: Setup, row: Row, run: Run, untrained: dict[str, Measured]) -
 
 
 def _rounded(value: Any) -> Any:
-    """Floats of nested lists and mappings to five digits: a line of results has thousands of them."""
+    """Round floats in nested lists and mappings to five digits: a line of results has thousands of them."""
     if isinstance(value, dict):
         return {key: _rounded(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""A sweep's results as a Markdown table: a line for each row and each of its models, mean ± deviation over seeds."""
+"""A sweep's results as a Markdown table with a line per row and model: mean ± standard deviation over seeds."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ NOTE = (
 
 
 def render(title: str, results: list[Result], command: str, chosen: Sequence[str] = ()) -> str:
-    """The whole text of table.md, of rows with their controls; for the same row and seed the newest result counts.
+    """The text of table.md, from rows with their controls. The newest result of each row and seed is used.
 
-    chosen: the metrics to show; none: all.
+    chosen: the metrics to show; all if empty.
     """
     newest = {(r["kind"], r["name"], r.get("seed")): r for r in results if r["kind"] != CONTROL}
     references = [r for (kind, *_), r in newest.items() if kind == UNTRAINED]
@@ -54,7 +54,7 @@ def render(title: str, results: list[Result], command: str, chosen: Sequence[str
 
 
 def _metrics(results: Iterable[Result]) -> list[str]:
-    """Every metric once, held-out perplexity first."""
+    """All metrics, held-out perplexity first."""
     found = dict.fromkeys([HELD_OUT])
     for result in results:
         for system in result["systems"].values():
@@ -63,7 +63,7 @@ def _metrics(results: Iterable[Result]) -> list[str]:
 
 
 def _reference_lines(references: list[Result], rows: list[list[Result]], metrics: list[str]) -> list[tuple[str, ...]]:
-    """Untrained models; their held-out perplexity is that of the rows, where all rows agree on it."""
+    """Lines of the untrained models; their held-out perplexity comes from the rows, if all rows agree on it."""
     lines = []
     for name, system in (pair for result in references for pair in result["systems"].items()):
         common = _common(rows, name)
@@ -75,7 +75,7 @@ def _reference_lines(references: list[Result], rows: list[list[Result]], metrics
 
 
 def _common(rows: list[list[Result]], system: str) -> list[float]:
-    """The held-out perplexities by seed of a model that nothing was trained for; none where they differ by row."""
+    """The held-out perplexities of an untrained model, one per seed; empty if they differ between rows."""
     found = {(r["seed"], *_values([r], system, HELD_OUT)) for runs in rows for r in runs}
     if len(found) > len({seed for seed, *_ in found}):
         return []
@@ -83,12 +83,12 @@ def _common(rows: list[list[Result]], system: str) -> list[float]:
 
 
 def _with(rows: Iterable[list[Result]], system: str) -> list[Result]:
-    """The runs of the first row that has a model."""
+    """The runs of the first row that measured ``system``."""
     return next((runs for runs in rows if any(system in r["systems"] for r in runs)), [])
 
 
 def _is_shared(rows: list[list[Result]], system: str, metrics: list[str]) -> bool:
-    """Whether several rows, over the same seeds, stand beside one and the same model."""
+    """Whether several rows with the same seeds have the same results for ``system``."""
     own = [runs for runs in rows if any(system in r["systems"] for r in runs)]
     lines = {(tuple(sorted(r["seed"] for r in runs)), *_cells(runs, system, metrics)) for runs in own}
     return len(own) > 1 and len(lines) == 1
@@ -117,7 +117,7 @@ def _cells(runs: list[Result], system: str, metrics: list[str]) -> list[str]:
 
 
 def _cell(entries: list[dict[str, Any]], metric: str) -> str:
-    """One seed: value (standard error); several: mean ± deviation."""
+    """For one seed, value (standard error); for several, mean ± standard deviation."""
     factor = 100 if _is_score(metric) else 1
     known = [entry for entry in entries if entry["value"] is not None]
     text = _number([factor * entry["value"] for entry in known])
@@ -130,8 +130,11 @@ def _is_score(metric: str) -> bool:
 
 
 def _added(runs: list[Result], metric: str) -> str:
-    """Student against the control with the same LoRA and no linear term: with its error of one seed, of several over
-    seeds; empty where it is no perplexity, nll or score."""
+    """Difference of the student to the control with the same LoRA and no linear term.
+
+    The error is the standard error for one seed, the deviation over seeds for several. Empty for metrics other than
+    perplexity, nll and scores.
+    """
     pairs = [(r["systems"][STUDENT].get(metric), r["systems"].get(WINDOW_LORA, {}).get(metric)) for r in runs]
     found = [difference(*pair, metric) for pair in pairs if pair[0] and pair[1]]
     known = [pair for pair in found if pair is not None]
@@ -144,8 +147,10 @@ def _added(runs: list[Result], metric: str) -> str:
 
 
 def difference(entry: dict[str, Any], other: dict[str, Any], metric: str) -> tuple[float, float | None] | None:
-    """How much more a score is (points) or a perplexity (%; of an nll its exponential), and the standard error of that,
-    paired by item."""
+    """Difference between two values of a metric, and its standard error, paired by item.
+
+    In points for scores, in % for perplexities (for an nll, of its exponential); None for other metrics.
+    """
     value, against, items = entry["value"], other["value"], entry.get("items")
     if value is None or against is None:
         return None
@@ -158,7 +163,7 @@ def difference(entry: dict[str, Any], other: dict[str, Any], metric: str) -> tup
 
 
 def _error(items: Sequence[Any] | None, others: Sequence[Any] | None, factor: float) -> float | None:
-    """``factor`` times the standard error of the mean difference of items."""
+    """``factor`` times the standard error of the mean difference between items."""
     if not items or not others or len(items) != len(others) or len(items) < 2:
         return None
     gaps = [float(a) - float(b) for a, b in zip(items, others, strict=True)]
@@ -171,7 +176,7 @@ def _values(runs: list[Result], system: str, metric: str) -> list[float]:
 
 
 def _number(values: list[float]) -> str:
-    """Mean ± deviation with two digits of the deviation; a mean alone with four."""
+    """Mean ± deviation, with two digits of the deviation; four digits if all values are equal."""
     if not values:
         return ""
     mean = statistics.mean(values)
@@ -185,7 +190,7 @@ def _number(values: list[float]) -> str:
 
 
 def _digits(value: float) -> str:
-    """Four significant digits, without an exponent where the number is of a readable size."""
+    """Four significant digits, with an exponent only for very small or large numbers."""
     return f"{value:.4g}" if 1e-4 <= abs(value) < 1e4 or value == 0 else f"{value:.3e}"
 
 
@@ -198,7 +203,7 @@ def _two_digits(value: float) -> str:
 
 
 def _provenance(results: list[Result], command: str) -> str:
-    """What it was made with; several values where the rows were not made at once."""
+    """The command, commit, date and hardware; several values if the rows were not run together."""
     kept = {key: sorted({str(r[key]) for r in results if r.get(key)}) for key in ("commit", "date", "hardware")}
     facts = "; ".join(f"{key} {', '.join(values)}" for key, values in kept.items() if values)
     return f"```\n{command}\n```\n{facts[:1].upper()}{facts[1:]}."

@@ -1,7 +1,7 @@
-"""The two controls: what LoRA alone brings, with the data, steps, seed and LoRA settings of the run they belong to.
+"""The two controls of a run: LoRA without linear attention, with the run's data, steps, seed and LoRA settings.
 
-``window_lora`` has the run's window and sinks and no linear term: what linear attention adds is the difference to it.
-``teacher_lora`` keeps softmax attention: what it gains is adaptation to the data.
+``window_lora`` has the run's window and sinks but no linear term: it shows what linear attention adds.
+``teacher_lora`` keeps softmax attention: it shows what adapting to the data gains.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lolcats.training.finetune import finetune
 from lolcats.training.trainer import StageResult
 
 CONTROLS: dict[str, dict[str, Any]] = {"window_lora": {"kind": "window"}, "teacher_lora": {"mode": "teacher"}}
-"""What :func:`override` makes of a converted model for each of them; feature maps and gates play no part in either."""
+"""Arguments of :func:`override` that turn a converted model into each control. Neither uses feature maps or gates."""
 KINDS = {"window_lora": "window", "teacher_lora": "softmax"}
 
 
@@ -34,9 +34,9 @@ def control_directory(run: Path, name: str) -> Path:
 def train_control(
     model: PreTrainedModel, name: str, data: Data, config: Config, base: Base, run: Path
 ) -> StageResult:  # fmt: skip
-    """Train control ``name`` on a converted model without LoRA, which is as it was afterwards.
+    """Train control ``name`` on a converted model without LoRA; the model is unchanged afterwards.
 
-    ``controls/NAME`` of the directory ``run`` becomes an adapter that loads as any other, with its metrics.jsonl.
+    ``controls/NAME`` in the directory ``run`` becomes an adapter that loads like any other, with its metrics.jsonl.
     """
     directory = control_directory(run, name)
     directory.mkdir(parents=True, exist_ok=True)
@@ -51,6 +51,6 @@ def train_control(
 
 @contextmanager
 def control(model: PreTrainedModel, name: str, run: Path) -> Iterator[PreTrainedModel]:
-    """For the block's duration, make ``model`` (the run's converted base model without LoRA) its trained control."""
+    """For the block's duration, turn ``model``, the run's converted base model without LoRA, into a trained control."""
     with override(model, **CONTROLS[name]), merged_lora(model, control_directory(run, name) / LORA) as merged:
         yield merged

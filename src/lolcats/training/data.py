@@ -1,4 +1,4 @@
-"""From documents to packed rows of token ids, split into training, validation and test rows that share no document."""
+"""Pack documents into rows of token ids. Training, validation and test rows share no document."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Item = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents of one or several sources: token ids [begin, begin + length) of the store ``which``.
+    """Documents of one or several sources; each is the token ids [begin, begin + length) of the store ``which``.
 
-    ``shares``: of the tokens that each store is to have, where several are mixed.
+    ``shares``: fraction of the tokens that each store contributes to a mixture.
     """
 
     stores: tuple[TokenStore, ...]
@@ -51,12 +51,12 @@ class Documents:
 
 
 class PackedRows(Dataset[Item]):
-    """Documents one after another in rows of L tokens, put together when asked for; what fills no row is dropped.
+    """Documents packed into rows of L tokens. Rows are assembled when accessed; an incomplete last row is dropped.
 
     Args:
-        order: numbers of the documents.
-        positions: also give position_ids, which start again with each document (and with each row).
-        rows: which of the rows; by default all.
+        order: indices of the documents, in the order to pack them.
+        positions: also return position_ids, which restart at 0 for each document (and each row).
+        rows: indices of the rows to keep (default: all).
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class PackedRows(Dataset[Item]):
         return item | {"position_ids": positions} if self.positions else item
 
     def row(self, number: int) -> tuple[Tensor, Tensor]:
-        """Token ids and positions (L,) int64 of a row."""
+        """Token ids and positions of a row, (L,) int64 each."""
         place, end = number * self.length, (number + 1) * self.length
         parts, positions = [], []
         at = int(np.searchsorted(self.ends, place, side="right"))
@@ -90,7 +90,7 @@ class PackedRows(Dataset[Item]):
         return ids, places
 
     def whole(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """The first ``count`` rows, or all, and their positions, (N, L) int64 each: what is to be held in memory."""
+        """Load the first ``count`` rows (default: all) and their positions into memory, (N, L) int64 each."""
         rows = self.rows[:count]
         tokens = (int(rows.max()) + 1) * self.length if len(rows) else 0
         order = self.order[: int(np.searchsorted(self.ends, tokens)) + 1]
@@ -103,12 +103,12 @@ class PackedRows(Dataset[Item]):
         return torch.from_numpy(ids[rows]), torch.from_numpy(positions[rows])
 
     def select(self, chosen: Array) -> PackedRows:
-        """Some of the rows, by number."""
+        """The rows at the given indices."""
         return PackedRows(self.documents, self.order, self.length, self.positions, self.rows[chosen])
 
 
 class Rows(Dataset[Item]):
-    """Packed rows in memory, (N, L) int64, as transformers.Trainer wants them; ``positions`` as in PackedRows."""
+    """Packed rows in memory, (N, L) int64, as a data set for transformers.Trainer; ``positions`` as in PackedRows."""
 
     def __init__(self, rows: Tensor, positions: Tensor | None = None) -> None:
         self.rows, self.positions = rows, positions
@@ -123,10 +123,10 @@ class Rows(Dataset[Item]):
 
 @dataclass(frozen=True)
 class Data:
-    """Three splits of (N, L) int64 token ids, and what they were made from.
+    """Three splits of (N, L) int64 token ids, and a summary of where they come from.
 
-    ``train`` of a large source is read from its file while it trains. ``positions`` has (N, L) position ids of the
-    splits in memory where documents are kept apart (``data.reset_at_documents``).
+    The ``train`` split of a large source is read from its file during training. With ``data.reset_at_documents``,
+    ``positions`` holds (N, L) position ids for each split that is in memory.
     """
 
     train: Tensor | PackedRows
@@ -137,7 +137,7 @@ class Data:
     positions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def dataset(self, split: str) -> Dataset[Item]:
-        """A split as transformers.Trainer wants it."""
+        """A split as a data set for transformers.Trainer."""
         rows = getattr(self, split)
         return rows if isinstance(rows, PackedRows) else Rows(rows, self.positions.get(split))
 
@@ -146,18 +146,18 @@ def load_data(source: str, tokenizer: Any, config: DataConfig, seed: int = 0) ->
     """Read, render, tokenize, split by document and pack ``source``.
 
     Args:
-        source: hub data set id; .json, .jsonl, .parquet or .txt file; or a .yaml file that mixes several.
+        source: hub data set id; .json, .jsonl, .parquet or .txt file; or .yaml file that mixes several sources.
 
     Raises:
-        LolcatsError: nothing there, broken or unknown records, or too few tokens for the rows asked for.
+        LolcatsError: the source does not exist, has broken or unknown records, or has too few tokens.
     """
     return split(tokenize_source(source, tokenizer, config), config, seed)
 
 
 def tokenize_source(source: str, tokenizer: Any, config: DataConfig, unique: bool = True) -> Documents:
-    """The documents of a file, a hub data set or a mixture of them.
+    """Tokenize the documents of a file, a hub data set or a mixture of them.
 
-    ``unique``: those that occur twice are used once, so no text of the held-out splits is trained on.
+    ``unique``: drop documents that occurred before, so that no held-out text is trained on.
     """
     if not is_mixture(source):
         return _table([open_source(source, tokenizer, config)], unique)
@@ -173,7 +173,7 @@ def tokenize_source(source: str, tokenizer: Any, config: DataConfig, unique: boo
 
 
 def _table(stores: list[TokenStore], unique: bool, shares: tuple[float, ...] = ()) -> Documents:
-    """All documents of ``stores`` in order."""
+    """All documents of ``stores``, in order."""
     chosen = [store.first if unique else np.arange(len(store.lengths)) for store in stores]
     which = np.repeat(np.arange(len(stores), dtype=np.int16), [len(x) for x in chosen])
     begin, length = (
@@ -187,7 +187,7 @@ def _table(stores: list[TokenStore], unique: bool, shares: tuple[float, ...] = (
 
 
 def split(documents: Documents, config: DataConfig, seed: int) -> Data:
-    """Shuffle the documents, cut a mixture to its shares, split by document and pack."""
+    """Shuffle the documents, trim a mixture to its shares, split by document and pack."""
     numbers = array("q", range(len(documents)))
     random.Random(seed).shuffle(numbers)
     order = np.frombuffer(numbers, np.int64)
@@ -205,9 +205,9 @@ def split(documents: Documents, config: DataConfig, seed: int) -> Data:
     train: Tensor | PackedRows = PackedRows(documents, order[place:], length, reset)
     if len(test) < config.test_rows or len(validation) < config.validation_rows or not len(train):
         raise LolcatsError(
-            f"{documents.counts['source']} has {int(ends[-1])} tokens, too few: validation ({config.validation_rows} "
-            f"rows) and test ({config.test_rows}) of {length} tokens leave nothing to train on. Use more data, shorter "
-            "rows (data.sequence_length) or smaller splits (data.validation_rows, data.test_rows)."
+            f"{documents.counts['source']} has too few tokens ({int(ends[-1])}): {config.validation_rows} validation "
+            f"rows and {config.test_rows} test rows of {length} tokens leave nothing to train on. Use more data, "
+            "shorter rows (data.sequence_length) or smaller splits (data.validation_rows, data.test_rows)."
         )
     positions = {"validation": validation_positions, "test": test_positions}
     if documents.in_memory and isinstance(train, PackedRows):
@@ -223,7 +223,7 @@ def split(documents: Documents, config: DataConfig, seed: int) -> Data:
 
 
 def _identity(documents: Documents, train: Tensor | PackedRows, seed: int) -> bytes:
-    """Of the training rows: themselves, or what a large source's rows depend on."""
+    """The bytes that identify the training rows: the rows, or for a large source everything they depend on."""
     if isinstance(train, Tensor):
         return train.numpy().tobytes()
     sources = [store.identity or hashlib.sha256(store.hashes.tobytes()).hexdigest() for store in documents.stores]
@@ -231,8 +231,8 @@ def _identity(documents: Documents, train: Tensor | PackedRows, seed: int) -> by
 
 
 def _within_shares(documents: Documents, order: Array) -> Array:
-    """Which of the shuffled documents to take so that each store has its share of the tokens, none used twice: of the
-    scarcest store all, of the others as many."""
+    """Mask of the shuffled documents that gives each store its share of the tokens without using any twice. All of the
+    scarcest store is used."""
     length, which = documents.length[order].astype(np.int64), documents.which[order]
     tokens = [int(length[which == store].sum()) for store in range(len(documents.stores))]
     total = min(have / share for have, share in zip(tokens, documents.shares, strict=True))
@@ -245,10 +245,10 @@ def _within_shares(documents: Documents, order: Array) -> Array:
 
 
 def load_rows(source: str, tokenizer: Any, config: DataConfig) -> tuple[Tensor, Tensor | None]:
-    """(N, L) rows of everything in ``source``, in order: a data set used for evaluation alone; and their position ids
-    with ``config.reset_at_documents``."""
+    """Load all of ``source``, in order, as (N, L) rows for evaluation, with position ids if
+    ``config.reset_at_documents`` is set."""
     documents = tokenize_source(source, tokenizer, config, unique=False)
     rows, positions = PackedRows(documents, np.arange(len(documents)), config.sequence_length).whole()
     if not len(rows):
-        raise LolcatsError(f"{source} has fewer tokens than one row of {config.sequence_length}.")
+        raise LolcatsError(f"{source} has fewer tokens than one row of {config.sequence_length}: use more data.")
     return rows, positions if config.reset_at_documents else None

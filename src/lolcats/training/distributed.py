@@ -1,8 +1,8 @@
-"""Stage 2 on several GPUs: what trains lies whole on every rank; the frozen base model does, too, or FSDP2 shards it.
+"""Stage 2 on several GPUs: every rank holds all trained parameters, and all of the frozen base model or an FSDP2 shard.
 
-LoRA and feature maps are below 1 % of the parameters: their gradients are summed once an optimizer step, and a
-checkpoint is that of one process. Of a sharded base model every rank holds a slice of each weight; a layer is gathered
-when it computes. torchrun starts the ranks; the same code runs on CPUs (gloo) and GPUs (nccl).
+LoRA and feature maps are below 1 % of the parameters: their gradients are summed once per optimizer step, and a
+checkpoint is the same as with one process. If the base model is sharded, every rank holds a slice of each weight, and
+a layer is gathered when it computes. torchrun starts the ranks; the same code runs on CPUs (gloo) and GPUs (nccl).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from lolcats.ranks import ranks
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this rank, whose process group is made if it is not there; ``device`` where there is one rank."""
+    """This rank's own device of the type of ``device``. Creates the process group under torchrun."""
     ranks()
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
 def shard(model: PreTrainedModel, device: torch.device, mesh: DeviceMesh | None = None) -> PreTrainedModel:
-    """Shard what is frozen of a converted model over all ranks, in place; feature maps and what trains stay whole.
+    """Shard the frozen parameters of a converted model across all ranks, in place. The others stay whole.
 
-    Units: each decoder layer, the embedding, the output layer, the rest of the decoder. The trainers call the decoder
-    and the output layer themselves, so those two are the roots, not the model. Tied embeddings stay whole. Parameters
-    may be on the meta device: see :func:`materialize`.
+    Feature maps and tied embeddings also stay whole. Units: each decoder layer, the embedding, the output layer, the
+    rest of the decoder. The roots are the decoder and the output layer, because the trainers call these and not the
+    model. Parameters may be on the meta device: see :func:`materialize`.
     """
     mesh = mesh if mesh is not None else init_device_mesh(device.type, (ranks().size,))
     kept = {p for layer in linearized_layers(model) for p in layer.parameters()}
@@ -52,9 +52,10 @@ def shard(model: PreTrainedModel, device: torch.device, mesh: DeviceMesh | None 
 
 
 def _order_gathers(embedding: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Start a layer's gather before the layer in front of it is launched, which takes the host long; none in vain.
+    """Start to gather each layer before the previous one is launched, as launching takes the host long.
 
-    FSDP2 would gather the frozen embedding for a backward that does nothing there, and the last layer twice in a row.
+    Also avoid needless gathers: by default, FSDP2 gathers the frozen embedding for a backward pass that does nothing
+    there, and the last layer twice in a row.
     """
     units = [unit for unit in (embedding, *layers) if isinstance(unit, FSDPModule)]
     for unit, following in pairwise(units):
@@ -65,11 +66,11 @@ def _order_gathers(embedding: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 
 def materialize(model: nn.Module, device: torch.device, fill: Callable[[str, Tensor], None]) -> None:
-    """Bring a sharded model to ``device``, with memory for what was on the meta device.
+    """Move a sharded model to ``device``, and allocate and fill the parameters that are on the meta device.
 
     Args:
-        fill: gives a parameter that was on the meta device its values, by name: (name, parameter), the parameter a
-            DTensor of which this rank has a part, or a tensor.
+        fill: called with name and parameter to set the values of a parameter that was on the meta device. The parameter
+            is a tensor, or a DTensor of which this rank holds a part.
     """
     names = [name for name, p in model.named_parameters() if p.is_meta]
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
@@ -80,7 +81,7 @@ def materialize(model: nn.Module, device: torch.device, fill: Callable[[str, Ten
 
 
 def fill_part(parameter: Tensor, source: Shards, name: str) -> None:
-    """Read this rank's part of a parameter."""
+    """Read this rank's part of a parameter from ``source``."""
     cut = [p.dim for p in getattr(parameter, "placements", ()) if isinstance(p, Shard)]
     if not isinstance(parameter, DTensor) or not cut:
         parameter.copy_(source.read({name: parameter}, torch.device("cpu"))[name])
@@ -93,7 +94,7 @@ def fill_part(parameter: Tensor, source: Shards, name: str) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this rank holds parts of the model's parameters."""
+    """Whether any of the model's parameters are sharded."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
@@ -108,7 +109,7 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def any_rank(value: bool, device: torch.device) -> bool:
-    """Whether ``value`` holds on one rank at least."""
+    """Whether ``value`` is true on at least one rank."""
     if ranks().size == 1:
         return value
     flag = torch.tensor(float(value), device=device)

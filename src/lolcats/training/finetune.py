@@ -1,4 +1,4 @@
-"""Stage 2, low-rank linearizing: LoRA on next-token loss through the linearized attentions, feature maps frozen."""
+"""Stage 2, low-rank linearizing: train LoRA on the next-token loss of the linearized model; feature maps are frozen."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from lolcats.training.watch import first_bad_layer, first_bad_weight
 def finetune(
     model: PreTrainedModel | PeftModel, data: Data, config: Config, directory: Path
 ) -> tuple[PeftModel, StageResult]:  # fmt: skip
-    """Wrap ``model`` with LoRA (PEFT) and train it; only LoRA matrices train unless the recipe says otherwise.
+    """Wrap ``model`` with LoRA (PEFT) and train it; only LoRA matrices are trained unless the recipe says otherwise.
 
-    Under torchrun every rank trains its copy of the model on its rows, and ends with the same; with
-    ``finetune.sharding=always`` the model is sharded over all ranks first, and stays so.
+    Under torchrun, every rank trains a copy of the model on its own rows, and all end with the same weights. With
+    ``finetune.sharding=always`` the model is first sharded across all ranks, and stays sharded.
 
     Args:
-        model: converted, in any float dtype; LoRA matrices are fp32.
+        model: converted model in any float dtype; LoRA matrices are fp32.
         data: rows (N, L) of token ids.
-        directory: run directory: ``metrics.jsonl`` and working files under ``checkpoints/finetune`` go there.
+        directory: run directory, for ``metrics.jsonl`` and working files under ``checkpoints/finetune``.
 
     Returns:
-        the PEFT model with its best weights (``.merge_and_unload()`` folds them in), and what the stage did.
+        The PEFT model with its best weights (``.merge_and_unload()`` merges them), and the result of the stage.
     """
     torch.manual_seed(config.seed)
     wrapped = model if isinstance(model, PeftModel) else add_lora(model, config.finetune)
@@ -65,7 +65,7 @@ def finetune(
 
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
-    """LoRA on ``config.targets``; sets what requires a gradient."""
+    """Add LoRA to ``config.targets``, and freeze all parameters that are not trained."""
     targets = lora_targets(model, config.targets)
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none",
@@ -82,10 +82,11 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
 
 
 def lora_targets(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
-    """Full names of the layers that ``targets`` mean.
+    """Full names of the layers that ``targets`` select.
 
-    ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` mean the layers of the attention modules that play these parts,
-    whatever the family calls them; a layer that makes q, k and v at once plays three. Other names mean what ends so.
+    ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` select the attention layers with these roles, whatever the family
+    calls them; a layer that computes q, k and v together has three roles. Any other name selects the modules whose full
+    name ends with it.
     """
     attentions = [name for name, module in model.named_modules() if hasattr(module, "lolcats")]
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -100,20 +101,20 @@ def lora_targets(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
         if not layers:
             known = sorted({name.rpartition(".")[2] for name in inside})
             raise LolcatsError(
-                f"finetune.targets {list(targets)} do not fit this model: nothing in it is {target!r}. Linear layers "
-                f"of its attention: {', '.join(known) or 'none'}."
+                f"finetune.targets {list(targets)} do not fit this model: it has no {target!r}. Linear layers of "
+                f"its attention: {', '.join(known) or 'none'}."
             )
         found.update(dict.fromkeys(layers))
     return list(found)
 
 
 def load_over_ranks(base: Base, config: Config, dtype: torch.dtype, device: torch.device) -> PeftModel:
-    """The converted model with untrained LoRA, sharded over all ranks; each reads its own part of the weights.
+    """Load the converted model with untrained LoRA, sharded across all ranks; each reads only its part of the weights.
 
-    Models whose files name tensors otherwise than the model (GGUF among them) are read whole by every rank first.
+    If the tensor names in the files differ from the model's (as in GGUF files), every rank first loads the whole model.
     """
-    if config.finetune.use_dora:  # its magnitudes begin as norms of weights, which are not there yet
-        raise LolcatsError("finetune.use_dora does not go with a sharded base model: set finetune.sharding=never.")
+    if config.finetune.use_dora:  # its magnitudes start as norms of weights, which are not loaded yet
+        raise LolcatsError("finetune.use_dora does not work with a sharded base model: set finetune.sharding=never.")
     device, model = own_device(device), None
     if base.form != "gguf":
         model = empty_model(AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code), dtype)
@@ -138,8 +139,10 @@ def load_over_ranks(base: Base, config: Config, dtype: torch.dtype, device: torc
 
 @contextmanager
 def _light_weights(model: nn.Module) -> Iterator[None]:
-    """PEFT puts LoRA, initialized, where the base weights are: instead of the meta device into host memory, where each
-    base weight is one element for the block's duration."""
+    """For the block's duration, replace each base weight on the meta device by one expanded element in host memory.
+
+    PEFT creates LoRA matrices on the device of the base weights, and they must be initialized with real values.
+    """
     empty = [
         (module._parameters, name, p)
         for module in model.modules()
@@ -157,23 +160,24 @@ def _light_weights(model: nn.Module) -> Iterator[None]:
 
 
 def load_lora(wrapped: PeftModel, directory: Path) -> None:
-    """Give the LoRA of a model the values saved in ``directory``."""
+    """Load the LoRA matrices saved in ``directory`` into ``wrapped``."""
     path = directory / "adapter_model.safetensors"
     ours = {n.replace(".default.", "."): p for n, p in wrapped.named_parameters() if "lora_" in n}
     load_strictly({name: p.detach() for name, p in ours.items()}, read_tensors(path), path)
 
 
 class InputDtypeLinear(nn.Linear):
-    """A linear layer whose fp32 weights are used in the dtype of its input."""
+    """A linear layer that casts its fp32 weights to the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def _compute_in_input_dtype(model: nn.Module) -> None:
-    """LoRA matrices stay fp32 for the optimizer, but PEFT would keep an fp32 copy of the input of each for backward.
+    """Make LoRA compute in the dtype of its input, while its matrices stay fp32 for the optimizer.
 
-    In a 16-bit model that is most of the memory of its attention layers.
+    By default PEFT keeps an fp32 copy of each input for the backward pass. In a 16-bit model these copies are most of
+    the memory of the attention layers.
     """
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
@@ -183,7 +187,7 @@ def _compute_in_input_dtype(model: nn.Module) -> None:
 
 
 class FinetuneTrainer(StageTrainer):
-    """Loss: cross-entropy of the next token, mean over all tokens."""
+    """Loss: next-token cross-entropy, mean over all tokens."""
 
     stage_config: FinetuneConfig
 
@@ -193,7 +197,7 @@ class FinetuneTrainer(StageTrainer):
 
     @property
     def base(self) -> PreTrainedModel:
-        """The model that carries the LoRA matrices, without PEFT's wrapper."""
+        """The model that holds the LoRA matrices, without PEFT's wrapper."""
         wrapped: Any = self.model
         return wrapped.get_base_model()
 
@@ -206,8 +210,8 @@ class FinetuneTrainer(StageTrainer):
         return loss
 
     def where(self, bad: Tensor) -> str:
-        """The first layer whose output on the last batch is no number without LoRA, or else the LoRA matrix that is
-        none, or else the layer with LoRA."""
+        """Name what became NaN or infinite on the last batch: the first layer without LoRA, else the first LoRA matrix,
+        else the first layer with LoRA."""
         layers = self.base.config.lolcats["layers"]
         modules = [self.base.get_submodule(entry["name"]) for entry in layers]
         wrapped: Any = self.model
@@ -219,7 +223,7 @@ class FinetuneTrainer(StageTrainer):
         return "" if number is None else f" in layer {layers[number]['layer']}"
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW; feature maps, where they train, form a group with their own rate."""
+        """AdamW; if feature maps are trained, they form a group with their own learning rate."""
         rate = self.stage_config.feature_map_learning_rate
         if self.optimizer is None and rate > 0:
             trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Hidden states between layers: nowhere (token ids), in host memory, or on disk as checksummed memory-mapped shards.
+"""Where hidden states between layers are kept: nowhere (token ids), in host memory, or on disk in checksummed shards.
 
 Shapes: N rows of a batch, T tokens, E hidden size.
 """
@@ -24,26 +24,26 @@ from lolcats.ranks import Ranks
 from lolcats.training.visits import VALIDATION, Batch, Visits
 
 Split = Tensor | Dataset[dict[str, Tensor]]
-SHARD = 1 << 28  # bytes of hidden states in a file, if a step has no more
+SHARD = 1 << 28  # bytes of hidden states per file, unless a single step needs more
 
 
 class Source(Protocol):
-    """What enters a group of layers."""
+    """Where a group of layers reads its input."""
 
     def read(self, batch: Batch) -> Tensor:
-        """(N, T) token ids or (N, T, E) hidden states of a batch that has rows."""
+        """(N, T) token ids or (N, T, E) hidden states of a non-empty batch."""
 
 
 class Target(Protocol):
-    """Where a group of layers leaves the teacher's hidden states."""
+    """Where a group of layers writes the teacher's hidden states."""
 
     def wants(self, step: int) -> bool:
-        """Whether the rows of this step (or ``VALIDATION``) are still to be written."""
+        """Whether the rows of this step (or ``VALIDATION``) still have to be written."""
 
     def write(self, batch: Batch, hidden: Tensor) -> None: ...
 
     def done(self, step: int) -> None:
-        """The step has been written, or (``VALIDATION``) all of them."""
+        """Called once a step has been written, and with ``VALIDATION`` once everything has."""
 
 
 class Tokens:
@@ -57,7 +57,7 @@ class Tokens:
 
 
 class Embeddings(Tokens):
-    """What enters the first layer. Inside ``skeleton.brought([-1])``."""
+    """Embeddings of the token ids, the input of the first layer. Use inside ``skeleton.brought([-1])``."""
 
     def __init__(self, train: Split, validation: Split, skeleton: Skeleton) -> None:
         super().__init__(train, validation)
@@ -68,20 +68,20 @@ class Embeddings(Tokens):
 
 
 class Nowhere:
-    """For layers whose output nobody needs."""
+    """For layers whose output is not needed."""
 
     def wants(self, step: int) -> bool:
         return False
 
     def write(self, batch: Batch, hidden: Tensor) -> None:
-        raise AssertionError("nothing is written nowhere")
+        raise AssertionError("Nowhere takes no hidden states")
 
     def done(self, step: int) -> None:
         pass
 
 
 class HostStates:
-    """A tensor for each batch in host memory (pinned for a GPU), read and written over by one layer after another."""
+    """One tensor per batch in host memory (pinned for a GPU), read and overwritten by one layer after another."""
 
     def __init__(self, device: torch.device, validation: bool) -> None:
         self.device, self.validation = device, validation
@@ -96,7 +96,7 @@ class HostStates:
 
     def write(self, batch: Batch, hidden: Tensor) -> None:
         key = _key(batch)
-        if key not in self._tensors:  # one for each batch: pinned memory comes in powers of two
+        if key not in self._tensors:  # one per batch: pinned allocations are rounded up to powers of two
             self._tensors[key] = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=self._stream is not None)
         if self._stream is None:
             self._tensors[key].copy_(hidden)
@@ -112,7 +112,7 @@ class HostStates:
 
 
 class Boundary:
-    """The hidden states of all visits that enter one layer, in files of whole optimizer steps.
+    """The hidden states that enter one layer, for all visits, in files that each hold whole optimizer steps.
 
     Args:
         shape: (T, E); dtype: bfloat16, or float32 for fp32 models.
@@ -182,7 +182,7 @@ class Boundary:
     def remove(self) -> None:
         self._reading = self._writing = None
         if self.ranks.is_first:
-            for record in self.directory.glob("*.json"):  # first: without them nothing counts
+            for record in self.directory.glob("*.json"):  # first: files without a record are ignored
                 record.unlink()
             shutil.rmtree(self.directory, ignore_errors=True)
         self._written.clear()
@@ -190,19 +190,19 @@ class Boundary:
 
     def _verified(self, number: int) -> Tensor:
         path = self._file(number)
-        again = f"Remove {self.directory} and run again: the hidden states are computed anew."
+        again = f"Remove {self.directory} and run again to recompute the hidden states."
         try:
             record = json.loads(self._record(number).read_text())
             size = path.stat().st_size
         except (OSError, ValueError):
-            raise LolcatsError(f"{path}, a file of hidden states, is missing or without its record. {again}") from None
+            raise LolcatsError(f"{path} (hidden states) is missing, or its record is. {again}") from None
         if {k: v for k, v in record.items() if k != "crc32"} != self._description(number):
             raise LolcatsError(f"{path} holds hidden states of another run. {again}")
         if size == len(self._rows[number]) * self._row_bytes:
             tensor = self._map(path, number, shared=False)
             if zlib.crc32(_bytes(tensor)) == record["crc32"]:
                 return tensor
-        raise LolcatsError(f"{path}, a file of hidden states, is damaged (its checksum is wrong). {again}")
+        raise LolcatsError(f"{path} (hidden states) is damaged: its size or checksum is wrong. {again}")
 
     def _map(self, path: Path, number: int, shared: bool) -> Tensor:
         shape = (len(self._rows[number]), *self.shape)
@@ -210,7 +210,7 @@ class Boundary:
         try:
             return torch.from_file(str(path), shared=shared, size=size, dtype=self.dtype).view(shape)
         except RuntimeError as error:
-            raise LolcatsError(f"{path} cannot be mapped into memory ({str(error).splitlines()[0]}).") from None
+            raise LolcatsError(f"Cannot map {path} into memory ({str(error).splitlines()[0]}).") from None
 
     def _place(self, number: int, batch: Batch) -> slice:
         start = self._rows[number].start
@@ -230,9 +230,9 @@ class Boundary:
 
 
 def feed(source: Source, batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Tensor | None]]:
-    """Batches with what ``source`` has of them, on the device; None for a batch without rows.
+    """Yield batches with their input from ``source``, on the device; None for an empty batch.
 
-    On a GPU the next batch comes from pinned memory while the caller works on this one.
+    On a GPU, the next batch is copied from pinned memory while the caller works on the current one.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -262,14 +262,14 @@ def feed(source: Source, batches: Iterable[Batch], device: torch.device) -> Iter
 
 
 def token_rows(split: Split, rows: Tensor) -> Tensor:
-    """(N, T) token ids of some rows, of a tensor or of a data set that reads them when asked."""
+    """(N, T) token ids of some rows of a tensor, or of a data set that reads them on access."""
     if isinstance(split, Tensor):
         return split[rows]
     return torch.stack([split[int(row)]["input_ids"] for row in rows])
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Take the space now: on a disk that fills up, writing to a mapped file would end the process by a signal."""
+    """Reserve the disk space now: on a disk that is full, writing to a mapped file kills the process by a signal."""
     with path.open("ab") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)

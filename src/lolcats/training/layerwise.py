@@ -1,8 +1,9 @@
-"""Attention transfer as one loop that every order of the work shares.
+"""Attention transfer as one loop that all orders of the work share.
 
-A group of layers sees the batches of some optimizer steps: the teacher's hidden states pass through, and each layer
-whose unit has not done that step learns from it on the way (backward inside its forward, so no layer's activations
-outlive it). Orders differ in what a group is, which steps it sees at a time, and where hidden states live.
+A group of layers processes the batches of some optimizer steps. The teacher's hidden states pass through, and each
+layer whose unit has not done that step yet learns from it on the way. Backward runs inside the layer's forward, so only
+one layer's activations are in memory. Orders differ in what a group is, which steps it processes at a time, and where
+hidden states are kept.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from lolcats.training.units import Unit
 from lolcats.training.visits import VALIDATION, Batch, Visits, hidden_windows, validation_batches
 
 STAGE, JOB = "transfer", "job.json"
-HARMLESS = (*PLACEMENT["transfer"], "save_steps", "log_steps")  # settings that change no result
+HARMLESS = (*PLACEMENT["transfer"], "save_steps", "log_steps")  # settings that do not change the result
 
 
 @dataclass(frozen=True)
 class LayerwiseResult(StageResult):
-    """``best_loss`` is the mean over units. Errors: of each layer's output on the validation rows."""
+    """``best_loss`` is the mean over units; the errors are those of each layer's output on the validation rows."""
 
     errors_before: list[float]
     errors_after: list[float]
@@ -46,7 +47,7 @@ class LayerwiseResult(StageResult):
 
 @dataclass
 class Group:
-    """Layers that are on the device together, and what passes a batch through them."""
+    """Layers that are on the device together, and a function that passes a batch through them."""
 
     layers: list[LinearizedAttention]
     run: Callable[[Tensor], Tensor]
@@ -58,9 +59,9 @@ class LayerTrainer:
 
     Args:
         layers: linearized layers by the name of their attention module, in order.
-        directory: of the run; units lie under ``checkpoints/transfer``.
+        directory: run directory; units are saved under ``checkpoints/transfer``.
         base: fingerprint of the base model.
-        tick: called after each optimizer step of a group, with the number of steps it has done.
+        tick: called after each optimizer step of a group with the number of steps done.
     """
 
     def __init__(
@@ -70,13 +71,13 @@ class LayerTrainer:
         self.config, self.ranks, self.device, self.data, self.tick = config.transfer, ranks, device, data, tick
         if data.positions:
             raise LolcatsError(
-                "Documents are kept apart inside rows (data.reset_at_documents) only where all layers are coupled and "
-                "one process trains (transfer.coupling=joint, transfer.order=joint)."
+                "data.reset_at_documents needs a single process that trains all layers jointly: set "
+                "transfer.coupling=joint and transfer.order=joint, and run without torchrun."
             )
         if self.config.batch_size < ranks.size:
             raise LolcatsError(
                 f"transfer.batch_size ({self.config.batch_size}) is below the number of ranks ({ranks.size}): some "
-                "would have nothing to do."
+                "would have no rows. Use a larger batch or fewer ranks."
             )
         self.run_directory, self.directory, self.seed = directory, directory / "checkpoints" / STAGE, config.seed
         self.visits = Visits.draw(len(data.train), self.config, config.seed)
@@ -97,7 +98,7 @@ class LayerTrainer:
         return self.directory / "units" / f"{names[0] if len(names) == 1 else 'all-layers'}.safetensors"
 
     def _check_job(self, job: dict[str, Any]) -> None:
-        """That all ranks do the same, and that files in the directory were made by the same job."""
+        """Check that all ranks do the same job, and that files in the directory belong to it."""
         versions = {name: version(name) for name in ("torch", "transformers")}
         self.ranks.agree({**job, **versions, "lolcats": lolcats.__version__})
         known = self.ranks.shared(read_job(self.directory) if self.ranks.is_first else None)
@@ -111,9 +112,9 @@ class LayerTrainer:
         return next(unit for unit in self.units if any(layer is one for one in unit.layers))
 
     def sweep(self, group: Group, source: Source, target: Target, steps: range, learn: bool = True) -> None:
-        """Pass the rows of ``steps`` through a group; its units learn from those that they have not done.
+        """Pass the rows of ``steps`` through a group; its units learn from the steps they have not done yet.
 
-        ``learn``: False where the hidden states alone are wanted.
+        ``learn``: False to only compute hidden states.
         """
         units = group.units if learn else []
         if any(unit.learns_from(0) and not unit.progress.errors_before for unit in units):
@@ -143,7 +144,7 @@ class LayerTrainer:
         return self.visits.batches(steps, self.config.micro_batch_size, self.ranks)
 
     def _learn(self, group: Group, units: list[Unit], batch: Batch, x: Tensor) -> Tensor:
-        """One batch through the group; gradients of its share of the mean loss are added up in the units' layers."""
+        """Pass one batch through the group, and accumulate the gradients of its share of the mean loss in the units."""
         owner = _owners(units)
         hidden = hidden_windows(batch.visits, self.config.window_dropout, self.seed) if units else []
 
@@ -174,7 +175,7 @@ class LayerTrainer:
 
     @torch.no_grad()
     def _evaluate(self, group: Group, units: list[Unit], source: Source, before: bool = False) -> None:
-        """Validation loss and error of the units' layers; ``before``: only to know where they start."""
+        """Compute validation loss and error of the units' layers; ``before``: only record the initial errors."""
         owner = _owners(units)
         layers = list(owner)
         sums = {layer: torch.zeros(2, device=self.device) for layer in layers}
@@ -204,7 +205,7 @@ class LayerTrainer:
 
     @contextmanager
     def _ctrl_c(self) -> Iterator[None]:
-        """Ctrl-C ends after the step at hand; ranks, which would wait for each other, end at once."""
+        """On Ctrl-C, stop after the current step. Several ranks stop at once, as they would wait for each other."""
         if self.ranks.size > 1:
             yield
         else:
@@ -216,12 +217,12 @@ class LayerTrainer:
         return all(unit.finished for unit in self.units)
 
     def write_metrics(self) -> None:
-        """metrics.jsonl of the run, as far as all units have come."""
+        """Write the run's metrics.jsonl up to the step that all units have reached."""
         if self.ranks.is_first:
             replace_metrics(self.run_directory / "metrics.jsonl", STAGE, self.history())
 
     def history(self) -> list[dict[str, float]]:
-        """Means over units by step; a unit that has stopped early counts with its last values."""
+        """Means over units for each step; a unit that has stopped early contributes its last values."""
         reached = min((u.progress.step for u in self.units if not u.progress.stopped), default=len(self.visits.steps))
         entries: list[dict[str, float]] = []
         for key in ("loss", "eval_loss"):
@@ -235,7 +236,7 @@ class LayerTrainer:
         return sorted(entries, key=lambda entry: (entry["step"], "eval_loss" in entry))
 
     def result(self) -> LayerwiseResult:
-        """What all units did; the layers get their best weights."""
+        """Give the layers their best weights, and return what all units did."""
         for unit in self.units:
             unit.take_best()
         self.write_metrics()
@@ -251,17 +252,17 @@ class LayerTrainer:
 
 
 def compare_jobs(known: dict[str, Any], asked: dict[str, Any], directory: Path) -> None:
-    """LolcatsError, naming the first difference, if a directory's files belong to another job."""
+    """Raise LolcatsError, naming the first difference, if the files in ``directory`` belong to another job."""
     for key in [*known, *asked]:
         if known.get(key) != asked.get(key):
             raise LolcatsError(
                 f"{directory} holds another job: {key} was {known.get(key)!r} and is now {asked.get(key)!r}. Nothing "
-                "was changed; repeat the command it was made with, or choose another --out."
+                "was changed. Repeat the original command, or choose another --out."
             )
 
 
 def job_of(config: Config, data: Data, layers: list[str], base: str) -> dict[str, Any]:
-    """All that the units' contents depend on."""
+    """Everything that the contents of the units depend on."""
     settings = {f"transfer.{k}": v for k, v in asdict(config.transfer).items() if k not in HARMLESS}
     settings |= {f"attention.{k}": v for k, v in to_dict(config.attention).items()}
     rows = {"data": data.fingerprint, "rows": len(data.train)}
@@ -269,7 +270,7 @@ def job_of(config: Config, data: Data, layers: list[str], base: str) -> dict[str
 
 
 def read_job(directory: Path) -> Any:
-    """What a directory of attention transfer was begun with; None where there is nothing."""
+    """Read the job that attention transfer in ``directory`` was started with; None if there is none."""
     path = directory / JOB
     try:
         return json.loads(path.read_text()) if path.exists() else None
@@ -289,7 +290,7 @@ def _owners(units: list[Unit]) -> dict[LinearizedAttention, Unit]:
 def _observed(
     layers: list[LinearizedAttention], chosen: Mapping[LinearizedAttention, Unit], observer: Observer
 ) -> Iterator[None]:  # fmt: skip
-    """For the block's duration, ``chosen`` layers show their calls, and all pass the teacher's output on."""
+    """For the block's duration, ``observer`` sees the calls of ``chosen`` layers; all output softmax attention."""
     before = [(layer.mode, layer.observer) for layer in layers]
     for layer in layers:
         layer.mode, layer.observer = ("transfer", observer) if layer in chosen else ("teacher", None)

@@ -26,8 +26,8 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, override
 from lolcats.modeling.loss import mean_squared_error
 
-QUERIES = 64  # whose weights exist at a time
-WEIGHTS = 1 << 25  # weights at a time, over all heads and as many rows as they allow: 128 MiB in fp32
+QUERIES = 64  # queries whose weights are in memory at a time
+WEIGHTS = 1 << 25  # weights in memory at a time, over all heads and as many rows as fit: 128 MiB in fp32
 
 
 def attention_loss(
@@ -36,7 +36,8 @@ def attention_loss(
     """Scalar loss of one layer on one call: mse_weight · MSE(ŷ, y) + xent_weight · cross-entropy of weights.
 
     Args:
-        hidden: rows whose window is hidden (``window_dropout``): see :func:`older_error`. The cross-entropy sees it.
+        hidden: indices of rows that hide their window (``window_dropout``), see :func:`older_error`. The cross-entropy
+            ignores this.
     """
     return attention_losses(layer, call, config, hidden)[0]
 
@@ -44,7 +45,7 @@ def attention_loss(
 def attention_losses(
     layer: LinearizedAttention, call: AttentionCall, config: TransferConfig, hidden: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss, and the mean squared error in it."""
+    """The loss, and the mean squared error that is part of it."""
     if not hidden or layer.spec.kind != "hybrid":
         error = _error(layer, call)
     else:
@@ -64,12 +65,12 @@ def _error(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
 
 
 def older_error(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
-    """MSE between the linear term alone and softmax attention over the keys that it has: neither sees sinks or window.
+    """MSE between the linear term and softmax attention over the same keys, without sinks and window in either.
 
-    Queries that have no such key count as right.
+    Queries without such keys have zero error.
     """
     if call.padding is not None:
-        raise LolcatsError("transfer.window_dropout takes rows without padding.")
+        raise LolcatsError("transfer.window_dropout needs rows without padding.")
     older = partial(older_attention, spec=layer.spec, scale=call.scale, softcap=call.softcap)
     attend = older if call.documents is None else partial(call.documents.apart, older)
     target = attend(call.q, call.k, call.v)
@@ -82,9 +83,9 @@ def older_error(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
 def older_attention(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float, softcap: float | None = None
 ) -> Tensor:  # fmt: skip
-    """(B, H, T, D) fp32 softmax attention over the keys of the linear term alone; 0 where there are none.
+    """(B, H, T, D) fp32 softmax attention over only the keys of the linear term; 0 for queries without such keys.
 
-    Quadratic time; weights exist for QUERIES queries at a time.
+    Takes quadratic time, with the weights of QUERIES queries in memory at a time.
     """
     q, k, v, found = spec.rotated(q), spec.rotated(k), expand_heads(v, q.shape[1]), []
     for queries, keys, n, i in query_blocks(q, k, QUERIES):
@@ -97,16 +98,16 @@ def older_attention(
 def weight_cross_entropy(
     layer: LinearizedAttention, call: AttentionCall, queries: int = QUERIES, weights: int = WEIGHTS
 ) -> Tensor:  # fmt: skip
-    """−Σ a·log â between softmax and hybrid attention weights, mean over queries, heads and rows. Unpadded rows.
+    """Cross-entropy −Σ a·log â of softmax and hybrid attention weights, mean over queries, heads and (unpadded) rows.
 
-    Quadratic time, but no T × T tensor: weights exist for some rows and ``queries`` queries at a time, and are computed
-    again in backward.
+    Takes quadratic time, but makes no T × T tensor: it computes the weights of some rows and ``queries`` queries at a
+    time, and recomputes them in the backward pass.
 
     Args:
-        weights: most elements of one tensor of weights; a single row may exceed it.
+        weights: maximum number of elements in a tensor of weights; a single row may exceed it.
     """
     if call.padding is not None:
-        raise LolcatsError("The cross-entropy of attention weights (transfer.xent_weight) takes rows without padding.")
+        raise LolcatsError("The cross-entropy of attention weights (transfer.xent_weight) needs rows without padding.")
 
     def of_rows(q: Tensor, k: Tensor) -> Tensor:
         fq, fk, gamma = layer.phi_q(q), layer.phi_k(k), layer.gamma
@@ -130,7 +131,7 @@ def _of_queries(
     q: Tensor, k: Tensor, fq: Tensor, fk: Tensor, gamma: Tensor, spec: AttentionSpec, scale: float,
     softcap: float | None, first: int,
 ) -> Tensor:  # fmt: skip
-    """(B, H, T, 1) cross-entropy of each of the queries from position ``first`` on."""
+    """(B, H, T, 1) cross-entropy of each query; ``first`` is the position of the first one."""
     q, k = spec.rotated(q), spec.rotated(k)
     with torch.no_grad():
         target = softmax_weights(q, k, scale, softcap, first)

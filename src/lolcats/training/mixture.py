@@ -1,4 +1,4 @@
-"""Several sources as one: a YAML file given as ``--data`` lists them with their shares of the tokens.
+"""Mix several sources: a YAML file passed as ``--data`` lists them with their shares of the tokens.
 
 sources:
 - {path: books.jsonl, weight: 3}
@@ -17,12 +17,12 @@ from lolcats.errors import LolcatsError
 
 @dataclass(frozen=True)
 class MixtureSource:
-    """One source; what is not given is the run's ``data`` setting."""
+    """One source. Fields that are left out default to the run's ``data`` settings."""
 
     path: str
-    """A local file, relative to the mixture's, or a hub data set id."""
+    """A local file, relative to the mixture file, or a hub data set id."""
     weight: float = 1.0
-    """Tokens of this source are weight / sum of weights of all that are used."""
+    """This source provides a fraction weight / (sum of all weights) of the tokens."""
     format: Literal["auto", "alpaca", "chat", "text"] | None = None
     text_column: str | None = None
     split: str | None = None
@@ -32,7 +32,7 @@ class MixtureSource:
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
-            raise LolcatsError(f"weight of {self.path} must be positive, not {self.weight}.")
+            raise LolcatsError(f"weight of {self.path} must be positive and finite, not {self.weight}.")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def is_mixture(source: str) -> bool:
 
 
 def read_mixture(source: str, config: DataConfig) -> list[Share]:
-    """The sources of a mixture file. LolcatsError if it is none."""
+    """Read the sources of a mixture file; raise LolcatsError if it is not valid."""
     path = Path(source).expanduser()
     if not path.is_file():
         raise LolcatsError(f"Data file {source} does not exist.")
@@ -67,7 +67,7 @@ def read_mixture(source: str, config: DataConfig) -> list[Share]:
     except (LolcatsError, TypeError) as error:
         raise LolcatsError(f"{source}: {error}") from None
     if not sources:
-        raise LolcatsError(f"{source} lists no sources: expected sources: [{{path: FILE, weight: 1}}, ...].")
+        raise LolcatsError(f"{source} lists no sources. Expected: sources: [{{path: FILE, weight: 1}}, ...].")
     total, shares = sum(entry.weight for entry in sources), []
     for entry in sources:
         names = ("format", "text_column", "split", "subset", "streaming", "max_tokens")
@@ -75,6 +75,6 @@ def read_mixture(source: str, config: DataConfig) -> list[Share]:
         beside = path.parent / Path(entry.path).expanduser()
         name = str(beside) if beside.exists() else entry.path
         if is_mixture(name):
-            raise LolcatsError(f"{source}: {entry.path} is a mixture itself; list its sources here.")
+            raise LolcatsError(f"{source}: {entry.path} is a mixture itself: list its sources here instead.")
         shares.append(Share(name, replace(config, **changes), entry.weight / total))
     return shares

@@ -1,4 +1,4 @@
-"""The three orders of attention transfer's work: ``joint``, ``stream`` and ``blocks`` (see docs/scale.md)."""
+"""The three orders of the work in attention transfer: ``joint``, ``stream`` and ``blocks`` (see docs/scale.md)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def layers_by_name(model: PreTrainedModel) -> dict[str, LinearizedAttention]:
 def train_joint(
     model: PreTrainedModel, data: Data, config: Config, directory: Path, ranks: Ranks, base: str = ""
 ) -> LayerwiseResult:  # fmt: skip
-    """Steps → layers, with the whole model on the device; either coupling."""
+    """Steps → layers, with the whole model on the device. Works with either coupling."""
     layers = layers_by_name(model)
     trainer = LayerTrainer(layers, data, config, directory, ranks, model.device, base)
     total = len(trainer.visits.steps)
@@ -71,11 +71,11 @@ def train_joint(
 
 
 class LayerByLayer:
-    """Orders in which layers come to the device in turn. ``coupling`` is ``per_layer``.
+    """The orders that load one layer or block after another onto the device. ``coupling`` must be ``per_layer``.
 
     Args:
-        skeleton: its layers are trained in place; they stay in host memory.
-        directory: of the run.
+        skeleton: its linearized layers are trained in place, and kept in host memory between turns.
+        directory: run directory.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class LayerByLayer:
         self.length = token_rows(data.train, torch.tensor([0])).shape[1]
 
     def unfinished(self, steps: range, layers: range) -> list[int]:
-        """Those of ``layers`` that have something to learn from ``steps``."""
+        """The indices in ``layers`` of layers that still have to learn from ``steps``."""
         units = self.units
         return [
             i for i in layers if i in units and not units[i].finished and units[i].progress.step < steps.stop
         ]  # fmt: skip
 
     def stream(self) -> LayerwiseResult:
-        """Chunks of tokens → layers → steps; hidden states of a chunk in host memory."""
+        """Chunks of tokens → layers → steps, with the hidden states of a chunk in host memory."""
         chunks = self.visits.chunks(max(1, self.config.chunk_tokens // self.length))
         self._prepare()
         self._check_memory(max(len(self._visits_of(steps)) for steps in chunks))
@@ -115,7 +115,7 @@ class LayerByLayer:
         return self.trainer.result()
 
     def _chunk(self, steps: range, last: int) -> None:
-        """All layers up to ``last`` see the rows of some steps."""
+        """Pass the rows of some steps through all layers up to ``last``."""
         states = HostStates(self.device, self._evaluates_in(steps))
         self.skeleton.read_ahead(0)
         with self.skeleton.brought([-1]), torch.no_grad():
@@ -131,19 +131,19 @@ class LayerByLayer:
                 self.trainer.sweep(group, states, states if index < last else Nowhere(), steps)
 
     def blocks(self, only: int | None = None) -> LayerwiseResult | None:
-        """Blocks of layers → steps → layers; the hidden states between two blocks on disk.
+        """Blocks of layers → steps → layers, with the hidden states between two blocks on disk.
 
         Args:
-            only: train this block alone.
+            only: train only this block.
 
         Returns:
-            None as long as layers of other blocks are untrained.
+            None while layers of other blocks are untrained.
         """
         blocks = list(split(range(self.count), self.config.block_size))
         if only is not None and not 0 <= only < len(blocks):
             raise LolcatsError(
-                f"--block {only}: with transfer.block_size={self.config.block_size} this model of {self.count} layers "
-                f"has the blocks 0 to {len(blocks) - 1}."
+                f"--block {only} does not exist: with transfer.block_size={self.config.block_size}, this model of "
+                f"{self.count} layers has the blocks 0 to {len(blocks) - 1}."
             )
         wanted = [n for n, block in enumerate(blocks) if only in (None, n) and self.unfinished(self.steps, block)]
         if wanted:
@@ -154,12 +154,12 @@ class LayerByLayer:
         self._prepare()
         boundaries = {n: self._boundary(block.start) for n, block in enumerate(blocks) if n}
         start = max(n for n in range(wanted[0] + 1) if n == 0 or boundaries[n].complete)
-        last = wanted[-1] if only is None else min(wanted[-1] + 1, len(blocks) - 1)  # boundary written last
+        last = wanted[-1] if only is None else min(wanted[-1] + 1, len(blocks) - 1)  # last boundary to write
         self._check_disk([boundaries[n] for n in range(max(start, 1), last + 1)])
         total = sum(len(self.steps) for n in wanted for i in blocks[n] if i in self.units)
         with self._fused(), _progress(self.trainer, total, 0) as bar:
             for number in range(start, wanted[-1] + 1):
-                bar.set_description(f"transfer, block {number} of 0 to {len(blocks) - 1}")
+                bar.set_description(f"transfer, block {number} (last: {len(blocks) - 1})")
                 target: Target = boundaries[number + 1] if number < last else Nowhere()
                 with ExitStack() as stack:
                     source: Source = boundaries[number] if number else self._embeddings(stack)
@@ -168,7 +168,7 @@ class LayerByLayer:
                 if number and (only is None or number > start):
                     boundaries[number].remove()
                 self.trainer.write_metrics()
-                self.say(f"  block {number} of 0 to {len(blocks) - 1}: {self._state()}")
+                self.say(f"  block {number} (last: {len(blocks) - 1}): {self._state()}")
 
     def _embeddings(self, stack: ExitStack) -> Embeddings:
         stack.enter_context(self.skeleton.brought([-1]))
@@ -219,7 +219,7 @@ class LayerByLayer:
     def _state(self) -> str:
         done = sum(unit.finished for unit in self.units.values())
         steps = min(unit.progress.step for unit in self.units.values())
-        return f"{done} of {len(self.units)} layers are trained, all of them for at least {steps} steps"
+        return f"{done} of {len(self.units)} layers finished, all trained for at least {steps} steps"
 
     def _check_memory(self, rows: int) -> None:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -230,33 +230,33 @@ class LayerByLayer:
             fits = max(0, free - fixed) * self.ranks.size // here // row * self.length
             raise LolcatsError(
                 f"transfer.order=stream needs {needed / 2**30:.1f} GiB of host memory ({fixed / 2**30:.1f} for weights "
-                f"and validation rows, the rest for hidden states of {rows * self.length:,} tokens), but "
-                f"{free / 2**30:.1f} are free. "
-                + (f"transfer.chunk_tokens={fits} would fit." if fits else "This model needs a larger machine.")
+                f"and validation rows, the rest for hidden states of {rows * self.length:,} tokens), but only "
+                f"{free / 2**30:.1f} GiB are free. "
+                + (f"transfer.chunk_tokens={fits} would fit." if fits else "Use a machine with more memory.")
             )
 
     def _check_disk(self, boundaries: Sequence[Boundary]) -> None:
-        """Two boundaries exist at a time."""
+        """Check that the disk has room for two boundaries, the most that exist at a time."""
         needed = max((sum(b.missing_bytes for b in boundaries[n : n + 2]) for n in range(len(boundaries))), default=0)
         place = next(p for p in (self.trainer.directory, *self.trainer.directory.parents) if p.exists())
         free = shutil.disk_usage(place).free
         if needed > free:
             raise LolcatsError(
                 f"transfer.order=blocks writes {needed / 2**30:.1f} GiB of hidden states under "
-                f"{self.trainer.directory}, but {free / 2**30:.1f} GiB are free there. Free some space, train on fewer "
-                "tokens, or use transfer.order=stream, which writes none."
+                f"{self.trainer.directory}, but only {free / 2**30:.1f} GiB are free there. Free some space, train on "
+                "fewer tokens, or use transfer.order=stream, which writes none."
             )
 
 
 def join_units(directory: Path, others: Sequence[Path]) -> None:
-    """Copy what other run directories have trained further than ``directory`` has. All must have the same job."""
+    """Copy the units that other run directories have trained further than ``directory``. All must do the same job."""
     here = directory / "checkpoints" / STAGE
     known = own = read_job(here)
     for other in others:
         there = other / "checkpoints" / STAGE
         job = read_job(there)
         if job is None:
-            raise LolcatsError(f"--join {other}: there are no layers in training ({there / 'job.json'} is missing).")
+            raise LolcatsError(f"--join {other}: no attention transfer was started ({there / 'job.json'} is missing).")
         if known is not None:
             compare_jobs(known, job, there)
         known = job
@@ -273,7 +273,7 @@ def join_units(directory: Path, others: Sequence[Path]) -> None:
 
 @contextmanager
 def _progress(trainer: LayerTrainer, total: int, done: int) -> Iterator[Any]:
-    """A bar of optimizer steps of layers, in a terminal."""
+    """Show a progress bar of optimizer steps (of layers), in a terminal."""
     with tqdm(total=total, initial=done, desc=STAGE, disable=None if trainer.ranks.is_first else True) as bar:
         trainer.tick = lambda step: bar.update()
         yield bar

@@ -1,6 +1,6 @@
-"""Records from a Hugging Face data set id or a local .json, .jsonl, .parquet or .txt file, one after another.
+"""Read records one by one from a Hugging Face data set or a local .json, .jsonl, .parquet or .txt file.
 
-A large .jsonl or .parquet file falls into pieces that can be read apart, so that processes can share the work.
+A large .jsonl or .parquet file is split into pieces that can be read independently, by several processes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from lolcats.config import DataConfig
 from lolcats.errors import LolcatsError
 
 Record = dict[str, Any]
-TXT_DOCUMENT = 8_000  # characters: where a .txt file is cut, at the next end of a paragraph
-LONGEST = 1 << 20  # characters of a paragraph that are held; it is cut there
-NAMED = 5  # broken lines named in an error
-PIECE = 8 << 20  # bytes of a .jsonl file read apart
-BLOCK = 1 << 20  # bytes read at a time
+TXT_DOCUMENT = 8_000  # characters after which a .txt file is cut at the next end of a paragraph
+LONGEST = 1 << 20  # maximum number of characters per paragraph; a longer one is cut
+NAMED = 5  # broken lines listed in an error
+PIECE = 8 << 20  # bytes per piece of a .jsonl file
+BLOCK = 1 << 20  # bytes to read at a time
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a local file: bytes of a .jsonl file, row groups of a .parquet file, else all of it."""
+    """Part of a local file: bytes of a .jsonl file, row groups of a .parquet file, or all of any other file."""
 
     path: Path
     start: int = 0
@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass
 class Broken:
-    """What could not be read: how much, and the first few by their number in the piece."""
+    """The broken lines of a piece: how many there are, and the numbers of the first few, counted within the piece."""
 
     unit: str = "line"
     read: int = 0
@@ -52,27 +52,27 @@ class Broken:
             self.named.append((number, reason))
 
     def extend(self, other: Broken) -> None:
-        """What the next piece had."""
+        """Add the broken lines of the next piece."""
         self.unit, self.count = other.unit, self.count + other.count
         shifted = [(self.read + number, reason) for number, reason in other.named]
         self.named, self.read = [*self.named, *shifted][:NAMED], self.read + other.read
 
     def check(self, source: str, config: DataConfig) -> None:
-        """LolcatsError that names them, unless they are to be skipped."""
+        """Raise LolcatsError with the broken lines, unless they are skipped."""
         if self.count and not config.skip_broken:
             more = f" and {self.count - NAMED} more" if self.count > NAMED else ""
             named = "; ".join(f"{self.unit} {number} ({reason})" for number, reason in self.named)
             raise LolcatsError(
-                f"{source} has {self.count} broken line(s): {named}{more}. Mend them, or skip them with --set "
+                f"{source} has {self.count} broken line(s): {named}{more}. Fix them, or skip them with --set "
                 "data.skip_broken=true."
             )
 
 
 def local_file(source: str) -> Path | None:
-    """The file that ``source`` names; None for a hub data set or a directory laid out as one.
+    """The file that ``source`` names; None for a hub data set or a local directory with the layout of one.
 
     Raises:
-        LolcatsError: no such file, or of an unknown format.
+        LolcatsError: the file does not exist or has an unknown format.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -85,10 +85,10 @@ def local_file(source: str) -> Path | None:
 
 
 def read_records(source: str, config: DataConfig) -> tuple[list[Record], int]:
-    """All records of ``source`` and how many broken lines were skipped (only with ``config.skip_broken``).
+    """Read all records of ``source``, and count the broken lines that were skipped (only with ``config.skip_broken``).
 
     Raises:
-        LolcatsError: no such file or data set, no records, or broken lines (named by number and counted).
+        LolcatsError: the source does not exist, has no records, or has broken lines (counted, with line numbers).
     """
     path, broken = local_file(source), Broken()
     records = list(hub_records(hub_dataset(source, config), source) if path is None else Piece(path).records(broken))
@@ -99,7 +99,7 @@ def read_records(source: str, config: DataConfig) -> tuple[list[Record], int]:
 
 
 def pieces(path: Path) -> list[Piece]:
-    """Parts of about PIECE bytes that hold whole lines or row groups, in order."""
+    """Split a file into pieces of about PIECE bytes that hold whole lines or row groups, in order."""
     if path.suffix == ".parquet":
         groups = _parquet_file(path).num_row_groups
         return [Piece(path, i, i + 1) for i in range(groups)] or [Piece(path)]
@@ -138,7 +138,7 @@ def _json(piece: Piece, broken: Broken) -> Iterator[Record]:
     try:
         content = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise LolcatsError(f"{path} is not valid JSON ({error}). One object a line? Then name it .jsonl.") from None
+        raise LolcatsError(f"{path} is not valid JSON ({error}). With one object per line, name it .jsonl.") from None
     if isinstance(content, dict):
         content = next((v for v in content.values() if isinstance(v, list)), [content])
     if not isinstance(content, list):
@@ -160,7 +160,7 @@ def _parquet(piece: Piece, broken: Broken) -> Iterator[Record]:
         for batch in file.iter_batches(batch_size=1_000, row_groups=groups):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise LolcatsError(f"{piece.path} is no readable Parquet file ({error}).") from None
+        raise LolcatsError(f"{piece.path} is not a readable Parquet file ({error}).") from None
 
 
 def _parquet_file(path: Path) -> Any:
@@ -172,11 +172,11 @@ def _parquet_file(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise LolcatsError(f"{path} is no readable Parquet file ({error}).") from None
+        raise LolcatsError(f"{path} is not a readable Parquet file ({error}).") from None
 
 
 def _txt(piece: Piece, broken: Broken) -> Iterator[Record]:
-    """Documents of about TXT_DOCUMENT characters, cut at the ends of paragraphs."""
+    """Cut a file at the ends of paragraphs into documents of about TXT_DOCUMENT characters."""
     document = ""
     for paragraph in _paragraphs(piece.path):
         document += paragraph + "\n\n"
@@ -188,7 +188,7 @@ def _txt(piece: Piece, broken: Broken) -> Iterator[Record]:
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    """What stands between empty lines; one longer than LONGEST in pieces."""
+    """The paragraphs of a file, separated by empty lines; one longer than LONGEST comes in pieces."""
     decoder, rest, held, place = codecs.getincrementaldecoder("utf-8")(), "", "", 0
     with path.open("rb") as file:
         while True:
@@ -199,7 +199,7 @@ def _paragraphs(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise LolcatsError(f"{path} is not UTF-8 text (byte {place - pending + error.start}).") from None
             place += len(block)
-            held = "\r" if block and text.endswith("\r") else ""  # it may be half of a line's end
+            held = "\r" if block and text.endswith("\r") else ""  # may be half of a line ending
             *whole, rest = (rest + text.removesuffix(held).replace("\r\n", "\n")).split("\n\n")
             yield from whole
             if not block or len(rest) > LONGEST:
@@ -210,12 +210,12 @@ def _paragraphs(path: Path) -> Iterator[str]:
 
 
 def hub_dataset(name: str, config: DataConfig) -> Any:
-    """A data set of the ``datasets`` package, with ``config.streaming`` one that is read while it comes."""
+    """Open a data set with the ``datasets`` package; with ``config.streaming``, read it while it downloads."""
     try:
         import datasets
     except ImportError:
         raise LolcatsError(
-            f"{name} is no local file, and reading a hub data set needs the datasets package: "
+            f"{name} is not a local file, and reading a hub data set needs the datasets package: "
             "pip install 'lolcats[data]'."
         ) from None
     with _hub_errors(name):
@@ -236,7 +236,7 @@ def hub_records(dataset: Any, name: str) -> Iterator[Record]:
 
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """Errors of datasets and the hub as one sentence."""
+    """Turn errors of datasets and the hub into a LolcatsError of one sentence."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -244,8 +244,8 @@ def _hub_errors(name: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # the hub's errors derive from the first three
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if Path(name).is_dir():
-            raise LolcatsError(f"{name} cannot be read as a data set ({reason}): give one of its files.") from None
-        raise LolcatsError(f"No data set {name!r} on disk or on the Hugging Face hub ({reason}).") from None
+            raise LolcatsError(f"{name} cannot be read as a data set ({reason}): pass one of its files.") from None
+        raise LolcatsError(f"Cannot load data set {name!r} from disk or the Hugging Face hub ({reason}).") from None
 
 
 READERS: dict[str, Callable[[Piece, Broken], Iterator[Record]]] = {

@@ -1,10 +1,11 @@
-"""Token ids of a source's documents, in memory or in a file: memory does not grow with the source.
+"""Token ids of a source's documents, in memory for small sources and in a file for large ones.
 
-Large sources are tokenized by all cores, a piece at a time, and kept in a cache directory under a hash of the file's
-content, the tokenizer and what was asked of the reader; the next run opens that. ``LOLCATS_CACHE`` moves the directory.
+A large source is tokenized on all cores, a piece at a time, and kept in a cache directory under a hash of its content,
+the tokenizer and the reader's settings; later runs open it there. ``LOLCATS_CACHE`` sets the directory.
 
-    ids.bin      int32, all documents one behind the other
-    starts.npy, lengths.npy, hashes.npy, first.npy   of each document; ``first``: those that did not occur before
+    ids.bin      int32, all documents concatenated
+    starts.npy, lengths.npy, hashes.npy   one entry per document
+    first.npy    indices of the documents that did not occur before
     store.json   counts; written last
 """
 
@@ -39,12 +40,12 @@ from lolcats.errors import LolcatsError
 from lolcats.training.sources import Broken, Piece, Record, hub_dataset, hub_records, local_file, pieces
 from lolcats.training.templates import record_format, renderer
 
-LARGE = 64 << 20  # bytes of a source from which on it is kept in a file
-BATCH = 1_000  # documents tokenized at a time,
-CHARACTERS = 1 << 20  # or as many as have so many characters
-HASH = 16  # bytes
-HASHED = 64 << 20  # bytes hashed apart
-VERSION = 1  # of what a store holds
+LARGE = 64 << 20  # a source of this many bytes or more is kept in a file
+BATCH = 1_000  # documents to tokenize at a time,
+CHARACTERS = 1 << 20  # or fewer if they have this many characters
+HASH = 16  # bytes of a document's hash
+HASHED = 64 << 20  # bytes per part of a file that a thread hashes
+VERSION = 1  # of the store's format
 ARRAYS = ("starts", "lengths", "hashes", "first")
 
 Array = NDArray[Any]
@@ -52,7 +53,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one piece of a source gave. ``misfit``: the number of a record that did not fit the format, and why."""
+    """The documents of one piece of a source. ``misfit``: number of a record that does not fit the format, and why."""
 
     ids: Array
     lengths: Array
@@ -63,7 +64,7 @@ class Chunk:
     misfit: tuple[int, str] | None = None
 
     def limited(self, tokens: int) -> Chunk:
-        """The first documents that hold ``tokens``, or all."""
+        """The first documents, up to the one that reaches ``tokens`` tokens."""
         count = int(np.searchsorted(np.cumsum(self.lengths), tokens)) + 1
         kept = int(self.lengths[:count].sum())
         return Chunk(
@@ -74,7 +75,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Reading:
-    """How records become token ids: everything a process needs to do that."""
+    """Everything a process needs to turn records into token ids."""
 
     source: str
     form: str
@@ -86,7 +87,7 @@ class Reading:
         return self.chunk(piece.records(broken), broken)
 
     def chunk(self, records: Iterator[Record], broken: Broken) -> Chunk:
-        """Render and tokenize ``records``; ``broken`` is filled while they are read."""
+        """Render and tokenize ``records``; reading them fills ``broken``."""
         render = renderer(self.form, self.config, self.tokenizer)
         ids: list[Array] = []
         lengths: list[Array] = []
@@ -99,7 +100,7 @@ class Reading:
             try:
                 text = render(record)
                 digest = hashlib.blake2b(text.encode(), digest_size=HASH).digest() if text else b""
-            except Exception as error:  # templates are programs of the model's; text may hold what no encoding has
+            except Exception as error:  # templates are code from the model; text may not be encodable
                 misfit = number, f"{type(error).__name__}: {error}"
                 break
             if not text:
@@ -116,7 +117,7 @@ class Reading:
         return Chunk(*joined, np.frombuffer(hashes, np.uint64).reshape(-1, 2), broken, number, empty, misfit)
 
     def _tokenize(self, texts: list[str], ids: list[Array], lengths: list[Array]) -> None:
-        """Chat templates bring their own special tokens, other text ends with EOS."""
+        """Chat templates add their own special tokens; other text ends with EOS."""
         if not texts:
             return
         chat = self.form == "chat"
@@ -133,7 +134,7 @@ def _joined(parts: list[Array]) -> Array:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """The documents of one source. ``first``: the numbers of those that no other one before equals."""
+    """The documents of one source. ``first``: indices of those that are not a copy of an earlier one."""
 
     ids: Array | Path
     starts: Array
@@ -142,11 +143,11 @@ class TokenStore:
     first: Array
     counts: dict[str, Any]
     identity: str = ""
-    """What the content depends on, where it is in a cache."""
+    """Hash of everything the content depends on; empty if it is not in the cache."""
     temporary: TemporaryDirectory[str] | None = None
 
     def read(self, start: int, count: int) -> Array:
-        """Token ids [start, start + count) of all documents one behind the other."""
+        """Token ids [start, start + count) of all documents concatenated."""
         if not isinstance(self.ids, Path):
             return self.ids[start : start + count]
         return np.frombuffer(os.pread(self._file.fileno(), 4 * count, 4 * start), np.int32)
@@ -158,10 +159,10 @@ class TokenStore:
 
 
 def open_source(source: str, tokenizer: Any, config: DataConfig) -> TokenStore:
-    """The documents of a local file or a hub data set; a large one comes from the cache, or goes there.
+    """Open the documents of a local file or a hub data set; a large source is cached.
 
     Raises:
-        LolcatsError: what cannot be read, named by line or record.
+        LolcatsError: the source cannot be read; the message names the line or record.
     """
     path = local_file(source)
     if path is None:
@@ -180,7 +181,7 @@ def open_source(source: str, tokenizer: Any, config: DataConfig) -> TokenStore:
 
 
 def _open_hub(name: str, tokenizer: Any, config: DataConfig) -> TokenStore:
-    """A data set that streams has no identity before it is read: it is kept in a file for this process alone."""
+    """A streamed data set has no identity before it is read, so it is kept in a temporary file of this process."""
     dataset = hub_dataset(name, config)
 
     def records() -> Iterator[Record]:
@@ -211,8 +212,8 @@ def _build(
     """Read, render and tokenize everything, into ``folder`` or into memory.
 
     Args:
-        probe: the source's records, of which only the first is looked at.
-        chunks: all of them, tokenized.
+        probe: returns the source's records; only the first is read.
+        chunks: returns all records, tokenized.
     """
     record = next(probe(), None)
     form = "text" if record is None else record_format(record, config, tokenizer, source)
@@ -244,7 +245,7 @@ def _build(
 
 @dataclass
 class _Total:
-    """Of all chunks so far."""
+    """Counts over all chunks so far."""
 
     broken: Broken = field(default_factory=Broken)
     records: int = 0
@@ -253,7 +254,7 @@ class _Total:
 
 
 def _write(sinks: dict[str, Any], chunks: Iterable[Chunk], source: str, form: str, config: DataConfig) -> _Total:
-    """Append the arrays of ``chunks`` to their sinks, until ``config.max_tokens`` are there."""
+    """Append the arrays of ``chunks`` to their sinks, until ``config.max_tokens`` tokens are written."""
     total = _Total()
     for chunk in chunks:
         if chunk.misfit:
@@ -272,7 +273,7 @@ def _write(sinks: dict[str, Any], chunks: Iterable[Chunk], source: str, form: st
 
 
 def first_occurrences(hashes: Array) -> Array:
-    """(n, 2) uint64 -> ascending numbers of the rows that no row before equals."""
+    """(n, 2) uint64 -> ascending indices of the rows that differ from every earlier row."""
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal rows stay in order
     ranked = hashes[order]
     new = np.ones(len(hashes), bool)
@@ -281,26 +282,26 @@ def first_occurrences(hashes: Array) -> Array:
 
 
 def _load(folder: Path, source: str, identity: str = "", temporary: Any = None) -> TokenStore:
-    """A finished store. LolcatsError if its files are not what its record says."""
+    """Open a finished store; raise LolcatsError if its files do not match its record."""
     try:
         counts = json.loads((folder / "store.json").read_text())
         arrays = {name: np.load(folder / f"{name}.npy") for name in ARRAYS}
         if (folder / "ids.bin").stat().st_size != 4 * counts.pop("tokens"):
-            raise ValueError("ids.bin has another size")
+            raise ValueError("ids.bin has the wrong size")
     except (OSError, ValueError, KeyError) as error:
-        raise LolcatsError(f"The cached data in {folder} are damaged ({error}): delete that folder.") from None
+        raise LolcatsError(f"The cached data in {folder} is damaged ({error}): delete that folder.") from None
     counts["source"] = source
     return TokenStore(folder / "ids.bin", **arrays, counts=counts, identity=identity, temporary=temporary)
 
 
 def cache_directory() -> Path:
-    """``LOLCATS_CACHE``, or ``lolcats`` in the user's cache directory."""
+    """``LOLCATS_CACHE`` if it is set, else ``lolcats`` in the user's cache directory."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LOLCATS_CACHE") or Path(home) / "lolcats")
 
 
 def _cached(key: str, build: Callable[[Path], TokenStore], source: str) -> TokenStore:
-    """What is under ``key``, built first if it is not there; a folder has its name only once it is whole."""
+    """Open the store under ``key``, and build it first if needed. A folder gets its name only once it is complete."""
     folder = cache_directory() / key
     if not folder.exists():
         unfinished = folder.with_name(f"{key}.{os.getpid()}")
@@ -335,7 +336,7 @@ def _key(content: list[str], tokenizer: Any, config: DataConfig) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Of all that decides how text becomes ids."""
+    """Hash of everything that decides how text becomes token ids."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     body = core.to_str() if core is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     parts = [type(tokenizer).__name__, body, str(tokenizer.chat_template), tokenizer.eos_token_id]
@@ -344,7 +345,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 of the sha256 of each 64 MiB of a file, by all cores."""
+    """sha256 of the sha256 hashes of each 64 MiB of a file, computed on all cores."""
 
     def part(start: int) -> bytes:
         digest = hashlib.sha256()
@@ -361,12 +362,12 @@ def content_hash(path: Path) -> str:
 
 
 def cores() -> int:
-    """Those this process may use."""
+    """Number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _chunks(reading: Reading, parts: list[Piece]) -> Iterator[Chunk]:
-    """Chunks of all pieces in order, made by a process a core where there are enough of them."""
+    """Chunks of all pieces in order; if there are enough pieces, one process per core makes them."""
     if len(parts) < 4 or cores() == 1 or sys.platform != "linux":
         yield from map(reading.piece, parts)
         return
@@ -380,14 +381,14 @@ def _chunks(reading: Reading, parts: list[Piece]) -> Iterator[Chunk]:
                 waiting.extend(pool.submit(_work, part) for part in islice(rest, 1))
         except BrokenProcessPool:
             raise LolcatsError(
-                f"{reading.source}: a process that tokenized was killed, perhaps for lack of memory. Run the same "
+                f"{reading.source}: a tokenizing process was killed, perhaps because memory ran out. Run the same "
                 "command again."
             ) from None
 
 
 @contextmanager
 def _pool(reading: Reading) -> Iterator[ProcessPoolExecutor]:
-    """Forked, as datasets does: the processes neither import anything again nor touch torch or a GPU."""
+    """A pool of forked processes, as in datasets: they import nothing again, and do not touch torch or a GPU."""
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(cores(), context, initializer=_start, initargs=(reading,))
     try:
@@ -396,11 +397,11 @@ def _pool(reading: Reading) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-_reading: list[Reading] = []  # of a worker process
+_reading: list[Reading] = []  # set in worker processes
 
 
 def _start(reading: Reading) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough
     _reading[:] = [reading]
 
 

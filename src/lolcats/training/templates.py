@@ -1,4 +1,4 @@
-"""From a record to the text of a document: the chat template, Alpaca's prompt, or a column as it is."""
+"""Turn a record into the text of a document: with the chat template, Alpaca's prompt, or one column as it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lolcats.config import DataConfig
 from lolcats.errors import LolcatsError
 from lolcats.training.sources import Record
 
-# The prompts that the Alpaca data set was made with (Taori et al. 2023).
+# The prompts of the Alpaca data set (Taori et al. 2023).
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -25,7 +25,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def record_format(record: Record, config: DataConfig, tokenizer: Any, source: str) -> str:
-    """``chat``, ``alpaca`` or ``text``; ``auto`` decides by the columns of a source's first record."""
+    """``chat``, ``alpaca`` or ``text``; ``auto`` chooses by the columns of the source's first record."""
     fits = {
         "chat": "messages" in record or "conversations" in record,
         "alpaca": "instruction" in record and "output" in record,
@@ -34,9 +34,9 @@ def record_format(record: Record, config: DataConfig, tokenizer: Any, source: st
     name = config.format if config.format != "auto" else next((n for n, fit in fits.items() if fit), None)
     if name is None or not fits[name]:
         raise LolcatsError(
-            f"{source}: no {name or 'text'} column. Its columns are {', '.join(map(str, record))}; expected messages "
-            f"or conversations (chat), instruction and output (alpaca), or {config.text_column!r} (text; choose "
-            "another with --set data.text_column=NAME)."
+            f"{source} has no {name or 'text'} column. Its columns are {', '.join(map(str, record))}. Expected "
+            f"messages or conversations (chat), instruction and output (alpaca), or {config.text_column!r} (text; "
+            "choose another with --set data.text_column=NAME)."
         )
     if name == "chat" and not tokenizer.chat_template:
         raise LolcatsError(f"{source} holds conversations, but this model's tokenizer has no chat template.")
@@ -44,7 +44,7 @@ def record_format(record: Record, config: DataConfig, tokenizer: Any, source: st
 
 
 def renderer(form: str, config: DataConfig, tokenizer: Any) -> Callable[[Record], str]:
-    """The function that turns a record into text, empty where the record is; KeyError and the like where it misfits."""
+    """Return the function that turns a record into text: "" for an empty record, an exception for one that misfits."""
 
     def chat(record: Record) -> str:
         turns = record.get("messages") or record.get("conversations") or []

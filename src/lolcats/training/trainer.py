@@ -1,7 +1,7 @@
-"""What both stages share: transformers.Trainer that saves only what it trains, keeps the best, and survives a kill.
+"""Shared by both stages: a transformers.Trainer that saves only what it trains, keeps the best weights, and can resume.
 
-A checkpoint counts only once its ``complete`` marker is written. Checkpoints hold the trainable tensors, the optimizer,
-schedule, random state and the early-stopping count, so a resumed run equals an undisturbed one bit for bit on CPU.
+A checkpoint is used only if its ``complete`` marker was written. It holds the trained tensors, optimizer, schedule,
+random state and early-stopping count, so on a CPU a resumed run equals an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage did: optimizer steps, and what was logged on the way.
+    """What a stage did: its number of optimizer steps, and its log.
 
-    ``best_loss`` is the validation loss of the weights the model now has, those of step ``best_step``.
+    ``best_loss`` is the validation loss of the model's final weights, which are those of step ``best_step``.
     """
 
     steps: int
@@ -57,13 +57,13 @@ class StageResult:
 
 
 class StageTrainer(Trainer):
-    """Trains whatever requires a gradient in ``model``. Subclasses define the loss.
+    """Train every parameter of ``model`` that requires a gradient. Subclasses define the loss.
 
     Args:
         train, validation: rows (N, L) of token ids, or data sets of rows.
         stage: name for progress and metrics, ``transfer`` or ``finetune``.
         directory: working directory of the stage (checkpoints, best weights); kept until the caller removes it.
-        metrics: ``metrics.jsonl`` of the run.
+        metrics: path of the run's ``metrics.jsonl``.
     """
 
     def __init__(
@@ -97,14 +97,14 @@ class StageTrainer(Trainer):
                 raise LolcatsError(f"report_to {', '.join(report_to)}: {error}") from error
             raise
         if use_cache is not None:
-            configuration.use_cache = use_cache  # which Trainer has switched off for good, in what is saved too
+            configuration.use_cache = use_cache  # Trainer switches it off for good, even in the saved configuration
         self.model_accepts_loss_kwargs = False  # rows are of equal length: the mean over micro-batches is exact
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(StageProgress(stage))
 
     def run(self) -> StageResult:
-        """Train, or continue from the newest complete checkpoint; the model ends with its best weights."""
+        """Train, or resume from the newest complete checkpoint. The model ends with its best weights."""
         checkpoint = newest_checkpoint(self.directory)
         state: dict[str, Any] = {}
         if checkpoint:
@@ -114,14 +114,14 @@ class StageTrainer(Trainer):
             with self.keeper.stop_on_interrupt():
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             state = {"global_step": self.state.global_step, "log_history": self.state.log_history}
-            self.accelerator.wait_for_everyone()  # rank 0 writes what all read
+            self.accelerator.wait_for_everyone()  # rank 0 writes what all ranks read
             if self.keeper.interrupted:
                 raise Interrupted(f"Stopped in {self.stage} after step {self.state.global_step}; its state is saved.")
         load_strictly(trainable(self.model), read_tensors(self.directory / BEST), self.directory / BEST)
         return StageResult(state["global_step"], self.keeper.step, self.keeper.loss, state["log_history"])
 
     def where(self, bad: Tensor) -> str:
-        """Where a loss became no number, as the end of a sentence; ``bad``: which of the losses given to the watch."""
+        """Where a loss became NaN or infinite, as the end of a sentence; ``bad``: which of the losses did."""
         return ""
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
@@ -145,7 +145,7 @@ class StageTrainer(Trainer):
         load_strictly(trainable(self.model), read_tensors(path), path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Through host memory: transformers would have several ranks load onto devices such as ``cpu:0``."""
+        """Load through host memory: with several ranks, transformers would load onto devices such as ``cpu:0``."""
         if checkpoint is None or ranks().size == 1:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -166,13 +166,13 @@ class StageTrainer(Trainer):
         return clip_grad_norm_(trained, self.args.max_grad_norm or math.inf)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if grad_norm is None and self.args.world_size > 1:  # without a limit nobody has summed the gradients yet
+        if grad_norm is None and self.args.world_size > 1:  # without clipping, the gradients have not been summed yet
             grad_norm = self._clip_grad_norm(model)
         return super()._get_grad_norm(model, grad_norm)
 
 
 class UnwrappingAccelerator(Accelerator):  # type: ignore[misc]
-    """Leaves models as they are: no DDP. Frozen weights may be sharded; gradients are summed in ``_clip_grad_norm``."""
+    """Do not wrap models in DDP. Frozen weights may be sharded, and ``_clip_grad_norm`` sums the gradients."""
 
     def prepare_model(self, model: Any, device_placement: Any = None, evaluation_mode: bool = False) -> Any:
         return super().prepare_model(model, False if is_sharded(model) else device_placement, evaluation_mode=True)
@@ -203,14 +203,14 @@ def training_arguments(
     report_to: list[str],
     validation_rows: int = 0,
 ) -> TrainingArguments:
-    """Our settings in transformers' terms. Under torchrun a batch is shared equally by the ranks."""
+    """Translate our settings for transformers. Under torchrun, the ranks share each batch equally."""
     plateau = config.schedule == "reduce_on_plateau"
     count = ranks().size
     if config.batch_size % (config.micro_batch_size * count):
         raise LolcatsError(
             f"A batch of {config.batch_size} rows cannot be shared by {count} ranks in micro-batches of "
-            f"{config.micro_batch_size}: set batch_size to a multiple of {config.micro_batch_size * count}, or a "
-            "smaller micro_batch_size."
+            f"{config.micro_batch_size}: set batch_size to a multiple of {config.micro_batch_size * count}, or "
+            "lower micro_batch_size."
         )
     plateau_kwargs = {
         "factor": config.plateau_factor, "patience": config.plateau_patience, "min_lr": config.min_learning_rate,
@@ -244,27 +244,27 @@ def training_arguments(
         dataloader_pin_memory=device.type == "cuda",
         report_to=report_to or "none",
     )
-    if arguments.n_gpu > 1:  # one process has one GPU: several are for torchrun, never DataParallel
+    if arguments.n_gpu > 1:  # one GPU per process: several need torchrun, never DataParallel
         arguments._n_gpu = 1
     return arguments
 
 
 def evaluation_batch(most: int, rows: int, ranks: int) -> int:
-    """Rows of an evaluation at a time, at most ``most``; so that no rank of several repeats one inside a batch."""
+    """Number of rows to evaluate at a time, at most ``most``, such that no rank pads a batch with repeated rows."""
     if ranks == 1:
         return most
     return max((n for n in range(1, most + 1) if rows % (n * ranks) == 0), default=1)
 
 
 class BestKeeper(TrainerCallback):
-    """Writes the best weights by validation loss, stops early, and stops in order on Ctrl-C or NaN."""
+    """Save the weights with the best validation loss, stop early, and stop cleanly on Ctrl-C or NaN."""
 
     def __init__(self, patience: int, path: Path) -> None:
         self.patience, self.path, self.interrupted = patience, path, False
         self.loss, self.step, self.waited = math.inf, 0, 0
 
     def progress(self) -> dict[str, float]:
-        """What a resumed stage must know."""
+        """The state that a resumed stage needs."""
         return {"loss": self.loss, "step": self.step, "waited": self.waited}
 
     @property
@@ -303,7 +303,7 @@ class BestKeeper(TrainerCallback):
 
 @contextmanager
 def noting_interrupt(note: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C calls ``note``, the second acts as usual."""
+    """Call ``note`` on the first Ctrl-C; the second one acts as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -320,7 +320,7 @@ def noting_interrupt(note: Callable[[], None]) -> Iterator[None]:
 
 
 class MetricsFile(TrainerCallback):
-    """One JSON object a line, for both stages; on resuming, lines after the checkpoint are dropped."""
+    """Write metrics.jsonl, one JSON object per line, for both stages. On resuming, drop lines after the checkpoint."""
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage = path, stage
@@ -336,7 +336,7 @@ class MetricsFile(TrainerCallback):
 
 
 def replace_metrics(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
-    """Make ``history`` all that a metrics file says of a stage."""
+    """Replace the entries of a stage in a metrics file by ``history``."""
     lines = path.read_text().splitlines() if path.exists() else []
     others = [line for line in lines if json.loads(line)["stage"] != stage]
     ours = [json.dumps({"stage": stage, **entry}) for entry in history]
@@ -345,7 +345,7 @@ def replace_metrics(path: Path, stage: str, history: list[dict[str, Any]]) -> No
 
 
 class StageProgress(ProgressCallback):  # type: ignore[misc]
-    """transformers' bar (steps, time left) with the stage's name and the last losses instead of printed dicts."""
+    """transformers' progress bar, with the stage's name and the last losses instead of printed dicts."""
 
     def __init__(self, stage: str) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Stage 1, attention transfer: every layer's linear attention learns the output of its softmax attention.
+"""Stage 1, attention transfer: each layer's linear attention learns the output of the layer's softmax attention.
 
-The teacher's hidden states flow through the model (each layer passes its softmax output on), so no layer's loss
-reaches another layer's parameters: backward runs inside each layer's forward, and peak memory is one layer's.
+The teacher's hidden states flow through the model, because each layer outputs its softmax attention. So the loss of a
+layer only depends on its own parameters: backward runs inside its forward, and peak memory is that of one layer.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def transfer(
 ) -> StageResult:  # fmt: skip
     """Train the feature maps and gates of a converted model in place; everything else is frozen.
 
-    In one process with ``coupling: joint`` by transformers' Trainer, else by :mod:`lolcats.training.layerwise`.
+    Uses transformers' Trainer in one process with ``coupling: joint``, else :mod:`lolcats.training.layerwise`.
 
     Args:
-        model: of :func:`lolcats.modeling.convert.convert`, in any float dtype; feature maps and gates are fp32.
+        model: result of :func:`lolcats.modeling.convert.convert`, in any float dtype; feature maps and gates are fp32.
         data: rows (N, L) of token ids.
-        directory: run directory: ``metrics.jsonl`` and working files under ``checkpoints/transfer`` go there.
-        base: fingerprint of the base model, to tell a run from another one.
+        directory: run directory, for ``metrics.jsonl`` and working files under ``checkpoints/transfer``.
+        base: fingerprint of the base model, to tell this run from others.
 
     Returns:
-        what the stage did; the model has the best feature maps that validation found.
+        The result of the stage. The model has the feature maps with the best validation loss.
     """
     train_only(model, lambda name: ".lolcats." in name)
     here = ranks()
@@ -61,13 +61,13 @@ def transfer_in_turn(
     skeleton: Skeleton, data: Data, config: Config, directory: Path, base: str = "", only: int | None = None,
     say: Say = lambda text: None,
 ) -> LayerwiseResult | None:  # fmt: skip
-    """As :func:`transfer`, in the orders that bring layers to the device in turn.
+    """Like :func:`transfer`, for the orders that load one layer or block after another onto the device.
 
     Args:
-        only: of ``order: blocks``, the one block to train.
+        only: with ``order: blocks``, train only this block.
 
     Returns:
-        None as long as other blocks are untrained.
+        None while other blocks are untrained.
     """
     work = LayerByLayer(skeleton, data, config, directory, ranks(), base, say)
     return work.stream() if config.transfer.order == "stream" else work.blocks(only)
@@ -78,7 +78,7 @@ class TransferTrainer(StageTrainer):
 
     stage_config: TransferConfig
     seen = (-1, 0)
-    """The optimizer step at hand, and how many of its rows have come."""
+    """The current optimizer step, and how many of its rows have been processed."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         scale = 1 / self.current_gradient_accumulation_steps
@@ -112,11 +112,11 @@ def layer_losses(
 ) -> Tensor:  # fmt: skip
     """(layers,) losses of one batch (B, T) of token ids.
 
-    With ``backward_scale``, the gradient of backward_scale · mean(losses) is accumulated layer by layer on the way.
+    With ``backward_scale``, also accumulates the gradient of backward_scale · mean(losses), layer by layer.
 
     Args:
-        positions: (B, T), which start again where another document begins; None: rows are one sequence each.
-        hidden: rows whose window is hidden, see :func:`attention_loss`.
+        positions: (B, T) position ids, which restart at 0 for each document; None if each row is one sequence.
+        hidden: indices of rows that hide their window, see :func:`attention_loss`.
     """
     losses: list[Tensor] = []
     count = len(linearized_layers(model))
@@ -130,15 +130,15 @@ def layer_losses(
 
     model.eval()  # the teacher has no dropout
     with torch.no_grad(), override(model, mode="transfer", observer=observe):
-        given = {} if positions is None else {"position_ids": positions}
-        decoder(model)(input_ids=input_ids, use_cache=False, **given)
+        extra = {} if positions is None else {"position_ids": positions}
+        decoder(model)(input_ids=input_ids, use_cache=False, **extra)
     return torch.stack(losses)
 
 
 def layer_errors(
     model: PreTrainedModel, rows: Iterable[Tensor], positions: Iterable[Tensor | None] = repeat(None)
 ) -> list[float]:  # fmt: skip
-    """Mean squared error of each linearized layer's output over batches of token ids (B, T), and of their positions."""
+    """Mean squared error of each linearized layer's output over batches of token ids (B, T) and position ids."""
     unit, losses = TransferConfig(mse_weight=1.0), []
     for ids, places in zip(rows, positions, strict=False):
         places = None if places is None else places.to(model.device)

@@ -1,8 +1,8 @@
-"""What is optimized together in attention transfer, and the file that keeps how far it has come.
+"""Units of attention transfer, the parameters that are optimized together, and the files that keep their progress.
 
-A unit is one layer's feature maps and gate (``coupling: per_layer``) or those of all layers (``joint``): it has its own
-gradient norm, optimizer, schedule, early stopping and best weights. Optimizer, schedules and their order are those of
-transformers' Trainer.
+A unit holds one layer's feature maps and gate (``coupling: per_layer``) or those of all layers (``joint``). It has its
+own gradient norm, optimizer, schedule, early stopping and best weights. Optimizer and schedules, and the order in which
+they step, are those of transformers' Trainer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAPS, BEST, FIRST, SECOND = "maps.", "best.", "exp_avg.", "exp_avg_sq."
 
 @dataclass
 class Progress:
-    """How far a unit has come; ``step`` counts optimizer steps done."""
+    """Progress of a unit; ``step`` is the number of optimizer steps done."""
 
     step: int = 0
     stopped: bool = False
@@ -38,18 +38,18 @@ class Progress:
     best_step: int = 0
     waited: int = 0
     errors_before: list[float] = field(default_factory=list)
-    """Mean squared error of each layer's output on the validation rows; empty: not measured yet."""
+    """Mean squared error of each layer's output on the validation rows; empty until measured."""
     errors_best: list[float] = field(default_factory=list)
     loss_sum: float = 0.0
-    """Training losses since the last entry of the history."""
+    """Sum of the training losses since the last entry of the history."""
     history: list[dict[str, float]] = field(default_factory=list)
 
 
 class Unit:
-    """Trains ``layers`` over ``steps`` optimizer steps in all.
+    """Train ``layers`` for ``steps`` optimizer steps in total.
 
     Args:
-        names: of the layers' attention modules, in the same order.
+        names: names of the layers' attention modules, in the same order.
         path: the unit's file.
     """
 
@@ -66,7 +66,7 @@ class Unit:
         self.progress = Progress()
         self.saved_step = -1
         self.best: dict[str, Tensor] = {}
-        self.loss: Tensor | None = None  # of the step at hand
+        self.loss: Tensor | None = None  # of the current step
         self._losses: Tensor | None = None  # since the last entry of the history
         undecayed = {name for name in self.parameters if "bias" in name or ".norm." in name}
         decay = [p for name, p in self.parameters.items() if name not in undecayed]
@@ -76,15 +76,15 @@ class Unit:
         self.scheduler = _scheduler(self.optimizer, config, steps)
 
     def learns_from(self, step: int) -> bool:
-        """Whether optimizer step ``step`` is still to be done."""
+        """Whether the unit still has to do optimizer step ``step``."""
         return not self.progress.stopped and self.progress.step <= step < self.steps
 
     def add(self, loss: Tensor) -> None:
-        """Count part of the mean loss of the step at hand."""
+        """Add a part of the mean loss of the current step."""
         self.loss = loss.float() if self.loss is None else self.loss + loss
 
     def gradients(self) -> list[Tensor]:
-        """What ranks have to sum: the gradients and the loss. A rank without rows has zeros."""
+        """The tensors to sum over ranks: gradients and loss. They are zero on a rank without rows."""
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -93,7 +93,7 @@ class Unit:
         return [*(p.grad for p in self.parameters.values() if p.grad is not None), self.loss]
 
     def update(self) -> None:
-        """End an optimizer step: clip, step, schedule, history."""
+        """Finish an optimizer step: clip gradients, step optimizer and schedule, update the history."""
         config, progress = self.config, self.progress
         limit = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
@@ -113,7 +113,7 @@ class Unit:
         if not math.isfinite(loss):
             raise LolcatsError(
                 f"The loss became {loss} by step {self.progress.step} in {self.path.stem}. Its last good state is "
-                "kept; lower the learning rate, or look for broken data."
+                "kept. Look for broken data, or lower the learning rate."
             )
         rate = self.optimizer.param_groups[0]["lr"]
         entry = {"step": self.progress.step, "loss": loss, "grad_norm": norm.item(), "learning_rate": rate}
@@ -125,7 +125,7 @@ class Unit:
         return value
 
     def evaluated(self, loss: float, errors: list[float]) -> None:
-        """What an evaluation changes: plateau, best weights, early stopping."""
+        """Apply the result of an evaluation: plateau, best weights, early stopping."""
         progress, patience = self.progress, self.config.early_stopping_patience
         progress.history.append({"step": progress.step, "eval_loss": loss})
         if isinstance(self.scheduler, ReduceLROnPlateau):
@@ -143,14 +143,14 @@ class Unit:
         return self.progress.stopped or self.progress.step >= self.steps
 
     def to(self, device: torch.device) -> None:
-        """Move maps and optimizer state."""
+        """Move parameters and optimizer state to ``device``."""
         for parameter in self.parameters.values():
             parameter.data = parameter.data.to(device)
         for state in self.optimizer.state.values():
             state.update({key: value.to(device) for key, value in state.items()})
 
     def save(self) -> None:
-        """Write the unit's file, unless it says the same already."""
+        """Write the unit's file, unless it is up to date."""
         if self.saved_step == self.progress.step:
             return
         self.progress.loss_sum += self._taken()
@@ -168,13 +168,13 @@ class Unit:
         self.saved_step = self.progress.step
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The contents of the unit's file, for :meth:`restore`; None where there is none."""
+        """Read the unit's file, for :meth:`restore`; None if it does not exist."""
         if not self.path.exists():
             return None
         return read_tensors(self.path), _record(self.path)
 
     def restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Become what a file says."""
+        """Restore the state that :meth:`read` returned."""
         self.progress = Progress(**record["progress"])
         self.saved_step = self.progress.step
         load_strictly(dict(self.parameters), _under(MAPS, tensors), self.path)
@@ -198,14 +198,14 @@ class Unit:
 
 
 def read_progress(path: Path) -> Progress:
-    """How far the unit in a file has come."""
+    """Progress of the unit saved in a file."""
     return Progress(**_record(path)["progress"])
 
 
 def _record(path: Path) -> dict[str, Any]:
     metadata = read_metadata(path)
     if "unit" not in metadata:
-        raise LolcatsError(f"{path} is no file of attention transfer.")
+        raise LolcatsError(f"{path} was not written by attention transfer.")
     return json.loads(metadata["unit"])
 
 

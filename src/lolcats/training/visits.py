@@ -1,4 +1,4 @@
-"""Which rows make which optimizer step of stage 1, drawn in advance: the same for every order and number of ranks.
+"""Which rows each optimizer step of stage 1 trains on, drawn in advance: the same for every order and number of ranks.
 
 A *visit* is one row in one epoch. Visits are numbered in the order in which training sees them.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 from lolcats.config import TransferConfig
 from lolcats.ranks import Ranks
 
-VALIDATION = -1  # stands where the number of a step stands
+VALIDATION = -1  # used in place of a step number
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a rank computes at a time.
+    """The rows that a rank processes at a time.
 
-    rows: (N,) indices into the data; visits: their consecutive numbers (of validation rows: their indices).
+    rows: (N,) indices into the data; visits: their consecutive numbers (for validation rows: their indices).
     weight: share of these rows in the mean over their step (or over all validation rows).
     """
 
@@ -32,7 +32,7 @@ class Batch:
     weight: float
     step: int = VALIDATION
     last: bool = False
-    """Whether the rank has no more of this step."""
+    """Whether this is the rank's last batch of the step."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Visits:
 
     @classmethod
     def draw(cls, count: int, config: TransferConfig, seed: int) -> Visits:
-        """As transformers' Trainer with one process: in each epoch a permutation of the ``count`` rows, the last batch
-        of an epoch as small as it comes."""
+        """Draw rows as transformers' Trainer does with one process: a permutation of the ``count`` rows for each epoch,
+        and a smaller last batch if the rows do not divide evenly."""
         per_epoch = math.ceil(count / config.batch_size)
         total = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * per_epoch)
         epochs, steps = [], []
@@ -58,7 +58,7 @@ class Visits:
         return cls(torch.cat(epochs)[: steps[total - 1].stop], steps[:total])
 
     def chunks(self, rows: int) -> list[range]:
-        """Ranges of steps with at most ``rows`` visits each, but at least one step."""
+        """Ranges of steps with at most ``rows`` visits each, or a single step that has more."""
         chunks, first = [], 0
         for step, visits in enumerate(self.steps):
             if step > first and visits.stop - self.steps[first].start > rows:
@@ -71,7 +71,7 @@ class Visits:
         for step in steps:
             whole = self.steps[step]
             share = ranks.share(whole)
-            parts = list(split(share, micro)) or [share]  # a rank without rows takes part in the step
+            parts = list(split(share, micro)) or [share]  # a rank without rows still takes part in the step
             for number, part in enumerate(parts):
                 rows, last = self.rows[part.start : part.stop], number == len(parts) - 1
                 yield Batch(rows, part, len(part) / len(whole), step, last)
@@ -84,13 +84,13 @@ def validation_batches(count: int, micro: int, ranks: Ranks) -> list[Batch]:
 
 
 def first_visit(step: int, count: int, batch_size: int) -> int:
-    """Of an optimizer step, as :meth:`Visits.draw` numbers them."""
+    """Number of the first visit of an optimizer step, as :meth:`Visits.draw` numbers them."""
     epoch, place = divmod(step, math.ceil(count / batch_size))
     return epoch * count + place * batch_size
 
 
 def hidden_windows(visits: range, probability: float, seed: int) -> list[int]:
-    """Which of some visits hide their window, counted from the first: the same whoever asks, in whatever batches."""
+    """Offsets in ``visits`` of those that hide their window. The draw of a visit does not depend on rank or batch."""
     if not probability:
         return []
     draws = [random.Random(f"{seed} {visit}").random() for visit in visits]
@@ -98,7 +98,7 @@ def hidden_windows(visits: range, probability: float, seed: int) -> list[int]:
 
 
 def batch_shapes(batches: Iterable[Batch]) -> set[int]:
-    """How many rows they have."""
+    """The different numbers of rows that the batches have."""
     return {len(batch.visits) for batch in batches if batch.visits}
 
 

@@ -1,4 +1,4 @@
-"""Losses that are no numbers stop a stage at once, with the step and the layer, and without waiting for a GPU."""
+"""Stop a stage as soon as its loss is NaN or infinite, and name step and layer, without waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from transformers import PreTrainedModel, TrainerCallback
 from lolcats.errors import LolcatsError
 
 ADVICE = (
-    "The last good checkpoint is kept; lower the learning rate, or look for broken data. Run the same command again to "
-    "continue from it."
+    "The last good checkpoint is kept: run the same command again to continue from it. If this happens again, look for "
+    "broken data or lower the learning rate."
 )
 
 
 class LossWatch(TrainerCallback):
-    """Checks the losses of every step: on a CPU at once, before the step changes anything; on a GPU as soon as they
-    have come over by themselves; before anything is saved all of them.
+    """Check the losses of every step.
+
+    On a CPU, this happens immediately, before the step changes anything. On a GPU, it happens as soon as the losses
+    have been copied to the host, and always before anything is saved.
 
     Args:
-        where: called with (n,) bool, which of the losses given to ``add`` are no numbers; the place in words or "".
+        where: called with (n,) bool, which of the losses passed to ``add`` are NaN or infinite; returns where that
+            happened in words, or "".
     """
 
     def __init__(self, stage: str, where: Callable[[Tensor], str]) -> None:
         self.stage, self.where, self.step = stage, where, 1
-        self.bad: Tensor | None = None  # of the step that is running
+        self.bad: Tensor | None = None  # of the current step
         self.steps: deque[tuple[int, Tensor, Any]] = deque()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -52,7 +55,7 @@ class LossWatch(TrainerCallback):
         self.check(wait=False)
 
     def check(self, wait: bool = True) -> None:
-        """LolcatsError if a step's loss was no number; without ``wait`` of those steps alone that are known."""
+        """Raise LolcatsError if a loss was NaN or infinite; without ``wait``, check only losses that are copied."""
         while self.steps and (wait or self.steps[0][2].query()):
             step, bad, event = self.steps.popleft()
             event.synchronize()
@@ -61,25 +64,25 @@ class LossWatch(TrainerCallback):
     def _stop_if(self, bad: Tensor, step: int) -> None:
         if bad.any():
             raise LolcatsError(
-                f"In step {step} of {self.stage} the loss became no number{self.where(bad)}. {ADVICE}"
+                f"In step {step} of {self.stage} the loss became NaN or infinite{self.where(bad)}. {ADVICE}"
             )  # fmt: skip
 
     def check_weights(self, step: int, weights: dict[str, Tensor]) -> None:
-        """LolcatsError unless everything that is about to be saved is a number."""
+        """Raise LolcatsError if a weight that is about to be saved is NaN or infinite."""
         self.check()
         if name := first_bad_weight(weights):
-            raise LolcatsError(f"By step {step} of {self.stage} {name} has become no number. {ADVICE}")
+            raise LolcatsError(f"By step {step} of {self.stage}, {name} has become NaN or infinite. {ADVICE}")
 
 
 def first_bad_weight(weights: dict[str, Tensor]) -> str:
-    """The first tensor with a value that is no finite number; empty if there is none."""
+    """Name of the first tensor with a NaN or infinite value; empty if all are finite."""
     finite = torch.stack([torch.isfinite(x).all() for x in weights.values()])
     return "" if finite.all() else list(weights)[int(finite.long().argmin())]
 
 
 @torch.no_grad()
 def first_bad_layer(model: PreTrainedModel, modules: list[nn.Module], call: dict[str, Tensor]) -> int | None:
-    """The first of ``modules`` (attentions in order) whose output on ``call`` is no number; None if all are."""
+    """Index of the first of ``modules`` (attentions, in order) with NaN or infinite output; None if all are finite."""
     bad: list[int] = []
 
     def look(number: int, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels: the fast path of GPUs. ``import`` needs triton; the rest of the package does not."""
+"""Triton kernels: the fast path on GPUs. Importing them needs triton; the rest of the package does not."""
 
 from lolcats.attention.kernels.function import triton_attention
 

@@ -2,13 +2,13 @@
 
     da_ni = (dy_n·v_i − δ_n) / d_n,   δ_n = dy_n·y_n,   dv_i = Σ_n a_ni dy_n / d_n.
 
-``query_kernel`` has the states S, z of the forward pass (dφ(q_n) = (S dy_n − δ_n z) / d_n, then dq); ``key_kernel`` has
-the gradients dS = Σ φ(q_n) dy_nᵀ / d_n and dz = Σ φ(q_n) δ_n / d_n of what later queries saw (dφ(k_i) = dS v_i − dz,
-then dk, dv). The forward pass stores 1 / d_n, c_n and the key c_n comes from.
+``query_kernel`` reads the states S, z of the forward pass (dφ(q_n) = (S dy_n − δ_n z) / d_n, then dq); ``key_kernel``
+reads the gradients dS = Σ φ(q_n) dy_nᵀ / d_n and dz = Σ φ(q_n) δ_n / d_n from later queries (dφ(k_i) = dS v_i − dz,
+then dk, dv). The forward pass stores 1 / d_n, c_n and the key that c_n comes from.
 
-The shift c_n = max s_ni moves the softmax part against the linear one, so it has a gradient: −r_n for the key that is
-the maximum, with r_n = Σ_{i∈soft} a_ni da_ni. Since Σ_i a_ni da_ni = 0 over all keys, r_n = −φ(q_n)·dφ(q_n), and the
-gradient of γ is Σ_n r_n / γ: neither needs the softmax part.
+The shift c_n = max s_ni changes the softmax part relative to the linear one, so it has a gradient: −r_n for the key
+with the maximum, with r_n = Σ_{i∈soft} a_ni da_ni. Since Σ_i a_ni da_ni = 0 over all keys, r_n = −φ(q_n)·dφ(q_n), and
+the gradient of γ is Σ_n r_n / γ: neither needs the softmax part.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def delta_kernel(
 
 @triton.jit
 def load_outputs(o, lost, stride, at, length, row, column, WIDTH: tl.constexpr, LOST: tl.constexpr):
-    """A tile of y in fp32: δ is a difference of large numbers, and shows the rounding of y to bf16."""
+    """A tile of y in fp32: δ is a difference of large numbers, so rounding y to bf16 would show."""
     y = load_tile(o, stride, at, length, row, column, WIDTH)
     if LOST:
         return with_lost_bits(y, load_tile(lost, stride, at, length, row, column, WIDTH))
@@ -82,19 +82,18 @@ def query_kernel(
     BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr, WHOLE: tl.constexpr, LOST: tl.constexpr,
     CENTER: tl.constexpr,
 ):  # fmt: skip
-    """Gradients that belong to queries, dq, φ_q and γ, from one slice of the value dim (they are linear in dy, so
-    slices add up).
+    """Gradients on the query side (dq, φ_q and γ) from one slice of the value dim; linear in dy, so slices add up.
 
-    WHOLE: the slice is all of the value dim; then δ_n is found here and stored, else ``delta_kernel`` did. LOST: there
-    are ``lost_bits`` of o. CENTER: the states are of centered features.
-    INPUTS: gradients of q, k, v are wanted, and r_n is stored (``pulls``) for ``key_kernel``. TILES: that a window
-    reaches. DF: those of the maps are wanted, too. df: where PHI is given, gradients of the features, else of x·W.
+    WHOLE: the slice is the whole value dim, and δ_n is computed and stored here; otherwise ``delta_kernel`` has done
+    so. LOST: there are ``lost_bits`` of o. CENTER: the states are of centered features.
+    INPUTS: compute gradients of q, k, v, and store r_n (``pulls``) for ``key_kernel``. TILES: number of tiles that a
+    window reaches. DF: also compute gradients of the maps. df: gradients of the features if PHI is given, else of x·W.
     """
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
     kv_head, map_head = head // group, head // map_group
     maps = heads // map_group
-    program = (piece * tl.num_programs(0) + walk) * heads + head  # of per-program outputs
+    program = (piece * tl.num_programs(0) + walk) * heads + head  # index of per-program outputs
     q, k, v, fq, fk = input_pointers(
         q, q_strides, k, k_strides, v, v_strides, fq, fq_strides, fk, fk_strides, batch, first, head, kv_head, map_head
     )  # fmt: skip
@@ -263,12 +262,12 @@ def key_kernel(
     BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, SINKS_HERE: tl.constexpr, GROUP: tl.constexpr,
     MAPS: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
-    """Gradients that belong to keys: dk, dv and φ_k, from one kv head and slice of the value dim.
+    """Gradients on the key side (dk, dv and φ_k) from one kv head and one slice of the value dim.
 
-    GROUP: query heads of a kv head; MAPS: its key maps. df: as in ``query_kernel``, of each map. Matrices of weights
-    are (queries, keys), so that what belongs to queries takes two registers of a thread and not sixteen. The sinks'
-    gradients, ``parts`` walks by ``sink_kernel``, are added in the first tile (SINKS_HERE: unless the sinks are a
-    context's).
+    GROUP: query heads per kv head; MAPS: key maps per kv head. df: as in ``query_kernel``, for each map. Matrices of
+    weights are (queries, keys), so values per query take two registers of a thread instead of sixteen. SINKS_HERE: add
+    the sinks' gradients, which ``sink_kernel`` computed in ``parts`` walks, in the first tile; off if the sinks are in
+    a context.
     """
     walk, kv_head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
@@ -298,7 +297,7 @@ def key_kernel(
             grad_k = tl.zeros((C, BLOCK_D), tl.float32)
             grad_v = tl.zeros((C, BLOCK_V), tl.float32)
         if LINEAR:
-            # Queries from step ``after`` on see all keys of this tile; the last step's state holds none.
+            # Queries from step ``after`` on see all keys of this tile; the state of the last step is empty.
             after = tl.cdiv(window_end(position + at + C - 1, WINDOW, SIZE) - position, SPAN)
             index = (entry + tl.minimum(after, tl.cdiv(length, SPAN)) - 1) * maps + first_map
             exists = (keys >= 0)[:, None]
@@ -407,7 +406,7 @@ def load_query(
     q, q_strides, do, do_strides, inverse, delta, head, at, tokens, length, first_piece, row, d, vd,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile of queries of the group's head ``head``: 1 / d_n, δ_n / d_n, q and dy."""
+    """For a tile of queries of the group's head ``head``: 1 / d_n, δ_n / d_n, q and dy."""
     h = tl.cast(head, tl.int64)
     r = load_rows(inverse + h * tokens, at + row, length)
     ratio = load_rows(delta + h * tokens, at + row, length) * r * first_piece

@@ -1,8 +1,8 @@
-"""What the kernels are made of: tiles, feature maps, masks, logits. Device functions only.
+"""Building blocks of the kernels: tiles, feature maps, masks, logits. Device functions only.
 
 Sequences are cut into tiles of C tokens, counted from their own first token. Row-wise quantities of a tile are 1-D
-tensors of length C. Positions n, i count from the beginning of the text; tokens t from the first token at hand, which
-stands at ``position``.
+tensors of length C. Positions n, i count from the beginning of the text; tokens t count from the first token of the
+call, whose position is ``position``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EPS = tl.constexpr(1e-12)  # lolcats.attention.feature_maps.EPS
 
 @triton.constexpr_function
 def divides(block, size):
-    """Whether blocks of a dimension need no mask."""
+    """Whether ``block`` divides ``size``, so that blocks need no mask."""
     return size % block == 0
 
 
@@ -28,7 +28,7 @@ def head_pointer(x, strides, batch, head, first):
 
 @triton.jit
 def walk_bounds(walks, sequences, positions, walk):
-    """Of a walk: its sequence, first tile (or step) and the one after the last; of the sequence: batch index, first
+    """For a walk: its sequence, first tile (or step) and the one after the last; for that sequence: batch index, first
     token, length, first entry among the states and position of the first token."""
     sequence = tl.load(walks + walk * 3)
     begin, end = tl.load(walks + walk * 3 + 1), tl.load(walks + walk * 3 + 2)
@@ -73,7 +73,7 @@ def store_tile(base, stride, at, length, row, column, WIDTH: tl.constexpr, x):
 
 @triton.jit
 def lost_bits(x):
-    """What rounding fp32 ``x`` to bf16 loses, as int8: the difference of the bits but for the last nine."""
+    """What rounding fp32 ``x`` to bf16 loses, as int8: the difference of the bits, without the last nine."""
     rounded = x.to(tl.bfloat16).to(tl.float32)
     return ((x.to(tl.int32, bitcast=True) - rounded.to(tl.int32, bitcast=True)) >> 9).to(tl.int8)
 
@@ -92,7 +92,7 @@ def load_rows(base, t, length):
 
 @triton.jit
 def load_matrix(base, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of a contiguous (ROWS, COLUMNS) matrix; zeros outside."""
+    """Part of a contiguous (ROWS, COLUMNS) matrix; zeros outside."""
     x = base + row[:, None] * COLUMNS + column[None, :]
     if divides(row.shape[0], ROWS) and divides(column.shape[0], COLUMNS):
         return tl.load(x)
@@ -108,7 +108,7 @@ def store_matrix(base, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, x
 
 @triton.jit
 def load_weight(weight, head, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """One head's (D, f) of the feature maps' weights."""
+    """One head's weight (D, f) of the feature maps."""
     return load_matrix(weight + head.to(tl.int64) * DIM * WIDTH, d, j, DIM, WIDTH)
 
 
@@ -117,8 +117,7 @@ def load_sinks(
     base, strides, sequence, batch, first, length, head, sink, column,
     WIDTH: tl.constexpr, SINKS: tl.constexpr, CONTEXT: tl.constexpr,
 ):  # fmt: skip
-    """One head's keys or values of a sequence's sinks: its first tokens, or if there is a context before them, what
-    that holds for each sequence."""
+    """One head's keys or values of a sequence's sinks: its first tokens, or those of the context if there is one."""
     if CONTEXT:
         base, length = head_pointer(base, strides, sequence, head, first * 0), SINKS
     else:
@@ -159,8 +158,8 @@ def features(
     x, w, base, stride, at, length, row, weight, column,
     WIDTH: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of φ times the row's ``weight``, (C, f) fp32 each; see ``layout.Phi``. w: (D, f), of maps inside; at
-    ``base``: x·W (projected) or φ (given)."""
+    """Both halves of φ times the row's ``weight``, (C, f) fp32 each; see ``layout.Phi``. w: (D, f), for maps computed
+    inside; ``base``: where x·W (projected) or φ (given) is stored."""
     if PHI == "inside":
         return hedgehog(tl.dot(x, w, input_precision=PRECISION), weight, column, WIDTH)
     elif PHI == "projected":
@@ -196,7 +195,7 @@ def window_end(i, WINDOW: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def key_positions(t, length, position, SINKS: tl.constexpr):
-    """Positions of the keys at tokens ``t``; far below any window where there is none or it is a sink."""
+    """Positions of the keys at tokens ``t``; far below any window if the token does not exist or is a sink."""
     return tl.where((t >= 0) & (t < length) & (position + t >= SINKS), position + t, -(1 << 30))
 
 
@@ -216,7 +215,7 @@ def linear_mask(n, i, WINDOW: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def sinks_mask(n, sink, SINKS: tl.constexpr):
-    """Which sinks each query sees: those that are not ahead of it. n, sink: a row and a column."""
+    """Which sinks each query sees: those up to its own position. n, sink: a row and a column."""
     return (sink <= n) & (sink < SINKS)
 
 
@@ -239,8 +238,8 @@ def log2_scale(scale, CAPPED: tl.constexpr):
 def softmax_backward(logits, da, peak, r, h, pull, is_top, scale, cap, CAPPED: tl.constexpr):
     """Weights a = γ·exp(s − c) and the gradient of q·kᵀ.
 
-    logits: what ``softmax_logits`` gave; da: dy·v; of each query, along rows or columns: ``peak`` c in base 2 with γ,
-    r = 1 / d, h = δ / d, ``pull`` r_n, and ``is_top``: whether the key is the one that c comes from.
+    logits: from ``softmax_logits``; da: dy·v. For each query, along rows or columns: ``peak`` is c in base 2 including
+    γ, r = 1 / d, h = δ / d, ``pull`` is r_n. ``is_top``: whether c comes from this key.
     """
     a = tl.exp2(logits * log2_scale(scale, CAPPED) - peak)
     ds = a * (da * r - h) - tl.where(is_top, pull, 0.0)

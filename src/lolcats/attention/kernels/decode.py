@@ -1,15 +1,16 @@
-"""Decode kernel: one token of every row of a batch, and its state moved on in place, in one launch.
+"""Decode kernel: one token for every row of a batch in one launch, updating the states in place.
 
 A program takes one row and one key/value head with the GROUP query heads that share it. It
 
-1. moves the keys that leave the window into S and z: a chunk at once every SIZE tokens (terraced), one key a token
+1. moves the keys that leave the window into S and z: a whole chunk every SIZE tokens (terraced), or one key per token
    (sliding, and the linear kind, which has no window);
-2. attends to sinks and window by softmax, the arriving key in the place of the oldest;
+2. attends to sinks and window by softmax, with the new key in place of the oldest;
 3. adds the linear readout φ(q)ᵀ S, φ(q)ᵀ z;
-4. writes the arriving key and value into ring and sinks. The last program of a row to get here counts its token.
+4. writes the new key and value into ring and sinks. The last program of a row to get here counts the token.
 
-Terraced, S is only read on most tokens and written when a chunk leaves. Programs of a key/value head run side by side,
-so that its maps' weights stay in the caches; states and windows, read once, pass the first-level cache by.
+With terraced windows, most tokens only read S; it is written when a chunk leaves. Programs of a key/value head run side
+by side, so that its maps' weights stay in the caches; states and windows are read once and bypass the first-level
+cache.
 
 Shapes: B rows, H query heads, G key/value heads, M key maps (H or G), D head dim, f half of the features.
 """
@@ -38,7 +39,7 @@ from lolcats.attention.kernels.layout import power_of_two
 from lolcats.attention.kernels.plan import precision
 from lolcats.attention.spec import AttentionSpec
 
-COUNT = tl.constexpr(0xFFFFFFFF)  # bits of ``seen`` that count tokens; above them a running launch counts its programs
+COUNT = tl.constexpr(0xFFFFFFFF)  # bits of ``seen`` that count tokens; those above count programs of a running launch
 ARRIVED = tl.constexpr(1 << 32)
 
 
@@ -52,10 +53,10 @@ def decode_kernel(
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """q: (B, H, D), k, v: (B, G, D) by their strides; o: (B, H, D) and the state's tensors, contiguous.
+    """q: (B, H, D) and k, v: (B, G, D), with strides; o: (B, H, D) and the state's tensors, contiguous.
 
-    MAPS: key maps of a key/value head, 1 or GROUP. KEY_DIM: channels of queries and keys, of which softmax sees the
-    first D and feature maps the last. SPAN: slots of the ring. ROUNDED: S is bf16.
+    MAPS: key maps per key/value head, 1 or GROUP. KEY_DIM: channels of queries and keys; softmax sees the first D,
+    feature maps the last D. SPAN: slots of the ring. ROUNDED: S is bf16.
     """
     row, kv, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
@@ -138,7 +139,7 @@ def fold_chunk(
 ):  # fmt: skip
     """Move the keys at positions n − 2 SIZE to n − SIZE, which lie side by side in the ring, into S and z.
 
-    By slices of the value dim, so that what is rarely done does not take the registers of what is done always.
+    Works on slices of the value dim, so that this rare step takes no registers from the common path.
     """
     for m in range(MAPS):
         w = load_weight(weight_k, kv * MAPS + m, d, j, DIM, WIDTH).to(LOW)
@@ -203,7 +204,7 @@ def read_shared(
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, ROUNDED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """The same for query heads that share a key map, as products of bf16 parts: φ and, if it is fp32, S in two each."""
+    """The same for query heads that share a key map, as bf16 products: φ and, if it is fp32, S are split in two."""
     y = tl.zeros((BLOCK_H, BLOCK_F), tl.float32)
     for h in range(GROUP):
         x = tl.load(q + h * q_stride + d, mask=d < DIM, other=0.0).to(tl.float32)
@@ -225,7 +226,7 @@ def read_shared(
 
 @triton.jit
 def query_features(q, q_stride, weight_q, first_head, h, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Both halves of φ of query head h of a key/value head's."""
+    """Both halves of φ for query head h of a key/value head."""
     x = tl.load(q + h * q_stride + d, mask=d < DIM, other=0.0).to(tl.float32)
     return hedgehog_vector(x, load_weight(weight_q, first_head + h, d, j, DIM, WIDTH), True, j, WIDTH)
 
@@ -234,7 +235,7 @@ def query_features(q, q_stride, weight_q, first_head, h, d, j, DIM: tl.constexpr
 def leaving_features(
     old_k, weight_k, key_map, leaves, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr
 ):  # fmt: skip
-    """Both halves of φ of the key that leaves; terraced windows let whole chunks leave instead."""
+    """Both halves of φ for the key that leaves; not used with terraced windows, where whole chunks leave."""
     if WINDOW == "terraced":
         return j, j
     else:
@@ -246,7 +247,7 @@ def load_half(
     S, z, key_phi, old_v, first_map, m, half, n, leaves, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr,
     WINDOW: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Half of a map's S (f, D) and z (f,), the leaving key in them."""
+    """Half of a map's S (f, D) and z (f,), with the leaving key added."""
     S, z = S + (2 * m + half) * (WIDTH * DIM), z + (2 * m + half) * WIDTH + j
     sums, total = load_state(S, j, d, WIDTH, DIM), tl.load(z, mask=j < WIDTH, other=0.0)
     if WINDOW != "terraced":
@@ -262,8 +263,8 @@ def leaving_key(
     ring_k, ring_v, arriving_k, new_v, n, d, DIM: tl.constexpr, KEY_DIM: tl.constexpr, WINDOW: tl.constexpr,
     SIZE: tl.constexpr, SPAN: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Whether one key leaves for S now (sliding: the one in the slot of the arriving, linear: itself), and which, as
-    feature maps see it."""
+    """Whether a key moves into S now, and that key as feature maps see it: the one in the new key's slot (sliding), or
+    the new key itself (linear)."""
     if WINDOW == "sliding":
         leaves = n - SIZE >= SINKS
         slot, mask = n % SPAN, (d < DIM) & leaves
@@ -276,7 +277,7 @@ def leaving_key(
 
 @triton.jit
 def store_key(place, k, new_k, d, mask, DIM: tl.constexpr, KEY_DIM: tl.constexpr):
-    """The arriving key, of which ``new_k`` is loaded already, into a slot."""
+    """Write the new key into a slot; its first D channels are already loaded as ``new_k``."""
     tl.store(place + d, new_k, mask=mask)
     if KEY_DIM > DIM:
         tl.store(place + DIM + d, tl.load(k + DIM + d, mask=d < DIM, other=0.0), mask=mask)
@@ -297,7 +298,7 @@ def load_state(S, j, d, WIDTH: tl.constexpr, DIM: tl.constexpr):
 def store_sum(
     S, before, added, index, n, wanted, j, d, WIDTH: tl.constexpr, DIM: tl.constexpr, ROUNDED: tl.constexpr
 ):  # fmt: skip
-    """Half of a map's S with ``added``; stored if ``wanted``, and returned as a later load gives it.
+    """Add ``added`` to half of a map's S; store it if ``wanted``, and return it as a later load would.
 
     index: where this half begins among those of all maps of the row.
     """
@@ -311,7 +312,7 @@ def store_sum(
 
 @triton.jit
 def stochastic(x, index, n):
-    """``lolcats.attention.rounding.stochastic``: fp32 that bf16 holds exactly."""
+    """``lolcats.attention.rounding.stochastic``, as fp32 values that bf16 holds exactly."""
     h = index.to(tl.uint32) * 0x9E3779B1 + n.to(tl.uint32) * 0x85EBCA77
     h = (h ^ (h >> 15)) * 0x2C1B3C6D
     h = (h ^ (h >> 12)) * 0x297A2D39
@@ -322,7 +323,7 @@ def stochastic(x, index, n):
 
 @triton.jit
 def hedgehog_vector(x, w, wanted, j, WIDTH: tl.constexpr):
-    """Both halves of φ of one vector x (D,) fp32 by a map's weight (D, f), each (f,) fp32; 0 if not ``wanted``."""
+    """Both halves of φ, each (f,) fp32, for one vector x (D,) fp32 and weight (D, f); 0 if not ``wanted``."""
     y = tl.sum(x[:, None] * w, 0)
     real = j < WIDTH
     up = tl.where(real, tl.exp2((y - tl.max(tl.where(real, y, -float("inf")), 0)) * LOG2E), 0.0)
@@ -336,9 +337,9 @@ def attend(
     q_tile, keys, values, slot, stored, d, peak, total, soft, scale, cap, DIM: tl.constexpr, KEY_DIM: tl.constexpr,
     CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over the keys ``stored`` in some slots more.
+    """Extend a running softmax by the keys ``stored`` in some slots.
 
-    Of each query: the highest logit in base 2, Σ exp(s − highest), and that sum with the values.
+    Returns for each query the highest logit in base 2, Σ exp(s − highest), and Σ exp(s − highest) v.
     """
     slot, mask = slot[:, None], stored[:, None] & (d < DIM)[None, :]
     k_tile = tl.load(keys + slot * KEY_DIM + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
@@ -353,7 +354,7 @@ def attend(
 
 @triton.jit
 def capped(logits, scale, cap, CAPPED: tl.constexpr):
-    """What ``softmax_logits`` makes of q·k."""
+    """Cap q·k as ``softmax_logits`` does."""
     return cap * (2 * tl.sigmoid(2 * logits * scale / cap) - 1) if CAPPED else logits
 
 
@@ -361,12 +362,12 @@ def decode(
     state: Any, q: Tensor, k: Tensor, v: Tensor, phi_q: Any, phi_k: Any, gamma: Tensor, spec: AttentionSpec,
     scale: float, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Outputs (B, H, 1, D) for one new token a row, bf16 for bf16 inputs and else fp32; moves ``state`` on in place.
+    """Outputs (B, H, 1, D) for one new token per row, bf16 for bf16 inputs, else fp32; updates ``state`` in place.
 
     Args:
         state: an ``AttentionState`` that is ``in_place``, contiguous.
-        q: (B, H, 1, D); k, v: (B, G, 1, D); q and k (..., 2D) where feature maps see others than softmax does.
-        phi_q, phi_k: hedgehog maps with H and H or G heads, where the kind has a linear term.
+        q: (B, H, 1, D); k, v: (B, G, 1, D); q and k (..., 2D) if feature maps and softmax see different ones.
+        phi_q, phi_k: hedgehog maps with H and H or G heads; unused if the kind has no linear term.
         gamma: (H,) fp32.
     """
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -393,9 +394,9 @@ def decode(
 
 @lru_cache(maxsize=64)
 def choose_blocks(dim: int, width: int, spec: AttentionSpec, shared: bool, wide: bool) -> dict[str, int]:
-    """Block sizes and how a program runs, by measurement at D 128 and f 64 (benchmarks/LOG.md).
+    """Block sizes and launch options, tuned at D = 128 and f = 64 (benchmarks/LOG.md).
 
-    128 registers a thread let four programs of four warps share a processor, whose waits overlap.
+    With 128 registers per thread, four programs of four warps share a multiprocessor and their waits overlap.
     """
     block_d, block_f = max(16, power_of_two(dim)), max(16, power_of_two(width))
     window = max(16, min(64 if shared else 32, power_of_two(spec.span)))

@@ -38,14 +38,14 @@ def output_kernel(
     PRECISION: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr,
 ):  # fmt: skip
-    """One walk over tiles of a query head, for a slice of the value dim.
+    """One walk over the tiles of a query head, for one slice of the value dim.
 
-    SAVE: 1 / denominator is stored (``inverse``). LOST: so are ``lost_bits`` of the outputs, laid out like these.
-    PEAKS: so are what the shift c_n is, in base 2 and with γ, and the key it comes from: −1 − i for sink i, else its
-    token; the lowest if there are several.
+    SAVE: store 1 / denominator (``inverse``). LOST: store ``lost_bits`` of the outputs, in the same layout. PEAKS:
+    store the shift c_n, in base 2 and including γ, and the key it comes from: −1 − i for sink i, else its token; the
+    lowest if there are several.
 
-    TILES: that a window reaches. NEAR: whether some keys older than the window are not in the state of a step yet; else
-    compiled away.
+    TILES: number of tiles that a window reaches. NEAR: some keys older than the window may not yet be in the state of a
+    step; otherwise that code is compiled away.
     """
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
@@ -102,7 +102,7 @@ def output_kernel(
                         top = tl.min(tl.where(soft == peak[:, None], (begins + both)[None, :], length), 1)
                         if SINKS > 0:
                             top = tl.minimum(top, tl.min(tl.where(far == peak[:, None], -1 - sink[None, :], length), 1))
-                    if LINEAR:  # early: in flight during the exponentials
+                    if LINEAR:  # loaded early, to overlap with the exponentials
                         S_up = load_state(states, index, 0, j, vd, WIDTH, VALUE_DIM)
                         S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
                         z_up, z_down = load_sum(sums, index, 0, j, WIDTH, 0), load_sum(sums, index, 1, j, WIDTH, 0)
@@ -111,7 +111,7 @@ def output_kernel(
                     if PEAKS:
                         lower = tl.min(tl.where(soft == peak[:, None], (begins + both)[None, :], length), 1)
                         top = tl.where(peak > highest, lower, tl.where((lower < length) & (top >= 0), lower, top))
-                    smaller = tl.exp2((highest - peak) * factor)  # what there is, under the new maximum
+                    smaller = tl.exp2((highest - peak) * factor)  # rescale the sums so far to the new maximum
                     denominator *= smaller
                     numerator *= smaller[:, None]
                 highest = peak

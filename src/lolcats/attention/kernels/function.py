@@ -1,8 +1,8 @@
-"""The kernels behind one differentiable function.
+"""The kernels as one differentiable function.
 
 Shapes: B batch, H query heads, G key/value heads, M key maps (H or G), T tokens, D head dim, f half of the features,
-N sequences. The kernels take the two halves of a feature map (softmax(y) and softmax(−y)) apart, so that both
-products with the state are small enough to stay in registers.
+N sequences. The kernels handle the two halves of a feature map (softmax(y) and softmax(−y)) separately, so that both
+products with the state fit in registers.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from lolcats.attention.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Call:
-    """Everything about a call that is no tensor to differentiate. train: gradients may be wanted; learned: those of the
-    maps' weights, too."""
+    """Everything about a call except the tensors to differentiate. train: gradients may be wanted; learned: also those
+    of the maps' weights."""
 
     spec: AttentionSpec
     scale: float
@@ -55,25 +55,24 @@ def triton_attention(
 
     Args:
         q: (B, H, T, D); k, v: (B, G, T, D); fp32, bf16 or fp16, any strides whose last is 1.
-        phi_q, phi_k: feature maps with H and H or G heads. Hedgehog is computed inside the kernels, others before
-            them; these have an even number of features.
+        phi_q, phi_k: feature maps with H and H or G heads. Hedgehog is computed inside the kernels; other maps are
+            computed before them and need an even number of features.
         gamma: (H,) fp32.
-        seen: (B, H, T, D) and (B, G, T, D), what feature maps see, where that is not q and k.
-        context: what came before the first token (see :class:`Context`); no gradient flows into it.
-        lengths: of each batch row, when rows are shorter than T (outputs behind them are 0).
+        seen: (B, H, T, D) and (B, G, T, D), inputs of the feature maps, if not q and k.
+        context: state before the first token (see :class:`Context`); no gradient flows into it.
+        lengths: length of each batch row, if rows are shorter than T; outputs after their end are 0.
         cu_seqlens: cumulative lengths [0, ..., T] of sequences packed into a batch of one.
         final: also return the state after each sequence's last token.
-        tiling: how the work is cut up; chosen by measurement if None.
+        tiling: how the work is split; None uses the measured best.
 
     Returns:
-        outputs (B, H, T, D) in bf16 for bf16 inputs, else fp32; and, with ``final``, S (N, H or G, F, D) and
-        z (N, H or G, F) fp32 over all keys that the window of the last token no longer reaches, no gradient through
-        them; else None.
+        outputs (B, H, T, D) in bf16 for bf16 inputs, else fp32. With ``final``, also S (N, H or G, F, D) and z (N, H or
+        G, F) in fp32 over all keys older than the window of the last token, without gradient; otherwise None.
     """
     batch, _, tokens, _ = q.shape
     rows = dense_rows(batch, tokens, lengths) if cu_seqlens is None else packed_rows(cu_seqlens)
     call = Call(spec, float(scale), softcap, rows, context, final, tiling, train=torch.is_grad_enabled())
-    maps: dict[str, Tensor] = {}  # what the kernels have of them, by the names of TENSORS
+    maps: dict[str, Tensor] = {}  # what the kernels get of them, by the names in TENSORS
     weights, (x_q, x_k) = _hedgehog_weights(phi_q, phi_k), seen or (q, k)
     if weights is not None and spec.has_linear:
         _, dim, width = weights[0].shape
@@ -91,7 +90,7 @@ def triton_attention(
 
 
 def _hedgehog_weights(*maps: KeyMap) -> list[Tensor] | None:
-    """Of feature maps that are all Hedgehog."""
+    """Weights of the feature maps if all of them are Hedgehog, else None."""
     found = [phi.weight for phi in maps if isinstance(phi, FeatureMap) and phi.name == "hedgehog"]
     return [w for w in found if w is not None] if len(found) == len(maps) else None
 
@@ -106,7 +105,7 @@ class _Attention(torch.autograd.Function):
         weights = (w if w is None else w.detach().to(dtype).contiguous() for w in (wq, wk))
         tensors = *map(_ready, (q, k, v, x_q, x_k, fq, fk)), *weights, gamma.detach().float().contiguous()
         problem = Problem.of(call, tensors)
-        save = call.train and any(ctx.needs_input_grad)  # which says true without gradients, too
+        save = call.train and any(ctx.needs_input_grad)  # needs_input_grad is true even without gradients
         o, lost, softmax, S, z = problem.forward(save, peaks=save and any(ctx.needs_input_grad[:3]))
         if save:
             nothing: dict[str, Any] = dict.fromkeys(TENSORS)
@@ -124,14 +123,14 @@ class _Attention(torch.autograd.Function):
         return (*problem.backward(_ready(do), o, lost, (inverse, peaks, tops), wanted), None)
 
 
-Softmax = tuple[Tensor | None, Tensor | None, Tensor | None]  # of each query: 1 / d_n, c_n, key of c_n; (B, H, T)
+Softmax = tuple[Tensor | None, Tensor | None, Tensor | None]  # per query: 1 / d_n, c_n, key of c_n; (B, H, T)
 TENSORS = ("q", "k", "v", "x_q", "x_k", "fq", "fk", "wq", "wk", "gamma")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which gradients: of q, k and v (inputs), of what the kernels have of the maps (x·W or φ), of the x in front of it
-    (seen), of weights, of γ."""
+    """Which gradients are wanted: of q, k and v (inputs), of x·W or φ (maps), of the x that was projected (seen), of
+    the maps' weights, of γ."""
 
     inputs: bool
     maps: bool
@@ -142,8 +141,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Problem:
-    """One call's tensors; launches the kernels. Where ``call.phi`` is projected, maps see x_q and x_k, and the kernels
-    fq and fk, x·W."""
+    """One call's tensors; launches the kernels. If ``call.phi`` is projected, x_q and x_k are the inputs of the maps,
+    and the kernels read their projections x·W as fq and fk."""
 
     call: Call
     plan: Plan
@@ -169,8 +168,8 @@ class Problem:
         return cls(call, plan, plan.layout(call.rows), *tensors).projected()
 
     def projected(self) -> Problem:
-        """With x·W where the kernels want it. It is made again for the backward pass: keeping it would double what
-        such maps cost in memory."""
+        """Add x·W if the kernels need it. It is recomputed for the backward pass, since keeping it would double the
+        memory of such maps."""
         if self.call.phi != "projected":
             return self
         assert self.x_q is not None and self.x_k is not None and self.wq is not None and self.wk is not None  # noqa: PT018
@@ -178,7 +177,7 @@ class Problem:
         return dataclasses.replace(self, fq=fq, fk=fk)
 
     def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Tensor | None, Softmax, Tensor | None, Tensor | None]:
-        """Outputs; what backward needs (``save``) of their lost bits and of each query's softmax (``peaks`` too); final
+        """Outputs; their lost bits and each query's softmax values, as backward needs them (``save``, ``peaks``); final
         S and z."""
         plan, peaks = self.plan, peaks and self.call.spec.has_softmax
         pieces = plan.launch("output").pieces
@@ -204,7 +203,7 @@ class Problem:
     def backward(
         self, do: Tensor, o: Tensor, lost: Tensor | None, softmax: Softmax, wanted: Wanted
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of TENSORS, None where not wanted."""
+        """Gradients of TENSORS, None for those not wanted."""
         inverse, peaks, tops = (do if x is None else x for x in softmax)
         back = Backward(self, do, o, lost, inverse, peaks, tops, wanted)
         grads = {**back.query_gradients(), **back.key_gradients()}
@@ -216,7 +215,7 @@ class Problem:
     def forward_states(self, center: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """S and z of all keys before each step, and those at the end of each sequence if the call wants them.
 
-        center: for gradients, of centered features; nothing at the end.
+        center: of centered features, for gradients; nothing at the end of sequences.
         """
         plan, context = self.plan, self.call.context
         if not plan.spec.has_linear:
@@ -239,7 +238,7 @@ class Problem:
         self, arguments: tuple[Any, ...], group: int, initial: Tensor | None, center: bool, variant: Any = None,
         final: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """States (entries, maps, 2, Dv, f), sums (entries, maps, 2f), and totals behind each segment if ``final``.
+        """States (entries, maps, 2, Dv, f), sums (entries, maps, 2f), and totals after each segment if ``final``.
 
         center: sums are (entries, maps, 2f + Dv + 1), see :mod:`.states`. variant: None in the forward pass; in the
         backward pass the strides of dy.
@@ -296,7 +295,7 @@ class Problem:
         return plan.heads, *groups, plan.tokens, call.scale, float(call.softcap or 0)
 
     def sinks(self) -> tuple[Any, ...]:
-        """Where keys and values of the sinks are: with a context there, else the first tokens of each sequence."""
+        """Keys and values of the sinks: from the context if there is one, else the first tokens of each sequence."""
         context, strided = self.call.context, self.plan.strided
         if context is None:
             return *strided("k", self.k), *strided("v", self.v)
@@ -306,11 +305,11 @@ class Problem:
         return {"CONTEXT": self.call.context is not None, "BLOCK_SINKS": self.plan.blocks.sinks}
 
     def per_query(self, *lead: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """An unwritten (*lead, B, H, T) tensor."""
+        """An uninitialized (*lead, B, H, T) tensor."""
         return self.q.new_empty((*lead, self.plan.batch, self.plan.heads, self.plan.tokens), dtype=dtype)
 
     def new_output(self, heads: int, dim: int, dtype: torch.dtype, *lead: int) -> Tensor:
-        """A (*lead, B, heads, T, dim) tensor laid out with heads inside tokens, zero where no sequence will write."""
+        """A (*lead, B, heads, T, dim) tensor stored as (*lead, B, T, heads, dim); zero where no sequence writes."""
         shape = (*lead, self.plan.batch, self.plan.tokens, heads, dim)
         make = self.q.new_empty if self.layout.complete else self.q.new_zeros
         return make(shape, dtype=dtype).transpose(-2, -3)
@@ -318,8 +317,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Backward:
-    """The backward pass of a problem. do, o, lost (``lost_bits`` of o): (B, H, T, Dv); the rest (B, H, T), any tensor
-    where nothing is known."""
+    """The backward pass of a problem. do, o, lost (``lost_bits`` of o): (B, H, T, Dv); the others (B, H, T), or a
+    placeholder if not saved."""
 
     problem: Problem
     do: Tensor
@@ -336,12 +335,12 @@ class Backward:
 
     @cached_property
     def dy(self) -> tuple[Tensor, tuple[Any, ...]]:
-        """dy and its strides, on which the kernels are specialised besides the plan."""
+        """dy and its strides; the kernels are specialised on them besides the plan."""
         return self.plan.strided(f"do {self.do.stride()}", self.do)
 
     @property
     def center(self) -> bool:
-        """Whether states are of centered features: dear in registers, so only where the maps' gradients need it."""
+        """Whether states are of centered features. They cost registers, so only if the maps' gradients need them."""
         return self.plan.phi != "given" and (self.problem.call.learned or self.wanted.gamma)
 
     @cached_property
@@ -354,7 +353,7 @@ class Backward:
 
     @cached_property
     def delta(self) -> Tensor:
-        """(B, H, T): δ_n; not written yet where one program of the query kernel holds all of the value dim."""
+        """(B, H, T): δ_n; left to the query kernel if one of its programs holds the whole value dim."""
         plan, delta = self.plan, self.problem.per_query()
         if plan.launch("query").pieces > 1:
             delta_kernel[(triton.cdiv(plan.tokens, 32), plan.heads, plan.batch)](
@@ -365,7 +364,8 @@ class Backward:
         return delta
 
     def query_gradients(self) -> dict[str, Tensor | None]:
-        """Of q, φ(q) or what the kernels have of it, and γ; None where not wanted. Writes ``delta`` and ``pulls``."""
+        """Gradients of q, γ and φ_q (features, or inputs and weights), None if not wanted. Sets ``delta`` and
+        ``pulls``."""
         problem, plan, wanted = self.problem, self.plan, self.wanted
         walks, pieces = problem.layout.walks, plan.launch("query").pieces
         dq = self.new_gradient(plan.heads, plan.dim, pieces, wanted.inputs)
@@ -386,9 +386,9 @@ class Backward:
         return {"q": _add_pieces(dq), "gamma": gamma, **self.feature_gradients("q", _add_pieces(df))}
 
     def sink_gradients(self) -> tuple[Tensor, Tensor] | None:
-        """By walk and query head, of the sinks' keys (pieces, W, H, sinks, D) and values (W, H, sinks, Dv).
+        """Gradients by walk and query head of the sinks' keys (pieces, W, H, sinks, D) and values (W, H, sinks, Dv).
 
-        None where no inputs' gradients are wanted, or there are no sinks among the tokens at hand.
+        None if gradients of the inputs are not wanted, or the sinks are not among the tokens of the call.
         """
         problem, plan, spec = self.problem, self.plan, self.plan.spec
         here = spec.softmax_sinks and spec.has_softmax and problem.call.context is None
@@ -408,7 +408,7 @@ class Backward:
         return dk, dv
 
     def key_gradients(self) -> dict[str, Tensor | None]:
-        """Of k, v, and φ(k) or what the kernels have of it; None where not wanted. After ``query_gradients``."""
+        """Gradients of k, v and φ_k, as for queries; None if not wanted. Call after ``query_gradients``."""
         problem, plan, wanted = self.problem, self.plan, self.wanted
         layout, pieces, kv_heads, maps = problem.layout, plan.launch("key").pieces, plan.kv_heads, plan.maps
         dk = self.new_gradient(kv_heads, plan.dim, pieces, wanted.inputs)
@@ -430,7 +430,7 @@ class Backward:
         return {"k": _add_pieces(dk), "v": _add_pieces(dv), **self.feature_gradients("k", _add_pieces(df))}
 
     def feature_gradients(self, name: str, df: Tensor | None) -> dict[str, Tensor | None]:
-        """Of φ(x), or from ``df`` of x·W those of W and, where maps see other x than q and k, of x."""
+        """The gradient ``df`` of φ(x) if features are given; if ``df`` is that of x·W, the gradients of W and x."""
         problem, plan = self.problem, self.plan
         if df is None or plan.phi == "given":
             return {f"f{name}": df}
@@ -453,7 +453,7 @@ class Backward:
         return partial.sum(0).mT
 
     def states(self) -> tuple[Tensor, Tensor]:
-        """dS and dz of all queries behind each step, one of each key map."""
+        """dS and dz of all queries after each step, one per key map."""
         problem = self.problem
         if not self.plan.spec.has_linear:
             return problem.q, problem.q
@@ -462,26 +462,26 @@ class Backward:
         return problem.states(arguments, 1, None, self.center, self.variant)[:2]
 
     def output(self, name: str, x: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
-        """A (pieces, ...) tensor to be written; kernels do arithmetic on the pointers of those not wanted, too."""
+        """A (pieces, ...) output; a placeholder if not wanted, since kernels still do arithmetic on its pointer."""
         return self.plan.strided("none", self.do) if x is None else self.plan.strided(name, x)
 
     def new_gradient(self, heads: int, dim: int, pieces: int, wanted: bool) -> Tensor | None:
-        """(pieces, B, heads, T, dim) for what each slice of the value dim contributes."""
+        """(pieces, B, heads, T, dim) for the contribution of each slice of the value dim."""
         dtype = self.plan.dtype if pieces == 1 else torch.float32
         return self.problem.new_output(heads, dim, dtype, pieces) if wanted else None
 
     def new_feature_gradient(self, maps: int, pieces: int) -> Tensor | None:
-        """(pieces, B, maps, T, 2f) fp32 of given features, else (pieces, B, maps, T, f) of x·W."""
+        """(pieces, B, maps, T, 2f) fp32 for given features, else (pieces, B, maps, T, f) for x·W."""
         if self.plan.phi == "given" and self.wanted.maps:
             return self.problem.new_output(maps, 2 * self.plan.width, torch.float32, pieces)
         return self.new_gradient(maps, self.plan.width, pieces, self.wanted.maps)
 
 
 def _add_pieces(x: Tensor | None) -> Tensor | None:
-    """(pieces, ...) -> (...): what the slices of the value dim contribute."""
+    """(pieces, ...) -> (...): sum over the slices of the value dim."""
     return x if x is None else x[0] if x.shape[0] == 1 else x.sum(0)
 
 
 def _ready(x: Tensor | None) -> Any:
-    """Detached, with neighbouring columns."""
+    """``x`` with contiguous columns, as the kernels need it."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""Which tokens belong together, and how the work is cut up. Nothing here depends on the contents of a tensor."""
+"""Which tokens form a sequence, and how the work is split. Nothing here depends on the contents of a tensor."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor
 from lolcats.attention.spec import AttentionSpec
 
 Rows = tuple[tuple[int, int, int], ...]  # of each sequence: batch index, first token, length
-RESIDENT = 2  # programs that run on a processor at the same time
+RESIDENT = 2  # programs that run on a multiprocessor at the same time
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a problem is cut up.
+    """How a problem is split.
 
-    tile: tokens worked on at a time, 64 being a warp group's share of a matrix product; span: tokens between stored
-    states, a multiple of ``tile``; walk: tiles per program; segment: states computed one behind the other. walk and
-    segment are chosen if None.
+    tile: tokens processed at a time, 64 being a warp group's share of a matrix product; span: tokens between stored
+    states, a multiple of ``tile``; walk: tiles per program; segment: states computed in sequence. walk and segment are
+    chosen automatically if None.
     """
 
     tile: int = 64
@@ -35,10 +35,10 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sequences and how they are cut up, as tables the kernels read.
+    """Sequences and how they are split, as tables that the kernels read.
 
     sequences: (N, 6) int32: ``Rows``, the first entry among the states, the first walk and the one after the last;
-    walks: (W, 3) int32, of a program for each query head: sequence, first tile, tile after the last; key_walks: the
+    walks: (W, 3) int32, one program per query head: sequence, first tile, tile after the last; key_walks: the
     same for each kv head; segments: (M, 3) int32, the same in steps of ``span`` tokens for each key map; ranges:
     (N + 1,) int32, first segment of each sequence; start: (N,) int32 zeros; entries: number of states; split: whether
     any sequence has several segments; complete: whether every token of the (batch, tokens) grid belongs to a sequence.
@@ -57,16 +57,16 @@ class Layout:
 
 
 def dense_rows(batch: int, tokens: int, lengths: Sequence[int] | None = None) -> Rows:
-    """One sequence a batch row, from its first token on."""
+    """One sequence per batch row, from its first token on."""
     return tuple((b, 0, tokens if lengths is None else int(lengths[b])) for b in range(batch))
 
 
 def packed_rows(cu_seqlens: Sequence[int]) -> Rows:
-    """Sequences one behind the other in a single batch row, between cumulative lengths."""
+    """Sequences packed into a single batch row, delimited by cumulative lengths."""
     return tuple((0, a, b - a) for a, b in itertools.pairwise(cu_seqlens))
 
 
-@lru_cache(maxsize=512)  # an evaluation goes through some hundred shapes again and again
+@lru_cache(maxsize=512)  # an evaluation repeats some hundred shapes
 def make_layout(
     rows: Rows, grid: tuple[int, int], tiling: Tiling, heads: int, kv_heads: int, maps: int, device: torch.device
 ) -> Layout:
@@ -94,25 +94,25 @@ def make_layout(
 
 
 def _offsets(counts: Sequence[int], size: int) -> list[int]:
-    """Where each sequence's pieces of at most ``size`` begin, and the number of all."""
+    """Index of each sequence's first piece of at most ``size``, and the number of all pieces."""
     return [0, *itertools.accumulate(-(-count // size) for count in counts)]
 
 
 def _cut(counts: Sequence[int], size: int) -> list[tuple[int, int, int]]:
-    """(sequence, begin, end) of pieces of at most ``size`` out of each sequence's ``count``."""
+    """Cut each sequence into pieces of at most ``size``: (sequence, begin, end)."""
     return [(s, begin, min(begin + size, n)) for s, n in enumerate(counts) for begin in range(0, n, size)]
 
 
 def per_program(counts: Sequence[int], heads: int, slots: int, split_cost: int) -> int:
-    """How many of its sequence's ``counts`` a program takes so that all of them end soonest; the largest such number.
+    """Tiles or steps per program with which all programs finish soonest; the largest such number.
 
-    split_cost: how much more a program costs that does not take all of its sequence's.
+    counts: tiles or steps of each sequence; split_cost: cost factor of programs that do not take a whole sequence.
     """
     longest = max(counts, default=1) or 1
 
     def cost(size: int) -> float:
         waves = -(-sum(-(-count // size) for count in counts) * heads // slots)
-        return waves * (size + 1) * (split_cost if size < longest else 1)  # starting costs about one more
+        return waves * (size + 1) * (split_cost if size < longest else 1)  # starting a program costs about one more
 
     return min(sorted({-(-longest // parts) for parts in range(1, 257)}, reverse=True), key=cost)
 
@@ -138,7 +138,7 @@ def choose_blocks(dim: int, width: int, itemsize: int) -> Blocks:
 
 
 def least_block(itemsize: int) -> int:
-    """Half-precision products of tiles with 32 columns or fewer come out wrong on a GPU (LOG.md)."""
+    """The smallest safe block: in half precision, products of tiles with 32 or fewer columns are wrong (LOG.md)."""
     return 64 if itemsize == 2 else 16
 
 
@@ -153,11 +153,11 @@ class Launch:
 
 
 Phi = Literal["inside", "projected", "given"]
-"""How the kernels come to φ(x): ``inside`` from x and the map's weights W; ``projected`` from x·W in fp32, where x is
-not what softmax sees or W is large; ``given`` as it is, of any map."""
+"""How the kernels get φ(x): ``inside``, from x and the map's weights W; ``projected``, from x·W in fp32, if softmax
+sees another x or W is large; ``given``, computed beforehand by any map."""
 
 SHARED = 200 * 1024  # bytes of shared memory that the tiles of a program may take
-WEIGHTS = {2: 32 * 1024, 4: 16 * 1024}  # by itemsize: bytes up to which a map's weights share it
+WEIGHTS = {2: 32 * 1024, 4: 16 * 1024}  # by itemsize: maximum bytes of a map's weights in it
 
 
 def fits_inside(dim: int, width: int, itemsize: int) -> bool:
@@ -171,12 +171,12 @@ def choose_tiling(itemsize: int) -> Tiling:
 
 @lru_cache(maxsize=64)
 def choose_launch(kernel: str, value_dim: int, blocks: Blocks, tile: int, itemsize: int, inside: bool) -> Launch:
-    """The widest slice of the value dim whose sums (fp32) fit in registers and whose operands in shared memory.
+    """The widest slice of the value dim whose fp32 sums fit in registers and whose operands fit in shared memory.
 
-    inside: a map's weights are among these.
+    inside: whether a map's weights are among the operands.
     """
     num_warps = 8 if blocks.dim > 128 else 4
-    back = 1 if itemsize == 2 else 2  # the same for both kernels, which have slices in common
+    back = 1 if itemsize == 2 else 2  # the same for both kernels, which share slices
     keys = {"state": 0, "weight": 0, "output": 2, "query": back, "key": back}[kernel] * tile
     least = least_block(itemsize)
     if itemsize == 4:
@@ -192,7 +192,7 @@ def choose_launch(kernel: str, value_dim: int, blocks: Blocks, tile: int, itemsi
 
 
 def window_tiles(spec: AttentionSpec, tile: int) -> int:
-    """How many tiles the window of a query reaches at most, its own included."""
+    """Maximum number of tiles that a query's window reaches, its own included."""
     size = spec.window_size
     reach = size - 1 if spec.window == "sliding" else 2 * size - math.gcd(size, tile)  # of the first query of a tile
     return 1 + -(-reach // tile)

@@ -1,9 +1,9 @@
 """What calls of one kind share: sizes, block sizes, strides, and the kernels compiled for them.
 
-Triton looks at every argument of a launch, compile-time constants too, to find the compiled kernel: some 50 to 100 µs
-for kernels with as many arguments as these, more than many of them run. A plan looks once. It is found by everything
-that Triton specialises a kernel on: dtypes, shapes, strides and alignment of what comes in; those of what is allocated
-here follow.
+To find the compiled kernel, Triton inspects every argument of a launch, including compile-time constants. With as many
+arguments as here that takes 50 to 100 µs, longer than many of these kernels run. A plan does it once. Plans are keyed
+by everything that Triton specialises a kernel on: dtypes, shapes, strides and alignment of the inputs; those of tensors
+allocated here follow from them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from lolcats.attention.kernels.layout import (
 )
 from lolcats.attention.spec import AttentionSpec
 
-MOST = 1024  # plans kept
-NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants that these kernels do not take
+MOST = 1024  # maximum number of plans kept
+NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants that the state kernel does not take
 NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "PHI", "SPAN", "BLOCK_F")
 ONLY_PROJECTION = ("DIM", "WIDTH", "LOW", "PRECISION", "C", "BLOCK_F", "num_warps")
 ONLY_WEIGHTS = (*ONLY_PROJECTION, "BLOCK_D")
@@ -42,7 +42,7 @@ _plans: dict[Any, Plan] = {}
 
 
 class Plan:
-    """For one kind of call; ``heads`` of queries, ``kv_heads``, key ``maps``; ``width``: f, half of the features."""
+    """For one kind of call. ``heads``: query heads; ``maps``: key maps; ``width``: f, half of the features."""
 
     def __init__(
         self, spec: AttentionSpec, phi: Phi, capped: bool, tiling: Tiling | None,
@@ -57,7 +57,7 @@ class Plan:
         self.maps = self.heads if wk is None and fk is None else fk.shape[1] if wk is None else wk.shape[0]  # type: ignore[union-attr]
         columns = 16 if fq is None else fq.shape[3] // 2 if phi == "given" else fq.shape[3]
         self.width = columns if wq is None else wq.shape[2]
-        self.wide = q.dtype == torch.float32  # products are made in fp32
+        self.wide = q.dtype == torch.float32  # products are computed in fp32
         self.tiling = tiling or choose_tiling(q.dtype.itemsize)
         self.strides = {name: _strides(x) for name, x in tensors.items() if x is not None and x.ndim == 4}
         self.strides["none"] = 0, 0, tl.constexpr(0), 0
@@ -82,7 +82,7 @@ class Plan:
         return self._launches[kernel]
 
     def strided(self, name: str, x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-        """A tensor and its strides as the kernels take them. ``name``: of tensors whose strides the plan implies."""
+        """A tensor and its strides as the kernels take them. ``name`` stands for strides that follow from the plan."""
         strides = self.strides.get(name)
         if strides is None:
             strides = self.strides[name] = _strides(x)
@@ -93,9 +93,9 @@ class Plan:
         """Launch a kernel.
 
         Args:
-            kind: ``state``, ``output``, ``query``, ``sink``, ``key``, ``weight`` or ``projection``: whose constants it
-                takes.
-            variant: what it depends on besides the plan and ``constants``.
+            kind: ``state``, ``output``, ``query``, ``sink``, ``key``, ``weight`` or ``projection``; selects the
+                constants.
+            variant: what the compiled kernel depends on besides the plan and ``constants``.
         """
         key = kind, variant, tuple(constants.values())
         known = self._compiled.get(key)
@@ -104,7 +104,7 @@ class Plan:
             compiled[grid](*args, *unused)
             return
         compiled = kernel[grid](*args, **constants, **self.constants(kind))
-        if hasattr(compiled, "packed_metadata"):  # not so in the interpreter
+        if hasattr(compiled, "packed_metadata"):  # missing in the interpreter
             self._compiled[key] = compiled, (None,) * sum(parameter.is_constexpr for parameter in kernel.params)
 
     def constants(self, kind: str) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Plan:
 
     def _every_constant(self, launch: Launch) -> dict[str, Any]:
         spec, blocks, tiling = self.spec, self.blocks, self.tiling
-        # A step's state is all that is older than the window if windows of its tiles begin where steps do.
+        # A step's state holds all keys older than the window if the windows of its tiles begin where steps do.
         whole = spec.kind != "linear" and spec.window == "terraced" and spec.window_size % tiling.span == 0
         return {
             "DIM": self.dim, "VALUE_DIM": self.value_dim, "WIDTH": self.width,
@@ -150,7 +150,7 @@ def find_plan(
 
 
 def precision() -> str:
-    """Of products of fp32 tiles: on NVIDIA's tensor cores three tf32 products, whose sum has fp32's precision."""
+    """Precision of products of fp32 tiles: on NVIDIA's tensor cores, three tf32 products that add up to fp32."""
     return "tf32x3" if torch.cuda.is_available() and torch.version.hip is None else "ieee"
 
 
@@ -159,6 +159,6 @@ def _kind(x: Tensor | None) -> Any:
 
 
 def _strides(x: Tensor) -> tuple[Any, ...]:
-    """Strides of batch, head, token and, of a 5-D tensor, piece; that of tokens is compiled in, to save registers."""
+    """Strides of batch, head, token and, for a 5-D tensor, piece; that of tokens is compiled in to save registers."""
     *piece, batch, head, token, _ = x.stride()
     return batch, head, tl.constexpr(token), *piece

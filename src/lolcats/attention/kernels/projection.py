@@ -1,7 +1,7 @@
-"""x·W for kernels that cannot have W inside, and its gradient with respect to x.
+"""x·W for kernels that cannot hold W, and its gradient with respect to x.
 
-For bf16 and fp16 x these are two products, with what rounding W to x's dtype keeps and with what it loses: 16 bits of W
-and more. Of trained maps |x·W| is 10 and more, and φ an exponential of it.
+For bf16 and fp16 x, W is split into its rounding to x's dtype and the remainder, and x is multiplied by both. This
+keeps at least 16 bits of W, as trained maps need: |x·W| is 10 and more, and φ is an exponential of it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lolcats.attention.kernels.blocks import head_pointer, load_matrix, load_til
 if TYPE_CHECKING:
     from lolcats.attention.kernels.plan import Plan
 
-CHUNK = tl.constexpr(64)  # of the head dim, whose weights are in registers
+CHUNK = tl.constexpr(64)  # channels of the head dim whose weights are in registers
 
 
 def project(plan: Plan, name: str, x: Tensor, weight: Tensor) -> Tensor:
-    """x·W (B, M, T, f) fp32 of heads (B, G, T, D) and weights (M, D, f) fp32; M a multiple of G. ``name``: of x."""
+    """x·W (B, M, T, f) fp32 for x (B, G, T, D), called ``name``, and W (M, D, f) fp32; M is a multiple of G."""
     batch, heads, tokens, _ = x.shape
     maps, _, width = weight.shape
     y = x.new_empty(batch, tokens, maps, width, dtype=torch.float32).transpose(1, 2)
@@ -86,7 +86,7 @@ def back_kernel(
 
 @triton.jit
 def add_product(x, w, total, LOW: tl.constexpr, PRECISION: tl.constexpr):
-    """total + x·w in fp32, of fp32 ``w``; x is rounded to LOW, unless it is fp16, of which bf16 would lose bits."""
+    """total + x·w in fp32, for fp32 ``w``. x is rounded to LOW, unless it is fp16, which would lose bits in bf16."""
     if tl.float32 == LOW:
         return tl.dot(x, w, total, input_precision=PRECISION)
     else:

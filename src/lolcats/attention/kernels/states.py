@@ -1,13 +1,13 @@
-"""States: Σ φ(x_n) u_nᵀ (S) and Σ φ(x_n) (z) over everything before (or behind) each step of a sequence.
+"""States: Σ φ(x_n) u_nᵀ (S) and Σ φ(x_n) (z) over all tokens before (or after) each step of a sequence.
 
 A step is SPAN tokens. In the forward pass x = k and u = v, and the state of a step holds all keys before it. In the
-backward pass x = q and u = dO, and it holds what all queries behind the step contribute to the gradients of S and z.
+backward pass x = q and u = dO, and it holds what all queries after the step contribute to the gradients of S and z.
 Long sequences are cut into segments that run in parallel: ``state_kernel`` first computes each segment's total
-(STORE off), ``scan_kernel`` adds these up, and ``state_kernel`` then walks each segment from its right start.
+(STORE off), ``scan_kernel`` adds these up, and ``state_kernel`` then walks each segment from its correct start.
 
-For gradients of the maps, features are centered (CENTER): φ − 1/f, since both halves sum to 1. Features of an
-untrained map are nearly equal; what they share cancels in the gradient of the map, but not in the rounding of φ and
-S to bf16. With S' and z' of centered features, Σ u and Σ 1 nothing is lost: S = S' + Σ u / f, z = z' + Σ 1 / f.
+For gradients of the maps, features are centered (CENTER): φ − 1/f, since both halves sum to 1. Features of an untrained
+map are nearly equal. Their common part cancels in the gradient of the map, but the rounding of φ and S to bf16 does
+not. Nothing is lost with S' and z' of centered features, Σ u and Σ 1: S = S' + Σ u / f, z = z' + Σ 1 / f.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from lolcats.attention.kernels.blocks import (
 
 
 def pack(S: Tensor, z: Tensor, width: int, center: bool) -> Tensor:
-    """(N, M, 2f · (D + 1)) fp32 as the kernels hold a state: both halves of Sᵀ, then z; centered, what both lack behind
-    them. ``width``: f."""
+    """Pack a state as the kernels hold it, (N, M, 2f · (D + 1)) fp32: both halves of Sᵀ, then z; if centered, then Σ u
+    and Σ 1. ``width``: f."""
     halves, z = S.float().unflatten(2, (2, width)).mT, z.float()
     if not center:
         return torch.cat([halves.flatten(2), z], 2).contiguous()
@@ -44,7 +44,7 @@ def pack(S: Tensor, z: Tensor, width: int, center: bool) -> Tensor:
 
 
 def unpack(totals: Tensor, width: int, value_dim: int) -> tuple[Tensor, Tensor]:
-    """S (N, M, 2f, D) and z (N, M, 2f) of packed states that are not centered."""
+    """S (N, M, 2f, D) and z (N, M, 2f) from packed states that are not centered."""
     S, z = totals.split([2 * width * value_dim, 2 * width], 2)
     return S.unflatten(2, (2, value_dim, width)).mT.flatten(2, 3), z.contiguous()
 
@@ -61,14 +61,15 @@ def state_kernel(
 ):  # fmt: skip
     """One segment, map and slice of the value dim.
 
-    starts, totals: (segments, maps, 2 · WIDTH · (VALUE_DIM + 1)) fp32, the state before the segment and behind it.
+    starts, totals: (segments, maps, 2 · WIDTH · (VALUE_DIM + 1)) fp32, the state before and after the segment.
     states: (entries, maps, 2, VALUE_DIM, WIDTH) and sums: (entries, maps, 2 · WIDTH) fp32: S and z of each step.
-    CENTER: VALUE_DIM + 1 more of both, Σ u and Σ 1, rows weighted as in S.
-    x_group: maps that share a head of x and u. HEADS: heads of x, u, f and ``weight`` that add to one map's states.
+    CENTER: VALUE_DIM + 1 more numbers in each, Σ u and Σ 1, with rows weighted as in S.
+    x_group: maps that share a head of x and u. HEADS: heads of x, u, f and ``weight`` that contribute to one map's
+    states.
     BACKWARD: rows enter S weighted by ``inverse`` (1 / denominator), and z by that times ``delta``.
 
-    z is a product with φ, too, so that it needs no sum across warps. Row 0 of the left factor holds the weights of
-    the rows, row 1 what its precision does not hold.
+    z is also a product with φ, which avoids a sum across warps. Row 0 of the left factor holds the weights of the rows,
+    row 1 the remainder that its precision loses.
     """
     segment, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, begin, end, batch, first, length, entry, position = walk_bounds(segments, sequences, positions, segment)
@@ -134,13 +135,13 @@ def state_kernel(
 
 @triton.constexpr_function
 def total_size(width, value_dim, center):
-    """Numbers in a state that goes from segment to segment."""
+    """Number of values in a state that is passed between segments."""
     return 2 * width * (value_dim + 1) + (value_dim + 1 if center else 0)
 
 
 @triton.jit
 def center(features, weight, real, WIDTH: tl.constexpr):
-    """Features times the row's ``weight``, less their mean over the WIDTH real columns."""
+    """Features, already times the row's ``weight``, minus their mean over the WIDTH real columns."""
     return tl.where(real, features - weight[:, None] * (1.0 / WIDTH), 0.0)
 
 
@@ -164,7 +165,7 @@ def store_rest(base, rows_u, rows, vd, piece, VALUE_DIM: tl.constexpr):
 
 @triton.jit
 def load_rest(totals, index, vd, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, PRESENT: tl.constexpr):
-    """The inverse for entry ``index`` of totals; or zeros."""
+    """What ``store_rest`` wrote for entry ``index`` of totals; zeros if not PRESENT."""
     if not PRESENT:
         return tl.zeros((vd.shape[0],), tl.float32), 0.0
     else:
@@ -190,7 +191,7 @@ def load_total(
     totals, index, half, j, vd, two, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, HAS_STARTS: tl.constexpr,
     CENTER: tl.constexpr,
 ):  # fmt: skip
-    """Half of Sᵀ (value slice, f) and z (in row 0 of 16) of entry ``index``; or zeros."""
+    """Half of Sᵀ (value slice, f) and z (in row 0 of 16) of entry ``index``; zeros without HAS_STARTS."""
     if not HAS_STARTS:
         return (
             tl.zeros((vd.shape[0], j.shape[0]), tl.float32),
@@ -215,7 +216,7 @@ def store_total(
 
 @triton.jit
 def scan_kernel(totals, initial, ranges, size, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """Replace each segment's total by the sum of all segments before it (REVERSE: behind it) in its sequence.
+    """Replace each segment's total by the sum of all segments before it (REVERSE: after it) in its sequence.
 
     totals: (segments, maps, size); ranges: (sequences + 1,) first segment of each sequence; initial: (sequences, maps,
     size).
