@@ -13,7 +13,7 @@ from torch import Tensor
 import lolcats
 from lolcats.config import AttentionConfig
 from lolcats.modeling.base import find_base, load_model, load_tokenizer
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, override
 
 

@@ -33,7 +33,8 @@ from lolcats.evaluation.positions import buckets
 from lolcats.evaluation.text import encode, read_documents
 from lolcats.files import read_tensors, write_tensors
 from lolcats.modeling.base import find_base, load_model, load_tokenizer
-from lolcats.modeling.convert import convert, decoder
+from lolcats.modeling.convert import convert
+from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import (
     AttentionCall,
     Geometry,

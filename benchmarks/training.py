@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import lolcats
 from lolcats.attention import use_backend
 from lolcats.config import AttentionConfig, FinetuneConfig, TransferConfig
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import LinearizedAttention, layer_spec, linearized_layers, override
 from lolcats.modeling.liger import fused_layers
 from lolcats.training.finetune import FinetuneTrainer, add_lora

@@ -19,7 +19,7 @@ import lolcats
 from lolcats.cli import app
 from lolcats.config import Config, load_config
 from lolcats.errors import LolcatsError
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import linearized_layers
 from lolcats.plan import Machine, Size, Speeds, Work, plan_finetune, plan_transfer, read_config, report, size_of
 from lolcats.plan.costs import GIB, finetune_token, gpu_need, transfer_token

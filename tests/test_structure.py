@@ -12,7 +12,6 @@ ORDER = (
     "training", "inputs", "plan", "evaluation", "data_stats", "report", "pipeline", "sweep", "cli",
 )  # fmt: skip
 """Each part may import only what stands before it."""
-KNOWN_CIRCLE = {f"lolcats.modeling.{name}" for name in ("auto", "checkpoint", "classes", "convert")}
 
 
 def name_of(path: Path) -> str:
@@ -72,7 +71,7 @@ def test_no_file_imports_itself_through_others() -> None:
                 left.append(other)
         return seen
 
-    assert {module for module in MODULES if module in reached(module)} == KNOWN_CIRCLE
+    assert [module for module in MODULES if module in reached(module)] == []
 
 
 def test_inference_stands_on_models_only() -> None:

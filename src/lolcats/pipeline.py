@@ -40,7 +40,8 @@ from lolcats.modeling.checkpoint import (
     save_feature_maps,
     save_lora,
 )
-from lolcats.modeling.convert import convert, convert_as
+from lolcats.modeling.classes import convert_as
+from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.modeling.skeleton import Skeleton, build_skeleton
 from lolcats.plan.here import shards

@@ -29,7 +29,7 @@ from lolcats.config import AttentionConfig, FinetuneConfig, TransferConfig, load
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Engine, Request
 from lolcats.inference.engine.sampling import SamplingParams
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
 from lolcats.modeling.skeleton import convert_empty, empty_model
 from lolcats.training.finetune import add_lora

@@ -23,7 +23,7 @@ from lolcats.files import read_tensors
 from lolcats.inputs import Inputs
 from lolcats.modeling.base import Base, find_base
 from lolcats.modeling.checkpoint import load, save_lora
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import decoder_layers, linearized_layers
 from lolcats.modeling.loss import gathered
 from lolcats.pipeline import finish, resume, run_finetune, run_transfer, start

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lolcats.attention.reference import softmax_weights
 from lolcats.files import write_tensors
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
 
 FILE = "attention.safetensors"

@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 from lolcats.modeling.loss import find_head
 
 ROW = 1024

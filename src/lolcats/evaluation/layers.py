@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lolcats.attention import AttentionSpec
 from lolcats.attention.reference import older_keys, query_blocks, softmax_logits
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.scores import Score, mean_score
 from lolcats.evaluation.text import special_prefix
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 
 FIRST = 64  # end of the first bucket of positions; each bucket ends at twice the end of the one before
 TOKENS = 512  # logits in memory at a time

@@ -6,16 +6,13 @@ creates the family's subclasses (:mod:`lolcats.modeling.classes`), so AutoModelF
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from lolcats.errors import LolcatsError
+from lolcats.modeling.record import MODEL_TYPE, SEAL, check_record, sealed
 
-MODEL_TYPE = "lolcats"
-SEAL = "sha256"
+__all__ = ["MODEL_TYPE", "SEAL", "LolcatsConfig", "check_record", "sealed"]
 
 
 class LolcatsConfig(PretrainedConfig):
@@ -31,23 +28,6 @@ class LolcatsConfig(PretrainedConfig):
         config_dict = {k: v for k, v in config_dict.items() if k != "model_type"}
         config_class, _ = classes_for(config_dict.get("base_model_type", ""))
         return config_class.from_dict(config_dict, **kwargs)
-
-
-def sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """``record`` with a checksum of its contents."""
-    plain = {key: value for key, value in record.items() if key != SEAL}
-    return {**plain, SEAL: hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
-
-
-def check_record(record: Any) -> None:
-    """Raise LolcatsError unless ``record`` is an intact ``lolcats`` section of a config.json."""
-    if not isinstance(record, dict) or not isinstance(record.get("layers"), list):
-        raise LolcatsError("config.json is damaged: it has no lolcats section that says how the model was linearized.")
-    if SEAL in record and sealed(record) != record:
-        raise LolcatsError(
-            f"The lolcats section of config.json is damaged: its checksum does not match. If you changed it on "
-            f"purpose, remove lolcats.{SEAL} from it."
-        )
 
 
 AutoConfig.register(MODEL_TYPE, LolcatsConfig, exist_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lolcats.errors import LolcatsError, out_of_memory
 from lolcats.files import (
@@ -32,10 +32,11 @@ from lolcats.files import (
     write_tensors,
     write_text,
 )
-from lolcats.modeling.auto import sealed
 from lolcats.modeling.base import Base, find_base, load_model
 from lolcats.modeling.layer import linearized_layers
+from lolcats.modeling.record import sealed
 
+ConvertAs = Callable[[PreTrainedModel, dict[str, Any]], PreTrainedModel]
 FEATURE_MAPS = "feature_maps.safetensors"
 LORA = "lora"
 LORA_WEIGHTS = "adapter_model.safetensors"
@@ -53,8 +54,6 @@ def load(
     Raises:
         LolcatsError: if there is no linearized model, files are damaged, or the base model has changed since.
     """
-    from transformers import AutoModelForCausalLM
-
     if not is_linearized(directory):
         raise LolcatsError(f"{directory} is not a linearized model (no config.json with model_type lolcats).")
     try:
@@ -108,11 +107,20 @@ def save_adapter_config(model: PreTrainedModel, base: Base, directory: Path, kin
 
 def load_adapter(
     directory: str | Path, config: Any = None, dtype: torch.dtype | str = "auto", device_map: Any = None,
-    trust: bool = False,
+    trust: bool = False, convert_as: ConvertAs | None = None,
 ) -> PreTrainedModel:  # fmt: skip
-    """Base model + feature maps + LoRA (merged in memory). Raise LolcatsError if the base has changed since."""
-    from lolcats.modeling.convert import convert_as
+    """Base model + feature maps + LoRA (merged in memory).
 
+    Args:
+        convert_as: linearizes a model as a record says; given by the linearized classes, which use this function.
+
+    Raises:
+        LolcatsError: the base has changed since.
+    """
+    if convert_as is None:  # through the class that the config belongs to
+        return AutoModelForCausalLM.from_pretrained(
+            str(directory), config=config, dtype=dtype, device_map=device_map, trust_remote_code=trust
+        )
     directory = Path(directory if Path(directory).is_dir() else snapshot_download(str(directory)))
     config = config if config is not None else AutoConfig.from_pretrained(str(directory))
     known = Base(**config.lolcats["base"])

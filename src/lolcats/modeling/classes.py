@@ -14,10 +14,11 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling.auto import MODEL_TYPE, sealed
-from lolcats.modeling.convert import install
+from lolcats.modeling.checkpoint import load_adapter, verify_loading
+from lolcats.modeling.install import install
 from lolcats.modeling.interface import IMPLEMENTATION
 from lolcats.modeling.parallel import add_plan, is_split, settle
+from lolcats.modeling.record import MODEL_TYPE, SEAL, sealed
 
 REMOTE_CODE = "modeling_lolcats.py"
 AUTO_MAP = {
@@ -49,8 +50,6 @@ class LinearizedModel:
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Like transformers' own, for merged models and adapters; errors name a missing or extra tensor."""
-        from lolcats.modeling.checkpoint import load_adapter, verify_loading
-
         config = kwargs.get("config")
         if config is not None and config.lolcats.get("form") == "adapter":
             if kwargs.get("tp_plan") or kwargs.get("distributed_config"):
@@ -59,7 +58,7 @@ class LinearizedModel:
                     f"lolcats export {path} --merge --out MERGED."
                 )
             trust = bool(kwargs.get("trust_remote_code"))
-            return load_adapter(path, config, kwargs.get("dtype", "auto"), kwargs.get("device_map"), trust)
+            return load_adapter(path, config, kwargs.get("dtype", "auto"), kwargs.get("device_map"), trust, convert_as)
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
                 path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -164,3 +163,10 @@ def become_linearized(model: PreTrainedModel, record: dict[str, Any]) -> None:
     if model.generation_config is not None:
         model.generation_config.cache_implementation = None  # Gemma 2's asks for its own cache
     add_plan(model, record)
+
+
+def convert_as(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedModel:
+    """Linearize ``model`` exactly as a saved ``config.lolcats`` record says."""
+    become_linearized(model, {k: v for k, v in record.items() if k not in ("form", "base", SEAL)})
+    install(model, record)
+    return model

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from lolcats.config import AttentionConfig, Config, from_dict, to_dict
+from lolcats.config import AttentionConfig, Config, to_dict
 from lolcats.errors import LolcatsError
-from lolcats.modeling.auto import SEAL
-from lolcats.modeling.interface import IMPLEMENTATION, prepare_decoder_call
-from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, layer_spec, linearized_layers
-from lolcats.modeling.probe import ProbedLayer, probe, text_config
-from lolcats.modeling.rotary import check_rotates, check_rotation, keep_rotation
+from lolcats.modeling.classes import convert_as
+from lolcats.modeling.layer import linearized_layers
+from lolcats.modeling.probe import ProbedLayer, probe
+from lolcats.modeling.rotary import check_rotates, check_rotation
 
 
 def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = None) -> PreTrainedModel:
@@ -50,50 +47,6 @@ def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = No
         if model.device.type != "meta":
             check_rotation(model)
     return model
-
-
-def convert_as(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedModel:
-    """Linearize ``model`` exactly as a saved ``config.lolcats`` record says."""
-    from lolcats.modeling.classes import become_linearized
-
-    become_linearized(model, {k: v for k, v in record.items() if k not in ("form", "base", SEAL)})
-    install(model, record)
-    return model
-
-
-def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
-    """Add the modules that ``record`` (saved as ``config.lolcats``) lists to the model, and route its attention."""
-    attention = from_dict(AttentionConfig, record["attention"])
-    config = text_config(model)
-    base_implementation = config._attn_implementation
-    for entry in record["layers"]:
-        module = model.get_submodule(entry["name"])
-        geometry = Geometry(**{f.name: entry[f.name] for f in dataclasses.fields(Geometry)})
-        if entry["kind"] == "softmax":
-            module.lolcats = KeptAttention(base_implementation)
-            continue
-        spec = layer_spec(attention, entry["kind"])
-        layer = LinearizedAttention(geometry, attention, spec, base_implementation)
-        device = next(module.parameters()).device
-        module.lolcats = layer if device.type == "meta" else layer.to(device)  # in a skeleton, only they are real
-        if spec.unrotated:
-            module.register_forward_pre_hook(keep_rotation, with_kwargs=True)
-    config._attn_implementation_internal = IMPLEMENTATION  # not of a vision or audio part
-    for part in decoders(model):
-        # A plain list, which torch does not register; read in every call.
-        part.lolcats_layers = linearized_layers(part)
-        part.register_forward_pre_hook(prepare_decoder_call, with_kwargs=True)
-
-
-def decoder(model: PreTrainedModel) -> nn.Module:
-    """The stack of layers under the language-model head."""
-    return model.base_model
-
-
-def decoders(model: PreTrainedModel) -> list[Any]:
-    """Models inside ``model`` that hold its layers, outermost first; the head may call any of them (as in OPT)."""
-    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
-    return [m for m in parts if any(isinstance(x, KeptAttention | LinearizedAttention) for x in m.modules())] or [model]
 
 
 def layer_kinds(config: AttentionConfig, layers: list[ProbedLayer]) -> dict[int, str]:

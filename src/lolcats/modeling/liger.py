@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 from lolcats.modeling.loss import has_liger
 
 LOSSES = ("cross_entropy", "fused_linear_cross_entropy")  # parts of a patch that we leave out: we have our own loss

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 
 TOKENS = 512  # tokens whose logits become fp32 log-probabilities at a time: 256 MB at 128k words
 PIECE = 1024  # tokens whose logits are in memory at a time, if the loss computes them itself

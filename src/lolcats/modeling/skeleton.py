@@ -21,7 +21,8 @@ from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.memory import free_host_memory
 from lolcats.modeling.base import Base, load_model
-from lolcats.modeling.convert import convert, decoder
+from lolcats.modeling.convert import convert
+from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.weights import Loaded, OtherNames, WeightSource, shards_of, use_device
 

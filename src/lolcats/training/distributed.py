@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import decoder_layers, linearized_layers
 from lolcats.modeling.weights import Shards
 from lolcats.ranks import ranks

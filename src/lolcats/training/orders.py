@@ -19,7 +19,7 @@ from lolcats.config import Config
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.memory import free_host_memory
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton

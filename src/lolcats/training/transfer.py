@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.config import Config, TransferConfig
-from lolcats.modeling.convert import decoder
+from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton

@@ -1,0 +1,50 @@
+"""Put the modules of a conversion into a model, and route its attention to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lolcats.config import AttentionConfig, from_dict
+from lolcats.modeling.interface import IMPLEMENTATION, prepare_decoder_call
+from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, layer_spec, linearized_layers
+from lolcats.modeling.probe import text_config
+from lolcats.modeling.rotary import keep_rotation
+
+
+def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Add the modules that ``record`` (saved as ``config.lolcats``) lists to the model, and route its attention."""
+    attention = from_dict(AttentionConfig, record["attention"])
+    config = text_config(model)
+    base_implementation = config._attn_implementation
+    for entry in record["layers"]:
+        module = model.get_submodule(entry["name"])
+        geometry = Geometry(**{f.name: entry[f.name] for f in dataclasses.fields(Geometry)})
+        if entry["kind"] == "softmax":
+            module.lolcats = KeptAttention(base_implementation)
+            continue
+        spec = layer_spec(attention, entry["kind"])
+        layer = LinearizedAttention(geometry, attention, spec, base_implementation)
+        device = next(module.parameters()).device
+        module.lolcats = layer if device.type == "meta" else layer.to(device)  # in a skeleton, only they are real
+        if spec.unrotated:
+            module.register_forward_pre_hook(keep_rotation, with_kwargs=True)
+    config._attn_implementation_internal = IMPLEMENTATION  # not of a vision or audio part
+    for part in decoders(model):
+        # A plain list, which torch does not register; read in every call.
+        part.lolcats_layers = linearized_layers(part)
+        part.register_forward_pre_hook(prepare_decoder_call, with_kwargs=True)
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The stack of layers under the language-model head."""
+    return model.base_model
+
+
+def decoders(model: PreTrainedModel) -> list[Any]:
+    """Models inside ``model`` that hold its layers, outermost first; the head may call any of them (as in OPT)."""
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
+    return [m for m in parts if any(isinstance(x, KeptAttention | LinearizedAttention) for x in m.modules())] or [model]

@@ -1,0 +1,29 @@
+"""The ``lolcats`` section of a saved config.json: how the model was linearized, with a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from lolcats.errors import LolcatsError
+
+MODEL_TYPE = "lolcats"
+SEAL = "sha256"
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """``record`` with a checksum of its contents."""
+    plain = {key: value for key, value in record.items() if key != SEAL}
+    return {**plain, SEAL: hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
+def check_record(record: Any) -> None:
+    """Raise LolcatsError unless ``record`` is an intact ``lolcats`` section of a config.json."""
+    if not isinstance(record, dict) or not isinstance(record.get("layers"), list):
+        raise LolcatsError("config.json is damaged: it has no lolcats section that says how the model was linearized.")
+    if SEAL in record and sealed(record) != record:
+        raise LolcatsError(
+            f"The lolcats section of config.json is damaged: its checksum does not match. If you changed it on "
+            f"purpose, remove lolcats.{SEAL} from it."
+        )
