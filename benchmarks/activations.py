@@ -12,9 +12,9 @@ from torch import Tensor
 
 import lolcats
 from lolcats.config import AttentionConfig
-from lolcats.modeling.base import find_base, load_model, load_tokenizer
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, override
+from lolcats.weights.base import find_base, load_model, load_tokenizer
 
 
 def main() -> None:

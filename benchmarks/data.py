@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 from lolcats.config import DataConfig
-from lolcats.modeling.base import find_base, load_tokenizer
 from lolcats.training.data import load_data
 from lolcats.training.sources import read_records
+from lolcats.weights.base import find_base, load_tokenizer
 
 PARAGRAPHS = 6  # of a document
 

@@ -32,7 +32,6 @@ from lolcats.config import AttentionConfig
 from lolcats.evaluation.positions import buckets
 from lolcats.evaluation.text import encode, read_documents
 from lolcats.files import read_tensors, write_tensors
-from lolcats.modeling.base import find_base, load_model, load_tokenizer
 from lolcats.modeling.convert import convert
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import (
@@ -44,6 +43,7 @@ from lolcats.modeling.layer import (
     override,
 )
 from lolcats.report.table import markdown
+from lolcats.weights.base import find_base, load_model, load_tokenizer
 
 ATTENTION = AttentionConfig(feature_inputs="unrotated")  # so that a call has both; what maps see is put together here
 NOTHING_TRAINED = "window + sinks, nothing trained"

@@ -31,7 +31,7 @@ import torch
 
 from lolcats.config import from_dict, read_yaml
 from lolcats.files import locked, whole_directory
-from lolcats.modeling.base import find_base, load_model, load_tokenizer
+from lolcats.weights.base import find_base, load_model, load_tokenizer
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SOURCES = {"alpaca": "jsonl", "prose": "yaml", "both": "yaml"}  # of rows with base.data=NAME, in DATA

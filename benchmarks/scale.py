@@ -29,10 +29,10 @@ from transformers import LlamaConfig
 
 from lolcats.config import AttentionConfig, Config, DataConfig, TransferConfig
 from lolcats.modeling.skeleton import Skeleton, convert_empty, empty_model
-from lolcats.modeling.weights import Random
 from lolcats.ranks import Ranks
 from lolcats.training.data import Data
 from lolcats.training.orders import LayerByLayer
+from lolcats.weights.shards import Random
 
 MARGIN = 45  # seconds before the deadline in which no layer begins
 

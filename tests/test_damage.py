@@ -27,7 +27,6 @@ import lolcats
 from lolcats.config import AttentionConfig, FinetuneConfig
 from lolcats.errors import LolcatsError
 from lolcats.files import read_tensors
-from lolcats.modeling.base import find_base, load_model
 from lolcats.modeling.checkpoint import (
     FEATURE_MAPS,
     LORA,
@@ -36,8 +35,9 @@ from lolcats.modeling.checkpoint import (
     save_feature_maps,
     save_lora,
 )
-from lolcats.modeling.gguf_header import check_gguf
 from lolcats.training.finetune import add_lora
+from lolcats.weights.base import find_base, load_model
+from lolcats.weights.gguf_header import check_gguf
 
 SECONDS = 20  # for one case
 HUGE = (0, 1, 255, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)

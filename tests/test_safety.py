@@ -18,11 +18,11 @@ import lolcats
 from lolcats import pipeline
 from lolcats.config import load_config
 from lolcats.errors import LolcatsError
-from lolcats.modeling.base import find_base, load_model
 from lolcats.modeling.checkpoint import LORA, LORA_WEIGHTS
 from lolcats.training import store
 from lolcats.training.data import load_data
 from lolcats.training.trainer import BestKeeper
+from lolcats.weights.base import find_base, load_model
 
 RAN = "code of a file was run"
 

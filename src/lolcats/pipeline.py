@@ -30,7 +30,6 @@ from lolcats.evaluation.systems import ABLATIONS
 from lolcats.files import whole_directory, write_text
 from lolcats.inference.generate import generate
 from lolcats.inputs import Inputs
-from lolcats.modeling.base import check_quantized, load_model, load_quantized
 from lolcats.modeling.checkpoint import (
     FEATURE_MAPS,
     LORA,
@@ -53,6 +52,7 @@ from lolcats.training.distributed import is_sharded
 from lolcats.training.finetune import finetune, load_lora, load_over_ranks, lora_targets
 from lolcats.training.trainer import StageResult
 from lolcats.training.transfer import layer_errors, transfer, transfer_in_turn
+from lolcats.weights.base import check_quantized, load_model, load_quantized
 
 LENGTHS = (1024, 8192, 65536)
 LOOKED_AT = 8  # validation rows to measure each head's attention on

@@ -26,10 +26,10 @@ from transformers import PreTrainedModel
 from lolcats.config import Config, to_yaml
 from lolcats.errors import LolcatsError
 from lolcats.files import compare_keys, whole_directory, write_tensors, write_text
-from lolcats.modeling.base import empty_model, find_base, load_tokenizer
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, feature_map_state, save_adapter_config, seal_lora
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
+from lolcats.weights.base import empty_model, find_base, load_tokenizer
 
 NAME = re.compile(r"(?:base_model\.model\.)?(?:model\.)?layers\.(\d+)\.self_attn\.(.+)")
 KEYS = {

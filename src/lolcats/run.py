@@ -26,8 +26,8 @@ import lolcats
 from lolcats.config import PLACEMENT, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
-from lolcats.modeling.base import Base
 from lolcats.ranks import is_first
+from lolcats.weights.base import Base
 
 RECORD = "run.json"
 SAMPLE_PROMPT = "What is a good way to spend a rainy weekend? Explain your ideas."

@@ -22,11 +22,11 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation import harness, tasks
 from lolcats.evaluation.suite import beyond_training
 from lolcats.evaluation.systems import check_baselines, systems
-from lolcats.modeling.base import find_base, load_model
 from lolcats.modeling.checkpoint import load
 from lolcats.modeling.layer import override
 from lolcats.pipeline import linearize
 from lolcats.run import Run
+from lolcats.weights.base import find_base, load_model
 
 CPU = (torch.device("cpu"), torch.float32)
 # The first row of each local file, in the format of the hub's data sets.

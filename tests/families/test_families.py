@@ -30,13 +30,13 @@ import lolcats
 from lolcats.config import AttentionConfig, Config, load_config
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import check_model
-from lolcats.modeling.base import find_base, load_model
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, save_adapter_config, save_feature_maps, save_lora
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.probe import probe
 from lolcats.training.data import Data
 from lolcats.training.finetune import finetune
 from lolcats.training.transfer import layer_errors, transfer
+from lolcats.weights.base import find_base, load_model
 
 NOT_UNROTATED = {  # learned positions, none in some or all layers, turned in another way, or norms after RoPE
     "AFMoE", "Cohere 2", "EXAONE 4", "GPT-2", "Granite 4 hybrid", "Hunyuan", "Jamba", "Llama 4", "OPT",

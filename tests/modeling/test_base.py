@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 import lolcats
 from lolcats.config import AttentionConfig, load_config
 from lolcats.errors import LolcatsError
-from lolcats.modeling import base as bases
-from lolcats.modeling.base import find_base, load_model, load_tokenizer
 from lolcats.pipeline import linearize
+from lolcats.weights import base as bases
+from lolcats.weights.base import find_base, load_model, load_tokenizer
 
 IDS = torch.randint(6, 300, (2, 40), generator=torch.Generator().manual_seed(0))
 NAMES = {

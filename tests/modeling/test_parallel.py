@@ -147,8 +147,8 @@ def test_layers_on_several_devices_and_disk(family: str, tmp_path: Path) -> None
 
 
 def test_an_adapter_spreads_too_but_is_not_split(model_dirs: dict[str, Path], tmp_path: Path) -> None:
-    from lolcats.modeling.base import find_base
     from lolcats.modeling.checkpoint import FEATURE_MAPS, save_adapter_config, save_feature_maps
+    from lolcats.weights.base import find_base
 
     shutil.copytree(model_dirs["llama"], tmp_path / "base")
     model, base = student(), find_base(str(tmp_path / "base"))

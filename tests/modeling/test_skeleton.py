@@ -19,11 +19,11 @@ import lolcats
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.modeling import skeleton as skeleton_module
-from lolcats.modeling.base import find_base
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.layer import override
 from lolcats.modeling.skeleton import Skeleton, build_skeleton, convert_empty, empty_model
-from lolcats.modeling.weights import Loaded, Random, Shards
+from lolcats.weights.base import find_base
+from lolcats.weights.shards import Loaded, Random, Shards
 
 CPU = torch.device("cpu")
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)

@@ -16,13 +16,13 @@ import lolcats
 from lolcats.config import load_config
 from lolcats.errors import LolcatsError
 from lolcats.files import write_tensors
-from lolcats.modeling.base import find_base, load_model
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.skeleton import build_skeleton
 from lolcats.ranks import ranks
 from lolcats.training.data import Data
 from lolcats.training.layerwise import LayerTrainer
 from lolcats.training.transfer import transfer, transfer_in_turn
+from lolcats.weights.base import find_base, load_model
 
 
 @dataclass

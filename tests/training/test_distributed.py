@@ -21,7 +21,6 @@ from lolcats.config import Config, load_config
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import read_tensors
 from lolcats.inputs import Inputs
-from lolcats.modeling.base import Base, find_base
 from lolcats.modeling.checkpoint import load, save_lora
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import decoder_layers, linearized_layers
@@ -32,6 +31,7 @@ from lolcats.training.data import Data
 from lolcats.training.distributed import all_reduce_gradients, is_sharded, own_device
 from lolcats.training.finetune import finetune, load_over_ranks
 from lolcats.training.trainer import BestKeeper, newest_checkpoint, training_arguments
+from lolcats.weights.base import Base, find_base
 
 STOP = 2  # steps after which runs are interrupted
 PLAIN = [*SETTINGS, "attention.key_maps=per_kv_head"]

@@ -16,7 +16,6 @@ from torch import Tensor
 import lolcats
 from lolcats.config import Config, load_config
 from lolcats.errors import Interrupted, LolcatsError
-from lolcats.modeling.base import find_base, load_model
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.skeleton import build_skeleton
 from lolcats.ranks import Ranks
@@ -28,6 +27,7 @@ from lolcats.training.orders import join_units, train_joint
 from lolcats.training.trainer import StageResult
 from lolcats.training.transfer import layer_errors, transfer, transfer_in_turn
 from lolcats.training.visits import Visits
+from lolcats.weights.base import find_base, load_model
 
 CPU = torch.device("cpu")
 HARD = [  # an uneven last batch, accumulation, everything that depends on validation, chunks that end anywhere

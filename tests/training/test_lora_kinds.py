@@ -17,8 +17,8 @@ from lolcats import pipeline
 from lolcats.config import AttentionConfig, FinetuneConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.files import read_tensors
-from lolcats.modeling import base as bases
 from lolcats.training.finetune import add_lora, lora_targets
+from lolcats.weights import base as bases
 
 IDS = torch.randint(6, 300, (2, 40), generator=torch.Generator().manual_seed(0))
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)

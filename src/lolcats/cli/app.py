@@ -130,9 +130,9 @@ def numbers(text: str, option: str = "--lengths") -> tuple[int, ...]:
 
 def load_any(model: str, config: Any) -> tuple[Any, Any]:
     """Load a linearized model or any base model, and its tokenizer."""
-    from lolcats.modeling.base import find_base, load_model, load_tokenizer
     from lolcats.modeling.checkpoint import is_linearized, load
     from lolcats.pipeline import device_and_dtype
+    from lolcats.weights.base import find_base, load_model, load_tokenizer
 
     device, dtype = device_and_dtype(config)
     trust = config.trust_remote_code
@@ -143,7 +143,7 @@ def load_any(model: str, config: Any) -> tuple[Any, Any]:
 
 
 def tokenizer_of(model: str) -> Any:
-    from lolcats.modeling.base import find_base, load_tokenizer
+    from lolcats.weights.base import find_base, load_tokenizer
 
     return load_tokenizer(find_base(model))
 

@@ -20,7 +20,7 @@ from lolcats.evaluation.recall import recall
 from lolcats.evaluation.scores import Score, average, mean_score
 from lolcats.evaluation.systems import check_baselines, systems
 from lolcats.evaluation.text import encode, read_documents
-from lolcats.modeling.base import find_base, load_tokenizer
+from lolcats.weights.base import find_base, load_tokenizer
 
 LONG = {"recall", "positions"}  # tasks over long text, at given lengths
 LENGTHS = tuple(2**n for n in range(10, 16))

@@ -32,9 +32,9 @@ from lolcats.files import (
     write_tensors,
     write_text,
 )
-from lolcats.modeling.base import Base, find_base, load_model
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.record import sealed
+from lolcats.weights.base import Base, find_base, load_model
 
 ConvertAs = Callable[[PreTrainedModel, dict[str, Any]], PreTrainedModel]
 FEATURE_MAPS = "feature_maps.safetensors"

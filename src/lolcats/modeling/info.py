@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lolcats.modeling.base import find_base
 from lolcats.modeling.checkpoint import is_linearized
+from lolcats.weights.base import find_base
 
 
 def describe(model: str) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def _linearized(directory: Path) -> dict[str, Any]:
 
 
 def _base(model: str) -> dict[str, Any]:
-    from lolcats.modeling.base import empty_model
     from lolcats.modeling.probe import probe
+    from lolcats.weights.base import empty_model
 
     base = find_base(model)
     empty = empty_model(base)

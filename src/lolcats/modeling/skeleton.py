@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.memory import free_host_memory
-from lolcats.modeling.base import Base, load_model
 from lolcats.modeling.convert import convert
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import LinearizedAttention
-from lolcats.modeling.weights import Loaded, OtherNames, WeightSource, shards_of, use_device
+from lolcats.weights.base import Base, load_model
+from lolcats.weights.shards import Loaded, OtherNames, WeightSource, shards_of, use_device
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

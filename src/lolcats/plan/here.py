@@ -12,11 +12,11 @@ from transformers import AutoConfig
 from lolcats.config import Config
 from lolcats.errors import LolcatsError
 from lolcats.memory import free_host_memory
-from lolcats.modeling.base import Base
 from lolcats.plan.costs import Machine, Work, checked, lora
 from lolcats.plan.size import size_of
 from lolcats.ranks import ranks
 from lolcats.training.distributed import any_rank, own_device
+from lolcats.weights.base import Base
 
 
 def shards(base: Base, config: Config, device: torch.device, dtype: torch.dtype) -> bool:

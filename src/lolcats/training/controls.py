@@ -15,12 +15,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lolcats.config import Config
-from lolcats.modeling.base import Base
 from lolcats.modeling.checkpoint import LORA, merged_lora, save_adapter_config, save_lora
 from lolcats.modeling.layer import override
 from lolcats.training.data import Data
 from lolcats.training.finetune import finetune
 from lolcats.training.trainer import StageResult
+from lolcats.weights.base import Base
 
 CONTROLS: dict[str, dict[str, Any]] = {"window_lora": {"kind": "window"}, "teacher_lora": {"mode": "teacher"}}
 """Arguments of :func:`override` that turn a converted model into each control. Neither uses feature maps or gates."""

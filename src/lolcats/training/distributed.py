@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import decoder_layers, linearized_layers
-from lolcats.modeling.weights import Shards
 from lolcats.ranks import ranks
+from lolcats.weights.shards import Shards
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -19,18 +19,18 @@ from transformers.pytorch_utils import Conv1D
 from lolcats.config import Config, FinetuneConfig
 from lolcats.errors import LolcatsError
 from lolcats.files import load_strictly, read_tensors
-from lolcats.modeling.base import Base, load_model
 from lolcats.modeling.convert import convert
 from lolcats.modeling.families import FUSED, PROJECTIONS
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.modeling.skeleton import convert_empty, empty_model
-from lolcats.modeling.weights import OtherNames, shards_of
 from lolcats.ranks import ranks
 from lolcats.training.data import Data
 from lolcats.training.distributed import fill_part, is_sharded, materialize, own_device, shard
 from lolcats.training.trainer import StageResult, StageTrainer, train_only, trainable
 from lolcats.training.watch import first_bad_layer, first_bad_weight
+from lolcats.weights.base import Base, load_model
+from lolcats.weights.shards import OtherNames, shards_of
 
 
 def finetune(

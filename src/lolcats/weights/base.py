@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from lolcats.errors import LolcatsError, out_of_memory
 from lolcats.files import hash_file
-from lolcats.modeling.gguf_header import check_gguf
+from lolcats.weights.gguf_header import check_gguf
 
 HINT = "Is it a complete decoder-only language model that transformers knows?"
 STRIDE, SAMPLE = 1 << 20, 4096  # bytes: 4 KiB of each MiB of a weight file are hashed

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling.base import Base
+from lolcats.weights.base import Base
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 READERS = 4  # threads that read tensors of one layer
