@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from lolcats.config import DataConfig
-from lolcats.training.data import load_data
-from lolcats.training.sources import read_records
+from lolcats.data.rows import load_data
+from lolcats.data.sources import read_records
 from lolcats.weights.base import find_base, load_tokenizer
 
 PARAGRAPHS = 6  # of a document

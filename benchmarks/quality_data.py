@@ -18,9 +18,9 @@ import json
 from pathlib import Path
 
 from lolcats.config import DataConfig
+from lolcats.data.sources import Record, read_records
+from lolcats.data.templates import NO_OUTPUT
 from lolcats.files import write_text
-from lolcats.training.sources import Record, read_records
-from lolcats.training.templates import NO_OUTPUT
 
 HELD_OUT = {"alpaca": 50, "textbooks": 20, "books": 10}
 LONGEST = 80_000  # characters of a held-out document, so that 64 rows of 1,024 tokens are of all four books

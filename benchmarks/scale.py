@@ -28,9 +28,9 @@ import torch
 from transformers import LlamaConfig
 
 from lolcats.config import AttentionConfig, Config, DataConfig, TransferConfig
+from lolcats.data.rows import Data
 from lolcats.modeling.skeleton import Skeleton, convert_empty, empty_model
 from lolcats.ranks import Ranks
-from lolcats.training.data import Data
 from lolcats.training.orders import LayerByLayer
 from lolcats.weights.shards import Random
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, pipeline
 
 import lolcats
 from lolcats.config import load_config
+from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
-from lolcats.inputs import Inputs
 from lolcats.modeling.layer import linearized_layers
 from lolcats.pipeline import linearize, resume, run_finetune, run_transfer, start
 from lolcats.run import Run
@@ -67,7 +67,7 @@ def test_whole_job(family: str, model_dirs, chat_file: Path, settings, tmp_path:
 def test_recorded_perplexity_is_that_of_the_saved_model(model_dirs, chat_file, settings, tmp_path, tokenizer) -> None:
     config = load_config("default", settings)
     run = linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "out", config, say=lambda _: None)
-    rows = lolcats.training.data.load_data(str(chat_file), tokenizer, config.data, config.seed).test
+    rows = lolcats.data.rows.load_data(str(chat_file), tokenizer, config.data, config.seed).test
     saved = lolcats.load(tmp_path / "out" / "merged")
     assert lolcats.perplexity(saved, rows, 2) == pytest.approx(run.results["ppl_student"], rel=1e-5)
     original = AutoModelForCausalLM.from_pretrained(model_dirs["llama"])

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from lolcats.attention import Documents
 from lolcats.config import Config, DataConfig, StageConfig, from_dict, load_config, to_dict, to_yaml
+from lolcats.data.rows import Documents as Table
+from lolcats.data.rows import PackedRows, load_data, load_rows
+from lolcats.data.sources import read_records
+from lolcats.data.store import TokenStore
 from lolcats.errors import LolcatsError
 from lolcats.run import _difference
-from lolcats.training.data import Documents as Table
-from lolcats.training.data import PackedRows, load_data, load_rows
-from lolcats.training.sources import read_records
-from lolcats.training.store import TokenStore
 
 quick = settings(
     derandomize=True, deadline=None, max_examples=150, database=None,

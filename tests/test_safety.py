@@ -17,10 +17,10 @@ from test_cli import invoke, sets
 import lolcats
 from lolcats import pipeline
 from lolcats.config import load_config
+from lolcats.data import store
+from lolcats.data.rows import load_data
 from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import LORA, LORA_WEIGHTS
-from lolcats.training import store
-from lolcats.training.data import load_data
 from lolcats.training.trainer import BestKeeper
 from lolcats.weights.base import find_base, load_model
 

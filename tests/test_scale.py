@@ -16,9 +16,9 @@ from test_cli import invoke, sets
 
 import lolcats
 from lolcats.config import load_config
+from lolcats.data.rows import Data
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.skeleton import build_skeleton
-from lolcats.training.data import Data
 from lolcats.training.transfer import transfer, transfer_in_turn
 from lolcats.weights.base import find_base, load_model
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.config import Config
+from lolcats.data.inputs import Inputs
+from lolcats.data.rows import Data, Documents, PackedRows
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.effective_length import EffectiveLengths, effective_lengths
-from lolcats.inputs import Inputs
 from lolcats.modeling.convert import convert
-from lolcats.training.data import Data, Documents, PackedRows
 
 QUANTILES = {"lowest": 0.0, "lower quartile": 0.25, "median": 0.5, "upper quartile": 0.75, "highest": 1.0}
 

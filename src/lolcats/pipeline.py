@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.config import Config, Control, from_dict, to_dict, to_yaml
+from lolcats.data.inputs import Inputs
+from lolcats.data.rows import Data
 from lolcats.data_stats import longest, select
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.attention_maps import FILE, measure_attention
@@ -29,7 +31,6 @@ from lolcats.evaluation.perplexity import perplexity
 from lolcats.evaluation.systems import ABLATIONS
 from lolcats.files import whole_directory, write_text
 from lolcats.inference.generate import generate
-from lolcats.inputs import Inputs
 from lolcats.modeling.checkpoint import (
     FEATURE_MAPS,
     LORA,
@@ -47,7 +48,6 @@ from lolcats.plan.here import shards
 from lolcats.ranks import is_first, ranks
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
 from lolcats.training.controls import control, control_directory, train_control
-from lolcats.training.data import Data
 from lolcats.training.distributed import is_sharded
 from lolcats.training.finetune import finetune, load_lora, load_over_ranks, lora_targets
 from lolcats.training.trainer import StageResult
@@ -94,7 +94,7 @@ def linearize(model: str, data: str, out: Path, config: Config, merge: bool = Tr
 
     Args:
         model: hub id, directory or .gguf file.
-        data: hub data set id or file, see :func:`lolcats.training.data.load_data`.
+        data: hub data set id or file, see :func:`lolcats.data.rows.load_data`.
         merge: also write ``out``/merged.
         say: called with each progress message.
 

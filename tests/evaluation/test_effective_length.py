@@ -14,11 +14,11 @@ from test_cli import invoke, sets
 import lolcats
 from lolcats.attention.reference import QUERIES, softmax_weights
 from lolcats.config import AttentionConfig
+from lolcats.data.rows import Data
 from lolcats.data_stats import longest, select
 from lolcats.evaluation.attention_maps import effective_length
 from lolcats.evaluation.effective_length import effective_lengths, mean_distances
 from lolcats.modeling.layer import override
-from lolcats.training.data import Data
 
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
 

@@ -14,9 +14,9 @@ from local_data import FILES
 from typer.testing import CliRunner
 
 from lolcats.cli import app
+from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
 from lolcats.files import append_line, locked, read_lines
-from lolcats.inputs import Inputs
 from lolcats.pipeline import linearize
 from lolcats.sweep import execute, row
 from lolcats.sweep.execute import run_sweep
@@ -271,9 +271,9 @@ def test_no_state_leaks_between_rows(file: Path, place: list[str], tmp_path: Pat
 
 
 def test_inputs_are_read_once(model_dirs, chat_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lolcats.inputs as inputs
+    import lolcats.data.inputs as inputs
     from lolcats.config import DataConfig
-    from lolcats.training.data import load_data
+    from lolcats.data.rows import load_data
 
     kept = Inputs(str(model_dirs["llama"]), keep=True)
     config = DataConfig(sequence_length=32, validation_rows=4, test_rows=4)

@@ -28,12 +28,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import lolcats
 from lolcats.config import AttentionConfig, Config, load_config
+from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import check_model
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, save_adapter_config, save_feature_maps, save_lora
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.probe import probe
-from lolcats.training.data import Data
 from lolcats.training.finetune import finetune
 from lolcats.training.transfer import layer_errors, transfer
 from lolcats.weights.base import find_base, load_model

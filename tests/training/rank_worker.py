@@ -14,12 +14,12 @@ from ranks import as_torchrun
 
 import lolcats
 from lolcats.config import load_config
+from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import write_tensors
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.skeleton import build_skeleton
 from lolcats.ranks import ranks
-from lolcats.training.data import Data
 from lolcats.training.layerwise import LayerTrainer
 from lolcats.training.transfer import transfer, transfer_in_turn
 from lolcats.weights.base import find_base, load_model

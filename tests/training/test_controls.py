@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 import lolcats
 from lolcats.cli import app
 from lolcats.config import load_config
+from lolcats.data.rows import load_data
 from lolcats.evaluation.perplexity import perplexity
 from lolcats.evaluation.systems import systems
 from lolcats.modeling.layer import linearized_layers
 from lolcats.pipeline import linearize
-from lolcats.training.data import load_data
 
 CPU = (torch.device("cpu"), torch.float32)
 NAMES = ("window_lora", "teacher_lora")

@@ -11,9 +11,9 @@ import torch
 from conftest import sentence
 
 from lolcats.config import DataConfig
+from lolcats.data.rows import load_data
+from lolcats.data.sources import read_records
 from lolcats.errors import LolcatsError
-from lolcats.training.data import load_data
-from lolcats.training.sources import read_records
 
 SMALL = DataConfig(sequence_length=16, validation_rows=6, test_rows=6)
 

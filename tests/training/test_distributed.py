@@ -18,16 +18,16 @@ from torch.profiler import profile
 
 import lolcats
 from lolcats.config import Config, load_config
+from lolcats.data.inputs import Inputs
+from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import read_tensors
-from lolcats.inputs import Inputs
 from lolcats.modeling.checkpoint import load, save_lora
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import decoder_layers, linearized_layers
 from lolcats.modeling.loss import gathered
 from lolcats.pipeline import finish, resume, run_finetune, run_transfer, start
 from lolcats.plan.here import shards
-from lolcats.training.data import Data
 from lolcats.training.distributed import all_reduce_gradients, is_sharded, own_device
 from lolcats.training.finetune import finetune, load_over_ranks
 from lolcats.training.trainer import BestKeeper, newest_checkpoint, training_arguments

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import lolcats
 from lolcats.config import Config, load_config
+from lolcats.data.rows import Data, Rows
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.skeleton import build_skeleton
 from lolcats.ranks import Ranks
 from lolcats.training import orders
-from lolcats.training.data import Data, Rows
 from lolcats.training.hidden import Boundary, Embeddings
 from lolcats.training.layerwise import LayerTrainer
 from lolcats.training.orders import join_units, train_joint

@@ -12,10 +12,10 @@ from conftest import FAMILIES, tiny_model
 
 import lolcats
 from lolcats.config import Config, TransferConfig, load_config
+from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.layer import AttentionCall, override
-from lolcats.training.data import Data
 from lolcats.training.finetune import add_lora, finetune
 from lolcats.training.trainer import BestKeeper, StageTrainer, newest_checkpoint
 from lolcats.training.transfer import attention_loss, layer_errors, layer_losses, transfer

@@ -16,12 +16,12 @@ import torch
 from conftest import sentence
 
 from lolcats.config import DataConfig, load_config
+from lolcats.data import sources, store
+from lolcats.data.rows import PackedRows, load_data, load_rows, tokenize_source
+from lolcats.data.sources import pieces
 from lolcats.errors import LolcatsError
 from lolcats.pipeline import linearize
 from lolcats.sweep.measure import source_identity
-from lolcats.training import sources, store
-from lolcats.training.data import PackedRows, load_data, load_rows, tokenize_source
-from lolcats.training.sources import pieces
 
 SMALL = DataConfig(sequence_length=16, validation_rows=6, test_rows=6)
 
@@ -300,8 +300,9 @@ import resource, sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from lolcats.config import DataConfig
-from lolcats.training import sources, store
-from lolcats.training.data import load_data
+from lolcats.data import sources
+from lolcats.data import store
+from lolcats.data.rows import load_data
 store.LARGE, sources.PIECE = 0, 1 << 20  # both files fall into more pieces than are read at once
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -12,10 +12,10 @@ from conftest import tiny_model
 
 import lolcats
 from lolcats.config import Config, load_config
+from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import read_tensors
 from lolcats.training import transfer as transfer_module
-from lolcats.training.data import Data
 from lolcats.training.finetune import finetune
 from lolcats.training.trainer import BEST, TRAINABLE, newest_checkpoint
 from lolcats.training.transfer import transfer

@@ -16,10 +16,10 @@ from torch import Tensor
 import lolcats
 from lolcats.attention import AttentionSpec, Documents, use_backend
 from lolcats.config import AttentionConfig, TransferConfig, load_config
+from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.layer import AttentionCall, Geometry, LinearizedAttention, layer_spec
-from lolcats.training.data import Data
 from lolcats.training.losses import attention_loss, attention_losses, older_attention, older_error
 from lolcats.training.trainer import BestKeeper
 from lolcats.training.transfer import layer_losses, transfer

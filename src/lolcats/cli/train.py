@@ -57,7 +57,7 @@ def transfer(
 ) -> None:  # fmt: skip
     """Run only stage 1, attention transfer. Also runs under torchrun."""
     from lolcats.config import load_config
-    from lolcats.inputs import Inputs
+    from lolcats.data.inputs import Inputs
     from lolcats.pipeline import check_block, run_transfer, start
     from lolcats.ranks import is_first, ranks
     from lolcats.training.orders import join_units

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lolcats.config import Config
+from lolcats.data.rows import load_data, load_rows
 from lolcats.evaluation.perplexity import perplexity
 from lolcats.evaluation.systems import available, systems
-from lolcats.training.data import load_data, load_rows
 
 
 def compare(

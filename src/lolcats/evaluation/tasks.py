@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.config import DataConfig
+from lolcats.data.sources import Record, read_records
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.harness import Spec, task_manager
-from lolcats.training.sources import Record, read_records
 
 PAPER = {"piqa": "acc", "arc_easy": "acc", "arc_challenge": "acc_norm", "hellaswag": "acc_norm", "winogrande": "acc"}
 """The paper's zero-shot tasks, with the metric that it reports for each."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.config import DataConfig
+from lolcats.data.sources import read_records
 from lolcats.errors import LolcatsError
-from lolcats.training.sources import read_records
 
 
 def read_documents(source: str) -> list[str]:

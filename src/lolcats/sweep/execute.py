@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 import lolcats
+from lolcats.data.inputs import Inputs
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.evaluation.systems import CONTROL_NAMES, STUDENT, TEACHER
 from lolcats.files import append_line, locked, read_lines, write_text
-from lolcats.inputs import Inputs
 from lolcats.sweep.measure import Measurement, short_hash
 from lolcats.sweep.plan import Row, Sweep, plan
 from lolcats.sweep.row import LOCKS, Setup, release, row_result, run_key, source, untrained_key, untrained_result

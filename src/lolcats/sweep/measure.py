@@ -16,15 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.config import Config, DataConfig
+from lolcats.data.inputs import Inputs
+from lolcats.data.mixture import is_mixture, read_mixture
+from lolcats.data.rows import load_rows
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import row_losses
 from lolcats.evaluation.scores import Score
 from lolcats.evaluation.suite import LONG, Options, Task, prepare
 from lolcats.files import hash_file
-from lolcats.inputs import Inputs
 from lolcats.sweep.plan import Evaluate
-from lolcats.training.data import load_rows
-from lolcats.training.mixture import is_mixture, read_mixture
 
 PERPLEXITIES = "perplexities"
 Measured = dict[str, dict[str, Any]]

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from lolcats.config import Config, to_dict
+from lolcats.data.inputs import Inputs
 from lolcats.evaluation.systems import STUDENT, TEACHER
 from lolcats.files import locked, write_text
-from lolcats.inputs import Inputs
 from lolcats.modeling.checkpoint import FEATURE_MAPS, load_feature_maps
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import override

@@ -15,9 +15,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lolcats.config import Config
+from lolcats.data.rows import Data
 from lolcats.modeling.checkpoint import LORA, merged_lora, save_adapter_config, save_lora
 from lolcats.modeling.layer import override
-from lolcats.training.data import Data
 from lolcats.training.finetune import finetune
 from lolcats.training.trainer import StageResult
 from lolcats.weights.base import Base

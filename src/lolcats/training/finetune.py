@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lolcats.config import Config, FinetuneConfig
+from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import load_strictly, read_tensors
 from lolcats.modeling.convert import convert
@@ -25,7 +26,6 @@ from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.modeling.skeleton import convert_empty, empty_model
 from lolcats.ranks import ranks
-from lolcats.training.data import Data
 from lolcats.training.distributed import fill_part, is_sharded, materialize, own_device, shard
 from lolcats.training.trainer import StageResult, StageTrainer, train_only, trainable
 from lolcats.training.watch import first_bad_layer, first_bad_weight

@@ -22,11 +22,11 @@ from torch import Tensor
 
 import lolcats
 from lolcats.config import PLACEMENT, Config, to_dict
+from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, Observer
 from lolcats.ranks import Ranks
-from lolcats.training.data import Data
 from lolcats.training.hidden import Source, Target, feed
 from lolcats.training.losses import attention_loss, attention_losses
 from lolcats.training.trainer import StageResult, noting_interrupt, replace_metrics

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lolcats.config import Config
+from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.memory import free_host_memory
@@ -24,7 +25,6 @@ from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import Ranks
-from lolcats.training.data import Data
 from lolcats.training.hidden import Boundary, Embeddings, HostStates, Nowhere, Source, Target, Tokens, token_rows
 from lolcats.training.layerwise import JOB, STAGE, Group, LayerTrainer, LayerwiseResult, compare_jobs, read_job
 from lolcats.training.units import Unit, read_progress

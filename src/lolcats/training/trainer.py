@@ -26,10 +26,10 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lolcats.config import StageConfig
+from lolcats.data.rows import Item, Rows
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import load_strictly, read_tensors, write_tensors, write_text
 from lolcats.ranks import is_first, ranks
-from lolcats.training.data import Item, Rows
 from lolcats.training.distributed import all_reduce_gradients, any_rank, is_sharded
 from lolcats.training.watch import ADVICE, LossWatch
 

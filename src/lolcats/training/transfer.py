@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.config import Config, TransferConfig
+from lolcats.data.rows import Data
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import ranks
-from lolcats.training.data import Data
 from lolcats.training.layerwise import LayerwiseResult
 from lolcats.training.losses import attention_loss
 from lolcats.training.orders import LayerByLayer, Say, train_joint

@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from lolcats.config import DataConfig
+from lolcats.data.rows import Data, Documents, split, tokenize_source
 from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import is_linearized
-from lolcats.training.data import Data, Documents, split, tokenize_source
 from lolcats.weights.base import find_base, load_model, load_tokenizer
 
 COPIES = 16  # keep a model on a GPU if more than this many copies fit there

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lolcats.config import DataConfig
+from lolcats.data.sources import Record
 from lolcats.errors import LolcatsError
-from lolcats.training.sources import Record
 
 # The prompts of the Alpaca data set (Taori et al. 2023).
 ALPACA = (

@@ -36,9 +36,9 @@ import transformers
 from numpy.typing import NDArray
 
 from lolcats.config import DataConfig
+from lolcats.data.sources import Broken, Piece, Record, hub_dataset, hub_records, local_file, pieces
+from lolcats.data.templates import record_format, renderer
 from lolcats.errors import LolcatsError
-from lolcats.training.sources import Broken, Piece, Record, hub_dataset, hub_records, local_file, pieces
-from lolcats.training.templates import record_format, renderer
 
 LARGE = 64 << 20  # a source of this many bytes or more is kept in a file
 BATCH = 1_000  # documents to tokenize at a time,

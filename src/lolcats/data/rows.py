@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lolcats.config import DataConfig
+from lolcats.data.mixture import is_mixture, read_mixture
+from lolcats.data.store import Array, TokenStore, first_occurrences, open_source
 from lolcats.errors import LolcatsError
-from lolcats.training.mixture import is_mixture, read_mixture
-from lolcats.training.store import Array, TokenStore, first_occurrences, open_source
 
 Item = dict[str, Tensor]
 
