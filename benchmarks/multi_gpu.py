@@ -44,9 +44,9 @@ from lolcats.modeling.loss import find_head, language_model_loss
 from lolcats.modeling.parallel import tensor_parallel
 from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_config, size_of
 from lolcats.ranks import ranks
-from lolcats.training.distributed import all_reduce_gradients, materialize, own_device, shard
+from lolcats.stages.distributed import all_reduce_gradients, materialize, own_device, shard
+from lolcats.stages.trainer import train_only
 from lolcats.training.finetune import add_lora
-from lolcats.training.trainer import train_only
 from lolcats.training.transfer import layer_losses
 
 SCALING = {2: 0.9, 4: 0.85, 8: 0.8}  # targets: speed of n GPUs against n times one GPU's

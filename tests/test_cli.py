@@ -132,7 +132,7 @@ def test_damaged_models_end_in_a_sentence(model_dirs, chat_file, settings, tmp_p
 def test_disk_full_keeps_everything_and_says_so(
     model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lolcats.training.trainer as trainer
+    import lolcats.stages.trainer as trainer
 
     arguments = ("linearize", model_dirs["llama"], "--data", chat_file, "--out", tmp_path / "out", *sets(settings))
     with monkeypatch.context() as patch:

@@ -20,11 +20,11 @@ from lolcats.errors import Interrupted, LolcatsError
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.skeleton import build_skeleton
 from lolcats.ranks import Ranks
+from lolcats.stages.trainer import StageResult
 from lolcats.training import orders
 from lolcats.training.hidden import Boundary, Embeddings
 from lolcats.training.layerwise import LayerTrainer
 from lolcats.training.orders import join_units, train_joint
-from lolcats.training.trainer import StageResult
 from lolcats.training.transfer import layer_errors, transfer, transfer_in_turn
 from lolcats.training.visits import Visits
 from lolcats.weights.base import find_base, load_model

@@ -15,11 +15,11 @@ from lolcats.config import Config, load_config
 from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import read_tensors
+from lolcats.stages.trainer import BEST, TRAINABLE, newest_checkpoint
+from lolcats.stages.watch import LossWatch, first_bad_weight
 from lolcats.training import transfer as transfer_module
 from lolcats.training.finetune import finetune
-from lolcats.training.trainer import BEST, TRAINABLE, newest_checkpoint
 from lolcats.training.transfer import transfer
-from lolcats.training.watch import LossWatch, first_bad_weight
 
 
 @pytest.fixture

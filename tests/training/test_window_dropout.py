@@ -20,8 +20,8 @@ from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.layer import AttentionCall, Geometry, LinearizedAttention, layer_spec
+from lolcats.stages.trainer import BestKeeper
 from lolcats.training.losses import attention_loss, attention_losses, older_attention, older_error
-from lolcats.training.trainer import BestKeeper
 from lolcats.training.transfer import layer_losses, transfer
 from lolcats.training.visits import Visits, first_visit, hidden_windows
 

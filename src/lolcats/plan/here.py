@@ -15,7 +15,7 @@ from lolcats.memory import free_host_memory
 from lolcats.plan.costs import Machine, Work, checked, lora
 from lolcats.plan.size import size_of
 from lolcats.ranks import ranks
-from lolcats.training.distributed import any_rank, own_device
+from lolcats.stages.distributed import any_rank, own_device
 from lolcats.weights.base import Base
 
 

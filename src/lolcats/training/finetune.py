@@ -26,9 +26,9 @@ from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.modeling.skeleton import convert_empty, empty_model
 from lolcats.ranks import ranks
-from lolcats.training.distributed import fill_part, is_sharded, materialize, own_device, shard
-from lolcats.training.trainer import StageResult, StageTrainer, train_only, trainable
-from lolcats.training.watch import first_bad_layer, first_bad_weight
+from lolcats.stages.distributed import fill_part, is_sharded, materialize, own_device, shard
+from lolcats.stages.trainer import StageResult, StageTrainer, train_only, trainable
+from lolcats.stages.watch import first_bad_layer, first_bad_weight
 from lolcats.weights.base import Base, load_model
 from lolcats.weights.shards import OtherNames, shards_of
 

@@ -27,9 +27,9 @@ from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, Observer
 from lolcats.ranks import Ranks
+from lolcats.stages.trainer import StageResult, noting_interrupt, replace_metrics
 from lolcats.training.hidden import Source, Target, feed
 from lolcats.training.losses import attention_loss, attention_losses
-from lolcats.training.trainer import StageResult, noting_interrupt, replace_metrics
 from lolcats.training.units import Unit
 from lolcats.training.visits import VALIDATION, Batch, Visits, hidden_windows, validation_batches
 

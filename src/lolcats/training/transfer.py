@@ -22,10 +22,10 @@ from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearize
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import ranks
+from lolcats.stages.trainer import StageResult, StageTrainer, train_only
 from lolcats.training.layerwise import LayerwiseResult
 from lolcats.training.losses import attention_loss
 from lolcats.training.orders import LayerByLayer, Say, train_joint
-from lolcats.training.trainer import StageResult, StageTrainer, train_only
 from lolcats.training.visits import first_visit, hidden_windows
 
 

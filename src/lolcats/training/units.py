@@ -23,7 +23,7 @@ from lolcats.config import TransferConfig
 from lolcats.errors import LolcatsError
 from lolcats.files import load_strictly, read_metadata, read_tensors, write_tensors
 from lolcats.modeling.layer import LinearizedAttention
-from lolcats.training.trainer import SCHEDULES
+from lolcats.stages.trainer import SCHEDULES
 
 MAPS, BEST, FIRST, SECOND = "maps.", "best.", "exp_avg.", "exp_avg_sq."
 

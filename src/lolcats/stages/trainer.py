@@ -30,8 +30,8 @@ from lolcats.data.rows import Item, Rows
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import load_strictly, read_tensors, write_tensors, write_text
 from lolcats.ranks import is_first, ranks
-from lolcats.training.distributed import all_reduce_gradients, any_rank, is_sharded
-from lolcats.training.watch import ADVICE, LossWatch
+from lolcats.stages.distributed import all_reduce_gradients, any_rank, is_sharded
+from lolcats.stages.watch import ADVICE, LossWatch
 
 COMPLETE = "complete"
 TRAINABLE = "trainable.safetensors"
