@@ -31,7 +31,7 @@ from lolcats.config import AttentionConfig, Config, DataConfig, TransferConfig
 from lolcats.data.rows import Data
 from lolcats.modeling.skeleton import Skeleton, convert_empty, empty_model
 from lolcats.ranks import Ranks
-from lolcats.training.orders import LayerByLayer
+from lolcats.stages.transfer.orders import LayerByLayer
 from lolcats.weights.shards import Random
 
 MARGIN = 45  # seconds before the deadline in which no layer begins

@@ -19,7 +19,7 @@ from lolcats.config import load_config
 from lolcats.data.rows import Data
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.skeleton import build_skeleton
-from lolcats.training.transfer import transfer, transfer_in_turn
+from lolcats.stages.transfer.stage import transfer, transfer_in_turn
 from lolcats.weights.base import find_base, load_model
 
 MAPS = "feature_maps.safetensors"
@@ -102,7 +102,7 @@ def test_mistakes_end_in_a_sentence(tokenizer, chat_file: Path, settings, tmp_pa
     shard.write_bytes(content)
     assert not (tmp_path / "out").exists(), "a refused run leaves nothing behind"
     with monkeypatch.context() as patch:
-        patch.setattr("lolcats.training.orders.free_host_memory", lambda: 150_000)
+        patch.setattr("lolcats.stages.transfer.orders.free_host_memory", lambda: 150_000)
         fails("GiB of host memory")
         small = ("--schedule", "stream", "--set", "transfer.chunk_tokens=300")
         common = (tmp_path / "model", "--data", chat_file, "--out", tmp_path / "out", *sets(settings))

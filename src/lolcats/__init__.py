@@ -24,7 +24,7 @@ _LAZY = {
     "load": "lolcats.modeling.checkpoint",
     "override": "lolcats.modeling.layer",
     "use_backend": "lolcats.attention",
-    "transfer": "lolcats.training.transfer",
+    "transfer": "lolcats.stages.transfer.stage",
     "finetune": "lolcats.training.finetune",
     "perplexity": "lolcats.evaluation.perplexity",
 }

@@ -20,8 +20,8 @@ from lolcats.files import write_tensors
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.skeleton import build_skeleton
 from lolcats.ranks import ranks
-from lolcats.training.layerwise import LayerTrainer
-from lolcats.training.transfer import transfer, transfer_in_turn
+from lolcats.stages.transfer.loop import LayerTrainer
+from lolcats.stages.transfer.stage import transfer, transfer_in_turn
 from lolcats.weights.base import find_base, load_model
 
 

@@ -21,12 +21,12 @@ from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.skeleton import build_skeleton
 from lolcats.ranks import Ranks
 from lolcats.stages.trainer import StageResult
-from lolcats.training import orders
-from lolcats.training.hidden import Boundary, Embeddings
-from lolcats.training.layerwise import LayerTrainer
-from lolcats.training.orders import join_units, train_joint
-from lolcats.training.transfer import layer_errors, transfer, transfer_in_turn
-from lolcats.training.visits import Visits
+from lolcats.stages.transfer import orders
+from lolcats.stages.transfer.hidden import Boundary, Embeddings
+from lolcats.stages.transfer.loop import LayerTrainer
+from lolcats.stages.transfer.orders import join_units, train_joint
+from lolcats.stages.transfer.stage import layer_errors, transfer, transfer_in_turn
+from lolcats.stages.transfer.visits import Visits
 from lolcats.weights.base import find_base, load_model
 
 CPU = torch.device("cpu")
@@ -188,7 +188,7 @@ def kill_at(patch: pytest.MonkeyPatch, owner: type, name: str, call: int, after:
 def test_killed_anywhere_continues_bit_for_bit(order: str, job: Job, tmp_path: Path, monkeypatch) -> None:
     """Killed repeatedly in the same directory, at a different place each time."""
     config = job.config(f"transfer.order={order}", "transfer.early_stopping_patience=0")
-    monkeypatch.setattr("lolcats.training.hidden.SHARD", 20000)  # several files per boundary
+    monkeypatch.setattr("lolcats.stages.transfer.hidden.SHARD", 20000)  # several files per boundary
     expected, result = job.train(tmp_path / "a", config)
     kills = [(LayerTrainer, "_end_step", 2, False), (LayerTrainer, "_learn", 5, True), (LayerTrainer, "_save", 1, True),
              (LayerTrainer, "_evaluate", 1, False), (LayerTrainer, "_end_step", 4, True),
@@ -213,7 +213,7 @@ def test_completed_steps_are_not_repeated(order: str, job: Job, tmp_path: Path, 
     for kill in (5, 10**9):
         with monkeypatch.context() as patch:
             count = kill_at(patch, LayerTrainer, "_save", kill, True)
-            steps = kill_at(patch, lolcats.training.units.Unit, "update", 10**9, True)
+            steps = kill_at(patch, lolcats.stages.transfer.units.Unit, "update", 10**9, True)
             with contextlib.suppress(Killed):
                 job.train(tmp_path / "out", config)
             counts.append(steps())
@@ -360,7 +360,7 @@ def test_a_disk_that_fills_up(job: Job, tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lolcats.training.hidden.os.posix_fallocate", full)
+        patch.setattr("lolcats.stages.transfer.hidden.os.posix_fallocate", full)
         with pytest.raises(OSError, match="No space left"):
             job.train(tmp_path / "b", config)
     assert_same(expected, job.train(tmp_path / "b", config)[0])

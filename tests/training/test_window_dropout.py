@@ -21,9 +21,9 @@ from lolcats.errors import Interrupted, LolcatsError
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.layer import AttentionCall, Geometry, LinearizedAttention, layer_spec
 from lolcats.stages.trainer import BestKeeper
-from lolcats.training.losses import attention_loss, attention_losses, older_attention, older_error
-from lolcats.training.transfer import layer_losses, transfer
-from lolcats.training.visits import Visits, first_visit, hidden_windows
+from lolcats.stages.transfer.loss import attention_loss, attention_losses, older_attention, older_error
+from lolcats.stages.transfer.stage import layer_losses, transfer
+from lolcats.stages.transfer.visits import Visits, first_visit, hidden_windows
 
 B, H, G, T, D, SCALE = 4, 4, 2, 70, 8, 0.4
 PLAIN = TransferConfig(mse_weight=1.0)

@@ -60,7 +60,7 @@ def transfer(
     from lolcats.data.inputs import Inputs
     from lolcats.pipeline import check_block, run_transfer, start
     from lolcats.ranks import is_first, ranks
-    from lolcats.training.orders import join_units
+    from lolcats.stages.transfer.orders import join_units
 
     order = [f"transfer.order={schedule}"] if schedule else []
     order += ["transfer.coupling=per_layer"] if schedule in ("stream", "blocks") else []

@@ -28,10 +28,10 @@ from lolcats.files import write_text
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, Observer
 from lolcats.ranks import Ranks
 from lolcats.stages.trainer import StageResult, noting_interrupt, replace_metrics
-from lolcats.training.hidden import Source, Target, feed
-from lolcats.training.losses import attention_loss, attention_losses
-from lolcats.training.units import Unit
-from lolcats.training.visits import VALIDATION, Batch, Visits, hidden_windows, validation_batches
+from lolcats.stages.transfer.hidden import Source, Target, feed
+from lolcats.stages.transfer.loss import attention_loss, attention_losses
+from lolcats.stages.transfer.units import Unit
+from lolcats.stages.transfer.visits import VALIDATION, Batch, Visits, hidden_windows, validation_batches
 
 STAGE, JOB = "transfer", "job.json"
 HARMLESS = (*PLACEMENT["transfer"], "save_steps", "log_steps")  # settings that do not change the result

@@ -21,7 +21,7 @@ from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import Ranks
-from lolcats.training.visits import VALIDATION, Batch, Visits
+from lolcats.stages.transfer.visits import VALIDATION, Batch, Visits
 
 Split = Tensor | Dataset[dict[str, Tensor]]
 SHARD = 1 << 28  # bytes of hidden states per file, unless a single step needs more

@@ -23,10 +23,10 @@ from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import ranks
 from lolcats.stages.trainer import StageResult, StageTrainer, train_only
-from lolcats.training.layerwise import LayerwiseResult
-from lolcats.training.losses import attention_loss
-from lolcats.training.orders import LayerByLayer, Say, train_joint
-from lolcats.training.visits import first_visit, hidden_windows
+from lolcats.stages.transfer.loop import LayerwiseResult
+from lolcats.stages.transfer.loss import attention_loss
+from lolcats.stages.transfer.orders import LayerByLayer, Say, train_joint
+from lolcats.stages.transfer.visits import first_visit, hidden_windows
 
 
 def transfer(
@@ -34,7 +34,7 @@ def transfer(
 ) -> StageResult:  # fmt: skip
     """Train the feature maps and gates of a converted model in place; everything else is frozen.
 
-    Uses transformers' Trainer in one process with ``coupling: joint``, else :mod:`lolcats.training.layerwise`.
+    Uses transformers' Trainer in one process with ``coupling: joint``, else :mod:`lolcats.stages.transfer.loop`.
 
     Args:
         model: result of :func:`lolcats.modeling.convert.convert`, in any float dtype; feature maps and gates are fp32.

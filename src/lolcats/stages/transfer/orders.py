@@ -25,10 +25,10 @@ from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import Ranks
-from lolcats.training.hidden import Boundary, Embeddings, HostStates, Nowhere, Source, Target, Tokens, token_rows
-from lolcats.training.layerwise import JOB, STAGE, Group, LayerTrainer, LayerwiseResult, compare_jobs, read_job
-from lolcats.training.units import Unit, read_progress
-from lolcats.training.visits import VALIDATION, batch_shapes, split
+from lolcats.stages.transfer.hidden import Boundary, Embeddings, HostStates, Nowhere, Source, Target, Tokens, token_rows
+from lolcats.stages.transfer.loop import JOB, STAGE, Group, LayerTrainer, LayerwiseResult, compare_jobs, read_job
+from lolcats.stages.transfer.units import Unit, read_progress
+from lolcats.stages.transfer.visits import VALIDATION, batch_shapes, split
 
 Say = Callable[[str], None]
 CPU = torch.device("cpu")
