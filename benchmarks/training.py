@@ -33,9 +33,9 @@ from lolcats.config import AttentionConfig, FinetuneConfig, TransferConfig
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import LinearizedAttention, layer_spec, linearized_layers, override
 from lolcats.modeling.liger import fused_layers
+from lolcats.stages.finetune.stage import FinetuneTrainer, add_lora
 from lolcats.stages.trainer import StageTrainer, train_only
 from lolcats.stages.transfer.stage import TransferTrainer
-from lolcats.training.finetune import FinetuneTrainer, add_lora
 
 TARGETS = {"stage 1": (28_000, 22), "stage 2": (13_000, 40)}  # tokens/s and GiB on an H100 80GB
 MARGIN = 30  # seconds before the deadline in which no part begins

@@ -35,7 +35,7 @@ from lolcats.modeling.checkpoint import (
     save_feature_maps,
     save_lora,
 )
-from lolcats.training.finetune import add_lora
+from lolcats.stages.finetune.stage import add_lora
 from lolcats.weights.base import find_base, load_model
 from lolcats.weights.gguf_header import check_gguf
 

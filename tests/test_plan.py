@@ -23,7 +23,7 @@ from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import linearized_layers
 from lolcats.plan import Machine, Size, Speeds, Work, plan_finetune, plan_transfer, read_config, report, size_of
 from lolcats.plan.costs import GIB, finetune_token, gpu_need, transfer_token
-from lolcats.training.finetune import add_lora
+from lolcats.stages.finetune.stage import add_lora
 
 ROOT = Path(__file__).parent.parent
 MEASURED = json.loads((ROOT / "benchmarks/results/training.json").read_text())

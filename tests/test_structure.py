@@ -9,8 +9,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "lolcats"
 ORDER = (
     "errors", "memory", "config", "files", "ranks", "attention", "weights", "modeling", "run", "reference_import",
-    "inference", "data", "stages", "training", "plan", "evaluation", "data_stats", "report", "pipeline", "sweep",
-    "cli",
+    "inference", "data", "stages", "plan", "evaluation", "data_stats", "report", "pipeline", "sweep", "cli",
 )  # fmt: skip
 """Each part may import only what stands before it."""
 

@@ -25,7 +25,7 @@ _LAZY = {
     "override": "lolcats.modeling.layer",
     "use_backend": "lolcats.attention",
     "transfer": "lolcats.stages.transfer.stage",
-    "finetune": "lolcats.training.finetune",
+    "finetune": "lolcats.stages.finetune.stage",
     "perplexity": "lolcats.evaluation.perplexity",
 }
 __all__ = ["LolcatsError", "__version__", *_LAZY]

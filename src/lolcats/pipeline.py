@@ -48,10 +48,10 @@ from lolcats.plan.here import shards
 from lolcats.ranks import is_first, ranks
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
 from lolcats.stages.distributed import is_sharded
+from lolcats.stages.finetune.controls import control, control_directory, train_control
+from lolcats.stages.finetune.stage import finetune, load_lora, load_over_ranks, lora_targets
 from lolcats.stages.trainer import StageResult
 from lolcats.stages.transfer.stage import layer_errors, transfer, transfer_in_turn
-from lolcats.training.controls import control, control_directory, train_control
-from lolcats.training.finetune import finetune, load_lora, load_over_ranks, lora_targets
 from lolcats.weights.base import check_quantized, load_model, load_quantized
 
 LENGTHS = (1024, 8192, 65536)

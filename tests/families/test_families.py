@@ -34,8 +34,8 @@ from lolcats.inference.engine import check_model
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, save_adapter_config, save_feature_maps, save_lora
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.probe import probe
+from lolcats.stages.finetune.stage import finetune
 from lolcats.stages.transfer.stage import layer_errors, transfer
-from lolcats.training.finetune import finetune
 from lolcats.weights.base import find_base, load_model
 
 NOT_UNROTATED = {  # learned positions, none in some or all layers, turned in another way, or norms after RoPE

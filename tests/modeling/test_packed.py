@@ -17,8 +17,8 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling import interface
 from lolcats.modeling.layer import LinearizedAttention, linearized_layers, override
 from lolcats.modeling.loss import find_head, language_model_loss, next_token_loss
+from lolcats.stages.finetune.stage import add_lora
 from lolcats.stages.transfer.stage import layer_losses
-from lolcats.training.finetune import add_lora
 
 LENGTHS = ((1, 17, 40, 5, 9), (33, 8, 31))  # shorter and longer than two windows of 8, as long as a window, and 1
 IDS = torch.randint(6, 300, (2, 72), generator=torch.Generator().manual_seed(0))

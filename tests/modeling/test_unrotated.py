@@ -32,8 +32,8 @@ from lolcats.inference.engine.sampling import SamplingParams
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
 from lolcats.modeling.skeleton import convert_empty, empty_model
+from lolcats.stages.finetune.stage import add_lora
 from lolcats.stages.transfer.stage import layer_losses
-from lolcats.training.finetune import add_lora
 
 IDS = torch.randint(6, 300, (2, 60), generator=torch.Generator().manual_seed(0))
 UNROTATED = AttentionConfig(window_size=8, sinks=2, feature_dim=8, feature_inputs="unrotated")

@@ -17,7 +17,7 @@ from lolcats import pipeline
 from lolcats.config import AttentionConfig, FinetuneConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.files import read_tensors
-from lolcats.training.finetune import add_lora, lora_targets
+from lolcats.stages.finetune.stage import add_lora, lora_targets
 from lolcats.weights import base as bases
 
 IDS = torch.randint(6, 300, (2, 40), generator=torch.Generator().manual_seed(0))

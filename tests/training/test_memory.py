@@ -19,7 +19,7 @@ from lolcats.config import AttentionConfig, FinetuneConfig
 from lolcats.errors import LolcatsError
 from lolcats.modeling.liger import _patch, fused_layers
 from lolcats.modeling.loss import find_head, language_model_loss
-from lolcats.training.finetune import add_lora
+from lolcats.stages.finetune.stage import add_lora
 
 IDS = torch.randint(6, 300, (2, 45), generator=torch.Generator().manual_seed(0))
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)

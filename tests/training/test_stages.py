@@ -16,9 +16,9 @@ from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.layer import AttentionCall, override
+from lolcats.stages.finetune.stage import add_lora, finetune
 from lolcats.stages.trainer import BestKeeper, StageTrainer, newest_checkpoint
 from lolcats.stages.transfer.stage import attention_loss, layer_errors, layer_losses, transfer
-from lolcats.training.finetune import add_lora, finetune
 
 
 @pytest.fixture

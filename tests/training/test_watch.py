@@ -15,11 +15,11 @@ from lolcats.config import Config, load_config
 from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import read_tensors
+from lolcats.stages.finetune.stage import finetune
 from lolcats.stages.trainer import BEST, TRAINABLE, newest_checkpoint
 from lolcats.stages.transfer import stage as transfer_module
 from lolcats.stages.transfer.stage import transfer
 from lolcats.stages.watch import LossWatch, first_bad_weight
-from lolcats.training.finetune import finetune
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import is_linearized, load
 from lolcats.modeling.classes import convert_as
 from lolcats.modeling.layer import linearized_layers, override
-from lolcats.training.controls import CONTROLS, control, control_directory
+from lolcats.stages.finetune.controls import CONTROLS, control, control_directory
 from lolcats.weights.base import Base, find_base, load_model
 
 TEACHER, STUDENT = "teacher", "student"

@@ -20,7 +20,7 @@ from lolcats.config import Config, read_yaml
 from lolcats.errors import LolcatsError
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import LinearizedAttention, decoder_layers, linearized_layers
-from lolcats.training.finetune import add_lora
+from lolcats.stages.finetune.stage import add_lora
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what families call their number of experts
 CHOSEN = ("num_experts_per_tok", "top_k_experts")

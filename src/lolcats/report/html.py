@@ -21,7 +21,7 @@ from lolcats.report.comparison import entry_rows
 from lolcats.report.picture import has_matplotlib
 from lolcats.report.table import attention_of, memory_rows, perplexity_rows, remarks
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
-from lolcats.training.controls import CONTROLS, control_directory
+from lolcats.stages.finetune.controls import CONTROLS, control_directory
 
 PAGE = """<!doctype html>
 <html lang="en">
