@@ -7,12 +7,16 @@
 #   where proto is IPPROTO_TCP. The body, sent after the header, then waits until the client acknowledges the header. With
 #   socket.socket(AF_INET, SOCK_STREAM, IPPROTO_TCP) there is no wait.
 set -euo pipefail
+changed() {
+    echo "Changed: all three sockets are equally fast, or equally slow."
+    exit 1
+}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -qq --no-compile --disable-pip-version-check uvicorn==0.54.0 h11==0.16.0 ||
     { echo "The packages could not be installed."; exit 2; }
-"$folder/venv/bin/python" - <<'PYTHON' || { echo "Changed: all three sockets are equally fast, or equally slow."; exit 1; }
+"$folder/venv/bin/python" - <<'PYTHON' || changed
 import http.client
 import socket
 import statistics

@@ -7,13 +7,17 @@
 #   hosted_vllm/ too, `user` is left out without a word. It is sent if NAME happens to be one of OpenAI's. Another optional
 #   field, `seed`, is always sent, and `verbosity` raises UnsupportedParamsError as documented.
 set -euo pipefail
+changed() {
+    echo "Changed: litellm no longer drops user silently for models that it does not know."
+    exit 1
+}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -qq --no-compile --disable-pip-version-check litellm==1.108.7 openai==3.57.0 ||
     { echo "The packages could not be installed."; exit 2; }
 export NO_PROXY=127.0.0.1 no_proxy=127.0.0.1 LITELLM_LOCAL_MODEL_COST_MAP=True
-"$folder/venv/bin/python" - <<'PYTHON' || { echo "Changed: litellm no longer drops user silently for models that it does not know."; exit 1; }
+"$folder/venv/bin/python" - <<'PYTHON' || changed
 import json
 import sys
 import threading
@@ -53,12 +57,12 @@ litellm.suppress_debug_info = True
 server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 base = f"http://127.0.0.1:{server.server_port}/v1"
-fates = {
-    model: {name: fate(model, **{name: value}) for name, value in (("user", "someone"), ("seed", 1), ("verbosity", "low"))}
-    for model in ("openai/my-model", "hosted_vllm/my-model", "openai/gpt-4o")
-}
-for model, fields in fates.items():
-    print(model, fields)
+fields = {"user": "someone", "seed": 1, "verbosity": "low"}
+models = ("openai/my-model", "hosted_vllm/my-model", "openai/gpt-4o")
+fates = {model: {name: fate(model, **{name: value}) for name, value in fields.items()} for model in models}
+for model in models:
+    print(model, fates[model])
 unknown = {"user": "dropped", "seed": "sent", "verbosity": "error"}
-sys.exit(not (fates["openai/my-model"] == fates["hosted_vllm/my-model"] == unknown and fates["openai/gpt-4o"]["user"] == "sent"))
+as_described = fates["openai/my-model"] == fates["hosted_vllm/my-model"] == unknown
+sys.exit(not (as_described and fates["openai/gpt-4o"]["user"] == "sent"))
 PYTHON

@@ -6,12 +6,16 @@
 #   its siblings, and even the untouched original, end in the same error at their next step. A matcher made anew from the
 #   same grammar gets as far as the first copy did.
 set -euo pipefail
+changed() {
+    echo "Changed: copies of a matcher no longer share max_lexer_states."
+    exit 1
+}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -qq --no-compile --disable-pip-version-check llguidance==1.9.1 ||
     { echo "The packages could not be installed."; exit 2; }
-"$folder/venv/bin/python" - <<'PYTHON' || { echo "Changed: copies of a matcher no longer share max_lexer_states."; exit 1; }
+"$folder/venv/bin/python" - <<'PYTHON' || changed
 import json
 import sys
 

@@ -7,12 +7,16 @@
 #   maxLength, 1000 states are enough for all 40000 letters. The limit is documented, but not that maxLength spends it with
 #   each letter.
 set -euo pipefail
+changed() {
+    echo "Changed: a long string with a maxLength no longer runs out of lexer states as it did."
+    exit 1
+}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -qq --no-compile --disable-pip-version-check llguidance==1.9.1 ||
     { echo "The packages could not be installed."; exit 2; }
-"$folder/venv/bin/python" - <<'PYTHON' || { echo "Changed: a long string with a maxLength no longer runs out of lexer states as it did."; exit 1; }
+"$folder/venv/bin/python" - <<'PYTHON' || changed
 import json
 import sys
 
@@ -24,7 +28,8 @@ counts, errors = [], []
 few = LLParserLimits(max_lexer_states=1000)
 for schema, limits in (({"type": "string"}, few), ({"type": "string", "maxLength": 100_000}, LLParserLimits())):
     grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
-    print(f"{schema}, {limits.max_lexer_states} states; validate_grammar: {LLMatcher.validate_grammar(grammar, tokenizer)!r}")
+    fault = LLMatcher.validate_grammar(grammar, tokenizer)
+    print(f"{schema}, {limits.max_lexer_states} states; validate_grammar: {fault!r}")
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     matcher.consume_token(quote)
     count = 0

@@ -5,6 +5,10 @@
 #   with num_concurrent=2, even where eos_string is given in the model's arguments. (Without that argument, the text of the
 #   tokenizer's end token comes and goes in the same way.) Nothing is logged, and the answers to score can differ.
 set -euo pipefail
+changed() {
+    echo "Changed: lm_eval sends eos_string whatever num_concurrent is, or does not run this task any more."
+    exit 1
+}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
@@ -12,7 +16,7 @@ python3 -m venv "$folder/venv"
     { echo "The packages could not be installed."; exit 2; }
 cd "$folder"
 export NO_PROXY=127.0.0.1 no_proxy=127.0.0.1 HF_HUB_OFFLINE=1 HF_HOME="$folder/cache" TQDM_DISABLE=1
-"$folder/venv/bin/python" - 2>/dev/null <<'PYTHON' || { echo "Changed: lm_eval sends eos_string whatever num_concurrent is, or does not run this task any more."; exit 1; }
+"$folder/venv/bin/python" - 2>/dev/null <<'PYTHON' || changed
 import json
 import sys
 import threading
@@ -42,8 +46,9 @@ Path("tasks").mkdir()
 questions = [{"question": "2 + 2 =", "answer": "4"}, {"question": "1 + 3 =", "answer": "4"}]
 Path("questions.json").write_text(json.dumps(questions))
 task = {
-    "task": "sums", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(Path("questions.json").resolve())}},
-    "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
+    "task": "sums", "dataset_path": "json", "test_split": "test",
+    "dataset_kwargs": {"data_files": {"test": str(Path("questions.json").resolve())}},
+    "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
     "generation_kwargs": {"until": ["\n\n"]},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }

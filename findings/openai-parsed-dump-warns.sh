@@ -5,13 +5,17 @@
 # What happens: the dump is complete and right, but Pydantic warns that it expected `none` for the field "parsed", the very
 #   field that parse() has just filled. It happens with every answer that could be parsed.
 set -euo pipefail
+changed() {
+    echo "Changed: a parsed completion can be dumped without a warning, or no longer at all."
+    exit 1
+}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -qq --no-compile --disable-pip-version-check openai==3.54.0 pydantic==2.14.4 ||
     { echo "The packages could not be installed."; exit 2; }
 export NO_PROXY=127.0.0.1 no_proxy=127.0.0.1
-"$folder/venv/bin/python" - <<'PYTHON' || { echo "Changed: a parsed completion can be dumped without a warning, or no longer at all."; exit 1; }
+"$folder/venv/bin/python" - <<'PYTHON' || changed
 import json
 import sys
 import threading

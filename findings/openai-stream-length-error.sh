@@ -6,13 +6,17 @@
 # What happens: get_final_completion() raises LengthFinishReasonError, "Could not parse response content", although all
 #   events of the same stream came without an error and its snapshot is complete.
 set -euo pipefail
+changed() {
+    echo "Changed: get_final_completion() no longer raises for a plain answer that max_tokens cuts."
+    exit 1
+}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -qq --no-compile --disable-pip-version-check openai==3.54.0 pydantic==2.14.4 ||
     { echo "The packages could not be installed."; exit 2; }
 export NO_PROXY=127.0.0.1 no_proxy=127.0.0.1
-"$folder/venv/bin/python" - <<'PYTHON' || { echo "Changed: get_final_completion() no longer raises for a plain answer that max_tokens cuts."; exit 1; }
+"$folder/venv/bin/python" - <<'PYTHON' || changed
 import json
 import sys
 import threading

@@ -5,12 +5,16 @@
 # What happens: with several keys of metadata, each call of save() writes them in another order, even in one process. The
 #   files load alike, but their checksums differ.
 set -euo pipefail
+changed() {
+    echo "Changed: safetensors writes several keys of metadata in a fixed order."
+    exit 1
+}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -qq --no-compile --disable-pip-version-check safetensors==0.8.0 numpy==2.4.6 ||
     { echo "The packages could not be installed."; exit 2; }
-"$folder/venv/bin/python" - <<'PYTHON' || { echo "Changed: safetensors writes several keys of metadata in a fixed order."; exit 1; }
+"$folder/venv/bin/python" - <<'PYTHON' || changed
 import hashlib
 import sys
 

@@ -6,12 +6,16 @@
 #   until they are done. With encode_batch([text]) and decode_batch([ids]) it waits some milliseconds. So a server that
 #   calls encode() in a thread, to keep its event loop free, stalls all the same.
 set -euo pipefail
+changed() {
+    echo "Changed: encode() and decode() no longer stall other threads, or the batch methods do."
+    exit 1
+}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -qq --no-compile --disable-pip-version-check tokenizers==0.23.3 ||
     { echo "The packages could not be installed."; exit 2; }
-"$folder/venv/bin/python" - <<'PYTHON' || { echo "Changed: encode() and decode() no longer stall other threads, or the batch methods do."; exit 1; }
+"$folder/venv/bin/python" - <<'PYTHON' || changed
 import random
 import string
 import sys
