@@ -46,7 +46,7 @@ from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_confi
 from lolcats.ranks import ranks
 from lolcats.stages.distributed import all_reduce_gradients, materialize, own_device, shard
 from lolcats.stages.finetune.stage import add_lora
-from lolcats.stages.trainer import train_only
+from lolcats.stages.trained import train_only
 from lolcats.stages.transfer.stage import layer_losses
 
 SCALING = {2: 0.9, 4: 0.85, 8: 0.8}  # targets: speed of n GPUs against n times one GPU's

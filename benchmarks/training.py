@@ -29,13 +29,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lolcats
 from lolcats.attention import use_backend
-from lolcats.config import AttentionConfig, FinetuneConfig, TransferConfig
+from lolcats.config import AttentionConfig, FinetuneConfig, TransferConfig, load_config
+from lolcats.data.rows import Data
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import LinearizedAttention, layer_spec, linearized_layers, override
 from lolcats.modeling.liger import fused_layers
+from lolcats.ranks import Ranks
 from lolcats.stages.finetune.stage import FinetuneTrainer, add_lora
-from lolcats.stages.trainer import StageTrainer, train_only
-from lolcats.stages.transfer.stage import TransferTrainer
+from lolcats.stages.finetune.trainer import StageTrainer
+from lolcats.stages.trained import train_only
+from lolcats.stages.transfer.hidden import Tokens
+from lolcats.stages.transfer.loop import Group, LayerTrainer
+from lolcats.stages.transfer.orders import layers_by_name
+from lolcats.stages.transfer.visits import Batch
 
 TARGETS = {"stage 1": (28_000, 22), "stage 2": (13_000, 40)}  # tokens/s and GiB on an H100 80GB
 MARGIN = 30  # seconds before the deadline in which no part begins
@@ -102,13 +108,37 @@ class Bench:
         rows = self.geometry.transfer_rows
         while True:
             try:
-                config = TransferConfig(batch_size=rows, micro_batch_size=rows)
-                with use_backend(backend), self.trainer(TransferTrainer, self.model, config) as trainer:
-                    return {"rows": rows, **self.measure(*self.step(trainer, [self.ids(rows)]))}
+                with use_backend(backend), self.transfer_step(rows) as step:
+                    return {"rows": rows, **self.measure(step, rows * self.geometry.length)}
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
                 rows //= 2
+
+    @contextmanager
+    def transfer_step(self, rows: int) -> Iterator[Callable[[], None]]:
+        """One optimizer step of stage 1, as its loop takes it."""
+        ids, layers = self.ids(rows), layers_by_name(self.model)
+        data = Data(ids.cpu(), ids[:1].cpu(), ids[:1].cpu(), "benchmark", {})
+        stage = TransferConfig(
+            batch_size=rows, micro_batch_size=rows, max_steps=10**4, eval_steps=10**5, save_steps=10**5
+        )
+        batch = Batch(torch.arange(rows), range(rows), 1.0, 0, True)
+
+        def run(rows: Tensor) -> Tensor:
+            return decoder(self.model)(input_ids=rows, use_cache=False)[0]
+
+        with tempfile.TemporaryDirectory() as directory, fused_layers(self.model.eval(), stage.liger):
+            config = replace(load_config("default"), transfer=stage)
+            trainer = LayerTrainer(layers, data, config, Path(directory), Ranks(), self.device)
+            group = Group(list(layers.values()), run, trainer.units)
+
+            def step() -> None:
+                with torch.no_grad():
+                    trainer._learn(group, trainer.units, batch, ids)
+                    trainer._end_step(group, trainer.units, Tokens(data.train, data.validation), 0)
+
+            yield step
 
     def finetune(self, mode: Any = "student", inputs: str = "rotated", **settings: Any) -> dict[str, Any]:
         """Stage 2: LoRA on the linearized model, or in mode ``teacher`` on its softmax attention."""

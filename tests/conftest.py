@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,27 @@ def tiny_model(family: str = "llama", seed: int = 0, vocab_size: int = 320, **ch
             if "q_proj.weight" in name or "k_proj.weight" in name:
                 parameter.mul_(8)
     return model.eval()
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C at the end of an optimizer step, of either stage."""
+    from lolcats.stages.finetune.trainer import BestKeeper
+    from lolcats.stages.transfer.loop import LayerTrainer
+
+    end_step, on_step_end = LayerTrainer._end_step, BestKeeper.on_step_end
+
+    def first(self: Any, group: Any, units: Any, source: Any, number: int) -> None:
+        if number + 1 == step:
+            signal.raise_signal(signal.SIGINT)
+        end_step(self, group, units, source, number)
+
+    def second(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            signal.raise_signal(signal.SIGINT)
+        on_step_end(self, args, state, control, **kwargs)
+
+    patch.setattr(LayerTrainer, "_end_step", first)
+    patch.setattr(BestKeeper, "on_step_end", second)
 
 
 def sentence(rng: random.Random, words: int) -> str:

@@ -132,7 +132,7 @@ def test_damaged_models_end_in_a_sentence(model_dirs, chat_file, settings, tmp_p
 def test_disk_full_keeps_everything_and_says_so(
     model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lolcats.stages.trainer as trainer
+    import lolcats.stages.finetune.trainer as trainer
 
     arguments = ("linearize", model_dirs["llama"], "--data", chat_file, "--out", tmp_path / "out", *sets(settings))
     with monkeypatch.context() as patch:
@@ -173,9 +173,12 @@ def test_a_disk_that_is_really_full(
 class Job:
     """``lolcats linearize`` in its own process, slowed down so that signals arrive at the intended step."""
 
-    SLOW = "import time, transformers; from lolcats.training import trainer as t; o = t.BestKeeper.on_step_end; " \
-           "t.BestKeeper.on_step_end = lambda *a, **k: (o(*a, **k), time.sleep(0.15))[0]; " \
-           "from lolcats.cli import main; main()"  # fmt: skip
+    SLOW = (
+        "import time; from lolcats.stages.finetune.trainer import BestKeeper as b; "
+        "from lolcats.stages.transfer.loop import LayerTrainer as t; o, p = b.on_step_end, t._end_step; "
+        "b.on_step_end = lambda *a, **k: (o(*a, **k), time.sleep(0.15))[0]; "
+        "t._end_step = lambda *a, **k: (p(*a, **k), time.sleep(0.15))[0]; from lolcats.cli import main; main()"
+    )
 
     def __init__(self, model: Path, data: Path, out: Path, settings: list[str]) -> None:
         arguments = ["linearize", str(model), "--data", str(data), "--out", str(out), *sets(settings)]

@@ -21,7 +21,7 @@ from lolcats.data import store
 from lolcats.data.rows import load_data
 from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import LORA, LORA_WEIGHTS
-from lolcats.stages.trainer import BestKeeper
+from lolcats.stages.finetune.trainer import BestKeeper
 from lolcats.weights.base import find_base, load_model
 
 RAN = "code of a file was run"

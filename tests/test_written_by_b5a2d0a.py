@@ -84,13 +84,19 @@ def test_a_finished_run_is_not_done_again(place: Path) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_unfinished_runs_go_on(name: str, place: Path) -> None:
-    """To the same weights as if they had never been stopped, without a step done twice."""
+    """To the same weights as if they had never been stopped, without a step done twice.
+
+    The stage 1 of ``unfinished`` was one of transformers' Trainer, whose checkpoints are refused with a sentence.
+    """
     unpack(place / name)
+    if name == "unfinished":
+        assert "left unfinished by an older version" in invoke(*COMMANDS[name], name, code=2)
+        return
     with counted_steps() as steps:
         invoke(*COMMANDS[name], name)
     assert_same_run(run_values(name), RECORDED[name])
     left = RECIPE["transfer"]["max_steps"] - STOPPED_AFTER
-    assert len(steps) == {"unfinished": left + RECIPE["finetune"]["max_steps"], "unfinished_layers": 2 * left}[name]
+    assert len(steps) == 2 * left
     assert not list((place / name).rglob("checkpoint*/*"))
 
 

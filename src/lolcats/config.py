@@ -258,8 +258,7 @@ class Config:
     trust_remote_code: bool = False
     """Run Python code that comes with the base model. Off by default."""
     report_to: list[str] = field(default_factory=list)
-    """Trackers for transformers.Trainer to report to, e.g. ``[tensorboard]`` or ``[wandb]``. Stage 1 does not use the
-    Trainer, nor trackers, with ``coupling: per_layer`` or several processes."""
+    """Trackers to report to, e.g. ``[tensorboard]`` or ``[wandb]``: stage 2, and stage 1 with ``order: joint``."""
 
     def __post_init__(self) -> None:
         if self.controls and self.finetune.quantize_base != "none":

@@ -50,7 +50,7 @@ from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
 from lolcats.stages.distributed import is_sharded
 from lolcats.stages.finetune.controls import control, control_directory, train_control
 from lolcats.stages.finetune.stage import finetune, load_lora, load_over_ranks, lora_targets
-from lolcats.stages.trainer import StageResult
+from lolcats.stages.result import StageResult
 from lolcats.stages.transfer.stage import layer_errors, transfer, transfer_in_turn
 from lolcats.weights.base import check_quantized, load_model, load_quantized
 

@@ -28,9 +28,10 @@ from lolcats.modeling.layer import decoder_layers, linearized_layers
 from lolcats.modeling.loss import gathered
 from lolcats.pipeline import finish, resume, run_finetune, run_transfer, start
 from lolcats.plan.here import shards
+from lolcats.stages.arguments import training_arguments
 from lolcats.stages.distributed import all_reduce_gradients, is_sharded, own_device
 from lolcats.stages.finetune.stage import finetune, load_over_ranks
-from lolcats.stages.trainer import BestKeeper, newest_checkpoint, training_arguments
+from lolcats.stages.finetune.trainer import BestKeeper, newest_checkpoint
 from lolcats.weights.base import Base, find_base
 
 STOP = 2  # steps after which runs are interrupted

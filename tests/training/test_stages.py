@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from conftest import FAMILIES, interrupt_at, tiny_model
 
 import lolcats
 from lolcats.config import Config, TransferConfig, load_config
@@ -17,7 +16,7 @@ from lolcats.errors import Interrupted, LolcatsError
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.layer import AttentionCall, override
 from lolcats.stages.finetune.stage import add_lora, finetune
-from lolcats.stages.trainer import BestKeeper, StageTrainer, newest_checkpoint
+from lolcats.stages.finetune.trainer import StageTrainer, newest_checkpoint
 from lolcats.stages.transfer.stage import attention_loss, layer_errors, layer_losses, transfer
 
 
@@ -163,17 +162,6 @@ def test_gradient_accumulation_changes_nothing(settings: list[str], data: Data, 
             torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    original = BestKeeper.on_step_end
-
-    def stopping(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            signal.raise_signal(signal.SIGINT)
-        original(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(BestKeeper, "on_step_end", stopping)
-
-
 @pytest.mark.parametrize("stage", ["transfer", "finetune"])
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_interrupted_stage_continues_bit_for_bit(
@@ -204,8 +192,8 @@ def test_interrupted_stage_continues_bit_for_bit(
 
 
 def test_unfinished_checkpoint_is_not_used(config: Config, data: Data, tmp_path: Path, monkeypatch) -> None:
-    """A kill between writing a checkpoint and marking it complete falls back to the one before."""
-    expected, reference = transfer(model := converted(config), data, config, tmp_path / "a"), model
+    """A kill between writing a checkpoint of stage 2 and marking it complete falls back to the one before."""
+    reference, expected = finetune(converted(config), data, config, tmp_path / "a")
     original = StageTrainer._save_checkpoint
 
     def killed(self, *args, **kwargs):
@@ -218,12 +206,18 @@ def test_unfinished_checkpoint_is_not_used(config: Config, data: Data, tmp_path:
     with monkeypatch.context() as patch:
         patch.setattr(StageTrainer, "_save_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
-            transfer(converted(config), data, config, tmp_path / "b")
-    assert newest_checkpoint(tmp_path / "b" / "checkpoints" / "transfer").name == "checkpoint-2"
-    result = transfer(model := converted(config), data, config, tmp_path / "b")
+            finetune(converted(config), data, config, tmp_path / "b")
+    assert newest_checkpoint(tmp_path / "b" / "checkpoints" / "finetune").name == "checkpoint-2"
+    resumed, result = finetune(converted(config), data, config, tmp_path / "b")
     assert result.best_loss == expected.best_loss
-    for name, tensor in feature_map_state(reference).items():
-        assert torch.equal(feature_map_state(model)[name], tensor)
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_checkpoints_of_an_older_version_are_refused(config: Config, data: Data, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "transfer" / "checkpoint-4").mkdir(parents=True)
+    with pytest.raises(LolcatsError, match="left unfinished by an older version"):
+        transfer(converted(config), data, config, tmp_path)
 
 
 def test_nan_stops_with_the_last_good_checkpoint(settings: list[str], data: Data, tmp_path: Path) -> None:
@@ -259,9 +253,26 @@ def test_trackers(settings: list[str], data: Data, tmp_path: Path, monkeypatch: 
     with pytest.raises(LolcatsError, match="report_to no_such_tracker"):
         transfer(converted(config), data, config, tmp_path)
     pytest.importorskip("tensorboard")
-    config = load_config("default", [*settings, "report_to=[tensorboard]"])
-    transfer(converted(config), data, config, tmp_path)
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    for coupling in ("joint", "per_layer"):
+        monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+        more = [f"transfer.coupling={coupling}", "report_to=[tensorboard]"]
+        config = load_config("default", [*settings, *more])
+        transfer(converted(config), data, config, tmp_path / coupling)
+        tags = scalars(tmp_path / coupling / "tensorboard")
+        assert {"train/loss", "train/grad_norm", "train/learning_rate", "train/epoch", "eval/loss", "eval/runtime",
+                "train/train_loss", "train/train_runtime"} <= set(tags)  # fmt: skip
+        logged = [json.loads(line) for line in (tmp_path / coupling / "metrics.jsonl").open()]
+        expected = [(entry["step"], entry["loss"]) for entry in logged if "loss" in entry]
+        assert tags["train/loss"] == [(step, pytest.approx(loss)) for step, loss in expected]
+
+
+def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard has, by tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_targets_that_do_not_exist(config: Config) -> None:

@@ -16,9 +16,10 @@ from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import read_tensors
 from lolcats.stages.finetune.stage import finetune
-from lolcats.stages.trainer import BEST, TRAINABLE, newest_checkpoint
-from lolcats.stages.transfer import stage as transfer_module
+from lolcats.stages.finetune.trainer import newest_checkpoint
+from lolcats.stages.transfer import loop
 from lolcats.stages.transfer.stage import transfer
+from lolcats.stages.transfer.units import read_progress
 from lolcats.stages.watch import LossWatch, first_bad_weight
 
 
@@ -40,24 +41,21 @@ def converted(config: Config) -> Any:
 
 def test_stage_one_names_step_and_layer(config: Config, data: Data, tmp_path: Path, monkeypatch) -> None:
     """Also if it is logged much later. The checkpoint of the step before and the best weights stay intact."""
-    real, calls = transfer_module.attention_loss, []
+    real, calls = loop.attention_loss, []
 
     def loss(layer, call, settings, hidden):
-        calls.append(torch.is_grad_enabled() and layer.geometry.layer == 1)
+        calls.append(layer.geometry.layer == 1)
         bad = sum(calls) == 10 and calls[-1]  # the second of two micro-batches in step 5
         return real(layer, call, settings, hidden) * (float("nan") if bad else 1.0)
 
     model = converted(config)
     with monkeypatch.context() as patch:
-        patch.setattr(transfer_module, "attention_loss", loss)
+        patch.setattr(loop, "attention_loss", loss)
         with pytest.raises(LolcatsError, match="In step 5 of transfer the loss became NaN or infinite in layer 1"):
             transfer(model, data, config, tmp_path)
-    directory = tmp_path / "checkpoints" / "transfer"
-    newest = newest_checkpoint(directory)
-    assert newest is not None
-    assert newest.name == "checkpoint-4"
-    for path in (newest / TRAINABLE, directory / BEST):
-        assert first_bad_weight(read_tensors(path)) == ""
+    unit = tmp_path / "checkpoints" / "transfer" / "units" / "all-layers.safetensors"
+    assert read_progress(unit).step == 4
+    assert first_bad_weight(read_tensors(unit)) == ""
     assert transfer(converted(config), data, config, tmp_path).steps == 9  # goes on from there
 
 
@@ -79,7 +77,7 @@ def test_stage_two_names_the_layer(config: Config, data: Data, tmp_path: Path) -
 
 
 def test_weights_with_nan_are_not_saved() -> None:
-    watch = LossWatch("transfer", lambda bad: "")
+    watch = LossWatch("transfer")
     weights = {"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")]), "c": torch.ones(1)}
     with pytest.raises(LolcatsError, match="By step 7 of transfer, b has become NaN or infinite"):
         watch.check_weights(7, weights)
@@ -89,9 +87,10 @@ def test_weights_with_nan_are_not_saved() -> None:
 def test_on_a_gpu_only_saving_waits_for_losses() -> None:
     """A step's losses are checked once they have been copied; a save waits for them."""
     event = SimpleNamespace(query=lambda: False, synchronize=lambda: None)
-    watch = LossWatch("transfer", lambda bad: f" in place {int(bad.long().argmax())}")
-    watch.steps.append((3, torch.tensor([False, True]), event))
-    watch.on_step_end(None, SimpleNamespace(global_step=4), None)
+    watch = LossWatch("transfer")
+    where = lambda bad: f" in place {int(bad.long().argmax())}"  # noqa: E731
+    watch.steps.append((3, torch.tensor([False, True]), where, event))
+    watch.end_step()
     assert len(watch.steps) == 1
     with pytest.raises(LolcatsError, match=r"In step 3 .* in place 1"):
         watch.check_weights(4, {"a": torch.ones(1)})
@@ -99,8 +98,9 @@ def test_on_a_gpu_only_saving_waits_for_losses() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_real_gpu() -> None:
-    watch = LossWatch("transfer", lambda bad: "")
-    watch.add(torch.tensor([1.0, float("nan")], device="cuda"))
-    watch.on_step_end(None, SimpleNamespace(global_step=4), None)
+    watch = LossWatch("transfer")
+    watch.step = 4
+    watch.add(torch.tensor([1.0, float("nan")], device="cuda"), lambda bad: "")
+    watch.end_step()
     with pytest.raises(LolcatsError, match="In step 4"):
         watch.check()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import interrupt_at, tiny_model
 from torch import Tensor
 
 import lolcats
@@ -20,10 +19,9 @@ from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.layer import AttentionCall, Geometry, LinearizedAttention, layer_spec
-from lolcats.stages.trainer import BestKeeper
 from lolcats.stages.transfer.loss import attention_loss, attention_losses, older_attention, older_error
 from lolcats.stages.transfer.stage import layer_losses, transfer
-from lolcats.stages.transfer.visits import Visits, first_visit, hidden_windows
+from lolcats.stages.transfer.visits import hidden_windows
 
 B, H, G, T, D, SCALE = 4, 4, 2, 70, 8, 0.4
 PLAIN = TransferConfig(mse_weight=1.0)
@@ -141,8 +139,6 @@ def test_which_rows_are_hidden() -> None:
     assert [p.start + i for p in pieces for i in hidden_windows(p, 0.3, 5) if p.start + i < 2000] == every
     assert every != hidden_windows(range(2000), 0.3, 6)
     assert every[:20] != hidden_windows(range(2000, 4000), 0.3, 5)[:20]
-    visits = Visits.draw(22, load_config("default", ["transfer.epochs=2.5"]).transfer, seed=3)
-    assert [first_visit(step, 22, 8) for step in range(8)] == [step.start for step in visits.steps]
 
 
 @pytest.fixture
@@ -192,15 +188,8 @@ def test_continues_bit_for_bit(
     step: int, settings: list[str], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, _ = trained(settings, data, tmp_path / "a", "transfer.window_dropout=0.5")
-    original = BestKeeper.on_step_end
-
-    def stopping(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            signal.raise_signal(signal.SIGINT)
-        original(self, args, state, control, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(BestKeeper, "on_step_end", stopping)
+        interrupt_at(patch, step)
         with pytest.raises(Interrupted):
             trained(settings, data, tmp_path / "b", "transfer.window_dropout=0.5")
     torch.manual_seed(step)  # no draw comes from the global generator

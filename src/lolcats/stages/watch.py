@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
 
@@ -18,54 +18,51 @@ ADVICE = (
 )
 
 
-class LossWatch(TrainerCallback):
+Where = Callable[[Tensor], str]
+"""From (n,) bool, which losses are NaN or infinite, to the place in words, such as " in layer 3", or ""."""
+
+
+class LossWatch:
     """Check the losses of every step.
 
     On a CPU, this happens immediately, before the step changes anything. On a GPU, it happens as soon as the losses
     have been copied to the host, and always before anything is saved.
-
-    Args:
-        where: called with (n,) bool, which of the losses passed to ``add`` are NaN or infinite; returns where that
-            happened in words, or "".
     """
 
-    def __init__(self, stage: str, where: Callable[[Tensor], str]) -> None:
-        self.stage, self.where, self.step = stage, where, 1
-        self.bad: Tensor | None = None  # of the current step
-        self.steps: deque[tuple[int, Tensor, Any]] = deque()
+    def __init__(self, stage: str) -> None:
+        self.stage, self.step = stage, 1
+        self.bad: tuple[Tensor, Where] | None = None  # of the current step
+        self.steps: deque[tuple[int, Tensor, Where, Any]] = deque()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step = state.global_step + 1
-
-    def add(self, losses: Tensor) -> None:
-        """The losses (n,) or () of a micro-batch."""
+    def add(self, losses: Tensor, where: Where) -> None:
+        """The losses (n,) or () of a micro-batch of step ``step``."""
         bad = ~torch.isfinite(losses.detach()).reshape(-1)
         if bad.is_cuda:
-            self.bad = bad if self.bad is None else self.bad | bad
+            self.bad = bad if self.bad is None else self.bad[0] | bad, where
         else:
-            self._stop_if(bad, self.step)
+            self._stop_if(bad, self.step, where)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def end_step(self) -> None:
+        """Have the losses of the current step copied to the host, and check those that have arrived."""
         if self.bad is not None:
-            event, bad = torch.cuda.Event(), torch.empty(self.bad.shape, dtype=torch.bool, pin_memory=True)
-            bad.copy_(self.bad, non_blocking=True)
+            bad, where = self.bad
+            event, copy = torch.cuda.Event(), torch.empty(bad.shape, dtype=torch.bool, pin_memory=True)
+            copy.copy_(bad, non_blocking=True)
             event.record()
-            self.steps.append((state.global_step, bad, event))
+            self.steps.append((self.step, copy, where, event))
         self.bad = None
         self.check(wait=False)
 
     def check(self, wait: bool = True) -> None:
         """Raise LolcatsError if a loss was NaN or infinite; without ``wait``, check only losses that are copied."""
-        while self.steps and (wait or self.steps[0][2].query()):
-            step, bad, event = self.steps.popleft()
+        while self.steps and (wait or self.steps[0][3].query()):
+            step, bad, where, event = self.steps.popleft()
             event.synchronize()
-            self._stop_if(bad, step)
+            self._stop_if(bad, step, where)
 
-    def _stop_if(self, bad: Tensor, step: int) -> None:
+    def _stop_if(self, bad: Tensor, step: int, where: Where) -> None:
         if bad.any():
-            raise LolcatsError(
-                f"In step {step} of {self.stage} the loss became NaN or infinite{self.where(bad)}. {ADVICE}"
-            )  # fmt: skip
+            raise LolcatsError(f"In step {step} of {self.stage} the loss became NaN or infinite{where(bad)}. {ADVICE}")
 
     def check_weights(self, step: int, weights: dict[str, Tensor]) -> None:
         """Raise LolcatsError if a weight that is about to be saved is NaN or infinite."""

@@ -19,7 +19,7 @@ from lolcats.data.rows import Data
 from lolcats.modeling.checkpoint import LORA, merged_lora, save_adapter_config, save_lora
 from lolcats.modeling.layer import override
 from lolcats.stages.finetune.stage import finetune
-from lolcats.stages.trainer import StageResult
+from lolcats.stages.result import StageResult
 from lolcats.weights.base import Base
 
 CONTROLS: dict[str, dict[str, Any]] = {"window_lora": {"kind": "window"}, "teacher_lora": {"mode": "teacher"}}

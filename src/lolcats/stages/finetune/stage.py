@@ -27,7 +27,9 @@ from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.modeling.skeleton import convert_empty, empty_model
 from lolcats.ranks import ranks
 from lolcats.stages.distributed import fill_part, is_sharded, materialize, own_device, shard
-from lolcats.stages.trainer import StageResult, StageTrainer, train_only, trainable
+from lolcats.stages.finetune.trainer import StageTrainer
+from lolcats.stages.result import StageResult
+from lolcats.stages.trained import train_only, trainable
 from lolcats.stages.watch import first_bad_layer, first_bad_weight
 from lolcats.weights.base import Base, load_model
 from lolcats.weights.shards import OtherNames, shards_of
@@ -206,7 +208,7 @@ class FinetuneTrainer(StageTrainer):
         self.call = {"input_ids": ids} | ({} if positions is None else {"position_ids": positions})
         loss = language_model_loss(self.base, self.head, ids, self.stage_config.liger, positions)
         if torch.is_grad_enabled():
-            self.watch.add(loss)
+            self.watch.add(loss, self.where)
         return loss
 
     def where(self, bad: Tensor) -> str:

@@ -11,12 +11,13 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.skeleton import Skeleton
@@ -54,6 +55,19 @@ class Tokens:
 
     def read(self, batch: Batch) -> Tensor:
         return token_rows(self.validation if batch.step == VALIDATION else self.train, batch.rows)
+
+
+class PackedTokens(Tokens):
+    """(2, N, T): token ids, and position ids that start again with each document of a row."""
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data.train, data.validation)
+        self.places = data.dataset("train"), data.dataset("validation")
+
+    def read(self, batch: Batch) -> Tensor:
+        rows: Any = self.places[batch.step == VALIDATION]
+        items = [rows[int(row)] for row in batch.rows]
+        return torch.stack([torch.stack([item[name] for item in items]) for name in ("input_ids", "position_ids")])
 
 
 class Embeddings(Tokens):

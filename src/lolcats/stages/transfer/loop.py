@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainingArguments
 
 import lolcats
 from lolcats.config import PLACEMENT, Config, to_dict
@@ -27,11 +30,15 @@ from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, Observer
 from lolcats.ranks import Ranks
-from lolcats.stages.trainer import StageResult, noting_interrupt, replace_metrics
+from lolcats.stages.interrupt import noting_interrupt
+from lolcats.stages.metrics import replace_metrics
+from lolcats.stages.result import StageResult
+from lolcats.stages.trackers import Trackers, name_directory
 from lolcats.stages.transfer.hidden import Source, Target, feed
 from lolcats.stages.transfer.loss import attention_loss, attention_losses
 from lolcats.stages.transfer.units import Unit
 from lolcats.stages.transfer.visits import VALIDATION, Batch, Visits, hidden_windows, validation_batches
+from lolcats.stages.watch import LossWatch
 
 STAGE, JOB = "transfer", "job.json"
 HARMLESS = (*PLACEMENT["transfer"], "save_steps", "log_steps")  # settings that do not change the result
@@ -69,11 +76,6 @@ class LayerTrainer:
         device: torch.device, base: str = "", tick: Callable[[int], None] = lambda step: None,
     ) -> None:  # fmt: skip
         self.config, self.ranks, self.device, self.data, self.tick = config.transfer, ranks, device, data, tick
-        if data.positions:
-            raise LolcatsError(
-                "data.reset_at_documents needs a single process that trains all layers jointly: set "
-                "transfer.coupling=joint and transfer.order=joint, and run without torchrun."
-            )
         if self.config.batch_size < ranks.size:
             raise LolcatsError(
                 f"transfer.batch_size ({self.config.batch_size}) is below the number of ranks ({ranks.size}): some "
@@ -82,7 +84,11 @@ class LayerTrainer:
         self.run_directory, self.directory, self.seed = directory, directory / "checkpoints" / STAGE, config.seed
         self.visits = Visits.draw(len(data.train), self.config, config.seed)
         self.validation = validation_batches(len(data.validation), self.config.micro_batch_size, ranks)
-        self.interrupted = False
+        self.interrupted, self.started, self.reported = False, time.monotonic(), 0
+        self.speeds: dict[int, dict[str, float]] = {}  # of evaluations in this process, by step
+        self.watch = LossWatch(STAGE)
+        self.trackers: Trackers | None = None
+        self.report_to = config.report_to
         alone = self.config.coupling == "per_layer"
         split = [[name] for name in layers] if alone else [list(layers)]
         self.units = [
@@ -90,6 +96,11 @@ class LayerTrainer:
             for names in split
         ]
         self._check_job(job_of(config, data, list(layers), base))
+        if ranks.is_first and any(self.directory.glob("checkpoint-*")):
+            raise LolcatsError(
+                f"{self.directory} was left unfinished by an older version of lolcats, whose checkpoints cannot be "
+                "continued. Finish it with that version, or remove the directory to start stage 1 again."
+            )
         for unit in self.units:
             if saved := ranks.shared(unit.read() if ranks.is_first else None):
                 unit.restore(*saved)
@@ -145,7 +156,7 @@ class LayerTrainer:
 
     def _learn(self, group: Group, units: list[Unit], batch: Batch, x: Tensor) -> Tensor:
         """Pass one batch through the group, and accumulate the gradients of its share of the mean loss in the units."""
-        owner = _owners(units)
+        owner, losses = _owners(units), dict[LinearizedAttention, Tensor]()
         hidden = hidden_windows(batch.visits, self.config.window_dropout, self.seed) if units else []
 
         def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
@@ -154,15 +165,21 @@ class LayerTrainer:
             with torch.enable_grad():
                 loss = attention_loss(layer, call, self.config, hidden)
                 (loss * share).backward()
-            unit.add(loss.detach() * share)
+            losses[layer] = loss.detach()
+            unit.add(losses[layer] * share)
 
         with _observed(group.layers, owner, observe):
-            return group.run(x)
+            output = group.run(x)
+        if losses:
+            self.watch.step = batch.step + 1
+            self.watch.add(torch.stack(list(losses.values())), partial(_place, list(losses)))
+        return output
 
     def _end_step(self, group: Group, units: list[Unit], source: Source, step: int) -> None:
         self.ranks.sum([tensor for unit in units for tensor in unit.gradients()])
         for unit in units:
             unit.update()
+        self.watch.end_step()
         done = step + 1
         if units and (done % self.config.eval_steps == 0 or done == len(self.visits.steps)):
             self._evaluate(group, units, source)
@@ -177,7 +194,7 @@ class LayerTrainer:
     def _evaluate(self, group: Group, units: list[Unit], source: Source, before: bool = False) -> None:
         """Compute validation loss and error of the units' layers; ``before``: only record the initial errors."""
         owner = _owners(units)
-        layers = list(owner)
+        layers, started = list(owner), time.monotonic()
         sums = {layer: torch.zeros(2, device=self.device) for layer in layers}
         weight = 0.0
 
@@ -197,10 +214,15 @@ class LayerTrainer:
                 unit.progress.errors_before = list(errors)
             else:
                 unit.evaluated(statistics.fmean(losses), list(errors))
+                self.speeds[unit.progress.step] = _speed(
+                    "eval", time.monotonic() - started, len(self.data.validation), len(self.validation)
+                )
 
     def _save(self, units: list[Unit]) -> None:
         if self.ranks.is_first:
             for unit in units:
+                weights = {name: p.detach() for name, p in unit.parameters.items()}
+                self.watch.check_weights(unit.progress.step, weights)
                 unit.save()
 
     @contextmanager
@@ -212,14 +234,39 @@ class LayerTrainer:
             with noting_interrupt(lambda: setattr(self, "interrupted", True)):
                 yield
 
+    def last_losses(self) -> dict[str, str]:
+        """The newest training and validation loss, for a progress bar."""
+        names = {"loss": "loss", "eval_loss": "validation"}
+        return {names[k]: f"{e[k]:.4g}" for e in self.history()[-2 * len(names) :] for k in names if k in e}
+
     @property
     def finished(self) -> bool:
         return all(unit.finished for unit in self.units)
 
-    def write_metrics(self) -> None:
-        """Write the run's metrics.jsonl up to the step that all units have reached."""
-        if self.ranks.is_first:
-            replace_metrics(self.run_directory / "metrics.jsonl", STAGE, self.history())
+    def track(self, model: nn.Module) -> None:
+        """Report to the run's trackers from here on."""
+        if self.ranks.is_first and self.report_to:
+            name_directory(self.report_to, self.run_directory / "metrics.jsonl")
+            settings = TrainingArguments(
+                output_dir=str(self.directory), seed=self.seed, use_cpu=self.device.type == "cpu",
+                learning_rate=self.config.learning_rate, max_steps=len(self.visits.steps), report_to=self.report_to,
+            )  # fmt: skip
+            self.trackers = Trackers(self.report_to, settings, model, len(self.visits.steps))
+            self.reported = len(self.history())
+
+    def write_metrics(self, last: Sequence[dict[str, float]] = ()) -> None:
+        """Write the run's metrics.jsonl up to the step that all units have reached, and then ``last``."""
+        if not self.ranks.is_first:
+            return
+        history = [
+            entry | (self.speeds.get(int(entry["step"]), {}) if "eval_loss" in entry else {})
+            for entry in self.history()
+        ] + list(last)
+        replace_metrics(self.run_directory / "metrics.jsonl", STAGE, history)
+        if self.trackers is not None:
+            for entry in history[self.reported :]:
+                self.trackers.log(entry)
+            self.reported = len(history)
 
     def history(self) -> list[dict[str, float]]:
         """Means over units for each step; a unit that has stopped early contributes its last values."""
@@ -232,15 +279,18 @@ class LayerTrainer:
                 last = [one.get(step, old) for one, old in zip(own, last, strict=True)]
                 known = [entry for entry in last if entry is not None]
                 keys = [k for k in known[0] if k != "step"]
-                entries.append({"step": step, **{k: statistics.fmean(e[k] for e in known) for k in keys}})
+                values = {k: statistics.fmean(e[k] for e in known if k in e) for k in keys}
+                entries.append({"step": step, "epoch": step / self.visits.steps_per_epoch, **values})
         return sorted(entries, key=lambda entry: (entry["step"], "eval_loss" in entry))
 
     def result(self) -> LayerwiseResult:
         """Give the layers their best weights, and return what all units did."""
+        progress = [unit.progress for unit in self.units]
+        self.write_metrics([self._summary()])
+        if self.trackers is not None:
+            self.trackers.close()
         for unit in self.units:
             unit.take_best()
-        self.write_metrics()
-        progress = [unit.progress for unit in self.units]
         return LayerwiseResult(
             steps=max(p.step for p in progress),
             best_step=max(p.best_step for p in progress),
@@ -249,6 +299,32 @@ class LayerTrainer:
             errors_before=[error for p in progress for error in p.errors_before],
             errors_after=[error for p in progress for error in p.errors_best],
         )
+
+    def _summary(self) -> dict[str, float]:
+        """The last entry of the log, with the names that transformers' Trainer has."""
+        steps = max(unit.progress.step for unit in self.units)
+        logged = [steps - steps % self.config.log_steps or 1 for _ in self.units]
+        means = [unit.progress.loss_total / count for unit, count in zip(self.units, logged, strict=True)]
+        seconds = time.monotonic() - self.started
+        rows = self.visits.steps[steps - 1].stop if steps else 0
+        return {
+            "step": steps, "epoch": steps / self.visits.steps_per_epoch, "train_loss": statistics.fmean(means),
+            "total_flos": 0.0, **_speed("train", seconds, rows, steps),
+        }  # fmt: skip
+
+
+def _speed(stage: str, seconds: float, rows: int, steps: int) -> dict[str, float]:
+    """Time and speed as transformers' Trainer logs them."""
+    seconds = max(seconds, 1e-9)
+    return {
+        f"{stage}_runtime": seconds, f"{stage}_samples_per_second": rows / seconds,
+        f"{stage}_steps_per_second": steps / seconds,
+    }  # fmt: skip
+
+
+def _place(layers: Sequence[LinearizedAttention], bad: Tensor) -> str:
+    """Where a loss became NaN or infinite, as the end of a sentence."""
+    return f" in layer {layers[int(bad.long().argmax())].geometry.layer}"
 
 
 def compare_jobs(known: dict[str, Any], asked: dict[str, Any], directory: Path) -> None:

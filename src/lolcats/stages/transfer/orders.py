@@ -25,7 +25,17 @@ from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import Ranks
-from lolcats.stages.transfer.hidden import Boundary, Embeddings, HostStates, Nowhere, Source, Target, Tokens, token_rows
+from lolcats.stages.transfer.hidden import (
+    Boundary,
+    Embeddings,
+    HostStates,
+    Nowhere,
+    PackedTokens,
+    Source,
+    Target,
+    Tokens,
+    token_rows,
+)
 from lolcats.stages.transfer.loop import JOB, STAGE, Group, LayerTrainer, LayerwiseResult, compare_jobs, read_job
 from lolcats.stages.transfer.units import Unit, read_progress
 from lolcats.stages.transfer.visits import VALIDATION, batch_shapes, split
@@ -52,21 +62,25 @@ def train_joint(
     total = len(trainer.visits.steps)
     first = min((unit.progress.step for unit in trainer.units if not unit.finished), default=total)
 
-    def run(ids: Tensor) -> Tensor:
-        return decoder(model)(input_ids=ids, use_cache=False)[0]
+    def run(rows: Tensor) -> Tensor:
+        ids, *positions = rows if data.positions else [rows]
+        return decoder(model)(input_ids=ids, use_cache=False, **dict(zip(["position_ids"], positions, strict=False)))[0]
 
     model.eval()
+    trainer.track(model)
+    source = PackedTokens(data) if data.positions else Tokens(data.train, data.validation)
     group = Group(list(layers.values()), run, trainer.units)
     with fused_layers(model, config.transfer.liger), _progress(trainer, total, first) as bar:
 
         def tick(step: int) -> None:
             bar.update()
-            if step % config.transfer.log_steps == 0:
+            if step % config.transfer.log_steps == 0 or step % config.transfer.eval_steps == 0:
                 trainer.write_metrics()
+                bar.set_postfix(trainer.last_losses())
 
         trainer.tick = tick
         if not trainer.finished:
-            trainer.sweep(group, Tokens(data.train, data.validation), Nowhere(), range(first, total))
+            trainer.sweep(group, source, Nowhere(), range(first, total))
     return trainer.result()
 
 
@@ -82,6 +96,10 @@ class LayerByLayer:
         self, skeleton: Skeleton, data: Data, config: Config, directory: Path, ranks: Ranks, base: str = "",
         say: Say = lambda text: None,
     ) -> None:  # fmt: skip
+        if data.positions:
+            raise LolcatsError(
+                "data.reset_at_documents needs all layers on the device: set transfer.order=joint (--schedule joint)."
+            )
         self.skeleton, self.data, self.config, self.ranks, self.say = skeleton, data, config.transfer, ranks, say
         self.device, self.count = skeleton.device, len(skeleton.layers)
         layers = layers_by_name(skeleton.model)

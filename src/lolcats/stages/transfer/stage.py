@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,22 +18,19 @@ from lolcats.config import Config, TransferConfig
 from lolcats.data.rows import Data
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
-from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import ranks
-from lolcats.stages.trainer import StageResult, StageTrainer, train_only
+from lolcats.stages.result import StageResult
+from lolcats.stages.trained import train_only
 from lolcats.stages.transfer.loop import LayerwiseResult
 from lolcats.stages.transfer.loss import attention_loss
 from lolcats.stages.transfer.orders import LayerByLayer, Say, train_joint
-from lolcats.stages.transfer.visits import first_visit, hidden_windows
 
 
 def transfer(
     model: PreTrainedModel, data: Data, config: Config, directory: Path, base: str = ""
 ) -> StageResult:  # fmt: skip
     """Train the feature maps and gates of a converted model in place; everything else is frozen.
-
-    Uses transformers' Trainer in one process with ``coupling: joint``, else :mod:`lolcats.stages.transfer.loop`.
 
     Args:
         model: result of :func:`lolcats.modeling.convert.convert`, in any float dtype; feature maps and gates are fp32.
@@ -46,15 +42,7 @@ def transfer(
         The result of the stage. The model has the feature maps with the best validation loss.
     """
     train_only(model, lambda name: ".lolcats." in name)
-    here = ranks()
-    if here.size > 1 or config.transfer.coupling == "per_layer":
-        return train_joint(model, data, config, directory, here, base)
-    trainer = TransferTrainer(
-        model, config.transfer, data.dataset("train"), data.dataset("validation"), "transfer",
-        directory / "checkpoints" / "transfer", directory / "metrics.jsonl", config.seed, config.report_to,
-    )  # fmt: skip
-    with fused_layers(model, config.transfer.liger):
-        return trainer.run()
+    return train_joint(model, data, config, directory, ranks(), base)
 
 
 def transfer_in_turn(
@@ -71,39 +59,6 @@ def transfer_in_turn(
     """
     work = LayerByLayer(skeleton, data, config, directory, ranks(), base, say)
     return work.stream() if config.transfer.order == "stream" else work.blocks(only)
-
-
-class TransferTrainer(StageTrainer):
-    """Loss: mean over layers of mse_weight · MSE(ŷ, y) (+ xent_weight · cross-entropy of attention weights)."""
-
-    stage_config: TransferConfig
-    seen = (-1, 0)
-    """The current optimizer step, and how many of its rows have been processed."""
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        scale = 1 / self.current_gradient_accumulation_steps
-        inputs = self._prepare_inputs(inputs)
-        ids = inputs["input_ids"]
-        losses = layer_losses(model, ids, self.stage_config, scale, inputs.get("position_ids"), self._hidden(len(ids)))
-        self.watch.add(losses)
-        return losses.mean() * scale
-
-    def _hidden(self, rows: int) -> list[int]:
-        """Which of the next rows of this step hide their window."""
-        config, step = self.stage_config, self.state.global_step
-        before = self.seen[1] if self.seen[0] == step else 0
-        self.seen = step, before + rows
-        first = before + first_visit(step, len(self.train_dataset), config.batch_size)
-        return hidden_windows(range(first, first + rows), config.window_dropout, self.args.seed)
-
-    def where(self, bad: Tensor) -> str:
-        layers = [layer.geometry.layer for layer in linearized_layers(self.model)]
-        return f" in layer {layers[int(bad.long().argmax())]}"
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        return layer_losses(
-            model, inputs["input_ids"], self.stage_config, positions=inputs.get("position_ids")
-        ).mean()  # fmt: skip
 
 
 def layer_losses(

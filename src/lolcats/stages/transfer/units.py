@@ -23,7 +23,7 @@ from lolcats.config import TransferConfig
 from lolcats.errors import LolcatsError
 from lolcats.files import load_strictly, read_metadata, read_tensors, write_tensors
 from lolcats.modeling.layer import LinearizedAttention
-from lolcats.stages.trainer import SCHEDULES
+from lolcats.stages.schedules import SCHEDULES
 
 MAPS, BEST, FIRST, SECOND = "maps.", "best.", "exp_avg.", "exp_avg_sq."
 
@@ -42,6 +42,8 @@ class Progress:
     errors_best: list[float] = field(default_factory=list)
     loss_sum: float = 0.0
     """Sum of the training losses since the last entry of the history."""
+    loss_total: float = 0.0
+    """Sum of all training losses that entries of the history have."""
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -68,6 +70,8 @@ class Unit:
         self.best: dict[str, Tensor] = {}
         self.loss: Tensor | None = None  # of the current step
         self._losses: Tensor | None = None  # since the last entry of the history
+        self._touched = torch.zeros(0)  # which parameters have gradients
+        self._idle: list[nn.Parameter] | None = None  # those that never have one, once that is known
         undecayed = {name for name in self.parameters if "bias" in name or ".norm." in name}
         decay = [p for name, p in self.parameters.items() if name not in undecayed]
         rest = [p for name, p in self.parameters.items() if name in undecayed]
@@ -84,19 +88,33 @@ class Unit:
         self.loss = loss.float() if self.loss is None else self.loss + loss
 
     def gradients(self) -> list[Tensor]:
-        """The tensors to sum over ranks: gradients and loss. They are zero on a rank without rows."""
-        for parameter in self.parameters.values():
+        """The tensors to sum over ranks: gradients, loss, and which parameters have gradients.
+
+        A rank without rows has zeros.
+        """
+        parameters = list(self.parameters.values())
+        device = parameters[0].device
+        if self._idle is None:
+            self._touched = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+        for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if self.loss is None:
-            self.loss = torch.zeros((), device=next(iter(self.parameters.values())).device)
-        return [*(p.grad for p in self.parameters.values() if p.grad is not None), self.loss]
+            self.loss = torch.zeros((), device=device)
+        touched = [self._touched] if self._idle is None else []
+        return [*(p.grad for p in parameters if p.grad is not None), self.loss, *touched]
 
     def update(self) -> None:
         """Finish an optimizer step: clip gradients, step optimizer and schedule, update the history."""
         config, progress = self.config, self.progress
+        if self._idle is None:  # the same in every step, and on every rank
+            touched = zip(self.parameters.values(), self._touched.tolist(), strict=True)
+            self._idle = [parameter for parameter, count in touched if not count]
+        for parameter in self._idle:
+            parameter.grad = None  # so that the optimizer leaves it as it is, without weight decay
         limit = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not isinstance(self.scheduler, ReduceLROnPlateau):
@@ -106,19 +124,14 @@ class Unit:
         self._losses = self.loss if self._losses is None else self._losses + self.loss
         self.loss = None
         if progress.step % config.log_steps == 0:
-            self._log(norm)
+            self._log(norm, rate)
 
-    def _log(self, norm: Tensor) -> None:
+    def _log(self, norm: Tensor, rate: float) -> None:
         loss = (self._taken() + self.progress.loss_sum) / self.config.log_steps
-        if not math.isfinite(loss):
-            raise LolcatsError(
-                f"The loss became {loss} by step {self.progress.step} in {self.path.stem}. Its last good state is "
-                "kept. Look for broken data, or lower the learning rate."
-            )
-        rate = self.optimizer.param_groups[0]["lr"]
         entry = {"step": self.progress.step, "loss": loss, "grad_norm": norm.item(), "learning_rate": rate}
         self.progress.history.append(entry)
         self.progress.loss_sum = 0.0
+        self.progress.loss_total += loss * self.config.log_steps
 
     def _taken(self) -> float:
         value, self._losses = 0.0 if self._losses is None else self._losses.item(), None

@@ -41,6 +41,7 @@ class Visits:
 
     rows: Tensor
     steps: list[range]
+    steps_per_epoch: int
 
     @classmethod
     def draw(cls, count: int, config: TransferConfig, seed: int) -> Visits:
@@ -55,7 +56,7 @@ class Visits:
             steps += [
                 range(start + i, start + min(i + config.batch_size, count)) for i in range(0, count, config.batch_size)
             ]
-        return cls(torch.cat(epochs)[: steps[total - 1].stop], steps[:total])
+        return cls(torch.cat(epochs)[: steps[total - 1].stop], steps[:total], per_epoch)
 
     def chunks(self, rows: int) -> list[range]:
         """Ranges of steps with at most ``rows`` visits each, or a single step that has more."""
@@ -81,12 +82,6 @@ def validation_batches(count: int, micro: int, ranks: Ranks) -> list[Batch]:
     """This rank's batches of ``count`` validation rows."""
     share = ranks.share(range(count))
     return [Batch(torch.arange(p.start, p.stop), p, len(p) / count) for p in split(share, micro)]
-
-
-def first_visit(step: int, count: int, batch_size: int) -> int:
-    """Number of the first visit of an optimizer step, as :meth:`Visits.draw` numbers them."""
-    epoch, place = divmod(step, math.ceil(count / batch_size))
-    return epoch * count + place * batch_size
 
 
 def hidden_windows(visits: range, probability: float, seed: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Shared by both stages: a transformers.Trainer that saves only what it trains, keeps the best weights, and can resume.
+"""A transformers.Trainer that saves only what it trains, keeps the best weights, and can resume.
 
 A checkpoint is used only if its ``complete`` marker was written. It holds the trained tensors, optimizer, schedule,
 random state and early-stopping count, so on a CPU a resumed run equals an uninterrupted one bit for bit.
@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,37 +18,26 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from lolcats.config import StageConfig
 from lolcats.data.rows import Item, Rows
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import load_strictly, read_tensors, write_tensors, write_text
 from lolcats.ranks import is_first, ranks
+from lolcats.stages.arguments import training_arguments
 from lolcats.stages.distributed import all_reduce_gradients, any_rank, is_sharded
+from lolcats.stages.interrupt import noting_interrupt
+from lolcats.stages.metrics import replace_metrics
+from lolcats.stages.result import StageResult
+from lolcats.stages.trackers import name_directory
+from lolcats.stages.trained import trainable
 from lolcats.stages.watch import ADVICE, LossWatch
 
 COMPLETE = "complete"
 TRAINABLE = "trainable.safetensors"
 BEST = "best.safetensors"
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # transformers' names
-SCHEDULES = {
-    "reduce_on_plateau": "reduce_lr_on_plateau", "constant": "constant_with_warmup", "linear": "linear",
-    "cosine": "cosine",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage did: its number of optimizer steps, and its log.
-
-    ``best_loss`` is the validation loss of the model's final weights, which are those of step ``best_step``.
-    """
-
-    steps: int
-    best_step: int
-    best_loss: float
-    history: list[dict[str, float]]
 
 
 class StageTrainer(Trainer):
@@ -71,12 +55,11 @@ class StageTrainer(Trainer):
         stage: str, directory: Path, metrics: Path, seed: int = 0, report_to: list[str] | None = None,
     ) -> None:  # fmt: skip
         self.keeper = BestKeeper(config.early_stopping_patience, directory / BEST)
-        self.watch = LossWatch(stage, self.where)
+        self.watch = LossWatch(stage)
         self.stage, self.directory, self.stage_config = stage, directory, config
         configuration: Any = getattr(model, "config", None)
         use_cache = getattr(configuration, "use_cache", None)
-        if "tensorboard" in (report_to or []):
-            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(metrics.parent / "tensorboard"))
+        name_directory(report_to or [], metrics)
         try:
             super().__init__(
                 model=model,
@@ -90,7 +73,7 @@ class StageTrainer(Trainer):
                 ),
                 train_dataset=Rows(train) if isinstance(train, Tensor) else train,
                 eval_dataset=Rows(validation) if isinstance(validation, Tensor) else validation,
-                callbacks=[self.watch, self.keeper, MetricsFile(metrics, stage)],
+                callbacks=[WatchSteps(self.watch), self.keeper, MetricsFile(metrics, stage)],
             )
         except (ImportError, RuntimeError, ValueError) as error:
             if report_to:
@@ -119,10 +102,6 @@ class StageTrainer(Trainer):
                 raise Interrupted(f"Stopped in {self.stage} after step {self.state.global_step}; its state is saved.")
         load_strictly(trainable(self.model), read_tensors(self.directory / BEST), self.directory / BEST)
         return StageResult(state["global_step"], self.keeper.step, self.keeper.loss, state["log_history"])
-
-    def where(self, bad: Tensor) -> str:
-        """Where a loss became NaN or infinite, as the end of a sentence; ``bad``: which of the losses did."""
-        return ""
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         with torch.no_grad():
@@ -178,82 +157,23 @@ class UnwrappingAccelerator(Accelerator):  # type: ignore[misc]
         return super().prepare_model(model, False if is_sharded(model) else device_placement, evaluation_mode=True)
 
 
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor of everything that requires a gradient."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def train_only(model: nn.Module, wanted: Callable[[str], bool]) -> None:
-    """Freeze everything but the parameters whose name ``wanted`` accepts."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(wanted(name))
-
-
 def newest_checkpoint(directory: Path) -> Path | None:
     """The complete checkpoint with the most steps, if any."""
     complete = [p.parent for p in directory.glob(f"checkpoint-*/{COMPLETE}")]
     return max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 
-def training_arguments(
-    config: StageConfig,
-    directory: Path,
-    seed: int,
-    device: torch.device,
-    report_to: list[str],
-    validation_rows: int = 0,
-) -> TrainingArguments:
-    """Translate our settings for transformers. Under torchrun, the ranks share each batch equally."""
-    plateau = config.schedule == "reduce_on_plateau"
-    count = ranks().size
-    if config.batch_size % (config.micro_batch_size * count):
-        raise LolcatsError(
-            f"A batch of {config.batch_size} rows cannot be shared by {count} ranks in micro-batches of "
-            f"{config.micro_batch_size}: set batch_size to a multiple of {config.micro_batch_size * count}, or "
-            "lower micro_batch_size."
-        )
-    plateau_kwargs = {
-        "factor": config.plateau_factor, "patience": config.plateau_patience, "min_lr": config.min_learning_rate,
-    }  # fmt: skip
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        per_device_train_batch_size=config.micro_batch_size,
-        per_device_eval_batch_size=evaluation_batch(config.micro_batch_size, validation_rows, count),
-        gradient_accumulation_steps=config.batch_size // (config.micro_batch_size * count),
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
-        max_grad_norm=config.max_grad_norm,
-        lr_scheduler_type=SCHEDULES[config.schedule],
-        lr_scheduler_kwargs=plateau_kwargs if plateau else {},
-        warmup_steps=config.warmup_steps,
-        eval_strategy="steps",
-        eval_steps=config.eval_steps,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=2,
-        logging_steps=config.log_steps,
-        logging_nan_inf_filter=False,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        seed=seed,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
-        report_to=report_to or "none",
-    )
-    if arguments.n_gpu > 1:  # one GPU per process: several need torchrun, never DataParallel
-        arguments._n_gpu = 1
-    return arguments
+class WatchSteps(TrainerCallback):
+    """Tells a :class:`LossWatch` which step the Trainer is in."""
 
+    def __init__(self, watch: LossWatch) -> None:
+        self.watch = watch
 
-def evaluation_batch(most: int, rows: int, ranks: int) -> int:
-    """Number of rows to evaluate at a time, at most ``most``, such that no rank pads a batch with repeated rows."""
-    if ranks == 1:
-        return most
-    return max((n for n in range(1, most + 1) if rows % (n * ranks) == 0), default=1)
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.step = state.global_step + 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.end_step()
 
 
 class BestKeeper(TrainerCallback):
@@ -301,24 +221,6 @@ class BestKeeper(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
-@contextmanager
-def noting_interrupt(note: Callable[[], None]) -> Iterator[None]:
-    """Call ``note`` on the first Ctrl-C; the second one acts as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handler(signum: int, frame: FrameType | None) -> None:
-        note()
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 class MetricsFile(TrainerCallback):
     """Write metrics.jsonl, one JSON object per line, for both stages. On resuming, drop lines after the checkpoint."""
 
@@ -333,15 +235,6 @@ class MetricsFile(TrainerCallback):
         if is_first():
             with self.path.open("a") as file:
                 file.write(json.dumps({"stage": self.stage, **logs, "step": state.global_step}) + "\n")
-
-
-def replace_metrics(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
-    """Replace the entries of a stage in a metrics file by ``history``."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    others = [line for line in lines if json.loads(line)["stage"] != stage]
-    ours = [json.dumps({"stage": stage, **entry}) for entry in history]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(line + "\n" for line in others + ours))
 
 
 class StageProgress(ProgressCallback):  # type: ignore[misc]
