@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lolcats.cli import app
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Engine
-from lolcats.inference.server import Access, access_for
+from lolcats.inference.server import Access, access_for, is_loopback
 
 PAGE = "https://chat.example.org"
 ASKS = {"Origin": PAGE, "Access-Control-Request-Method": "POST",
@@ -125,6 +125,25 @@ def test_an_empty_key_where_others_can_reach_the_server_is_refused(monkeypatch: 
         assert done.exit_code == 2
         assert "key" in done.stderr
         assert "No API key" not in done.stderr
+
+
+@pytest.mark.parametrize("key", [" key", "key\n", "   ", "\udcff", "a\tb"])
+def test_keys_that_no_client_could_send_are_refused(key: str) -> None:
+    with pytest.raises(LolcatsError, match="printable text without blanks"):
+        Access(key)
+
+
+@pytest.mark.parametrize("host", ["example.org:8000", "http://example.org", "a/b", "[::1]:80"])
+def test_allowed_hosts_are_names(host: str) -> None:
+    with pytest.raises(LolcatsError, match="without scheme or port"):
+        Access("", (), (host,))
+
+
+def test_what_is_loopback() -> None:
+    for host in ("localhost", "LOCALHOST", "127.0.0.1", "127.1", "127.0.0.2", "::1"):
+        assert is_loopback(host), host
+    for host in ("0.0.0.0", "::", "192.168.0.5", "no-such-host.invalid"):
+        assert not is_loopback(host), host
 
 
 def test_a_server_that_anyone_can_use_says_so_at_its_start() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import socket
@@ -19,6 +20,7 @@ from test_server import slow_down
 
 from lolcats.inference.engine import Engine
 from lolcats.inference.server import Limits
+from lolcats.inference.server.http import settle_heap
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "cat"}], "max_tokens": 3}
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -149,14 +151,28 @@ def test_answers_on_a_kept_connection_do_not_wait_for_delayed_acknowledgements(e
     assert statistics.median(seconds) < 0.02  # 44 ms with Nagle's algorithm; the benchmark asks for 2 ms
 
 
+@pytest.fixture
+def settled() -> Iterator[None]:
+    """As in a server of its own."""
+    settle_heap()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("settled")
 def test_a_prompt_of_a_mebibyte_does_not_stall_others(engine: Engine) -> None:
     limits = Limits(context=1 << 21, body_bytes=1 << 21)
+    many = [{"role": "user", "content": ""}] * 12_000
     words = "the cat sat on a mat and saw that dogs like warm milk " * 20_000
     ids = [7] * 400_000
     for body in (
         {"model": "tiny", "prompt": words[: 1 << 20], "max_tokens": 1 << 21},
         {"model": "other", "prompt": ids},
         {**CHAT, "messages": [{"role": "user", "content": words[: 1 << 20]}], "logprobs": 3},
+        {"model": "tiny", "prompt": ["a"] * 260_000},
+        {"model": "tiny", "prompt": [-1] * 340_000},
+        {"model": "tiny", "prompt": [[1]] * 260_000},
+        {**CHAT, "messages": many, "top_logprobs": 3},
     ):
         with serving(engine, limits) as (address, _), httpx.Client(base_url=address, timeout=60) as http:
             http.get("/health")
@@ -175,3 +191,43 @@ def test_a_prompt_of_a_mebibyte_does_not_stall_others(engine: Engine) -> None:
                 worst = max(worst, time.monotonic() - started)
             assert replies[0].status_code in (400, 404)
             assert worst < 0.4  # 1.2 s when it was tokenized and checked on the event loop
+
+
+@pytest.mark.usefixtures("settled")
+def test_many_log_probabilities_do_not_stall_others(engine: Engine) -> None:
+    limits = Limits(context=20_000, body_bytes=1 << 20)
+    for stream in (False, True):
+        body = {"model": "tiny", "prompt": [5, 6, 7, 8, 9] * 1600, "max_tokens": 0, "echo": True, "logprobs": 20}
+        with serving(engine, limits) as (address, _), httpx.Client(base_url=address, timeout=60) as http:
+            replies: list[httpx.Response] = []
+            poster = threading.Thread(
+                target=lambda body=body, stream=stream, address=address, replies=replies: replies.append(
+                    httpx.post(f"{address}/v1/completions", json={**body, "stream": stream}, timeout=120)
+                )
+            )
+            poster.start()
+            worst = 0.0
+            while poster.is_alive():
+                started = time.monotonic()
+                http.get("/health")
+                worst = max(worst, time.monotonic() - started)
+            assert replies[0].status_code == 200
+            assert len(replies[0].content) > 1 << 20
+            assert worst < 0.3  # 0.5 s on the event loop, and 22 s for twelve times as many
+
+
+def test_a_request_that_is_read_as_the_server_ends_gets_an_error(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level(logging.INFO),
+        serving(engine, deadline=0) as (address, service),
+        connection(address) as client,
+    ):
+        client.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
+        time.sleep(0.2)
+        service.stop()
+        said = rest(client)
+    assert said.startswith(b"HTTP/1.1 503 ")
+    assert b"The server shut down" in said
+    assert [record for record in caplog.records if record.exc_info] == []

@@ -164,7 +164,7 @@ def test_prompts_of_one_length_can_be_prefilled_together(tokenizer: Any) -> None
     many = [[5 + i, 6, 7 + i] for i in range(5)] + [[9, 8], *prompts(8)[6:]]
     asked = [ask(engine, prompt, max_tokens=20) for prompt in many]
     engine.step()
-    assert len(engine.running) == 3
+    assert len(engine.running) == 4  # the shortest, then three of one length together
     engine.run()
     for prompt, deltas in zip(many, asked, strict=True):
         assert tokens(deltas) == alone(single, prompt, max_tokens=20)
@@ -198,6 +198,22 @@ def test_a_long_prompt_does_not_starve_among_short_ones(tokenizer: Any) -> None:
             ask(engine, prompts(8)[4], max_tokens=1)
         engine.step()
     assert long
+    engine.run()
+
+
+def test_no_prompt_starves_between_a_long_one_and_short_ones(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=0)
+    long = ask(engine, prompts(8)[7] * 20, max_tokens=1)  # 88 pieces
+    engine.step()
+    medium = ask(engine, prompts(8)[7], max_tokens=1)  # 5 pieces
+    for _ in range(40):
+        if medium:
+            break
+        if len(engine.waiting) < 5:
+            ask(engine, prompts(8)[4], max_tokens=1)
+        engine.step()
+    assert medium
+    assert not long
     engine.run()
 
 

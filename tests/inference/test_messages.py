@@ -79,6 +79,15 @@ def test_what_a_template_refuses_is_the_client_s_mistake(tokenizer: Any) -> None
         assert caught.value.status == 400
 
 
+@pytest.mark.parametrize("arguments", ["[" * 2000 + "]" * 2000, '"\\ud800"', "{", ""])
+def test_arguments_that_are_not_json_are_text(arguments: str, tokenizer: Any) -> None:
+    call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
+    given = body([CONVERSATION[0], {**CONVERSATION[1], "tool_calls": [call]}])
+    text = Template(with_template(tokenizer, KNOWS_ALL)).render([m.plain() for m in given.messages])
+    text.encode()
+    assert "weather(" in text
+
+
 @pytest.mark.parametrize("text", ["the cat — 猫 🐈‍⬛", "", " a\n\n b", "<eos>x"])
 def test_token_ids_are_the_tokenizer_s_own(text: str, tokenizer: Any) -> None:
     tokenizing = Tokenizing(tokenizer)

@@ -65,6 +65,15 @@ def test_a_seed_repeats_itself_and_rows_are_independent() -> None:
     assert len(set(tokens(0))) > 1
 
 
+@pytest.mark.parametrize("mate", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"temperature": 0.0}, {}])
+def test_a_mate_with_filters_changes_no_token(mate: dict[str, Any]) -> None:
+    def tokens(*others: Sampler) -> list[int]:
+        own, batch = Sampler(SamplingParams(temperature=3.0, seed=1), []), BatchSampler()
+        return [batch.sample(LOGITS.repeat(1 + len(others), 1), [own, *others])[0][0] for _ in range(40)]
+
+    assert tokens() == tokens(Sampler(SamplingParams(**{"temperature": 1.0, **mate}), []))
+
+
 def test_penalties_follow_a_batch_whose_requests_come_and_go() -> None:
     """What rows have seen stays right when the batch changes: a token at a time alone gives the same."""
 

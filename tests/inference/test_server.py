@@ -334,3 +334,40 @@ def test_three_hundred_requests_with_clients_that_leave(engine: Engine, running:
 def test_health(running: tuple[str, Any], engine: Engine) -> None:
     state = httpx.get(f"{running[0]}/health").json()
     assert (state["status"], state["slots"], state["state_bytes"]) == ("ok", 8, engine.state_bytes)
+
+
+def test_head_allow_and_what_is_not_shown(running: tuple[str, Any]) -> None:
+    for path in ("", "health", "v1/models"):
+        assert httpx.head(f"{running[0]}/{path}").status_code == 200
+    reply = httpx.put(f"{running[0]}/v1/completions", content=b"")
+    assert (reply.status_code, reply.headers["Allow"]) == (405, "POST")
+    assert httpx.get(f"{running[0]}/openapi.json").status_code == 404
+
+
+SURROGATES = [
+    {"model": "tiny", "prompt": "a", "\ud800": 1}, {"model": "tiny", "prompt": "a", "stream_options": {"\ud800": 1}},
+    {"model": "tiny", "prompt": "a", "metadata": {"a": "\udfff"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", SURROGATES, ids=str)
+def test_surrogates_anywhere_are_an_error(running: tuple[str, Any], body: dict[str, Any]) -> None:
+    reply = httpx.post(f"{running[0]}/v1/completions", content=json.dumps(body), headers=JSON)
+    assert_error(reply, 400, "surrogate")
+
+
+def test_errors_of_the_engine_name_their_field(running: tuple[str, Any]) -> None:
+    for change, field in (({"prompt": []}, "prompt"), ({"logit_bias": {"320": 1}}, "logit_bias")):
+        reply = httpx.post(f"{running[0]}/v1/completions", json={"model": "tiny", "prompt": "a", **change})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
+
+
+def test_every_first_token_is_counted(engine: Engine, running: tuple[str, Any]) -> None:
+    def counted() -> float:
+        lines = httpx.get(f"{running[0]}/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith("lolcats_first_token_seconds_count")).split()[1])
+
+    before = counted()
+    for _ in range(10):
+        httpx.post(f"{running[0]}/v1/completions", json={"model": "tiny", "prompt": [5, 6], "n": 4, "max_tokens": 8})
+    assert counted() == before + 40

@@ -103,7 +103,7 @@ def test_a_hostile_schema_is_refused_and_other_streams_go_on(server: tuple[str, 
         lines, worst = stream.iter_lines(), 0.0
         next(lines)
         hostile.start()
-        wait_until(lambda: service.compiling == 1)
+        wait_until(lambda: service.compiling.waiting == 1)
         while hostile.is_alive():
             started = time.monotonic()
             if next(lines, None) is None:
@@ -118,7 +118,7 @@ def test_a_hostile_schema_is_refused_and_other_streams_go_on(server: tuple[str, 
 def test_more_grammars_than_can_be_compiled_are_refused_with_429(
     server: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lolcats.inference.server.app.COMPILING", 0)
+    monkeypatch.setattr("lolcats.inference.server.compiling.MOST_WAITING", 0)
     assert post(server[0], response_format={"type": "json_object"}).status_code == 429
     assert post(server[0], response_format={"type": "text"}).status_code == 200
 

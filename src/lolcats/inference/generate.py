@@ -21,6 +21,8 @@ def encode(tokenizer: Any, prompt: str | list[Message], raw: bool = False) -> An
 
     raw: encode the text as is, without the chat template.
     """
+    if isinstance(prompt, str) and any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise LolcatsError("The prompt is not valid UTF-8.")
     if raw and not isinstance(prompt, str):
         raise LolcatsError("Messages cannot be encoded raw: give a text to complete.")
     if raw or not tokenizer.chat_template:

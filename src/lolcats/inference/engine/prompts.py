@@ -1,8 +1,8 @@
 """Prompts that wait for a slot, and whose turn it is to be prefilled.
 
-Pieces of prompts alternate between the prompt that came first, so that none starves, and the one with the fewest
-tokens left, so that a short prompt never waits for a long one. A short prompt that comes while the only other one is
-prefilled is next.
+Every other piece goes to the prompt with the fewest tokens left, so a short prompt never waits for a long one: if it
+comes while the only other prompt is prefilled, it is next. The pieces between go in turns to the prompt that came first
+and to the one that has waited longest for a piece, so none starves.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ class Prompts:
     """
 
     def __init__(self, most_begun: int) -> None:
-        self.requests: dict[Request, None] = {}
-        self.most_begun, self.oldest_was_last = most_begun, False
+        self.requests: dict[Request, int] = {}
+        """With the time, in pieces, at which each came or was last served."""
+        self.most_begun, self.time = most_begun, 0
+        self.shortest_next, self.oldest_next = True, True
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -34,7 +36,7 @@ class Prompts:
         return iter(tuple(self.requests))
 
     def add(self, request: Request) -> None:
-        self.requests[request] = None
+        self.requests[request] = self.time
 
     def remove(self, request: Request) -> None:
         del self.requests[request]
@@ -43,11 +45,18 @@ class Prompts:
         """Whose piece is computed next."""
         begun = [request for request in self.requests if request.cache is not None]
         able = begun if len(begun) >= self.most_begun else list(self.requests)
-        return min(able, key=lambda request: request.left) if self.oldest_was_last else able[0]
+        if self.shortest_next:
+            return min(able, key=lambda request: request.left)
+        return able[0] if self.oldest_next else min(able, key=self.requests.__getitem__)
 
     def served(self, request: Request) -> None:
-        """A piece of this prompt was computed: the other rule chooses the next one."""
-        self.oldest_was_last = request is next(iter(self.requests))
+        """A piece of this prompt is computed: whose turn is next?"""
+        self.time += 1
+        self.requests[request] = self.time
+        if self.shortest_next:
+            self.shortest_next = request is next(iter(self.requests))  # it is the oldest as well
+        else:
+            self.shortest_next, self.oldest_next = True, not self.oldest_next
 
     def alike(self, first: Request, most: int) -> list[Request]:
         """``first`` and other prompts of its length that can be prefilled in one batch."""

@@ -68,6 +68,11 @@ class SamplingParams:
                 raise LolcatsError(f"{name}: expected {expected}, got {getattr(self, name)!r}.")
 
     @property
+    def filters(self) -> bool:
+        """Whether only some tokens can be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def counts(self) -> bool:
         """Whether the answer's tokens are counted for penalties."""
         return self.frequency_penalty != 0 or self.presence_penalty != 0
@@ -159,12 +164,13 @@ class BatchSampler:
             self._compose(list(samplers), logits)
         changed = self.grammars.apply(self.penalties.apply(self.biases.apply(logits)))
         tokens = changed.argmax(-1)
-        for i in range(0, len(self.drawn), ROWS):
-            index = self.drawn_index[i : i + ROWS]
-            columns = [column[i : i + ROWS] for column in self.columns]
-            uniform = torch.tensor([samplers[row].uniform for row in self.drawn[i : i + ROWS]], dtype=torch.float64)
-            every = len(self.drawn) == len(samplers) <= ROWS
-            tokens[index] = draw(changed if every else changed[index], uniform.to(logits.device), columns, self.filters)
+        for group in self.groups:
+            uniform = torch.tensor([samplers[row].uniform for row in group.rows], dtype=torch.float64)
+            every = len(group.rows) == len(samplers)
+            drawn = draw(
+                changed if every else changed[group.index], uniform.to(logits.device), group.columns, group.filters
+            )
+            tokens[group.index] = drawn
         return tokens, bool(self.logprob_rows)
 
     def _chosen(self, tokens: Tensor) -> None:
@@ -177,15 +183,12 @@ class BatchSampler:
         """Bring to the device what a batch of other requests needs."""
         self.samplers, device, params = [], logits.device, [s.params for s in samplers]
         self.drawn = [i for i, p in enumerate(params) if p.temperature > 0]
-        self.drawn_index = torch.tensor(self.drawn, dtype=torch.long, device=device)
-        self.columns = [
-            torch.tensor([getattr(params[i], name) for i in self.drawn], dtype=dtype, device=device)[:, None]
-            for name, dtype in (
-                ("temperature", torch.float64), ("top_k", torch.long), ("top_p", torch.float32),
-                ("min_p", torch.float32),
-            )
-        ]  # fmt: skip
-        self.filters = any(p.top_k or p.top_p < 1 or p.min_p for p in (params[i] for i in self.drawn))
+        self.groups = [
+            Group.of(rows[i : i + ROWS], params, filters, device)
+            for filters in (False, True)
+            if (rows := [row for row in self.drawn if params[row].filters == filters])
+            for i in range(0, len(rows), ROWS)
+        ]
         self.logprob_rows = [i for i, p in enumerate(params) if p.logprobs is not None]
         self.biases, self.penalties = Biases(samplers, logits), Penalties(samplers, logits)
         self.grammars = Grammars(samplers)
@@ -198,6 +201,30 @@ class BatchSampler:
         for row, entry in zip(self.logprob_rows, token_logprobs(logits[rows], tokens[rows], counts), strict=True):
             result[row] = entry
         return result
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that are drawn together: all of them with filters, or none, since the two invert in different orders.
+
+    A row would otherwise draw another token where a batch mate has a filter.
+    """
+
+    rows: list[int]
+    index: Tensor
+    columns: list[Tensor]
+    filters: bool
+
+    @classmethod
+    def of(cls, rows: list[int], params: Sequence[SamplingParams], filters: bool, device: torch.device) -> Group:
+        columns = [
+            torch.tensor([getattr(params[row], name) for row in rows], dtype=dtype, device=device)[:, None]
+            for name, dtype in (
+                ("temperature", torch.float64), ("top_k", torch.long), ("top_p", torch.float32),
+                ("min_p", torch.float32),
+            )
+        ]  # fmt: skip
+        return cls(rows, torch.tensor(rows, dtype=torch.long, device=device), columns, filters)
 
 
 class Biases:

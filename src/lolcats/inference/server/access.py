@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import re
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from lolcats.inference.server.errors import ApiError
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 ORIGIN = re.compile(r"https?://[^/?#\s*]+")
+HOST = re.compile(r"[\w.-]+|\[[0-9a-fA-F:.]+\]")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Access:
     hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.api_key.strip() != self.api_key or not self.api_key.isprintable():
+            raise LolcatsError("The API key must be printable text without blanks at its ends.")
+        for host in self.hosts:
+            if not HOST.fullmatch(host):
+                raise LolcatsError(f"--allowed-host {host}: expected a name without scheme or port, such as a.lan.")
         if "*" in self.origins and not self.api_key:
             raise LolcatsError("--allow-origin '*' needs an API key: any web page could use this server.")
         for origin in self.origins:
@@ -47,7 +54,7 @@ class Access:
             ApiError: 401, without the right key.
         """
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(key.strip().encode("latin-1"), self.api_key.encode())
+        right = hmac.compare_digest(key.strip(" \t").encode("latin-1"), self.api_key.encode())
         if self.api_key and not (right and scheme.lower() == "bearer"):
             raise ApiError(401, "Missing or wrong API key: Authorization: Bearer KEY.", code="invalid_api_key")
 
@@ -78,10 +85,12 @@ class HostCheck:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address, which may be a name."""
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)
 
 
 def access_for(host: str, api_key: str | None, origins: Sequence[str], hosts: Sequence[str]) -> Access:

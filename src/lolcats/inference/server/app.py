@@ -8,8 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,11 +20,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lolcats import __version__
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Engine
-from lolcats.inference.engine.grammar import GrammarError, Matcher
+from lolcats.inference.engine.grammar import GrammarError
 from lolcats.inference.engine.request import Request as EngineRequest
 from lolcats.inference.engine.worker import Worker
 from lolcats.inference.server.access import Access
 from lolcats.inference.server.body import read_body
+from lolcats.inference.server.compiling import Compiling
 from lolcats.inference.server.errors import ApiError
 from lolcats.inference.server.grammar import Grammars
 from lolcats.inference.server.limits import Limits
@@ -33,11 +33,11 @@ from lolcats.inference.server.metrics import Metrics
 from lolcats.inference.server.page import add_page
 from lolcats.inference.server.replies import Reply
 from lolcats.inference.server.schema import ChatRequest, CompletionRequest, Generation
-from lolcats.inference.server.stream import LEFT, EventStream, Streams, whole
+from lolcats.inference.server.stream import LEFT, SHUT_DOWN, EventStream, Streams, while_connected, whole
 from lolcats.inference.server.tokenizing import Tokenizing
 
 log = logging.getLogger(__name__)
-COMPILING = 16  # requests whose grammars wait or are compiled
+READ = ["GET", "HEAD"]
 
 
 @dataclass
@@ -51,16 +51,15 @@ class Service:
     metrics: Metrics
     streams: Streams
     tokenizing: Tokenizing
-    grammars: Grammars
-    compilers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "grammar"))
-    compiling: int = 0
+    compiling: Compiling
 
     @classmethod
     def of(cls, engine: Engine, name: str, limits: Limits, access: Access) -> Service:
         worker = Worker(engine, limits.waiting)
         metrics, tokenizing = Metrics(worker), Tokenizing(engine.tokenizer)
         grammars = Grammars(engine.tokenizer, engine.vocabulary, engine.stop_tokens)
-        return cls(worker, name, limits, access, metrics, Streams(worker, metrics), tokenizing, grammars)
+        streams = Streams(worker, metrics)
+        return cls(worker, name, limits, access, metrics, streams, tokenizing, Compiling(grammars))
 
     @property
     def engine(self) -> Engine:
@@ -69,13 +68,12 @@ class Service:
     def prepare(self) -> None:
         """Load now what the first grammar needs, which would hold up other answers for a second or two later."""
         with contextlib.suppress(GrammarError):  # llguidance is not installed: a request says so
-            self.grammars.prepare()
+            self.compiling.grammars.prepare()
 
     def close(self) -> None:
         self.worker.close()
         self.tokenizing.close()
-        self.grammars.close()
-        self.compilers.shutdown(wait=False, cancel_futures=True)
+        self.compiling.close()
 
     def check_name(self, name: str) -> None:
         """
@@ -85,18 +83,27 @@ class Service:
         if name != self.name:
             raise ApiError(404, f"This server has the model {self.name!r}, not {name!r}.", "model", "model_not_found")
 
-    async def requests(self, body: Generation, prompts: list[list[int]], default_tokens: int) -> list[EngineRequest]:
-        """One request for each prompt and choice.
+    def check(self, body: Generation, prompts: int) -> None:
+        """What can be refused before anything is tokenized.
 
         Raises:
-            ApiError: more than the limits allow, or a grammar that is not accepted.
+            ApiError: another model, or more than the limits allow.
         """
-        if len(prompts) * body.n > self.limits.choices:
+        self.check_name(body.model)
+        if prompts * body.n > self.limits.choices:
             raise ApiError(400, f"At most {self.limits.choices} choices (prompts times n) in one request.", "n")
         field, wanted = body.tokens_field
         if wanted is not None and wanted > self.limits.max_tokens:
             raise ApiError(400, f"{field}: at most {self.limits.max_tokens}, got {wanted}.", field)
-        matchers, result = await self.matchers(body.response_format, len(prompts) * body.n), []
+
+    async def requests(self, body: Generation, prompts: list[list[int]], default_tokens: int) -> list[EngineRequest]:
+        """One request for each prompt and choice.
+
+        Raises:
+            ApiError: more tokens than the limits allow, or a grammar that is not accepted.
+        """
+        _, wanted = body.tokens_field
+        matchers, result = await self.compiling.matchers(body.response_format, len(prompts) * body.n), []
         for tokens in prompts:
             room, least = self.limits.context - len(tokens), 1 if wanted is None else wanted
             if room < least:
@@ -108,28 +115,6 @@ class Service:
                 params = body.sampling(min(default_tokens, room) if wanted is None else wanted, choice)
                 result.append(EngineRequest(tokens, params, lambda _: None, matcher=matchers.pop()))
         return result
-
-    async def matchers(self, response_format: dict[str, Any], count: int) -> list[Matcher | None]:
-        """One for each answer, compiled in threads of their own: it may take seconds.
-
-        Raises:
-            ApiError: 429, too many are being compiled.
-            GrammarError: the grammar cannot be used.
-        """
-        if response_format["type"] == "text":
-            return [None] * count
-        if self.compiling >= COMPILING:
-            raise ApiError(429, "Too many grammars are being compiled; try again soon.", code="queue_full")
-
-        def compiled() -> list[Matcher | None]:
-            grammar = self.grammars.compile(response_format)
-            return [grammar() for _ in range(count)]
-
-        self.compiling += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.compilers, compiled)
-        finally:
-            self.compiling -= 1
 
 
 def create_app(
@@ -146,7 +131,8 @@ def create_app(
         yield
         await asyncio.to_thread(service.close)
 
-    app = FastAPI(title="lolcats", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="lolcats", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+                  openapi_url=None)  # fmt: skip
     app.state.service = service
     app.add_middleware(Failures)
     service.access.guard(app)
@@ -173,6 +159,9 @@ class Failures:
 
         try:
             await self.app(scope, receive, sending)
+        except asyncio.CancelledError:  # the server stops, and its deadline has passed
+            if scope["type"] == "http" and not begun:
+                await ApiError(503, SHUT_DOWN).response()(scope, receive, send)
         except Exception as error:
             if scope["type"] != "http" or begun:
                 raise
@@ -187,11 +176,14 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(LolcatsError)
     async def refused(_: Request, error: LolcatsError) -> Response:
-        return ApiError(400, str(error)).response()
+        field, colon, _rest = str(error).partition(": ")
+        return ApiError(400, str(error), field if colon and field.isidentifier() else None).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, str(error.detail)).response()
+        response = ApiError(error.status_code, str(error.detail)).response()
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(ClientDisconnect)
     async def left(_: Request, __: ClientDisconnect) -> Response:
@@ -201,7 +193,7 @@ def _add_errors(app: FastAPI) -> None:
 def _add_information(app: FastAPI, service: Service) -> None:
     created = int(time.time())
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READ)
     async def health() -> Response:
         failure, engine = service.worker.failure, service.engine
         state = {
@@ -216,7 +208,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
         service.access.authorize(request)
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READ)
     async def models(request: Request) -> Response:
         service.access.authorize(request)
         return JSONResponse({"object": "list", "data": [_card(service.name, created)]})
@@ -245,9 +237,9 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Response:
         service.access.authorize(request)
         body = await read_body(request, CompletionRequest, limits, tokenizing)
-        service.check_name(body.model)
+        service.check(body, len(body.prompts))
         prompts = [await tokenizing.prompt(prompt) for prompt in body.prompts]
-        requests = await service.requests(body, prompts, 16)
+        requests = await while_connected(request, service.requests(body, prompts, 16))
         reply = Reply(f"cmpl-{uuid.uuid4().hex}", service.name, False, requests, body.n, service.engine.tokenizer)
         if body.echo:
             reply.echo(body.prompts)
@@ -257,9 +249,9 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     async def chat_completions(request: Request) -> Response:
         service.access.authorize(request)
         body = await read_body(request, ChatRequest, limits, tokenizing)
-        service.check_name(body.model)
+        service.check(body, 1)
         tools = body.tools if body.tool_choice != "none" else []
         prompt = await tokenizing.conversation(body.messages, tools)
-        requests = await service.requests(body, [prompt], limits.max_tokens)
+        requests = await while_connected(request, service.requests(body, [prompt], limits.max_tokens))
         reply = Reply(f"chatcmpl-{uuid.uuid4().hex}", service.name, True, requests, body.n, service.engine.tokenizer)
         return await answer(request, body, reply)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 from fastapi import Request
@@ -12,6 +13,8 @@ from lolcats.inference.server.errors import ApiError
 from lolcats.inference.server.limits import Limits
 from lolcats.inference.server.schema import Body, parse
 from lolcats.inference.server.tokenizing import Tokenizing
+
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 async def read_body(request: Request, kind: type[Body], limits: Limits, threads: Tokenizing) -> Body:
@@ -43,7 +46,12 @@ async def read_bytes(request: Request, limits: Limits) -> bytes:
 
 def parsed_json(data: bytes) -> Any:
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        parsed = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        if SURROGATE.search(data):
+            json.dumps(parsed, ensure_ascii=False).encode()
+        return parsed
+    except UnicodeEncodeError:
+        raise ApiError(400, "The request holds a lone surrogate, which is not Unicode text.") from None
     except UnicodeDecodeError as error:
         raise ApiError(400, f"The request is not valid UTF-8: {error.reason} at byte {error.start}.") from None
     except (ValueError, RecursionError) as error:

@@ -115,9 +115,7 @@ class Grammars:
         Raises:
             GrammarError: it cannot be used, or costs more than the limits allow.
         """
-        schema = schema_of(response_format)
-        check_schema(schema, self.limits.depth)
-        text = _serialized(schema, self.limits.schema_bytes)
+        text = self._text(response_format)
         if (known := self._find(text)) is None:
             with self.child_lock:
                 if (known := self._find(text)) is None:  # another request with this schema may have been first
@@ -126,6 +124,15 @@ class Grammars:
             raise GrammarError(str(known))
         assert self.vocabulary is not None
         return Grammar(self.vocabulary, known, self.limits.matcher)
+
+    def knows(self, response_format: dict[str, Any]) -> bool:
+        """Whether this schema was compiled, or refused, before; raises what :meth:`compile` does."""
+        return self._find(self._text(response_format)) is not None
+
+    def _text(self, response_format: dict[str, Any]) -> str:
+        schema = schema_of(response_format)
+        check_schema(schema, self.limits.depth)
+        return _serialized(schema, self.limits.schema_bytes)
 
     def close(self) -> None:
         """End the child; a schema that it compiles is refused."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 from functools import partial
 from typing import Any
@@ -83,6 +84,9 @@ class Protocol(H11Protocol):
         self._stop(self.writing)
         super().resume_writing()
 
+    def _should_upgrade(self) -> bool:
+        return False  # without uvicorn's advice to install a package for WebSockets, which nothing here uses
+
     def _expect_head(self) -> None:
         if self.reading is None:
             self.reading = self.loop.call_later(self.limits.read_seconds, self._refuse, "408 Request Timeout")
@@ -118,7 +122,17 @@ class Server(uvicorn.Server):
             cutting.cancel()
 
 
+def settle_heap() -> None:
+    """Have the garbage collector leave out what is there: a million objects, of torch and transformers for the most.
+
+    A request of many small lists makes it look through all of them, which takes up to a second and stops every thread.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def serve(app: FastAPI, listening: socket.socket, deadline: int) -> None:
     """Run until SIGTERM or SIGINT; requests that run then have ``deadline`` seconds to finish."""
+    settle_heap()
     with contextlib.suppress(KeyboardInterrupt):  # that uvicorn has handled
         Server(app, deadline).run([listening])

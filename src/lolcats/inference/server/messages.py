@@ -39,7 +39,8 @@ class ToolCall(Strict):
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments or "{}")
-            except ValueError:
+                json.dumps(arguments, ensure_ascii=False).encode()
+            except (ValueError, RecursionError):  # not JSON, or not Unicode: the template gets the text
                 arguments = self.function.arguments
         return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
 

@@ -29,10 +29,10 @@ class Metrics:
         self.first = Histogram("lolcats_first_token_seconds", "Until the first token", registry=self.registry)
         self.whole = Histogram("lolcats_request_seconds", "Until the last token", registry=self.registry)
 
-    def count(self, request: Request, delta: Delta, seconds: float) -> None:
-        """A delta that came ``seconds`` after its request."""
+    def count(self, request: Request, delta: Delta, seconds: float, first: bool) -> None:
+        """A delta that came ``seconds`` after its request; ``first``: the first one with tokens."""
         self.new_tokens.inc(len(delta.tokens))
-        if len(request.generated) == 1 and delta.tokens:
+        if first:
             self.first.observe(seconds)
         if delta.finish_reason is not None:
             self.prompt_tokens.inc(len(request.prompt))

@@ -41,7 +41,7 @@ def add_page(app: FastAPI, authorize: Callable[[Request], None], limits: Limits)
     files = {name: _shipped(name) for name in TYPES}
     renderer = _Renderer()
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def chat_page(request: Request) -> Response:
         return _file(request, "chat.html", files["chat.html"])
 

@@ -30,6 +30,8 @@ class Reply:
         self.id, self.model, self.chat, self.requests, self.n = name, model, chat, requests, n
         self.tokenizer, self.created = tokenizer, int(time.time())
         self.choices = [Choice() for _ in requests]
+        self.texts: dict[int, str] = {}
+        """Of single tokens: log-probabilities name the same ones again and again."""
 
     def echo(self, prompts: list[str | list[int]]) -> None:
         """Let each choice begin with its prompt."""
@@ -48,6 +50,17 @@ class Reply:
         choice.logprobs += logprobs
         choice.finish_reason = delta.finish_reason
         return text, logprobs
+
+    @property
+    def entries(self) -> int:
+        """Log-probabilities in the whole answer."""
+        return sum(1 + len(entry.top) for choice in self.choices for entry in choice.logprobs)
+
+    def entries_of(self, index: int, delta: Delta) -> int:
+        """Log-probabilities in the chunks of a delta."""
+        choice, request = self.choices[index], self.requests[index]
+        prompt = request.prompt_logprobs if choice.prompt is not None else []
+        return sum(1 + len(entry.top) for entry in (*choice.unsent, *delta.logprobs, *prompt))
 
     def whole(self) -> Json:
         kind = "chat.completion" if self.chat else "text_completion"
@@ -133,4 +146,6 @@ class Reply:
         return result
 
     def _text(self, token: int) -> str:
-        return str(self.tokenizer.decode([token]))
+        if token not in self.texts:
+            self.texts[token] = str(self.tokenizer.decode([token]))
+        return self.texts[token]

@@ -17,10 +17,12 @@ from lolcats.inference.server.messages import Message, Tool, settled_message
 from lolcats.inference.server.strict import Int, Strict, Text
 
 MOST_STOPS, MOST_BIASES, MOST_LOGPROBS = 64, 1024, 20
+MOST_TOKENS, MOST_PROMPTS, MOST_MESSAGES = 1 << 20, 1024, 1 << 14
 
 
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
-Tokens = list[Annotated[int, Field(ge=0, lt=2**31)]]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MOST_TOKENS, fail_fast=True)]
+Texts = Annotated[list[Text], Field(max_length=MOST_PROMPTS, fail_fast=True)]
 
 
 def _stop_form(value: Any) -> str:
@@ -64,7 +66,7 @@ class Generation(Strict):
 
     @model_validator(mode="after")
     def _complete(self) -> Generation:
-        if not all(token.isascii() and token.isdigit() and len(token) < 10 for token in self.logit_bias):
+        if not all(token.isascii() and token.isdigit() and str(int(token[:10])) == token for token in self.logit_bias):
             raise ValueError("logit_bias: expected token ids as keys")
         if self.response_format.get("type") not in ("text", "json_object", "json_schema"):
             raise ValueError("response_format.type: expected text, json_object or json_schema")
@@ -97,8 +99,8 @@ class Generation(Strict):
 
 class CompletionRequest(Generation):
     prompt: Annotated[
-        Annotated[Text, Tag("<text>")] | Annotated[list[Text], Tag("<texts>")] | Annotated[Tokens, Tag("<ids>")]
-        | Annotated[list[Tokens], Tag("<lists>")],
+        Annotated[Text, Tag("<text>")] | Annotated[Texts, Tag("<texts>")] | Annotated[Tokens, Tag("<ids>")]
+        | Annotated[Annotated[list[Tokens], Field(max_length=MOST_PROMPTS, fail_fast=True)], Tag("<lists>")],
         Discriminator(_prompt_form),
     ]  # fmt: skip
     logprobs: Annotated[Int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -128,7 +130,7 @@ class CompletionRequest(Generation):
 
 
 class ChatRequest(Generation):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     max_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: bool = False

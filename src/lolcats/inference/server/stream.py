@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from lolcats.inference.engine.request import Delta
 from lolcats.inference.engine.request import Request as EngineRequest
@@ -22,6 +23,8 @@ from lolcats.inference.server.replies import Reply
 
 SHUT_DOWN = "The server shut down before the answer was complete."
 LEFT = 499  # nobody reads this status
+LARGE = 500  # log-probabilities
+T = TypeVar("T")
 
 
 class Streams:
@@ -59,6 +62,7 @@ class Stream:
 
     def __init__(self, streams: Streams, requests: list[EngineRequest]) -> None:
         self.streams, self.requests, self.left, self.cut = streams, requests, len(requests), False
+        self.begun: set[int] = set()
         self.arrived, self.started = asyncio.Queue[tuple[int, Delta]](), time.monotonic()
         loop = asyncio.get_running_loop()
         for choice, request in enumerate(requests):
@@ -81,7 +85,9 @@ class Stream:
         choice, delta = await self.arrived.get()
         if not self.cut:
             self.left -= delta.finish_reason is not None
-            self.streams.metrics.count(self.requests[choice], delta, time.monotonic() - self.started)
+            seconds, first = time.monotonic() - self.started, bool(delta.tokens) and choice not in self.begun
+            self.begun.add(choice)
+            self.streams.metrics.count(self.requests[choice], delta, seconds, first)
         if delta.finish_reason == "error":
             raise ApiError(503 if self.cut else 400 if delta.refused else 500, delta.error)
         return choice, delta
@@ -101,17 +107,29 @@ async def whole(request: Request, reply: Reply, stream: Stream) -> Response:
         async for choice, delta in stream:
             reply.add(choice, delta)
 
-    collecting, leaving = asyncio.create_task(collect()), asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            return Response(status_code=LEFT)
-        await collecting
-        return JSONResponse(reply.whole())
+        await while_connected(request, collect())
+        body = await _apart(reply.entries, lambda: _encoded(reply.whole(), reply.entries))
+        return Response(body, media_type="application/json")
+    finally:
+        stream.close()
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of ``work``, which is cancelled when the client goes away.
+
+    Raises:
+        ClientDisconnect: the client has gone.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return await working
     finally:
         leaving.cancel()
-        collecting.cancel()
-        stream.close()
+        working.cancel()
 
 
 async def _disconnected(request: Request) -> None:
@@ -137,8 +155,9 @@ class EventStream(StreamingResponse):
             for chunk in reply.opening():
                 yield _event(chunk)
             async for choice, delta in stream:
-                for chunk in reply.chunks(choice, delta):
-                    yield _event(chunk)
+                size = reply.entries_of(choice, delta)
+                for event in await _apart(size, partial(_events_of, reply, choice, delta, size)):
+                    yield event
         except ApiError as error:
             yield _event({"error": error.content()})
             return
@@ -147,5 +166,20 @@ class EventStream(StreamingResponse):
         yield "data: [DONE]\n\n"
 
 
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"
+async def _apart(entries: int, work: Callable[[], T]) -> T:
+    """``work()``, in a thread where it has many log-probabilities to write: it would hold up everybody."""
+    return await asyncio.to_thread(work) if entries > LARGE else work()
+
+
+def _events_of(reply: Reply, choice: int, delta: Delta, entries: int) -> list[str]:
+    return [_event(chunk, entries) for chunk in reply.chunks(choice, delta)]
+
+
+def _event(data: dict[str, Any], entries: int = 0) -> str:
+    return f"data: {_encoded(data, entries)}\n\n"
+
+
+def _encoded(data: dict[str, Any], entries: int) -> str:
+    """As JSON. What is large is written piece by piece: at once, it would hold Python's lock for seconds."""
+    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return "".join(encoder.iterencode(data)) if entries > LARGE else encoder.encode(data)
