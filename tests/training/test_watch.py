@@ -101,6 +101,10 @@ def test_on_a_real_gpu() -> None:
     watch = LossWatch("transfer")
     watch.step = 4
     watch.add(torch.tensor([1.0, float("nan")], device="cuda"), lambda bad: "")
-    watch.end_step()
-    with pytest.raises(LolcatsError, match="In step 4"):
+
+    def look() -> None:
+        watch.end_step()  # raises, if the copy has arrived by then
         watch.check()
+
+    with pytest.raises(LolcatsError, match="In step 4"):
+        look()
