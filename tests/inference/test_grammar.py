@@ -339,7 +339,7 @@ def test_memory_of_a_hostile_schema_is_limited(tokenizer) -> None:
 
 
 def test_time_of_a_hostile_schema_is_limited_and_known_ones_do_not_wait(tokenizer) -> None:
-    grammars = Grammars(tokenizer, VOCABULARY, {EOS}, replace(LIMITS, seconds=2))
+    grammars = Grammars(tokenizer, VOCABULARY, {EOS}, replace(LIMITS, seconds=2, memory_bytes=4 << 30))
     try:
         grammars.compile(schema(SCALAR))
         refused: list[float] = []
