@@ -162,6 +162,6 @@ def load_strictly(target: dict[str, Tensor], source: dict[str, Tensor], path: Pa
 
 def compare_keys(expected: set[str], found: set[str], path: Path) -> None:
     if missing := sorted(expected - found):
-        raise LolcatsError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all).")
+        raise LolcatsError(f"{path}: tensor {missing[0]} is missing (missing tensors: {len(missing)}).")
     if extra := sorted(found - expected):
-        raise LolcatsError(f"{path}: unexpected tensor {extra[0]} ({len(extra)} in all).")
+        raise LolcatsError(f"{path}: unexpected tensor {extra[0]} (unexpected tensors: {len(extra)}).")

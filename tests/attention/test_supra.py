@@ -203,7 +203,7 @@ def test_other_kinds_do_without_both() -> None:
 
 
 def test_tensor_parallel_is_refused() -> None:
-    with pytest.raises(LolcatsError, match="tensor parallelism cannot split it"):
+    with pytest.raises(LolcatsError, match=r"Tensor parallelism does not support attention\.decay"):
         make_layer().split_heads(2)
 
 

@@ -94,7 +94,10 @@ def test_damaged_merged_model_is_an_error_that_names_the_tensor(damage: str, tmp
     spoil(path, damage, name)
     with pytest.raises(LolcatsError) as caught:
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    named = {"missing": name, "shape": name, "extra": "surplus"}.get(damage, "damaged or truncated")
+    named = {
+        "missing": rf"{name} is missing \(missing tensors: 1\)", "extra": "unexpected tensor surplus",
+        "shape": rf"{name} has shape \(.*\), but the model needs \(.*\) \(mismatched tensors: 1\)",
+    }.get(damage, "damaged or truncated")  # fmt: skip
     assert named in str(caught.value)
 
 

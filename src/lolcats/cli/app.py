@@ -39,8 +39,9 @@ Recipe = Annotated[str, typer.Option(help="default, long, paper, paper-70b, pape
 Sets = Annotated[list[str], typer.Option("--set", help="Change a setting, e.g. transfer.learning_rate=1e-3. "
                                          "Repeatable.")]  # fmt: skip
 
-Controls = Annotated[bool, typer.Option("--controls", help="Also train two controls with the same LoRA: window + sinks "
-                                        "without a linear term, and the teacher.")]  # fmt: skip
+Controls = Annotated[bool, typer.Option("--controls", help="Also train two controls, each with its own LoRA of the "
+                                        "same settings and data: window and sinks without the linear term, and the "
+                                        "softmax teacher.")]  # fmt: skip
 
 
 NO_MEMORY = (

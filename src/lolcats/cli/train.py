@@ -82,8 +82,9 @@ def transfer(
 def finetune(directory: RunDirectory,
              merge: Annotated[bool, typer.Option(help="Also write the merged model to DIR/merged.")] = True,
              controls: Controls = False,
-             sharding: Annotated[str, typer.Option(help="How to shard the base model across GPUs: auto, always "
-                                                        "or never. Default: the run's own setting.")] = "",
+             sharding: Annotated[str, typer.Option(help="Whether to shard the base model across GPUs: always, "
+                                                        "never, or auto (only if it does not fit on each). Default: "
+                                                        "the run's finetune.sharding.")] = "",
              ) -> None:  # fmt: skip
     """Run only stage 2, LoRA, in a run directory where stage 1 is finished. Also runs under torchrun."""
     from lolcats.config import Control

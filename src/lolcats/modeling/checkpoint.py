@@ -216,6 +216,10 @@ def _with_lora(model: PreTrainedModel, directory: Path) -> Any:
 
 def verify_loading(info: dict[str, Any], path: Any) -> None:
     """Raise LolcatsError if transformers' loading report lists a mis-shaped, missing or unexpected tensor."""
-    for problem in ("mismatched", "missing", "unexpected"):
-        if keys := sorted(map(str, info.get(f"{problem}_keys") or [])):
-            raise LolcatsError(f"{path}: {problem} tensor {keys[0]} ({len(keys)} in all).")
+    if shapes := sorted(info.get("mismatched_keys") or [], key=str):
+        name, found, expected = shapes[0]
+        raise LolcatsError(
+            f"{path}: tensor {name} has shape {tuple(found)}, but the model needs {tuple(expected)} (mismatched "
+            f"tensors: {len(shapes)})."
+        )
+    compare_keys(set(map(str, info.get("missing_keys") or [])), set(map(str, info.get("unexpected_keys") or [])), path)

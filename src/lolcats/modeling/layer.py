@@ -131,7 +131,10 @@ class LinearizedAttention(nn.Module):
                 "share equally: use a number of ranks that divides it."
             )
         if self.spec.decays:
-            raise LolcatsError("attention.decay depends on all heads, so tensor parallelism cannot split it.")
+            raise LolcatsError(
+                "Tensor parallelism does not support attention.decay: a head's decay follows from its number in the "
+                "whole layer. Load the model without tensor parallelism."
+            )
         self.ranks, self.maps = ranks, self.maps // ranks
         self.phi_q.heads //= ranks
         self.phi_k.heads //= ranks

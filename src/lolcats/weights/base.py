@@ -75,7 +75,9 @@ def load_model(
             path, dtype=dtype, output_loading_info=True, trust_remote_code=trust, **kwargs
         )
         if missing := sorted(info["missing_keys"]):  # transformers would continue with random weights
-            raise LolcatsError(f"{base.path} is incomplete: tensor {missing[0]} is missing ({len(missing)} in all).")
+            raise LolcatsError(
+                f"{base.path} is incomplete: tensor {missing[0]} is missing (missing tensors: {len(missing)})."
+            )
     if base.form == "gguf":
         model = _plain(model)
     return model.to(device).eval()

@@ -106,7 +106,7 @@ class Loaded:
 
     def check(self, wanted: Mapping[str, Tensor]) -> None:
         if missing := [name for name in wanted if name not in self.tensors]:
-            raise LolcatsError(f"The loaded model has no tensor {missing[0]} ({len(missing)} in all).")
+            raise LolcatsError(f"The loaded model has no tensor {missing[0]} (missing tensors: {len(missing)}).")
 
     def read(self, wanted: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         return {name: self.tensors[name].to(like.dtype) for name, like in wanted.items()}

@@ -147,7 +147,9 @@ class Matcher:
         if self._matcher.is_error():
             raise GrammarError(f"The grammar of the answer cannot be followed: {one_line(self._matcher.get_error())}")
         if self._seconds > self.limits.spare_seconds + self.limits.token_seconds * self._tokens:
-            raise GrammarError("The grammar of the answer takes too much time for each token; make it simpler.")
+            raise GrammarError(
+                "Keeping the answer to its grammar takes too much processor time per token; use a simpler schema."
+            )
 
 
 def allowed(bitmask: Tensor, vocabulary: int) -> Tensor:

@@ -56,7 +56,9 @@ class Access:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         right = hmac.compare_digest(key.strip(" \t").encode("latin-1"), self.api_key.encode())
         if self.api_key and not (right and scheme.lower() == "bearer"):
-            raise ApiError(401, "Missing or wrong API key: Authorization: Bearer KEY.", code="invalid_api_key")
+            raise ApiError(
+                401, "Missing or wrong API key. Send the header Authorization: Bearer KEY.", code="invalid_api_key"
+            )
 
     def guard(self, app: FastAPI) -> None:
         """Add the checks that come before any route. Cross-origin headers are outermost, so that errors have them."""

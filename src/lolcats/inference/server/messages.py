@@ -128,7 +128,7 @@ class Template:
                 raise ApiError(400, f"{field}: this model's chat template does not know tool calls.", field)
             if message.role == "tool" and not self.knows_tool_messages:
                 field = f"messages.{i}.role"
-                raise ApiError(400, f"{field}: this model's chat template does not know the role tool.", field)
+                raise ApiError(400, f'{field}: this model\'s chat template does not know the role "tool".', field)
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         """The text of a conversation, up to where the assistant's answer begins.
