@@ -128,7 +128,8 @@ class LayerTrainer:
         ``learn``: False to only compute hidden states.
         """
         units = group.units if learn else []
-        if any(unit.learns_from(0) and not unit.progress.errors_before for unit in units):
+        apart = self.config.coupling == "per_layer"  # of a joint run, the pipeline measures the layers itself
+        if apart and any(unit.learns_from(0) and not unit.progress.errors_before for unit in units):
             self._evaluate(group, [unit for unit in units if unit.progress.step == 0], source, before=True)
         wanted = (b for b in self._batches(steps) if target.wants(b.step) or _learning(units, b.step))
         with torch.no_grad(), self._ctrl_c():
