@@ -397,7 +397,7 @@ def test_limits_are_kept_in_the_engine_too(grammars: Grammars, tokenizer) -> Non
     vocabulary = Vocabulary(tokenizer, VOCABULARY, {EOS})
     for limits, reason in [
         (MatcherLimits(lexer_states=50), "too many states"),
-        (MatcherLimits(token_seconds=0, spare_seconds=0.002), "too much time for each token"),
+        (MatcherLimits(token_seconds=0, spare_seconds=0.002), "too much processor time per token"),
     ]:
         rng = random.Random(0)
         with pytest.raises(GrammarError, match=reason):  # noqa: PT012
