@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from lolcats.attention import AttentionSpec, FeatureMap, attention, chunked_attention, parallel_attention
+from lolcats.attention import AttentionSpec, FeatureMap, Mixer, attention, chunked_attention, parallel_attention
 from lolcats.attention.kernels import triton_attention
 
 H, G, D, F_COLUMNS = 32, 8, 128, 64
@@ -63,8 +63,11 @@ class Problem:
         gamma = torch.full((heads,), 0.1, device="cuda", requires_grad=True)
         return cls([x.detach().requires_grad_() for x in qkv], phi_q, phi_k, gamma)
 
+    def mixer(self, spec: AttentionSpec) -> Mixer:
+        return Mixer(self.phi_q, self.phi_k, self.gamma, spec, self.scale)
+
     def kernels(self) -> Tensor:
-        return triton_attention(*self.qkv, self.phi_q, self.phi_k, self.gamma, self.spec, self.scale)[0]
+        return triton_attention(*self.qkv, self.mixer(self.spec))[0]
 
     def group(self, g: int) -> "Problem":
         """One kv head and the query heads that share it, alone, in fp32."""
@@ -82,7 +85,7 @@ class Problem:
         """By the quadratic reference up to 8,192 tokens, beyond by the chunked path in fp32, tested against it."""
         q, k, v = self.qkv
         if q.shape[2] > 8192:
-            return chunked_attention(q, k, v, self.phi_q, self.phi_k, self.gamma, self.spec, self.scale)[0]
+            return chunked_attention(q, k, v, self.mixer(self.spec))[0]
         return parallel_attention(q, k, v, self.phi_q(q), self.phi_k(k), self.gamma, self.spec, self.scale)
 
     @property
@@ -94,11 +97,10 @@ class Problem:
 
 
 class Unrotated(Problem):
-    """q and k are twice as wide: feature maps see what lies behind the first D channels."""
+    """q and k are twice as wide: feature maps see what lies after the first D channels."""
 
     def kernels(self) -> Tensor:
-        spec = replace(self.spec, unrotated=True)
-        return attention(*self.qkv, self.phi_q, self.phi_k, self.gamma, spec, D**-0.5)[0]
+        return attention(*self.qkv, replace(self.mixer(replace(self.spec, unrotated=True)), scale=D**-0.5))[0]
 
 
 def softmax_peers(problem: Problem) -> dict[str, Callable[[], Tensor]]:
@@ -233,7 +235,7 @@ def linear_rows() -> Iterator[list[Any]]:
 
         def ours(q: Tensor = fq, k: Tensor = fk, v: Tensor = v, gamma: Tensor = gamma) -> Tensor:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return triton_attention(q, k, v, nn.Identity(), nn.Identity(), gamma, spec, 1.0)[0].transpose(1, 2)
+            return triton_attention(q, k, v, Mixer(nn.Identity(), nn.Identity(), gamma, spec, 1.0))[0].transpose(1, 2)
 
         direction = torch.randn_like(v)
         with torch.no_grad():

@@ -108,7 +108,7 @@ def new_maps(geometry: Geometry, kind: str = "hybrid") -> LinearizedAttention:
 def attend(maps: LinearizedAttention, layer: Layer, call: dict[str, Tensor], inputs: str, first: int = 0) -> Tensor:
     q, k = layer.seen(call, inputs, first)
     scale = (q.shape[-1] // 2) ** -0.5
-    return attention(q, k, call["v"], maps.phi_q, maps.phi_k, maps.gamma, maps.spec, scale)[0]
+    return attention(q, k, call["v"], maps.mixer(scale))[0]
 
 
 def train(

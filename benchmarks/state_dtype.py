@@ -9,7 +9,6 @@ of the whole output, with stochastic rounding and, for comparison, rounded to th
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 import lolcats.attention.state as states
-from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, step, use_backend
+from lolcats.attention import AttentionSpec, FeatureMap, Mixer, SlotState, step, use_backend
 
 MARKS = (1_000, 10_000, 30_000, 100_000)
 AVERAGED = 64
@@ -47,15 +46,15 @@ class Layer:
     def run(self, dtype: torch.dtype, marks: list[int], backend: str) -> dict[int, tuple[Tensor, Tensor]]:
         """At each mark, the linear readouts and the outputs of the last tokens before it."""
         _, k, v = (m.new_empty(1, m.shape[1], 0, self.dim) for m in self.means)
-        empty = AttentionState.empty(k, v, self.maps, self.phi_k.num_features, self.spec, dtype)
-        state, found = replace(empty, count=None, in_place=True), {}
+        state = SlotState.empty(k, v, self.maps, self.phi_k.num_features, self.spec, dtype)
+        mixer, found = Mixer(self.phi_q, self.phi_k, self.gamma, self.spec, self.dim**-0.5), {}
         recent: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad(), use_backend(backend):
             for n, (q, k, v) in zip(range(1, max(marks) + 1), self.tokens(), strict=False):
-                y, _ = step(state, q, k, v, self.phi_q, self.phi_k, self.gamma, self.spec, self.dim**-0.5)
+                y, _ = step(state, q, k, v, mixer)
                 if min((m - n for m in marks if m >= n), default=AVERAGED) < AVERAGED:
                     fq = self.phi_q(q)[:, :, 0].unflatten(1, (self.maps, -1))
-                    linear = (fq @ state.S.float()) / (fq @ state.z[..., None])
+                    linear = (fq @ state.sums.S.float()) / (fq @ state.sums.z[..., None])
                     recent = [*recent[1 - AVERAGED :], (linear, y)]
                 if n in marks:
                     found[n] = torch.stack([x for x, _ in recent]), torch.stack([x for _, x in recent])

@@ -13,11 +13,12 @@ import lolcats
 from lolcats.attention import (
     AttentionSpec,
     FeatureMap,
+    Mixer,
     attention,
+    choose_path,
     chunked_attention,
     parallel_attention,
     use_backend,
-    uses_kernels,
 )
 from lolcats.config import AttentionConfig, load_config
 from lolcats.inference.engine import Engine, Request
@@ -38,7 +39,7 @@ def test_chunked_equals_reference(window: str) -> None:
     gamma, spec = torch.full((4,), 0.1, device="cuda"), AttentionSpec("hybrid", window, 16, 4)
     expected = parallel_attention(q, k, v, phi(q), phi(k), gamma, spec, 0.25)
     torch.testing.assert_close(
-        chunked_attention(q, k, v, phi, phi, gamma, spec, 0.25)[0], expected, atol=1e-4, rtol=1e-4
+        chunked_attention(q, k, v, Mixer(phi, phi, gamma, spec, 0.25))[0], expected, atol=1e-4, rtol=1e-4
     )
 
 
@@ -82,8 +83,8 @@ def errors_of_other_queries_and_keys(
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)] + [gamma.detach().requires_grad_()]
         leaves += [*phi_q.parameters(), *phi_k.parameters()]
         if dtype == torch.bfloat16:
-            assert uses_kernels(leaves[0], spec)
-            y = attention(*leaves[:3], phi_q, phi_k, leaves[3], spec, dim**-0.5)[0]
+            assert choose_path(leaves[0], spec) == "kernels"
+            y = attention(*leaves[:3], Mixer(phi_q, phi_k, leaves[3], spec, dim**-0.5))[0]
         else:
             (rotated_q, plain_q), (rotated_k, plain_k) = (x.chunk(2, -1) for x in leaves[:2])
             y = parallel_attention(
@@ -111,7 +112,7 @@ def half_precision_layer(dim: int = 128) -> tuple[LinearizedAttention, list[torc
 def test_kernels_stand_in_for_the_chunked_path(dim: int) -> None:
     pytest.importorskip("triton")
     layer, qkv = half_precision_layer(dim)
-    assert uses_kernels(qkv[0], layer.spec)
+    assert choose_path(qkv[0], layer.spec) == "kernels"
     direction = torch.randn(2, 4, 300, dim, device="cuda")
     padding = torch.ones(2, 300, dtype=torch.bool, device="cuda")
     padding[1, :77] = False

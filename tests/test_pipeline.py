@@ -173,4 +173,4 @@ def test_long_sequences_through_the_cache(tokenizer) -> None:
         logits = model(out.sequences, use_cache=False).logits
     chosen = logits[0, 29:-1].gather(1, out.sequences[0, 30:, None])[:, 0]
     torch.testing.assert_close(chosen, logits[0, 29:-1].max(-1).values, atol=1e-4, rtol=0)
-    assert out.past_key_values.layers[0].state.ring_k.shape[2] == 32
+    assert out.past_key_values.layers[0].state.ring.k.shape[2] == 32

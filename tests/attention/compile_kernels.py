@@ -14,7 +14,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lolcats.attention import AttentionSpec, AttentionState, FeatureMap
+from lolcats.attention import AttentionSpec, FeatureMap, Mixer, SlotState
 from lolcats.attention.kernels import decode, function, plan, projection
 
 
@@ -63,7 +63,7 @@ def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str, projec
     phi_q, phi_k = (FeatureMap("hedgehog", 4, dim, f) for _ in range(2))
     gamma, spec = torch.rand(4, requires_grad=True), AttentionSpec(kind, window, size, 4)
     seen = (q, k) if projected else None
-    y, _, _ = function.triton_attention(q, k, v, phi_q, phi_k, gamma, spec, 0.1, seen=seen)
+    y, _, _ = function.triton_attention(q, k, v, Mixer(phi_q, phi_k, gamma, spec, 0.1), seen=seen)
     y.backward(torch.empty_like(y))
     decode_kernels(q, k, v, phi_q, gamma, spec, shared)
     print(json.dumps(shared))
@@ -81,8 +81,8 @@ def decode_kernels(
         phi_k = FeatureMap("hedgehog", maps, q.shape[3], phi_q.weight.shape[2])
         for dtype in (torch.float32, torch.bfloat16):
             decode.decode_kernel = Compiled(kernel, f"decode_kernel_{maps}_{dtype}", shared)
-            state = AttentionState.empty(k.detach(), v.detach(), maps, phi_k.num_features, spec, dtype)
-            decode.decode(state, *token, phi_q, phi_k, gamma.detach(), spec, 0.1)
+            state = SlotState.empty(k.detach(), v.detach(), maps, phi_k.num_features, spec, dtype)
+            decode.decode(state, *token, Mixer(phi_q, phi_k, gamma.detach(), spec, 0.1))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,20 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from interpreted import add_bf16_products
 
-import lolcats.attention.dispatch as dispatch
-import lolcats.attention.state as states
-from lolcats.attention import AttentionSpec, AttentionState, FeatureMap, extend, parallel_attention, step, use_backend
-from lolcats.attention.dispatch import uses_decode_kernel
+import lolcats.attention.advance as advance
+from lolcats.attention import (
+    AttentionSpec,
+    AttentionState,
+    FeatureMap,
+    Mixer,
+    SlotState,
+    extend,
+    parallel_attention,
+    step,
+    use_backend,
+)
+from lolcats.attention.path import backend as asked
+from lolcats.attention.path import choose_decode_path
 from lolcats.attention.rounding import stochastic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,18 +51,19 @@ class Decoding:
         maps = kv_heads if shared else heads
         self.phi_q = FeatureMap("hedgehog", heads, dim, f).to(DEVICE).requires_grad_(False)
         self.phi_k = FeatureMap("hedgehog", maps, dim, f).to(DEVICE).requires_grad_(False)
-        self.common = (self.phi_q, self.phi_k, torch.rand(heads, device=DEVICE) * 0.5 + 0.05, spec, SCALE, softcap)
+        gamma = torch.rand(heads, device=DEVICE) * 0.5 + 0.05
+        self.mixer = Mixer(self.phi_q, self.phi_k, gamma, spec, SCALE, softcap)
         self.new, self.state_dtype = new, state_dtype
         self.empty = AttentionState.empty(self.k, self.v, maps, 2 * f, spec, state_dtype)
 
     def prefilled(self, poisoned: bool) -> AttentionState:
         mask = torch.arange(max(self.lengths), device=DEVICE) < torch.tensor(self.lengths, device=DEVICE)[:, None]
         tensors = (x[:, :, : max(self.lengths)] for x in (self.q, self.k, self.v))
-        state = extend(self.empty, *tensors, *self.common, mask=mask)[1] if max(self.lengths) else self.empty
-        state = replace(state.map(lambda x: x.clone().contiguous()), count=None, in_place=True)
+        state = extend(self.empty, *tensors, self.mixer, mask)[1] if max(self.lengths) else self.empty
+        state = SlotState.of(state.map(lambda x: x.clone().contiguous()))
         if poisoned:
-            state.ring_k.transpose(1, 2)[state.ring_positions() < 0] = torch.nan
-            state.ring_v.transpose(1, 2)[state.ring_positions() < 0] = torch.nan
+            for x in state.ring:
+                x.transpose(1, 2)[state.ring_positions() < 0] = torch.nan
         return state
 
     @torch.no_grad()
@@ -63,7 +74,7 @@ class Decoding:
             at = torch.tensor(self.lengths, device=DEVICE) + i
             token = (x[rows, :, at][:, :, None] for x in (self.q, self.k, self.v))
             with use_backend(backend):
-                y, after = step(state, *token, *self.common)
+                y, after = step(state, *token, self.mixer)
             assert after is state
             outputs.append(y.float())
         return torch.cat(outputs, 2), state
@@ -71,9 +82,11 @@ class Decoding:
     def reference(self, row: int) -> Tensor:
         end = self.lengths[row] + self.new
         q, k, v = (x[row : row + 1, :, :end].float() for x in (self.q, self.k, self.v))
-        phi_q, phi_k, *rest = self.common
+        mixer = self.mixer
         softmax = self.spec.rotated(q), self.spec.rotated(k)
-        return parallel_attention(*softmax, v, phi_q(q), phi_k(k), *rest)[0, :, self.lengths[row] :]
+        return parallel_attention(
+            *softmax, v, mixer.phi_q(q), mixer.phi_k(k), mixer.gamma, mixer.spec, mixer.scale, mixer.softcap
+        )[0, :, self.lengths[row] :]
 
     def check(self, tolerance: float = 2e-5) -> None:
         y, state = self.run("triton")
@@ -83,7 +96,7 @@ class Decoding:
             if name == "seen":
                 assert x.tolist() == [length + self.new for length in self.lengths]
             else:
-                close(x.where(~x.isnan(), getattr(other, name)), getattr(other, name), tolerance, name)
+                close(x.where(~x.isnan(), other.tensors()[name]), other.tensors()[name], tolerance, name)
         for row in range(len(self.lengths)):
             close(y[row], self.reference(row), tolerance, f"reference of row {row}")
 
@@ -147,8 +160,8 @@ def test_states_in_bf16_round_alike(window: Any, shared: bool) -> None:
     decoding = Decoding(spec, [4, 13], 14, heads=2, kv_heads=1, shared=shared, state_dtype=bf16)
     y, state = decoding.run("triton")
     expected, other = decoding.run("chunked")
-    assert state.S.dtype == torch.bfloat16
-    assert (state.S == other.S).float().mean() > 0.99
+    assert state.sums.S.dtype == torch.bfloat16
+    assert (state.sums.S == other.sums.S).float().mean() > 0.99
     close(y, expected, 1e-4, "step")
     close(y[0], decoding.reference(0), 1e-2, "reference")
 
@@ -158,7 +171,7 @@ def test_states_in_bf16_round_alike(window: Any, shared: bool) -> None:
 def test_bf16_in_the_interpreter(state_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only there, shared key maps are read by products of bf16 parts."""
     add_bf16_products(monkeypatch)
-    monkeypatch.setattr(states, "uses_decode_kernel", lambda *_: dispatch._backend == "triton")
+    monkeypatch.setattr(advance, "choose_decode_path", lambda *_: "kernels" if asked() == "triton" else "chunked")
     spec = AttentionSpec("hybrid", "terraced", 16, 2)
     decoding = Decoding(spec, [0, 47], 4, 32, 16, 4, 2, True, None, state_dtype, torch.bfloat16)
     decoding.check(2e-2)
@@ -178,16 +191,20 @@ def test_stochastic_rounding_is_right_on_average_and_never_farther_than_one_step
 def test_who_computes_a_step() -> None:
     q, phi = torch.randn(1, 2, 1, 16, device=DEVICE), FeatureMap("hedgehog", 2, 16, 16)
     spec = AttentionSpec("hybrid", "terraced", 8, 2)
+
+    def path(phi: FeatureMap = phi, spec: AttentionSpec = spec) -> str:
+        return choose_decode_path(q, Mixer(phi, phi, torch.ones(2), spec, SCALE))
+
     with torch.no_grad():
-        assert uses_decode_kernel(q, phi, spec) == (DEVICE == "cuda")
+        assert path() == ("kernels" if DEVICE == "cuda" else "chunked")
         with use_backend("triton"):
-            assert uses_decode_kernel(q, phi, spec)
-            assert not uses_decode_kernel(q, FeatureMap("t2r", 2, 16, 16), spec)
-            assert not uses_decode_kernel(q, phi, AttentionSpec("hybrid", "terraced", 8, 17))
+            assert path() == "kernels"
+            assert path(FeatureMap("t2r", 2, 16, 16)) == "chunked"
+            assert path(spec=AttentionSpec("hybrid", "terraced", 8, 17)) == "chunked"
         with use_backend("chunked"):
-            assert not uses_decode_kernel(q, phi, spec)
+            assert path() == "chunked"
     with use_backend("triton"):
-        assert not uses_decode_kernel(q, phi, spec)
+        assert path() == "chunked"
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device; the interpreter has no bf16 products")

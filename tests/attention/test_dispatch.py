@@ -11,8 +11,8 @@ from conftest import tiny_model
 from torch import Tensor
 
 import lolcats
-from lolcats.attention import AttentionSpec, use_backend, uses_kernels
-from lolcats.attention import dispatch as dispatch_module
+from lolcats.attention import AttentionSpec, choose_path, use_backend
+from lolcats.attention import path as path_module
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import Geometry, LinearizedAttention, linearized_layers
@@ -23,22 +23,22 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpre
 
 
 def test_default_on_a_cpu_is_the_chunked_path() -> None:
-    assert not uses_kernels(Q, SPEC)
-    assert not uses_kernels(Q.bfloat16(), SPEC)
+    assert choose_path(Q, SPEC) == "chunked"
+    assert choose_path(Q.bfloat16(), SPEC) == "chunked"
 
 
 @interpreted
 def test_switch() -> None:
     pytest.importorskip("triton")
     with use_backend("triton"):
-        assert uses_kernels(Q, SPEC)
+        assert choose_path(Q, SPEC) == "kernels"
         with use_backend("chunked"):
-            assert not uses_kernels(Q, SPEC)
-        assert uses_kernels(Q, SPEC)
-        assert not uses_kernels(Q, SPEC, final=True)  # states carry no gradient there
+            assert choose_path(Q, SPEC) == "chunked"
+        assert choose_path(Q, SPEC) == "kernels"
+        assert choose_path(Q, SPEC, final=True) == "chunked"  # states carry no gradient there
         with torch.no_grad():
-            assert uses_kernels(Q, SPEC, final=True)
-    assert not uses_kernels(Q, SPEC)
+            assert choose_path(Q, SPEC, final=True) == "kernels"
+    assert choose_path(Q, SPEC) == "chunked"
 
 
 def test_what_cannot_be_forced_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,22 +46,22 @@ def test_what_cannot_be_forced_is_refused_with_a_sentence(monkeypatch: pytest.Mo
         pass
     with use_backend("triton"):
         with monkeypatch.context() as patch:
-            patch.setattr(dispatch_module, "_has_triton", lambda: False)
+            patch.setattr(path_module, "_has_triton", lambda: False)
             with pytest.raises(LolcatsError, match="pip install triton"):
-                uses_kernels(Q, SPEC)
+                choose_path(Q, SPEC)
         pytest.importorskip("triton")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         with pytest.raises(LolcatsError, match="at most 16 sinks"):
-            uses_kernels(Q, AttentionSpec("hybrid", "terraced", 32, 17))
+            choose_path(Q, AttentionSpec("hybrid", "terraced", 32, 17))
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         with pytest.raises(LolcatsError, match="tensors are on cpu"):
-            uses_kernels(Q, SPEC)
+            choose_path(Q, SPEC)
 
 
 def test_environment_sets_the_switch_and_triton_is_imported_late() -> None:
     code = (
         "import os, sys; os.environ['LOLCATS_ATTENTION'] = 'chunked'; import lolcats.modeling.layer; "
-        "from lolcats.attention import dispatch; assert dispatch._backend == 'chunked'; "
+        "from lolcats.attention.path import backend; assert backend() == 'chunked'; "
         "assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -93,7 +93,7 @@ def test_nothing_waits_for_the_device_without_padding(window: str) -> None:
     state = layer.empty_state(k, v)
     for a, b in ((0, 40), (40, 54), *((n, n + 1) for n in range(54, 70))):
         _, state = layer.advance(state, *(x[:, :, a:b] for x in (q, k, v)), 0.25)
-    assert state.count == 70
+    assert state.seen.same == 70
 
 
 @interpreted

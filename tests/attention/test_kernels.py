@@ -23,6 +23,7 @@ from lolcats.attention import (
     AttentionSpec,
     AttentionState,
     FeatureMap,
+    Mixer,
     chunked_attention,
     extend,
     parallel_attention,
@@ -74,6 +75,9 @@ class Problem:
         weights = [w for phi in (self.phi_q, self.phi_k) for w in phi.parameters()]
         return list(torch.autograd.grad(y, leaves + weights, direction.to(y.dtype), allow_unused=True))
 
+    def mixer(self, gamma: Tensor, spec: AttentionSpec, softcap: float | None = None) -> Mixer:
+        return Mixer(self.phi_q, self.phi_k, gamma, spec, SCALE, softcap)
+
     def reference(self, leaves: list[Tensor], spec: AttentionSpec, softcap: float | None = None) -> Tensor:
         q, k, v = (x.float() for x in leaves[:3])
         return parallel_attention(q, k, v, self.phi_q(q), self.key_features(k), leaves[3], spec, SCALE, softcap)
@@ -85,9 +89,7 @@ def compare(problem: Problem, spec: AttentionSpec, tolerance: float = 1e-4, soft
     expected, actual = problem.leaves(), problem.leaves()
     y = problem.reference(expected, spec, softcap)
     seen = (actual[0], actual[1]) if projected else None
-    z, _, _ = triton_attention(
-        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, softcap, seen=seen, tiling=tiling
-    )
+    z, _, _ = triton_attention(*actual[:3], problem.mixer(actual[3], spec, softcap), seen=seen, tiling=tiling)
     close(z, y, tolerance, "outputs")
     direction = torch.randn_like(y)
     wanted, got = problem.gradients(y, direction, expected), problem.gradients(z, direction, actual)
@@ -153,7 +155,7 @@ def test_gradients_of_inputs_or_maps_alone(inputs: bool, projected: bool) -> Non
         leaves = problem.leaves()
         for leaf in leaves + weights:
             leaf.requires_grad_(any(leaf is x for x in leaves[:3]) == inputs)
-        arguments = (*leaves[:3], problem.phi_q, problem.phi_k, leaves[3], spec, SCALE)
+        arguments = (*leaves[:3], problem.mixer(leaves[3], spec))
         seen = (leaves[0], leaves[1]) if projected else None
         y = triton_attention(*arguments, seen=seen, tiling=SMALL)[0] if kernels else problem.reference(leaves, spec)
         wanted = leaves[:3] if inputs else [leaves[3], *weights]
@@ -184,7 +186,7 @@ def test_results_repeat() -> None:
 
     def run() -> list[Tensor | None]:
         leaves = problem.leaves()
-        y, _, _ = triton_attention(*leaves[:3], problem.phi_q, problem.phi_k, leaves[3], spec, SCALE, tiling=SMALL)
+        y, _, _ = triton_attention(*leaves[:3], problem.mixer(leaves[3], spec), tiling=SMALL)
         return [y, *problem.gradients(y, torch.ones_like(y), leaves)]
 
     for a, b in zip(run(), run(), strict=True):
@@ -206,7 +208,7 @@ def test_packed_sequences(kind: str, window: str, projected: bool) -> None:
     ]
     y = torch.cat(pieces, 2)
     z, _, _ = triton_attention(
-        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, cu_seqlens=bounds, tiling=SMALL,
+        *actual[:3], problem.mixer(actual[3], spec), cu_seqlens=bounds, tiling=SMALL,
         seen=(actual[0], actual[1]) if projected else None,
     )  # fmt: skip
     close(z, y, 1e-4, "outputs")
@@ -225,28 +227,28 @@ def test_states(kind: str, window: str, heads: int) -> None:
     """The final state equals that of prefill, and continuing from it equals the whole; rows of different lengths."""
     problem = Problem(70, heads=heads, kv_heads=heads // 2)
     spec = AttentionSpec(kind, window, 16, 4)
-    maps, common = (problem.phi_q, problem.key_features), (problem.gamma, spec, SCALE)
+    mixer = problem.mixer(problem.gamma, spec)
     lengths = [70, 41]
     with torch.no_grad():
         mask = torch.arange(70, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
         state = AttentionState.empty(problem.k, problem.v, problem.maps, 32, spec)
-        expected, state = extend(state, problem.q, problem.k, problem.v, *maps, *common, mask=mask)
-        tensors = (problem.q, problem.k, problem.v, problem.phi_q, problem.phi_k, *common)
+        expected, state = extend(state, problem.q, problem.k, problem.v, mixer, mask)
+        tensors = (problem.q, problem.k, problem.v, mixer)
         y, S, z = triton_attention(*tensors, lengths=lengths, final=True, tiling=SMALL)
         close(y, expected, 1e-4, "outputs")
         assert (y[1, :, 41:] == 0).all()
-        close(S, state.S, 1e-4, "S")
-        close(z, state.z, 1e-4, "z")
-        start = 32  # going on behind 32 tokens, of which the last 16 are laid out again: the window reaches them
+        close(S, state.sums.S, 1e-4, "S")
+        close(z, state.sums.z, 1e-4, "z")
+        start = 32  # going on after 32 tokens, of which the last 16 are laid out again: the window reaches them
         q, k, v = (x[:, :, :start] for x in (problem.q, problem.k, problem.v))
         cut = start if kind == "linear" else int(spec.window_start(start - 1))
-        _, S, z = triton_attention(q, k, v, problem.phi_q, problem.phi_k, *common, final=True)
+        _, S, z = triton_attention(q, k, v, mixer, final=True)
         offset = torch.full((2,), cut, device=DEVICE)
         sinks = spec.softmax_sinks
         context = Context(offset, problem.k[:, :, :sinks], problem.v[:, :, :sinks], S, z)
         rest = (x[:, :, cut:] for x in (problem.q, problem.k, problem.v))
         whole, _, _ = triton_attention(*tensors)
-        after, _, _ = triton_attention(*rest, problem.phi_q, problem.phi_k, *common, context=context, tiling=SMALL)
+        after, _, _ = triton_attention(*rest, mixer, context=context, tiling=SMALL)
         close(after[:, :, start - cut :], whole[:, :, start:], 1e-4, "after a context")
 
 
@@ -262,9 +264,9 @@ def test_gradients_behind_a_context(window: str, projected: bool) -> None:
     context = Context(offset, *sinks, features.mT @ known_v, features.sum(2))
     expected, actual = problem.leaves(), problem.leaves()
     q, k, v, gamma = expected
-    y, _, _ = chunked_attention(q, k, v, problem.phi_q, problem.phi_k, gamma, spec, SCALE, None, context)
+    y, _, _ = chunked_attention(q, k, v, problem.mixer(gamma, spec), context)
     z, _, _ = triton_attention(
-        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, context=context, tiling=SMALL,
+        *actual[:3], problem.mixer(actual[3], spec), context=context, tiling=SMALL,
         seen=(actual[0], actual[1]) if projected else None,
     )  # fmt: skip
     close(z, y, 1e-4, "outputs")
@@ -296,7 +298,7 @@ def test_large_projections(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, expected, actual = AttentionSpec("hybrid", "terraced", 64, 4), problem.leaves(), problem.leaves()
     y = problem.reference(expected, spec)
     z, _, _ = triton_attention(
-        *actual[:3], problem.phi_q, problem.phi_k, actual[3], spec, SCALE, seen=(actual[0], actual[1]),
+        *actual[:3], problem.mixer(actual[3], spec), seen=(actual[0], actual[1]),
         tiling=Tiling(64, 64, 2, 1),
     )  # fmt: skip
     direction = torch.randn_like(y)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import lolcats.attention.state as state_module
+import lolcats.attention.advance as advance_module
 from lolcats.attention import (
     AttentionSpec,
     AttentionState,
     FeatureMap,
+    Mixer,
+    SlotState,
     chunked_attention,
     extend,
     parallel_attention,
@@ -61,14 +63,17 @@ class Problem:
         q, k, v = (x[row, :, rows] for x in (self.q, self.k, self.v))
         return parallel_attention(q, k, v, self.phi_q(q), self.phi_k(k), self.gamma, spec, SCALE)
 
+    def mixer(self, spec: AttentionSpec, softcap: float | None = None) -> Mixer:
+        return Mixer(self.phi_q, self.phi_k, self.gamma, spec, SCALE, softcap)
+
     def empty(self, spec: AttentionSpec) -> AttentionState:
         return AttentionState.empty(self.k, self.v, G * self.groups, self.phi_k.num_features, spec)
 
     def move(self, state: AttentionState, spec: AttentionSpec, rows: slice, use_step: bool = False,
              mask: Tensor | None = None) -> tuple[Tensor, AttentionState]:  # fmt: skip
         tensors = (x[:, :, rows] for x in (self.q, self.k, self.v))
-        common = (self.phi_q, self.phi_k, self.gamma, spec, SCALE)
-        return step(state, *tensors, *common) if use_step else extend(state, *tensors, *common, mask=mask)
+        mixer = self.mixer(spec)
+        return step(state, *tensors, mixer) if use_step else extend(state, *tensors, mixer, mask)
 
     def in_pieces(self, spec: AttentionSpec, cuts: Sequence[int], use_step: bool) -> tuple[Tensor, AttentionState]:
         """Outputs of all pieces, concatenated, and the final state."""
@@ -79,11 +84,12 @@ class Problem:
         return torch.cat(outputs, 2), state
 
 
-def compare_with_gradients(spec: AttentionSpec, problem: Problem, softcap: float | None = None) -> None:
+def compare_with_gradients(
+    spec: AttentionSpec, problem: Problem, softcap: float | None = None, attend: Any = chunked_attention
+) -> None:
     leaves = problem.leaves()
     y = parallel_attention(*problem.tensors(), spec, SCALE, softcap)
-    common = (problem.phi_q, problem.phi_k, problem.gamma, spec, SCALE, softcap)
-    z, _, _ = chunked_attention(problem.q, problem.k, problem.v, *common)
+    z, _, _ = attend(problem.q, problem.k, problem.v, problem.mixer(spec, softcap))
     torch.testing.assert_close(z, y, atol=2e-5, rtol=1e-4)
     direction = torch.randn_like(y)
     pairs = zip(*(torch.autograd.grad(out, list(leaves.values()), direction, allow_unused=True) for out in (y, z)),
@@ -142,7 +148,7 @@ def test_prefill_in_pieces_and_decode(kind: str, window: str, sinks: int, maps: 
         for use_step in (False, True):
             y, state = problem.in_pieces(spec, cuts, use_step)
             torch.testing.assert_close(y, expected, atol=2e-5, rtol=1e-4)
-            assert (state.seen == length).all()
+            assert (state.seen.rows == length).all()
 
 
 @pytest.mark.parametrize(("kind", "window", "sinks", "maps"), VARIANTS)
@@ -178,11 +184,10 @@ def test_steps_in_place_at_positions_that_the_host_knows(kind: str, window: str,
     mask[0, 2:21] = False
     with torch.no_grad():
         _, state = problem.move(problem.empty(spec), spec, slice(0, 21), mask=mask[:, :21])
-        state, outputs = dataclasses.replace(state.map(torch.clone), count=None, in_place=True), []
+        state, outputs = SlotState.of(state.map(torch.clone)), []
         for n in range(21, length):
-            state.counts = (n - 19, n)
-            y, _ = problem.move(state, spec, slice(n, n + 1), use_step=True)
-            assert state.counts is None  # known for one step
+            y, after = problem.move(state.at((n - 19, n)), spec, slice(n, n + 1), use_step=True)
+            assert after.seen.known is None  # known for one step
             outputs.append(y)
         for b in range(B):
             alone = problem.reference(spec, mask[b], slice(b, b + 1))
@@ -194,7 +199,7 @@ def test_segments_and_their_gradients(
     kind: str, window: str, sinks: int, maps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Long inputs are processed in recomputed segments: outputs, and gradients including those of feature maps."""
-    monkeypatch.setattr(state_module, "SEGMENT", 40)
+    monkeypatch.setattr(advance_module, "SEGMENT", 40)
     problem, spec = Problem(150, maps), AttentionSpec(kind, window, 16, sinks)
     leaves = {"q": problem.q, "k": problem.k, "v": problem.v, "gamma": problem.gamma}
     leaves |= {f"phi_{n}": phi.weight for n, phi in (("q", problem.phi_q), ("k", problem.phi_k))}
@@ -215,7 +220,7 @@ def test_layer_beyond_one_segment() -> None:
     from lolcats.config import AttentionConfig
     from lolcats.modeling.layer import Geometry, LinearizedAttention
 
-    problem, spec = Problem(2 * state_module.SEGMENT + 77), AttentionSpec("hybrid", "terraced", 64, 4)
+    problem, spec = Problem(2 * advance_module.SEGMENT + 77), AttentionSpec("hybrid", "terraced", 64, 4)
     layer = LinearizedAttention(Geometry(0, H, G, D, D), AttentionConfig(feature_dim=F_COLUMNS), spec, "sdpa")
     q, k, v = problem.q, problem.k, problem.v
     expected = parallel_attention(q, k, v, layer.phi_q(q), layer.phi_k(k), layer.gamma, spec, SCALE)

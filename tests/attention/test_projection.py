@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from interpreted import add_bf16_products
 
-from lolcats.attention import AttentionSpec, FeatureMap, parallel_attention
+from lolcats.attention import AttentionSpec, FeatureMap, Mixer, parallel_attention
 from lolcats.attention.kernels import triton_attention
 from lolcats.attention.kernels.function import TENSORS
 from lolcats.attention.kernels.plan import find_plan
@@ -57,7 +57,7 @@ def test_gradients_of_other_queries_and_keys(maps: int, learned: bool) -> None:
     phi_q, phi_k = (FeatureMap("hedgehog", count, 16, 8).to(DEVICE).requires_grad_(learned) for count in (4, maps))
     gamma = torch.full((4,), 0.2, device=DEVICE)
     expected = parallel_attention(q, k, v, phi_q(x_q), phi_k(x_k), gamma, HYBRID, 0.4)
-    y, _, _ = triton_attention(q, k, v, phi_q, phi_k, gamma, HYBRID, 0.4, seen=(x_q, x_k))
+    y, _, _ = triton_attention(q, k, v, Mixer(phi_q, phi_k, gamma, HYBRID, 0.4), seen=(x_q, x_k))
     direction = torch.randn_like(y)
     leaves += [*phi_q.parameters(), *phi_k.parameters()] if learned else []
     wanted, found = (torch.autograd.grad(out, leaves, direction) for out in (expected, y))
@@ -71,6 +71,6 @@ def test_gradients_of_maps_alone() -> None:
     q, k, v, x = (torch.randn(1, 2, 40, 16, device=DEVICE) for _ in range(4))
     phi, gamma = FeatureMap("hedgehog", 2, 16, 8).to(DEVICE), torch.full((2,), 0.2, device=DEVICE)
     expected = parallel_attention(q, k, v, phi(x), phi(x), gamma, HYBRID, 0.4)
-    y, _, _ = triton_attention(q, k, v, phi, phi, gamma, HYBRID, 0.4, seen=(x, x))
+    y, _, _ = triton_attention(q, k, v, Mixer(phi, phi, gamma, HYBRID, 0.4), seen=(x, x))
     (a,), (b,) = (torch.autograd.grad(out.square().sum(), phi.parameters()) for out in (y, expected))
     assert (a - b).norm() < 1e-4 * b.norm()

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from test_paths import F_COLUMNS, SCALE, B, D, G, H, Problem, compare_with_gradients
 from torch import Tensor, nn
 
-import lolcats.attention.state as state_module
+import lolcats.attention.advance as advance_module
 from lolcats.attention import (
     AttentionSpec,
     HeadNorm,
+    SlotState,
+    choose_path,
     parallel_attention,
     recurrent_attention,
     use_backend,
-    uses_kernels,
 )
-from lolcats.attention.dispatch import uses_decode_kernel
+from lolcats.attention.path import choose_decode_path
+from lolcats.attention.supra import supra_attention
 from lolcats.config import AttentionConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import Geometry, LinearizedAttention, layer_spec
@@ -85,7 +88,7 @@ def test_chunked_equals_reference(length: int, maps: str) -> None:
         for phi in (problem.phi_q, problem.phi_k):  # outputs about 1, as the tolerance expects
             phi.weight.data *= scale**0.5
             phi.bias.data *= scale**0.5
-        compare_with_gradients(spec_of(*kind), problem)
+        compare_with_gradients(spec_of(*kind), problem, attend=supra_attention)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,7 +138,7 @@ def test_padded_rows_equal_rows_alone(maps: str) -> None:
 @pytest.mark.parametrize("length", [50, 150])
 def test_layer_and_its_gradients(maps: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every parameter and input, in one piece and in recomputed segments."""
-    monkeypatch.setattr(state_module, "SEGMENT", 60)
+    monkeypatch.setattr(advance_module, "SEGMENT", 60)
     monkeypatch.setattr("lolcats.modeling.layer.SEGMENT", 60)
     layer, problem, direction = make_layer(maps), Problem(length, maps), torch.randn(B, H, length, D)
     leaves = {name: getattr(problem, name).requires_grad_() for name in "qkv"}
@@ -170,7 +173,7 @@ def test_states_in_place_and_in_bf16() -> None:
     expected = problem.reference(spec)
     for dtype in (torch.float32, torch.bfloat16):
         state = problem.empty(spec)
-        state.S, state.in_place = state.S.to(dtype), True
+        state = SlotState.of(replace(state, sums=state.sums._replace(S=state.sums.S.to(dtype))))
         places, outputs = {n: x.data_ptr() for n, x in state.tensors().items()}, []
         for n in range(80):
             y, state = problem.move(state, spec, slice(n, n + 1), use_step=True)
@@ -183,9 +186,9 @@ def test_states_in_place_and_in_bf16() -> None:
 def test_kernels_leave_it_to_the_chunked_path() -> None:
     q, layer = torch.zeros(1, H, 3, D), make_layer()
     for kind in KINDS:
-        assert not uses_kernels(q, spec_of(*kind))
+        assert choose_path(q, spec_of(*kind)) == "supra"
         with torch.no_grad(), use_backend("triton"):
-            assert not uses_decode_kernel(q, layer.phi_q, spec_of(*kind))
+            assert choose_decode_path(q, layer.mixer(SCALE)) == "supra"
     pytest.importorskip("triton")
     with use_backend("triton"), pytest.raises(LolcatsError, match=r"only attention\.decay=none with .*normalizer=sum"):
         layer(q, q[:, :G], q[:, :G], SCALE)

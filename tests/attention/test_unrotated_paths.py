@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from lolcats.attention import (
     AttentionState,
     Documents,
     FeatureMap,
+    Mixer,
     attention,
     extend,
     parallel_attention,
@@ -47,8 +47,8 @@ class Problem:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         return torch.cat([self.q, self.plain_q], -1), torch.cat([self.k, self.plain_k], -1), self.v
 
-    def common(self, spec: AttentionSpec) -> tuple[Any, ...]:
-        return self.phi_q, self.phi_k, self.gamma, spec, SCALE
+    def mixer(self, spec: AttentionSpec) -> Mixer:
+        return Mixer(self.phi_q, self.phi_k, self.gamma, spec, SCALE)
 
     def empty(self, spec: AttentionSpec) -> AttentionState:
         _, k, v = self.inputs()
@@ -68,7 +68,7 @@ def test_outputs_and_gradients_equal_the_reference(backend: str, kind: str, wind
     problem, spec = Problem(), spec_of(kind, window)
     leaves, expected = problem.leaves(), problem.reference(spec)
     with use_backend(backend):
-        actual = attention(*problem.inputs(), *problem.common(spec))[0]
+        actual = attention(*problem.inputs(), problem.mixer(spec))[0]
         assert_close(actual, expected, atol=5e-5, rtol=1e-4)
         direction = torch.randn_like(expected)
         pairs = [torch.autograd.grad(y, leaves, direction, allow_unused=True) for y in (expected, actual)]
@@ -82,7 +82,7 @@ def test_outputs_and_gradients_equal_the_reference(backend: str, kind: str, wind
 @pytest.mark.parametrize("feature_map", ["hedgehog", "t2r", "exp", "elu"])
 def test_every_feature_map(feature_map: str, maps: int) -> None:
     problem, spec = Problem(maps, feature_map), spec_of()
-    assert_close(attention(*problem.inputs(), *problem.common(spec))[0], problem.reference(spec), atol=2e-5, rtol=1e-4)
+    assert_close(attention(*problem.inputs(), problem.mixer(spec))[0], problem.reference(spec), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "linear", "window"])
@@ -94,7 +94,7 @@ def test_prefill_in_pieces_and_decode(kind: str, window: str, cuts: list[int]) -
     state, outputs = problem.empty(spec), []
     for start, stop in pairwise(cuts):
         move = step if stop - start == 1 else extend
-        y, state = move(state, *(x[:, :, start:stop] for x in problem.inputs()), *problem.common(spec))
+        y, state = move(state, *(x[:, :, start:stop] for x in problem.inputs()), problem.mixer(spec))
         outputs.append(y)
     assert_close(torch.cat(outputs, 2), problem.reference(spec), atol=2e-5, rtol=1e-4)
 
@@ -106,7 +106,7 @@ def test_kernels_go_on_from_a_state() -> None:
     state, outputs = problem.empty(spec), []
     with use_backend("triton"):
         for start, stop in pairwise([0, 40, 75]):
-            y, state = extend(state, *(x[:, :, start:stop] for x in problem.inputs()), *problem.common(spec))
+            y, state = extend(state, *(x[:, :, start:stop] for x in problem.inputs()), problem.mixer(spec))
             outputs.append(y)
     assert_close(torch.cat(outputs, 2), problem.reference(spec), atol=5e-5, rtol=1e-4)
 
@@ -116,7 +116,7 @@ def test_padding() -> None:
     problem, spec = Problem(), spec_of()
     mask = torch.ones(B, T, dtype=torch.bool)
     mask[:, :20] = False
-    y, _ = extend(problem.empty(spec), *problem.inputs(), *problem.common(spec), mask=mask)
+    y, _ = extend(problem.empty(spec), *problem.inputs(), problem.mixer(spec), mask=mask)
     assert_close(y[:, :, 20:], problem.reference(spec, slice(20, None)), atol=2e-5, rtol=1e-4)
 
 
@@ -130,7 +130,7 @@ def test_documents(backend: str, maps: int) -> None:
     leaves, documents = problem.leaves(), Documents(((30, 45), (30, 45)), problem.q.device)
     expected = torch.cat([problem.reference(spec, rows) for rows in (slice(30), slice(30, None))], 2)
     with use_backend(backend):
-        y = attention(*problem.inputs(), *problem.common(spec), documents=documents)[0]
+        y = attention(*problem.inputs(), problem.mixer(spec), documents=documents)[0]
         assert_close(y, expected, atol=5e-5, rtol=1e-4)
         direction = torch.randn_like(expected)
         for one, other in zip(*(torch.autograd.grad(x, leaves, direction) for x in (expected, y)), strict=True):

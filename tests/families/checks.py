@@ -75,8 +75,8 @@ def check_cache(student: PreTrainedModel) -> None:
     cache = getattr(student(IDS), "past_key_values", None)  # RecurrentGemma returns none
     for layer in linearized_layers(student) if cache is not None else ():
         state = cache.layers[layer.geometry.layer].state
-        assert state.seen.tolist() == [IDS.shape[1]] * len(IDS)
-        assert state.ring_k.shape[2] == layer.spec.span
+        assert state.seen.rows.tolist() == [IDS.shape[1]] * len(IDS)
+        assert state.ring.k.shape[2] == layer.spec.span
 
 
 @torch.no_grad()

@@ -230,7 +230,7 @@ def test_prompts_begun_hold_no_more_states_than_there_are_slots(tokenizer: Any) 
 def test_states_in_bf16_take_half_and_go_on_from_a_snapshot(tokenizer: Any) -> None:
     engine = tiny_engine(tokenizer, stop_tokens=(), state_dtype=torch.bfloat16)
     exact = tiny_engine(tokenizer, stop_tokens=())
-    sums = sum(state.S.nbytes for state in exact.table.states)
+    sums = sum(state.sums.S.nbytes for state in exact.table.states)
     assert exact.table.nbytes - engine.table.nbytes == sums // 2
     prompt = prompts(8)[6]
     deltas, expected = ask(engine, prompt, max_tokens=30), alone(exact, prompt, max_tokens=30)
@@ -238,7 +238,7 @@ def test_states_in_bf16_take_half_and_go_on_from_a_snapshot(tokenizer: Any) -> N
     assert tokens(deltas)[:8] == expected[:8]  # a random model's choices are close ones; they part at some point
     snapshot = deltas[-1].snapshot
     assert snapshot is not None
-    assert {state.S.dtype for state in snapshot.layers} == {torch.bfloat16}
+    assert {state.sums.S.dtype for state in snapshot.layers} == {torch.bfloat16}
     again = [ask(engine, [tokens(deltas)[-1], 7], snapshot, max_tokens=10) for _ in range(2)]
     engine.run()
     assert tokens(again[0]) == tokens(again[1])
@@ -340,10 +340,10 @@ def test_shared_prefixes_are_computed_once_and_stay_within_their_memory(tokenize
 
 def test_memory_does_not_grow_with_length(tokenizer: Any) -> None:
     engine = tiny_engine(tokenizer, slots=2, stop_tokens=())
-    before, addresses = engine.table.nbytes, [s.S.data_ptr() for s in engine.table.states]
+    before, addresses = engine.table.nbytes, [s.sums.S.data_ptr() for s in engine.table.states]
     assert len(alone(engine, [5, 6, 7], max_tokens=300)) == 300
     assert engine.table.nbytes == before
-    assert [s.S.data_ptr() for s in engine.table.states] == addresses
+    assert [s.sums.S.data_ptr() for s in engine.table.states] == addresses
 
 
 def test_a_model_can_be_saved_after_it_was_in_an_engine(tokenizer: Any, tmp_path: Path) -> None:

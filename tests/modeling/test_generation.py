@@ -13,7 +13,7 @@ from transformers import GenerationConfig, StaticCache, TextIteratorStreamer, pi
 import lolcats
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
-from lolcats.modeling.interface import LinearizedCacheLayer
+from lolcats.modeling.cache import LinearizedCacheLayer
 
 VARIANTS = [
     AttentionConfig(window_size=8, sinks=2, feature_dim=8),
@@ -61,7 +61,7 @@ def test_generate_uses_our_cache(family: str) -> None:
     for index in linearized:
         layer = out.past_key_values.layers[index]
         assert isinstance(layer, LinearizedCacheLayer)
-        assert layer.state.ring_k.shape[2] == 16
+        assert layer.state.ring.k.shape[2] == 16
     assert torch.equal(out.sequences, uncached_greedy(model, IDS[:, :20], 40))
 
 

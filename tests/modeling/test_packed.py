@@ -14,7 +14,7 @@ import lolcats
 from lolcats.attention import Documents, parallel_attention, use_backend
 from lolcats.config import AttentionConfig, FinetuneConfig, TransferConfig
 from lolcats.errors import LolcatsError
-from lolcats.modeling import interface
+from lolcats.modeling import masks
 from lolcats.modeling.layer import LinearizedAttention, linearized_layers, override
 from lolcats.modeling.loss import find_head, language_model_loss, next_token_loss
 from lolcats.stages.finetune.stage import add_lora
@@ -152,13 +152,13 @@ def test_what_cannot_be_packed_is_refused_with_a_sentence(monkeypatch: pytest.Mo
     with pytest.raises(LolcatsError, match="sdpa or eager"):
         model(IDS, position_ids=POSITIONS)
     linearized_layers(model)[1].base_implementation = "sdpa"
-    monkeypatch.setattr(interface.MaskRequest, "_check_documents", lambda self, documents: self.arguments.update(
+    monkeypatch.setattr(masks.MaskRequest, "_check_documents", lambda self, documents: self.arguments.update(
         mask_function=lambda batch, head, query, key: key <= query) or checked(self, documents))  # fmt: skip
     with pytest.raises(LolcatsError, match="does not separate documents"):
         model(IDS, position_ids=POSITIONS)
 
 
-checked = interface.MaskRequest._check_documents
+checked = masks.MaskRequest._check_documents
 
 
 def test_generation_is_as_before(tmp_path: Path) -> None:

@@ -13,17 +13,16 @@ maximum of s, the largest p is 1 / Σ e_i; numerator and denominator of the spec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lolcats.attention.reference import expand_heads, output, softmax_logits
+from lolcats.attention.mixer import KeyMap, Mixer
+from lolcats.attention.reference import expand_heads, normalize, softmax_logits
 from lolcats.attention.spec import AttentionSpec
-
-KeyMap = Callable[[Tensor], Tensor]
 
 
 class Context(NamedTuple):
@@ -41,29 +40,38 @@ class Context(NamedTuple):
 
 
 def chunked_attention(
-    q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor, spec: AttentionSpec, scale: float,
-    softcap: float | None = None, context: Context | None = None, lengths: Sequence[int] | Tensor | None = None,
-    final: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, context: Context | None = None,
+    lengths: Sequence[int] | Tensor | None = None, final: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Outputs (B, H, T, D) fp32 of :func:`lolcats.attention.reference.parallel_attention`, and the final state.
 
     Arguments and results are those of :func:`lolcats.attention.attention`.
     """
-    length, chunk = q.shape[2], spec.chunk
-    position = torch.arange(-(-length // chunk) * chunk, device=q.device)[None]  # (1 or B, T')
-    if context is not None:
-        position = position + context.offset[:, None]
+    spec, length = mixer.spec, q.shape[2]
+    position = positions(q, spec, context)
     linear = S = z = None
     if spec.has_linear:
-        past = _Past(k, v, phi_k, spec, position, context)
-        linear = past.read(q, phi_q)
+        past = Past(k, v, mixer.phi_k, spec, position, context)
+        linear = past.read(q, mixer.phi_q)
         S, z = past.final(length, lengths) if final else (None, None)
     if spec.has_softmax:
-        y = merged(*_softmax_part(q, k, v, spec, scale, softcap, position, context), gamma, linear)
+        y = merged(*_softmax_part(q, k, v, mixer, position, context), mixer.gamma, linear)
     else:
         assert linear is not None
-        y = output(spec, *linear)
-    return y.flatten(2, 3)[:, :, :length], S, z
+        y = normalize(*linear)
+    return unchunked(y, length), S, z
+
+
+def positions(q: Tensor, spec: AttentionSpec, context: Context | None) -> Tensor:
+    """(1 or B, N · C): the position of every token of whole chunks."""
+    chunk = spec.chunk
+    position = torch.arange(-(-q.shape[2] // chunk) * chunk, device=q.device)[None]
+    return position if context is None else position + context.offset[:, None]
+
+
+def unchunked(y: Tensor, length: int) -> Tensor:
+    """(B, H, N, C, D) -> (B, H, T, D) without the padding at the end."""
+    return y.flatten(2, 3)[:, :, :length]
 
 
 def merged(mean: Tensor, largest: Tensor, gamma: Tensor, linear: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -107,16 +115,16 @@ def _older_mask(spec: AttentionSpec, device: torch.device) -> Tensor:
 
 
 def _softmax_part(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float, softcap: float | None, position: Tensor,
-    context: Context | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, position: Tensor, context: Context | None
+) -> tuple[Tensor, Tensor]:
     """Softmax over only sinks and window, (B, H, N, C, D), and the largest weight of each query, (B, H, N, C, 1)."""
-    q, k, groups = spec.rotated(q), spec.rotated(k), k.shape[1]
+    spec, groups = mixer.spec, k.shape[1]
+    q, k = spec.rotated(q), spec.rotated(k)
     sinks = k[:, :, : spec.sinks], v[:, :, : spec.sinks]
     if context is not None:
         sinks = spec.rotated(context.sink_k), context.sink_v
     keys, values = (_with_sinks(*pair, spec) for pair in zip((k, v), sinks, strict=True))  # (B, G, N, sinks + 2C, D)
-    logits = softmax_logits(_grouped(_chunks(q.float(), spec.chunk), groups), keys, scale, softcap)
+    logits = softmax_logits(_grouped(_chunks(q.float(), spec.chunk), groups), keys, mixer.scale, mixer.softcap)
     logits.unflatten(3, (-1, spec.chunk)).add_(_softmax_mask(spec, position, sinks[0].shape[2]))
     p = logits.softmax(-1)
     return _ungrouped(p @ values, q.shape[1]), _ungrouped(p.amax(-1, keepdim=True), q.shape[1])
@@ -145,7 +153,7 @@ def _softmax_mask(spec: AttentionSpec, position: Tensor, sinks: int) -> Tensor:
     return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None, :, None]
 
 
-class _Past:
+class Past:
     """The keys that the linear term reaches: for each chunk of queries, a state and possibly one more chunk of keys.
 
     first: number of leading chunks of queries without older keys.
@@ -175,20 +183,11 @@ class _Past:
         chunk = self.spec.chunk
         if self.first == 2:
             return None
-        if self.spec.decays:
-            return self._decayed(self.place[:, None] - self.place)[:, None]
         own = slice(chunk, None) if self.spec.kind == "linear" else slice(chunk)
         return _older_mask(self.spec, self.place.device)[:, own]
 
-    def _decayed(self, age: Tensor) -> Tensor:
-        """(M, *age.shape): weight of a key that is ``age`` tokens old; 0 for negative ages."""
-        log_decay = self.spec.log_decay(self.fk.shape[1], age.device)
-        return torch.exp(log_decay.view(-1, *(1,) * age.ndim) * age.clamp_min(0)) * (age >= 0)
-
     def _sums(self) -> tuple[Tensor, Tensor]:
         """The state that each chunk of queries sees: the sums at the chunk's start, or one chunk earlier."""
-        if self.spec.decays:
-            return self._decayed_sums()
         S, z = (self.fk.mT @ self.v).cumsum_(2), self.fk.sum(3).cumsum_(2)
         if self.near is not None:  # the chunk itself is seen through the mask
             S, z = (pad(x[:, :, :-1], (*(0, 0) * (x.ndim - 3), 1, 0)) for x in (S, z))
@@ -197,26 +196,22 @@ class _Past:
             S, z = (torch.cat([x] * self.first + [x + y], 2) for x, y in zip(before, (S, z), strict=True))
         return S, z
 
-    def _decayed_sums(self) -> tuple[Tensor, Tensor]:
-        """The same sums with decay, as of the last token before each chunk."""
-        n, chunk = torch.arange(self.chunks, device=self.place.device), self.spec.chunk
-        keys = self.fk * self._decayed(chunk - 1 - self.place)[:, None, :, None]
-        between, since = self._decayed((n[:, None] - 1 - n) * chunk), self._decayed(n * chunk)
-        S = torch.einsum("hnm,bhmfd->bhnfd", between, keys.mT @ self.v)
-        z = torch.einsum("hnm,bhmf->bhnf", between, keys.sum(3))
-        if self.context is not None:
-            S = S + self.context.S[:, :, None] * since[..., None, None]
-            z = z + self.context.z[:, :, None] * since[..., None]
-        return S, z
+    def _to_state(self, fq: Tensor, shared: int) -> Tensor:
+        """The features (B, M, N, R · C, F) of queries as they read the state; ``shared``: R."""
+        return fq
+
+    def _aged(
+        self, S: Tensor, z: Tensor, fk: Tensor, since: Tensor, age: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Sums as of ``since`` (B,) tokens ago and keys that are ``age`` (B, C) tokens old, as they weigh now."""
+        return S, z, fk
 
     def read(self, q: Tensor, phi_q: KeyMap) -> tuple[Tensor, Tensor]:
         """Numerator (B, H, N, C, D) and denominator (B, H, N, C, 1) of the linear term."""
         maps, empty = self.fk.shape[1], self.chunks - self.S.shape[2]
         shared = q.shape[1] // maps
         fq = _grouped(_chunks(phi_q(q[:, :, empty * self.spec.chunk :]), self.spec.chunk), maps)
-        to_state = fq
-        if self.spec.decays:
-            to_state = fq * self._decayed(self.place + 1).repeat(1, shared)[:, None, :, None]
+        to_state = self._to_state(fq, shared)
         numerator, denominator = to_state @ self.S, (to_state * self.z[..., None, :]).sum(-1, keepdim=True)
         if self.near is not None:
             skipped = self.S.shape[2] - self.fk.shape[2]
@@ -240,10 +235,7 @@ class _Past:
         begin = (self.chunks - 1 if last is None else last[:, None]) * chunk
         place = self.position[:, :1] + begin - self.first * chunk + self.place
         fk = self._at(self.fk, last) * (place < end)[:, None, :, None]
-        if self.spec.decays:
-            kept = self._decayed((count[:, None] - begin)[:, 0]).mT  # (B, M)
-            S, z = S * kept[..., None, None], z * kept[..., None]
-            fk = fk * self._decayed(seen[:, None] - 1 - place).transpose(0, 1)[..., None]
+        S, z, fk = self._aged(S, z, fk, (count[:, None] - begin)[:, 0], seen[:, None] - 1 - place)
         return S + fk.mT @ self._at(self.v, last), z + fk.sum(2)
 
     def _at(self, x: Tensor, last: Tensor | None) -> Tensor:

@@ -56,6 +56,11 @@ class AttentionSpec:
         """Whether outputs are divided by the sum of their weights."""
         return self.kind != "linear" or self.normalizer == "sum"
 
+    @property
+    def is_supra(self) -> bool:
+        """Whether decay or the group norm make this the attention of :mod:`.supra`."""
+        return self.decays or not self.divides
+
     def log_decay(self, maps: int, device: torch.device) -> Tensor:
         """(maps,) fp32 log γ_h, fixed, one per state: γ_h = 1 − 2^(−5−h) (RetNet, Sun et al. 2023, arXiv 2307.08621).
 

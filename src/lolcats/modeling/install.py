@@ -9,10 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lolcats.config import AttentionConfig, from_dict
-from lolcats.modeling.interface import IMPLEMENTATION, prepare_decoder_call
+from lolcats.modeling.call import end
+from lolcats.modeling.hook import prepare_decoder_call
+from lolcats.modeling.interface import IMPLEMENTATION
 from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, layer_spec, linearized_layers
 from lolcats.modeling.probe import text_config
-from lolcats.modeling.rotary import keep_rotation
+from lolcats.modeling.rotary import carry_rotation
 
 
 def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
@@ -31,12 +33,13 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
         device = next(module.parameters()).device
         module.lolcats = layer if device.type == "meta" else layer.to(device)  # in a skeleton, only they are real
         if spec.unrotated:
-            module.register_forward_pre_hook(keep_rotation, with_kwargs=True)
+            module.register_forward_pre_hook(carry_rotation, with_kwargs=True)
     config._attn_implementation_internal = IMPLEMENTATION  # not of a vision or audio part
     for part in decoders(model):
         # A plain list, which torch does not register; read in every call.
         part.lolcats_layers = linearized_layers(part)
         part.register_forward_pre_hook(prepare_decoder_call, with_kwargs=True)
+        part.register_forward_hook(end, always_call=True)
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:

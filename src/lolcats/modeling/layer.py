@@ -21,14 +21,14 @@ from lolcats.attention import (
     Documents,
     FeatureMap,
     HeadNorm,
+    Mixer,
     attention,
+    choose_path,
     extend,
     step,
-    use_backend,
-    uses_kernels,
 )
+from lolcats.attention.advance import SEGMENT, compacted
 from lolcats.attention.reference import attention_weights
-from lolcats.attention.state import SEGMENT, compacted
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 
@@ -106,8 +106,6 @@ class LinearizedAttention(nn.Module):
         self.mode: Mode = "student"
         self.ranks = 1  # ranks that share the heads in tensor parallelism
         self.observer: Observer | None = None
-        self.rotation: tuple[Tensor, Tensor] | None = None
-        """RoPE's cos and sin (B or 1, T, channels) of the current call, if the spec is unrotated."""
         groups = geometry.heads // geometry.kv_heads
         self.maps = geometry.kv_heads if config.key_maps == "per_kv_head" else geometry.heads
         self.phi_q = FeatureMap(config.feature_map, geometry.heads, geometry.head_dim, config.feature_dim)
@@ -144,8 +142,13 @@ class LinearizedAttention(nn.Module):
         """(H,) weight of the window against the linear term, in (0, 1)."""
         return torch.sigmoid(self.gate.float())
 
+    def mixer(self, scale: float, softcap: float | None = None) -> Mixer:
+        """This layer's attention as a value, for logits of this scale."""
+        return Mixer(self.phi_q, self.phi_k, self.gamma, self.spec, scale, softcap, self.norm)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
-                padding: Tensor | None = None, documents: Documents | None = None) -> Tensor:  # fmt: skip
+                padding: Tensor | None = None, documents: Documents | None = None,
+                backend: str | None = None) -> Tensor:  # fmt: skip
         """Outputs (B, H, T, D) for whole sequences, bf16 from the kernels for bf16 inputs, else fp32.
 
         For backward, the kernels keep q, k, v, the output and a few numbers per query. The chunked path keeps q, k, v
@@ -155,48 +158,33 @@ class LinearizedAttention(nn.Module):
             q: (B, H, T, D); k, v: (B, G, T, D), any float dtype.
             padding: (B, T) bool, False for padding.
             documents: the sequences packed into each row, without padding.
+            backend: asked for when the decoder's call began; default: what :func:`use_backend` says now.
         """
-        if documents is not None:
-            if uses_kernels(q, self.spec):
-                return self._whole(q, k, v, scale, softcap, documents)
-            return documents.apart(partial(self.forward, scale=scale, softcap=softcap), q, k, v)
-        if uses_kernels(q, self.spec):
-            whole = partial(self._whole, scale=scale, softcap=softcap)
+        path, mixer = choose_path(q, self.spec, backend=backend), self.mixer(scale, softcap)
+        if documents is not None and path != "kernels":
+            return documents.apart(partial(self.forward, scale=scale, softcap=softcap, backend=backend), q, k, v)
+
+        def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v, mixer, path, documents=documents)[0]
+
+        if path == "kernels":
             return whole(q, k, v) if padding is None else compacted(q, k, v, padding, whole)
         if padding is not None or q.shape[2] > SEGMENT:
-            return self.advance(self.empty_state(k, v), q, k, v, scale, softcap, padding)[0]
+            return extend(self.empty_state(k, v), q, k, v, mixer, padding, path=path)[0]
         if torch.is_grad_enabled() and q.requires_grad:
-            args = (q, k, v, scale, softcap)
-            return checkpoint(self._chunked, *args, use_reentrant=False, preserve_rng_state=False)
-        return self._chunked(q, k, v, scale, softcap)
-
-    def _chunked(self, *args: Any) -> Tensor:
-        with use_backend("chunked"):  # also for recomputation in backward, outside the block that chose it
-            return self._whole(*args)
-
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None,
-               documents: Documents | None = None) -> Tensor:  # fmt: skip
-        common = (self.phi_q, self.phi_k, self.gamma, self.spec, scale, softcap)
-        return self._normed(attention(q, k, v, *common, documents=documents)[0])
-
-    def _normed(self, y: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Outputs (B, H, T, D), normalized if a norm replaces the denominator; 0 for padding."""
-        if self.norm is None or self.spec.divides:
-            return y
-        y = self.norm(y)
-        return y if padding is None else y * padding[:, None, :, None]
+            return checkpoint(whole, q, k, v, use_reentrant=False, preserve_rng_state=False)
+        return whole(q, k, v)
 
     def advance(
         self, state: AttentionState, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
-        padding: Tensor | None = None, counts: Sequence[int] | None = None,
+        padding: Tensor | None = None, counts: Sequence[int] | None = None, backend: str | None = None,
     ) -> tuple[Tensor, AttentionState]:  # fmt: skip
         """Outputs (B, H, T, D) for T new tokens after ``state``, and the state after them (see :func:`extend`)."""
-        common = (self.phi_q, self.phi_k, self.gamma, self.spec, scale, softcap)
+        mixer = self.mixer(scale, softcap)
         if q.shape[2] == 1 and padding is None:
-            y, state = step(state, q, k, v, *common)
-        else:
-            y, state = extend(state, q, k, v, *common, mask=padding, counts=counts)
-        return self._normed(y, padding), state
+            return step(state, q, k, v, mixer, backend)
+        path = choose_path(q, self.spec, final=True, backend=backend)
+        return extend(state, q, k, v, mixer, padding, counts, path)
 
     def empty_state(self, k: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -> AttentionState:
         return AttentionState.empty(k, v, self.maps, self.phi_k.num_features, self.spec, dtype)

@@ -17,19 +17,27 @@ from transformers import DynamicCache
 
 from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
+from lolcats.modeling.masks import MaskRequest
 
 SHIFT = 7  # positions by which the check moves its tokens
 SAME = 0.05  # relative difference of q and k without RoPE between positions that 16 bits may cause
 
 
-def keep_rotation(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an attention module: store the cosines and sines of this call."""
-    module.lolcats.rotation = kwargs.get("position_embeddings")
+def carry_rotation(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of an attention module: let its mask carry the cosines and sines of this call."""
+    rotation = kwargs.get("position_embeddings")
+
+    def carrying(x: Any) -> Any:
+        return x.with_rotation(rotation) if isinstance(x, MaskRequest) else x
+
+    return tuple(map(carrying, args)), {name: carrying(x) for name, x in kwargs.items()}
 
 
-def as_attended(module: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def as_attended(module: Any, q: Tensor, k: Tensor, rotation: Any) -> tuple[Tensor, Tensor]:
     """q (B, H, T, D) and k (B, G, T, D) as the layer of ``module`` takes them: unchanged, or (..., 2D) with their
     values before RoPE appended. Partial RoPE rotates the first channels.
+
+    rotation: RoPE's cos and sin (B or 1, T, channels) of this call.
 
     Raises:
         LolcatsError: if the family does not rotate by cosines and sines that its attention modules receive.
@@ -37,7 +45,6 @@ def as_attended(module: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     layer = module.lolcats
     if not layer.spec.unrotated:
         return q, k
-    rotation, layer.rotation = layer.rotation, None
     rotate = _rotate(sys.modules[type(module).__module__])
     if rotate is None or not isinstance(rotation, tuple):
         raise no_rotation(module, layer.geometry.layer)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from lolcats.attention.dispatch import fits_kernels
+from lolcats.attention.path import fits_kernels
 from lolcats.config import Config, read_yaml
 from lolcats.errors import LolcatsError
 from lolcats.modeling.convert import convert

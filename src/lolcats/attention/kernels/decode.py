@@ -37,7 +37,9 @@ from lolcats.attention.kernels.blocks import (
 )
 from lolcats.attention.kernels.layout import power_of_two
 from lolcats.attention.kernels.plan import precision
+from lolcats.attention.mixer import Mixer
 from lolcats.attention.spec import AttentionSpec
+from lolcats.attention.state import SlotState
 
 COUNT = tl.constexpr(0xFFFFFFFF)  # bits of ``seen`` that count tokens; those above count programs of a running launch
 ARRIVED = tl.constexpr(1 << 32)
@@ -358,34 +360,32 @@ def capped(logits, scale, cap, CAPPED: tl.constexpr):
     return cap * (2 * tl.sigmoid(2 * logits * scale / cap) - 1) if CAPPED else logits
 
 
-def decode(
-    state: Any, q: Tensor, k: Tensor, v: Tensor, phi_q: Any, phi_k: Any, gamma: Tensor, spec: AttentionSpec,
-    scale: float, softcap: float | None = None,
-) -> Tensor:  # fmt: skip
+def decode(state: SlotState, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer) -> Tensor:
     """Outputs (B, H, 1, D) for one new token per row, bf16 for bf16 inputs, else fp32; updates ``state`` in place.
 
     Args:
-        state: an ``AttentionState`` that is ``in_place``, contiguous.
+        state: with contiguous tensors.
         q: (B, H, 1, D); k, v: (B, G, 1, D); q and k (..., 2D) if feature maps and softmax see different ones.
-        phi_q, phi_k: hedgehog maps with H and H or G heads; unused if the kind has no linear term.
-        gamma: (H,) fp32.
+        mixer: its maps must be Hedgehog; they are unused if the kind has no linear term.
     """
+    spec, gamma, softcap = mixer.spec, mixer.gamma, mixer.softcap
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, _, key_dim = q.shape
     dim = spec.rotated(q).shape[3]
     kv_heads, linear = k.shape[1], spec.has_linear
-    weights = [phi.weight.detach() for phi in (phi_q, phi_k)] if linear else [gamma, gamma]
+    maps_of: Any = mixer.phi_q, mixer.phi_k
+    weights = [phi.weight.detach() for phi in maps_of] if linear else [gamma, gamma]
     width = weights[0].shape[2] if linear else 16
-    group, maps = heads // kv_heads, state.S.shape[1] // kv_heads
+    group, maps = heads // kv_heads, state.sums.S.shape[1] // kv_heads
     o = q.new_empty(batch, heads, dim, dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32)
     wide, shared = q.dtype == torch.float32, linear and maps < group
     decode_kernel[(batch, kv_heads)](
-        q, q.stride()[:2], k, k.stride()[:2], v, v.stride()[:2], o, state.ring_k, state.ring_v, state.sink_k,
-        state.sink_v, state.S, state.z, state.seen, *weights, gamma, scale, float(softcap or 0),
+        q, q.stride()[:2], k, k.stride()[:2], v, v.stride()[:2], o, *state.ring, *state.sinks, *state.sums,
+        state.seen.rows, *weights, gamma, mixer.scale, float(softcap or 0),
         GROUP=group, MAPS=maps if linear else group, DIM=dim, KEY_DIM=key_dim, WIDTH=width,
         SOFTMAX=spec.has_softmax, LINEAR=linear, WINDOW="none" if spec.kind == "linear" else spec.window,
         SIZE=spec.window_size, SPAN=spec.span, SINKS=spec.softmax_sinks, CAPPED=softcap is not None,
-        ROUNDED=state.S.dtype == torch.bfloat16, LOW=tl.float32 if wide else tl.bfloat16,
+        ROUNDED=state.sums.S.dtype == torch.bfloat16, LOW=tl.float32 if wide else tl.bfloat16,
         PRECISION=precision(), BLOCK_H=max(16, power_of_two(group)),
         **choose_blocks(dim, width, spec, shared, wide),
     )  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lolcats.attention.chunked import Context, KeyMap
+from lolcats.attention.chunked import Context
 from lolcats.attention.feature_maps import FeatureMap
 from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_kernel, sink_kernel, weight_kernel
 from lolcats.attention.kernels.forward import output_kernel
@@ -25,6 +25,7 @@ from lolcats.attention.kernels.layout import Layout, Phi, Rows, Tiling, dense_ro
 from lolcats.attention.kernels.plan import Plan, find_plan
 from lolcats.attention.kernels.projection import project, project_back
 from lolcats.attention.kernels.states import pack, scan_kernel, state_kernel, unpack
+from lolcats.attention.mixer import KeyMap, Mixer
 from lolcats.attention.spec import AttentionSpec
 
 
@@ -46,8 +47,7 @@ class Call:
 
 
 def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, phi_q: KeyMap, phi_k: KeyMap, gamma: Tensor,
-    spec: AttentionSpec, scale: float, softcap: float | None = None, *, seen: tuple[Tensor, Tensor] | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, *, seen: tuple[Tensor, Tensor] | None = None,
     context: Context | None = None, lengths: Sequence[int] | None = None, cu_seqlens: Sequence[int] | None = None,
     final: bool = False, tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
@@ -55,9 +55,8 @@ def triton_attention(
 
     Args:
         q: (B, H, T, D); k, v: (B, G, T, D); fp32, bf16 or fp16, any strides whose last is 1.
-        phi_q, phi_k: feature maps with H and H or G heads. Hedgehog is computed inside the kernels; other maps are
-            computed before them and need an even number of features.
-        gamma: (H,) fp32.
+        mixer: Hedgehog maps are computed inside the kernels; other maps are computed before them and need an even
+            number of features.
         seen: (B, H, T, D) and (B, G, T, D), inputs of the feature maps, if not q and k.
         context: state before the first token (see :class:`Context`); no gradient flows into it.
         lengths: length of each batch row, if rows are shorter than T; outputs after their end are 0.
@@ -71,7 +70,8 @@ def triton_attention(
     """
     batch, _, tokens, _ = q.shape
     rows = dense_rows(batch, tokens, lengths) if cu_seqlens is None else packed_rows(cu_seqlens)
-    call = Call(spec, float(scale), softcap, rows, context, final, tiling, train=torch.is_grad_enabled())
+    spec, phi_q, phi_k = mixer.spec, mixer.phi_q, mixer.phi_k
+    call = Call(spec, float(mixer.scale), mixer.softcap, rows, context, final, tiling, train=torch.is_grad_enabled())
     maps: dict[str, Tensor] = {}  # what the kernels get of them, by the names in TENSORS
     weights, (x_q, x_k) = _hedgehog_weights(phi_q, phi_k), seen or (q, k)
     if weights is not None and spec.has_linear:
@@ -85,7 +85,7 @@ def triton_attention(
     elif spec.has_linear:
         call, maps = dataclasses.replace(call, phi="given"), {"fq": phi_q(x_q), "fk": phi_k(x_k)}
     of_maps = (maps.get(name) for name in TENSORS[3:-1])
-    o, S, z = _Attention.apply(q, k, v, *of_maps, gamma, call)  # type: ignore[no-untyped-call]
+    o, S, z = _Attention.apply(q, k, v, *of_maps, mixer.gamma, call)  # type: ignore[no-untyped-call]
     return o, S, z
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.attention import AttentionState
-from lolcats.attention.dispatch import uses_decode_kernel
+from lolcats.attention.path import choose_decode_path
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine.graphs import DecodeGraphs, Landing, capture
 from lolcats.inference.engine.model import broke_the_device, check_model, end_tokens, lay_out_for_vectors
@@ -318,7 +318,7 @@ class Engine:
         def has(layer: LinearizedAttention) -> bool:
             shape = (0, 0, 1, layer.spec.channels(layer.geometry.head_dim))
             q = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
-            return uses_decode_kernel(q, layer.phi_q, layer.spec)
+            return choose_decode_path(q, layer.mixer(1.0)) == "kernels"
 
         with torch.inference_mode():
             return all(map(has, self.layers.values()))

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
-from lolcats.attention import AttentionState
+from lolcats.attention import AttentionState, SlotState
 from lolcats.errors import LolcatsError
-from lolcats.modeling.interface import LinearizedCacheLayer, install_cache
+from lolcats.modeling.cache import LinearizedCacheLayer, install_cache
 from lolcats.modeling.layer import LinearizedAttention
 
 
@@ -51,11 +51,11 @@ class Snapshot:
             tokens = tuple(tensors.pop("tokens").tolist())
         except (OSError, KeyError, SafetensorError) as error:
             raise LolcatsError(f"{path}: no saved state ({error}).") from None
-        layers: dict[int, dict[str, Any]] = {}
+        layers: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             index, _, field = name.partition(".")
             layers.setdefault(int(index), {})[field] = tensor
-        return cls(tokens, tuple(AttentionState(**layers[i], count=len(tokens)) for i in sorted(layers)))
+        return cls(tokens, tuple(AttentionState.of_tensors(layers[i], len(tokens)) for i in sorted(layers)))
 
 
 def copied(state: AttentionState) -> AttentionState:
@@ -71,7 +71,8 @@ class PrefillCache:
         self.layers: list[LinearizedCacheLayer] = [self.cache.layers[i] for i in layers]
         if start is not None:
             for layer, state in zip(self.layers, start.layers, strict=True):
-                layer.state = replace(state, S=state.S.float())  # a snapshot out of a table may have bf16
+                sums = state.sums._replace(S=state.sums.S.float())  # a snapshot out of a table may have bf16
+                layer.state = replace(state, sums=sums)
                 layer.length, layer.is_initialized = len(start.tokens), True
 
     def states(self) -> tuple[AttentionState, ...]:
@@ -82,7 +83,7 @@ class PrefillCache:
 
 
 class SlotTable:
-    """States of all slots, one batched :class:`AttentionState` a layer, allocated once and written in place.
+    """States of all slots, one :class:`SlotState` a layer, allocated once and written in place.
 
     A decode step sees the first n slots as transformers' cache, and moves the states of all n.
     """
@@ -92,13 +93,13 @@ class SlotTable:
         state_dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         self.slots = slots
-        self.states: list[AttentionState] = []
-        self.views: dict[int, list[AttentionState]] = {}
+        self.states: list[SlotState] = []
+        self.views: dict[int, list[SlotState]] = {}
         for layer in layers.values():
             g = layer.geometry
             k = torch.empty(slots, g.kv_heads, 0, layer.spec.channels(g.head_dim), dtype=dtype, device=device)
             v = torch.empty(slots, g.kv_heads, 0, g.value_dim, dtype=dtype, device=device)
-            self.states.append(replace(layer.empty_state(k, v, state_dtype), count=None, in_place=True))
+            self.states.append(SlotState.of(layer.empty_state(k, v, state_dtype)))
         self.cache = DynamicCache()
         install_cache(self.cache, layers)
         self.layers: list[LinearizedCacheLayer] = [self.cache.layers[i] for i in layers]
@@ -112,14 +113,13 @@ class SlotTable:
         if rows not in self.views:
             self.views[rows] = [state.map(lambda x: x[:rows]) for state in self.states]
         for layer, state in zip(self.layers, self.views[rows], strict=True):
-            layer.state, layer.length, state.counts = state, 0, counts
+            layer.state, layer.length = state.at(counts), 0
         return self.cache
 
     def put(self, slot: int, states: Sequence[AttentionState]) -> None:
         """Copy the states of one or several sequences into the slots from ``slot`` on."""
         for state, new in zip(self.states, states, strict=True):
-            for name, table in state.tensors().items():
-                x = getattr(new, name)
+            for table, x in zip(state.tensors().values(), new.tensors().values(), strict=True):
                 table[slot : slot + len(x)].copy_(x)
 
     def clear(self) -> None:
@@ -135,8 +135,7 @@ class SlotTable:
 
     def take(self, slot: int, tokens: Sequence[int]) -> Snapshot:
         """A copy of what a slot remembers, which must be ``tokens``."""
-        rows = (state.map(lambda x: x[slot : slot + 1].clone()) for state in self.states)
-        return Snapshot(tuple(tokens), tuple(replace(row, count=len(tokens), in_place=False) for row in rows))
+        return Snapshot(tuple(tokens), tuple(state.row(slot, len(tokens)) for state in self.states))
 
 
 class PrefixCache:

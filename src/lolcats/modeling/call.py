@@ -1,0 +1,75 @@
+"""What one call of the decoder knows, for every layer: built in the decoder's hook, carried by the masks it asks for.
+
+transformers passes its layers a mask and nothing else of ours, so between the hook and the mask function the call
+lies in a context variable, which the hook sets and clears again. Layers read it from the mask. That is also what they
+find when gradient checkpointing runs them again in backward, after the call has ended.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lolcats.attention import Documents
+from lolcats.attention.path import backend
+
+
+class Padding(NamedTuple):
+    """mask: (B, T) bool, False for padding, or None if there is none; counts: real tokens per row, on the host."""
+
+    mask: Tensor | None = None
+    counts: list[int] | None = None
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a decoder.
+
+    decoder: the module that is called; None outside of any call.
+    documents: the sequences packed into each row, if rows hold several.
+    cache: the ``DynamicCache`` of this call, whose layers hold the linearized layers' states.
+    backend: the attention backend asked for when the call began.
+    outer: the call that runs around this one, if a model inside another is hooked as well.
+    """
+
+    decoder: nn.Module | None = None
+    documents: Documents | None = None
+    cache: Any = None
+    backend: str = field(default_factory=backend)
+    outer: Call | None = None
+    _paddings: dict[Any, tuple[Tensor, Padding]] = field(default_factory=dict)
+
+    def padding(self, mask: Tensor | None, start: int, stop: int) -> Padding:
+        """The padding of the new tokens, columns ``start`` to ``stop`` of the attention mask (B, all tokens). Read once
+        for all layers, since it makes the host wait for the device."""
+        if mask is None:
+            return Padding()
+        key = id(mask), start, stop
+        if key not in self._paddings:
+            new = mask[:, start:stop].bool()
+            counts = new.sum(1).tolist()
+            found = Padding(new, counts) if min(counts) < stop - start else Padding()
+            self._paddings[key] = mask, found  # with the mask, whose id stays taken
+        return self._paddings[key][1]
+
+
+_current: ContextVar[Call | None] = ContextVar("call of a decoder", default=None)
+
+
+def current() -> Call | None:
+    """The call that is running, if any."""
+    return _current.get()
+
+
+def begin(call: Call) -> None:
+    _current.set(call)
+
+
+def end(decoder: nn.Module, *_: Any) -> None:
+    """Forward hook of the decoder, also after an error: its call is over."""
+    call = _current.get()
+    if call is not None and call.decoder is decoder:
+        _current.set(call.outer)

@@ -1,0 +1,117 @@
+"""The decoder's hook: forward, generate, pipeline and lm-eval all come through here."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.masking_utils import find_packed_sequence_indices
+
+from lolcats.attention import Documents
+from lolcats.errors import LolcatsError
+from lolcats.modeling.cache import install_cache
+from lolcats.modeling.call import Call, begin, current
+from lolcats.modeling.interface import IMPLEMENTATION
+
+
+def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of the decoder: put our layers into any cache that is still empty.
+
+    forward, generate, pipeline and lm-eval all come through here, so none of them can end up with a growing cache.
+    """
+    config = decoder.config.get_text_config(decoder=True)
+    implementation = config._attn_implementation
+    if implementation != IMPLEMENTATION:
+        raise LolcatsError(
+            f"The attention implementation of this linearized model was changed to {implementation!r}, "
+            "which would silently run softmax attention. Use lolcats.override(model, mode='teacher') for that."
+        )
+    linearized = decoder.lolcats_layers
+    layers = {layer.geometry.layer: layer for layer in linearized if layer.mode == "student"}
+    kind: Any = type(decoder)
+    names = _parameters(kind)
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    changes: dict[str, Any] = {}
+    documents = _documents(call) if any(layer.mode != "teacher" for layer in linearized) else None
+    own = Call(decoder, documents, outer=current())
+    begin(own)
+    if documents is not None:
+        _check_packed(call, {layer.base_implementation for layer in linearized})
+        call["use_cache"] = changes["use_cache"] = False
+    if not layers:
+        return ((), {**call, **changes}) if changes else None
+    changes |= _positions(call, names)
+    cache, use_cache = call.get("past_key_values"), call.get("use_cache")
+    wants_cache = (getattr(config, "use_cache", False) if use_cache is None else use_cache) and not (
+        decoder.training and torch.is_grad_enabled()
+    )
+    if cache is None and wants_cache:
+        cache = changes["past_key_values"] = DynamicCache(config=config)
+    if cache is not None:
+        install_cache(cache, layers)
+        own.cache = cache
+    return (), {**call, **changes}
+
+
+@functools.cache
+def _parameters(decoder: Any) -> list[str]:
+    """Names of the arguments of a decoder class's forward."""
+    return list(inspect.signature(decoder.forward).parameters)[1:]
+
+
+def _positions(call: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
+    """Positions counted from each row's first real token, if the caller passed a padding mask but no positions.
+
+    Softmax with RoPE only sees differences of positions; feature maps see the positions themselves.
+    """
+    mask, ids = call.get("attention_mask"), call.get("input_ids")
+    ids = call.get("inputs_embeds") if ids is None else ids
+    if call.get("position_ids") is not None or "position_ids" not in names or ids is None:
+        return {}
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.all():
+        return {}
+    return {"position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]}
+
+
+def _documents(call: dict[str, Any]) -> Documents | None:
+    """The packed documents, if any: as in transformers, positions that do not increase by one mark another document."""
+    positions, mask = call.get("position_ids"), call.get("attention_mask")
+    ids = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    if positions is None or positions.ndim != 2 or positions.shape[1] < 2 or ids is None:
+        return None
+    if _length(call.get("past_key_values")) > 0:
+        return None
+    numbers = find_packed_sequence_indices(positions.expand(ids.shape[0], -1))
+    if numbers is None:
+        return None
+    if mask is None:
+        return Documents.of(numbers)
+    if not isinstance(mask, Tensor):  # made by the outer model, whose call was already checked
+        outer = current()
+        return None if outer is None else outer.documents
+    if mask.ndim == 2 and mask.shape == numbers.shape:
+        real = mask[:, 1:].bool() & mask[:, :-1].bool()
+        if ((numbers[:, 1:] != numbers[:, :-1]) & real).any():
+            raise LolcatsError("Packed rows (position_ids that restart) do not support an attention_mask.")
+    return None
+
+
+def _check_packed(call: dict[str, Any], implementations: set[str]) -> None:
+    """Raise LolcatsError for what packed documents cannot be combined with, here or in transformers' own masks."""
+    if call.get("past_key_values") is not None or call.get("use_cache"):
+        raise LolcatsError(
+            "Packed rows (position_ids that restart) do not support a cache: a state belongs to one sequence. Pass "
+            "use_cache=False, or give each document its own row."
+        )
+    if flash := [name for name in implementations if "flash" in name]:
+        raise LolcatsError(
+            f"Packed rows need the base model's sdpa or eager attention; this one was loaded with {flash[0]}."
+        )
+
+
+def _length(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
