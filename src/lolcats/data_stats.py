@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lolcats.config import Config
 from lolcats.data.inputs import Inputs
-from lolcats.data.rows import Data, Documents, PackedRows
+from lolcats.data.rows import Documents
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.effective_length import EffectiveLengths, effective_lengths
 from lolcats.modeling.convert import convert
@@ -67,7 +66,7 @@ def data_statistics(model: str, source: str, config: Config, device: torch.devic
     data, documents = inputs.data(source, config.data, config.seed), inputs.documents(source, config.data)
     converted = convert(inputs.model(dtype, device), config)
     chosen = torch.linspace(0, len(data.train) - 1, min(count, len(data.train))).long().tolist()
-    found = effective_lengths(converted, _batches(data, chosen, config.transfer.micro_batch_size))
+    found = effective_lengths(converted, data.batches(chosen, config.transfer.micro_batch_size))
     facts = {
         "documents": f"{len(documents):,}", "tokens": f"{int(documents.length.sum()):,}",
         "duplicate records dropped": f"{documents.counts['duplicate_records']:,}",
@@ -77,30 +76,6 @@ def data_statistics(model: str, source: str, config: Config, device: torch.devic
         "rows measured": f"{len(chosen):,}", "layers measured": f"{len(found.layers)}",
     }  # fmt: skip
     return Statistics(facts, torch.from_numpy(documents.length), found, config.data.sequence_length)
-
-
-def longest(data: Data, model: PreTrainedModel, fraction: float, batch: int) -> tuple[EffectiveLengths, Tensor]:
-    """Effective sequence lengths of all training rows, and the indices of the ``fraction`` of rows with the longest, in
-    ascending order."""
-    found = effective_lengths(model, _batches(data, list(range(len(data.train))), batch))
-    count = max(1, round(fraction * len(found.rows)))
-    return found, found.rows.topk(count).indices.sort().values
-
-
-def select(data: Data, kept: Tensor) -> Data:
-    """``data`` with only the training rows at indices ``kept``."""
-    if isinstance(data.train, PackedRows):
-        return replace(data, train=data.train.select(kept.numpy()))
-    positions = {name: x[kept] if name == "train" else x for name, x in data.positions.items()}
-    return replace(data, train=data.train[kept], positions=positions)
-
-
-def _batches(data: Data, numbers: list[int], size: int) -> Any:
-    rows = data.dataset("train")
-    for start in range(0, len(numbers), size):
-        items = [rows[number] for number in numbers[start : start + size]]
-        positions = [item["position_ids"] for item in items if "position_ids" in item]
-        yield torch.stack([item["input_ids"] for item in items]), torch.stack(positions) if positions else None
 
 
 def _shares(documents: Documents) -> dict[str, str]:
