@@ -44,11 +44,11 @@ from lolcats.modeling.classes import convert_as
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.modeling.skeleton import Skeleton, build_skeleton
-from lolcats.plan.here import shards
 from lolcats.ranks import is_first, ranks
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
 from lolcats.stages.distributed import is_sharded
 from lolcats.stages.finetune.controls import control, control_directory, train_control
+from lolcats.stages.finetune.fits import shards
 from lolcats.stages.finetune.stage import finetune, load_lora, load_over_ranks, lora_targets
 from lolcats.stages.result import StageResult
 from lolcats.stages.transfer.stage import layer_errors, transfer, transfer_in_turn
