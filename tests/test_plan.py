@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
-from scripts import script
+from support.scripts import script
 from transformers import MixtralConfig
 from typer.testing import CliRunner
 

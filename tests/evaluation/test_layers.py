@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SETTINGS, tiny_model
-from scripts import script
+from support.scripts import script
 from torch import Tensor
 
 import lolcats

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SETTINGS
-from scripts import script
+from support.scripts import script
 
 from lolcats.config import DataConfig
 from lolcats.data.mixture import read_mixture

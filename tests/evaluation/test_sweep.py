@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import SETTINGS
-from local_data import FILES
+from support.local_data import FILES
 from typer.testing import CliRunner
 
 from lolcats.cli import app
