@@ -22,8 +22,8 @@ from typing import Any
 import common
 
 from lolcats.files import write_text
-from lolcats.sweep.execute import with_controls
-from lolcats.sweep.table import ROW, UNTRAINED, render
+from lolcats.lab.sweep.execute import with_controls
+from lolcats.lab.sweep.table import ROW, UNTRAINED, render
 
 HERE = Path(__file__).parent / "quality"
 SCORES = (

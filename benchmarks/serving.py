@@ -46,7 +46,7 @@ def make_model(path: Path, geometry: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from lolcats.config import AttentionConfig
-    from lolcats.inference.bench import random_model
+    from lolcats.lab.bench import random_model
 
     model = random_model(geometry, AttentionConfig(), torch.device("cpu"), torch.float32)
     model.save_pretrained(path)

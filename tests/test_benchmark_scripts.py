@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import sentence
-from scripts import FOLDER, script
+from support.scripts import FOLDER, script
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,13 @@ import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import FAMILIES, tiny_model
-from scripts import script
+from support.scripts import script
 from transformers import MixtralConfig
 from typer.testing import CliRunner
 
@@ -22,8 +24,10 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import linearized_layers
 from lolcats.plan import Machine, Size, Speeds, Work, plan_finetune, plan_transfer, read_config, report, size_of
-from lolcats.plan.costs import GIB, finetune_token, gpu_need, transfer_token
+from lolcats.plan.costs import GIB, checked, finetune_token, gpu_need, lora, transfer_token
+from lolcats.stages.finetune import fits
 from lolcats.stages.finetune.stage import add_lora
+from lolcats.weights.base import Base
 
 ROOT = Path(__file__).parent.parent
 MEASURED = json.loads((ROOT / "benchmarks/results/training.json").read_text())
@@ -198,6 +202,27 @@ def test_whole_models_where_they_fit_and_shards_where_not() -> None:
     for asked, start in (("always", "sharded"), ("never", "whole")):
         config = load_config("default", [f"finetune.sharding={asked}"])
         assert all(p.schedule.startswith(start) for p in plan_finetune(size, config, Machine(gpus=2), Work()))
+
+
+@pytest.mark.parametrize(("recipe", "gib", "whole"), [
+    ("default", 24, False), ("default", 40, True), ("paper", 16, False), ("paper", 24, True), ("paper-70b", 24, True)
+])  # fmt: skip
+def test_stage_2_shards_what_the_plan_says_does_not_fit(recipe: str, gib: int, whole: bool, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Its own rule is simpler; they agree on an 8B model."""
+    read_config("llama-3-8b").save_pretrained(tmp_path)
+    base, config = Base(str(tmp_path), "directory", ""), load_config(recipe)
+
+    def holds(host: int) -> bool:
+        monkeypatch.setattr(fits, "free_host_memory", lambda: host * GIB)
+        return fits._fits(base, config, torch.device("cuda"), torch.bfloat16)
+
+    properties = SimpleNamespace(total_memory=gib * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    machine = Machine(2, gib * GIB, 64 * GIB)
+    plan = checked(lora(size_of(read_config("llama-3-8b"), config), config, machine, Work()), machine)
+    assert holds(64) == (not plan.problems) == whole
+    assert not holds(16)  # cannot be loaded
 
 
 @pytest.mark.parametrize("gpus", [2, 4])

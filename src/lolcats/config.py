@@ -232,7 +232,7 @@ class FinetuneConfig(StageConfig):
     """Keep only the input of each decoder layer and recompute the layer in the backward pass: less memory, slower."""
     sharding: Literal["auto", "always", "never"] = "auto"
     """How to place the base model on several GPUs. ``always``: shard it across them (FSDP2); ``never``: keep all of it
-    on each, which is faster; ``auto``: shard it only if it does not fit on each, as ``lolcats plan`` estimates."""
+    on each, which is faster; ``auto``: shard it only if it does not fit on each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

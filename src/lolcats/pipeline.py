@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from lolcats.config import Config, Control, from_dict, to_dict, to_yaml
 from lolcats.data.inputs import Inputs
 from lolcats.data.rows import Data
-from lolcats.data_stats import longest, select
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.attention_maps import FILE, measure_attention
+from lolcats.evaluation.effective_length import longest
 from lolcats.evaluation.layers import measure_layers
 from lolcats.evaluation.memory import cache_bytes
 from lolcats.evaluation.perplexity import perplexity
@@ -44,11 +44,11 @@ from lolcats.modeling.classes import convert_as
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.modeling.skeleton import Skeleton, build_skeleton
-from lolcats.plan.here import shards
 from lolcats.ranks import is_first, ranks
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
 from lolcats.stages.distributed import is_sharded
 from lolcats.stages.finetune.controls import control, control_directory, train_control
+from lolcats.stages.finetune.fits import shards
 from lolcats.stages.finetune.stage import finetune, load_lora, load_over_ranks, lora_targets
 from lolcats.stages.result import StageResult
 from lolcats.stages.transfer.stage import layer_errors, transfer, transfer_in_turn
@@ -430,7 +430,7 @@ def _keep_longest(session: Session) -> None:
         return {"mean": means, "rows": indices.tolist()}
 
     selection = session.run.measure("effective_length", measured)
-    session.data = select(data, torch.tensor(selection["rows"]))
+    session.data = data.select(torch.tensor(selection["rows"]))
     means = selection["mean"]
     session.say(
         f"  training on the {len(selection['rows'])} of {len(data.train)} rows with the longest effective sequence "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from interpreted import add_bf16_products
+from support.interpreted import add_bf16_products
 
 import lolcats.attention.advance as advance
 from lolcats.attention import (

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import itertools
 
-from interpreted import add_bf16_products
+from support.interpreted import add_bf16_products
 
 from lolcats.attention import (
     AttentionSpec,
@@ -364,7 +364,7 @@ def test_half_precision(
     ],
 )
 def test_compiles_and_fits_on_hopper(kind: str, window: str, size: int, dim: int, f: int, dtype: str, phi: str) -> None:
-    script = Path(__file__).with_name("compile_kernels.py")
+    script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
     command = [sys.executable, str(script), kind, window, str(size), str(dim), str(f), dtype, phi]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

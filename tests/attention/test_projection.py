@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from interpreted import add_bf16_products
+from support.interpreted import add_bf16_products
 
 from lolcats.attention import AttentionSpec, FeatureMap, Mixer, parallel_attention
 from lolcats.attention.kernels import triton_attention

@@ -12,7 +12,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 import torch
 from conftest import SETTINGS
-from local_data import FILES, SUBJECTS, write_files
+from support.local_data import FILES, SUBJECTS, write_files
 from typer.testing import CliRunner
 
 import lolcats

@@ -15,9 +15,8 @@ import lolcats
 from lolcats.attention.reference import QUERIES, softmax_weights
 from lolcats.config import AttentionConfig
 from lolcats.data.rows import Data
-from lolcats.data_stats import longest, select
 from lolcats.evaluation.attention_maps import effective_length
-from lolcats.evaluation.effective_length import effective_lengths, mean_distances
+from lolcats.evaluation.effective_length import effective_lengths, longest, mean_distances
 from lolcats.modeling.layer import override
 
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
@@ -72,7 +71,7 @@ def test_longest_rows_are_kept_in_their_order() -> None:
     found, kept = longest(data, model, 0.34, 4)
     assert len(kept) == 3
     assert kept.tolist() == sorted(found.rows.argsort(descending=True)[:3].tolist())
-    chosen = select(data, kept)
+    chosen = data.select(kept)
     assert torch.equal(chosen.train, rows[kept])
     assert chosen.positions["train"].shape == (3, 32)
     assert torch.equal(chosen.positions["test"], rows[:1])

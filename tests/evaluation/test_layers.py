@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SETTINGS, tiny_model
-from scripts import script
+from support.scripts import script
 from torch import Tensor
 
 import lolcats
@@ -19,11 +19,11 @@ from lolcats.attention.reference import QUERIES
 from lolcats.config import AttentionConfig, load_config
 from lolcats.evaluation.layers import measure_layers, weights_of_queries
 from lolcats.files import append_line
+from lolcats.lab.sweep.execute import run_sweep
+from lolcats.lab.sweep.plan import Sweep, read_sweep
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.pipeline import linearize
 from lolcats.stages.transfer.stage import layer_errors
-from lolcats.sweep.execute import run_sweep
-from lolcats.sweep.plan import Sweep, read_sweep
 
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
 IDS = torch.randint(6, 300, (3, 50), generator=torch.Generator().manual_seed(0))

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from conftest import SETTINGS
-from scripts import script
+from support.scripts import script
 
 from lolcats.config import DataConfig
 from lolcats.data.mixture import read_mixture
-from lolcats.sweep.execute import run_sweeps
-from lolcats.sweep.plan import read_sweep
+from lolcats.lab.sweep.execute import run_sweeps
+from lolcats.lab.sweep.plan import read_sweep
 
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 FEW = ["transfer.max_steps=2", "finetune.max_steps=2", "transfer.eval_steps=2"]

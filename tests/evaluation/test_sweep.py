@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import SETTINGS
-from local_data import FILES
+from support.local_data import FILES
 from typer.testing import CliRunner
 
 from lolcats.cli import app
 from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
 from lolcats.files import append_line, locked, read_lines
+from lolcats.lab.sweep import execute, row
+from lolcats.lab.sweep.execute import run_sweep
+from lolcats.lab.sweep.measure import Measurement
+from lolcats.lab.sweep.plan import Sweep, plan, read_sweep
+from lolcats.lab.sweep.table import difference, render
 from lolcats.pipeline import linearize
-from lolcats.sweep import execute, row
-from lolcats.sweep.execute import run_sweep
-from lolcats.sweep.measure import Measurement
-from lolcats.sweep.plan import Sweep, plan, read_sweep
-from lolcats.sweep.table import difference, render
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
 FEW = ["transfer.max_steps=2", "finetune.max_steps=2", "transfer.eval_steps=2"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import transformers
-from checks import outcome
-from table import NOT_BUILT, model_types, render, written
+from support.checks import outcome
+from support.table import NOT_BUILT, model_types, render, written
 
 OF_THE_TABLE = f"| transformers {transformers.__version__} |" in written()
 TRIED = [t for t in model_types() if t not in NOT_BUILT]
@@ -21,7 +21,7 @@ def test_linearized_right_or_refused(model_type: str) -> None:
 
 @pytest.mark.slow
 def test_table_in_the_docs() -> None:
-    """``python tests/families/table.py`` rewrites it."""
+    """``python tests/support/table.py`` rewrites it."""
     if not OF_THE_TABLE:
         pytest.skip("the table is of another version of transformers")
     assert written() == render(outcome(t) for t in TRIED)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import (
+from support.checks import (
     HYBRID,
     IDS,
     PADDING,
@@ -22,8 +22,8 @@ from checks import (
     generated_alike,
     padding_error,
 )
-from families import FAMILIES, REFUSED, Family
-from tiny import tiny
+from support.families import FAMILIES, REFUSED, Family
+from support.tiny import tiny
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import lolcats

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import serving, tiny_engine
+from support.serving import serving, tiny_engine
 from typer.testing import CliRunner
 
 from lolcats.cli import app

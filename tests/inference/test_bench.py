@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 import lolcats
 from lolcats.cli import app
 from lolcats.config import AttentionConfig
-from lolcats.inference import bench
-from lolcats.inference.bench import Options, benchmark, bound_seconds, describe, plain_teacher, random_model
+from lolcats.lab import bench
+from lolcats.lab.bench import Options, benchmark, bound_seconds, describe, plain_teacher, random_model
 from lolcats.modeling.convert import convert
 
 

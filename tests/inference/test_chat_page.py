@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import serving, tiny_engine, wait_until
+from support.serving import serving, tiny_engine, wait_until
 from test_server import slow_down
 
 from lolcats.inference.engine import Engine

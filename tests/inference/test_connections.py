@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import serving, tiny_engine, wait_until
+from support.serving import serving, tiny_engine, wait_until
 from test_server import slow_down
 
 from lolcats.inference.engine import Engine

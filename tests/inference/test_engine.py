@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
-from serving import CONFIG, tiny_engine
+from support.serving import CONFIG, tiny_engine
 
 import lolcats
 from lolcats.attention import use_backend

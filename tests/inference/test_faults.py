@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import serving, tiny_engine, wait_until
+from support.serving import serving, tiny_engine, wait_until
 from test_engine import Ahead, alone, prompts, tokens
 
 from lolcats.inference.engine import Delta, Engine, Request, SamplingParams

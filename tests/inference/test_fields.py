@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import vllm_fields
 from openai.types import completion_create_params as openai_completion
 from openai.types.chat import completion_create_params as openai_chat
+from support import vllm_fields
 
 from lolcats.inference.server import fields
 from lolcats.inference.server.errors import ApiError

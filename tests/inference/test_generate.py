@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import tiny_model
-from serving import CONFIG
+from support.serving import CONFIG
 from typer.testing import CliRunner
 
 import lolcats

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import tiny_model
-from serving import CONFIG, ready, wait_until
+from support.serving import CONFIG, ready, wait_until
 from typer.testing import CliRunner
 
 import lolcats

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import serving, tiny_engine
+from support.serving import serving, tiny_engine
 from test_engine import ask, prompts
 
 from lolcats.inference.engine import Delta, Engine, Request, SamplingParams

@@ -14,7 +14,7 @@ import openai
 import psutil
 import pytest
 from conftest import sentence
-from serving import serving, tiny_engine, wait_until
+from support.serving import serving, tiny_engine, wait_until
 
 from lolcats.inference.engine import Engine, Request
 from lolcats.inference.engine.sampling import SamplingParams

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import serving, tiny_engine, wait_until
+from support.serving import serving, tiny_engine, wait_until
 from test_server import slow_down
 
 pytest.importorskip("llguidance")

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from scripts import script
+from support.scripts import script
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
 from transformers.generation import LogitsProcessor, LogitsProcessorList

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SETTINGS, tiny_model
-from ranks import run_ranks
+from support.ranks import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import profile
@@ -27,9 +27,9 @@ from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import decoder_layers, linearized_layers
 from lolcats.modeling.loss import gathered
 from lolcats.pipeline import finish, resume, run_finetune, run_transfer, start
-from lolcats.plan.here import shards
 from lolcats.stages.arguments import training_arguments
 from lolcats.stages.distributed import all_reduce_gradients, is_sharded, own_device
+from lolcats.stages.finetune.fits import shards
 from lolcats.stages.finetune.stage import finetune, load_over_ranks
 from lolcats.stages.finetune.trainer import BestKeeper, newest_checkpoint
 from lolcats.weights.base import Base, find_base
@@ -184,7 +184,7 @@ def assert_who_shards(root: Path) -> None:
 
     def answer(sharding: str, memory: list[int], source: Base = base) -> bool:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lolcats.plan.here.free_host_memory", lambda: memory[dist.get_rank()])
+            patch.setattr("lolcats.stages.finetune.fits.free_host_memory", lambda: memory[dist.get_rank()])
             return shards(
                 source, load_config("default", [*SETTINGS, f"finetune.sharding={sharding}"]), cpu, torch.float32
             )

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SETTINGS, tiny_model
-from rank_worker import Task, train, work
-from ranks import forked, free_port
 from safetensors.torch import load_file
+from support.rank_worker import Task, train, work
+from support.ranks import forked, free_port
 
 from lolcats.ranks import Ranks
 

@@ -20,8 +20,8 @@ from lolcats.data import sources, store
 from lolcats.data.rows import PackedRows, load_data, load_rows, tokenize_source
 from lolcats.data.sources import pieces
 from lolcats.errors import LolcatsError
+from lolcats.lab.sweep.measure import source_identity
 from lolcats.pipeline import linearize
-from lolcats.sweep.measure import source_identity
 
 SMALL = DataConfig(sequence_length=16, validation_rows=6, test_rows=6)
 

@@ -119,8 +119,8 @@ def sweep(
 
     Run the same command again to continue, or several times at once to share the rows.
     """
+    from lolcats.lab.sweep.plan import plan, plan_rows, read_sweep
     from lolcats.pipeline import log
-    from lolcats.sweep.plan import plan, plan_rows, read_sweep
 
     model = "" if len(files) == 1 or Path(files[-1]).suffix in (".yaml", ".yml") else files.pop()
     given = [f"{key}={value}" for key, value in (("base.model", model), ("base.data", data)) if value]
@@ -129,7 +129,7 @@ def sweep(
         for one in sweeps:
             print_rows(*plan_rows(plan(one)), title=one.title)
         return
-    from lolcats.sweep.execute import run_sweeps
+    from lolcats.lab.sweep.execute import run_sweeps
 
     for table in run_sweeps(sweeps, out_, shlex.join(["lolcats", *sys.argv[1:]]), log, deadline or None):
         out.print(table.read_text(), soft_wrap=True, markup=False, highlight=False)
@@ -213,7 +213,7 @@ def stats(
 ) -> None:  # fmt: skip
     """Show data sizes, document lengths, and how far back MODEL's attention looks on DATA."""
     from lolcats.config import load_config
-    from lolcats.data_stats import data_statistics
+    from lolcats.lab.data_stats import data_statistics
     from lolcats.pipeline import device_and_dtype
 
     if not picture.parent.is_dir():

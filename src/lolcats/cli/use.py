@@ -202,9 +202,9 @@ def bench(
 ) -> None:  # fmt: skip
     """Measure speed and memory of generation by batch size, next to Hugging Face's generate (the paper's Figure 8)."""
     from lolcats.config import load_config
-    from lolcats.inference import bench as benchmarks
+    from lolcats.lab import bench as benchmarks
+    from lolcats.lab.generation import write
     from lolcats.pipeline import device_and_dtype
-    from lolcats.report.generation import write
 
     config, unknown = load_config("default", set_), set(words(peers)) - set(benchmarks.PEERS)
     if unknown:

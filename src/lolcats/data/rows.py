@@ -6,8 +6,8 @@ import hashlib
 import json
 import random
 from array import array
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,21 @@ class Data:
         """A split as a data set for transformers.Trainer."""
         rows = getattr(self, split)
         return rows if isinstance(rows, PackedRows) else Rows(rows, self.positions.get(split))
+
+    def select(self, kept: Tensor) -> Data:
+        """The same data with only the training rows at indices ``kept``."""
+        if isinstance(self.train, PackedRows):
+            return replace(self, train=self.train.select(kept.numpy()))
+        positions = {name: x[kept] if name == "train" else x for name, x in self.positions.items()}
+        return replace(self, train=self.train[kept], positions=positions)
+
+    def batches(self, numbers: Sequence[int], size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Token ids and position ids of the training rows at indices ``numbers``, ``size`` rows at a time."""
+        rows = self.dataset("train")
+        for start in range(0, len(numbers), size):
+            items = [rows[number] for number in numbers[start : start + size]]
+            positions = [item["position_ids"] for item in items if "position_ids" in item]
+            yield torch.stack([item["input_ids"] for item in items]), torch.stack(positions) if positions else None
 
 
 def load_data(source: str, tokenizer: Any, config: DataConfig, seed: int = 0) -> Data:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.attention.reference import query_blocks, softmax_logits
+from lolcats.data.rows import Data
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
 
@@ -61,6 +62,14 @@ def effective_lengths(
         heads.append(of_batch)
     layers = [layer.geometry.layer for layer in linearized_layers(model)]
     return EffectiveLengths(torch.cat(rows), torch.cat(heads).mean(0), layers)
+
+
+def longest(data: Data, model: PreTrainedModel, fraction: float, batch: int) -> tuple[EffectiveLengths, Tensor]:
+    """Effective sequence lengths of all training rows, and the indices of the ``fraction`` of rows with the longest, in
+    ascending order."""
+    found = effective_lengths(model, data.batches(range(len(data.train)), batch))
+    count = max(1, round(fraction * len(found.rows)))
+    return found, found.rows.topk(count).indices.sort().values
 
 
 def mean_distances(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:

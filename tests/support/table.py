@@ -1,14 +1,17 @@
-"""The table of docs/families.md: ``python tests/families/table.py`` rewrites it from a tiny model of each family."""
+"""The table of docs/families.md: ``python tests/support/table.py`` rewrites it from a tiny model of each family."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import transformers
-from checks import Outcome, outcome
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.checks import Outcome, outcome
 
 NOT_BUILT = {
     "blt": "reads bytes and patches through four models that must fit each other",
@@ -22,7 +25,7 @@ NOT_BUILT = {
 """Decoder classes for which no tiny model is made, and why."""
 WORKS = "**works**"
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-BEGIN, END = "<!-- families, written by tests/families/table.py -->\n", "<!-- end of families -->"
+BEGIN, END = "<!-- families, written by tests/support/table.py -->\n", "<!-- end of families -->"
 
 
 def model_types() -> list[str]:

@@ -17,14 +17,14 @@ from lolcats.config import Config, to_dict
 from lolcats.data.inputs import Inputs
 from lolcats.evaluation.systems import STUDENT, TEACHER
 from lolcats.files import locked, write_text
+from lolcats.lab.sweep.measure import PERPLEXITIES, Measured, Measurement, short_hash, source_identity
+from lolcats.lab.sweep.plan import Row, Sweep
+from lolcats.lab.sweep.table import HELD_OUT, LINEAR_OFF, WINDOW, WINDOW_SINKS
 from lolcats.modeling.checkpoint import FEATURE_MAPS, load_feature_maps
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import override
 from lolcats.pipeline import Session, device_and_dtype, measure_maps, measure_student, run_finetune, run_transfer, start
 from lolcats.run import RECORD, Run
-from lolcats.sweep.measure import PERPLEXITIES, Measured, Measurement, short_hash, source_identity
-from lolcats.sweep.plan import Row, Sweep
-from lolcats.sweep.table import HELD_OUT, LINEAR_OFF, WINDOW, WINDOW_SINKS
 
 LOCKS = "locks"
 LATER = {("attention", "feature_inputs"): ["rotated"], ("finetune", "sharding"): ["auto", "always", "never"]}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.files import write_text
-from lolcats.inference.bench import PEERS, Row
+from lolcats.lab.bench import PEERS, Row
 from lolcats.report.picture import has_matplotlib
 from lolcats.report.table import markdown
 

@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from tiny import tiny
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -19,6 +18,7 @@ from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.probe import probe
+from support.tiny import tiny
 
 IDS = torch.randint(6, 300, (2, 40), generator=torch.Generator().manual_seed(0))
 PADDING = torch.ones_like(IDS)

@@ -27,10 +27,10 @@ from lolcats.data.inputs import Inputs
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.evaluation.systems import CONTROL_NAMES, STUDENT, TEACHER
 from lolcats.files import append_line, locked, read_lines, write_text
-from lolcats.sweep.measure import Measurement, short_hash
-from lolcats.sweep.plan import Row, Sweep, plan
-from lolcats.sweep.row import LOCKS, Setup, release, row_result, run_key, source, untrained_key, untrained_result
-from lolcats.sweep.table import CONTROL, ROW, UNTRAINED, WINDOW_SINKS, render
+from lolcats.lab.sweep.measure import Measurement, short_hash
+from lolcats.lab.sweep.plan import Row, Sweep, plan
+from lolcats.lab.sweep.row import LOCKS, Setup, release, row_result, run_key, source, untrained_key, untrained_result
+from lolcats.lab.sweep.table import CONTROL, ROW, UNTRAINED, WINDOW_SINKS, render
 
 RESULTS, TABLE = "results.jsonl", "table.md"
 Result = dict[str, Any]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ranks import as_torchrun
 
 import lolcats
 from lolcats.config import load_config
@@ -23,6 +22,7 @@ from lolcats.ranks import ranks
 from lolcats.stages.transfer.loop import LayerTrainer
 from lolcats.stages.transfer.stage import transfer, transfer_in_turn
 from lolcats.weights.base import find_base, load_model
+from support.ranks import as_torchrun
 
 
 @dataclass

@@ -24,7 +24,7 @@ from lolcats.evaluation.perplexity import row_losses
 from lolcats.evaluation.scores import Score
 from lolcats.evaluation.suite import LONG, Options, Task, prepare
 from lolcats.files import hash_file
-from lolcats.sweep.plan import Evaluate
+from lolcats.lab.sweep.plan import Evaluate
 
 PERPLEXITIES = "perplexities"
 Measured = dict[str, dict[str, Any]]
