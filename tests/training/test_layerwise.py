@@ -98,7 +98,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(("family", "changes"), [
     ("llama", []), ("llama", APART), ("qwen2", ["transfer.xent_weight=0.5"]), ("gemma3", APART),
-    ("llama", ["transfer.window_dropout=0.5"]), ("llama", ["attention.feature_inputs=unrotated"]),
+    ("llama", ["attention.feature_inputs=unrotated"]),
 ])  # fmt: skip
 def test_three_orders_give_the_same(family: str, changes: list[str], model_dirs, job: Job, tmp_path: Path) -> None:
     """Gemma 3's first layer uses a sliding window: it is not trained, and only passes the states on."""

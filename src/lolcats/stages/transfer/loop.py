@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 import lolcats
-from lolcats.config import PLACEMENT, Config, to_dict
+from lolcats.config import PLACEMENT, Config, identity_of
 from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import write_text
@@ -37,7 +37,7 @@ from lolcats.stages.trackers import Trackers, name_directory
 from lolcats.stages.transfer.hidden import Source, Target, feed
 from lolcats.stages.transfer.loss import attention_loss, attention_losses
 from lolcats.stages.transfer.units import Unit
-from lolcats.stages.transfer.visits import VALIDATION, Batch, Visits, hidden_windows, validation_batches
+from lolcats.stages.transfer.visits import VALIDATION, Batch, Visits, validation_batches
 from lolcats.stages.watch import LossWatch
 
 STAGE, JOB = "transfer", "job.json"
@@ -158,13 +158,12 @@ class LayerTrainer:
     def _learn(self, group: Group, units: list[Unit], batch: Batch, x: Tensor) -> Tensor:
         """Pass one batch through the group, and accumulate the gradients of its share of the mean loss in the units."""
         owner, losses = _owners(units), dict[LinearizedAttention, Tensor]()
-        hidden = hidden_windows(batch.visits, self.config.window_dropout, self.seed) if units else []
 
         def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
             unit = owner[layer]
             share = batch.weight / len(unit.layers)
             with torch.enable_grad():
-                loss = attention_loss(layer, call, self.config, hidden)
+                loss = attention_loss(layer, call, self.config)
                 (loss * share).backward()
             losses[layer] = loss.detach()
             unit.add(losses[layer] * share)
@@ -340,8 +339,9 @@ def compare_jobs(known: dict[str, Any], asked: dict[str, Any], directory: Path) 
 
 def job_of(config: Config, data: Data, layers: list[str], base: str) -> dict[str, Any]:
     """Everything that the contents of the units depend on."""
-    settings = {f"transfer.{k}": v for k, v in asdict(config.transfer).items() if k not in HARMLESS}
-    settings |= {f"attention.{k}": v for k, v in to_dict(config.attention).items()}
+    identity = identity_of(config)
+    settings = {f"transfer.{k}": v for k, v in identity["transfer"].items() if k not in HARMLESS}
+    settings |= {f"attention.{k}": v for k, v in identity["attention"].items()}
     rows = {"data": data.fingerprint, "rows": len(data.train)}
     return {"base": base, **settings, "seed": config.seed, **rows, "layers": layers}
 
