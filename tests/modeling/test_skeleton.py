@@ -83,7 +83,7 @@ def test_layers_one_by_one_are_the_model(family: str) -> None:
     with override(skeleton.model, mode="teacher"):
         for index, output in enumerate(expected):
             with skeleton.brought([index]):
-                hidden = skeleton.run(index, hidden)
+                hidden = skeleton.run(index, hidden, skeleton.calls(hidden))
             assert torch.equal(hidden, output), index
     base = [p for n, p in skeleton.model.named_parameters() if ".lolcats." not in n]
     assert {p.device.type for p in base} == {"meta"}, "what was brought has gone again"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,7 @@ from lolcats.stages.interrupt import noting_interrupt
 from lolcats.stages.metrics import replace_metrics
 from lolcats.stages.result import StageResult
 from lolcats.stages.trackers import Trackers, name_directory
-from lolcats.stages.transfer.hidden import Source, Target, feed
+from lolcats.stages.transfer.hidden import Inputs, Positions, Source, Target, feed
 from lolcats.stages.transfer.loss import attention_loss, attention_losses
 from lolcats.stages.transfer.units import Unit
 from lolcats.stages.transfer.visits import VALIDATION, Batch, Visits, validation_batches
@@ -54,10 +54,10 @@ class LayerwiseResult(StageResult):
 
 @dataclass
 class Group:
-    """Layers that are on the device together, and a function that passes a batch through them."""
+    """Layers that are on the device together, and a function that passes inputs and position ids through them."""
 
     layers: list[LinearizedAttention]
-    run: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor, Tensor | None], Tensor]
     units: list[Unit]
 
 
@@ -84,6 +84,7 @@ class LayerTrainer:
         self.run_directory, self.directory, self.seed = directory, directory / "checkpoints" / STAGE, config.seed
         self.visits = Visits.draw(len(data.train), self.config, config.seed)
         self.validation = validation_batches(len(data.validation), self.config.micro_batch_size, ranks)
+        self.positions = Positions(data)
         self.interrupted, self.started, self.reported = False, time.monotonic(), 0
         self.speeds: dict[int, dict[str, float]] = {}  # of evaluations in this process, by step
         self.watch = LossWatch(STAGE)
@@ -133,12 +134,12 @@ class LayerTrainer:
             self._evaluate(group, [unit for unit in units if unit.progress.step == 0], source, before=True)
         wanted = (b for b in self._batches(steps) if target.wants(b.step) or _learning(units, b.step))
         with torch.no_grad(), self._ctrl_c():
-            for batch, x in feed(source, wanted, self.device):
+            for batch, inputs in self._feed(source, wanted):
                 learning, keep = _learning(units, batch.step), target.wants(batch.step)
                 if not (learning or keep):
                     continue
-                if x is not None:
-                    hidden = self._learn(group, learning, batch, x)
+                if inputs is not None:
+                    hidden = self._learn(group, learning, batch, inputs)
                     if keep:
                         target.write(batch, hidden)
                 if batch.last:
@@ -146,16 +147,19 @@ class LayerTrainer:
                     if keep:
                         target.done(batch.step)
             if target.wants(VALIDATION):
-                for batch, x in feed(source, self.validation, self.device):
-                    if x is not None:
-                        target.write(batch, self._learn(group, [], batch, x))
+                for batch, inputs in self._feed(source, self.validation):
+                    if inputs is not None:
+                        target.write(batch, self._learn(group, [], batch, inputs))
             target.done(VALIDATION)
         self._save(units)
 
     def _batches(self, steps: range) -> Iterator[Batch]:
         return self.visits.batches(steps, self.config.micro_batch_size, self.ranks)
 
-    def _learn(self, group: Group, units: list[Unit], batch: Batch, x: Tensor) -> Tensor:
+    def _feed(self, source: Source, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Inputs | None]]:
+        return feed(source, self.positions, batches, self.device)
+
+    def _learn(self, group: Group, units: list[Unit], batch: Batch, inputs: Inputs) -> Tensor:
         """Pass one batch through the group, and accumulate the gradients of its share of the mean loss in the units."""
         owner, losses = _owners(units), dict[LinearizedAttention, Tensor]()
 
@@ -169,7 +173,7 @@ class LayerTrainer:
             unit.add(losses[layer] * share)
 
         with _observed(group.layers, owner, observe):
-            output = group.run(x)
+            output = group.run(*inputs)
         if losses:
             self.watch.step = batch.step + 1
             self.watch.add(torch.stack(list(losses.values())), partial(_place, list(losses)))
@@ -201,11 +205,11 @@ class LayerTrainer:
         def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
             sums[layer] += torch.stack(attention_losses(layer, call, self.config)).float() * weight
 
-        for batch, x in feed(source, self.validation, self.device):
+        for batch, inputs in self._feed(source, self.validation):
             weight = batch.weight
-            if x is not None:
+            if inputs is not None:
                 with _observed(group.layers, owner, observe):
-                    group.run(x)
+                    group.run(*inputs)
         self.ranks.sum(list(sums.values()))
         table = dict(zip(layers, torch.stack(list(sums.values())).tolist(), strict=True)) if layers else {}
         for unit in units:
@@ -343,6 +347,8 @@ def job_of(config: Config, data: Data, layers: list[str], base: str) -> dict[str
     settings = {f"transfer.{k}": v for k, v in identity["transfer"].items() if k not in HARMLESS}
     settings |= {f"attention.{k}": v for k, v in identity["attention"].items()}
     rows = {"data": data.fingerprint, "rows": len(data.train)}
+    if data.positions:
+        rows["data.reset_at_documents"] = True
     return {"base": base, **settings, "seed": config.seed, **rows, "layers": layers}
 
 
