@@ -91,8 +91,6 @@ def test_mistakes_end_in_a_sentence(tokenizer, chat_file: Path, settings, tmp_pa
     fails("transfer.order: expected one of joint, stream, blocks, got 'layers'", schedule="layers")
     fails("needs transfer.coupling=per_layer", "--set", "transfer.coupling=joint")
     fails("needs the whole model in memory", "--set", "data.keep_longest_effective=0.5")
-    fails("needs all layers on the device", "--set", "data.reset_at_documents=true")
-    (tmp_path / "out").rename(tmp_path / "kept")  # the last error came after the run had started
     shard = sorted((tmp_path / "model").glob("*.safetensors"))[1]
     content = shard.read_bytes()
     shard.unlink()

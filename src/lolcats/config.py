@@ -256,7 +256,7 @@ class Config:
     trust_remote_code: bool = False
     """Run Python code that comes with the base model. Off by default."""
     report_to: list[str] = field(default_factory=list)
-    """Trackers to report to, e.g. ``[tensorboard]`` or ``[wandb]``: stage 2, and stage 1 with ``order: joint``."""
+    """Trackers to report to, e.g. ``[tensorboard]`` or ``[wandb]``. docs/scale.md has the names for stage 1."""
 
     def __post_init__(self) -> None:
         if self.controls and self.finetune.quantize_base != "none":

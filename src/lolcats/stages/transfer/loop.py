@@ -9,6 +9,7 @@ hidden states are kept.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -86,9 +87,10 @@ class LayerTrainer:
         self.validation = validation_batches(len(data.validation), self.config.micro_batch_size, ranks)
         self.positions = Positions(data)
         self.interrupted, self.started, self.reported = False, time.monotonic(), 0
-        self.speeds: dict[int, dict[str, float]] = {}  # of evaluations in this process, by step
+        self.eval_seconds: dict[int, float] = {}  # of evaluations in this process, over all groups, by step
         self.watch = LossWatch(STAGE)
         self.trackers: Trackers | None = None
+        self.reported_of: dict[Unit, int] = {}  # for units that are also reported one by one
         self.report_to = config.report_to
         alone = self.config.coupling == "per_layer"
         split = [[name] for name in layers] if alone else [list(layers)]
@@ -187,6 +189,7 @@ class LayerTrainer:
         done = step + 1
         if units and (done % self.config.eval_steps == 0 or done == len(self.visits.steps)):
             self._evaluate(group, units, source)
+        self._report(units)
         if done % self.config.save_steps == 0:
             self._save(units)
         self.tick(done)
@@ -218,9 +221,9 @@ class LayerTrainer:
                 unit.progress.errors_before = list(errors)
             else:
                 unit.evaluated(statistics.fmean(losses), list(errors))
-                self.speeds[unit.progress.step] = _speed(
-                    "eval", time.monotonic() - started, len(self.data.validation), len(self.validation)
-                )
+        if not before:
+            step = units[0].progress.step
+            self.eval_seconds[step] = self.eval_seconds.get(step, 0.0) + time.monotonic() - started
 
     def _save(self, units: list[Unit]) -> None:
         if self.ranks.is_first:
@@ -247,8 +250,8 @@ class LayerTrainer:
     def finished(self) -> bool:
         return all(unit.finished for unit in self.units)
 
-    def track(self, model: nn.Module) -> None:
-        """Report to the run's trackers from here on."""
+    def track(self, model: nn.Module, one_by_one: bool = False) -> None:
+        """Report to the run's trackers from here on: means over units and, with ``one_by_one``, each unit's own log."""
         if self.ranks.is_first and self.report_to:
             name_directory(self.report_to, self.run_directory / "metrics.jsonl")
             settings = TrainingArguments(
@@ -257,20 +260,40 @@ class LayerTrainer:
             )  # fmt: skip
             self.trackers = Trackers(self.report_to, settings, model, len(self.visits.steps))
             self.reported = len(self.history())
+            self.reported_of = {unit: len(unit.progress.history) for unit in self.units if one_by_one}
+
+    def _report(self, units: list[Unit]) -> None:
+        """Hand trackers what is new in the logs of units that are reported one by one."""
+        for unit in units:
+            if self.trackers is not None and unit in self.reported_of:
+                history, layer = unit.progress.history, unit.layers[0].geometry.layer
+                for entry in history[self.reported_of[unit] :]:
+                    self.trackers.log(_of_layer(entry, layer))
+                self.reported_of[unit] = len(history)
+
+    def close(self) -> None:
+        """Report no more."""
+        if self.trackers is not None:
+            self.trackers.close()
+            self.trackers = None
 
     def write_metrics(self, last: Sequence[dict[str, float]] = ()) -> None:
         """Write the run's metrics.jsonl up to the step that all units have reached, and then ``last``."""
         if not self.ranks.is_first:
             return
-        history = [
-            entry | (self.speeds.get(int(entry["step"]), {}) if "eval_loss" in entry else {})
-            for entry in self.history()
-        ] + list(last)
+        history = [entry | self._eval_speed(entry) for entry in self.history()] + list(last)
         replace_metrics(self.run_directory / "metrics.jsonl", STAGE, history)
         if self.trackers is not None:
             for entry in history[self.reported :]:
                 self.trackers.log(entry)
             self.reported = len(history)
+
+    def _eval_speed(self, entry: dict[str, float]) -> dict[str, float]:
+        """Time and speed of an evaluation that was made in this process."""
+        if "eval_loss" not in entry or entry["step"] not in self.eval_seconds:
+            return {}
+        seconds = self.eval_seconds[int(entry["step"])]
+        return _speed("eval", seconds, len(self.data.validation), len(self.validation))
 
     def history(self) -> list[dict[str, float]]:
         """Means over units for each step; a unit that has stopped early contributes its last values."""
@@ -291,8 +314,7 @@ class LayerTrainer:
         """Give the layers their best weights, and return what all units did."""
         progress = [unit.progress for unit in self.units]
         self.write_metrics([self._summary()])
-        if self.trackers is not None:
-            self.trackers.close()
+        self.close()
         for unit in self.units:
             unit.take_best()
         return LayerwiseResult(
@@ -324,6 +346,12 @@ def _speed(stage: str, seconds: float, rows: int, steps: int) -> dict[str, float
         f"{stage}_runtime": seconds, f"{stage}_samples_per_second": rows / seconds,
         f"{stage}_steps_per_second": steps / seconds,
     }  # fmt: skip
+
+
+def _of_layer(entry: dict[str, float], layer: int) -> dict[str, float]:
+    """An entry of one layer's log with its names for trackers, such as ``layer_3_loss`` and ``eval_layer_3_loss``."""
+    named = {re.sub("^(eval_)?", rf"\1layer_{layer}_", name): value for name, value in entry.items() if name != "step"}
+    return {"step": entry["step"], **named}
 
 
 def _place(layers: Sequence[LinearizedAttention], bad: Tensor) -> str:

@@ -117,6 +117,7 @@ class LayerByLayer:
         chunks = self.visits.chunks(max(1, self.config.chunk_tokens // self.length))
         self._prepare()
         self._check_memory(max(len(self._visits_of(steps)) for steps in chunks))
+        self.trainer.track(self.skeleton.model, one_by_one=True)
         done = sum(unit.progress.step for unit in self.units.values())
         with self._fused(), _progress(self.trainer, len(self.units) * len(self.steps), done) as bar:
             for number, steps in enumerate(chunks, 1):
@@ -161,7 +162,10 @@ class LayerByLayer:
         wanted = [n for n, block in enumerate(blocks) if only in (None, n) and self.unfinished(self.steps, block)]
         if wanted:
             self._run_blocks(blocks, wanted, only)
-        return self.trainer.result() if self.trainer.finished else None
+        if self.trainer.finished:
+            return self.trainer.result()
+        self.trainer.close()
+        return None
 
     def _run_blocks(self, blocks: list[range], wanted: list[int], only: int | None) -> None:
         self._prepare()
@@ -169,6 +173,7 @@ class LayerByLayer:
         start = max(n for n in range(wanted[0] + 1) if n == 0 or boundaries[n].complete)
         last = wanted[-1] if only is None else min(wanted[-1] + 1, len(blocks) - 1)  # last boundary to write
         self._check_disk([boundaries[n] for n in range(max(start, 1), last + 1)])
+        self.trainer.track(self.skeleton.model, one_by_one=True)
         total = sum(len(self.steps) for n in wanted for i in blocks[n] if i in self.units)
         with self._fused(), _progress(self.trainer, total, 0) as bar:
             for number in range(start, wanted[-1] + 1):
