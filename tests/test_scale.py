@@ -64,6 +64,15 @@ def test_the_whole_job_in_blocks(model_dirs, chat_file: Path, settings, tmp_path
     assert same(tmp_path / "out", finished, MAPS, "lora/adapter_model.safetensors", "merged/model.safetensors")
 
 
+def test_documents_apart_in_every_order(model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path) -> None:
+    apart = sets([*settings, "data.reset_at_documents=true", "transfer.coupling=per_layer"])
+    for schedule in ("joint", "stream", "blocks"):
+        invoke("transfer", model_dirs["llama"], "--data", chat_file, "--out", tmp_path / schedule, *apart,
+               "--schedule", schedule)  # fmt: skip
+        assert same(tmp_path / schedule, tmp_path / "joint", MAPS)
+    assert not same(tmp_path / "joint", finished, MAPS)
+
+
 def test_blocks_of_two_machines(model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path) -> None:
     def transfer(out: str, *more: object, code: int = 0) -> str:
         return invoke("transfer", model_dirs["llama"], "--data", chat_file, "--out", tmp_path / out, *sets(settings),
