@@ -125,7 +125,7 @@ class Bench:
         )
         batch = Batch(torch.arange(rows), range(rows), 1.0, 0, True)
 
-        def run(rows: Tensor) -> Tensor:
+        def run(rows: Tensor, positions: Tensor | None) -> Tensor:
             return decoder(self.model)(input_ids=rows, use_cache=False)[0]
 
         with tempfile.TemporaryDirectory() as directory, fused_layers(self.model.eval(), stage.liger):
@@ -135,7 +135,7 @@ class Bench:
 
             def step() -> None:
                 with torch.no_grad():
-                    trainer._learn(group, trainer.units, batch, ids)
+                    trainer._learn(group, trainer.units, batch, (ids, None))
                     trainer._end_step(group, trainer.units, Tokens(data.train, data.validation), 0)
 
             yield step

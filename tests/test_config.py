@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lolcats.config import Config, from_dict, load_config, recipe_names, to_dict, to_yaml
+from lolcats.config import REMOVED, Config, from_dict, identity_of, load_config, recipe_names, to_dict, to_yaml
 from lolcats.errors import LolcatsError
 
 
@@ -85,3 +85,18 @@ def test_bad_overrides_name_the_key(override: str, message: str) -> None:
 def test_unknown_recipe() -> None:
     with pytest.raises(LolcatsError, match="Unknown recipe"):
         load_config("no_such_recipe")
+
+
+@pytest.mark.parametrize(("setting", "neutral"), REMOVED.items())
+def test_removed_settings_are_read_if_they_change_nothing(setting: tuple[str, str], neutral: object, tmp_path) -> None:
+    section, name = setting
+    config = load_config("small")
+    old = to_dict(config)
+    old[section][name] = neutral
+    assert from_dict(Config, old) == config
+    assert identity_of(config)[section][name] == neutral
+    assert name not in to_dict(config)[section]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    assert load_config(str(tmp_path / "config.yaml"), [f"{section}.{name}={neutral}"]) == config
+    with pytest.raises(LolcatsError, match=rf"{section}\.{name} was removed in this version: .*be {neutral}.*not 0\.5"):
+        load_config("small", [f"{section}.{name}=0.5"])

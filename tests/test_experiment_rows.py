@@ -25,7 +25,7 @@ T2R = ["attention.kind=linear", "attention.feature_map=t2r"]
 SUPRA = [*T2R, "attention.decay=retnet", "attention.normalizer=group_norm"]
 ROWS = {
     "hedgehog": HEDGEHOG, "t2r": [*T2R, *NO_TRANSFER], "supra": [*SUPRA, *NO_TRANSFER], "supra, transfer": SUPRA,
-    "window dropout": ["transfer.window_dropout=0.5"], "lolcats": ["attention.sinks=0"], "ours": [],
+    "lolcats": ["attention.sinks=0"], "ours": [],
     "unrotated": ["attention.feature_inputs=unrotated"],
 }  # fmt: skip
 

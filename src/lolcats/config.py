@@ -23,6 +23,10 @@ T = TypeVar("T")
 PLACEMENT = {"transfer": ("order", "block_size", "chunk_tokens"), "finetune": ("sharding",)}
 """Settings that decide where and in which order a stage is computed; they do not change its result."""
 
+REMOVED: dict[tuple[str, str], Any] = {("transfer", "window_dropout"): 0.0}
+"""Settings that only older versions have, each with the value at which it changes nothing. That value is still read and
+still part of what identifies a run; any other value is refused."""
+
 Kind = Literal["hybrid", "linear", "window", "softmax"]
 Control = Literal["window_lora", "teacher_lora"]
 
@@ -174,10 +178,6 @@ class TransferConfig(StageConfig):
     xent_weight: float = 0.0
     """Weight of the cross-entropy between attention weights (1 for the paper's 405B). Its time is quadratic in the
     sequence length."""
-    window_dropout: float = 0.0
-    """Probability that a training row hides window and sinks in all hybrid layers. In such a row the linear term learns
-    softmax attention over its own keys, those older than the window. In other rows it only learns to correct what the
-    window gets wrong. Based on arXiv 2510.05901, which hides windows on a schedule."""
     coupling: Literal["joint", "per_layer"] = "joint"
     """``joint``: all layers share gradient clip, mean loss, plateau, early stopping and best checkpoint (the paper);
     ``per_layer``: each layer has its own."""
@@ -193,8 +193,6 @@ class TransferConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, "transfer", block_size=1, chunk_tokens=1)
-        if not 0 <= self.window_dropout <= 1:
-            raise LolcatsError(f"transfer.window_dropout must be between 0 and 1, not {self.window_dropout}.")
         if self.order != "joint" and self.coupling != "per_layer":
             raise LolcatsError(
                 f"transfer.order={self.order} trains layers separately: it needs transfer.coupling=per_layer, which "
@@ -258,18 +256,13 @@ class Config:
     trust_remote_code: bool = False
     """Run Python code that comes with the base model. Off by default."""
     report_to: list[str] = field(default_factory=list)
-    """Trackers to report to, e.g. ``[tensorboard]`` or ``[wandb]``: stage 2, and stage 1 with ``order: joint``."""
+    """Trackers to report to, e.g. ``[tensorboard]`` or ``[wandb]``. docs/scale.md has the names for stage 1."""
 
     def __post_init__(self) -> None:
         if self.controls and self.finetune.quantize_base != "none":
             raise LolcatsError(
                 "controls are trained on the original base model and cannot be compared with a student that is "
                 "trained on a quantized one (finetune.quantize_base). Leave out one of the two."
-            )
-        if self.transfer.window_dropout and "hybrid" not in (self.attention.kind, *self.attention.layers.values()):
-            raise LolcatsError(
-                "transfer.window_dropout hides the window of hybrid layers, but with "
-                f"attention.kind={self.attention.kind} there are none. Leave it out."
             )
         length, window = self.data.sequence_length, self.attention.window_size
         if self.attention.kind in ("hybrid", "window") and length < 2 * window:
@@ -309,6 +302,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def identity_of(config: Config) -> dict[str, Any]:
+    """:func:`to_dict`, and removed settings at the values that change nothing: what identifies a run of any version."""
+    found = to_dict(config)
+    for (section, name), neutral in REMOVED.items():
+        found[section][name] = neutral
+    return found
+
+
 def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
@@ -317,7 +318,7 @@ def from_dict(cls: type[T], tree: Mapping[str, Any], path: str = "") -> T:
     """Build dataclass ``cls`` from ``tree``; unknown keys and wrong types are errors that name the key."""
     if not isinstance(tree, Mapping):
         raise LolcatsError(f"{path or 'configuration'}: expected a mapping, got {tree!r}.")
-    hints = get_type_hints(cls)
+    hints, tree = get_type_hints(cls), _without_removed(cls, tree)
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in tree:
         if key not in known:
@@ -325,6 +326,19 @@ def from_dict(cls: type[T], tree: Mapping[str, Any], path: str = "") -> T:
             hint = f" Did you mean {path}{near[0]}?" if near else f" Known: {', '.join(known)}."
             raise LolcatsError(f"Unknown configuration key {path}{key}.{hint}")
     return cls(**{key: _coerce(hints[key], value, f"{path}{key}") for key, value in tree.items()})
+
+
+def _without_removed(cls: type, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a section without those in REMOVED, which must have the values that change nothing."""
+    sections = [name for name, hint in get_type_hints(Config).items() if hint is cls]
+    removed = {name: neutral for (section, name), neutral in REMOVED.items() if section in sections}
+    for name in removed.keys() & tree.keys():
+        if tree[name] != removed[name]:
+            raise LolcatsError(
+                f"{sections[0]}.{name} was removed in this version: it may be left out or be {removed[name]}, which "
+                f"changes nothing, but not {tree[name]}."
+            )
+    return {key: value for key, value in tree.items() if key not in removed}
 
 
 def _coerce(hint: Any, value: Any, path: str) -> Any:

@@ -14,6 +14,7 @@ from support.local_data import FILES
 from typer.testing import CliRunner
 
 from lolcats.cli import app
+from lolcats.config import to_dict
 from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
 from lolcats.files import append_line, locked, read_lines
@@ -23,6 +24,7 @@ from lolcats.lab.sweep.measure import Measurement
 from lolcats.lab.sweep.plan import Sweep, plan, read_sweep
 from lolcats.lab.sweep.table import difference, render
 from lolcats.pipeline import linearize
+from lolcats.run import Run
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
 FEW = ["transfer.max_steps=2", "finetune.max_steps=2", "transfer.eval_steps=2"]
@@ -295,6 +297,15 @@ def test_kept_results_keep_their_keys() -> None:
     assert row.short_hash(told) == "9b5e32824069"
     attention = replace(config.attention, feature_inputs="unrotated")
     assert row._without(replace(config, attention=attention), "controls", "device", "report_to") != told
+
+
+def test_first_stages_with_a_removed_setting_are_not_taken() -> None:
+    config = to_dict(plan(read_sweep(EXPERIMENTS[0], ["base.model=m", "base.data=d"]))[0].config)
+    old = {**config, "transfer": {**config["transfer"], "window_dropout": 0.0}}
+    other = {**config, "transfer": {**config["transfer"], "window_dropout": 0.5}}
+    base = {"path": "m", "fingerprint": "f", "form": "directory"}
+    runs = [Run(Path(), {"base": base, "data": {"fingerprint": "d"}, "config": c}) for c in (config, old, other)]
+    assert [row._same_transfer(run, runs[0]) for run in runs] == [True, True, False]
 
 
 def test_table_over_seeds() -> None:

@@ -83,10 +83,35 @@ def test_layers_one_by_one_are_the_model(family: str) -> None:
     with override(skeleton.model, mode="teacher"):
         for index, output in enumerate(expected):
             with skeleton.brought([index]):
-                hidden = skeleton.run(index, hidden)
+                hidden = skeleton.run(index, hidden, skeleton.calls(hidden))
             assert torch.equal(hidden, output), index
     base = [p for n, p in skeleton.model.named_parameters() if ".lolcats." not in n]
     assert {p.device.type for p in base} == {"meta"}, "what was brought has gone again"
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *(family for family in OTHERS if family != "opt")])
+@torch.no_grad()
+def test_layers_one_by_one_keep_documents_apart(family: str) -> None:
+    """What layers need beside hidden states comes from positions, without weights."""
+    model = model_of(family)
+    skeleton = skeleton_of(model)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((5, 12, 7), (24,))])
+    whole = lolcats.convert(model, SMALL)
+    with override(whole, mode="transfer"):
+        expected = outputs_of(
+            whole.get_submodule(skeleton.path), lambda: whole(IDS, position_ids=positions, use_cache=False)
+        )
+    skeleton.prepare_packed(24)
+    with skeleton.brought([-1]):
+        hidden = skeleton.embed(IDS, positions)
+    calls = skeleton.calls(hidden, positions)
+    with override(skeleton.model, mode="transfer"):
+        for index, output in enumerate(expected):
+            with skeleton.brought([index]):
+                hidden = skeleton.run(index, hidden, calls)
+            assert torch.equal(hidden, output), index
+    base = [p for n, p in skeleton.model.named_parameters() if ".lolcats." not in n]
+    assert {p.device.type for p in base} == {"meta"}, "zeros have gone again"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
@@ -166,6 +191,22 @@ def test_keywords_that_depend_on_the_tokens_are_refused() -> None:
     rotary.forward = lambda x, position_ids: tuple(part + x.mean() for part in original(x, position_ids))
     with pytest.raises(LolcatsError, match=r"depends on the tokens.*use transfer\.order=joint"):
         skeleton.prepare([2], 24)
+
+
+def test_a_family_that_does_not_keep_documents_apart_is_refused() -> None:
+    with pytest.raises(LolcatsError, match="does not separate documents"):
+        skeleton_of(model_of("opt")).prepare_packed(24)
+
+
+def test_keywords_that_depend_on_other_weights_are_refused_for_packed_rows() -> None:
+    """They are not known where only a layer's own weights are."""
+    skeleton = skeleton_of(tiny_model())
+    rotary, norm = skeleton.model.model.rotary_emb, skeleton.model.model.norm
+    original = rotary.forward
+    rotary.forward = lambda x, position_ids: tuple(part + norm.weight.sum() for part in original(x, position_ids))
+    skeleton.prepare([2], 24)
+    with pytest.raises(LolcatsError, match=r"depends on weights outside of the layers.*use transfer\.order=joint"):
+        skeleton.prepare_packed(24)
 
 
 def test_random_weights_are_those_of_seed_and_name() -> None:

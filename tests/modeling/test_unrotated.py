@@ -151,7 +151,7 @@ def test_losses_do_not_know_positions(config: TransferConfig) -> None:
     found = []
     for start in (0, 700):
         model = converted(tiny_model())
-        losses = layer_losses(model, IDS, config, 1.0, at(start), hidden=[1])
+        losses = layer_losses(model, IDS, config, 1.0, at(start))
         found.append([losses, *(x.grad for layer in linearized_layers(model) for x in layer.parameters())])
     for one, two in zip(*found, strict=True):
         assert one.abs().max() > 0

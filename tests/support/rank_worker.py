@@ -29,11 +29,14 @@ from support.ranks import as_torchrun
 class Task:
     """One run into ``out``; the first rank saves its feature maps there.
 
-    different: a setting that the last rank alone has; die: (rank, optimizer step of a layer before whose end it dies).
+    apart: rows hold several documents.
+    different: a setting that only the last rank has.
+    die: (rank, optimizer step of a layer before whose end it dies).
     """
 
     out: Path
     settings: Sequence[str]
+    apart: bool = False
     different: str = ""
     die: tuple[int, int] | None = None
 
@@ -44,7 +47,9 @@ def train(model_path: Path, task: Task) -> dict[str, torch.Tensor]:
     changed = [task.different] if task.different and here.rank == here.size - 1 else []
     config = load_config("default", [*task.settings, *changed])
     rows = torch.randint(6, 300, (33, 32), generator=torch.Generator().manual_seed(0))
-    data, base = Data(rows[11:], rows[:5], rows[5:8], "fingerprint", {}), find_base(str(model_path))
+    places = torch.arange(32) % (18 + torch.arange(33)[:, None] % 14)  # longer than two windows
+    positions = {"train": places[11:], "validation": places[:5], "test": places[5:8]} if task.apart else {}
+    data, base = Data(rows[11:], rows[:5], rows[5:8], "fingerprint", {}, positions), find_base(str(model_path))
     if config.transfer.order == "joint":
         model = load_model(base, torch.float32)
         torch.manual_seed(config.seed)

@@ -7,25 +7,30 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from conftest import tiny_model
 from torch import Tensor
+from transformers import TrainerCallback
 
 import lolcats
-from lolcats.config import Config, load_config
+from lolcats.config import Config, TransferConfig, load_config
 from lolcats.data.rows import Data, Rows
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.modeling.checkpoint import feature_map_state
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention
 from lolcats.modeling.skeleton import build_skeleton
 from lolcats.ranks import Ranks
 from lolcats.stages.result import StageResult
 from lolcats.stages.transfer import orders
 from lolcats.stages.transfer.hidden import Boundary, Embeddings
 from lolcats.stages.transfer.loop import LayerTrainer
+from lolcats.stages.transfer.loss import attention_loss
 from lolcats.stages.transfer.orders import join_units
 from lolcats.stages.transfer.stage import layer_errors, transfer, transfer_in_turn
+from lolcats.stages.transfer.units import read_progress
 from lolcats.stages.transfer.visits import Visits
 from lolcats.weights.base import find_base, load_model
 
@@ -76,6 +81,16 @@ def data() -> Data:
     return Data(rows[11:], rows[:5], rows[5:8], "fingerprint", {})
 
 
+def packed(data: Data) -> Data:
+    """The same rows with documents of 3 to 26 tokens; the first validation row is one document."""
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    positions = {
+        name: torch.arange(32) % (3 + 5 * torch.arange(len(rows))[:, None] % 24) for name, rows in splits.items()
+    }
+    positions["validation"][0] = torch.arange(32)
+    return replace(data, positions=positions)
+
+
 @pytest.fixture
 def job(data: Data, settings: list[str], tmp_path: Path) -> Job:
     tiny_model(num_hidden_layers=3).save_pretrained(tmp_path / "model", max_shard_size="30KB")
@@ -98,7 +113,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(("family", "changes"), [
     ("llama", []), ("llama", APART), ("qwen2", ["transfer.xent_weight=0.5"]), ("gemma3", APART),
-    ("llama", ["transfer.window_dropout=0.5"]), ("llama", ["attention.feature_inputs=unrotated"]),
+    ("llama", ["attention.feature_inputs=unrotated"]),
 ])  # fmt: skip
 def test_three_orders_give_the_same(family: str, changes: list[str], model_dirs, job: Job, tmp_path: Path) -> None:
     """Gemma 3's first layer uses a sliding window: it is not trained, and only passes the states on."""
@@ -111,6 +126,57 @@ def test_three_orders_give_the_same(family: str, changes: list[str], model_dirs,
         assert same == result
         assert logged(tmp_path / "joint") == logged(tmp_path / order)
     assert not list((tmp_path / "blocks").rglob("*.bin"))
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    ("llama", []), ("llama", APART), ("llama", ["transfer.xent_weight=0.5", "attention.feature_inputs=unrotated"]),
+    ("gemma3", ["transfer.micro_batch_size=1"]), ("qwen2", ["attention.layers={0: softmax}", "transfer.block_size=1"]),
+])  # fmt: skip
+def test_three_orders_keep_documents_apart_alike(
+    family: str, changes: list[str], model_dirs, job: Job, tmp_path: Path
+) -> None:
+    whole, _ = job.train(tmp_path / "whole", job.config("transfer.order=stream"))
+    job = replace(job, data=packed(job.data))
+    if family != "llama":
+        job = replace(job, model=model_dirs[family])
+    maps, result = job.train(tmp_path / "joint", job.config(*changes))
+    for order in ("stream", "blocks"):
+        others, same = job.train(tmp_path / order, job.config(*changes, f"transfer.order={order}"))
+        assert_same(maps, others)
+        assert same == result
+        assert logged(tmp_path / "joint") == logged(tmp_path / order)
+    assert set(whole) != set(maps) or any(not torch.equal(whole[name], maps[name]) for name in maps)
+
+
+@pytest.mark.parametrize("order", ["joint", "stream", "blocks"])
+def test_documents_of_a_row_do_not_leak(order: str, job: Job, tmp_path: Path, monkeypatch) -> None:
+    """Another token in the first document changes neither targets nor outputs of the others, in any layer."""
+    data = packed(job.data)
+    config = job.config(f"transfer.order={order}", "transfer.max_steps=1")
+    seen: list[tuple[int, Tensor]] = []
+
+    def noted(layer: LinearizedAttention, call: AttentionCall, config: TransferConfig) -> Tensor:
+        with torch.no_grad():
+            output = layer(call.q, call.k, call.v, call.scale, documents=call.documents).transpose(1, 2)
+        seen.append((layer.geometry.layer, torch.cat([call.target, output], -1)))
+        return attention_loss(layer, call, config)
+
+    def by_layer(rows: Tensor, out: Path) -> list[Tensor]:
+        seen.clear()
+        replace(job, data=replace(data, train=rows)).train(out, config)
+        return [torch.cat([found for index, found in seen if index == layer]) for layer in range(3)]
+
+    monkeypatch.setattr("lolcats.stages.transfer.loop.attention_loss", noted)
+    changed = data.train.clone()
+    changed[:, 1] = (changed[:, 1] + 7) % 300
+    before, after = by_layer(data.train, tmp_path / "a"), by_layer(changed, tmp_path / "b")
+    places = data.positions["train"][Visits.draw(len(data.train), config.transfer, config.seed).rows]
+    later = (places == 0).cumsum(1) > 1
+    assert later.any(1).all()
+    for old, new in zip(before, after, strict=True):
+        torch.testing.assert_close(old[later], new[later], rtol=0, atol=1e-6)
+        same = (old == new).flatten(2).all(-1)
+        assert not same[:, 1].any()
 
 
 def test_layers_are_trained_separately(job: Job, tmp_path: Path) -> None:
@@ -176,9 +242,11 @@ def kill_at(patch: pytest.MonkeyPatch, owner: type, name: str, call: int, after:
     return lambda: count
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("order", ["joint", "stream", "blocks"])
-def test_killed_anywhere_continues_bit_for_bit(order: str, job: Job, tmp_path: Path, monkeypatch) -> None:
-    """Killed repeatedly in the same directory, at a different place each time."""
+def test_killed_anywhere_continues_bit_for_bit(order: str, apart: bool, job: Job, tmp_path: Path, monkeypatch) -> None:
+    """Killed repeatedly in the same directory, at a different place each time; ``apart``: rows of several documents."""
+    job = replace(job, data=packed(job.data)) if apart else job
     config = job.config(f"transfer.order={order}", "transfer.early_stopping_patience=0")
     monkeypatch.setattr("lolcats.stages.transfer.hidden.SHARD", 20000)  # several files per boundary
     expected, result = job.train(tmp_path / "a", config)
@@ -338,10 +406,76 @@ def test_rows_may_be_read_on_access(job: Job, tmp_path: Path) -> None:
         assert_same(expected, maps)
 
 
-def test_rows_of_several_documents_are_refused(job: Job, tmp_path: Path) -> None:
-    job.data = replace(job.data, positions={"train": job.data.train})
-    with pytest.raises(LolcatsError, match="needs all layers on the device"):
-        job.train(tmp_path / "out", job.config("transfer.order=stream"))
+def test_rows_of_several_documents_are_another_job(job: Job, tmp_path: Path) -> None:
+    """So blocks that were trained on such rows are not joined with others."""
+    config = job.config("transfer.order=blocks")
+    job.train(tmp_path / "0", config, only=0)
+    replace(job, data=packed(job.data)).train(tmp_path / "1", config, only=1)
+    with pytest.raises(LolcatsError, match=r"data\.reset_at_documents was"):
+        join_units(tmp_path / "1", [tmp_path / "0"])
+
+
+class Recorder(TrainerCallback):
+    """A tracker that keeps what it receives, by name, as (step, value)."""
+
+    logs: ClassVar[dict[str, list[tuple[int, float]]]] = {}
+    ended = 0
+
+    def on_log(self, args, state, control, logs=None, **_):
+        for name, value in logs.items():
+            Recorder.logs.setdefault(name, []).append((state.global_step, value))
+
+    def on_train_end(self, *_, **__):
+        Recorder.ended += 1
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, float]]]:
+    monkeypatch.setattr("lolcats.stages.trackers.get_reporting_integration_callbacks", lambda names: [Recorder])
+    monkeypatch.setattr(Recorder, "logs", {})
+    monkeypatch.setattr(Recorder, "ended", 0)
+    return Recorder.logs
+
+
+OF_LAYER = {"loss": "layer_{}_loss", "grad_norm": "layer_{}_grad_norm", "learning_rate": "layer_{}_learning_rate",
+            "eval_loss": "eval_layer_{}_loss"}  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["stream", "blocks"])
+def test_trackers(order: str, job: Job, tmp_path: Path, recorded) -> None:
+    """They receive metrics.jsonl, under the names that a joint run has, and each layer's own log."""
+    config = job.config(*APART, f"transfer.order={order}", "report_to=[all]", "transfer.log_steps=2")
+    job.train(tmp_path / "out", config)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
+    for name in {name for line in lines for name in line} - {"stage", "step"}:
+        assert recorded.pop(name) == [(line["step"], line[name]) for line in lines if name in line], name
+    units = [read_progress(path) for path in sorted((tmp_path / "out").rglob("units/*"))]
+    for layer, progress in enumerate(units):
+        for name, own in OF_LAYER.items():
+            expected = [(entry["step"], entry[name]) for entry in progress.history if name in entry]
+            assert recorded.pop(own.format(layer)) == expected
+    assert not recorded
+    assert Recorder.ended == 1
+
+
+def test_trackers_of_one_block(job: Job, tmp_path: Path, recorded) -> None:
+    """Only what its layers learn: no mean is known."""
+    job.train(tmp_path / "out", job.config("transfer.order=blocks", "report_to=[all]"), only=1)
+    assert set(recorded) == {name.format(2) for name in OF_LAYER.values()}
+    assert Recorder.ended == 1
+
+
+def test_trackers_receive_nothing_twice(job: Job, tmp_path: Path, recorded, monkeypatch) -> None:
+    """A continued run reports the steps that it does."""
+    config = job.config("transfer.order=stream", "report_to=[all]", "transfer.save_steps=1",
+                        "transfer.early_stopping_patience=0")  # fmt: skip
+    with monkeypatch.context() as patch:
+        kill_at(patch, LayerTrainer, "_save", 5, True)
+        with pytest.raises(Killed):
+            job.train(tmp_path / "out", config)
+    job.train(tmp_path / "out", config)
+    for name in ("loss", *(f"layer_{layer}_loss" for layer in range(3))):
+        assert [step for step, _ in recorded[name]] == list(range(1, 10)), name
 
 
 def test_a_disk_that_fills_up(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

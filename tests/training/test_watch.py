@@ -43,10 +43,10 @@ def test_stage_one_names_step_and_layer(config: Config, data: Data, tmp_path: Pa
     """Also if it is logged much later. The checkpoint of the step before and the best weights stay intact."""
     real, calls = loop.attention_loss, []
 
-    def loss(layer, call, settings, hidden):
+    def loss(layer, call, settings):
         calls.append(layer.geometry.layer == 1)
         bad = sum(calls) == 10 and calls[-1]  # the second of two micro-batches in step 5
-        return real(layer, call, settings, hidden) * (float("nan") if bad else 1.0)
+        return real(layer, call, settings) * (float("nan") if bad else 1.0)
 
     model = converted(config)
     with monkeypatch.context() as patch:

@@ -27,10 +27,6 @@ class Documents:
         counts = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in numbers.cpu()]
         return cls(tuple(map(tuple, counts)), numbers.device)
 
-    def rows(self, chosen: Sequence[int]) -> Documents:
-        """The documents of the ``chosen`` rows."""
-        return Documents(tuple(self.lengths[row] for row in chosen), self.device)
-
     @cached_property
     def cumulative(self) -> list[int]:
         """[0, ..., B · T]: where documents begin and end once all rows are concatenated."""

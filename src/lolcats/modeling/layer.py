@@ -53,14 +53,6 @@ class AttentionCall:
     documents: Documents | None = None
     """Set if rows hold several sequences."""
 
-    def rows(self, chosen: Sequence[int]) -> AttentionCall:
-        """The call with only the ``chosen`` rows."""
-        index = torch.tensor(chosen, device=self.q.device)
-        q, k, v, target = (x.index_select(0, index) for x in (self.q, self.k, self.v, self.target))
-        padding = None if self.padding is None else self.padding.index_select(0, index)
-        documents = None if self.documents is None else self.documents.rows(chosen)
-        return AttentionCall(q, k, v, target, self.scale, self.softcap, padding, documents)
-
 
 Observer = Callable[["LinearizedAttention", AttentionCall], None]
 

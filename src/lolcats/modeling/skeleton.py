@@ -1,7 +1,8 @@
 """A converted model without weights whose decoder layers are loaded to the device a few at a time. No code per family.
 
 The family's own decoder forward runs with a stub in place of each layer. The first stub receives the embeddings, and
-each one receives the keywords (rotary embeddings, masks, positions) of its layer.
+each one receives the keywords (rotary embeddings, masks, positions) of its layer. They are the same for every batch of
+a shape, unless rows hold several documents: then they follow from the positions of a batch.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Skeleton:
         self._reader = ThreadPoolExecutor(1, initializer=use_device, initargs=(device,))
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._blank: list[tuple[dict[str, Any], str, Any]] = []
         source.check({name: p for i in range(-1, len(self.layers)) for name, p in self._wanted(i).items()})
 
     def attention(self, index: int) -> LinearizedAttention | None:
@@ -90,10 +92,15 @@ class Skeleton:
                     place[name] = nn.Parameter(tensor, requires_grad=False) if place is module._parameters else tensor
 
     @torch.no_grad()
-    def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) token ids on the device -> input of the first layer, (B, T, E). Call inside ``brought([-1])``."""
-        hidden, calls, _ = self._stubbed(ids)
-        self._calls.setdefault((ids.shape[0], ids.shape[1]), calls)
+    def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(B, T) token ids on the device -> input of the first layer, (B, T, E). Call inside ``brought([-1])``.
+
+        Args:
+            positions: (B, T) position ids, which restart at 0 for each document; None if each row is one sequence.
+        """
+        hidden, calls, _ = self._stubbed(ids, positions)
+        if positions is None:
+            self._calls.setdefault((ids.shape[0], ids.shape[1]), calls)
         self.width, self.dtype = hidden.shape[-1], hidden.dtype
         return hidden
 
@@ -111,35 +118,84 @@ class Skeleton:
                 ids = torch.zeros(n, length, dtype=torch.long, device=self.device)
                 self.embed(ids)
             _, others, _ = self._stubbed(ids + 1)
-        if not all(_same(a, b) for a, b in zip(self._calls[n, length], others, strict=True)):
+        self._check_same(self._calls[n, length], others, "the tokens")
+
+    def prepare_packed(self, length: int) -> None:
+        """Check that the layers' keywords for rows of several documents depend only on positions.
+
+        Raises:
+            LolcatsError: if they do not.
+        """
+        positions = (torch.arange(length, device=self.device) % ((length + 1) // 2))[None]
+        ids = torch.zeros_like(positions)
+        with self.brought([-1]):
+            hidden = self.embed(ids, positions)
+            _, first, _ = self._stubbed(ids, positions)
+            _, others, _ = self._stubbed(ids + 1, positions)
+        self._check_same(first, others, "the tokens")
+        self._check_same(first, self.calls(hidden, positions), "weights outside of the layers")
+
+    def _check_same(self, calls: list[Call], others: list[Call], cause: str) -> None:
+        if not all(_same(a, b) for a, b in zip(calls, others, strict=True)):
             raise LolcatsError(
-                f"{type(self.model).__name__} passes its layers an argument besides hidden states that depends on the "
-                "tokens, so they cannot be trained one by one: use transfer.order=joint."
+                f"{type(self.model).__name__} passes its layers an argument besides hidden states that depends on "
+                f"{cause}, so they cannot be trained one by one: use transfer.order=joint."
             )
 
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """Layer ``index`` on hidden states (B, T, E)."""
-        args, kwargs = self._calls[hidden.shape[0], hidden.shape[1]][index]
+    def calls(self, hidden: Tensor, positions: Tensor | None = None) -> list[Call]:
+        """Each layer's arguments besides hidden states (B, T, E); ``positions`` as in :meth:`embed`."""
+        if positions is None:
+            return self._calls[hidden.shape[0], hidden.shape[1]]
+        with self._blanked():
+            return self._stubbed(torch.zeros_like(positions), positions)[1]
+
+    @contextmanager
+    def _blanked(self) -> Iterator[None]:
+        """For the block's duration, parameters outside of layers are zeros that take little memory, on the device."""
+        if not self._blank:
+            for _, module in self._modules(-1):
+                places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                self._blank += [
+                    (place, name, self._zeros(t) if place is places[0] else t.to(self.device))
+                    for place in places
+                    for name, t in place.items()
+                    if t is not None
+                ]
+        before = [place[name] for place, name, _ in self._blank]
+        try:
+            for place, name, tensor in self._blank:
+                place[name] = tensor
+            yield
+        finally:
+            for (place, name, _), tensor in zip(self._blank, before, strict=True):
+                place[name] = tensor
+
+    def run(self, index: int, hidden: Tensor, calls: list[Call]) -> Tensor:
+        """Layer ``index`` on hidden states (B, T, E) with its arguments in ``calls``."""
+        args, kwargs = calls[index]
         out = self.layers[index](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def _stubbed(self, ids: Tensor, tuples: bool = False) -> tuple[Tensor, list[Call], list[Tensor]]:
+    def _stubbed(
+        self, ids: Tensor, positions: Tensor | None = None, tuples: bool = False
+    ) -> tuple[Tensor, list[Call], list[Tensor]]:
         """Embeddings, each layer's further arguments, and the hidden states that reached each stub."""
         calls: list[Call] = []
         reached: list[Tensor] = []
         parent, _, name = self.path.rpartition(".")
         owner: Any = self.model.get_submodule(parent)
+        more = {} if positions is None else {"position_ids": positions}
         setattr(owner, name, nn.ModuleList(_Stub(layer, calls, reached, tuples) for layer in self.layers))
         try:
-            decoder(self.model)(input_ids=ids, use_cache=False)
+            decoder(self.model)(input_ids=ids, use_cache=False, **more)
         except (RuntimeError, TypeError, ValueError, IndexError):
             if tuples or not calls:
                 raise
         finally:
             setattr(owner, name, self.layers)
         if not tuples and (len(calls) < len(self.layers) or any(h.shape != reached[0].shape for h in reached)):
-            return self._stubbed(ids, tuples=True)  # this family takes element 0 of what a layer returns
+            return self._stubbed(ids, positions, tuples=True)  # this family takes element 0 of what a layer returns
         return reached[0], calls, reached
 
     def _modules(self, index: int) -> Iterator[tuple[str, nn.Module]]:
@@ -149,6 +205,10 @@ class Skeleton:
             inside = f"{name}.".startswith(f"{self.path}.")
             if ".lolcats" not in name and (index >= 0 or not inside):
                 yield name, module
+
+    def _zeros(self, like: Tensor) -> nn.Parameter:
+        zeros = torch.zeros(like.shape[-1:], dtype=like.dtype, device=self.device).expand(like.shape)
+        return nn.Parameter(zeros, requires_grad=False)
 
     def _wanted(self, index: int) -> dict[str, Tensor]:
         return {

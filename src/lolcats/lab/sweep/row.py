@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from lolcats.config import Config, to_dict
+from lolcats.config import Config, identity_of
 from lolcats.data.inputs import Inputs
+from lolcats.errors import LolcatsError
 from lolcats.evaluation.systems import STUDENT, TEACHER
 from lolcats.files import locked, write_text
 from lolcats.lab.sweep.measure import PERPLEXITIES, Measured, Measurement, short_hash, source_identity
@@ -63,7 +64,7 @@ def run_key(setup: Setup, row: Row) -> str:
 
 def _without(config: Config, *names: str) -> dict[str, Any]:
     """A configuration without the named settings, and without settings in LATER at values that change nothing."""
-    found = {name: value for name, value in to_dict(config).items() if name not in names}
+    found = {name: value for name, value in identity_of(config).items() if name not in names}
     for (section, name), harmless in LATER.items():
         if found.get(section, {}).get(name) in harmless:
             del found[section][name]
@@ -130,7 +131,7 @@ def take_transfer(session: Session, out: Path) -> None:
         return
     for record in sorted(out.glob(f"*/{RECORD}")):
         other = Run.open(record.parent)
-        if other.stage_done("transfer") and _transfer_key(other) == _transfer_key(run) and _maps_of_transfer(other):
+        if other.stage_done("transfer") and _same_transfer(other, run) and _maps_of_transfer(other):
             break
     else:
         return
@@ -147,6 +148,14 @@ def _transfer_key(run: Run) -> str:
     """A hash of everything that the feature maps of a run depend on."""
     config = _without(run.config, "finetune", "controls", "device", "report_to")
     return short_hash([run.base.fingerprint, run.record["data"]["fingerprint"], config])
+
+
+def _same_transfer(other: Run, run: Run) -> bool:
+    try:
+        key = _transfer_key(other)
+    except LolcatsError:  # it has a setting that was removed
+        return False
+    return key == _transfer_key(run)
 
 
 def _maps_of_transfer(run: Run) -> bool:

@@ -10,6 +10,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ from lolcats.ranks import Ranks
 from lolcats.stages.transfer.visits import VALIDATION, Batch, Visits
 
 Split = Tensor | Dataset[dict[str, Tensor]]
+Inputs = tuple[Tensor, Tensor | None]
+"""What a group of layers receives: token ids or hidden states, and position ids if rows hold several documents."""
 SHARD = 1 << 28  # bytes of hidden states per file, unless a single step needs more
 
 
@@ -57,28 +60,34 @@ class Tokens:
         return token_rows(self.validation if batch.step == VALIDATION else self.train, batch.rows)
 
 
-class PackedTokens(Tokens):
-    """(2, N, T): token ids, and position ids that start again with each document of a row."""
+class Positions:
+    """Position ids of a batch's rows, which start again with each document of a row.
+
+    They follow from the rows, so hidden states are kept without them.
+    """
 
     def __init__(self, data: Data) -> None:
-        super().__init__(data.train, data.validation)
-        self.places = data.dataset("train"), data.dataset("validation")
+        self.apart = bool(data.positions)
+        self.splits: tuple[Any, Any] = data.dataset("train"), data.dataset("validation")
 
-    def read(self, batch: Batch) -> Tensor:
-        rows: Any = self.places[batch.step == VALIDATION]
-        items = [rows[int(row)] for row in batch.rows]
-        return torch.stack([torch.stack([item[name] for item in items]) for name in ("input_ids", "position_ids")])
+    def read(self, batch: Batch) -> Tensor | None:
+        """(N, T) of a non-empty batch; None if each row is one sequence."""
+        if not self.apart:
+            return None
+        rows = self.splits[batch.step == VALIDATION]
+        return torch.stack([rows[int(row)]["position_ids"] for row in batch.rows])
 
 
 class Embeddings(Tokens):
     """Embeddings of the token ids, the input of the first layer. Use inside ``skeleton.brought([-1])``."""
 
-    def __init__(self, train: Split, validation: Split, skeleton: Skeleton) -> None:
-        super().__init__(train, validation)
-        self.skeleton = skeleton
+    def __init__(self, data: Data, skeleton: Skeleton) -> None:
+        super().__init__(data.train, data.validation)
+        self.skeleton, self.positions = skeleton, Positions(data)
 
     def read(self, batch: Batch) -> Tensor:
-        return self.skeleton.embed(super().read(batch).to(self.skeleton.device))
+        positions, device = self.positions.read(batch), self.skeleton.device
+        return self.skeleton.embed(super().read(batch).to(device), None if positions is None else positions.to(device))
 
 
 class Nowhere:
@@ -243,34 +252,38 @@ class Boundary:
         return self._file(number).with_suffix(".json")
 
 
-def feed(source: Source, batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Tensor | None]]:
-    """Yield batches with their input from ``source``, on the device; None for an empty batch.
+def feed(
+    source: Source, positions: Positions, batches: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[Batch, Inputs | None]]:
+    """Yield batches with their inputs, on the device; None for an empty batch.
 
     On a GPU, the next batch is copied from pinned memory while the caller works on the current one.
     """
-    if device.type != "cuda":
-        for batch in batches:
-            yield batch, source.read(batch).to(device) if batch.visits else None
-        return
-    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
 
-    def begin(batch: Batch) -> tuple[Batch, Tensor | None]:
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def begin(batch: Batch) -> tuple[Batch, Inputs | None]:
         if not batch.visits:
             return batch, None
-        tensor = source.read(batch)
-        if tensor.device.type == "cuda":
-            return batch, tensor
-        with torch.cuda.stream(side):
-            return batch, tensor.to(device, non_blocking=True)
+        x, places = source.read(batch), positions.read(batch)
+        with nullcontext() if side is None else torch.cuda.stream(side):
+            x = x.to(device, non_blocking=side is not None)
+            places = None if places is None else places.to(device, non_blocking=side is not None)
+        return batch, (x, places)
 
+    if side is None:
+        yield from map(begin, batches)
+        return
+    main = torch.cuda.current_stream(device)
     coming = None
     for batch in batches:
         here, coming = coming, begin(batch)
         if here is not None:
             yield here
         main.wait_stream(side)
-        if coming[1] is not None:
-            coming[1].record_stream(main)
+        for tensor in coming[1] or ():
+            if tensor is not None:
+                tensor.record_stream(main)
     if coming is not None:
         yield coming
 

@@ -9,11 +9,12 @@ hidden states are kept.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 import lolcats
-from lolcats.config import PLACEMENT, Config, to_dict
+from lolcats.config import PLACEMENT, Config, identity_of
 from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import write_text
@@ -34,10 +35,10 @@ from lolcats.stages.interrupt import noting_interrupt
 from lolcats.stages.metrics import replace_metrics
 from lolcats.stages.result import StageResult
 from lolcats.stages.trackers import Trackers, name_directory
-from lolcats.stages.transfer.hidden import Source, Target, feed
+from lolcats.stages.transfer.hidden import Inputs, Positions, Source, Target, feed
 from lolcats.stages.transfer.loss import attention_loss, attention_losses
 from lolcats.stages.transfer.units import Unit
-from lolcats.stages.transfer.visits import VALIDATION, Batch, Visits, hidden_windows, validation_batches
+from lolcats.stages.transfer.visits import VALIDATION, Batch, Visits, validation_batches
 from lolcats.stages.watch import LossWatch
 
 STAGE, JOB = "transfer", "job.json"
@@ -54,10 +55,10 @@ class LayerwiseResult(StageResult):
 
 @dataclass
 class Group:
-    """Layers that are on the device together, and a function that passes a batch through them."""
+    """Layers that are on the device together, and a function that passes inputs and position ids through them."""
 
     layers: list[LinearizedAttention]
-    run: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor, Tensor | None], Tensor]
     units: list[Unit]
 
 
@@ -84,10 +85,12 @@ class LayerTrainer:
         self.run_directory, self.directory, self.seed = directory, directory / "checkpoints" / STAGE, config.seed
         self.visits = Visits.draw(len(data.train), self.config, config.seed)
         self.validation = validation_batches(len(data.validation), self.config.micro_batch_size, ranks)
+        self.positions = Positions(data)
         self.interrupted, self.started, self.reported = False, time.monotonic(), 0
-        self.speeds: dict[int, dict[str, float]] = {}  # of evaluations in this process, by step
+        self.eval_seconds: dict[int, float] = {}  # of evaluations in this process, over all groups, by step
         self.watch = LossWatch(STAGE)
         self.trackers: Trackers | None = None
+        self.reported_of: dict[Unit, int] = {}  # for units that are also reported one by one
         self.report_to = config.report_to
         alone = self.config.coupling == "per_layer"
         split = [[name] for name in layers] if alone else [list(layers)]
@@ -133,12 +136,12 @@ class LayerTrainer:
             self._evaluate(group, [unit for unit in units if unit.progress.step == 0], source, before=True)
         wanted = (b for b in self._batches(steps) if target.wants(b.step) or _learning(units, b.step))
         with torch.no_grad(), self._ctrl_c():
-            for batch, x in feed(source, wanted, self.device):
+            for batch, inputs in self._feed(source, wanted):
                 learning, keep = _learning(units, batch.step), target.wants(batch.step)
                 if not (learning or keep):
                     continue
-                if x is not None:
-                    hidden = self._learn(group, learning, batch, x)
+                if inputs is not None:
+                    hidden = self._learn(group, learning, batch, inputs)
                     if keep:
                         target.write(batch, hidden)
                 if batch.last:
@@ -146,31 +149,33 @@ class LayerTrainer:
                     if keep:
                         target.done(batch.step)
             if target.wants(VALIDATION):
-                for batch, x in feed(source, self.validation, self.device):
-                    if x is not None:
-                        target.write(batch, self._learn(group, [], batch, x))
+                for batch, inputs in self._feed(source, self.validation):
+                    if inputs is not None:
+                        target.write(batch, self._learn(group, [], batch, inputs))
             target.done(VALIDATION)
         self._save(units)
 
     def _batches(self, steps: range) -> Iterator[Batch]:
         return self.visits.batches(steps, self.config.micro_batch_size, self.ranks)
 
-    def _learn(self, group: Group, units: list[Unit], batch: Batch, x: Tensor) -> Tensor:
+    def _feed(self, source: Source, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Inputs | None]]:
+        return feed(source, self.positions, batches, self.device)
+
+    def _learn(self, group: Group, units: list[Unit], batch: Batch, inputs: Inputs) -> Tensor:
         """Pass one batch through the group, and accumulate the gradients of its share of the mean loss in the units."""
         owner, losses = _owners(units), dict[LinearizedAttention, Tensor]()
-        hidden = hidden_windows(batch.visits, self.config.window_dropout, self.seed) if units else []
 
         def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
             unit = owner[layer]
             share = batch.weight / len(unit.layers)
             with torch.enable_grad():
-                loss = attention_loss(layer, call, self.config, hidden)
+                loss = attention_loss(layer, call, self.config)
                 (loss * share).backward()
             losses[layer] = loss.detach()
             unit.add(losses[layer] * share)
 
         with _observed(group.layers, owner, observe):
-            output = group.run(x)
+            output = group.run(*inputs)
         if losses:
             self.watch.step = batch.step + 1
             self.watch.add(torch.stack(list(losses.values())), partial(_place, list(losses)))
@@ -184,6 +189,7 @@ class LayerTrainer:
         done = step + 1
         if units and (done % self.config.eval_steps == 0 or done == len(self.visits.steps)):
             self._evaluate(group, units, source)
+        self._report(units)
         if done % self.config.save_steps == 0:
             self._save(units)
         self.tick(done)
@@ -202,11 +208,11 @@ class LayerTrainer:
         def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
             sums[layer] += torch.stack(attention_losses(layer, call, self.config)).float() * weight
 
-        for batch, x in feed(source, self.validation, self.device):
+        for batch, inputs in self._feed(source, self.validation):
             weight = batch.weight
-            if x is not None:
+            if inputs is not None:
                 with _observed(group.layers, owner, observe):
-                    group.run(x)
+                    group.run(*inputs)
         self.ranks.sum(list(sums.values()))
         table = dict(zip(layers, torch.stack(list(sums.values())).tolist(), strict=True)) if layers else {}
         for unit in units:
@@ -215,9 +221,9 @@ class LayerTrainer:
                 unit.progress.errors_before = list(errors)
             else:
                 unit.evaluated(statistics.fmean(losses), list(errors))
-                self.speeds[unit.progress.step] = _speed(
-                    "eval", time.monotonic() - started, len(self.data.validation), len(self.validation)
-                )
+        if not before:
+            step = units[0].progress.step
+            self.eval_seconds[step] = self.eval_seconds.get(step, 0.0) + time.monotonic() - started
 
     def _save(self, units: list[Unit]) -> None:
         if self.ranks.is_first:
@@ -244,8 +250,8 @@ class LayerTrainer:
     def finished(self) -> bool:
         return all(unit.finished for unit in self.units)
 
-    def track(self, model: nn.Module) -> None:
-        """Report to the run's trackers from here on."""
+    def track(self, model: nn.Module, one_by_one: bool = False) -> None:
+        """Report to the run's trackers from here on: means over units and, with ``one_by_one``, each unit's own log."""
         if self.ranks.is_first and self.report_to:
             name_directory(self.report_to, self.run_directory / "metrics.jsonl")
             settings = TrainingArguments(
@@ -254,20 +260,40 @@ class LayerTrainer:
             )  # fmt: skip
             self.trackers = Trackers(self.report_to, settings, model, len(self.visits.steps))
             self.reported = len(self.history())
+            self.reported_of = {unit: len(unit.progress.history) for unit in self.units if one_by_one}
+
+    def _report(self, units: list[Unit]) -> None:
+        """Hand trackers what is new in the logs of units that are reported one by one."""
+        for unit in units:
+            if self.trackers is not None and unit in self.reported_of:
+                history, layer = unit.progress.history, unit.layers[0].geometry.layer
+                for entry in history[self.reported_of[unit] :]:
+                    self.trackers.log(_of_layer(entry, layer))
+                self.reported_of[unit] = len(history)
+
+    def close(self) -> None:
+        """Report no more."""
+        if self.trackers is not None:
+            self.trackers.close()
+            self.trackers = None
 
     def write_metrics(self, last: Sequence[dict[str, float]] = ()) -> None:
         """Write the run's metrics.jsonl up to the step that all units have reached, and then ``last``."""
         if not self.ranks.is_first:
             return
-        history = [
-            entry | (self.speeds.get(int(entry["step"]), {}) if "eval_loss" in entry else {})
-            for entry in self.history()
-        ] + list(last)
+        history = [entry | self._eval_speed(entry) for entry in self.history()] + list(last)
         replace_metrics(self.run_directory / "metrics.jsonl", STAGE, history)
         if self.trackers is not None:
             for entry in history[self.reported :]:
                 self.trackers.log(entry)
             self.reported = len(history)
+
+    def _eval_speed(self, entry: dict[str, float]) -> dict[str, float]:
+        """Time and speed of an evaluation that was made in this process."""
+        if "eval_loss" not in entry or entry["step"] not in self.eval_seconds:
+            return {}
+        seconds = self.eval_seconds[int(entry["step"])]
+        return _speed("eval", seconds, len(self.data.validation), len(self.validation))
 
     def history(self) -> list[dict[str, float]]:
         """Means over units for each step; a unit that has stopped early contributes its last values."""
@@ -288,8 +314,7 @@ class LayerTrainer:
         """Give the layers their best weights, and return what all units did."""
         progress = [unit.progress for unit in self.units]
         self.write_metrics([self._summary()])
-        if self.trackers is not None:
-            self.trackers.close()
+        self.close()
         for unit in self.units:
             unit.take_best()
         return LayerwiseResult(
@@ -323,6 +348,12 @@ def _speed(stage: str, seconds: float, rows: int, steps: int) -> dict[str, float
     }  # fmt: skip
 
 
+def _of_layer(entry: dict[str, float], layer: int) -> dict[str, float]:
+    """An entry of one layer's log with its names for trackers, such as ``layer_3_loss`` and ``eval_layer_3_loss``."""
+    named = {re.sub("^(eval_)?", rf"\1layer_{layer}_", name): value for name, value in entry.items() if name != "step"}
+    return {"step": entry["step"], **named}
+
+
 def _place(layers: Sequence[LinearizedAttention], bad: Tensor) -> str:
     """Where a loss became NaN or infinite, as the end of a sentence."""
     return f" in layer {layers[int(bad.long().argmax())].geometry.layer}"
@@ -340,9 +371,12 @@ def compare_jobs(known: dict[str, Any], asked: dict[str, Any], directory: Path) 
 
 def job_of(config: Config, data: Data, layers: list[str], base: str) -> dict[str, Any]:
     """Everything that the contents of the units depend on."""
-    settings = {f"transfer.{k}": v for k, v in asdict(config.transfer).items() if k not in HARMLESS}
-    settings |= {f"attention.{k}": v for k, v in to_dict(config.attention).items()}
+    identity = identity_of(config)
+    settings = {f"transfer.{k}": v for k, v in identity["transfer"].items() if k not in HARMLESS}
+    settings |= {f"attention.{k}": v for k, v in identity["attention"].items()}
     rows = {"data": data.fingerprint, "rows": len(data.train)}
+    if data.positions:
+        rows["data.reset_at_documents"] = True
     return {"base": base, **settings, "seed": config.seed, **rows, "layers": layers}
 
 

@@ -30,7 +30,6 @@ from lolcats.stages.transfer.hidden import (
     Embeddings,
     HostStates,
     Nowhere,
-    PackedTokens,
     Source,
     Target,
     Tokens,
@@ -62,13 +61,13 @@ def train_joint(
     total = len(trainer.visits.steps)
     first = min((unit.progress.step for unit in trainer.units if not unit.finished), default=total)
 
-    def run(rows: Tensor) -> Tensor:
-        ids, *positions = rows if data.positions else [rows]
-        return decoder(model)(input_ids=ids, use_cache=False, **dict(zip(["position_ids"], positions, strict=False)))[0]
+    def run(ids: Tensor, positions: Tensor | None) -> Tensor:
+        more = {} if positions is None else {"position_ids": positions}
+        return decoder(model)(input_ids=ids, use_cache=False, **more)[0]
 
     model.eval()
     trainer.track(model)
-    source = PackedTokens(data) if data.positions else Tokens(data.train, data.validation)
+    source = Tokens(data.train, data.validation)
     group = Group(list(layers.values()), run, trainer.units)
     with fused_layers(model, config.transfer.liger), _progress(trainer, total, first) as bar:
 
@@ -96,10 +95,6 @@ class LayerByLayer:
         self, skeleton: Skeleton, data: Data, config: Config, directory: Path, ranks: Ranks, base: str = "",
         say: Say = lambda text: None,
     ) -> None:  # fmt: skip
-        if data.positions:
-            raise LolcatsError(
-                "data.reset_at_documents needs all layers on the device: set transfer.order=joint (--schedule joint)."
-            )
         self.skeleton, self.data, self.config, self.ranks, self.say = skeleton, data, config.transfer, ranks, say
         self.device, self.count = skeleton.device, len(skeleton.layers)
         layers = layers_by_name(skeleton.model)
@@ -122,6 +117,7 @@ class LayerByLayer:
         chunks = self.visits.chunks(max(1, self.config.chunk_tokens // self.length))
         self._prepare()
         self._check_memory(max(len(self._visits_of(steps)) for steps in chunks))
+        self.trainer.track(self.skeleton.model, one_by_one=True)
         done = sum(unit.progress.step for unit in self.units.values())
         with self._fused(), _progress(self.trainer, len(self.units) * len(self.steps), done) as bar:
             for number, steps in enumerate(chunks, 1):
@@ -137,7 +133,7 @@ class LayerByLayer:
         states = HostStates(self.device, self._evaluates_in(steps))
         self.skeleton.read_ahead(0)
         with self.skeleton.brought([-1]), torch.no_grad():
-            source = Embeddings(self.data.train, self.data.validation, self.skeleton)
+            source = Embeddings(self.data, self.skeleton)
             for batch in [*self.visits.batches(steps, self.config.micro_batch_size, self.ranks), *self._validation]:
                 if batch.visits and states.wants(batch.step):
                     states.write(batch, source.read(batch))
@@ -166,7 +162,10 @@ class LayerByLayer:
         wanted = [n for n, block in enumerate(blocks) if only in (None, n) and self.unfinished(self.steps, block)]
         if wanted:
             self._run_blocks(blocks, wanted, only)
-        return self.trainer.result() if self.trainer.finished else None
+        if self.trainer.finished:
+            return self.trainer.result()
+        self.trainer.close()
+        return None
 
     def _run_blocks(self, blocks: list[range], wanted: list[int], only: int | None) -> None:
         self._prepare()
@@ -174,6 +173,7 @@ class LayerByLayer:
         start = max(n for n in range(wanted[0] + 1) if n == 0 or boundaries[n].complete)
         last = wanted[-1] if only is None else min(wanted[-1] + 1, len(blocks) - 1)  # last boundary to write
         self._check_disk([boundaries[n] for n in range(max(start, 1), last + 1)])
+        self.trainer.track(self.skeleton.model, one_by_one=True)
         total = sum(len(self.steps) for n in wanted for i in blocks[n] if i in self.units)
         with self._fused(), _progress(self.trainer, total, 0) as bar:
             for number in range(start, wanted[-1] + 1):
@@ -190,7 +190,7 @@ class LayerByLayer:
 
     def _embeddings(self, stack: ExitStack) -> Embeddings:
         stack.enter_context(self.skeleton.brought([-1]))
-        return Embeddings(self.data.train, self.data.validation, self.skeleton)
+        return Embeddings(self.data, self.skeleton)
 
     def _boundary(self, layer: int) -> Boundary:
         shape = (self.length, self.skeleton.width)
@@ -202,9 +202,10 @@ class LayerByLayer:
     def _group(self, indices: range) -> Iterator[Group]:
         units = [self.units[i] for i in indices if i in self.units]
 
-        def run(hidden: Tensor) -> Tensor:
+        def run(hidden: Tensor, positions: Tensor | None) -> Tensor:
+            calls = self.skeleton.calls(hidden, positions)
             for index in indices:
-                hidden = self.skeleton.run(index, hidden)
+                hidden = self.skeleton.run(index, hidden, calls)
             return hidden
 
         with self.skeleton.brought(indices):
@@ -221,6 +222,8 @@ class LayerByLayer:
         return self.trainer.validation
 
     def _prepare(self) -> None:
+        if self.data.positions:
+            return self.skeleton.prepare_packed(self.length)
         batches = self.visits.batches(self.steps, self.config.micro_batch_size, self.ranks)
         self.skeleton.prepare(sorted(batch_shapes(batches) | batch_shapes(self._validation)), self.length)
 

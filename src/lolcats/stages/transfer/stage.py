@@ -6,7 +6,7 @@ layer only depends on its own parameters: backward runs inside its forward, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import repeat
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def transfer_in_turn(
 
 def layer_losses(
     model: PreTrainedModel, input_ids: Tensor, config: TransferConfig, backward_scale: float | None = None,
-    positions: Tensor | None = None, hidden: Sequence[int] = (),
+    positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """(layers,) losses of one batch (B, T) of token ids.
 
@@ -71,14 +71,13 @@ def layer_losses(
 
     Args:
         positions: (B, T) position ids, which restart at 0 for each document; None if each row is one sequence.
-        hidden: indices of rows that hide their window, see :func:`attention_loss`.
     """
     losses: list[Tensor] = []
     count = len(linearized_layers(model))
 
     def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
         with torch.set_grad_enabled(backward_scale is not None):
-            loss = attention_loss(layer, call, config, hidden)
+            loss = attention_loss(layer, call, config)
             if backward_scale is not None:
                 (loss * (backward_scale / count)).backward()
         losses.append(loss.detach())

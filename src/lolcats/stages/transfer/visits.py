@@ -6,7 +6,6 @@ A *visit* is one row in one epoch. Visits are numbered in the order in which tra
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -82,14 +81,6 @@ def validation_batches(count: int, micro: int, ranks: Ranks) -> list[Batch]:
     """This rank's batches of ``count`` validation rows."""
     share = ranks.share(range(count))
     return [Batch(torch.arange(p.start, p.stop), p, len(p) / count) for p in split(share, micro)]
-
-
-def hidden_windows(visits: range, probability: float, seed: int) -> list[int]:
-    """Offsets in ``visits`` of those that hide their window. The draw of a visit does not depend on rank or batch."""
-    if not probability:
-        return []
-    draws = [random.Random(f"{seed} {visit}").random() for visit in visits]
-    return [place for place, draw in enumerate(draws) if draw < probability]
 
 
 def batch_shapes(batches: Iterable[Batch]) -> set[int]:
