@@ -120,8 +120,8 @@ def step(
     if not spec.has_softmax:
         assert linear is not None
         return finished(*linear, mixer), state
-    keys, values = (torch.cat(pair, 2).float() for pair in zip(state.sinks, state.ring, strict=True))
-    queries, keys = _grouped(spec.rotated(q).float(), k), spec.rotated(keys)
+    keys = spec.rotated(torch.cat((state.sinks.k, state.ring.k), 2).float())
+    values, queries = torch.cat((state.sinks.v, state.ring.v), 2).float(), _grouped(spec.rotated(q).float(), k)
     p = (softmax_logits(queries, keys, mixer.scale, mixer.softcap) + arrival.bias).softmax(-1)
     return merged(_ungrouped(p @ values), _ungrouped(p.amax(-1, keepdim=True)), mixer.gamma, linear), state
 

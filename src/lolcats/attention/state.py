@@ -9,7 +9,6 @@ Shapes: B batch, H query heads, G key/value heads, D head dim, F features, W rin
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -43,11 +42,12 @@ class Seen(NamedTuple):
 
     def plus(self, added: int | Tensor, known: Sequence[int] | None = None) -> Seen:
         """After ``added`` (B,) tokens more; ``known``: the same number for each row on the host, if a tensor."""
-        rows, each = self.rows + added, self.each
+        rows = self.rows + added
         if isinstance(added, int):
             if isinstance(self.known, int):
                 return Seen(rows, self.known + added)
             known = [added] * len(self.rows)
+        each = self.each
         return Seen(rows, None if each is None or known is None else tuple(map(sum, zip(each, known, strict=True))))
 
 
@@ -132,17 +132,17 @@ class AttentionState:
             sums = Sums(self.sums.S.index_add(0, rows, S), self.sums.z.index_add(0, rows, z))
         else:
             sums = Sums(self.sums.S.index_copy(0, rows, self._rounded(rows, S)), self.sums.z.index_add(0, rows, z))
-        return dataclasses.replace(self, sums=sums)
+        return type(self)(self.seen, self.ring, self.sinks, sums)
 
     def stored(self, k: Tensor, v: Tensor, slot: Tensor, sink: Tensor | None) -> Self:
         """With one more token: its key and value (B, G, 1, D) in a ring ``slot`` (B, 1, 1, 1), and in the ``sink``
         (B, 1, sinks, 1) that it is, if any."""
         ring, sinks = self.ring, self.sinks
         if ring.k.shape[2]:
-            ring = KeyValues(*(x.scatter(2, slot.expand_as(y), y) for x, y in zip(ring, (k, v), strict=True)))
+            ring = KeyValues(ring.k.scatter(2, slot.expand_as(k), k), ring.v.scatter(2, slot.expand_as(v), v))
         if sink is not None:
             sinks = KeyValues(torch.where(sink, k, sinks.k), torch.where(sink, v, sinks.v))
-        return dataclasses.replace(self, seen=self.seen.plus(1), ring=ring, sinks=sinks)
+        return type(self)(self.seen.plus(1), ring, sinks, self.sums)
 
     def _rounded(self, rows: Tensor, S: Tensor) -> Tensor:
         return stochastic(self.sums.S[rows].float() + S, self.seen.rows[rows])
@@ -165,7 +165,9 @@ class SlotState(AttentionState):
 
     def at(self, known: tuple[int, ...] | None) -> Self:
         """The same slots for the next step, with the numbers of tokens that the host knows."""
-        return self if known is self.seen.known else dataclasses.replace(self, seen=Seen(self.seen.rows, known))
+        if known is self.seen.known:
+            return self
+        return type(self)(Seen(self.seen.rows, known), self.ring, self.sinks, self.sums)
 
     def row(self, slot: int, count: int) -> AttentionState:
         """A copy of one slot, which has seen ``count`` tokens."""
