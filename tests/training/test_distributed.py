@@ -26,7 +26,7 @@ from lolcats.modeling.checkpoint import load, save_lora
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import decoder_layers, linearized_layers
 from lolcats.modeling.loss import gathered
-from lolcats.pipeline import finish, resume, run_finetune, run_transfer, start
+from lolcats.pipeline import finish, measure, resume, run_finetune, run_transfer, start
 from lolcats.stages.arguments import training_arguments
 from lolcats.stages.distributed import all_reduce_gradients, is_sharded, own_device
 from lolcats.stages.finetune.fits import shards
@@ -88,10 +88,11 @@ def assert_same_run(one: Path, other: Path) -> None:
 def finetune_run(directory: Path, sharding: str = "") -> None:
     """``lolcats finetune DIR``, twice: the second time there is nothing left to train."""
     for _ in range(2):
-        session = resume(directory, say=lambda text: None, sharding=sharding)
-        run_finetune(session)
-        finish(session, pictures=False)
-        assert is_sharded(session.model) == (sharding == "always")
+        job = resume(directory, say=lambda text: None, sharding=sharding)
+        run_finetune(job)
+        measure(job)
+        finish(job, pictures=False)
+        assert is_sharded(job.models.student()) == (sharding == "always")
 
 
 def on_two_ranks(root: Path) -> None:
@@ -203,8 +204,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path], 
     """Runs of one process, and of two."""
     root = tmp_path_factory.mktemp("ranks")
     config = load_config("default", SETTINGS)
-    session = start(Inputs(str(model_dirs["llama"])), str(chat_file), root / "run_one", config, lambda text: None)
-    run_transfer(session)
+    job = start(Inputs(str(model_dirs["llama"])), str(chat_file), root / "run_one", config, lambda text: None)
+    run_transfer(job)
     for form in FORMS:
         shutil.copytree(root / "run_one", root / f"run_two{form}")
     (root / "model").symlink_to(model_dirs["llama"])

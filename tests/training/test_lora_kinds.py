@@ -145,12 +145,12 @@ def test_quantized_base(
     from bitsandbytes.nn import Linear4bit
 
     if device == "cpu":
-        monkeypatch.setattr(pipeline, "check_quantized", lambda *_: None)
+        monkeypatch.setattr(pipeline.job, "check_quantized", lambda *_: None)
         monkeypatch.setattr(bases, "check_quantized", lambda *_: None)
     untouched = tiny_model("llama", hidden_size=64, intermediate_size=128)  # its blocks of weights hold 64
     untouched.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    real, seen, out = pipeline.finetune, [], tmp_path / "out"
+    real, seen, out = pipeline.stages.finetune, [], tmp_path / "out"
 
     def watched(model: Any, *arguments: Any) -> Any:
         seen.append({name: type(module) for name, module in model.named_modules()})
@@ -165,7 +165,7 @@ def test_quantized_base(
         assert all("lora_" in name for name, p in wrapped.named_parameters() if p.requires_grad)
         return wrapped, result
 
-    monkeypatch.setattr(pipeline, "finetune", watched)
+    monkeypatch.setattr(pipeline.stages, "finetune", watched)
     config = load_config("default", [*settings, "finetune.quantize_base=nf4", f"device={device}"])
     run = pipeline.linearize(str(tmp_path / "base"), str(chat_file), out, config, say=lambda _: None)
     assert seen[0]["model.layers.0.self_attn.q_proj"] is Linear4bit

@@ -58,7 +58,7 @@ def transfer(
     """Run only stage 1, attention transfer. Also runs under torchrun."""
     from lolcats.config import load_config
     from lolcats.data.inputs import Inputs
-    from lolcats.pipeline import check_block, run_transfer, start
+    from lolcats.pipeline import check_block, start, train_maps
     from lolcats.ranks import is_first, ranks
     from lolcats.stages.transfer.orders import join_units
 
@@ -67,14 +67,14 @@ def transfer(
     order += [f"transfer.block_size={block_size}"] if block_size else []
     config = load_config(recipe, [*order, *set_])
     check_block(config, block)
-    session = start(Inputs(model, trust=config.trust_remote_code), data, out_, config)
+    job = start(Inputs(model, trust=config.trust_remote_code), data, out_, config)
     if is_first():
         join_units(out_, join)
     ranks().wait()
-    run_transfer(session, block)
+    train_maps(job, block)
     if is_first():
-        show_run(session.run)
-        if session.run.stage_done("transfer"):
+        show_run(job.run)
+        if job.run.stage_done("transfer"):
             out.print(f"\nFeature maps: {out_}. Next: lolcats finetune {out_}", soft_wrap=True)
 
 
@@ -88,15 +88,13 @@ def finetune(directory: RunDirectory,
              ) -> None:  # fmt: skip
     """Run only stage 2, LoRA, in a run directory where stage 1 is finished. Also runs under torchrun."""
     from lolcats.config import Control
-    from lolcats.pipeline import finish, resume, run_controls, run_finetune
+    from lolcats.pipeline import resume, train_lora
     from lolcats.ranks import is_first
 
-    session = resume(directory, controls=get_args(Control) if controls else (), sharding=sharding)
-    run_controls(session)
-    run_finetune(session)
-    finish(session, merge)
+    job = resume(directory, controls=get_args(Control) if controls else (), sharding=sharding)
+    train_lora(job, merge)
     if is_first():
-        show_run(session.run)
+        show_run(job.run)
 
 
 @command

@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from lolcats.config import Config, identity_of
 from lolcats.data.inputs import Inputs
@@ -24,7 +25,7 @@ from lolcats.lab.sweep.table import HELD_OUT, LINEAR_OFF, WINDOW, WINDOW_SINKS
 from lolcats.modeling.checkpoint import FEATURE_MAPS, load_feature_maps
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import override
-from lolcats.pipeline import Session, device_and_dtype, measure_maps, measure_student, run_finetune, run_transfer, start
+from lolcats.pipeline import Job, device_and_dtype, keep_longest, measure, run_finetune, run_transfer, start
 from lolcats.run import RECORD, Run
 
 LOCKS = "locks"
@@ -98,20 +99,24 @@ def row_result(setup: Setup, row: Row) -> dict[str, Any]:
     """Train and measure one row in its own directory."""
     started = monotonic()
     directory = setup.out / f"{row.slug}-seed{row.config.seed}-{run_key(setup, row)}"
-    session = start(setup.inputs, source(setup.sweep, row), directory, row.config, setup.say, lean=True)
-    untrained = _untrained(setup, session)
-    with locked(setup.out / LOCKS / f"transfer-{_transfer_key(session.run)}"):
-        take_transfer(session, setup.out)
-        run_transfer(session)
-    run_finetune(session)
-    _measure(setup, session, STUDENT)
+    job = start(setup.inputs, source(setup.sweep, row), directory, row.config, setup.say, lean=True)
+    if not job.in_turn:
+        measure(job)
+        job = keep_longest(job)
+    untrained = _untrained(setup, job)
+    with locked(setup.out / LOCKS / f"transfer-{_transfer_key(job.run)}"):
+        take_transfer(job, setup.out)
+        run_transfer(job)
+        measure(job)
+    run_finetune(job)
+    model = job.models.student()
+    _measure(setup, job.run, model, STUDENT)
     if row.config.attention.kind == "hybrid":
-        with override(session.model, kind="window"):
-            _measure(setup, session, LINEAR_OFF, tasks=False)
-    measure_student(session)
-    measure_maps(session, STUDENT)
-    result = _summary(setup, row, session.run, untrained)
-    del session
+        with override(model, kind="window"):
+            _measure(setup, job.run, model, LINEAR_OFF, tasks=False)
+    measure(job)
+    result = _summary(setup, row, job.run, untrained)
+    del job, model
     release()
     result["seconds"]["all"] = round(monotonic() - started, 1)
     return result
@@ -124,10 +129,10 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def take_transfer(session: Session, out: Path) -> None:
+def take_transfer(job: Job, out: Path) -> None:
     """Copy stage 1 from another run in ``out`` that trained the same, if this run has not trained it yet."""
-    run = session.run
-    if run.stage_done("transfer") or session.config.transfer.max_steps == 0 or session.skeleton is not None:
+    run = job.run
+    if run.stage_done("transfer") or job.config.transfer.max_steps == 0 or job.in_turn:
         return
     for record in sorted(out.glob(f"*/{RECORD}")):
         other = Run.open(record.parent)
@@ -135,13 +140,13 @@ def take_transfer(session: Session, out: Path) -> None:
             break
     else:
         return
-    session.say(f"Taking stage 1 from {other.directory.name}")
+    job.say(f"Taking stage 1 from {other.directory.name}")
     shutil.copy(other.directory / FEATURE_MAPS, run.directory / FEATURE_MAPS)
     lines = (other.directory / "metrics.jsonl").read_text().splitlines(keepends=True)
     write_text(run.directory / "metrics.jsonl", "".join(line for line in lines if '"stage": "transfer"' in line))
     run.record["results"] |= {name: other.results[name] for name in OF_TRANSFER if name in other.results}
     run.finish_stage("transfer", {"from": other.directory.name, **other.record["stages"]["transfer"]})
-    load_feature_maps(session.model, run.directory / FEATURE_MAPS)
+    load_feature_maps(job.models.converted(), run.directory / FEATURE_MAPS)
 
 
 def _transfer_key(run: Run) -> str:
@@ -163,27 +168,27 @@ def _maps_of_transfer(run: Run) -> bool:
     return run.config.finetune.feature_map_learning_rate == 0 and (run.directory / FEATURE_MAPS).is_file()
 
 
-def _untrained(setup: Setup, session: Session) -> dict[str, Measured]:
+def _untrained(setup: Setup, job: Job) -> dict[str, Measured]:
     """Perplexities of the row's untrained window, with and without sinks; measured once per sweep."""
-    model, attention = session.model, session.config.attention
-    fresh = not session.run.stage_done("finetune") and session.skeleton is None
-    if attention.kind not in ("hybrid", "linear") or not fresh:
+    attention = job.config.attention
+    if attention.kind not in ("hybrid", "linear") or job.run.stage_done("finetune") or job.in_turn:
         return {}
     found = {}
-    for name, sinks in ((WINDOW, 0), (WINDOW_SINKS, session.run.results["baseline_sinks"])):
+    for name, sinks in ((WINDOW, 0), (WINDOW_SINKS, job.run.results["baseline_sinks"])):
         key = f"{attention.window} {attention.window_size} {sinks} {sorted(attention.layers.items())}"
         if key not in setup.untrained:
+            model = job.models.converted()
             with override(model, kind="window", sinks=sinks):
                 setup.untrained[key] = setup.measurement.perplexities(model)
         found[name] = setup.untrained[key]
     return found
 
 
-def _measure(setup: Setup, session: Session, system: str, tasks: bool = True) -> None:
+def _measure(setup: Setup, run: Run, model: PreTrainedModel, system: str, tasks: bool = True) -> None:
     """Measure part by part and save each in the run's record, so that a killed sweep continues with the next part."""
-    for part, measure in setup.measurement.parts().items():
+    for part, function in setup.measurement.parts().items():
         if tasks or part == PERPLEXITIES:
-            session.run.measure(f"{_prefix(setup)}{system}: {part}", partial(_timed, measure, session.model))
+            run.measure(f"{_prefix(setup)}{system}: {part}", partial(_timed, function, model))
 
 
 def _timed(measure: Callable[[Any], Measured], model: Any) -> dict[str, Any]:
