@@ -12,7 +12,7 @@ from support.interpreted import add_bf16_products
 from lolcats.attention import AttentionSpec, FeatureMap, Mixer, parallel_attention
 from lolcats.attention.kernels import triton_attention
 from lolcats.attention.kernels.function import TENSORS
-from lolcats.attention.kernels.plan import find_plan
+from lolcats.attention.kernels.launcher import find_launcher
 from lolcats.attention.kernels.projection import project, project_back
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,14 +34,14 @@ def test_products_keep_sixteen_bits(
     weight = torch.randn(maps, dim, width, device=DEVICE)
     dy = torch.randn(2, maps, 70, width, device=DEVICE, dtype=dtype)
     tensors = dict.fromkeys(TENSORS) | {"q": x, "k": x, "v": x, "x_q": x, "wq": weight, "wk": weight}
-    plan = find_plan(HYBRID, "projected", False, None, False, tensors)
+    launcher = find_launcher(HYBRID, "projected", False, None, False, tensors)
     heads = x.double().repeat_interleave(maps // 2, 1)
     expected = torch.einsum("bmtd,mdf->bmtf", heads, weight.double())
-    y = project(plan, "x_q", x, weight)
+    y = project(launcher, "x_q", x, weight)
     assert y.dtype == torch.float32
     assert (y - expected).abs().max() < tolerance * expected.abs().max()
     expected = torch.einsum("bmtf,mdf->bmtd", dy.double(), weight.double()).unflatten(1, (2, -1)).sum(2)
-    dx = project_back(plan, "x_q", dy, weight, x)
+    dx = project_back(launcher, "x_q", dy, weight, x)
     assert dx.dtype == dtype
     rounding = 0 if dtype == torch.float32 else 2**-7 if DEVICE == "cpu" else 2**-8  # the interpreter cuts bits off
     assert (dx - expected).abs().max() < (tolerance + rounding) * expected.abs().max()

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lolcats.attention import AttentionSpec, FeatureMap, Mixer, SlotState
-from lolcats.attention.kernels import decode, function, plan, projection
+from lolcats.attention.kernels import decode, function, launcher, projection
 
 
 class NoDevice:
@@ -53,7 +53,7 @@ class Compiled:
 
 def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str, projected: bool) -> None:
     driver.set_active(NoDevice())
-    plan.precision = lambda: "tf32x3"
+    launcher.precision = lambda: "tf32x3"
     shared: dict[str, int] = {}
     for module in (function, projection):
         for name in dir(module):
@@ -74,7 +74,7 @@ def decode_kernels(
     shared: dict[str, int],
 ) -> None:  # fmt: skip
     """Decode kernels for key maps per query and per key/value head, with the state in fp32 and bf16."""
-    decode.precision = plan.precision
+    decode.precision = launcher.precision
     kernel = decode.decode_kernel
     token = [x.detach()[:, :, :1] for x in (q, k, v)]
     for maps in (4, 2):

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lolcats.attention.kernels.blocks import (
+from lolcats.attention.kernels.device import (
     EPS,
     LOG2E,
     divides,
@@ -35,8 +35,8 @@ from lolcats.attention.kernels.blocks import (
     softmax_logits,
     window_start,
 )
+from lolcats.attention.kernels.launcher import precision
 from lolcats.attention.kernels.layout import power_of_two
-from lolcats.attention.kernels.plan import precision
 from lolcats.attention.mixer import Mixer
 from lolcats.attention.spec import AttentionSpec
 from lolcats.attention.state import SlotState

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lolcats.attention.kernels.blocks import (
+from lolcats.attention.kernels.device import (
     features,
     head_pointer,
     input_pointers,

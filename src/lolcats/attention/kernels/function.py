@@ -21,8 +21,8 @@ from lolcats.attention.chunked import Context
 from lolcats.attention.feature_maps import FeatureMap
 from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_kernel, sink_kernel, weight_kernel
 from lolcats.attention.kernels.forward import output_kernel
+from lolcats.attention.kernels.launcher import Launcher, find_launcher
 from lolcats.attention.kernels.layout import Layout, Phi, Rows, Tiling, dense_rows, fits_inside, packed_rows
-from lolcats.attention.kernels.plan import Plan, find_plan
 from lolcats.attention.kernels.projection import project, project_back
 from lolcats.attention.kernels.states import pack, scan_kernel, state_kernel, unpack
 from lolcats.attention.mixer import KeyMap, Mixer
@@ -145,7 +145,7 @@ class Problem:
     and the kernels read their projections x·W as fq and fk."""
 
     call: Call
-    plan: Plan
+    launcher: Launcher
     layout: Layout
     q: Tensor
     k: Tensor
@@ -164,8 +164,8 @@ class Problem:
         named, context = dict(zip(TENSORS, tensors, strict=True)), call.context
         if context is not None:
             named |= {"sink_k": _ready(context.sink_k), "sink_v": _ready(context.sink_v)}
-        plan = find_plan(call.spec, call.phi, call.softcap is not None, call.tiling, context is not None, named)
-        return cls(call, plan, plan.layout(call.rows), *tensors).projected()
+        launcher = find_launcher(call.spec, call.phi, call.softcap is not None, call.tiling, context is not None, named)
+        return cls(call, launcher, launcher.layout(call.rows), *tensors).projected()
 
     def projected(self) -> Problem:
         """Add x·W if the kernels need it. It is recomputed for the backward pass, since keeping it would double the
@@ -173,17 +173,17 @@ class Problem:
         if self.call.phi != "projected":
             return self
         assert self.x_q is not None and self.x_k is not None and self.wq is not None and self.wk is not None  # noqa: PT018
-        fq, fk = project(self.plan, "x_q", self.x_q, self.wq), project(self.plan, "x_k", self.x_k, self.wk)
+        fq, fk = project(self.launcher, "x_q", self.x_q, self.wq), project(self.launcher, "x_k", self.x_k, self.wk)
         return dataclasses.replace(self, fq=fq, fk=fk)
 
     def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Tensor | None, Softmax, Tensor | None, Tensor | None]:
         """Outputs; their lost bits and each query's softmax values, as backward needs them (``save``, ``peaks``); final
         S and z."""
-        plan, peaks = self.plan, peaks and self.call.spec.has_softmax
-        pieces = plan.launch("output").pieces
-        rounded = plan.dtype == torch.bfloat16
-        o = self.new_output(plan.heads, plan.value_dim, plan.dtype if rounded else torch.float32)
-        lost = self.new_output(plan.heads, plan.value_dim, torch.int8) if save and rounded else None
+        launcher, peaks = self.launcher, peaks and self.call.spec.has_softmax
+        pieces = launcher.launch("output").pieces
+        rounded = launcher.dtype == torch.bfloat16
+        o = self.new_output(launcher.heads, launcher.value_dim, launcher.dtype if rounded else torch.float32)
+        lost = self.new_output(launcher.heads, launcher.value_dim, torch.int8) if save and rounded else None
         softmax = (
             self.per_query() if save else None,
             self.per_query() if peaks else None,
@@ -191,11 +191,11 @@ class Problem:
         )
         states, sums, S, z = self.forward_states()
         args = (
-            *self.inputs(), *plan.strided("o", o), lost, *self.features(), self.wq, self.wk, self.gamma, *self.sinks(),
+            *self.inputs(), *launcher.strided("o", o), lost, *self.features(), self.wq, self.wk, self.gamma, *self.sinks(),
             *(o if x is None else x for x in softmax), states, sums, self.layout.walks, *self.tables(), *self.sizes(),
         )  # fmt: skip
-        plan.run(
-            output_kernel, "output", (self.layout.walks.shape[0], plan.heads, pieces), args, SAVE=save,
+        launcher.run(
+            output_kernel, "output", (self.layout.walks.shape[0], launcher.heads, pieces), args, SAVE=save,
             LOST=lost is not None, PEAKS=peaks, **self.sink_constants(),
         )  # fmt: skip
         return o, lost, softmax, S, z
@@ -217,14 +217,14 @@ class Problem:
 
         center: of centered features, for gradients; nothing at the end of sequences.
         """
-        plan, context = self.plan, self.call.context
-        if not plan.spec.has_linear:
+        launcher, context = self.launcher, self.call.context
+        if not launcher.spec.has_linear:
             return self.q, self.q, None, None
-        initial = None if context is None else pack(context.S, context.z, plan.width, center)
-        k, v = plan.strided("k", self.k), plan.strided("v", self.v)
+        initial = None if context is None else pack(context.S, context.z, launcher.width, center)
+        k, v = launcher.strided("k", self.k), launcher.strided("v", self.v)
         arguments = *k, *v, *self.features()[2:], self.wk, self.gamma, self.gamma  # forward sums are not weighted
         final = self.call.final and not center
-        states, sums, totals = self.states(arguments, plan.maps // plan.kv_heads, initial, center, final=final)
+        states, sums, totals = self.states(arguments, launcher.maps // launcher.kv_heads, initial, center, final=final)
         if totals is None:
             return states, sums, None, None
         # A sequence without tokens has no segment: it ends as it began.
@@ -232,7 +232,7 @@ class Problem:
         ends = self.layout.ranges[1:].long()
         present = ends > self.layout.ranges[:-1]
         end = torch.where(present[:, None, None], totals[(ends - 1).clamp_min(0)], end) if len(totals) else end
-        return states, sums, *unpack(end, plan.width, plan.value_dim)
+        return states, sums, *unpack(end, launcher.width, launcher.value_dim)
 
     def states(
         self, arguments: tuple[Any, ...], group: int, initial: Tensor | None, center: bool, variant: Any = None,
@@ -243,22 +243,27 @@ class Problem:
         center: sums are (entries, maps, 2f + Dv + 1), see :mod:`.states`. variant: None in the forward pass; in the
         backward pass the strides of dy.
         """
-        plan, layout, backward = self.plan, self.layout, variant is not None
-        pieces, maps, width, value_dim = plan.launch("state").pieces, plan.maps, plan.width, plan.value_dim
+        launcher, layout, backward = self.launcher, self.layout, variant is not None
+        pieces, maps, width, value_dim = (
+            launcher.launch("state").pieces,
+            launcher.maps,
+            launcher.width,
+            launcher.value_dim,
+        )
         rest = value_dim + 1 if center else 0
         size, segments = 2 * width * (value_dim + 1) + rest, layout.segments.shape[0]
-        low = torch.float32 if plan.wide else torch.bfloat16
+        low = torch.float32 if launcher.wide else torch.bfloat16
         states = self.q.new_empty(layout.entries, maps, 2, value_dim, width, dtype=low)
         sums = self.q.new_empty(layout.entries, maps, 2 * width + rest, dtype=torch.float32)
 
         def run(starts: Tensor | None, totals: Tensor | None, store: bool) -> None:
             args = (
-                *arguments, starts, totals, states, sums, layout.segments, *self.tables(), plan.heads, group,
-                plan.tokens,
+                *arguments, starts, totals, states, sums, layout.segments, *self.tables(), launcher.heads, group,
+                launcher.tokens,
             )  # fmt: skip
-            plan.run(
+            launcher.run(
                 state_kernel, "state", (segments, maps, pieces), args, variant,
-                HEADS=plan.heads // maps if backward else 1, BACKWARD=backward, STORE=store, CENTER=center,
+                HEADS=launcher.heads // maps if backward else 1, BACKWARD=backward, STORE=store, CENTER=center,
                 HAS_STARTS=starts is not None, HAS_TOTALS=totals is not None,
             )  # fmt: skip
 
@@ -276,11 +281,11 @@ class Problem:
         return states, sums, totals
 
     def inputs(self) -> tuple[Any, ...]:
-        strided = self.plan.strided
+        strided = self.launcher.strided
         return *strided("q", self.q), *strided("k", self.k), *strided("v", self.v)
 
     def features(self) -> tuple[Any, ...]:
-        strided = self.plan.strided
+        strided = self.launcher.strided
         if self.fq is None or self.fk is None:
             return *strided("q", self.q), *strided("k", self.k)
         return *strided("fq", self.fq), *strided("fk", self.fk)
@@ -290,27 +295,27 @@ class Problem:
         return self.layout.sequences, self.layout.start if context is None else context.offset.int()
 
     def sizes(self) -> tuple[Any, ...]:
-        plan, call = self.plan, self.call
-        groups = plan.heads // plan.kv_heads, plan.heads // plan.maps
-        return plan.heads, *groups, plan.tokens, call.scale, float(call.softcap or 0)
+        launcher, call = self.launcher, self.call
+        groups = launcher.heads // launcher.kv_heads, launcher.heads // launcher.maps
+        return launcher.heads, *groups, launcher.tokens, call.scale, float(call.softcap or 0)
 
     def sinks(self) -> tuple[Any, ...]:
         """Keys and values of the sinks: from the context if there is one, else the first tokens of each sequence."""
-        context, strided = self.call.context, self.plan.strided
+        context, strided = self.call.context, self.launcher.strided
         if context is None:
             return *strided("k", self.k), *strided("v", self.v)
         return *strided("sink_k", _ready(context.sink_k)), *strided("sink_v", _ready(context.sink_v))
 
     def sink_constants(self) -> dict[str, Any]:
-        return {"CONTEXT": self.call.context is not None, "BLOCK_SINKS": self.plan.blocks.sinks}
+        return {"CONTEXT": self.call.context is not None, "BLOCK_SINKS": self.launcher.blocks.sinks}
 
     def per_query(self, *lead: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialized (*lead, B, H, T) tensor."""
-        return self.q.new_empty((*lead, self.plan.batch, self.plan.heads, self.plan.tokens), dtype=dtype)
+        return self.q.new_empty((*lead, self.launcher.batch, self.launcher.heads, self.launcher.tokens), dtype=dtype)
 
     def new_output(self, heads: int, dim: int, dtype: torch.dtype, *lead: int) -> Tensor:
         """A (*lead, B, heads, T, dim) tensor stored as (*lead, B, T, heads, dim); zero where no sequence writes."""
-        shape = (*lead, self.plan.batch, self.plan.tokens, heads, dim)
+        shape = (*lead, self.launcher.batch, self.launcher.tokens, heads, dim)
         make = self.q.new_empty if self.layout.complete else self.q.new_zeros
         return make(shape, dtype=dtype).transpose(-2, -3)
 
@@ -330,18 +335,18 @@ class Backward:
     wanted: Wanted
 
     @property
-    def plan(self) -> Plan:
-        return self.problem.plan
+    def launcher(self) -> Launcher:
+        return self.problem.launcher
 
     @cached_property
     def dy(self) -> tuple[Tensor, tuple[Any, ...]]:
-        """dy and its strides; the kernels are specialised on them besides the plan."""
-        return self.plan.strided(f"do {self.do.stride()}", self.do)
+        """dy and its strides; the kernels are specialised on them besides the launcher."""
+        return self.launcher.strided(f"do {self.do.stride()}", self.do)
 
     @property
     def center(self) -> bool:
         """Whether states are of centered features. They cost registers, so only if the maps' gradients need them."""
-        return self.plan.phi != "given" and (self.problem.call.learned or self.wanted.gamma)
+        return self.launcher.phi != "given" and (self.problem.call.learned or self.wanted.gamma)
 
     @cached_property
     def variant(self) -> Any:
@@ -349,36 +354,36 @@ class Backward:
 
     @cached_property
     def pulls(self) -> Tensor:
-        return self.problem.per_query(self.plan.launch("query").pieces)
+        return self.problem.per_query(self.launcher.launch("query").pieces)
 
     @cached_property
     def delta(self) -> Tensor:
         """(B, H, T): δ_n; left to the query kernel if one of its programs holds the whole value dim."""
-        plan, delta = self.plan, self.problem.per_query()
-        if plan.launch("query").pieces > 1:
-            delta_kernel[(triton.cdiv(plan.tokens, 32), plan.heads, plan.batch)](
-                *plan.strided("o", self.o), self.lost, *self.dy, delta, plan.heads, plan.tokens,
-                VALUE_DIM=plan.value_dim, LOST=self.lost is not None, BLOCK_T=32,
-                BLOCK_V=triton.next_power_of_2(plan.value_dim),
+        launcher, delta = self.launcher, self.problem.per_query()
+        if launcher.launch("query").pieces > 1:
+            delta_kernel[(triton.cdiv(launcher.tokens, 32), launcher.heads, launcher.batch)](
+                *launcher.strided("o", self.o), self.lost, *self.dy, delta, launcher.heads, launcher.tokens,
+                VALUE_DIM=launcher.value_dim, LOST=self.lost is not None, BLOCK_T=32,
+                BLOCK_V=triton.next_power_of_2(launcher.value_dim),
             )  # fmt: skip
         return delta
 
     def query_gradients(self) -> dict[str, Tensor | None]:
         """Gradients of q, γ and φ_q (features, or inputs and weights), None if not wanted. Sets ``delta`` and
         ``pulls``."""
-        problem, plan, wanted = self.problem, self.plan, self.wanted
-        walks, pieces = problem.layout.walks, plan.launch("query").pieces
-        dq = self.new_gradient(plan.heads, plan.dim, pieces, wanted.inputs)
-        df = self.new_feature_gradient(plan.heads, pieces)
-        d_gamma = problem.q.new_empty(pieces * walks.shape[0], plan.heads, dtype=torch.float32)
+        problem, launcher, wanted = self.problem, self.launcher, self.wanted
+        walks, pieces = problem.layout.walks, launcher.launch("query").pieces
+        dq = self.new_gradient(launcher.heads, launcher.dim, pieces, wanted.inputs)
+        df = self.new_feature_gradient(launcher.heads, pieces)
+        d_gamma = problem.q.new_empty(pieces * walks.shape[0], launcher.heads, dtype=torch.float32)
         args = (
-            *problem.inputs(), *plan.strided("o", self.o), self.lost, *self.dy, *problem.features(), problem.wq,
+            *problem.inputs(), *launcher.strided("o", self.o), self.lost, *self.dy, *problem.features(), problem.wq,
             problem.wk, *problem.sinks(), self.inverse, self.delta, self.peaks, self.tops,
             *problem.forward_states(self.center)[:2], *self.output("dq", dq), *self.output("dfq", df), d_gamma,
             self.pulls, walks, *problem.tables(), *problem.sizes(), self.pulls.stride(0),
         )  # fmt: skip
-        plan.run(
-            query_kernel, "query", (walks.shape[0], plan.heads, pieces), args, self.variant, INPUTS=wanted.inputs,
+        launcher.run(
+            query_kernel, "query", (walks.shape[0], launcher.heads, pieces), args, self.variant, INPUTS=wanted.inputs,
             DF=wanted.maps, WHOLE=pieces == 1, LOST=self.lost is not None, CENTER=self.center,
             **problem.sink_constants(),
         )  # fmt: skip
@@ -390,29 +395,29 @@ class Backward:
 
         None if gradients of the inputs are not wanted, or the sinks are not among the tokens of the call.
         """
-        problem, plan, spec = self.problem, self.plan, self.plan.spec
+        problem, launcher, spec = self.problem, self.launcher, self.launcher.spec
         here = spec.softmax_sinks and spec.has_softmax and problem.call.context is None
         if not (here and self.wanted.inputs):
             return None
-        walks, pieces = problem.layout.walks, plan.launch("query").pieces
-        shape = (walks.shape[0], plan.heads, spec.softmax_sinks)
-        dk = problem.q.new_empty(pieces, *shape, plan.dim, dtype=torch.float32)
-        dv = problem.q.new_empty(*shape, plan.value_dim, dtype=torch.float32)
+        walks, pieces = problem.layout.walks, launcher.launch("query").pieces
+        shape = (walks.shape[0], launcher.heads, spec.softmax_sinks)
+        dk = problem.q.new_empty(pieces, *shape, launcher.dim, dtype=torch.float32)
+        dv = problem.q.new_empty(*shape, launcher.value_dim, dtype=torch.float32)
         heads, group, _, *sizes = problem.sizes()
         args = (
-            *plan.strided("q", problem.q), *self.dy, *problem.sinks(), self.inverse, self.delta, self.peaks, self.tops,
+            *launcher.strided("q", problem.q), *self.dy, *problem.sinks(), self.inverse, self.delta, self.peaks, self.tops,
             self.pulls, dk, dv, walks, *problem.tables(), heads, group, *sizes, self.pulls.stride(0),
         )  # fmt: skip
-        grid = walks.shape[0], plan.heads, pieces
-        plan.run(sink_kernel, "sink", grid, args, self.variant, **problem.sink_constants())
+        grid = walks.shape[0], launcher.heads, pieces
+        launcher.run(sink_kernel, "sink", grid, args, self.variant, **problem.sink_constants())
         return dk, dv
 
     def key_gradients(self) -> dict[str, Tensor | None]:
         """Gradients of k, v and φ_k, as for queries; None if not wanted. Call after ``query_gradients``."""
-        problem, plan, wanted = self.problem, self.plan, self.wanted
-        layout, pieces, kv_heads, maps = problem.layout, plan.launch("key").pieces, plan.kv_heads, plan.maps
-        dk = self.new_gradient(kv_heads, plan.dim, pieces, wanted.inputs)
-        dv = self.new_gradient(kv_heads, plan.value_dim, 1, wanted.inputs)
+        problem, launcher, wanted = self.problem, self.launcher, self.wanted
+        layout, pieces, kv_heads, maps = problem.layout, launcher.launch("key").pieces, launcher.kv_heads, launcher.maps
+        dk = self.new_gradient(kv_heads, launcher.dim, pieces, wanted.inputs)
+        dv = self.new_gradient(kv_heads, launcher.value_dim, 1, wanted.inputs)
         df = self.new_feature_gradient(maps, pieces)
         heads, _, _, *sizes = problem.sizes()
         sinks = self.sink_gradients()
@@ -422,59 +427,59 @@ class Backward:
             *self.output("dk", dk), *self.output("dv", dv), *self.output("dfk", df), layout.key_walks,
             *problem.tables(), heads, *sizes, self.pulls.stride(0), layout.walks.shape[0],
         )  # fmt: skip
-        plan.run(
+        launcher.run(
             key_kernel, "key", (layout.key_walks.shape[0], kv_heads, pieces), args, self.variant, INPUTS=wanted.inputs,
             DF=wanted.maps, SINKS_HERE=sinks is not None, GROUP=heads // kv_heads,
-            MAPS=maps // kv_heads, BLOCK_SINKS=plan.blocks.sinks, CENTER=self.center,
+            MAPS=maps // kv_heads, BLOCK_SINKS=launcher.blocks.sinks, CENTER=self.center,
         )  # fmt: skip
         return {"k": _add_pieces(dk), "v": _add_pieces(dv), **self.feature_gradients("k", _add_pieces(df))}
 
     def feature_gradients(self, name: str, df: Tensor | None) -> dict[str, Tensor | None]:
         """The gradient ``df`` of φ(x) if features are given; if ``df`` is that of x·W, the gradients of W and x."""
-        problem, plan = self.problem, self.plan
-        if df is None or plan.phi == "given":
+        problem, launcher = self.problem, self.launcher
+        if df is None or launcher.phi == "given":
             return {f"f{name}": df}
         found: dict[str, Tensor | None] = {}
-        seen = f"x_{name}" if plan.phi == "projected" else name
-        if plan.phi == "projected" and self.wanted.seen:
-            found[seen] = project_back(plan, seen, df, getattr(problem, f"w{name}"), getattr(problem, seen))
+        seen = f"x_{name}" if launcher.phi == "projected" else name
+        if launcher.phi == "projected" and self.wanted.seen:
+            found[seen] = project_back(launcher, seen, df, getattr(problem, f"w{name}"), getattr(problem, seen))
         if self.wanted.weights:
             found[f"w{name}"] = self.weight_gradient(seen, df)
         return found
 
     def weight_gradient(self, name: str, df: Tensor) -> Tensor:
         """(M, D, f) fp32 from the x (B, H or G, T, D) of that name and the gradients ``df`` (B, M, T, f) of x·W."""
-        problem, plan, maps, x = self.problem, self.plan, df.shape[1], getattr(self.problem, name)
-        walks = problem.layout.walks if maps == plan.heads else problem.layout.key_walks
-        partial = x.new_empty(walks.shape[0], maps, plan.width, plan.dim, dtype=torch.float32)
-        strided = *plan.strided(name, x), *plan.strided(f"sum of d{name}·W", df)
+        problem, launcher, maps, x = self.problem, self.launcher, df.shape[1], getattr(self.problem, name)
+        walks = problem.layout.walks if maps == launcher.heads else problem.layout.key_walks
+        partial = x.new_empty(walks.shape[0], maps, launcher.width, launcher.dim, dtype=torch.float32)
+        strided = *launcher.strided(name, x), *launcher.strided(f"sum of d{name}·W", df)
         args = *strided, partial, walks, *problem.tables(), maps // x.shape[1]
-        plan.run(weight_kernel, "weight", (walks.shape[0], maps, 1), args, name)
+        launcher.run(weight_kernel, "weight", (walks.shape[0], maps, 1), args, name)
         return partial.sum(0).mT
 
     def states(self) -> tuple[Tensor, Tensor]:
         """dS and dz of all queries after each step, one per key map."""
         problem = self.problem
-        if not self.plan.spec.has_linear:
+        if not self.launcher.spec.has_linear:
             return problem.q, problem.q
-        x = (*self.plan.strided("q", problem.q), *self.dy, *problem.features()[:2])
+        x = (*self.launcher.strided("q", problem.q), *self.dy, *problem.features()[:2])
         arguments = *x, problem.wq, self.inverse, self.delta
         return problem.states(arguments, 1, None, self.center, self.variant)[:2]
 
     def output(self, name: str, x: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
         """A (pieces, ...) output; a placeholder if not wanted, since kernels still do arithmetic on its pointer."""
-        return self.plan.strided("none", self.do) if x is None else self.plan.strided(name, x)
+        return self.launcher.strided("none", self.do) if x is None else self.launcher.strided(name, x)
 
     def new_gradient(self, heads: int, dim: int, pieces: int, wanted: bool) -> Tensor | None:
         """(pieces, B, heads, T, dim) for the contribution of each slice of the value dim."""
-        dtype = self.plan.dtype if pieces == 1 else torch.float32
+        dtype = self.launcher.dtype if pieces == 1 else torch.float32
         return self.problem.new_output(heads, dim, dtype, pieces) if wanted else None
 
     def new_feature_gradient(self, maps: int, pieces: int) -> Tensor | None:
         """(pieces, B, maps, T, 2f) fp32 for given features, else (pieces, B, maps, T, f) for x·W."""
-        if self.plan.phi == "given" and self.wanted.maps:
-            return self.problem.new_output(maps, 2 * self.plan.width, torch.float32, pieces)
-        return self.new_gradient(maps, self.plan.width, pieces, self.wanted.maps)
+        if self.launcher.phi == "given" and self.wanted.maps:
+            return self.problem.new_output(maps, 2 * self.launcher.width, torch.float32, pieces)
+        return self.new_gradient(maps, self.launcher.width, pieces, self.wanted.maps)
 
 
 def _add_pieces(x: Tensor | None) -> Tensor | None:

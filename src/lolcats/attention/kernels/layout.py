@@ -124,7 +124,7 @@ def processors(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockSizes:
     """Block sizes of one problem, compile-time constants: of the head dim, half the features, and the sinks."""
 
     dim: int
@@ -132,9 +132,9 @@ class Blocks:
     sinks: int
 
 
-def choose_blocks(dim: int, width: int, itemsize: int) -> Blocks:
+def choose_blocks(dim: int, width: int, itemsize: int) -> BlockSizes:
     least = least_block(itemsize)
-    return Blocks(dim=max(least, power_of_two(dim)), feature=max(least, power_of_two(width)), sinks=16)
+    return BlockSizes(dim=max(least, power_of_two(dim)), feature=max(least, power_of_two(width)), sinks=16)
 
 
 def least_block(itemsize: int) -> int:
@@ -170,7 +170,7 @@ def choose_tiling(itemsize: int) -> Tiling:
 
 
 @lru_cache(maxsize=64)
-def choose_launch(kernel: str, value_dim: int, blocks: Blocks, tile: int, itemsize: int, inside: bool) -> Launch:
+def choose_launch(kernel: str, value_dim: int, blocks: BlockSizes, tile: int, itemsize: int, inside: bool) -> Launch:
     """The widest slice of the value dim whose fp32 sums fit in registers and whose operands fit in shared memory.
 
     inside: whether a map's weights are among the operands.

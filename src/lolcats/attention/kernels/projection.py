@@ -13,32 +13,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lolcats.attention.kernels.blocks import head_pointer, load_matrix, load_tile, store_tile
+from lolcats.attention.kernels.device import head_pointer, load_matrix, load_tile, store_tile
 
 if TYPE_CHECKING:
-    from lolcats.attention.kernels.plan import Plan
+    from lolcats.attention.kernels.launcher import Launcher
 
 CHUNK = tl.constexpr(64)  # channels of the head dim whose weights are in registers
 
 
-def project(plan: Plan, name: str, x: Tensor, weight: Tensor) -> Tensor:
+def project(launcher: Launcher, name: str, x: Tensor, weight: Tensor) -> Tensor:
     """x·W (B, M, T, f) fp32 for x (B, G, T, D), called ``name``, and W (M, D, f) fp32; M is a multiple of G."""
     batch, heads, tokens, _ = x.shape
     maps, _, width = weight.shape
     y = x.new_empty(batch, tokens, maps, width, dtype=torch.float32).transpose(1, 2)
-    args = *plan.strided(name, x), weight, *plan.strided(f"{name}·W", y), maps // heads, tokens
-    grid = triton.cdiv(tokens, plan.tiling.tile), maps, batch
-    plan.run(projection_kernel, "projection", grid, args, name)
+    args = *launcher.strided(name, x), weight, *launcher.strided(f"{name}·W", y), maps // heads, tokens
+    grid = triton.cdiv(tokens, launcher.tiling.tile), maps, batch
+    launcher.run(projection_kernel, "projection", grid, args, name)
     return y
 
 
-def project_back(plan: Plan, name: str, dy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+def project_back(launcher: Launcher, name: str, dy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """The gradient of x, in its dtype, from that of x·W."""
     batch, heads, tokens, dim = x.shape
     dx = x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-    args = *plan.strided(f"sum of d{name}·W", dy), weight, *plan.strided(f"d{name}", dx), tokens
-    grid = triton.cdiv(tokens, plan.tiling.tile), heads, batch
-    plan.run(back_kernel, "projection", grid, args, name, GROUP=weight.shape[0] // heads)
+    args = *launcher.strided(f"sum of d{name}·W", dy), weight, *launcher.strided(f"d{name}", dx), tokens
+    grid = triton.cdiv(tokens, launcher.tiling.tile), heads, batch
+    launcher.run(back_kernel, "projection", grid, args, name, GROUP=weight.shape[0] // heads)
     return dx
 
 

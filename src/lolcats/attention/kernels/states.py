@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lolcats.attention.kernels.blocks import (
+from lolcats.attention.kernels.device import (
     features,
     head_pointer,
     key_positions,

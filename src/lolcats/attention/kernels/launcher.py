@@ -1,7 +1,7 @@
 """What calls of one kind share: sizes, block sizes, strides, and the kernels compiled for them.
 
 To find the compiled kernel, Triton inspects every argument of a launch, including compile-time constants. With as many
-arguments as here that takes 50 to 100 µs, longer than many of these kernels run. A plan does it once. Plans are keyed
+arguments as here that takes 50 to 100 µs, longer than many of these kernels run. A launcher does it once. Launchers are keyed
 by everything that Triton specialises a kernel on: dtypes, shapes, strides and alignment of the inputs; those of tensors
 allocated here follow from them.
 """
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lolcats.attention.kernels.layout import (
-    Blocks,
+    BlockSizes,
     Launch,
     Layout,
     Phi,
@@ -31,17 +31,17 @@ from lolcats.attention.kernels.layout import (
 )
 from lolcats.attention.spec import AttentionSpec
 
-MOST = 1024  # maximum number of plans kept
+MOST = 1024  # maximum number of launchers kept
 NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants that the state kernel does not take
 NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "PHI", "SPAN", "BLOCK_F")
 ONLY_PROJECTION = ("DIM", "WIDTH", "LOW", "PRECISION", "C", "BLOCK_F", "num_warps")
 ONLY_WEIGHTS = (*ONLY_PROJECTION, "BLOCK_D")
 SAME_LAUNCH = {"sink": "query", "projection": "weight"}
 
-_plans: dict[Any, Plan] = {}
+_launchers: dict[Any, Launcher] = {}
 
 
-class Plan:
+class Launcher:
     """For one kind of call. ``heads``: query heads; ``maps``: key maps; ``width``: f, half of the features."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Plan:
         self._compiled: dict[Any, Any] = {}
 
     @cached_property
-    def blocks(self) -> Blocks:
+    def blocks(self) -> BlockSizes:
         return choose_blocks(self.dim, self.width, self.dtype.itemsize)
 
     def layout(self, rows: Rows) -> Layout:
@@ -82,7 +82,7 @@ class Plan:
         return self._launches[kernel]
 
     def strided(self, name: str, x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-        """A tensor and its strides as the kernels take them. ``name`` stands for strides that follow from the plan."""
+        """A tensor and its strides as the kernels take them. ``name`` stands for strides that follow from the launcher."""
         strides = self.strides.get(name)
         if strides is None:
             strides = self.strides[name] = _strides(x)
@@ -95,7 +95,7 @@ class Plan:
         Args:
             kind: ``state``, ``output``, ``query``, ``sink``, ``key``, ``weight`` or ``projection``; selects the
                 constants.
-            variant: what the compiled kernel depends on besides the plan and ``constants``.
+            variant: what the compiled kernel depends on besides the launcher and ``constants``.
         """
         key = kind, variant, tuple(constants.values())
         known = self._compiled.get(key)
@@ -135,18 +135,18 @@ class Plan:
         }  # fmt: skip
 
 
-def find_plan(
+def find_launcher(
     spec: AttentionSpec, phi: Phi, capped: bool, tiling: Tiling | None, context: bool,
     tensors: Mapping[str, Tensor | None],
-) -> Plan:  # fmt: skip
-    """The plan of calls like this one."""
+) -> Launcher:  # fmt: skip
+    """The launcher of calls like this one."""
     key = spec, phi, capped, tiling, context, *map(_kind, tensors.values())
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= MOST:
-            _plans.clear()
-        plan = _plans[key] = Plan(spec, phi, capped, tiling, tensors)
-    return plan
+    launcher = _launchers.get(key)
+    if launcher is None:
+        if len(_launchers) >= MOST:
+            _launchers.clear()
+        launcher = _launchers[key] = Launcher(spec, phi, capped, tiling, tensors)
+    return launcher
 
 
 def precision() -> str:
