@@ -191,8 +191,8 @@ class Problem:
         )
         states, sums, S, z = self.forward_states()
         args = (
-            *self.inputs(), *launcher.strided("o", o), lost, *self.features(), self.wq, self.wk, self.gamma, *self.sinks(),
-            *(o if x is None else x for x in softmax), states, sums, self.layout.walks, *self.tables(), *self.sizes(),
+            *self.inputs(), *launcher.strided("o", o), lost, *self.features(), self.wq, self.wk, self.gamma,
+            *self.sinks(), *(o if x is None else x for x in softmax), states, sums, self.layout.walks, *self.tables(), *self.sizes(),
         )  # fmt: skip
         launcher.run(
             output_kernel, "output", (self.layout.walks.shape[0], launcher.heads, pieces), args, SAVE=save,
@@ -405,8 +405,8 @@ class Backward:
         dv = problem.q.new_empty(*shape, launcher.value_dim, dtype=torch.float32)
         heads, group, _, *sizes = problem.sizes()
         args = (
-            *launcher.strided("q", problem.q), *self.dy, *problem.sinks(), self.inverse, self.delta, self.peaks, self.tops,
-            self.pulls, dk, dv, walks, *problem.tables(), heads, group, *sizes, self.pulls.stride(0),
+            *launcher.strided("q", problem.q), *self.dy, *problem.sinks(), self.inverse, self.delta, self.peaks,
+            self.tops, self.pulls, dk, dv, walks, *problem.tables(), heads, group, *sizes, self.pulls.stride(0),
         )  # fmt: skip
         grid = walks.shape[0], launcher.heads, pieces
         launcher.run(sink_kernel, "sink", grid, args, self.variant, **problem.sink_constants())

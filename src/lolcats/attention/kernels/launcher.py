@@ -1,9 +1,9 @@
 """What calls of one kind share: sizes, block sizes, strides, and the kernels compiled for them.
 
 To find the compiled kernel, Triton inspects every argument of a launch, including compile-time constants. With as many
-arguments as here that takes 50 to 100 µs, longer than many of these kernels run. A launcher does it once. Launchers are keyed
-by everything that Triton specialises a kernel on: dtypes, shapes, strides and alignment of the inputs; those of tensors
-allocated here follow from them.
+arguments as here that takes 50 to 100 µs, longer than many of these kernels run. A launcher does it once. Launchers are
+keyed by everything that Triton specialises a kernel on: dtypes, shapes, strides and alignment of the inputs; those of
+tensors allocated here follow from them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Launcher:
         return self._launches[kernel]
 
     def strided(self, name: str, x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-        """A tensor and its strides as the kernels take them. ``name`` stands for strides that follow from the launcher."""
+        """A tensor and its strides as the kernels take them. ``name`` stands for strides that follow from these sizes."""
         strides = self.strides.get(name)
         if strides is None:
             strides = self.strides[name] = _strides(x)
