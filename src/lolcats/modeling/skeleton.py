@@ -22,7 +22,7 @@ from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.memory import free_host_memory
 from lolcats.modeling.convert import convert
-from lolcats.modeling.install import decoder
+from lolcats.modeling.install import decoder, inputs_of
 from lolcats.modeling.layer import LinearizedAttention
 from lolcats.weights.base import Base, load_model
 from lolcats.weights.shards import Loaded, OtherNames, WeightSource, shards_of, use_device
@@ -185,10 +185,9 @@ class Skeleton:
         reached: list[Tensor] = []
         parent, _, name = self.path.rpartition(".")
         owner: Any = self.model.get_submodule(parent)
-        more = {} if positions is None else {"position_ids": positions}
         setattr(owner, name, nn.ModuleList(_Stub(layer, calls, reached, tuples) for layer in self.layers))
         try:
-            decoder(self.model)(input_ids=ids, use_cache=False, **more)
+            decoder(self.model)(**inputs_of(ids, positions))
         except (RuntimeError, TypeError, ValueError, IndexError):
             if tuples or not calls:
                 raise

@@ -22,6 +22,7 @@ from lolcats.errors import LolcatsError
 from lolcats.files import load_strictly, read_tensors
 from lolcats.modeling.convert import convert
 from lolcats.modeling.families import FUSED, PROJECTIONS
+from lolcats.modeling.install import inputs_of
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.modeling.skeleton import convert_empty, empty_model
@@ -205,7 +206,7 @@ class FinetuneTrainer(StageTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         ids, positions = inputs["input_ids"], inputs.get("position_ids")
-        self.call = {"input_ids": ids} | ({} if positions is None else {"position_ids": positions})
+        self.call = inputs_of(ids, positions)
         loss = language_model_loss(self.base, self.head, ids, self.stage_config.liger, positions)
         if torch.is_grad_enabled():
             self.watch.add(loss, self.where)

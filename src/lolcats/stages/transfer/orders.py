@@ -20,7 +20,7 @@ from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.memory import free_host_memory
-from lolcats.modeling.install import decoder
+from lolcats.modeling.install import decoder, inputs_of
 from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton
@@ -62,8 +62,7 @@ def train_joint(
     first = min((unit.progress.step for unit in trainer.units if not unit.finished), default=total)
 
     def run(ids: Tensor, positions: Tensor | None) -> Tensor:
-        more = {} if positions is None else {"position_ids": positions}
-        return decoder(model)(input_ids=ids, use_cache=False, **more)[0]
+        return decoder(model)(**inputs_of(ids, positions))[0]
 
     model.eval()
     trainer.track(model)
