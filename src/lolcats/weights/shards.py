@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_line
 from lolcats.weights.base import Base
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -154,7 +155,7 @@ def shards_of(base: Base, prefix: str) -> Shards:
             base.path, revision=None if revision == "None" else revision, allow_patterns=["*.safetensors", "*.json"]
         )
     except (OSError, ValueError) as error:
-        raise LolcatsError(f"Cannot download the weights of {base.path} ({str(error).splitlines()[0]}).") from None
+        raise LolcatsError(f"Cannot download the weights of {base.path} ({first_line(error)}).") from None
     return Shards(Path(place), prefix)
 
 
@@ -177,17 +178,12 @@ def _index(directory: Path) -> dict[str, str]:
         return dict.fromkeys(opened.keys(), SINGLE)
 
 
-class _readable:
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
     """Turn errors of reading a weight file into a LolcatsError that names it."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, FileNotFoundError):
-            raise LolcatsError(f"{self.file} is missing. Download the model again.") from None
-        if isinstance(error, (SafetensorError, OSError)):
-            raise LolcatsError(f"{self.file} is damaged or truncated ({error}). Download the model again.") from None
+    try:
+        yield
+    except FileNotFoundError:
+        raise LolcatsError(f"{file} is missing. Download the model again.") from None
+    except (SafetensorError, OSError) as error:
+        raise LolcatsError(f"{file} is damaged or truncated ({error}). Download the model again.") from None

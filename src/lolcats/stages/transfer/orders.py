@@ -276,7 +276,7 @@ def join_units(directory: Path, others: Sequence[Path]) -> None:
         there = other / "checkpoints" / STAGE
         job = read_job(there)
         if job is None:
-            raise LolcatsError(f"--join {other}: no attention transfer was started ({there / 'job.json'} is missing).")
+            raise LolcatsError(f"--join {other}: no attention transfer was started ({there / JOB} is missing).")
         if known is not None:
             compare_jobs(known, job, there)
         known = job
