@@ -1,8 +1,7 @@
-"""Where a model's weights come from when they are not all in memory: safetensors shards, a loaded model, or a seed."""
+"""Where a model's weights come from when they are not all in memory: safetensors shards, or a loaded model."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -111,32 +110,6 @@ class Loaded:
 
     def read(self, wanted: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         return {name: self.tensors[name].to(like.dtype) for name, like in wanted.items()}
-
-
-class Random:
-    """Random weights, drawn on the device at each request. On one device, seed and name determine them.
-
-    Matrices are normal with ``std``; vectors are ones (norms) or zeros (biases).
-    """
-
-    ahead = False
-
-    def __init__(self, seed: int = 0, std: float = 0.02) -> None:
-        self.seed, self.std = seed, std
-
-    def check(self, wanted: Mapping[str, Tensor]) -> None:
-        """Nothing can be missing."""
-
-    def read(self, wanted: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        return {name: self._draw(name, like, device) for name, like in wanted.items()}
-
-    def _draw(self, name: str, like: Tensor, device: torch.device) -> Tensor:
-        tensor = torch.empty(like.shape, dtype=like.dtype, device=device)
-        if tensor.ndim < 2:
-            return tensor.fill_(0 if name.endswith("bias") else 1)
-        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
-        return tensor.normal_(0, self.std, generator=generator)
 
 
 def use_device(device: torch.device) -> None:
