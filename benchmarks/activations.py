@@ -12,8 +12,8 @@ from torch import Tensor
 
 import lolcats
 from lolcats.config import AttentionConfig
-from lolcats.modeling.install import decoder
-from lolcats.modeling.layer import AttentionCall, LinearizedAttention, override
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention
+from lolcats.modeling.observe import watch_layers
 from lolcats.weights.base import find_base, load_model, load_tokenizer
 
 
@@ -35,8 +35,7 @@ def main() -> None:
             tensors = {"q": call.q, "k": call.k, "v": call.v}
             found.update({f"{layer.geometry.layer}.{n}": x.bfloat16().contiguous() for n, x in tensors.items()})
 
-    with torch.no_grad(), override(model, mode="transfer", observer=observe):
-        decoder(model)(input_ids=ids, use_cache=False)
+    watch_layers(model, ids, observe)
     save_file(found, arguments.out)
     print(f"{arguments.out}: layers {arguments.layers}, {ids.shape[1]} tokens")
 

@@ -40,8 +40,8 @@ from lolcats.modeling.layer import (
     LinearizedAttention,
     layer_spec,
     linearized_layers,
-    override,
 )
+from lolcats.modeling.observe import watch_layers
 from lolcats.report.table import markdown
 from lolcats.weights.base import find_base, load_model, load_tokenizer
 
@@ -159,8 +159,7 @@ def capture(model: Any, ids: Tensor, layers: list[int], name: str, work: Path) -
             halves = {key: x.half().contiguous() for key, x in tensors.items()}
             write_tensors(halves, captured(work, name, layer.geometry.layer))
 
-    with torch.no_grad(), override(model, mode="transfer", observer=observe):
-        decoder(model)(input_ids=ids, use_cache=False)
+    watch_layers(model, ids, observe)
 
 
 def captured(work: Path, name: str, layer: int) -> Path:

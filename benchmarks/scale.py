@@ -10,6 +10,7 @@ from an assumed speed of reading weights.
 """
 
 import argparse
+import hashlib
 import itertools
 import math
 import resource
@@ -17,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
@@ -25,6 +27,7 @@ from typing import Any
 
 import common
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
 
 from lolcats.config import AttentionConfig, Config, DataConfig, TransferConfig
@@ -32,9 +35,34 @@ from lolcats.data.rows import Data
 from lolcats.modeling.skeleton import Skeleton, convert_empty, empty_model
 from lolcats.ranks import Ranks
 from lolcats.stages.transfer.orders import LayerByLayer
-from lolcats.weights.shards import Random
 
 MARGIN = 45  # seconds before the deadline in which no layer begins
+
+
+class Random:
+    """Random weights, drawn on the device at each request. On one device, seed and name determine them.
+
+    Matrices are normal with ``std``; vectors are ones (norms) or zeros (biases).
+    """
+
+    ahead = False
+
+    def __init__(self, seed: int = 0, std: float = 0.02) -> None:
+        self.seed, self.std = seed, std
+
+    def check(self, wanted: Mapping[str, Tensor]) -> None:
+        """Nothing can be missing."""
+
+    def read(self, wanted: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        return {name: self._draw(name, like, device) for name, like in wanted.items()}
+
+    def _draw(self, name: str, like: Tensor, device: torch.device) -> Tensor:
+        tensor = torch.empty(like.shape, dtype=like.dtype, device=device)
+        if tensor.ndim < 2:
+            return tensor.fill_(0 if name.endswith("bias") else 1)
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+        return tensor.normal_(0, self.std, generator=generator)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import lolcats
 from lolcats.attention import use_backend
 from lolcats.config import AttentionConfig, FinetuneConfig, TransferConfig, load_config
-from lolcats.data.rows import Data
+from lolcats.data.rows import Data, Rows
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import LinearizedAttention, layer_spec, linearized_layers, override
 from lolcats.modeling.liger import fused_layers
@@ -158,7 +158,7 @@ class Bench:
 
     @contextmanager
     def trainer(self, kind: type[StageTrainer], model: nn.Module, config: Any) -> Iterator[StageTrainer]:
-        rows = self.ids(config.batch_size).cpu()
+        rows = Rows(self.ids(config.batch_size).cpu())
         with ExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             stack.enter_context(fused_layers(self.model, config.liger))

@@ -27,6 +27,19 @@ def scale() -> ModuleType:
     return script("scale")
 
 
+def test_random_weights_are_those_of_seed_and_name(scale: ModuleType) -> None:
+    wanted = {"a.weight": torch.empty(6, 4, device="meta"), "a.norm.weight": torch.empty(4, device="meta"),
+              "a.bias": torch.empty(4, device="meta"), "b.weight": torch.empty(6, 4, device="meta")}  # fmt: skip
+    first = scale.Random(3, std=0.1).read(wanted, torch.device("cpu"))
+    again = scale.Random(3, std=0.1).read(dict(reversed(wanted.items())), torch.device("cpu"))
+    assert all(torch.equal(first[n], again[n]) for n in wanted)
+    assert not torch.equal(first["a.weight"], first["b.weight"])
+    assert not torch.equal(first["a.weight"], scale.Random(4, std=0.1).read(wanted, torch.device("cpu"))["a.weight"])
+    assert first["a.weight"].std() == pytest.approx(0.1, rel=0.5)
+    assert (first["a.norm.weight"] == 1).all()
+    assert (first["a.bias"] == 0).all()
+
+
 def test_a_part_that_is_missing_says_why() -> None:
     common = script("common")
 

@@ -189,7 +189,7 @@ def config_case(adapter: Path, place: Path) -> tuple[Callable, Callable]:
         (place / FEATURE_MAPS).write_bytes(b"")
         with pytest.MonkeyPatch.context() as patch:
             found: list[Any] = []
-            patch.setattr("lolcats.modeling.checkpoint.load_adapter", lambda p, c, *_: found.append(c) or stop())
+            patch.setattr("lolcats.modeling.classes.load_adapter", lambda p, c, *_: found.append(c) or stop())
             try:
                 lolcats.load(place)
             except LolcatsError:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_line
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,6 @@ def _together() -> Iterator[None]:
         yield
     except (RuntimeError, dist.DistError) as error:
         raise LolcatsError(
-            f"Another rank was lost ({str(error).splitlines()[0]}). Saved progress is kept: run the same command "
+            f"Another rank was lost ({first_line(error)}). Saved progress is kept: run the same command "
             "again, with any number of ranks."
         ) from error

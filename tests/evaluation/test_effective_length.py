@@ -10,16 +10,32 @@ import pytest
 import torch
 from conftest import sentence, tiny_model
 from test_cli import invoke, sets
+from torch import Tensor
 
 import lolcats
 from lolcats.attention.reference import QUERIES, softmax_weights
 from lolcats.config import AttentionConfig
 from lolcats.data.rows import Data
-from lolcats.evaluation.attention_maps import effective_length
 from lolcats.evaluation.effective_length import effective_lengths, longest, mean_distances
 from lolcats.modeling.layer import override
 
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
+
+
+def effective_length(weights: Tensor) -> Tensor:
+    """The definition, on whole matrices of causal weights (..., T, T) -> (...)."""
+    n = torch.arange(weights.shape[-1])
+    return (weights * (n[:, None] - n + 1).clamp_min(0)).sum(-1).mean(-1)
+
+
+def test_definition() -> None:
+    assert effective_length(torch.eye(8)) == 1
+    first = torch.zeros(8, 8)
+    first[:, 0] = 1
+    assert effective_length(first) == pytest.approx((1 + 8) / 2)
+    uniform = torch.ones(400, 400).tril()
+    uniform /= uniform.sum(-1, keepdim=True)
+    assert effective_length(uniform).item() == pytest.approx(100, rel=0.01)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, QUERIES, 300])

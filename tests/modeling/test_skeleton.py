@@ -23,7 +23,7 @@ from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.layer import override
 from lolcats.modeling.skeleton import Skeleton, build_skeleton, convert_empty, empty_model
 from lolcats.weights.base import find_base
-from lolcats.weights.shards import Loaded, Random, Shards
+from lolcats.weights.shards import Loaded, Shards
 
 CPU = torch.device("cpu")
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
@@ -207,19 +207,6 @@ def test_keywords_that_depend_on_other_weights_are_refused_for_packed_rows() -> 
     skeleton.prepare([2], 24)
     with pytest.raises(LolcatsError, match=r"depends on weights outside of the layers.*use transfer\.order=joint"):
         skeleton.prepare_packed(24)
-
-
-def test_random_weights_are_those_of_seed_and_name() -> None:
-    wanted = {"a.weight": torch.empty(6, 4, device="meta"), "a.norm.weight": torch.empty(4, device="meta"),
-              "a.bias": torch.empty(4, device="meta"), "b.weight": torch.empty(6, 4, device="meta")}  # fmt: skip
-    first = Random(3, std=0.1).read(wanted, CPU)
-    again = Random(3, std=0.1).read(dict(reversed(wanted.items())), CPU)
-    assert all(torch.equal(first[n], again[n]) for n in wanted)
-    assert not torch.equal(first["a.weight"], first["b.weight"])
-    assert not torch.equal(first["a.weight"], Random(4, std=0.1).read(wanted, CPU)["a.weight"])
-    assert first["a.weight"].std() == pytest.approx(0.1, rel=0.5)
-    assert (first["a.norm.weight"] == 1).all()
-    assert (first["a.bias"] == 0).all()
 
 
 def test_parameters_kept_in_fp32_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import lolcats
 from lolcats.cli import app
 from lolcats.config import AttentionConfig, load_config
-from lolcats.evaluation.attention_maps import FILE, effective_length, measure_attention
+from lolcats.evaluation.attention_maps import FILE, measure_attention
 from lolcats.evaluation.scores import mean_score
 from lolcats.evaluation.suite import Options
 from lolcats.files import read_tensors
@@ -112,16 +112,6 @@ def test_attention_in_words() -> None:
         ({"kind": "window", "sinks": 0}, "window attention, terraced window of 64 tokens, 0 sinks"),
     ):  # fmt: skip
         assert attention_of(AttentionConfig(**changes)) == words
-
-
-def test_effective_length() -> None:
-    assert effective_length(torch.eye(8)) == 1
-    first = torch.zeros(8, 8)
-    first[:, 0] = 1
-    assert effective_length(first) == pytest.approx((1 + 8) / 2)
-    uniform = torch.ones(400, 400).tril()
-    uniform /= uniform.sum(-1, keepdim=True)
-    assert effective_length(uniform).item() == pytest.approx(100, rel=0.01)
 
 
 def test_attention_is_that_of_teacher_and_student(tmp_path: Path) -> None:

@@ -70,11 +70,10 @@ def read_mixture(source: str, config: DataConfig) -> list[Share]:
         raise LolcatsError(f"{source} lists no sources. Expected: sources: [{{path: FILE, weight: 1}}, ...].")
     total, shares = sum(entry.weight for entry in sources), []
     for entry in sources:
-        names = ("format", "text_column", "split", "subset", "streaming", "max_tokens")
-        changes = {name: getattr(entry, name) for name in names if getattr(entry, name) is not None}
+        own = {name: x for name, x in vars(entry).items() if x is not None and name not in ("path", "weight")}
         beside = path.parent / Path(entry.path).expanduser()
         name = str(beside) if beside.exists() else entry.path
         if is_mixture(name):
             raise LolcatsError(f"{source}: {entry.path} is a mixture itself: list its sources here instead.")
-        shares.append(Share(name, replace(config, **changes), entry.weight / total))
+        shares.append(Share(name, replace(config, **own), entry.weight / total))
     return shares

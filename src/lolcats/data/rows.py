@@ -184,7 +184,7 @@ def tokenize_source(source: str, tokenizer: Any, config: DataConfig, unique: boo
         counts[name] = sum(store.counts[name] for store in stores)
     records = sum(len(store.lengths) for store in stores)
     counts |= {"documents": len(table), "duplicate_records": records - len(table) if unique else 0}
-    return Documents(table.stores, table.which, table.begin, table.length, counts, table.shares)
+    return replace(table, counts=counts)
 
 
 def _table(stores: list[TokenStore], unique: bool, shares: tuple[float, ...] = ()) -> Documents:

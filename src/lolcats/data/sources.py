@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.config import DataConfig
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_line
 
 Record = dict[str, Any]
 TXT_DOCUMENT = 8_000  # characters after which a .txt file is cut at the next end of a paragraph
@@ -242,7 +242,7 @@ def _hub_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # the hub's errors derive from the first three
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if Path(name).is_dir():
             raise LolcatsError(f"{name} cannot be read as a data set ({reason}): pass one of its files.") from None
         raise LolcatsError(f"Cannot load data set {name!r} from disk or the Hugging Face hub ({reason}).") from None

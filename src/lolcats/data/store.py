@@ -24,7 +24,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from concurrent.futures.thread import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -67,10 +67,7 @@ class Chunk:
         """The first documents, up to the one that reaches ``tokens`` tokens."""
         count = int(np.searchsorted(np.cumsum(self.lengths), tokens)) + 1
         kept = int(self.lengths[:count].sum())
-        return Chunk(
-            self.ids[:kept], self.lengths[:count], self.hashes[:count], self.broken, self.records, self.empty,
-            self.misfit,
-        )  # fmt: skip
+        return replace(self, ids=self.ids[:kept], lengths=self.lengths[:count], hashes=self.hashes[:count])
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lolcats.evaluation.text import ROW
 from lolcats.modeling.install import decoder
 from lolcats.modeling.loss import find_head
 
-ROW = 1024
-"""Tokens per row of ``batch_size``: a batch holds up to batch_size · ROW tokens."""
 MULTIPLE = 16  # rows are padded to a multiple of this, so kernels compile for few lengths
 PIECE = 1024  # tokens whose logits are in memory at a time
 

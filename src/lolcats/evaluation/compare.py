@@ -13,6 +13,7 @@ from lolcats.config import Config
 from lolcats.data.rows import load_data, load_rows
 from lolcats.evaluation.perplexity import perplexity
 from lolcats.evaluation.systems import available, systems
+from lolcats.run import RECORD
 
 
 def compare(
@@ -32,7 +33,7 @@ def evaluation_rows(model: str, source: str, tokenizer: Any, config: Config) -> 
 
     The rows are all of ``source``, or only its held-out test rows if the run was trained on the rest.
     """
-    record = Path(model) / "run.json"
+    record = Path(model) / RECORD
     if record.is_file():
         trained_on = json.loads(record.read_text())["data"]["source"]
         if trained_on == source or Path(trained_on).resolve() == Path(source).resolve():

@@ -1,9 +1,9 @@
 """Effective sequence length of a data set: how far back the base model's attention looks on it.
 
 ESL of a row = mean over layers, heads and queries n of Σ_{i ≤ n} a_ni · (n − i + 1): the attention-weighted distance
-from a query to its keys, where its own token counts as 1 (LoLCATs, Eq. 9). The paper's own code counts it as 0, which
-gives 1 less for every row and the same ranking. Rows with a large ESL teach more about keys older than the window (the
-paper's Table 15).
+from a query to its keys, where its own token counts as 1 (LoLCATs, Eq. 9). Uniform attention over T tokens gives about
+T / 4. The paper's own code counts the own token as 0, which gives 1 less for every row and the same ranking. Rows with
+a large ESL teach more about keys older than the window (the paper's Table 15).
 
 Shapes: B batch, H query heads, T tokens, D head dim.
 """
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from lolcats.attention.reference import query_blocks, softmax_logits
 from lolcats.data.rows import Data
-from lolcats.modeling.install import decoder
-from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers
+from lolcats.modeling.observe import watch_layers
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class EffectiveLengths:
     layers: list[int]
 
 
-@torch.no_grad()
 def effective_lengths(
     model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor | None]]
 ) -> EffectiveLengths:  # fmt: skip
@@ -41,27 +40,10 @@ def effective_lengths(
     Args:
         batches: token ids (B, T) with position ids that restart at each document, or None.
     """
-    rows, heads = [], []
-    model.eval()
-    for ids, positions in batches:
-        found: list[Tensor] = []
-
-        def observe(layer: LinearizedAttention, call: AttentionCall, found: list[Tensor] = found) -> None:
-            def distances(q: Tensor, k: Tensor) -> Tensor:
-                return mean_distances(layer.spec.rotated(q), layer.spec.rotated(k), call.scale, call.softcap)
-
-            apart = call.documents
-            each = distances(call.q, call.k) if apart is None else apart.apart(distances, call.q, call.k)
-            found.append(each[..., 0].mean(2).cpu())
-
-        given = {} if positions is None else {"position_ids": positions.to(model.device)}
-        with override(model, mode="transfer", observer=observe):
-            decoder(model)(input_ids=ids.to(model.device), use_cache=False, **given)
-        of_batch = torch.stack(found, 1)  # (B, layers, H)
-        rows.append(of_batch.mean((1, 2)))
-        heads.append(of_batch)
+    found = [torch.stack(watch_layers(model, ids, lengths_of_call, positions), 1) for ids, positions in batches]
+    lengths = torch.cat(found)  # (N, layers, H)
     layers = [layer.geometry.layer for layer in linearized_layers(model)]
-    return EffectiveLengths(torch.cat(rows), torch.cat(heads).mean(0), layers)
+    return EffectiveLengths(lengths.mean((1, 2)), lengths.mean(0), layers)
 
 
 def longest(data: Data, model: PreTrainedModel, fraction: float, batch: int) -> tuple[EffectiveLengths, Tensor]:
@@ -70,6 +52,15 @@ def longest(data: Data, model: PreTrainedModel, fraction: float, batch: int) -> 
     found = effective_lengths(model, data.batches(range(len(data.train)), batch))
     count = max(1, round(fraction * len(found.rows)))
     return found, found.rows.topk(count).indices.sort().values
+
+
+def lengths_of_call(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
+    """(B, H) on the CPU: the effective length of each row and head of a call."""
+
+    def distances(q: Tensor, k: Tensor) -> Tensor:
+        return mean_distances(layer.spec.rotated(q), layer.spec.rotated(k), call.scale, call.softcap)
+
+    return call.per_query(distances)[..., 0].mean(2).cpu()
 
 
 def mean_distances(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_line
 from lolcats.evaluation.scores import Score, mean_score
 
 Spec = str | dict[str, Any]
@@ -40,10 +40,9 @@ def load_tasks(specs: Sequence[Spec], others: Iterable[str] = ()) -> list[Any]:
             tasks += _load(manager, spec)
         except (OSError, ValueError, RuntimeError) as error:  # errors of datasets and the hub derive from these
             name = spec if isinstance(spec, str) else spec.get("group", spec.get("task"))
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise LolcatsError(
-                f"Cannot load the data of task {name} ({reason}). Without access to the hub, give local Parquet files "
-                "with --data-dir (in a sweep: --set evaluate.data_dir=)."
+                f"Cannot load the data of task {name} ({first_line(error)}). Without access to the hub, give local "
+                "Parquet files with --data-dir (in a sweep: --set evaluate.data_dir=)."
             ) from error
     return tasks
 

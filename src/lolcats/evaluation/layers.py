@@ -17,11 +17,10 @@ from transformers import PreTrainedModel
 
 from lolcats.attention import AttentionSpec
 from lolcats.attention.reference import older_keys, query_blocks, softmax_logits
-from lolcats.modeling.install import decoder
-from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers
+from lolcats.modeling.observe import watch_layers
 
 
-@torch.no_grad()
 def measure_layers(
     model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor | None]], of: str
 ) -> dict[str, Any]:  # fmt: skip
@@ -36,34 +35,27 @@ def measure_layers(
         ``errors``, the squared error of each head's output; ``sizes``, the squared softmax output; ``entropies``,
         −Σ a log a of the softmax weights a, in nats; ``older``, the share of these weights on keys of the linear term.
     """
-    totals: dict[int, Tensor] = {}
+    totals: Tensor | float = 0.0  # (4, layers, H)
     rows = length = 0
-
-    def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
-        index = layer.geometry.layer
-        totals[index] = totals.get(index, 0) + _of_call(layer, call).double().cpu() * len(call.q)
-
-    model.eval()
-    with override(model, mode="transfer", observer=observe):
-        for ids, positions in batches:
-            given = {} if positions is None else {"position_ids": positions.to(model.device)}
-            decoder(model)(input_ids=ids.to(model.device), use_cache=False, **given)
-            rows, length = rows + len(ids), ids.shape[1]
+    for ids, positions in batches:
+        totals = totals + torch.stack(watch_layers(model, ids, _of_call, positions), 1) * len(ids)
+        rows, length = rows + len(ids), ids.shape[1]
     layers = [layer.geometry.layer for layer in linearized_layers(model)]
     names = ("errors", "sizes", "entropies", "older")
-    means = torch.stack([totals[layer] / rows for layer in layers], 1)  # (4, layers, H)
-    found = {name: values.tolist() for name, values in zip(names, means, strict=True)}
+    found = {name: values.tolist() for name, values in zip(names, torch.as_tensor(totals / rows), strict=True)}
     return {"of": of, "rows": rows, "tokens": length, "layers": layers, **found}
 
 
 def _of_call(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
     """(4, H): error, size, entropy and older share of one layer, as means over the rows of a call."""
-    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding, call.documents).float()
-    target = call.target.transpose(1, 2).float()
-    per_query = partial(weights_of_queries, spec=layer.spec, scale=call.scale, softcap=call.softcap)
-    attend = per_query if call.documents is None else partial(call.documents.apart, per_query)
-    outputs = torch.stack([(y - target).square(), target.square()]).mean((1, 3, 4))
-    return torch.cat([outputs, attend(call.q, call.k).mean((0, 2)).T])
+    weights = partial(weights_of_queries, spec=layer.spec, scale=call.scale, softcap=call.softcap)
+    return torch.cat([head_errors(layer, call), call.per_query(weights).mean((0, 2)).T]).double().cpu()
+
+
+def head_errors(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
+    """(2, H): the mean squared error of each head's output in a call, and the mean square of its softmax output."""
+    y, target = layer.answer(call).float(), call.target.float()
+    return torch.stack([(y - target).square(), target.square()]).mean((1, 2, 4))
 
 
 def weights_of_queries(

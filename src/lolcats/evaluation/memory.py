@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from lolcats.attention import AttentionState
-from lolcats.config import AttentionConfig, from_dict
-from lolcats.modeling.layer import layer_spec, linearized_layers
+from lolcats.modeling.layer import linearized_layers
 
 
 def cache_bytes(model: Any, tokens: int) -> tuple[int, int]:
@@ -18,8 +16,7 @@ def cache_bytes(model: Any, tokens: int) -> tuple[int, int]:
     Layers that stay softmax count with a full cache for both, even if they slide a window.
     """
     record, width = model.config.lolcats, model.dtype.itemsize
-    attention = from_dict(AttentionConfig, record["attention"])
-    maps = {layer.geometry.layer: (layer.maps, layer.phi_k.num_features) for layer in linearized_layers(model)}
+    layers = {layer.geometry.layer: layer for layer in linearized_layers(model)}
     teacher = student = 0
     for entry in record["layers"]:
         kv = tokens * entry["kv_heads"] * (entry["head_dim"] + entry["value_dim"]) * width
@@ -27,10 +24,10 @@ def cache_bytes(model: Any, tokens: int) -> tuple[int, int]:
         if entry["kind"] == "softmax":
             student += kv
             continue
-        spec = layer_spec(attention, entry["kind"])
-        k = torch.empty(1, entry["kv_heads"], 0, spec.channels(entry["head_dim"]), dtype=model.dtype, device="meta")
-        v = k[..., : entry["value_dim"]]
-        student += AttentionState.empty(k, v, *maps[entry["layer"]], spec).nbytes
+        layer = layers[entry["layer"]]
+        channels = layer.spec.channels(entry["head_dim"])
+        k = torch.empty(1, entry["kv_heads"], 0, channels, dtype=model.dtype, device="meta")
+        student += layer.empty_state(k, k[..., : entry["value_dim"]]).nbytes
     return teacher, student
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lolcats.modeling.install import inputs_of
 from lolcats.modeling.loss import next_token_loss
 
 
@@ -32,8 +33,7 @@ def row_losses(
     for start in range(0, len(rows), batch_size):
         ids = rows[start : start + batch_size].to(device)
         places = None if positions is None else positions[start : start + batch_size].to(device)
-        given = {} if places is None else {"position_ids": places}
-        logits = model(input_ids=ids, use_cache=False, **given).logits
+        logits = model(**inputs_of(ids, places)).logits
         for i in range(len(ids)):
             losses.append(
                 next_token_loss(logits[i : i + 1], ids[i : i + 1], None if places is None else places[i : i + 1])

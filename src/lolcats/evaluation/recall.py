@@ -19,12 +19,11 @@ from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.scores import Score, mean_score
-from lolcats.evaluation.text import encode, special_prefix
+from lolcats.evaluation.text import ROW, encode, special_prefix
 from lolcats.modeling.install import decoder
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the answer lies: share of the text before it
 SAMPLES = 10  # prompts per length and depth unless a limit says otherwise
-ROW = 1024  # tokens per row: a batch of n rows holds n × ROW tokens, but at least one prompt
 DIGITS = 5
 CITIES = ("Lisbon", "Chicago", "Nairobi", "Oslo", "Kyoto", "Lima", "Cairo", "Toronto")
 ACTIVITIES = (

@@ -9,6 +9,8 @@ from lolcats.config import DataConfig
 from lolcats.data.sources import read_records
 from lolcats.errors import LolcatsError
 
+ROW = 1024  # tokens per row of a batch size: n rows are as many prompts or requests as hold n × ROW tokens
+
 
 def read_documents(source: str) -> list[str]:
     """Whole documents: a .txt file is one; other files and data sets need a ``text`` column."""

@@ -59,8 +59,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def get_max_cache_shape(self) -> int:  # the name before transformers 5.20
-        return -1
+    get_max_cache_shape = get_max_length  # the name before transformers 5.20
 
     def reset(self) -> None:
         self.state, self.length, self.pending, self.is_initialized = None, 0, False, False

@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lolcats.errors import LolcatsError, out_of_memory
+from lolcats.errors import LolcatsError, first_line, out_of_memory
 from lolcats.files import (
     compare_keys,
     hash_file,
@@ -33,6 +33,7 @@ from lolcats.files import (
     write_text,
 )
 from lolcats.modeling.layer import linearized_layers
+from lolcats.modeling.parallel import settle
 from lolcats.modeling.record import sealed
 from lolcats.weights.base import Base, find_base, load_model
 
@@ -62,8 +63,7 @@ def load(
     except Exception as error:  # damaged files cause any error of transformers or safetensors
         if isinstance(error, LolcatsError) or out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LolcatsError(f"Cannot load {directory}: it is damaged or incomplete ({reason}).") from error
+        raise LolcatsError(f"Cannot load {directory}: it is damaged or incomplete ({first_line(error)}).") from error
 
 
 def is_linearized(path: str | Path) -> bool:
@@ -148,8 +148,6 @@ def spread(model: PreTrainedModel, device_map: Any) -> PreTrainedModel:
     name)."""
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
-
-    from lolcats.modeling.parallel import settle
 
     if isinstance(device_map, str):
         whole = list(model._no_split_modules or ())

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.modeling.checkpoint import is_linearized
-from lolcats.weights.base import find_base
+from lolcats.modeling.probe import probe
+from lolcats.weights.base import empty_model, find_base
 
 
 def describe(model: str) -> dict[str, Any]:
     """Facts by name, from the config.json of a linearized model or from the configuration of a base model."""
-    if is_linearized(model):
-        return _linearized(Path(model))
-    return _base(model)
+    return _linearized(Path(model)) if is_linearized(model) else _base(model)
 
 
 def _linearized(directory: Path) -> dict[str, Any]:
@@ -38,9 +37,6 @@ def _linearized(directory: Path) -> dict[str, Any]:
 
 
 def _base(model: str) -> dict[str, Any]:
-    from lolcats.modeling.probe import probe
-    from lolcats.weights.base import empty_model
-
     base = find_base(model)
     empty = empty_model(base)
     layers = probe(empty)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lolcats.config import AttentionConfig, from_dict
@@ -45,6 +45,14 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The stack of layers under the language-model head."""
     return model.base_model
+
+
+def inputs_of(ids: Tensor, positions: Tensor | None = None) -> dict[str, Any]:
+    """Arguments of a forward pass over whole rows (B, T), without a cache.
+
+    positions: (B, T) position ids; without them the argument is left out, since some families do not take it.
+    """
+    return {"input_ids": ids, "use_cache": False} | ({} if positions is None else {"position_ids": positions})
 
 
 def decoders(model: PreTrainedModel) -> list[Any]:

@@ -5,7 +5,7 @@ Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F featu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,6 +52,12 @@ class AttentionCall:
     padding: Tensor | None
     documents: Documents | None = None
     """Set if rows hold several sequences."""
+
+    def per_query(self, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """``function(q, k)`` (B, H, T, ...), applied to each document on its own if rows hold several."""
+        if self.documents is None:
+            return function(self.q, self.k)
+        return self.documents.apart(function, self.q, self.k)
 
 
 Observer = Callable[["LinearizedAttention", AttentionCall], None]
@@ -167,6 +173,11 @@ class LinearizedAttention(nn.Module):
             return checkpoint(whole, q, k, v, use_reentrant=False, preserve_rng_state=False)
         return whole(q, k, v)
 
+    def answer(self, call: AttentionCall) -> Tensor:
+        """What this layer puts out instead of the call's target, (B, T, H, D)."""
+        y = self(call.q, call.k, call.v, call.scale, call.softcap, call.padding, call.documents)
+        return y.transpose(1, 2)
+
     def advance(
         self, state: AttentionState, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
         padding: Tensor | None = None, counts: Sequence[int] | None = None, backend: str | None = None,
@@ -201,14 +212,17 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 @contextmanager
-def override(model: nn.Module, mode: Mode | None = None, observer: Observer | None = None,
-             **spec: Any) -> Iterator[None]:  # fmt: skip
+def override(model: nn.Module | Iterable[LinearizedAttention], mode: Mode | None = None,
+             observer: Observer | None = None, **spec: Any) -> Iterator[None]:  # fmt: skip
     """Change the mode or fields of the spec in every linearized layer for the duration of the block.
 
     ``override(model, mode="teacher")`` is the base model (with its LoRA, if any); ``override(model, kind="window",
     sinks=0)`` is only its window; ``kind="remote"`` only its linear term.
+
+    Args:
+        model: the model, or only some of its layers.
     """
-    layers = linearized_layers(model)
+    layers = linearized_layers(model) if isinstance(model, nn.Module) else list(model)
     before = [(layer.mode, layer.observer, layer.spec) for layer in layers]
     for layer in layers:
         layer.mode, layer.observer = mode or layer.mode, observer

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lolcats.modeling.install import decoder
+from lolcats.modeling.install import decoder, inputs_of
 
 TOKENS = 512  # tokens whose logits become fp32 log-probabilities at a time: 256 MB at 128k words
 PIECE = 1024  # tokens whose logits are in memory at a time, if the loss computes them itself
@@ -112,7 +112,7 @@ def language_model_loss(
         liger: on CUDA, use liger-kernel's fused head and loss if it is installed (the extra ``gpu``).
         positions: (B, T), which restart at 0 with each document; None: each row is one sequence.
     """
-    call = {"input_ids": ids, "use_cache": False} | ({} if positions is None else {"position_ids": positions})
+    call = inputs_of(ids, positions)
     if head is None:
         return next_token_loss(model(**call).logits, ids, positions)
     hidden = decoder(model)(**call)[0].flatten(0, 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_line
 from lolcats.modeling.families import HARMLESS, OBSTACLES, SPARSE
 from lolcats.modeling.layer import Geometry
 
@@ -103,7 +103,7 @@ def probe(model: PreTrainedModel) -> list[ProbedLayer]:
     AttentionInterface.register(PROBE, record)
     AttentionMaskInterface.register(PROBE, _Mask)
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    cache = _Cache(config=model.config.get_text_config(decoder=True))
+    cache = _Cache(config=text_config(model))
     with _implementation(model, PROBE):
         try:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
@@ -151,7 +151,7 @@ def _unfollowed(model: PreTrainedModel, failure: Exception | None) -> str:
             "leaving attention to transformers' attention interface, so it cannot be swapped."
         )
     if failure is not None:
-        reason = str(failure).strip().splitlines()[0].rstrip(".")
+        reason = first_line(failure)
         return f"{name} cannot be followed by its attention interface and cache, so it cannot be linearized ({reason})."
     return (
         f"{name} does not call transformers' attention interface, so its attention cannot be swapped. "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,12 +22,14 @@ from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.memory import free_host_memory
 from lolcats.modeling.convert import convert
-from lolcats.modeling.install import decoder
+from lolcats.modeling.install import decoder, inputs_of
 from lolcats.modeling.layer import LinearizedAttention
 from lolcats.weights.base import Base, load_model
 from lolcats.weights.shards import Loaded, OtherNames, WeightSource, shards_of, use_device
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Placed = tuple[dict[str, Any], str, Tensor]
+"""A parameter or buffer, with the dictionary of its module and the name under which that holds it."""
 
 
 class Skeleton:
@@ -47,7 +49,7 @@ class Skeleton:
         self._reader = ThreadPoolExecutor(1, initializer=use_device, initargs=(device,))
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self._calls: dict[tuple[int, int], list[Call]] = {}
-        self._blank: list[tuple[dict[str, Any], str, Any]] = []
+        self._blank: list[Placed] = []
         source.check({name: p for i in range(-1, len(self.layers)) for name, p in self._wanted(i).items()})
 
     def attention(self, index: int) -> LinearizedAttention | None:
@@ -65,31 +67,18 @@ class Skeleton:
             wanted = self._wanted(index)
             self._coming[index] = self._reader.submit(self.source.read, wanted, self.device)
 
-    @contextmanager
-    def brought(self, indices: Sequence[int]) -> Iterator[None]:
+    def brought(self, indices: Sequence[int]) -> AbstractContextManager[None]:
         """Keep the base parameters and buffers of these layers on the device for the duration of the block."""
-        placed: list[tuple[dict[str, Any], str, Any]] = []
-        try:
-            for index in indices:
-                self._place(index, placed)
-            yield
-        finally:
-            for place, name, before in placed:
-                place[name] = before
+        return replaced([change for index in indices for change in self._on_device(index)])
 
-    def _place(self, index: int, placed: list[tuple[dict[str, Any], str, Any]]) -> None:
+    def _on_device(self, index: int) -> Iterator[Placed]:
+        """The base parameters and buffers of a layer, on the device."""
         coming = self._coming.pop(index, None)
         tensors = coming.result() if coming else self.source.read(self._wanted(index), self.device)
         for module_name, module in self._modules(index):
-            places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for place in places:
-                for name, before in place.items():
-                    if before is None:
-                        continue
-                    placed.append((place, name, before))
-                    tensor = tensors.pop(f"{module_name}.{name}", before.detach())
-                    tensor = tensor.to(self.device, non_blocking=True)
-                    place[name] = nn.Parameter(tensor, requires_grad=False) if place is module._parameters else tensor
+            for place, name, before in own_tensors(module):
+                tensor = tensors.pop(f"{module_name}.{name}", before.detach()).to(self.device, non_blocking=True)
+                yield place, name, nn.Parameter(tensor, False) if isinstance(before, nn.Parameter) else tensor
 
     @torch.no_grad()
     def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -149,26 +138,15 @@ class Skeleton:
         with self._blanked():
             return self._stubbed(torch.zeros_like(positions), positions)[1]
 
-    @contextmanager
-    def _blanked(self) -> Iterator[None]:
+    def _blanked(self) -> AbstractContextManager[None]:
         """For the block's duration, parameters outside of layers are zeros that take little memory, on the device."""
         if not self._blank:
-            for _, module in self._modules(-1):
-                places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-                self._blank += [
-                    (place, name, self._zeros(t) if place is places[0] else t.to(self.device))
-                    for place in places
-                    for name, t in place.items()
-                    if t is not None
-                ]
-        before = [place[name] for place, name, _ in self._blank]
-        try:
-            for place, name, tensor in self._blank:
-                place[name] = tensor
-            yield
-        finally:
-            for (place, name, _), tensor in zip(self._blank, before, strict=True):
-                place[name] = tensor
+            self._blank = [
+                (place, name, self._zeros(t) if isinstance(t, nn.Parameter) else t.to(self.device))
+                for _, module in self._modules(-1)
+                for place, name, t in own_tensors(module)
+            ]
+        return replaced(self._blank)
 
     def run(self, index: int, hidden: Tensor, calls: list[Call]) -> Tensor:
         """Layer ``index`` on hidden states (B, T, E) with its arguments in ``calls``."""
@@ -185,10 +163,9 @@ class Skeleton:
         reached: list[Tensor] = []
         parent, _, name = self.path.rpartition(".")
         owner: Any = self.model.get_submodule(parent)
-        more = {} if positions is None else {"position_ids": positions}
         setattr(owner, name, nn.ModuleList(_Stub(layer, calls, reached, tuples) for layer in self.layers))
         try:
-            decoder(self.model)(input_ids=ids, use_cache=False, **more)
+            decoder(self.model)(**inputs_of(ids, positions))
         except (RuntimeError, TypeError, ValueError, IndexError):
             if tuples or not calls:
                 raise
@@ -211,12 +188,8 @@ class Skeleton:
         return nn.Parameter(zeros, requires_grad=False)
 
     def _wanted(self, index: int) -> dict[str, Tensor]:
-        return {
-            f"{module_name}.{name}": parameter
-            for module_name, module in self._modules(index)
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        }
+        modules = self._modules(index)
+        return {name: p for path, module in modules for name, p in module.named_parameters(path, recurse=False)}
 
 
 class _Stub(nn.Module):
@@ -239,6 +212,25 @@ class _Stub(nn.Module):
         reached.append(hidden)
         calls.append((args, kwargs))
         return (hidden,) if tuples else hidden
+
+
+def own_tensors(module: nn.Module) -> Iterator[Placed]:
+    """The parameters and buffers of a module itself."""
+    places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    return ((place, name, tensor) for place in places for name, tensor in place.items() if tensor is not None)
+
+
+@contextmanager
+def replaced(tensors: Sequence[Placed]) -> Iterator[None]:
+    """For the block's duration, put these tensors where they say."""
+    before = [place[name] for place, name, _ in tensors]
+    try:
+        for place, name, tensor in tensors:
+            place[name] = tensor
+        yield
+    finally:
+        for (place, name, _), tensor in zip(tensors, before, strict=True):
+            place[name] = tensor
 
 
 def build_skeleton(
@@ -291,13 +283,7 @@ def empty_model(config: Any, dtype: torch.dtype, trust: bool = False) -> PreTrai
 def convert_empty(model: PreTrainedModel, attention: AttentionConfig) -> PreTrainedModel:
     """:func:`convert` for a model of :func:`empty_model`: probed on the meta device or, if its family looks at values,
     with zeros that share memory."""
-    own: list[tuple[dict[str, Any], str, Tensor]] = [
-        (place, name, tensor)
-        for module in model.modules()
-        for place in (module._parameters, module._buffers)
-        for name, tensor in place.items()
-        if tensor is not None
-    ]
+    own = [entry for module in model.modules() for entry in own_tensors(module)]
 
     def put(change: Callable[[Tensor], Tensor]) -> None:
         for place, name, tensor in own:

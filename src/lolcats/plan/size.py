@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from lolcats.attention.path import fits_kernels
 from lolcats.config import Config, read_yaml
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_line
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import LinearizedAttention, decoder_layers, linearized_layers
 from lolcats.stages.finetune.stage import add_lora
@@ -81,10 +81,9 @@ def read_config(model: str) -> Any:
         return AutoConfig.from_pretrained(path if path.exists() else model)
     except (OSError, ValueError, KeyError, TypeError) as error:
         known = ", ".join(geometries())
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise LolcatsError(
-            f"Cannot load a configuration from {model!r} ({reason}). Give a hub id, a model directory, a config.json, "
-            f"or one of {known}."
+            f"Cannot load a configuration from {model!r} ({first_line(error)}). Give a hub id, a model directory, a "
+            f"config.json, or one of {known}."
         ) from None
 
 
@@ -94,8 +93,8 @@ def size_of(model_config: Any, config: Config) -> Size:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise LolcatsError(f"transformers cannot build this {model_config.model_type} model: {reason}.") from None
+        name, reason = model_config.model_type, first_line(error)
+        raise LolcatsError(f"transformers cannot build this {name} model: {reason}.") from None
     share, family = chosen_share(model_config), model_config.model_type
     embedding, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
     with torch.device("meta"):

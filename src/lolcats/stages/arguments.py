@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from lolcats.config import StageConfig
 from lolcats.errors import LolcatsError
 from lolcats.ranks import ranks
-from lolcats.stages.schedules import SCHEDULES
+from lolcats.stages.schedules import SCHEDULES, plateau_arguments
 
 
 def training_arguments(
@@ -22,7 +22,6 @@ def training_arguments(
     validation_rows: int = 0,
 ) -> TrainingArguments:
     """Translate our settings for transformers. Under torchrun, the ranks share each batch equally."""
-    plateau = config.schedule == "reduce_on_plateau"
     count = ranks().size
     if config.batch_size % (config.micro_batch_size * count):
         raise LolcatsError(
@@ -30,9 +29,6 @@ def training_arguments(
             f"{config.micro_batch_size}: set batch_size to a multiple of {config.micro_batch_size * count}, or "
             "lower micro_batch_size."
         )
-    plateau_kwargs = {
-        "factor": config.plateau_factor, "patience": config.plateau_patience, "min_lr": config.min_learning_rate,
-    }  # fmt: skip
     arguments = TrainingArguments(
         output_dir=str(directory),
         per_device_train_batch_size=config.micro_batch_size,
@@ -44,7 +40,7 @@ def training_arguments(
         max_steps=config.max_steps,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type=SCHEDULES[config.schedule],
-        lr_scheduler_kwargs=plateau_kwargs if plateau else {},
+        lr_scheduler_kwargs=plateau_arguments(config),
         warmup_steps=config.warmup_steps,
         eval_strategy="steps",
         eval_steps=config.eval_steps,

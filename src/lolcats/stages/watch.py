@@ -78,7 +78,7 @@ def first_bad_weight(weights: dict[str, Tensor]) -> str:
 
 
 @torch.no_grad()
-def first_bad_layer(model: PreTrainedModel, modules: list[nn.Module], call: dict[str, Tensor]) -> int | None:
+def first_bad_layer(model: PreTrainedModel, modules: list[nn.Module], call: dict[str, Any]) -> int | None:
     """Index of the first of ``modules`` (attentions, in order) with NaN or infinite output; None if all are finite."""
     bad: list[int] = []
 
@@ -92,7 +92,7 @@ def first_bad_layer(model: PreTrainedModel, modules: list[nn.Module], call: dict
         for number, module in enumerate(modules)
     ]
     try:
-        model(**call, use_cache=False)
+        model(**call)
     finally:
         for hook in hooks:
             hook.remove()

@@ -15,7 +15,7 @@ import transformers
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from lolcats.errors import LolcatsError, out_of_memory
+from lolcats.errors import LolcatsError, first_line, out_of_memory
 from lolcats.files import hash_file
 from lolcats.weights.gguf_header import check_gguf
 
@@ -60,7 +60,7 @@ def find_base(model: str, trust: bool = False) -> Base:
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        raise LolcatsError(f"No model {model!r} on disk or on the Hugging Face hub ({_first_line(error)}).") from None
+        raise LolcatsError(f"No model {model!r} on disk or on the Hugging Face hub ({first_line(error)}).") from None
     return Base(model, "hub", f"commit {getattr(config, '_commit_hash', None)}")
 
 
@@ -157,7 +157,7 @@ def _readable(base: Base, hint: str) -> Iterator[None]:
                 f"{base.path} comes with its own Python code, which runs only if you allow it: --set "
                 "trust_remote_code=true."
             ) from error
-        raise LolcatsError(f"Cannot load {base.path}: {_first_line(error)} {hint}") from error
+        raise LolcatsError(f"Cannot load {base.path}: {first_line(error)}. {hint}") from error
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
@@ -194,8 +194,3 @@ def _hash_directory(path: Path) -> str:
                 stream.seek(offset)
                 digest.update(stream.read(SAMPLE))
     return "sha256 of samples " + digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".") + "."

@@ -1,11 +1,11 @@
-"""Where a model's weights come from when they are not all in memory: safetensors shards, a loaded model, or a seed."""
+"""Where a model's weights come from when they are not all in memory: safetensors shards, or a loaded model."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_line
 from lolcats.weights.base import Base
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -112,32 +112,6 @@ class Loaded:
         return {name: self.tensors[name].to(like.dtype) for name, like in wanted.items()}
 
 
-class Random:
-    """Random weights, drawn on the device at each request. On one device, seed and name determine them.
-
-    Matrices are normal with ``std``; vectors are ones (norms) or zeros (biases).
-    """
-
-    ahead = False
-
-    def __init__(self, seed: int = 0, std: float = 0.02) -> None:
-        self.seed, self.std = seed, std
-
-    def check(self, wanted: Mapping[str, Tensor]) -> None:
-        """Nothing can be missing."""
-
-    def read(self, wanted: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        return {name: self._draw(name, like, device) for name, like in wanted.items()}
-
-    def _draw(self, name: str, like: Tensor, device: torch.device) -> Tensor:
-        tensor = torch.empty(like.shape, dtype=like.dtype, device=device)
-        if tensor.ndim < 2:
-            return tensor.fill_(0 if name.endswith("bias") else 1)
-        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
-        return tensor.normal_(0, self.std, generator=generator)
-
-
 def use_device(device: torch.device) -> None:
     """Set a thread's GPU: otherwise pinned memory would involve GPU 0, whichever GPU the process uses."""
     if device.type == "cuda":
@@ -154,7 +128,7 @@ def shards_of(base: Base, prefix: str) -> Shards:
             base.path, revision=None if revision == "None" else revision, allow_patterns=["*.safetensors", "*.json"]
         )
     except (OSError, ValueError) as error:
-        raise LolcatsError(f"Cannot download the weights of {base.path} ({str(error).splitlines()[0]}).") from None
+        raise LolcatsError(f"Cannot download the weights of {base.path} ({first_line(error)}).") from None
     return Shards(Path(place), prefix)
 
 
@@ -177,17 +151,12 @@ def _index(directory: Path) -> dict[str, str]:
         return dict.fromkeys(opened.keys(), SINGLE)
 
 
-class _readable:
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
     """Turn errors of reading a weight file into a LolcatsError that names it."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, FileNotFoundError):
-            raise LolcatsError(f"{self.file} is missing. Download the model again.") from None
-        if isinstance(error, (SafetensorError, OSError)):
-            raise LolcatsError(f"{self.file} is damaged or truncated ({error}). Download the model again.") from None
+    try:
+        yield
+    except FileNotFoundError:
+        raise LolcatsError(f"{file} is missing. Download the model again.") from None
+    except (SafetensorError, OSError) as error:
+        raise LolcatsError(f"{file} is damaged or truncated ({error}). Download the model again.") from None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from lolcats.config import Config, FinetuneConfig
 from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import load_strictly, read_tensors
+from lolcats.modeling.checkpoint import LORA_WEIGHTS
 from lolcats.modeling.convert import convert
 from lolcats.modeling.families import FUSED, PROJECTIONS
+from lolcats.modeling.install import inputs_of
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import Head, find_head, language_model_loss
-from lolcats.modeling.skeleton import convert_empty, empty_model
+from lolcats.modeling.skeleton import convert_empty, empty_model, own_tensors, replaced
 from lolcats.ranks import ranks
 from lolcats.stages.distributed import fill_part, is_sharded, materialize, own_device, shard
 from lolcats.stages.finetune.trainer import StageTrainer
@@ -139,31 +141,22 @@ def load_over_ranks(base: Base, config: Config, dtype: torch.dtype, device: torc
     return wrapped.eval()
 
 
-@contextmanager
-def _light_weights(model: nn.Module) -> Iterator[None]:
+def _light_weights(model: nn.Module) -> AbstractContextManager[None]:
     """For the block's duration, replace each base weight on the meta device by one expanded element in host memory.
 
     PEFT creates LoRA matrices on the device of the base weights, and they must be initialized with real values.
     """
-    empty = [
-        (module._parameters, name, p)
+    return replaced([
+        (place, name, nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), requires_grad=False))
         for module in model.modules()
-        for name, p in module._parameters.items()
-        if p is not None and p.is_meta
-    ]
-    for place, name, p in empty:
-        place[name] = nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), requires_grad=False)
-    try:
-        yield
-    finally:
-        for place, name, p in empty:
-            p.requires_grad_(False)
-            place[name] = p
+        for place, name, p in own_tensors(module)
+        if p.is_meta
+    ])  # fmt: skip
 
 
 def load_lora(wrapped: PeftModel, directory: Path) -> None:
     """Load the LoRA matrices saved in ``directory`` into ``wrapped``."""
-    path = directory / "adapter_model.safetensors"
+    path = directory / LORA_WEIGHTS
     ours = {n.replace(".default.", "."): p for n, p in wrapped.named_parameters() if "lora_" in n}
     load_strictly({name: p.detach() for name, p in ours.items()}, read_tensors(path), path)
 
@@ -205,7 +198,7 @@ class FinetuneTrainer(StageTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         ids, positions = inputs["input_ids"], inputs.get("position_ids")
-        self.call = {"input_ids": ids} | ({} if positions is None else {"position_ids": positions})
+        self.call = inputs_of(ids, positions)
         loss = language_model_loss(self.base, self.head, ids, self.stage_config.liger, positions)
         if torch.is_grad_enabled():
             self.watch.add(loss, self.where)

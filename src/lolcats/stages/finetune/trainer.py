@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from lolcats.config import StageConfig
-from lolcats.data.rows import Item, Rows
+from lolcats.data.rows import Item
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import load_strictly, read_tensors, write_tensors, write_text
 from lolcats.ranks import is_first, ranks
@@ -44,14 +44,14 @@ class StageTrainer(Trainer):
     """Train every parameter of ``model`` that requires a gradient. Subclasses define the loss.
 
     Args:
-        train, validation: rows (N, L) of token ids, or data sets of rows.
+        train, validation: data sets of rows.
         stage: name for progress and metrics, ``transfer`` or ``finetune``.
         directory: working directory of the stage (checkpoints, best weights); kept until the caller removes it.
         metrics: path of the run's ``metrics.jsonl``.
     """
 
     def __init__(
-        self, model: nn.Module, config: StageConfig, train: Tensor | Dataset[Item], validation: Tensor | Dataset[Item],
+        self, model: nn.Module, config: StageConfig, train: Dataset[Item], validation: Dataset[Item],
         stage: str, directory: Path, metrics: Path, seed: int = 0, report_to: list[str] | None = None,
     ) -> None:  # fmt: skip
         self.keeper = BestKeeper(config.early_stopping_patience, directory / BEST)
@@ -71,8 +71,8 @@ class StageTrainer(Trainer):
                     report_to or [],
                     len(validation),  # type: ignore[arg-type]
                 ),
-                train_dataset=Rows(train) if isinstance(train, Tensor) else train,
-                eval_dataset=Rows(validation) if isinstance(validation, Tensor) else validation,
+                train_dataset=train,
+                eval_dataset=validation,
                 callbacks=[WatchSteps(self.watch), self.keeper, MetricsFile(metrics, stage)],
             )
         except (ImportError, RuntimeError, ValueError) as error:

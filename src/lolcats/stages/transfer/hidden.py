@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lolcats.data.rows import Data
-from lolcats.errors import LolcatsError
+from lolcats.data.rows import Data, Item
+from lolcats.errors import LolcatsError, first_line
 from lolcats.files import write_text
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import Ranks
 from lolcats.stages.transfer.visits import VALIDATION, Batch, Visits
 
-Split = Tensor | Dataset[dict[str, Tensor]]
+Split = Tensor | Dataset[Item]
 Inputs = tuple[Tensor, Tensor | None]
 """What a group of layers receives: token ids or hidden states, and position ids if rows hold several documents."""
 SHARD = 1 << 28  # bytes of hidden states per file, unless a single step needs more
@@ -146,8 +146,7 @@ class Boundary:
         self, directory: Path, visits: Visits, validation: int, shape: tuple[int, int], dtype: torch.dtype, ranks: Ranks
     ) -> None:  # fmt: skip
         self.directory, self.shape, self.dtype, self.ranks = directory, shape, dtype, ranks
-        row = shape[0] * shape[1] * dtype.itemsize
-        chunks = visits.chunks(max(1, SHARD // row))
+        chunks = visits.chunks(max(1, SHARD // self._row_bytes))
         self._shard_of = {step: number for number, steps in enumerate(chunks) for step in steps}
         self._shard_of[VALIDATION] = VALIDATION
         self._rows = {n: range(visits.steps[c[0]].start, visits.steps[c[-1]].stop) for n, c in enumerate(chunks)}
@@ -233,7 +232,7 @@ class Boundary:
         try:
             return torch.from_file(str(path), shared=shared, size=size, dtype=self.dtype).view(shape)
         except RuntimeError as error:
-            raise LolcatsError(f"Cannot map {path} into memory ({str(error).splitlines()[0]}).") from None
+            raise LolcatsError(f"Cannot map {path} into memory ({first_line(error)}).") from None
 
     def _place(self, number: int, batch: Batch) -> slice:
         start = self._rows[number].start

@@ -29,7 +29,7 @@ from lolcats.config import PLACEMENT, Config, identity_of
 from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import write_text
-from lolcats.modeling.layer import AttentionCall, LinearizedAttention, Observer
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention, override
 from lolcats.ranks import Ranks
 from lolcats.stages.interrupt import noting_interrupt
 from lolcats.stages.metrics import replace_metrics
@@ -174,7 +174,7 @@ class LayerTrainer:
             losses[layer] = loss.detach()
             unit.add(losses[layer] * share)
 
-        with _observed(group.layers, owner, observe):
+        with override(group.layers, "teacher"), override(owner, "transfer", observe):
             output = group.run(*inputs)
         if losses:
             self.watch.step = batch.step + 1
@@ -211,7 +211,7 @@ class LayerTrainer:
         for batch, inputs in self._feed(source, self.validation):
             weight = batch.weight
             if inputs is not None:
-                with _observed(group.layers, owner, observe):
+                with override(group.layers, "teacher"), override(owner, "transfer", observe):
                     group.run(*inputs)
         self.ranks.sum(list(sums.values()))
         table = dict(zip(layers, torch.stack(list(sums.values())).tolist(), strict=True)) if layers else {}
@@ -395,21 +395,6 @@ def _learning(units: list[Unit], step: int) -> list[Unit]:
 
 def _owners(units: list[Unit]) -> dict[LinearizedAttention, Unit]:
     return {layer: unit for unit in units for layer in unit.layers}
-
-
-@contextmanager
-def _observed(
-    layers: list[LinearizedAttention], chosen: Mapping[LinearizedAttention, Unit], observer: Observer
-) -> Iterator[None]:  # fmt: skip
-    """For the block's duration, ``observer`` sees the calls of ``chosen`` layers; all output softmax attention."""
-    before = [(layer.mode, layer.observer) for layer in layers]
-    for layer in layers:
-        layer.mode, layer.observer = ("transfer", observer) if layer in chosen else ("teacher", None)
-    try:
-        yield
-    finally:
-        for layer, (mode, old) in zip(layers, before, strict=True):
-            layer.mode, layer.observer = mode, old
 
 
 def _describe(group: Group) -> str:

@@ -5,16 +5,11 @@ Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F featu
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lolcats.attention.reference import (
-    attention_weights,
-    softmax_weights,
-)
+from lolcats.attention.reference import attention_weights, softmax_weights
 from lolcats.attention.spec import AttentionSpec
 from lolcats.config import TransferConfig
 from lolcats.errors import LolcatsError
@@ -34,12 +29,16 @@ def attention_losses(
     layer: LinearizedAttention, call: AttentionCall, config: TransferConfig
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and the mean squared error that is part of it."""
-    y = layer(call.q, call.k, call.v, call.scale, call.softcap, call.padding, call.documents).transpose(1, 2)
-    error = mean_squared_error(y, call.target, call.padding)
+    error = squared_error(layer, call)
     loss = config.mse_weight * error
     if config.xent_weight:
         loss = loss + config.xent_weight * weight_cross_entropy(layer, call)
     return loss, error
+
+
+def squared_error(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
+    """Scalar: the mean squared error of the layer's output on one call."""
+    return mean_squared_error(layer.answer(call), call.target, call.padding)
 
 
 def weight_cross_entropy(
@@ -70,8 +69,7 @@ def weight_cross_entropy(
             found.append(torch.cat(pieces, 2))
         return torch.cat(found)
 
-    per_query = of_rows if call.documents is None else partial(call.documents.apart, of_rows)
-    return per_query(call.q, call.k).mean()
+    return call.per_query(of_rows).mean()
 
 
 def _of_queries(

@@ -20,7 +20,7 @@ from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.memory import free_host_memory
-from lolcats.modeling.install import decoder
+from lolcats.modeling.install import decoder, inputs_of
 from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton
@@ -62,8 +62,7 @@ def train_joint(
     first = min((unit.progress.step for unit in trainer.units if not unit.finished), default=total)
 
     def run(ids: Tensor, positions: Tensor | None) -> Tensor:
-        more = {} if positions is None else {"position_ids": positions}
-        return decoder(model)(input_ids=ids, use_cache=False, **more)[0]
+        return decoder(model)(**inputs_of(ids, positions))[0]
 
     model.eval()
     trainer.track(model)
@@ -277,7 +276,7 @@ def join_units(directory: Path, others: Sequence[Path]) -> None:
         there = other / "checkpoints" / STAGE
         job = read_job(there)
         if job is None:
-            raise LolcatsError(f"--join {other}: no attention transfer was started ({there / 'job.json'} is missing).")
+            raise LolcatsError(f"--join {other}: no attention transfer was started ({there / JOB} is missing).")
         if known is not None:
             compare_jobs(known, job, there)
         known = job

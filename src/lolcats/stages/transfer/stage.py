@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 
 from lolcats.config import Config, TransferConfig
 from lolcats.data.rows import Data
-from lolcats.modeling.install import decoder
-from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers
+from lolcats.modeling.observe import watch_layers
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import ranks
 from lolcats.stages.result import StageResult
 from lolcats.stages.trained import train_only
 from lolcats.stages.transfer.loop import LayerwiseResult
-from lolcats.stages.transfer.loss import attention_loss
+from lolcats.stages.transfer.loss import attention_loss, squared_error
 from lolcats.stages.transfer.orders import LayerByLayer, Say, train_joint
 
 
@@ -72,29 +72,22 @@ def layer_losses(
     Args:
         positions: (B, T) position ids, which restart at 0 for each document; None if each row is one sequence.
     """
-    losses: list[Tensor] = []
     count = len(linearized_layers(model))
 
-    def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
+    def loss_of(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
         with torch.set_grad_enabled(backward_scale is not None):
             loss = attention_loss(layer, call, config)
             if backward_scale is not None:
                 (loss * (backward_scale / count)).backward()
-        losses.append(loss.detach())
+        return loss.detach()
 
-    model.eval()  # the teacher has no dropout
-    with torch.no_grad(), override(model, mode="transfer", observer=observe):
-        extra = {} if positions is None else {"position_ids": positions}
-        decoder(model)(input_ids=input_ids, use_cache=False, **extra)
-    return torch.stack(losses)
+    return torch.stack(watch_layers(model, input_ids, loss_of, positions))
 
 
 def layer_errors(
     model: PreTrainedModel, rows: Iterable[Tensor], positions: Iterable[Tensor | None] = repeat(None)
 ) -> list[float]:  # fmt: skip
     """Mean squared error of each linearized layer's output over batches of token ids (B, T) and position ids."""
-    unit, losses = TransferConfig(mse_weight=1.0), []
-    for ids, places in zip(rows, positions, strict=False):
-        places = None if places is None else places.to(model.device)
-        losses.append(layer_losses(model, ids.to(model.device), unit, positions=places))
-    return torch.stack(losses).mean(0).tolist()
+    batches = zip(rows, positions, strict=False)
+    errors = [torch.stack(watch_layers(model, ids, squared_error, places)) for ids, places in batches]
+    return torch.stack(errors).mean(0).tolist()

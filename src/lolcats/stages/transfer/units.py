@@ -23,7 +23,7 @@ from lolcats.config import TransferConfig
 from lolcats.errors import LolcatsError
 from lolcats.files import load_strictly, read_metadata, read_tensors, write_tensors
 from lolcats.modeling.layer import LinearizedAttention
-from lolcats.stages.schedules import SCHEDULES
+from lolcats.stages.schedules import SCHEDULES, plateau_arguments
 
 MAPS, BEST, FIRST, SECOND = "maps.", "best.", "exp_avg.", "exp_avg_sq."
 
@@ -223,13 +223,9 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, config: TransferConfig, steps: int) -> Any:
-    plateau = {
-        "factor": config.plateau_factor, "patience": config.plateau_patience, "min_lr": config.min_learning_rate,
-    }  # fmt: skip
-    specific = plateau if config.schedule == "reduce_on_plateau" else {}
     return get_scheduler(
         SCHEDULES[config.schedule], optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps,
-        scheduler_specific_kwargs=specific,
+        scheduler_specific_kwargs=plateau_arguments(config),
     )  # fmt: skip
 
 
