@@ -82,7 +82,7 @@ class Launcher:
         return self._launches[kernel]
 
     def strided(self, name: str, x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-        """A tensor and its strides as the kernels take them. ``name`` stands for strides that follow from these sizes."""
+        """A tensor and its strides as the kernels take them. ``name``: strides of this name follow from the sizes."""
         strides = self.strides.get(name)
         if strides is None:
             strides = self.strides[name] = _strides(x)
