@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from lolcats.attention import Documents
 from lolcats.config import Config, DataConfig, StageConfig, from_dict, load_config, to_dict, to_yaml
-from lolcats.data.rows import Documents as Table
-from lolcats.data.rows import PackedRows, load_data, load_rows
+from lolcats.data.rows import Corpus, PackedRows, load_data, load_rows
 from lolcats.data.sources import read_records
 from lolcats.data.store import TokenStore
 from lolcats.errors import LolcatsError
@@ -179,7 +178,7 @@ def test_packing_is_the_documents_one_after_another(lengths: list[int], row: int
     ids, sizes = np.arange(sum(lengths), dtype=np.int32), np.array(lengths, np.int32)
     starts = np.cumsum(sizes) - sizes
     store = TokenStore(ids, starts, sizes, np.zeros((len(sizes), 2), np.uint64), np.arange(len(sizes)), {})
-    table = Table((store,), np.zeros(len(sizes), np.int16), starts, sizes, {})
+    table = Corpus((store,), np.zeros(len(sizes), np.int16), starts, sizes, {})
     order = np.array(rng.sample(range(len(sizes)), len(sizes)))
     flat = [(int(starts[d]) + i, i) for d in order for i in range(lengths[d])]
     flat = flat[: len(flat) // row * row]

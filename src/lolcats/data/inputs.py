@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lolcats.config import DataConfig
-from lolcats.data.rows import Data, Documents, split, tokenize_source
+from lolcats.data.rows import Corpus, Data, split, tokenize_source
 from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import is_linearized
 from lolcats.weights.base import find_base, load_model, load_tokenizer
@@ -32,7 +32,7 @@ class Inputs:
         if is_linearized(model):
             raise LolcatsError(f"{model} is linearized already: pass its base model instead.")
         self._models: dict[torch.dtype, PreTrainedModel] = {}
-        self._documents: dict[tuple[str, DataConfig], Documents] = {}
+        self._documents: dict[tuple[str, DataConfig], Corpus] = {}
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -42,7 +42,7 @@ class Inputs:
         """The splits of ``source``. A new seed, row length or split size does not read or tokenize it again."""
         return split(self.documents(source, config), config, seed)
 
-    def documents(self, source: str, config: DataConfig) -> Documents:
+    def documents(self, source: str, config: DataConfig) -> Corpus:
         """The documents of ``source``, tokenized once."""
         reading = replace(
             config, sequence_length=2, validation_rows=1, test_rows=1, reset_at_documents=False,

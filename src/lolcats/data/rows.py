@@ -24,8 +24,8 @@ Item = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Documents of one or several sources; each is the token ids [begin, begin + length) of the store ``which``.
+class Corpus:
+    """The documents of one or several sources; each is the token ids [begin, begin + length) of the store ``which``.
 
     ``shares``: fraction of the tokens that each store contributes to a mixture.
     """
@@ -60,7 +60,7 @@ class PackedRows(Dataset[Item]):
     """
 
     def __init__(
-        self, documents: Documents, order: Array, length: int, positions: bool = False, rows: Array | None = None
+        self, documents: Corpus, order: Array, length: int, positions: bool = False, rows: Array | None = None
     ) -> None:  # fmt: skip
         self.documents, self.order, self.length, self.positions = documents, order, length, positions
         self.ends = np.cumsum(documents.length[order], dtype=np.int64)
@@ -169,7 +169,7 @@ def load_data(source: str, tokenizer: Any, config: DataConfig, seed: int = 0) ->
     return split(tokenize_source(source, tokenizer, config), config, seed)
 
 
-def tokenize_source(source: str, tokenizer: Any, config: DataConfig, unique: bool = True) -> Documents:
+def tokenize_source(source: str, tokenizer: Any, config: DataConfig, unique: bool = True) -> Corpus:
     """Tokenize the documents of a file, a hub data set or a mixture of them.
 
     ``unique``: drop documents that occurred before, so that no held-out text is trained on.
@@ -187,7 +187,7 @@ def tokenize_source(source: str, tokenizer: Any, config: DataConfig, unique: boo
     return replace(table, counts=counts)
 
 
-def _table(stores: list[TokenStore], unique: bool, shares: tuple[float, ...] = ()) -> Documents:
+def _table(stores: list[TokenStore], unique: bool, shares: tuple[float, ...] = ()) -> Corpus:
     """All documents of ``stores``, in order."""
     chosen = [store.first if unique else np.arange(len(store.lengths)) for store in stores]
     which = np.repeat(np.arange(len(stores), dtype=np.int16), [len(x) for x in chosen])
@@ -198,10 +198,10 @@ def _table(stores: list[TokenStore], unique: bool, shares: tuple[float, ...] = (
     if unique and len(stores) > 1:
         kept = first_occurrences(np.concatenate([s.hashes[x] for s, x in zip(stores, chosen, strict=True)]))
         which, begin, length = which[kept], begin[kept], length[kept]
-    return Documents(tuple(stores), which, begin, length, stores[0].counts, shares)
+    return Corpus(tuple(stores), which, begin, length, stores[0].counts, shares)
 
 
-def split(documents: Documents, config: DataConfig, seed: int) -> Data:
+def split(documents: Corpus, config: DataConfig, seed: int) -> Data:
     """Shuffle the documents, trim a mixture to its shares, split by document and pack."""
     numbers = array("q", range(len(documents)))
     random.Random(seed).shuffle(numbers)
@@ -237,7 +237,7 @@ def split(documents: Documents, config: DataConfig, seed: int) -> Data:
     return Data(train, validation, test, "sha256 " + digest.hexdigest(), summary, positions if reset else {})
 
 
-def _identity(documents: Documents, train: Tensor | PackedRows, seed: int) -> bytes:
+def _identity(documents: Corpus, train: Tensor | PackedRows, seed: int) -> bytes:
     """The bytes that identify the training rows: the rows, or for a large source everything they depend on."""
     if isinstance(train, Tensor):
         return train.numpy().tobytes()
@@ -245,7 +245,7 @@ def _identity(documents: Documents, train: Tensor | PackedRows, seed: int) -> by
     return json.dumps([sources, documents.shares, seed, len(train), train.length]).encode()
 
 
-def _within_shares(documents: Documents, order: Array) -> Array:
+def _within_shares(documents: Corpus, order: Array) -> Array:
     """Mask of the shuffled documents that gives each store its share of the tokens without using any twice. All of the
     scarcest store is used."""
     length, which = documents.length[order].astype(np.int64), documents.which[order]

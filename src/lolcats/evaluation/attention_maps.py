@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats.attention.reference import softmax_weights
-from lolcats.evaluation.effective_length import lengths_of_call
+from lolcats.evaluation.effective_length import QUANTILES, lengths_of_call
 from lolcats.evaluation.layers import head_errors
 from lolcats.files import write_tensors
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers
@@ -22,8 +22,6 @@ from lolcats.modeling.observe import watch_layers
 
 FILE = "attention.safetensors"
 TOKENS = 512  # maximum length: weights grow with its square
-RANKS = {"lowest": 0.0, "lower quartile": 0.25, "median": 0.5, "upper quartile": 0.75, "highest": 1.0}
-"""Heads whose weights are saved, by the rank of their error among all heads of all layers."""
 
 
 def measure_attention(model: PreTrainedModel, row: Tensor, path: Path, of: str) -> dict[str, Any]:
@@ -67,7 +65,7 @@ def measure_attention(model: PreTrainedModel, row: Tensor, path: Path, of: str) 
 
 
 def _chosen(errors: Sequence[list[float]]) -> dict[str, tuple[int, int]]:
-    """(position of the layer, head) for each rank."""
+    """(position of the layer, head) of each head whose weights are saved, by the rank of its error."""
     places = [(at, head) for at, layer in enumerate(errors) for head in range(len(layer))]
     ranked = sorted(places, key=lambda place: errors[place[0]][place[1]])
-    return {rank: ranked[round(share * (len(ranked) - 1))] for rank, share in RANKS.items()}
+    return {rank: ranked[round(share * (len(ranked) - 1))] for rank, share in QUANTILES.items()}

@@ -22,6 +22,9 @@ from lolcats.data.rows import Data
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers
 from lolcats.modeling.observe import watch_layers
 
+QUANTILES = {"lowest": 0.0, "lower quartile": 0.25, "median": 0.5, "upper quartile": 0.75, "highest": 1.0}
+"""Points of a distribution that tables and pictures show, by name."""
+
 
 @dataclass(frozen=True)
 class EffectiveLengths:

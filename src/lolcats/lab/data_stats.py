@@ -13,12 +13,10 @@ from torch import Tensor
 
 from lolcats.config import Config
 from lolcats.data.inputs import Inputs
-from lolcats.data.rows import Documents
+from lolcats.data.rows import Corpus
 from lolcats.errors import LolcatsError
-from lolcats.evaluation.effective_length import EffectiveLengths, effective_lengths
+from lolcats.evaluation.effective_length import QUANTILES, EffectiveLengths, effective_lengths
 from lolcats.modeling.convert import convert
-
-QUANTILES = {"lowest": 0.0, "lower quartile": 0.25, "median": 0.5, "upper quartile": 0.75, "highest": 1.0}
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def data_statistics(model: str, source: str, config: Config, device: torch.devic
     return Statistics(facts, torch.from_numpy(documents.length), found, config.data.sequence_length)
 
 
-def _shares(documents: Documents) -> dict[str, str]:
+def _shares(documents: Corpus) -> dict[str, str]:
     """For a mixture, the tokens of each source."""
     if not documents.shares:
         return {}

@@ -125,7 +125,7 @@ class LayerTrainer:
     def unit_of(self, layer: LinearizedAttention) -> Unit:
         return next(unit for unit in self.units if any(layer is one for one in unit.layers))
 
-    def sweep(self, group: Group, source: Source, target: Target, steps: range, learn: bool = True) -> None:
+    def pass_rows(self, group: Group, source: Source, target: Target, steps: range, learn: bool = True) -> None:
         """Pass the rows of ``steps`` through a group; its units learn from the steps they have not done yet.
 
         ``learn``: False to only compute hidden states.

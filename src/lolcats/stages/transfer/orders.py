@@ -37,7 +37,7 @@ from lolcats.stages.transfer.hidden import (
 )
 from lolcats.stages.transfer.loop import JOB, STAGE, Group, LayerTrainer, LayerwiseResult, compare_jobs, read_job
 from lolcats.stages.transfer.units import Unit, read_progress
-from lolcats.stages.transfer.visits import VALIDATION, batch_shapes, split
+from lolcats.stages.transfer.visits import VALIDATION, batch_shapes, pieces
 
 Say = Callable[[str], None]
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def train_joint(
 
         trainer.tick = tick
         if not trainer.finished:
-            trainer.sweep(group, source, Nowhere(), range(first, total))
+            trainer.pass_rows(group, source, Nowhere(), range(first, total))
     return trainer.result()
 
 
@@ -141,7 +141,7 @@ class LayerByLayer:
             with self._group(range(index, index + 1)) as group:
                 if index < last:
                     self.skeleton.read_ahead(index + 1)
-                self.trainer.sweep(group, states, states if index < last else Nowhere(), steps)
+                self.trainer.pass_rows(group, states, states if index < last else Nowhere(), steps)
 
     def blocks(self, only: int | None = None) -> LayerwiseResult | None:
         """Blocks of layers → steps → layers, with the hidden states between two blocks on disk.
@@ -152,7 +152,7 @@ class LayerByLayer:
         Returns:
             None while layers of other blocks are untrained.
         """
-        blocks = list(split(range(self.count), self.config.block_size))
+        blocks = list(pieces(range(self.count), self.config.block_size))
         if only is not None and not 0 <= only < len(blocks):
             raise LolcatsError(
                 f"--block {only} does not exist: with transfer.block_size={self.config.block_size}, this model of "
@@ -181,7 +181,7 @@ class LayerByLayer:
                 with ExitStack() as stack:
                     source: Source = boundaries[number] if number else self._embeddings(stack)
                     group = stack.enter_context(self._group(blocks[number]))
-                    self.trainer.sweep(group, source, target, self.steps, learn=number in wanted)
+                    self.trainer.pass_rows(group, source, target, self.steps, learn=number in wanted)
                 if number and (only is None or number > start):
                     boundaries[number].remove()
                 self.trainer.write_metrics()

@@ -71,7 +71,7 @@ class Visits:
         for step in steps:
             whole = self.steps[step]
             share = ranks.share(whole)
-            parts = list(split(share, micro)) or [share]  # a rank without rows still takes part in the step
+            parts = list(pieces(share, micro)) or [share]  # a rank without rows still takes part in the step
             for number, part in enumerate(parts):
                 rows, last = self.rows[part.start : part.stop], number == len(parts) - 1
                 yield Batch(rows, part, len(part) / len(whole), step, last)
@@ -80,7 +80,7 @@ class Visits:
 def validation_batches(count: int, micro: int, ranks: Ranks) -> list[Batch]:
     """This rank's batches of ``count`` validation rows."""
     share = ranks.share(range(count))
-    return [Batch(torch.arange(p.start, p.stop), p, len(p) / count) for p in split(share, micro)]
+    return [Batch(torch.arange(p.start, p.stop), p, len(p) / count) for p in pieces(share, micro)]
 
 
 def batch_shapes(batches: Iterable[Batch]) -> set[int]:
@@ -88,6 +88,6 @@ def batch_shapes(batches: Iterable[Batch]) -> set[int]:
     return {len(batch.visits) for batch in batches if batch.visits}
 
 
-def split(whole: range, size: int) -> Iterator[range]:
+def pieces(whole: range, size: int) -> Iterator[range]:
     for start in range(whole.start, whole.stop, size):
         yield range(start, min(start + size, whole.stop))
