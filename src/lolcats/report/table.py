@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lolcats.compared import COMPARED, STUDENT, TEACHER, TEACHER_LORA, WINDOW_LORA
 from lolcats.config import AttentionConfig
 from lolcats.evaluation.memory import readable
 from lolcats.run import RECORD, Run
@@ -20,8 +21,8 @@ NO_CONTROLS = (
 )
 
 AGAINST_CONTROLS = {
-    "ppl_window_lora": "What linear attention adds: {} perplexity against the same LoRA without it (lower is better).",
-    "ppl_teacher_lora": "What linearizing costs: {} perplexity against the teacher with the same LoRA.",
+    WINDOW_LORA: "What linear attention adds: {} perplexity against the same LoRA without it (lower is better).",
+    TEACHER_LORA: "What linearizing costs: {} perplexity against the teacher with the same LoRA.",
 }
 
 
@@ -39,25 +40,16 @@ def attention_of(config: AttentionConfig) -> str:
 
 def perplexity_rows(run: Run) -> list[tuple[str, str, str]]:
     """(model, perplexity, difference to the teacher) of everything measured so far."""
-    results = run.results
+    results, attention = run.results, run.config.attention
     skipped = {name for name, stage in run.record["stages"].items() if "skipped" in stage}
-    labels = {
-        "ppl_teacher": "teacher (softmax attention)",
-        "ppl_window": "window only, nothing trained",
-        "ppl_window_sinks": f"window + {results.get('baseline_sinks')} sinks, nothing trained",
-        "ppl_transfer": "stage 1 skipped" if "transfer" in skipped else "after stage 1 (attention transfer)",
-        "ppl_student": "stage 2 skipped" if "finetune" in skipped else "after stage 2 (LoRA)",
-        "ppl_linear_off": "  the same, its linear term off",
-        "ppl_window_off": "  the same, its window and sinks off",
-        "ppl_window_lora": f"window + {run.config.attention.sinks} sinks + the same LoRA, no linear term",
-        "ppl_teacher_lora": "teacher + the same LoRA",
-    }
-    base = "ppl_teacher"
+    found = [(model, results[model.result]) for model in COMPARED if model.result in results]
     return [
-        (label, _number(results[key], 2), "" if key == base else _percent(results[key], results[base]))
-        for key, label in labels.items()
-        if key in results
-    ]
+        (
+            model.label(attention, skipped), _number(value, 2),
+            "" if model is TEACHER else _percent(value, results[TEACHER.result]),
+        )
+        for model, value in found
+    ]  # fmt: skip
 
 
 def memory_rows(run: Run) -> list[tuple[str, str, str]]:
@@ -68,15 +60,15 @@ def memory_rows(run: Run) -> list[tuple[str, str, str]]:
 
 def remarks(run: Run) -> list[str]:
     """Notes on how to read the perplexities."""
-    results, student, texts = run.results, run.results.get("ppl_student"), []
+    results, student, texts = run.results, run.results.get(STUDENT.result), []
     if student is None or "lora" not in _trained(run):
         return []
     for control, text in AGAINST_CONTROLS.items():
-        if control in results:
-            texts.append(text.format(_percent(student, results[control])))
-    if "linear" in _trained(run) and "ppl_window_lora" not in results:
+        if control.result in results:
+            texts.append(text.format(_percent(student, results[control.result])))
+    if "linear" in _trained(run) and WINDOW_LORA.result not in results:
         texts.append(NO_CONTROLS)
-    if student < results["ppl_teacher"]:
+    if student < results[TEACHER.result]:
         texts.append(ADAPTATION)
     return texts
 
@@ -86,7 +78,7 @@ def controls_hint(model: str) -> str:
     if not (Path(model) / RECORD).is_file():
         return ""
     run = Run.open(Path(model))
-    return NO_CONTROLS if {"linear", "lora"} == _trained(run) and "ppl_window_lora" not in run.results else ""
+    return NO_CONTROLS if {"linear", "lora"} == _trained(run) and WINDOW_LORA.result not in run.results else ""
 
 
 def _number(value: float, places: int, sign: str = "") -> str:
