@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from lolcats.compared import CONTROLS
 from lolcats.config import (
     AttentionConfig,
     Config,
@@ -138,7 +139,7 @@ def control_row(row: Row, name: Control) -> Row:
     transfer = TransferConfig(max_steps=0, batch_size=size, micro_batch_size=micro)
     finetune = replace(config.finetune, feature_map_learning_rate=0.0)
     alone = replace(config, attention=attention, transfer=transfer, finetune=finetune, controls=[])
-    return Row(f"{name.replace('_', '+')} of {row.name}", row.settings, alone, row.data)
+    return Row(f"{CONTROLS[name].name} of {row.name}", row.settings, alone, row.data)
 
 
 def read_sweep(path: Path, changes: Iterable[str] = ()) -> Sweep:

@@ -7,14 +7,13 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lolcats.evaluation.systems import CONTROL_NAMES, STUDENT
+from lolcats.compared import CONTROLS, LINEAR_OFF, STUDENT, WINDOW, WINDOW_LORA, WINDOW_SINKS
 from lolcats.report.table import markdown
 
 Result = dict[str, Any]
-HELD_OUT, LINEAR_OFF = "held-out", "linear off"
-WINDOW, WINDOW_SINKS = "window, nothing trained", "window + sinks, nothing trained"
-WINDOW_LORA = "window+lora"
+HELD_OUT = "held-out"
 UNTRAINED, CONTROL, ROW = "untrained", "control", "row"  # kinds of results
+BESIDE = [model.in_sweeps for model in (WINDOW, WINDOW_SINKS, LINEAR_OFF, *CONTROLS.values())]
 ADDS, GAINS, NLL = "what the linear term adds", ("acc", "acc_norm", "exact_match"), " nll"
 NOTE = (
     "Perplexities (held-out: test rows of the row's own training data, which differ by seed), nll in nats a "
@@ -41,8 +40,7 @@ def render(title: str, results: list[Result], command: str, chosen: Sequence[str
     metrics = [m for m in _metrics(newest.values()) if not chosen or m in chosen]
     lines = _reference_lines(references, list(rows.values()), metrics)
     known = {name for name, *_ in lines}
-    beside = [s for s in (WINDOW, WINDOW_SINKS, LINEAR_OFF, *CONTROL_NAMES)
-              if s not in known or not _common(list(rows.values()), s)]  # fmt: skip
+    beside = [s for s in BESIDE if s not in known or not _common(list(rows.values()), s)]
     shared = [s for s in beside if _is_shared(list(rows.values()), s, metrics)]
     lines += [(s, "", *_cells(_with(rows.values(), s), s, metrics), "", "", "") for s in shared]
     for name, runs in rows.items():
@@ -101,7 +99,7 @@ def _row_lines(name: str, runs: list[Result], metrics: list[str], beside: list[s
     spent = [(sum(r["seconds"].get(s, 0) for s in stages), r["seconds"]["evaluation"]) for r in runs]
     seconds = " + ".join(f"{statistics.mean(part):.0f}" for part in zip(*spent, strict=True))
     errors = _number([r["layer_error"] for r in runs if r["layer_error"] is not None])
-    lines = [(name, str(len(runs)), *_cells(runs, STUDENT, metrics), errors, budget, seconds)]
+    lines = [(name, str(len(runs)), *_cells(runs, STUDENT.in_sweeps, metrics), errors, budget, seconds)]
     measured = {system for r in runs for system in r["systems"]}
     lines += [(f"– {s}", "", *_cells(runs, s, metrics), "", "", "") for s in beside if s in measured]
     added = [_added(runs, metric) for metric in metrics]
@@ -135,7 +133,8 @@ def _added(runs: list[Result], metric: str) -> str:
     The error is the standard error for one seed, the deviation over seeds for several. Empty for metrics other than
     perplexity, nll and scores.
     """
-    pairs = [(r["systems"][STUDENT].get(metric), r["systems"].get(WINDOW_LORA, {}).get(metric)) for r in runs]
+    student, control = STUDENT.in_sweeps, WINDOW_LORA.in_sweeps
+    pairs = [(r["systems"][student].get(metric), r["systems"].get(control, {}).get(metric)) for r in runs]
     found = [difference(*pair, metric) for pair in pairs if pair[0] and pair[1]]
     known = [pair for pair in found if pair is not None]
     if not known:
