@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -19,6 +18,17 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lolcats.compared import (
+    BRANCHES,
+    CONTROLS,
+    STUDENT,
+    TEACHER,
+    TRANSFERRED,
+    WINDOW,
+    WINDOW_SINKS,
+    Compared,
+    baseline_sinks,
+)
 from lolcats.config import Config, Control, from_dict, to_dict, to_yaml
 from lolcats.data.inputs import Inputs
 from lolcats.data.rows import Data
@@ -28,7 +38,6 @@ from lolcats.evaluation.effective_length import longest
 from lolcats.evaluation.layers import measure_layers
 from lolcats.evaluation.memory import cache_bytes
 from lolcats.evaluation.perplexity import perplexity
-from lolcats.evaluation.systems import ABLATIONS
 from lolcats.files import whole_directory, write_text
 from lolcats.inference.generate import generate
 from lolcats.modeling.checkpoint import (
@@ -42,7 +51,7 @@ from lolcats.modeling.checkpoint import (
 )
 from lolcats.modeling.classes import convert_as
 from lolcats.modeling.convert import convert
-from lolcats.modeling.layer import linearized_layers, override
+from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.skeleton import Skeleton, build_skeleton
 from lolcats.ranks import is_first, ranks
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
@@ -228,7 +237,7 @@ def run_transfer(session: Session, block: int | None = None) -> None:
 
 def _measure_transfer(session: Session) -> None:
     """Measure the result of stage 1 unless done; the model has its feature maps and no LoRA yet."""
-    session.run.measure("ppl_transfer", lambda: _measured(session, "after transfer"))
+    _measure_perplexity(session, TRANSFERRED)
     if any(layer.spec.has_linear for layer in linearized_layers(session.model)):
         session.run.measure("layer_errors_after", partial(_layer_errors, session))
 
@@ -269,14 +278,14 @@ def run_controls(session: Session) -> None:
         raise LolcatsError("Controls are trained in one process: run lolcats finetune --controls without torchrun.")
     for name in config.controls if comparable else ():
         if not run.stage_done(name):
-            session.say(_headline(session, f"Control {name.replace('_', ' + ')}", "finetune"))
+            session.say(_headline(session, f"Control {CONTROLS[name].in_words}", "finetune"))
             started = time.time()
             result = train_control(model, name, session.data, config, run.base, run.directory)
             run.finish_stage(name, _summary(result, started))
             shutil.rmtree(control_directory(run.directory, name) / "checkpoints", ignore_errors=True)
-        if f"ppl_{name}" not in run.results:
+        if CONTROLS[name].result not in run.results:
             with control(model, name, run.directory):
-                run.measure(f"ppl_{name}", partial(_measured, session, name.replace("_", " + ")))
+                _measure_perplexity(session, CONTROLS[name])
 
 
 def run_finetune(session: Session) -> None:
@@ -338,9 +347,7 @@ def _reload(session: Session, load: Callable[..., PreTrainedModel]) -> PreTraine
 def measure_student(session: Session) -> None:
     """Measure the held-out perplexity of the trained model, complete and with one branch off, and its gates."""
     run, model = session.run, session.model
-    run.measure("ppl_student", lambda: _measured(session, "after LoRA"))
-    for name, change in ABLATIONS.items() if linearized_layers(model) else ():
-        run.measure(f"ppl_{name.replace('-', '_')}", partial(_measured, session, name.replace("-", " "), **change))
+    _measure_perplexity(session, STUDENT, *(BRANCHES if linearized_layers(model) else ()))
     run.measure("gamma", lambda: [layer.gamma.tolist() for layer in linearized_layers(model)])
 
 
@@ -407,14 +414,12 @@ def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
 
 
 def _baselines(session: Session) -> None:
-    run, config = session.run, session.config.attention
-    sinks = config.sinks or min(4, config.window_size)
-    run.measure("ppl_teacher", lambda: _measured(session, "teacher", mode="teacher"))
+    _measure_perplexity(session, TEACHER)
     if not session.lean:
-        run.measure("sample_teacher", lambda: _teacher_sample(session))
-    run.measure("ppl_window", lambda: _measured(session, "window only", kind="window", sinks=0))
-    run.measure("baseline_sinks", lambda: sinks)
-    run.measure("ppl_window_sinks", lambda: _measured(session, "window + sinks", kind="window", sinks=sinks))
+        session.run.measure("sample_teacher", lambda: _teacher_sample(session))
+    _measure_perplexity(session, WINDOW)
+    session.run.measure("baseline_sinks", lambda: baseline_sinks(session.config.attention))
+    _measure_perplexity(session, WINDOW_SINKS)
 
 
 def _keep_longest(session: Session) -> None:
@@ -438,16 +443,21 @@ def _keep_longest(session: Session) -> None:
     )
 
 
-def _measured(session: Session, label: str, mode: Any = None, **spec: Any) -> float:
-    changed = override(session.model, mode=mode, **spec) if mode or spec else nullcontext()
-    with changed:
+def _measure_perplexity(session: Session, *models: Compared) -> None:
+    """Measure the held-out perplexity of each of ``models`` unless done; the session's model has what they need."""
+    for model in models:
+        session.run.measure(model.result, partial(_perplexity, session, model))
+
+
+def _perplexity(session: Session, model: Compared) -> float:
+    with model.on(session.model):
         value = perplexity(session.model, session.data.test, _batch(session), session.data.positions.get("test"))
-    session.say(f"  perplexity, {label}: {value:.2f}")
+    session.say(f"  perplexity, {model.in_words}: {value:.2f}")
     return value
 
 
 def _teacher_sample(session: Session) -> str:
-    with override(session.model, mode="teacher"):
+    with TEACHER.on(session.model):
         return _sample(session)
 
 
