@@ -61,12 +61,12 @@ def memory_rows(run: Run) -> list[tuple[str, str, str]]:
 def remarks(run: Run) -> list[str]:
     """Notes on how to read the perplexities."""
     results, student, texts = run.results, run.results.get(STUDENT.result), []
-    if student is None or "lora" not in _trained(run):
+    if student is None or not _has_lora(run):
         return []
     for control, text in AGAINST_CONTROLS.items():
         if control.result in results:
             texts.append(text.format(_percent(student, results[control.result])))
-    if "linear" in _trained(run) and WINDOW_LORA.result not in results:
+    if _lacks_control(run):
         texts.append(NO_CONTROLS)
     if student < results[TEACHER.result]:
         texts.append(ADAPTATION)
@@ -75,10 +75,8 @@ def remarks(run: Run) -> list[str]:
 
 def controls_hint(model: str) -> str:
     """How to train the controls of a run that lacks them; empty if nothing is missing."""
-    if not (Path(model) / RECORD).is_file():
-        return ""
-    run = Run.open(Path(model))
-    return NO_CONTROLS if {"linear", "lora"} == _trained(run) and WINDOW_LORA.result not in run.results else ""
+    is_run = (Path(model) / RECORD).is_file()
+    return NO_CONTROLS if is_run and _lacks_control(Run.open(Path(model))) else ""
 
 
 def _number(value: float, places: int, sign: str = "") -> str:
@@ -91,11 +89,13 @@ def _percent(value: float, other: float) -> str:
     return f"{_number(100 * (value / other - 1), 1, '+')} %"
 
 
-def _trained(run: Run) -> set[str]:
-    """What this run has trained so far: ``linear`` (a linear term, in either stage), ``lora``, or both."""
-    kinds = {run.config.attention.kind, *run.config.attention.layers.values()}
-    stages = {"lora"} if "steps" in run.record["stages"].get("finetune", {}) else set()
-    return stages | ({"linear"} if kinds & {"hybrid", "linear"} else set())
+def _has_lora(run: Run) -> bool:
+    return "steps" in run.record["stages"].get("finetune", {})
+
+
+def _lacks_control(run: Run) -> bool:
+    """Whether a run with LoRA and a linear term lacks the control that would show what the linear term adds."""
+    return _has_lora(run) and run.config.attention.has_linear and WINDOW_LORA.result not in run.results
 
 
 def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
