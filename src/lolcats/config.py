@@ -78,6 +78,11 @@ class AttentionConfig:
                 "attention.kind=linear, with no hybrid layer in attention.layers."
             )
 
+    @property
+    def has_linear(self) -> bool:
+        """Whether layers with a linear term are configured."""
+        return not {"hybrid", "linear"}.isdisjoint([self.kind, *self.layers.values()])
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from lolcats.compared import BASELINES, BRANCHES, CONTROLS, STUDENT, TEACHER, WINDOWS, Compared
 from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import is_linearized, load
 from lolcats.modeling.classes import convert_as
-from lolcats.modeling.layer import linearized_layers, override
-from lolcats.stages.finetune.controls import CONTROLS, control, control_directory
+from lolcats.modeling.layer import linearized_layers
+from lolcats.stages.finetune.controls import control, control_directory
 from lolcats.weights.base import Base, find_base, load_model
-
-TEACHER, STUDENT = "teacher", "student"
-UNTRAINED = {
-    "window": "the base model with only the window, untrained",
-    "window+sinks": "the base model with window and sinks, untrained",
-}
-CONTROL_NAMES = {name.replace("_", "+"): name for name in CONTROLS}
-ABLATIONS: dict[str, dict[str, Any]] = {"linear-off": {"kind": "window"}, "window-off": {"kind": "remote"}}
-"""Overrides that switch off one branch of a trained model, which leaves only the other."""
-BASELINES = (*UNTRAINED, *CONTROL_NAMES, *ABLATIONS)
 
 
 def check_baselines(model: str, baselines: Sequence[str]) -> None:
@@ -34,22 +25,20 @@ def check_baselines(model: str, baselines: Sequence[str]) -> None:
             raise LolcatsError(f"--baseline {baseline}: neither a linearized model nor one of {', '.join(BASELINES)}.")
         if not is_linearized(model):
             raise LolcatsError(f"{model} is not a linearized model: a baseline has nothing to compare with.")
-        if baseline in UNTRAINED and _base(model) is None:
-            raise LolcatsError(f"{model} does not know its base model, needed for {baseline}: give the run directory.")
-        if baseline in CONTROL_NAMES and baseline not in controls(model):
+        if baseline not in BASELINES or baseline in available(model):
+            continue
+        if BASELINES[baseline].needs == "control":
             raise LolcatsError(f"{model} has no control {baseline}. Train it with lolcats finetune DIR --controls.")
-
-
-def controls(model: str) -> list[str]:
-    """Names of the trained controls in a run directory, as baselines."""
-    return [name for name, own in CONTROL_NAMES.items() if is_linearized(control_directory(Path(model), own))]
+        raise LolcatsError(f"{model} does not know its base model, needed for {baseline}: give the run directory.")
 
 
 def available(model: str) -> list[str]:
     """All named baselines that ``model`` can be compared with."""
     if not is_linearized(model):
         return []
-    return [*(UNTRAINED if _base(model) else ()), *controls(model), *ABLATIONS]
+    untrained = WINDOWS if _base(model) else ()
+    controls = [own for key, own in CONTROLS.items() if is_linearized(control_directory(Path(model), key))]
+    return [own.name for own in (*untrained, *controls, *BRANCHES)]
 
 
 def systems(
@@ -69,11 +58,10 @@ def systems(
         if other not in BASELINES:
             yield other, load(other, dtype, device)
     student = load(model, dtype, device)
-    yield STUDENT, student
-    for name, change in ABLATIONS.items() if linearized_layers(student) else ():
-        if name in baselines:
-            with override(student, **change):
-                yield name, student
+    yield STUDENT.name, student
+    for own in _asked(BRANCHES, baselines) if linearized_layers(student) else ():
+        with own.on(student):
+            yield own.name, student
 
 
 def _of_base(
@@ -81,24 +69,18 @@ def _of_base(
 ) -> Iterator[tuple[str, PreTrainedModel]]:  # fmt: skip
     """Models that need only the base model: teacher, untrained windows, controls."""
     converted = convert_as(base_model, AutoConfig.from_pretrained(model).lolcats)
-    with override(converted, mode="teacher"):
-        yield TEACHER, converted
-    for name in UNTRAINED:
-        if name in baselines:
-            with override(converted, kind="window", sinks=_sinks(converted) if name == "window+sinks" else 0):
-                yield name, converted
-    for name in CONTROL_NAMES:
-        if name in baselines:
-            with control(converted, CONTROL_NAMES[name], Path(model)) as trained:
-                yield name, trained
+    for own in (TEACHER, *_asked(WINDOWS, baselines)):
+        with own.on(converted):
+            yield own.name, converted
+    for own in _asked(CONTROLS.values(), baselines):
+        with control(converted, own.key, Path(model)) as trained:
+            yield own.name, trained
+
+
+def _asked(group: Iterable[Compared], baselines: Sequence[str]) -> list[Compared]:
+    return [own for own in group if own.name in baselines]
 
 
 def _base(model: str) -> Base | None:
     record: dict[str, Any] = AutoConfig.from_pretrained(model).lolcats
     return Base(**record["base"]) if "base" in record else None
-
-
-def _sinks(model: PreTrainedModel) -> int:
-    """The model's number of sinks, or 4 if it was trained without sinks."""
-    attention = model.config.lolcats["attention"]
-    return int(attention["sinks"] or min(4, attention["window_size"]))

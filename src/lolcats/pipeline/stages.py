@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lolcats.compared import CONTROLS
 from lolcats.config import Config
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.effective_length import longest
@@ -100,7 +101,7 @@ def run_controls(job: Job) -> None:
         if run.stage_done(name):
             continue
         model = job.models.converted()
-        job.say(_headline(job, f"Control {name.replace('_', ' + ')}", "finetune"))
+        job.say(_headline(job, f"Control {CONTROLS[name].in_words}", "finetune"))
         started = time.time()
         result = train_control(model, name, job.data, config, run.base, run.directory)
         run.finish_stage(name, _summary(result, started))

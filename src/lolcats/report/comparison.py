@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 import lolcats
+from lolcats.compared import STUDENT, TEACHER
 from lolcats.evaluation.scores import Estimate, Score, difference, share_closed
 from lolcats.evaluation.suite import Options
-from lolcats.evaluation.systems import STUDENT, TEACHER
 from lolcats.files import write_text
 
 Scores = dict[str, list[Score]]
@@ -36,7 +36,7 @@ def entry_rows(entries: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tup
     """Same as :func:`comparison_rows`, from the entries of :func:`comparison` or of its JSON file."""
     models = list(entries[0]["models"])
     header = ["task", "items", *models]
-    pair, baselines = STUDENT in models and TEACHER in models, _baselines(models)
+    pair, baselines = {STUDENT.name, TEACHER.name} <= set(models), _baselines(models)
     header += ["student − teacher"] * pair
     for name in baselines if pair else ():
         header += [f"student − {name}", "gap closed" if len(baselines) == 1 else f"gap to {name} closed"]
@@ -59,15 +59,13 @@ def comparison(scores: Scores) -> list[dict[str, Any]]:
     entries = []
     for aligned in zip(*scores.values(), strict=True):
         by_name = dict(zip(scores, aligned, strict=True))
-        first = aligned[0]
+        first, student, teacher = aligned[0], by_name.get(STUDENT.name), by_name.get(TEACHER.name)
         entry: dict[str, Any] = {"task": first.task, "metric": first.metric, "items": first.count,
                                  "higher_is_better": first.higher_is_better}  # fmt: skip
         entry["models"] = {name: _plain(Estimate(s.value, s.stderr)) for name, s in by_name.items()}
-        if TEACHER in by_name and STUDENT in by_name:
-            entry["difference"] = _plain(difference(by_name[STUDENT], by_name[TEACHER]))
-            entry["baselines"] = {
-                name: _against(by_name[STUDENT], by_name[TEACHER], by_name[name]) for name in _baselines(scores)
-            }
+        if student and teacher:
+            entry["difference"] = _plain(difference(student, teacher))
+            entry["baselines"] = {name: _against(student, teacher, by_name[name]) for name in _baselines(scores)}
         entry["results"] = {name: score.items for name, score in by_name.items()}
         if first.labels:
             entry["depths"] = first.labels
@@ -106,7 +104,7 @@ def _at(score: Score, depth: str) -> str:
 
 
 def _baselines(models: Iterable[str]) -> list[str]:
-    return [name for name in models if name not in (TEACHER, STUDENT)]
+    return [name for name in models if name not in (TEACHER.name, STUDENT.name)]
 
 
 def _against(student: Score, teacher: Score, baseline: Score) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lolcats.compared import CONTROLS
 from lolcats.config import to_yaml
 from lolcats.evaluation.attention_maps import FILE
 from lolcats.files import read_tensors, write_text
@@ -21,7 +22,7 @@ from lolcats.report.comparison import entry_rows
 from lolcats.report.picture import has_matplotlib
 from lolcats.report.table import attention_of, memory_rows, perplexity_rows, remarks
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
-from lolcats.stages.finetune.controls import CONTROLS, control_directory
+from lolcats.stages.finetune.controls import control_directory
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -63,9 +64,10 @@ RECALL_TERMS = (
     " For an answer, exact means that greedy generation produces it, argmax is the share of its tokens that were the "
     "most likely ones, and nll is their mean −log p in nats. Task names end in @tokens of context."
 )
+CONTROL_NAMES = {key: control.in_words.replace("lora", "LoRA") for key, control in CONTROLS.items()}
 STAGES = {
     "transfer": "attention transfer", "finetune": "LoRA",
-    "window_lora": "control: window + LoRA", "teacher_lora": "control: teacher + LoRA",
+    **{key: f"control: {name}" for key, name in CONTROL_NAMES.items()},
 }  # fmt: skip
 
 
@@ -164,9 +166,9 @@ def _training(run: Run) -> Iterator[str]:
             if stage == "transfer":
                 axis.set_yscale("log")
             else:
-                for name in CONTROLS:
-                    if own := figures.read_metrics(control_directory(run.directory, name)):
-                        figures.draw_validation(axis, own, f"{name.replace('_lora', ' + LoRA')}, validation")
+                for key, name in CONTROL_NAMES.items():
+                    if own := figures.read_metrics(control_directory(run.directory, key)):
+                        figures.draw_validation(axis, own, f"{name}, validation")
             yield embed(f"Losses by step. {title}")
 
 

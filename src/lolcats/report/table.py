@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lolcats.compared import COMPARED, STUDENT, TEACHER, TEACHER_LORA, WINDOW_LORA
 from lolcats.config import AttentionConfig
 from lolcats.evaluation.memory import readable
 from lolcats.run import RECORD, Run
@@ -20,8 +21,8 @@ NO_CONTROLS = (
 )
 
 AGAINST_CONTROLS = {
-    "ppl_window_lora": "What linear attention adds: {} perplexity against the same LoRA without it (lower is better).",
-    "ppl_teacher_lora": "What linearizing costs: {} perplexity against the teacher with the same LoRA.",
+    WINDOW_LORA: "What linear attention adds: {} perplexity against the same LoRA without it (lower is better).",
+    TEACHER_LORA: "What linearizing costs: {} perplexity against the teacher with the same LoRA.",
 }
 
 
@@ -39,25 +40,16 @@ def attention_of(config: AttentionConfig) -> str:
 
 def perplexity_rows(run: Run) -> list[tuple[str, str, str]]:
     """(model, perplexity, difference to the teacher) of everything measured so far."""
-    results = run.results
+    results, attention = run.results, run.config.attention
     skipped = {name for name, stage in run.record["stages"].items() if "skipped" in stage}
-    labels = {
-        "ppl_teacher": "teacher (softmax attention)",
-        "ppl_window": "window only, nothing trained",
-        "ppl_window_sinks": f"window + {results.get('baseline_sinks')} sinks, nothing trained",
-        "ppl_transfer": "stage 1 skipped" if "transfer" in skipped else "after stage 1 (attention transfer)",
-        "ppl_student": "stage 2 skipped" if "finetune" in skipped else "after stage 2 (LoRA)",
-        "ppl_linear_off": "  the same, its linear term off",
-        "ppl_window_off": "  the same, its window and sinks off",
-        "ppl_window_lora": f"window + {run.config.attention.sinks} sinks + the same LoRA, no linear term",
-        "ppl_teacher_lora": "teacher + the same LoRA",
-    }
-    base = "ppl_teacher"
+    found = [(model, results[model.result]) for model in COMPARED if model.result in results]
     return [
-        (label, _number(results[key], 2), "" if key == base else _percent(results[key], results[base]))
-        for key, label in labels.items()
-        if key in results
-    ]
+        (
+            model.label(attention, skipped), _number(value, 2),
+            "" if model is TEACHER else _percent(value, results[TEACHER.result]),
+        )
+        for model, value in found
+    ]  # fmt: skip
 
 
 def memory_rows(run: Run) -> list[tuple[str, str, str]]:
@@ -68,25 +60,23 @@ def memory_rows(run: Run) -> list[tuple[str, str, str]]:
 
 def remarks(run: Run) -> list[str]:
     """Notes on how to read the perplexities."""
-    results, student, texts = run.results, run.results.get("ppl_student"), []
-    if student is None or "lora" not in _trained(run):
+    results, student, texts = run.results, run.results.get(STUDENT.result), []
+    if student is None or not _has_lora(run):
         return []
     for control, text in AGAINST_CONTROLS.items():
-        if control in results:
-            texts.append(text.format(_percent(student, results[control])))
-    if "linear" in _trained(run) and "ppl_window_lora" not in results:
+        if control.result in results:
+            texts.append(text.format(_percent(student, results[control.result])))
+    if _lacks_control(run):
         texts.append(NO_CONTROLS)
-    if student < results["ppl_teacher"]:
+    if student < results[TEACHER.result]:
         texts.append(ADAPTATION)
     return texts
 
 
 def controls_hint(model: str) -> str:
     """How to train the controls of a run that lacks them; empty if nothing is missing."""
-    if not (Path(model) / RECORD).is_file():
-        return ""
-    run = Run.open(Path(model))
-    return NO_CONTROLS if {"linear", "lora"} == _trained(run) and "ppl_window_lora" not in run.results else ""
+    is_run = (Path(model) / RECORD).is_file()
+    return NO_CONTROLS if is_run and _lacks_control(Run.open(Path(model))) else ""
 
 
 def _number(value: float, places: int, sign: str = "") -> str:
@@ -99,11 +89,13 @@ def _percent(value: float, other: float) -> str:
     return f"{_number(100 * (value / other - 1), 1, '+')} %"
 
 
-def _trained(run: Run) -> set[str]:
-    """What this run has trained so far: ``linear`` (a linear term, in either stage), ``lora``, or both."""
-    kinds = {run.config.attention.kind, *run.config.attention.layers.values()}
-    stages = {"lora"} if "steps" in run.record["stages"].get("finetune", {}) else set()
-    return stages | ({"linear"} if kinds & {"hybrid", "linear"} else set())
+def _has_lora(run: Run) -> bool:
+    return "steps" in run.record["stages"].get("finetune", {})
+
+
+def _lacks_control(run: Run) -> bool:
+    """Whether a run with LoRA and a linear term lacks the control that would show what the linear term adds."""
+    return _has_lora(run) and run.config.attention.has_linear and WINDOW_LORA.result not in run.results
 
 
 def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

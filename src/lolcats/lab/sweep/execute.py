@@ -23,14 +23,14 @@ from typing import Any
 import torch
 
 import lolcats
+from lolcats.compared import STUDENT, TEACHER, WINDOW_SINKS
 from lolcats.data.inputs import Inputs
 from lolcats.errors import Interrupted, LolcatsError
-from lolcats.evaluation.systems import CONTROL_NAMES, STUDENT, TEACHER
 from lolcats.files import append_line, locked, read_lines, write_text
 from lolcats.lab.sweep.measure import Measurement, short_hash
 from lolcats.lab.sweep.plan import Row, Sweep, plan
 from lolcats.lab.sweep.row import LOCKS, Setup, release, row_result, run_key, source, untrained_key, untrained_result
-from lolcats.lab.sweep.table import CONTROL, ROW, UNTRAINED, WINDOW_SINKS, render
+from lolcats.lab.sweep.table import CONTROL, ROW, UNTRAINED, render
 
 RESULTS, TABLE = "results.jsonl", "table.md"
 Result = dict[str, Any]
@@ -185,8 +185,9 @@ def _jobs(setup: Setup, rows: list[Row]) -> Iterator[Job]:
     """Jobs for the untrained models, then for each row, after those of its controls that no earlier row has."""
     evaluation, first = setup.measurement.key, rows[0]
     for system in (TEACHER, WINDOW_SINKS):
-        keys = {"kind": UNTRAINED, "row": untrained_key(setup, first, system), "name": system, "evaluation": evaluation}
-        yield Job(keys, system, partial(untrained_result, setup, first, system))
+        name, key = system.in_sweeps, untrained_key(setup, first, system)
+        keys = {"kind": UNTRAINED, "row": key, "name": name, "evaluation": evaluation}
+        yield Job(keys, name, partial(untrained_result, setup, first, system))
     seen: set[str] = set()
     for row in rows:
         for name, own in row.controls.items():
@@ -212,11 +213,12 @@ def _of_sweep(results: list[Result], jobs: list[Job]) -> list[Result]:
 
 def with_controls(rows: list[Result], results: list[Result]) -> list[Result]:
     """Add to each of ``rows`` the results of its controls, which were trained as separate runs in ``results``."""
-    students = {(r["row"], r["evaluation"]): r["systems"][STUDENT] for r in results if r.get("kind") in (ROW, CONTROL)}
+    trained = [r for r in results if r.get("kind") in (ROW, CONTROL)]
+    students = {(r["row"], r["evaluation"]): r["systems"][STUDENT.in_sweeps] for r in trained}
 
     def joined(row: Result) -> Result:
         keys = row.get("controls", {}) if row["kind"] == ROW else {}
-        own = {name: students.get((keys.get(name), row["evaluation"])) for name in CONTROL_NAMES}
+        own = {name: students.get((key, row["evaluation"])) for name, key in keys.items()}
         return {**row, "systems": {**row["systems"], **{name: found for name, found in own.items() if found}}}
 
     return [joined(row) for row in rows]

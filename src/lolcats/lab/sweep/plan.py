@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from lolcats.compared import CONTROLS
 from lolcats.config import (
     AttentionConfig,
     Config,
@@ -107,9 +108,7 @@ class Row:
     @property
     def controls(self) -> dict[Control, Row]:
         """The controls that the row can have: all if it has a linear term and LoRA, else none."""
-        attention = self.config.attention
-        linear = {"hybrid", "linear"} & {attention.kind, *attention.layers.values()}
-        if not linear or self.config.finetune.max_steps == 0:
+        if not self.config.attention.has_linear or self.config.finetune.max_steps == 0:
             return {}
         return {name: control_row(self, name) for name in get_args(Control)}
 
@@ -138,7 +137,7 @@ def control_row(row: Row, name: Control) -> Row:
     transfer = TransferConfig(max_steps=0, batch_size=size, micro_batch_size=micro)
     finetune = replace(config.finetune, feature_map_learning_rate=0.0)
     alone = replace(config, attention=attention, transfer=transfer, finetune=finetune, controls=[])
-    return Row(f"{name.replace('_', '+')} of {row.name}", row.settings, alone, row.data)
+    return Row(f"{CONTROLS[name].name} of {row.name}", row.settings, alone, row.data)
 
 
 def read_sweep(path: Path, changes: Iterable[str] = ()) -> Sweep:
@@ -169,7 +168,8 @@ def read_sweep(path: Path, changes: Iterable[str] = ()) -> Sweep:
 
 def plan(sweep: Sweep) -> list[Row]:
     """Every row with the first seed, then with the next one, so that the table has all rows early on."""
-    named = list(sweep.rows.items()) + [(_name(chosen), list(chosen)) for chosen in _product(sweep.grid)]
+    combined = itertools.product(*sweep.grid) if sweep.grid else ()
+    named = [*sweep.rows.items(), *((_name(chosen), list(chosen)) for chosen in combined)]
     if not named:
         raise LolcatsError("The sweep has no rows: give it rows or a grid.")
     return [_row(sweep, name, settings, seed) for seed in sweep.seeds for name, settings in named]
@@ -186,10 +186,6 @@ def _row(sweep: Sweep, name: str, settings: list[str], seed: int) -> Row:
     except LolcatsError as error:
         raise LolcatsError(f"Row {name!r}: {error}") from None
     return Row(name, settings, config, chosen[-1] if chosen else "")
-
-
-def _product(grid: list[list[str]]) -> Iterable[tuple[str, ...]]:
-    return itertools.product(*grid) if grid else ()
 
 
 def _name(settings: Iterable[str]) -> str:

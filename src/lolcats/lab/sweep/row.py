@@ -14,28 +14,33 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lolcats.compared import (
+    CONTROLS,
+    LINEAR_OFF,
+    STUDENT,
+    TEACHER,
+    TRANSFERRED,
+    WINDOW_SINKS,
+    WINDOWS,
+    Compared,
+    baseline_sinks,
+)
 from lolcats.config import Config, identity_of
 from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
-from lolcats.evaluation.systems import STUDENT, TEACHER
 from lolcats.files import locked, write_text
 from lolcats.lab.sweep.measure import PERPLEXITIES, Measured, Measurement, short_hash, source_identity
 from lolcats.lab.sweep.plan import Row, Sweep
-from lolcats.lab.sweep.table import HELD_OUT, LINEAR_OFF, WINDOW, WINDOW_SINKS
+from lolcats.lab.sweep.table import HELD_OUT
 from lolcats.modeling.checkpoint import FEATURE_MAPS, load_feature_maps
 from lolcats.modeling.convert import convert
-from lolcats.modeling.layer import override
 from lolcats.pipeline import Job, device_and_dtype, keep_longest, measure, run_finetune, run_transfer, start
 from lolcats.run import RECORD, Run
 
 LOCKS = "locks"
 LATER = {("attention", "feature_inputs"): ["rotated"], ("finetune", "sharding"): ["auto", "always", "never"]}
 """Settings newer than committed results; keys leave them out at these values, which change nothing."""
-OF_TRANSFER = ("layer_errors_before", "layer_errors_after", "ppl_transfer")
-HELD_OUT_KEYS = {
-    TEACHER: "ppl_teacher", WINDOW: "ppl_window", WINDOW_SINKS: "ppl_window_sinks", STUDENT: "ppl_student",
-    LINEAR_OFF: "ppl_linear_off",
-}  # fmt: skip
+OF_TRANSFER = ("layer_errors_before", "layer_errors_after", TRANSFERRED.result)
 
 
 @dataclass
@@ -76,23 +81,22 @@ def source(sweep: Sweep, row: Row) -> str:
     return sweep.base.sources[row.data] if row.data else sweep.base.data
 
 
-def untrained_key(setup: Setup, row: Row, name: str) -> str:
+def untrained_key(setup: Setup, row: Row, system: Compared) -> str:
     """A hash that identifies the teacher, or the untrained window with sinks of a row."""
     own = row.config.attention
-    window = [own.window, own.window_size, own.sinks or 4, own.layers] if name == WINDOW_SINKS else []
-    return short_hash([setup.inputs.base.fingerprint, name, window, row.config.dtype])
+    window = [own.window, own.window_size, baseline_sinks(own), own.layers] if system is WINDOW_SINKS else []
+    return short_hash([setup.inputs.base.fingerprint, system.in_sweeps, window, row.config.dtype])
 
 
-def untrained_result(setup: Setup, row: Row, name: str) -> dict[str, Any]:
+def untrained_result(setup: Setup, row: Row, system: Compared) -> dict[str, Any]:
     """Measure the teacher, or the untrained window with sinks, on files and tasks."""
     device, dtype = device_and_dtype(row.config)
     started, model = monotonic(), convert(setup.inputs.model(dtype, device), row.config)
-    change: dict[str, Any] = {"kind": "window", "sinks": row.config.attention.sinks or 4}
-    with override(model, **({"mode": "teacher"} if name == TEACHER else change)):
+    with system.on(model):
         found = setup.measurement.everything(model)
     del model
     release()
-    return {"systems": {name: found}, "seconds": {"evaluation": round(monotonic() - started, 1)}}
+    return {"systems": {system.in_sweeps: found}, "seconds": {"evaluation": round(monotonic() - started, 1)}}
 
 
 def row_result(setup: Setup, row: Row) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def row_result(setup: Setup, row: Row) -> dict[str, Any]:
     model = job.models.student()
     _measure(setup, job.run, model, STUDENT)
     if row.config.attention.kind == "hybrid":
-        with override(model, kind="window"):
+        with LINEAR_OFF.on(model):
             _measure(setup, job.run, model, LINEAR_OFF, tasks=False)
     measure(job)
     result = _summary(setup, row, job.run, untrained)
@@ -168,27 +172,28 @@ def _maps_of_transfer(run: Run) -> bool:
     return run.config.finetune.feature_map_learning_rate == 0 and (run.directory / FEATURE_MAPS).is_file()
 
 
-def _untrained(setup: Setup, job: Job) -> dict[str, Measured]:
+def _untrained(setup: Setup, job: Job) -> dict[Compared, Measured]:
     """Perplexities of the row's untrained window, with and without sinks; measured once per sweep."""
     attention = job.config.attention
     if attention.kind not in ("hybrid", "linear") or job.run.stage_done("finetune") or job.in_turn:
         return {}
     found = {}
-    for name, sinks in ((WINDOW, 0), (WINDOW_SINKS, job.run.results["baseline_sinks"])):
-        key = f"{attention.window} {attention.window_size} {sinks} {sorted(attention.layers.items())}"
+    for system in WINDOWS:
+        changes = system.changes(attention)
+        key = f"{attention.window} {attention.window_size} {changes} {sorted(attention.layers.items())}"
         if key not in setup.untrained:
             model = job.models.converted()
-            with override(model, kind="window", sinks=sinks):
+            with system.on(model):
                 setup.untrained[key] = setup.measurement.perplexities(model)
-        found[name] = setup.untrained[key]
+        found[system] = setup.untrained[key]
     return found
 
 
-def _measure(setup: Setup, run: Run, model: PreTrainedModel, system: str, tasks: bool = True) -> None:
+def _measure(setup: Setup, run: Run, model: PreTrainedModel, system: Compared, tasks: bool = True) -> None:
     """Measure part by part and save each in the run's record, so that a killed sweep continues with the next part."""
     for part, function in setup.measurement.parts().items():
         if tasks or part == PERPLEXITIES:
-            run.measure(f"{_prefix(setup)}{system}: {part}", partial(_timed, function, model))
+            run.measure(f"{_prefix(setup)}{system.in_sweeps}: {part}", partial(_timed, function, model))
 
 
 def _timed(measure: Callable[[Any], Measured], model: Any) -> dict[str, Any]:
@@ -201,18 +206,19 @@ def _prefix(setup: Setup) -> str:
     return f"sweep {setup.measurement.key} "
 
 
-def _found(setup: Setup, results: dict[str, Any], system: str) -> Measured:
-    parts = [result["found"] for name, result in results.items() if name.startswith(f"{_prefix(setup)}{system}: ")]
+def _found(setup: Setup, results: dict[str, Any], system: Compared) -> Measured:
+    prefix = f"{_prefix(setup)}{system.in_sweeps}: "
+    parts = [result["found"] for name, result in results.items() if name.startswith(prefix)]
     return {metric: entry for part in parts for metric, entry in part.items()}
 
 
-def _summary(setup: Setup, row: Row, run: Run, untrained: dict[str, Measured]) -> dict[str, Any]:
+def _summary(setup: Setup, row: Row, run: Run, untrained: dict[Compared, Measured]) -> dict[str, Any]:
     results, stages, length = run.results, run.record["stages"], row.config.data.sequence_length
     systems: dict[str, Any] = {}
-    for name, key in HELD_OUT_KEYS.items():
-        if key in results and not (name == LINEAR_OFF and row.config.attention.kind != "hybrid"):
-            more = untrained.get(name) or _found(setup, results, name)
-            systems[name] = {HELD_OUT: {"value": results[key], "stderr": None}, **more}
+    for system in (TEACHER, *WINDOWS, STUDENT, LINEAR_OFF):
+        if system.result in results and (system is not LINEAR_OFF or row.config.attention.kind == "hybrid"):
+            more = untrained.get(system) or _found(setup, results, system)
+            systems[system.in_sweeps] = {HELD_OUT: {"value": results[system.result], "stderr": None}, **more}
     tokens = {
         stage: stages[stage].get("steps", 0) * getattr(row.config, stage).batch_size * length
         for stage in ("transfer", "finetune")
@@ -228,7 +234,7 @@ def _summary(setup: Setup, row: Row, run: Run, untrained: dict[str, Measured]) -
         "layer_errors": {when: results.get(f"layer_errors_{when}", []) for when in ("before", "after")},
         "layers": _rounded(results.get("layers", {})),
         "gamma": [sum(heads) / len(heads) for heads in results.get("gamma", [])],
-        "controls": {name.replace("_", "+"): run_key(setup, own) for name, own in row.controls.items()},
+        "controls": {CONTROLS[name].in_sweeps: run_key(setup, own) for name, own in row.controls.items()},
     }  # fmt: skip
 
 

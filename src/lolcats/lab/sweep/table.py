@@ -7,14 +7,13 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lolcats.evaluation.systems import CONTROL_NAMES, STUDENT
+from lolcats.compared import CONTROLS, LINEAR_OFF, STUDENT, WINDOW, WINDOW_LORA, WINDOW_SINKS
 from lolcats.report.table import markdown
 
 Result = dict[str, Any]
-HELD_OUT, LINEAR_OFF = "held-out", "linear off"
-WINDOW, WINDOW_SINKS = "window, nothing trained", "window + sinks, nothing trained"
-WINDOW_LORA = "window+lora"
+HELD_OUT = "held-out"
 UNTRAINED, CONTROL, ROW = "untrained", "control", "row"  # kinds of results
+BESIDE = [model.in_sweeps for model in (WINDOW, WINDOW_SINKS, LINEAR_OFF, *CONTROLS.values())]
 ADDS, GAINS, NLL = "what the linear term adds", ("acc", "acc_norm", "exact_match"), " nll"
 NOTE = (
     "Perplexities (held-out: test rows of the row's own training data, which differ by seed), nll in nats a "
@@ -34,18 +33,18 @@ def render(title: str, results: list[Result], command: str, chosen: Sequence[str
     """
     newest = {(r["kind"], r["name"], r.get("seed")): r for r in results if r["kind"] != CONTROL}
     references = [r for (kind, *_), r in newest.items() if kind == UNTRAINED]
-    rows: dict[str, list[Result]] = {}
+    by_name: dict[str, list[Result]] = {}
     for (kind, name, _), result in newest.items():
         if kind == ROW:
-            rows.setdefault(name, []).append(result)
+            by_name.setdefault(name, []).append(result)
+    rows = list(by_name.values())
     metrics = [m for m in _metrics(newest.values()) if not chosen or m in chosen]
-    lines = _reference_lines(references, list(rows.values()), metrics)
+    lines = _reference_lines(references, rows, metrics)
     known = {name for name, *_ in lines}
-    beside = [s for s in (WINDOW, WINDOW_SINKS, LINEAR_OFF, *CONTROL_NAMES)
-              if s not in known or not _common(list(rows.values()), s)]  # fmt: skip
-    shared = [s for s in beside if _is_shared(list(rows.values()), s, metrics)]
-    lines += [(s, "", *_cells(_with(rows.values(), s), s, metrics), "", "", "") for s in shared]
-    for name, runs in rows.items():
+    beside = [s for s in BESIDE if s not in known or not _common(rows, s)]
+    shared = [s for s in beside if _is_shared(rows, s, metrics)]
+    lines += [(s, "", *_cells(_with(rows, s)[0], s, metrics), "", "", "") for s in shared]
+    for name, runs in by_name.items():
         lines += _row_lines(name, runs, metrics, [s for s in beside if s not in shared])
     shown = (f"{metric}, %" if _is_score(metric) else metric for metric in metrics)
     header = ("row", "seeds", *shown, "layer error", "tokens (transfer + LoRA)", "seconds (training + evaluation)")
@@ -55,11 +54,8 @@ def render(title: str, results: list[Result], command: str, chosen: Sequence[str
 
 def _metrics(results: Iterable[Result]) -> list[str]:
     """All metrics, held-out perplexity first."""
-    found = dict.fromkeys([HELD_OUT])
-    for result in results:
-        for system in result["systems"].values():
-            found |= dict.fromkeys(system)
-    return list(found)
+    measured = (metric for result in results for system in result["systems"].values() for metric in system)
+    return list(dict.fromkeys([HELD_OUT, *measured]))
 
 
 def _reference_lines(references: list[Result], rows: list[list[Result]], metrics: list[str]) -> list[tuple[str, ...]]:
@@ -76,32 +72,32 @@ def _reference_lines(references: list[Result], rows: list[list[Result]], metrics
 
 def _common(rows: list[list[Result]], system: str) -> list[float]:
     """The held-out perplexities of an untrained model, one per seed; empty if they differ between rows."""
-    found = {(r["seed"], *_values([r], system, HELD_OUT)) for runs in rows for r in runs}
-    if len(found) > len({seed for seed, *_ in found}):
+    found = {(r["seed"], r["systems"].get(system, {}).get(HELD_OUT, {}).get("value")) for runs in rows for r in runs}
+    by_seed = dict(found)
+    if len(found) > len(by_seed):
         return []
-    return [value for _, *values in sorted(found) for value in values]
+    return [by_seed[seed] for seed in sorted(by_seed) if by_seed[seed] is not None]
 
 
-def _with(rows: Iterable[list[Result]], system: str) -> list[Result]:
-    """The runs of the first row that measured ``system``."""
-    return next((runs for runs in rows if any(system in r["systems"] for r in runs)), [])
+def _with(rows: list[list[Result]], system: str) -> list[list[Result]]:
+    """The rows that measured ``system``."""
+    return [runs for runs in rows if any(system in r["systems"] for r in runs)]
 
 
 def _is_shared(rows: list[list[Result]], system: str, metrics: list[str]) -> bool:
     """Whether several rows with the same seeds have the same results for ``system``."""
-    own = [runs for runs in rows if any(system in r["systems"] for r in runs)]
+    own = _with(rows, system)
     lines = {(tuple(sorted(r["seed"] for r in runs)), *_cells(runs, system, metrics)) for runs in own}
     return len(own) > 1 and len(lines) == 1
 
 
 def _row_lines(name: str, runs: list[Result], metrics: list[str], beside: list[str]) -> list[tuple[str, ...]]:
-    tokens = [r["tokens"] for r in runs]
-    budget = " + ".join(_number([t[stage] / 1e6 for t in tokens]) + "M" for stage in ("transfer", "finetune"))
     stages = ("transfer", "finetune")
+    budget = " + ".join(_number([r["tokens"][stage] / 1e6 for r in runs]) + "M" for stage in stages)
     spent = [(sum(r["seconds"].get(s, 0) for s in stages), r["seconds"]["evaluation"]) for r in runs]
     seconds = " + ".join(f"{statistics.mean(part):.0f}" for part in zip(*spent, strict=True))
     errors = _number([r["layer_error"] for r in runs if r["layer_error"] is not None])
-    lines = [(name, str(len(runs)), *_cells(runs, STUDENT, metrics), errors, budget, seconds)]
+    lines = [(name, str(len(runs)), *_cells(runs, STUDENT.in_sweeps, metrics), errors, budget, seconds)]
     measured = {system for r in runs for system in r["systems"]}
     lines += [(f"– {s}", "", *_cells(runs, s, metrics), "", "", "") for s in beside if s in measured]
     added = [_added(runs, metric) for metric in metrics]
@@ -111,9 +107,8 @@ def _row_lines(name: str, runs: list[Result], metrics: list[str], beside: list[s
 
 
 def _cells(runs: list[Result], system: str, metrics: list[str]) -> list[str]:
-    found = {metric: [r["systems"][system][metric] for r in runs if metric in r["systems"].get(system, {})]
-             for metric in metrics}  # fmt: skip
-    return [_cell(found[metric], metric) for metric in metrics]
+    measured = [r["systems"].get(system, {}) for r in runs]
+    return [_cell([entries[metric] for entries in measured if metric in entries], metric) for metric in metrics]
 
 
 def _cell(entries: list[dict[str, Any]], metric: str) -> str:
@@ -135,7 +130,8 @@ def _added(runs: list[Result], metric: str) -> str:
     The error is the standard error for one seed, the deviation over seeds for several. Empty for metrics other than
     perplexity, nll and scores.
     """
-    pairs = [(r["systems"][STUDENT].get(metric), r["systems"].get(WINDOW_LORA, {}).get(metric)) for r in runs]
+    student, control = STUDENT.in_sweeps, WINDOW_LORA.in_sweeps
+    pairs = [(r["systems"][student].get(metric), r["systems"].get(control, {}).get(metric)) for r in runs]
     found = [difference(*pair, metric) for pair in pairs if pair[0] and pair[1]]
     known = [pair for pair in found if pair is not None]
     if not known:
@@ -168,11 +164,6 @@ def _error(items: Sequence[Any] | None, others: Sequence[Any] | None, factor: fl
         return None
     gaps = [float(a) - float(b) for a, b in zip(items, others, strict=True)]
     return factor * statistics.stdev(gaps) / math.sqrt(len(gaps))
-
-
-def _values(runs: list[Result], system: str, metric: str) -> list[float]:
-    found = (r["systems"].get(system, {}).get(metric, {}).get("value") for r in runs)
-    return [value for value in found if value is not None]
 
 
 def _number(values: list[float]) -> str:

@@ -10,21 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
+from lolcats.compared import CONTROLS
 from lolcats.config import Config
 from lolcats.data.rows import Data
 from lolcats.modeling.checkpoint import LORA, merged_lora, save_adapter_config, save_lora
-from lolcats.modeling.layer import override
 from lolcats.stages.finetune.stage import finetune
 from lolcats.stages.result import StageResult
 from lolcats.weights.base import Base
-
-CONTROLS: dict[str, dict[str, Any]] = {"window_lora": {"kind": "window"}, "teacher_lora": {"mode": "teacher"}}
-"""Arguments of :func:`override` that turn a converted model into each control. Neither uses feature maps or gates."""
-KINDS = {"window_lora": "window", "teacher_lora": "softmax"}
 
 
 def control_directory(run: Path, name: str) -> Path:
@@ -41,16 +36,16 @@ def train_control(
     directory = control_directory(run, name)
     directory.mkdir(parents=True, exist_ok=True)
     frozen_maps = replace(config, finetune=replace(config.finetune, feature_map_learning_rate=0.0))
-    with override(model, **CONTROLS[name]):
+    with CONTROLS[name].on(model):
         wrapped, result = finetune(model, data, frozen_maps, directory)
     save_lora(wrapped, base, directory / LORA)
     wrapped.unload()
-    save_adapter_config(model, base, directory, KINDS[name])
+    save_adapter_config(model, base, directory, CONTROLS[name].change.get("kind", "softmax"))
     return result
 
 
 @contextmanager
 def control(model: PreTrainedModel, name: str, run: Path) -> Iterator[PreTrainedModel]:
     """For the block's duration, turn ``model``, the run's converted base model without LoRA, into a trained control."""
-    with override(model, **CONTROLS[name]), merged_lora(model, control_directory(run, name) / LORA) as merged:
+    with CONTROLS[name].on(model), merged_lora(model, control_directory(run, name) / LORA) as merged:
         yield merged
