@@ -91,10 +91,10 @@ class Matcher:
         GrammarError: the grammar is invalid, costs too much, or allows no text that has these tokens.
     """
 
-    def __init__(self, vocabulary: Vocabulary, grammar: str, limits: MatcherLimits | None = None) -> None:
+    def __init__(self, vocabulary: Vocabulary, grammar: str, limits: MatcherLimits) -> None:
         import llguidance
 
-        self.vocabulary, self.limits = vocabulary, limits or MatcherLimits()
+        self.vocabulary, self.limits = vocabulary, limits
         self.stopped = False
         """Nothing more can follow."""
         self._tokens, self._seconds = 0, 0.0
