@@ -6,12 +6,12 @@ import json
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from lolcats.inference.generate import plain_text
 from lolcats.inference.server import fields
 from lolcats.inference.server.errors import ApiError
-from lolcats.inference.server.strict import Int, Strict, Text
+from lolcats.inference.server.strict import TEXT_OR_LIST, Int, Strict, Text
 
 MARK = "qzx7kjw"
 """A name or text that no template has: if it is in what a template makes, the template knows where it came from."""
@@ -63,8 +63,8 @@ class Tool(Strict):
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
-        Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Tag("<parts>")],
-        Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<text>"),
+        Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Tag("<list>")],
+        TEXT_OR_LIST,
     ] | None = None  # fmt: skip
     name: Text | None = None
     tool_calls: list[ToolCall] = Field([])
