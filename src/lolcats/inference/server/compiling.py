@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from lolcats.inference.engine.grammar import GrammarError, Matcher
@@ -40,7 +39,7 @@ class Compiling:
         try:
             if not await loop.run_in_executor(self.known, self.grammars.knows, response_format):
                 await loop.run_in_executor(self.new, self.grammars.compile, response_format)
-            return await loop.run_in_executor(self.known, partial(self._make, response_format, count, gone))
+            return await loop.run_in_executor(self.known, self._make, response_format, count, gone)
         except GrammarError as error:
             raise ApiError(400, str(error), "response_format") from None
         finally:

@@ -38,27 +38,24 @@ def add_page(app: FastAPI, authorize: Callable[[Request], None], limits: Limits)
         authorize: raises an ApiError for a request without the key. The page and its files need none.
         limits: size of a text to render, as JSON, and how long it may take to arrive.
     """
-    files = {name: _shipped(name) for name in TYPES}
+    folder = resources.files("lolcats.inference.server").joinpath("static")
+    files = {name: folder.joinpath(name).read_bytes() for name in TYPES}
     renderer = _Renderer()
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def chat_page(request: Request) -> Response:
         return _file(request, "chat.html", files["chat.html"])
 
-    @app.get("/static/{name}", include_in_schema=False)
+    @app.get("/static/{name}")
     async def static_file(request: Request, name: str) -> Response:
         if name not in files:
             raise ApiError(404, "This file does not exist.")
         return _file(request, name, files[name])
 
-    @app.post("/markdown", include_in_schema=False)
+    @app.post("/markdown")
     async def rendered(request: Request) -> Response:
         authorize(request)
         return JSONResponse({"html": await renderer.render(await _text(request, limits))})
-
-
-def _shipped(name: str) -> bytes:
-    return resources.files("lolcats.inference.server").joinpath("static", name).read_bytes()
 
 
 def _file(request: Request, name: str, content: bytes) -> Response:

@@ -18,9 +18,9 @@ SHORT = 4096
 class Tokenizing:
     """A tokenizer for many threads."""
 
-    def __init__(self, tokenizer: Any, threads: int = 4) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.template = tokenizer, Template(tokenizer)
-        self.pool = ThreadPoolExecutor(threads, "tokenizer")
+        self.pool = ThreadPoolExecutor(4, "tokenizer")
         self.backend, self.lock = getattr(tokenizer, "backend_tokenizer", None), threading.Lock()
         if self.backend is not None:
             self.backend.no_truncation()
