@@ -174,7 +174,7 @@ class BatchSampler:
         self.samplers, device, params = [], logits.device, [s.params for s in samplers]
         self.drawn = [i for i, p in enumerate(params) if p.temperature > 0]
         self.groups = [
-            Group.of(rows[i : i + ROWS], params, filters, device)
+            Group(rows[i : i + ROWS], params, filters, device)
             for filters in (False, True)
             if (rows := [row for row in self.drawn if params[row].filters == filters])
             for i in range(0, len(rows), ROWS)
@@ -195,28 +195,22 @@ class BatchSampler:
         return result
 
 
-@dataclass(frozen=True)
 class Group:
     """Rows that are drawn together: all of them with filters, or none, since the two invert in different orders.
 
     A row would otherwise draw another token where a batch mate has a filter.
     """
 
-    rows: list[int]
-    index: Tensor
-    columns: list[Tensor]
-    filters: bool
-
-    @classmethod
-    def of(cls, rows: list[int], params: Sequence[SamplingParams], filters: bool, device: torch.device) -> Group:
-        columns = [
+    def __init__(self, rows: list[int], params: Sequence[SamplingParams], filters: bool, device: torch.device) -> None:
+        self.rows, self.filters = rows, filters
+        self.index = torch.tensor(rows, dtype=torch.long, device=device)
+        self.columns = [
             torch.tensor([getattr(params[row], name) for row in rows], dtype=dtype, device=device)[:, None]
             for name, dtype in (
                 ("temperature", torch.float64), ("top_k", torch.long), ("top_p", torch.float32),
                 ("min_p", torch.float32),
             )
         ]  # fmt: skip
-        return cls(rows, torch.tensor(rows, dtype=torch.long, device=device), columns, filters)
 
 
 class Biases:

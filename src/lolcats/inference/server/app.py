@@ -24,7 +24,7 @@ from lolcats.inference.engine.worker import Worker
 from lolcats.inference.server.access import Access
 from lolcats.inference.server.body import read_body
 from lolcats.inference.server.compiling import Compiling
-from lolcats.inference.server.errors import ApiError
+from lolcats.inference.server.errors import ApiError, bad_field
 from lolcats.inference.server.grammar import Grammars
 from lolcats.inference.server.limits import Limits
 from lolcats.inference.server.metrics import Metrics
@@ -78,7 +78,7 @@ class Service:
             raise ApiError(400, f"At most {self.limits.choices} choices (prompts times n) in one request.", "n")
         field, wanted = body.tokens_field
         if wanted is not None and wanted > self.limits.max_tokens:
-            raise ApiError(400, f"{field}: at most {self.limits.max_tokens}, got {wanted}.", field)
+            raise bad_field(field, f"at most {self.limits.max_tokens}, got {wanted}.")
 
     async def requests(self, body: Generation, prompts: list[list[int]], default_tokens: int) -> list[EngineRequest]:
         """One request for each prompt and choice.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lolcats.inference.server.errors import ApiError
+from lolcats.inference.server.errors import bad_field
 
 Accepts = Callable[[Any], bool]
 Table = Mapping[str, tuple[Accepts, str]]
@@ -158,7 +158,7 @@ def settle(given: Any, own: set[str], *tables: Table, place: str = "") -> Any:
             continue
         accepts, expected = next((table[name] for table in tables if name in table), (None, ""))
         if accepts is None:
-            raise ApiError(400, f"{place}{name}: this server does not know this field.", f"{place}{name}")
+            raise bad_field(f"{place}{name}", "this server does not know this field.")
         if not accepts(value):
-            raise ApiError(400, f"{place}{name}: not supported; leave it out or send {expected}.", f"{place}{name}")
+            raise bad_field(f"{place}{name}", f"not supported; leave it out or send {expected}.")
     return result

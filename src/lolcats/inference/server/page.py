@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from lolcats.inference.server import markdown
 from lolcats.inference.server.body import parsed_json, read_bytes
-from lolcats.inference.server.errors import ApiError
+from lolcats.inference.server.errors import ApiError, bad_field
 from lolcats.inference.server.limits import Limits
 
 TYPES = {"chat.html": "text/html", "chat.css": "text/css", "chat.js": "text/javascript"}
@@ -85,5 +85,5 @@ async def _text(request: Request, limits: Limits) -> str:
     """The field ``text`` of the request's JSON; an ApiError says what is wrong with it."""
     given = parsed_json(await read_bytes(request, limits))
     if not isinstance(given, dict) or not isinstance(given.get("text"), str):
-        raise ApiError(400, 'text: expected a string, as in {"text": "..."}.', "text")
+        raise bad_field("text", 'expected a string, as in {"text": "..."}.')
     return given["text"]

@@ -42,9 +42,7 @@ class Tokenizing:
             text = self.template.render([m.plain() for m in messages], [tool.plain() for tool in tools] or None)
             return self.encode(text, not self.tokenizer.chat_template)
 
-        size = 64 * len(messages)  # a template takes time for each, even if it is empty
-        parts = (part for m in messages for part in ([m.content] if isinstance(m.content, str) else m.content or []))
-        size += sum(len(x) if isinstance(x, str) else len(x.text) for x in parts)
+        size = sum(64 + len(m.text) for m in messages)  # a template takes time for each, even if it is empty
         return await self.run(size, encode)
 
     def encode(self, text: str, special: bool) -> list[int]:
