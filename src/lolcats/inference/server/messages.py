@@ -63,8 +63,7 @@ class Tool(Strict):
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
-        Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Tag("<list>")],
-        TEXT_OR_LIST,
+        Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Tag("<list>")], TEXT_OR_LIST
     ] | None = None  # fmt: skip
     name: Text | None = None
     tool_calls: list[ToolCall] = Field([])
