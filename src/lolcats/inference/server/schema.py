@@ -73,15 +73,13 @@ class Generation(Strict):
         return "max_tokens", self.max_tokens
 
     @property
-    def wanted_logprobs(self) -> int | None:
+    def wanted_logprobs(self) -> tuple[int | None, int | None]:
+        """For tokens of the answer, and of the prompt."""
         raise NotImplementedError
-
-    @property
-    def echoes(self) -> bool:
-        return False
 
     def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
         """Parameters of one choice; choices of one seed differ, and do so reproducibly."""
+        logprobs, prompt_logprobs = self.wanted_logprobs
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -94,8 +92,8 @@ class Generation(Strict):
             logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             seed=None if self.seed is None else (self.seed + choice) % 2**63,
-            logprobs=self.wanted_logprobs,
-            prompt_logprobs=self.wanted_logprobs if self.echoes else None,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
 
@@ -118,12 +116,8 @@ class CompletionRequest(Generation):
         return self
 
     @property
-    def wanted_logprobs(self) -> int | None:
-        return self.logprobs
-
-    @property
-    def echoes(self) -> bool:
-        return self.echo
+    def wanted_logprobs(self) -> tuple[int | None, int | None]:
+        return self.logprobs, self.logprobs if self.echo else None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -155,8 +149,8 @@ class ChatRequest(Generation):
         return "max_tokens", self.max_tokens
 
     @property
-    def wanted_logprobs(self) -> int | None:
-        return self.top_logprobs if self.logprobs else None
+    def wanted_logprobs(self) -> tuple[int | None, int | None]:
+        return self.top_logprobs if self.logprobs else None, None
 
 
 Body = TypeVar("Body", CompletionRequest, ChatRequest)
