@@ -29,7 +29,7 @@ def serving(
 ) -> Iterator[tuple[str, Any]]:
     """(address, service) of a running server."""
     app = create_app(engine, "tiny", limits, api_key, access)
-    server, listening = Server(app, deadline, log_level="error"), listen("127.0.0.1", 0)
+    server, listening = Server(app, deadline), listen("127.0.0.1", 0)
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

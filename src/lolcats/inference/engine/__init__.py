@@ -1,6 +1,8 @@
 """Continuous batching over states of fixed size."""
 
-from lolcats.inference.engine.engine import Delta, Engine, Request, check_model
+from lolcats.inference.engine.engine import Engine
+from lolcats.inference.engine.model import check_model
+from lolcats.inference.engine.request import Delta, Request
 from lolcats.inference.engine.sampling import SamplingParams, TokenLogprob
 from lolcats.inference.engine.states import Snapshot
 

@@ -30,7 +30,7 @@ from lolcats.errors import LolcatsError
 from lolcats.inference.engine.graphs import DecodeGraphs, Landing, capture
 from lolcats.inference.engine.model import broke_the_device, check_model, end_tokens, lay_out_for_vectors
 from lolcats.inference.engine.prompts import Prompts
-from lolcats.inference.engine.request import Delta, FinishReason, Request
+from lolcats.inference.engine.request import Delta, Request
 from lolcats.inference.engine.sampling import BatchSampler, TokenLogprob, sequence_logprobs
 from lolcats.inference.engine.states import PrefillCache, PrefixCache, SlotTable, Snapshot
 from lolcats.modeling.layer import LinearizedAttention, linearized_layers
@@ -122,7 +122,7 @@ class Engine:
         """Queue a request, if :meth:`check` passes it."""
         self.check(request)
         if self.broken:
-            return self._tell(request, Delta("", [], [], "error", error=self.broken))
+            return self._tell(request, Delta(finish_reason="error", error=self.broken))
         try:
             request.begin(self.tokenizer)
         except Exception as error:
@@ -134,7 +134,7 @@ class Engine:
         self._catch_up()
         if not self._take_out(request):
             return False
-        request.on_delta(Delta("", [], [], "cancelled"))
+        request.on_delta(Delta(finish_reason="cancelled"))
         return True
 
     def abort(self, message: str) -> None:
@@ -146,7 +146,7 @@ class Engine:
         except Exception as error:
             self.broken = f"{type(error).__name__}: {error}"
         for request in requests:
-            self._tell(request, Delta("", [], [], "error", error=message))
+            self._tell(request, Delta(finish_reason="error", error=message))
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -229,7 +229,7 @@ class Engine:
         for request in requests:
             self.waiting.remove(request)
         if requests[0].params.max_tokens == 0:  # only its prompt was to be scored
-            return self._tell(requests[0], Delta("", [], [], "length"))
+            return self._tell(requests[0], Delta(finish_reason="length"))
         begin = len(self.running)
         self.running += requests
         assert requests[0].cache is not None
@@ -309,9 +309,7 @@ class Engine:
             request.sampler.saw(token)
         self._report([slot for slot, _, _ in alive], [token for _, _, token in alive], [None] * len(alive))
 
-    def _decode_rows(
-        self, ids: Tensor, positions: Tensor, rows: int, counts: tuple[int, ...] | None = None
-    ) -> Tensor:  # fmt: skip
+    def _decode_rows(self, ids: Tensor, positions: Tensor, rows: int, counts: tuple[int, ...] | None = None) -> Tensor:
         return self._forward(ids, positions, self.table.view(rows, counts))[:, -1]
 
     def _has_kernels(self) -> bool:
@@ -448,10 +446,9 @@ class Engine:
 
 
 def _failure(error: Exception) -> Delta:
-    refused = isinstance(error, LolcatsError)
-    return Delta(
-        "", [], [], "error", error=str(error) if refused else f"{type(error).__name__}: {error}", refused=refused
-    )
+    if isinstance(error, LolcatsError):
+        return Delta(finish_reason="error", error=str(error), refused=True)
+    return Delta(finish_reason="error", error=f"{type(error).__name__}: {error}")
 
 
 def _log(what: str, error: Exception) -> None:
@@ -460,6 +457,3 @@ def _log(what: str, error: Exception) -> None:
         log.warning("%s: %s", what, error)
     else:
         log.error("%s.", what, exc_info=error)
-
-
-__all__ = ["Delta", "Engine", "FinishReason", "Request", "check_model"]

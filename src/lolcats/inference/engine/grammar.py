@@ -73,10 +73,10 @@ class Vocabulary:
         self.tokenizer = _llguidance_tokenizer(self.json, max(size, self.end + 1), self.end)
         self.words = (self.tokenizer.vocab_size + 31) // 32
         known = torch.arange(self.words * 32) < size
-        self.stops = torch.zeros_like(known)
-        self.stops[[token for token in self.stop_tokens if token < size]] = True
+        stops = torch.zeros_like(known)
+        stops[[token for token in self.stop_tokens if token < size]] = True
         known[[token for token in (*self.stop_tokens, self.end) if token < len(known)]] = False
-        self.plain, self.stops = packed(known), packed(self.stops)
+        self.plain, self.stops = packed(known), packed(stops)
 
 
 class Matcher:
@@ -91,10 +91,10 @@ class Matcher:
         GrammarError: the grammar is invalid, costs too much, or allows no text that has these tokens.
     """
 
-    def __init__(self, vocabulary: Vocabulary, grammar: str, limits: MatcherLimits | None = None) -> None:
+    def __init__(self, vocabulary: Vocabulary, grammar: str, limits: MatcherLimits) -> None:
         import llguidance
 
-        self.vocabulary, self.limits = vocabulary, limits or MatcherLimits()
+        self.vocabulary, self.limits = vocabulary, limits
         self.stopped = False
         """Nothing more can follow."""
         self._tokens, self._seconds = 0, 0.0

@@ -21,9 +21,9 @@ class Delta:
     refused: the error is the request's own fault, such as a grammar that leads nowhere.
     """
 
-    text: str
-    tokens: list[int]
-    logprobs: list[TokenLogprob]
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     snapshot: Snapshot | None = None
     error: str = ""
@@ -58,8 +58,7 @@ class Request:
     """How many of these came from the prefix cache."""
 
     def begin(self, tokenizer: Any) -> None:
-        history = [*(self.start.tokens if self.start else ()), *self.prompt]
-        self.sampler = Sampler(self.params, history, self.matcher)
+        self.sampler = Sampler(self.params, self.history, self.matcher)
         self.detokenizer, self.stops = Detokenizer(tokenizer), StopStrings(self.params.stop)
         self.cache: PrefillCache | None = None
 
@@ -85,10 +84,11 @@ class Request:
     def delta(self, token: int, logprob: TokenLogprob | None, ends: bool) -> Delta:
         """Add a token; ``ends``: it is an end-of-sequence token."""
         self.generated.append(token)
-        if self.sampler.matcher is not None:
-            self.sampler.matcher.accept(token)
         full = len(self.generated) == self.params.max_tokens
-        complete = self.sampler.complete
+        complete = False
+        if self.matcher is not None:
+            self.matcher.accept(token)
+            complete = self.matcher.stopped
         text = self._shown(token, ends, full or complete) if self.text else ""
         stopped = ends or complete or self.stops.stopped
         reason: FinishReason | None = "stop" if stopped else "length" if full else None

@@ -113,11 +113,6 @@ class Sampler:
             self.used = 0
         return self.drawn[self.used]
 
-    @property
-    def complete(self) -> bool:
-        """Whether the grammar lets nothing follow."""
-        return self.matcher is not None and self.matcher.stopped
-
     def saw(self, token: int) -> None:
         if self.seen is not None:
             self.seen[token] = None
@@ -135,31 +130,26 @@ class BatchSampler:
     def __init__(self) -> None:
         self.samplers: list[Sampler] = []
 
-    def sample(
-        self, logits: Tensor, samplers: Sequence[Sampler]
-    ) -> tuple[list[int], list[TokenLogprob | None]]:  # fmt: skip
+    def sample(self, logits: Tensor, samplers: Sequence[Sampler]) -> tuple[list[int], list[TokenLogprob | None]]:
         """A token for each row of ``logits`` (B, V), and its log-probability where the row's parameters ask for it.
 
         A row's token depends only on that row and its own sampler. After an error nothing has been drawn or seen.
         """
-        tokens, logprobs = self._choose(logits, samplers)
+        tokens = self._choose(logits, samplers)
         result: list[int] = tokens.tolist()
-        reported: list[TokenLogprob | None] = [None] * len(result)
-        if logprobs:
-            reported = self._logprobs(logits, tokens, result)
+        logprobs = self._logprobs(logits, tokens)
         self._chosen(tokens)
-        for row, token in enumerate(result):
-            samplers[row].saw(token)
-        return result, reported
+        for sampler, token in zip(samplers, result, strict=True):
+            sampler.saw(token)
+        return result, logprobs
 
     def choose(self, logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
         """Only the tokens (B,), on the device; the samplers are yet to be told that they saw them."""
-        tokens, _ = self._choose(logits, samplers)
+        tokens = self._choose(logits, samplers)
         self._chosen(tokens)
         return tokens
 
-    def _choose(self, logits: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, bool]:
-        """The tokens, and whether any row wants its log-probability."""
+    def _choose(self, logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
         if self.samplers != list(samplers):
             self._compose(list(samplers), logits)
         changed = self.grammars.apply(self.penalties.apply(self.biases.apply(logits)))
@@ -171,7 +161,7 @@ class BatchSampler:
                 changed if every else changed[group.index], uniform.to(logits.device), group.columns, group.filters
             )
             tokens[group.index] = drawn
-        return tokens, bool(self.logprob_rows)
+        return tokens
 
     def _chosen(self, tokens: Tensor) -> None:
         """Nothing can fail any more: count what was used up."""
@@ -184,7 +174,7 @@ class BatchSampler:
         self.samplers, device, params = [], logits.device, [s.params for s in samplers]
         self.drawn = [i for i, p in enumerate(params) if p.temperature > 0]
         self.groups = [
-            Group.of(rows[i : i + ROWS], params, filters, device)
+            Group(rows[i : i + ROWS], params, filters, device)
             for filters in (False, True)
             if (rows := [row for row in self.drawn if params[row].filters == filters])
             for i in range(0, len(rows), ROWS)
@@ -194,8 +184,10 @@ class BatchSampler:
         self.grammars = Grammars(samplers)
         self.samplers = samplers  # last: after an error the next call composes again
 
-    def _logprobs(self, logits: Tensor, tokens: Tensor, chosen: list[int]) -> list[TokenLogprob | None]:
-        result: list[TokenLogprob | None] = [None] * len(chosen)
+    def _logprobs(self, logits: Tensor, tokens: Tensor) -> list[TokenLogprob | None]:
+        result: list[TokenLogprob | None] = [None] * len(tokens)
+        if not self.logprob_rows:
+            return result
         rows = torch.tensor(self.logprob_rows, device=logits.device)
         counts = [self.samplers[row].params.logprobs or 0 for row in self.logprob_rows]
         for row, entry in zip(self.logprob_rows, token_logprobs(logits[rows], tokens[rows], counts), strict=True):
@@ -203,28 +195,22 @@ class BatchSampler:
         return result
 
 
-@dataclass(frozen=True)
 class Group:
     """Rows that are drawn together: all of them with filters, or none, since the two invert in different orders.
 
     A row would otherwise draw another token where a batch mate has a filter.
     """
 
-    rows: list[int]
-    index: Tensor
-    columns: list[Tensor]
-    filters: bool
-
-    @classmethod
-    def of(cls, rows: list[int], params: Sequence[SamplingParams], filters: bool, device: torch.device) -> Group:
-        columns = [
+    def __init__(self, rows: list[int], params: Sequence[SamplingParams], filters: bool, device: torch.device) -> None:
+        self.rows, self.filters = rows, filters
+        self.index = torch.tensor(rows, dtype=torch.long, device=device)
+        self.columns = [
             torch.tensor([getattr(params[row], name) for row in rows], dtype=dtype, device=device)[:, None]
             for name, dtype in (
                 ("temperature", torch.float64), ("top_k", torch.long), ("top_p", torch.float32),
                 ("min_p", torch.float32),
             )
         ]  # fmt: skip
-        return cls(rows, torch.tensor(rows, dtype=torch.long, device=device), columns, filters)
 
 
 class Biases:

@@ -58,10 +58,6 @@ class Snapshot:
         return cls(tokens, tuple(AttentionState.of_tensors(layers[i], len(tokens)) for i in sorted(layers)))
 
 
-def copied(state: AttentionState) -> AttentionState:
-    return state.map(torch.clone)
-
-
 class PrefillCache:
     """transformers' cache of one sequence, or of several of one length, for their prefill."""
 
@@ -164,12 +160,11 @@ class PrefixCache:
         last = done + self.piece > len(tokens)
         if remainder or not pieces or (pieces & (pieces - 1) and not last):
             return
-        key = self._keys(tokens[:done])[-1]
-        snapshot = Snapshot(tuple(tokens[:done]), tuple(states))
-        if key in self.entries or snapshot.nbytes > self.limit:
+        key, nbytes = self._keys(tokens[:done])[-1], sum(state.nbytes for state in states)
+        if key in self.entries or nbytes > self.limit:
             return
-        self.entries[key] = Snapshot(snapshot.tokens, tuple(copied(state) for state in states))
-        self.nbytes += snapshot.nbytes
+        self.entries[key] = Snapshot(tuple(tokens[:done]), tuple(state.map(torch.clone) for state in states))
+        self.nbytes += nbytes
         while self.nbytes > self.limit:
             self.nbytes -= self.entries.popitem(last=False)[1].nbytes
 

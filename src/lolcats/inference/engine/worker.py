@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from lolcats.inference.engine.engine import Engine
 from lolcats.inference.engine.request import Delta, Request
@@ -28,7 +29,7 @@ class Worker:
         max_waiting: requests that may wait for a slot.
     """
 
-    def __init__(self, engine: Engine, max_waiting: int = 128) -> None:
+    def __init__(self, engine: Engine, max_waiting: int) -> None:
         self.engine, self.max_waiting = engine, max_waiting
         self.open = 0  # requests handed in that have not ended
         self.lock = threading.Lock()
@@ -64,12 +65,12 @@ class Worker:
             self.open += len(requests)
         for request in requests:
             request.on_delta = self._counted(request.on_delta)
-            self.commands.put(lambda request=request: self.engine.submit(request))  # type: ignore[misc]
+            self.commands.put(partial(self.engine.submit, request))
 
     def cancel(self, requests: list[Request]) -> None:
         """Free the requests' slots before the next step; those that have ended already are left as they are."""
         for request in requests:
-            self.commands.put(lambda request=request: self.engine.cancel(request))  # type: ignore[misc]
+            self.commands.put(partial(self.engine.cancel, request))
 
     def close(self) -> None:
         """End the thread after the step it is in."""

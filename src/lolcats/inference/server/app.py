@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -26,7 +24,7 @@ from lolcats.inference.engine.worker import Worker
 from lolcats.inference.server.access import Access
 from lolcats.inference.server.body import read_body
 from lolcats.inference.server.compiling import Compiling
-from lolcats.inference.server.errors import ApiError
+from lolcats.inference.server.errors import ApiError, bad_field
 from lolcats.inference.server.grammar import Grammars
 from lolcats.inference.server.limits import Limits
 from lolcats.inference.server.metrics import Metrics
@@ -40,30 +38,16 @@ log = logging.getLogger(__name__)
 READ = ["GET", "HEAD"]
 
 
-@dataclass
 class Service:
     """What the routes share."""
 
-    worker: Worker
-    name: str
-    limits: Limits
-    access: Access
-    metrics: Metrics
-    streams: Streams
-    tokenizing: Tokenizing
-    compiling: Compiling
-
-    @classmethod
-    def of(cls, engine: Engine, name: str, limits: Limits, access: Access) -> Service:
-        worker = Worker(engine, limits.waiting)
-        metrics, tokenizing = Metrics(worker), Tokenizing(engine.tokenizer)
-        grammars = Grammars(engine.tokenizer, engine.vocabulary, engine.stop_tokens)
-        streams = Streams(worker, metrics)
-        return cls(worker, name, limits, access, metrics, streams, tokenizing, Compiling(grammars))
-
-    @property
-    def engine(self) -> Engine:
-        return self.worker.engine
+    def __init__(self, engine: Engine, name: str, limits: Limits, access: Access) -> None:
+        self.engine, self.name, self.limits, self.access = engine, name, limits, access
+        self.worker = Worker(engine, limits.waiting)
+        self.metrics = Metrics(self.worker)
+        self.streams = Streams(self.worker, self.metrics)
+        self.tokenizing = Tokenizing(engine.tokenizer)
+        self.compiling = Compiling(Grammars(engine.tokenizer, engine.vocabulary, engine.stop_tokens))
 
     def prepare(self) -> None:
         """Load now what the first grammar needs, which would hold up other answers for a second or two later."""
@@ -94,7 +78,7 @@ class Service:
             raise ApiError(400, f"At most {self.limits.choices} choices (prompts times n) in one request.", "n")
         field, wanted = body.tokens_field
         if wanted is not None and wanted > self.limits.max_tokens:
-            raise ApiError(400, f"{field}: at most {self.limits.max_tokens}, got {wanted}.", field)
+            raise bad_field(field, f"at most {self.limits.max_tokens}, got {wanted}.")
 
     async def requests(self, body: Generation, prompts: list[list[int]], default_tokens: int) -> list[EngineRequest]:
         """One request for each prompt and choice.
@@ -124,7 +108,7 @@ def create_app(
 
     access: who may use it; ``api_key`` is enough where only a key matters.
     """
-    service = Service.of(engine, name, limits or Limits(), access or Access(api_key))
+    service = Service(engine, name, limits or Limits(), access or Access(api_key))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -240,7 +224,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         service.check(body, len(body.prompts))
         prompts = [await tokenizing.prompt(prompt) for prompt in body.prompts]
         requests = await while_connected(request, service.requests(body, prompts, 16))
-        reply = Reply(f"cmpl-{uuid.uuid4().hex}", service.name, False, requests, body.n, service.engine.tokenizer)
+        reply = Reply(service.name, False, requests, body.n, service.engine.tokenizer)
         if body.echo:
             reply.echo(body.prompts)
         return await answer(request, body, reply)
@@ -253,5 +237,5 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         tools = body.tools if body.tool_choice != "none" else []
         prompt = await tokenizing.conversation(body.messages, tools)
         requests = await while_connected(request, service.requests(body, [prompt], limits.max_tokens))
-        reply = Reply(f"chatcmpl-{uuid.uuid4().hex}", service.name, True, requests, body.n, service.engine.tokenizer)
+        reply = Reply(service.name, True, requests, body.n, service.engine.tokenizer)
         return await answer(request, body, reply)

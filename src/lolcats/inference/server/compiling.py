@@ -6,12 +6,11 @@ import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from lolcats.inference.engine.grammar import GrammarError, Matcher
 from lolcats.inference.server.errors import ApiError
-from lolcats.inference.server.grammar import Grammars
+from lolcats.inference.server.grammar import Grammar, Grammars
 
 MOST_WAITING = 16
 MOST_SECONDS = 2.0
@@ -38,27 +37,29 @@ class Compiling:
         loop, gone = asyncio.get_running_loop(), threading.Event()
         self.waiting += 1
         try:
-            if not await loop.run_in_executor(self.known, self.grammars.knows, response_format):
-                await loop.run_in_executor(self.new, self.grammars.compile, response_format)
-            return await loop.run_in_executor(self.known, partial(self._make, response_format, count, gone))
+            grammar = await loop.run_in_executor(self.known, self.grammars.find, response_format)
+            if grammar is None:
+                grammar = await loop.run_in_executor(self.new, self.grammars.compile, response_format)
+            return await loop.run_in_executor(self.known, _make, grammar, count, gone)
         except GrammarError as error:
             raise ApiError(400, str(error), "response_format") from None
         finally:
             gone.set()
             self.waiting -= 1
 
-    def _make(self, response_format: dict[str, Any], count: int, gone: threading.Event) -> list[Matcher | None]:
-        grammar, begin, result = self.grammars.compile(response_format), time.thread_time(), list[Matcher | None]()
-        while len(result) < count and not gone.is_set():
-            result.append(grammar())
-            if (time.thread_time() - begin) * count > MOST_SECONDS * len(result):
-                raise GrammarError(
-                    f"response_format: this schema takes too much time for {count} answers; ask for fewer, or make it "
-                    "simpler."
-                )
-        return result
-
     def close(self) -> None:
         self.grammars.close()
         self.new.shutdown(wait=False, cancel_futures=True)
         self.known.shutdown(wait=False, cancel_futures=True)
+
+
+def _make(grammar: Grammar, count: int, gone: threading.Event) -> list[Matcher | None]:
+    begin, result = time.thread_time(), list[Matcher | None]()
+    while len(result) < count and not gone.is_set():
+        result.append(grammar())
+        if (time.thread_time() - begin) * count > MOST_SECONDS * len(result):
+            raise GrammarError(
+                f"response_format: this schema takes too much time for {count} answers; ask for fewer, or make it "
+                "simpler."
+            )
+    return result

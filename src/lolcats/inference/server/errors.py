@@ -30,3 +30,8 @@ class ApiError(Exception):
     def content(self) -> dict[str, Any]:
         kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+
+
+def bad_field(field: str, reason: str) -> ApiError:
+    """400 for one field, as the client wrote it, such as ``messages.1.role``."""
+    return ApiError(400, f"{field}: {reason}", field)

@@ -6,14 +6,15 @@ it is refused, as is a field that nobody knows. ``null`` means that a field is n
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lolcats.inference.server.errors import ApiError
+from lolcats.inference.server.errors import bad_field
 
-Accepts = Callable[[Any], bool]
-Table = Mapping[str, tuple[Accepts, str]]
-"""For each field: which values are taken, and how to say which."""
+Rule = tuple[Callable[[Any], bool], str]
+"""Which values are taken, and how to say which."""
+Table = Mapping[str, Rule]
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -21,117 +22,119 @@ def _same(value: Any, neutral: Any) -> bool:
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
-def only(*neutral: Any) -> Accepts:
-    return lambda value: any(_same(value, x) for x in neutral)
+def only(*neutral: Any) -> Rule:
+    expected = " or ".join(map(json.dumps, neutral)) or "null"
+    return lambda value: any(_same(value, x) for x in neutral), expected
 
 
-def kind(*types: type) -> Accepts:
+def kind(expected: str, *types: type) -> Rule:
     """Any value of these types: it says nothing about the answer."""
-    return lambda value: isinstance(value, types)
+    return lambda value: isinstance(value, types), expected
 
 
 NEVER = only()
 """Only null."""
+OBJECT, STRING, BOOLEAN = kind("an object", dict), kind("a string", str), kind("true or false", bool)
 
 SHARED: Table = {
     # OpenAI's
-    "metadata": (kind(dict), "an object"),
-    "user": (kind(str), "a string"),
-    "safety_identifier": (kind(str), "a string"),
-    "prompt_cache_key": (kind(str), "a string"),
-    "prompt_cache_retention": (kind(str), "a string"),
-    "prompt_cache_options": (kind(dict), "an object"),
-    "service_tier": (kind(str), "a string"),
-    "store": (only(False), "false"),
+    "metadata": OBJECT,
+    "user": STRING,
+    "safety_identifier": STRING,
+    "prompt_cache_key": STRING,
+    "prompt_cache_retention": STRING,
+    "prompt_cache_options": OBJECT,
+    "service_tier": STRING,
+    "store": only(False),
     # vLLM's
-    "use_beam_search": (only(False), "false"),
-    "early_stopping": (only(False), "false"),
-    "length_penalty": (only(1), "1"),
-    "watermarking": (only(False), "false"),
-    "stop_token_ids": (only([]), "[]"),
-    "include_stop_str_in_output": (only(False), "false"),
-    "ignore_eos": (only(False), "false"),
-    "min_tokens": (only(0), "0"),
-    "skip_special_tokens": (only(True), "true"),
-    "spaces_between_special_tokens": (only(True), "true"),
-    "truncate_prompt_tokens": (NEVER, "null"),
-    "truncation_side": (NEVER, "null"),
-    "prompt_logprobs": (NEVER, "null"),
-    "logprob_token_ids": (only([]), "[]"),
-    "allowed_token_ids": (NEVER, "null"),
-    "bad_words": (only([]), "[]"),
-    "structured_outputs": (NEVER, "null"),
-    "guided_json": (NEVER, "null"),
-    "guided_regex": (NEVER, "null"),
-    "guided_choice": (NEVER, "null"),
-    "guided_grammar": (NEVER, "null"),
-    "priority": (only(0), "0"),
-    "request_id": (kind(str), "a string"),
-    "session_id": (kind(str), "a string"),
-    "return_tokens_as_token_ids": (only(False), "false"),
-    "return_token_ids": (only(False), "false"),
-    "return_token_offsets": (only(False), "false"),
-    "return_mm_kwargs": (only(False), "false"),
-    "routed_experts_prompt_start": (only(0), "0"),
-    "mm_payload": (only("tensors"), '"tensors"'),
-    "mm_processor_kwargs": (only({}), "{}"),
-    "media_io_kwargs": (only({}), "{}"),
-    "cache_salt": (NEVER, "null"),
-    "kv_transfer_params": (only({}), "{}"),
-    "ec_transfer_params": (only({}), "{}"),
-    "vllm_xargs": (only({}), "{}"),
-    "repetition_detection": (NEVER, "null"),
-    "stream_interval": (kind(int), "an integer"),
-    "thinking_token_budget": (NEVER, "null"),
+    "use_beam_search": only(False),
+    "early_stopping": only(False),
+    "length_penalty": only(1),
+    "watermarking": only(False),
+    "stop_token_ids": only([]),
+    "include_stop_str_in_output": only(False),
+    "ignore_eos": only(False),
+    "min_tokens": only(0),
+    "skip_special_tokens": only(True),
+    "spaces_between_special_tokens": only(True),
+    "truncate_prompt_tokens": NEVER,
+    "truncation_side": NEVER,
+    "prompt_logprobs": NEVER,
+    "logprob_token_ids": only([]),
+    "allowed_token_ids": NEVER,
+    "bad_words": only([]),
+    "structured_outputs": NEVER,
+    "guided_json": NEVER,
+    "guided_regex": NEVER,
+    "guided_choice": NEVER,
+    "guided_grammar": NEVER,
+    "priority": only(0),
+    "request_id": STRING,
+    "session_id": STRING,
+    "return_tokens_as_token_ids": only(False),
+    "return_token_ids": only(False),
+    "return_token_offsets": only(False),
+    "return_mm_kwargs": only(False),
+    "routed_experts_prompt_start": only(0),
+    "mm_payload": only("tensors"),
+    "mm_processor_kwargs": only({}),
+    "media_io_kwargs": only({}),
+    "cache_salt": NEVER,
+    "kv_transfer_params": only({}),
+    "ec_transfer_params": only({}),
+    "vllm_xargs": only({}),
+    "repetition_detection": NEVER,
+    "stream_interval": kind("an integer", int),
+    "thinking_token_budget": NEVER,
     # routers'
-    "no_stop_trim": (only(False), "false"),
-    "return_hidden_states": (only(False), "false"),
+    "no_stop_trim": only(False),
+    "return_hidden_states": only(False),
 }
 CHAT: Table = {
-    "audio": (NEVER, "null"),
-    "modalities": (only(["text"]), '["text"]'),
-    "moderation": (NEVER, "null"),
-    "prediction": (kind(dict), "an object"),
-    "reasoning_effort": (only("none"), '"none"'),
-    "verbosity": (only("medium"), '"medium"'),
-    "web_search_options": (NEVER, "null"),
-    "functions": (only([]), "[]"),
-    "function_call": (only("none", "auto"), '"none" or "auto"'),
-    "parallel_tool_calls": (kind(bool), "true or false"),
-    "echo": (only(False), "false"),
-    "best_of": (only(1), "1"),
-    "add_generation_prompt": (only(True), "true"),
-    "continue_final_message": (only(False), "false"),
-    "add_special_tokens": (only(False), "false"),
-    "documents": (only([]), "[]"),
-    "chat_template": (NEVER, "null"),
-    "chat_template_kwargs": (only({}), "{}"),
-    "return_prompt_text": (only(False), "false"),
-    "include_reasoning": (kind(bool), "true or false"),
-    "separate_reasoning": (kind(bool), "true or false"),
-    "stream_reasoning": (kind(bool), "true or false"),
+    "audio": NEVER,
+    "modalities": only(["text"]),
+    "moderation": NEVER,
+    "prediction": OBJECT,
+    "reasoning_effort": only("none"),
+    "verbosity": only("medium"),
+    "web_search_options": NEVER,
+    "functions": only([]),
+    "function_call": only("none", "auto"),
+    "parallel_tool_calls": BOOLEAN,
+    "echo": only(False),
+    "best_of": only(1),
+    "add_generation_prompt": only(True),
+    "continue_final_message": only(False),
+    "add_special_tokens": only(False),
+    "documents": only([]),
+    "chat_template": NEVER,
+    "chat_template_kwargs": only({}),
+    "return_prompt_text": only(False),
+    "include_reasoning": BOOLEAN,
+    "separate_reasoning": BOOLEAN,
+    "stream_reasoning": BOOLEAN,
 }
 COMPLETION: Table = {
-    "suffix": (only(""), '""'),
-    "add_special_tokens": (only(True), "true"),
-    "prompt_embeds": (NEVER, "null"),
+    "suffix": only(""),
+    "add_special_tokens": only(True),
+    "prompt_embeds": NEVER,
 }
 STREAM_OPTIONS: Table = {
-    "include_obfuscation": (kind(bool), "true or false"),
-    "continuous_usage_stats": (only(False), "false"),
+    "include_obfuscation": BOOLEAN,
+    "continuous_usage_stats": only(False),
 }
 MESSAGE: Table = {
-    "refusal": (NEVER, "null"),
-    "audio": (NEVER, "null"),
-    "function_call": (NEVER, "null"),
-    "annotations": (only([]), "[]"),
-    "reasoning": (only(""), '""'),
-    "reasoning_content": (only(""), '""'),
-    "provider_specific_fields": (only({}), "{}"),
+    "refusal": NEVER,
+    "audio": NEVER,
+    "function_call": NEVER,
+    "annotations": only([]),
+    "reasoning": only(""),
+    "reasoning_content": only(""),
+    "provider_specific_fields": only({}),
 }
 TEXT_PART: Table = {
-    "cache_control": (kind(dict), "an object"),
-    "prompt_cache_breakpoint": (kind(dict, bool), "an object"),
+    "cache_control": OBJECT,
+    "prompt_cache_breakpoint": kind("an object", dict, bool),
 }
 
 
@@ -158,7 +161,7 @@ def settle(given: Any, own: set[str], *tables: Table, place: str = "") -> Any:
             continue
         accepts, expected = next((table[name] for table in tables if name in table), (None, ""))
         if accepts is None:
-            raise ApiError(400, f"{place}{name}: this server does not know this field.", f"{place}{name}")
+            raise bad_field(f"{place}{name}", "this server does not know this field.")
         if not accepts(value):
-            raise ApiError(400, f"{place}{name}: not supported; leave it out or send {expected}.", f"{place}{name}")
+            raise bad_field(f"{place}{name}", f"not supported; leave it out or send {expected}.")
     return result

@@ -96,7 +96,7 @@ class Grammars:
         self.vocabulary: Vocabulary | None = None
         self.child: Child | None = None
         self.closed = False
-        self.known: OrderedDict[str, str | GrammarError] = OrderedDict()
+        self.known: OrderedDict[str, Grammar | GrammarError] = OrderedDict()
         self.lock = threading.Lock()  # of everything but the child, which is busy for seconds
         self.child_lock = threading.Lock()
 
@@ -116,18 +116,15 @@ class Grammars:
             GrammarError: it cannot be used, or costs more than the limits allow.
         """
         text = self._text(response_format)
-        if (known := self._find(text)) is None:
+        while (grammar := self._find(text)) is None:
             with self.child_lock:
-                if (known := self._find(text)) is None:  # another request with this schema may have been first
-                    known = self._compile(text)
-        if isinstance(known, GrammarError):
-            raise GrammarError(str(known))
-        assert self.vocabulary is not None
-        return Grammar(self.vocabulary, known, self.limits.matcher)
+                if text not in self.known:  # another request with this schema may have been first
+                    self._compile(text)
+        return grammar
 
-    def knows(self, response_format: dict[str, Any]) -> bool:
-        """Whether this schema was compiled, or refused, before; raises what :meth:`compile` does."""
-        return self._find(self._text(response_format)) is not None
+    def find(self, response_format: dict[str, Any]) -> Grammar | None:
+        """The same for a schema that was compiled or refused before, without a wait for the child; None for others."""
+        return self._find(self._text(response_format))
 
     def _text(self, response_format: dict[str, Any]) -> str:
         schema = schema_of(response_format)
@@ -143,28 +140,29 @@ class Grammars:
             if self.child is not None:
                 self.child.kill()
 
-    def _find(self, text: str) -> str | GrammarError | None:
+    def _find(self, text: str) -> Grammar | None:
         with self.lock:
-            if text in self.known:
+            if (known := self.known.get(text)) is not None:
                 self.known.move_to_end(text)
-            return self.known.get(text)
+        if isinstance(known, GrammarError):
+            raise GrammarError(str(known))
+        return known
 
-    def _compile(self, text: str) -> str | GrammarError:
+    def _compile(self, text: str) -> None:
         """Ask the child; what it answers, a refusal too, is the same the next time, unless a clock was the reason."""
-        child = self._start()
+        vocabulary, child = self._start()
         reply = child.ask({"schema": text, "options": OPTIONS}, self.limits.seconds)
         if self.closed:
             raise GrammarError("The server is shutting down.")
         if reply is None:
             raise GrammarError(f"{WHAT}: {child.why(self.limits)}; make it simpler.")
-        known = str(reply["grammar"]) if "grammar" in reply else _refusal(str(reply["error"]))
+        passed, limits = reply.get("grammar"), self.limits.matcher
         with self.lock:
-            self.known[text] = known
+            self.known[text] = Grammar(vocabulary, passed, limits) if passed else _refusal(reply["error"])
             while len(self.known) > self.limits.cached:
                 self.known.popitem(last=False)
-        return known
 
-    def _start(self) -> Child:
+    def _start(self) -> tuple[Vocabulary, Child]:
         if self.closed:
             raise GrammarError("The server is shutting down.")
         check_system()
@@ -179,7 +177,7 @@ class Grammars:
                 self.child.kill()
                 reason = one_line(reply["error"]) if reply else f"it ended with {self.child.process.returncode}"
                 raise GrammarError(f"The process that compiles grammars did not start: {reason}.")
-        return self.child
+        return self.vocabulary, self.child
 
     def _setup(self, vocabulary: Vocabulary) -> dict[str, Any]:
         limits = self.limits

@@ -57,10 +57,8 @@ class Compiler:
         if not matcher.is_error() and time.thread_time() - begin > self.setup["compile_seconds"]:
             return {"error": f"compiling takes more than {self.setup['compile_seconds']:g} s"}
         for seed in range(2):
-            if (
-                not matcher.is_error()
-                and self.walk(matcher, random.Random(seed), seed == 0) > self.setup["token_seconds"]
-            ):
+            seconds = 0.0 if matcher.is_error() else self.walk(matcher, random.Random(seed), seed == 0)
+            if seconds > self.setup["token_seconds"]:
                 return {"error": "a token takes too much time"}
             if matcher.is_error():
                 return {"error": matcher.get_error()}

@@ -105,12 +105,12 @@ class Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """Cuts the streams that are still open ``deadline`` seconds after a signal: each gets an error event."""
 
-    def __init__(self, app: FastAPI, deadline: int, log_level: str = "warning") -> None:
+    def __init__(self, app: FastAPI, deadline: int) -> None:
         self.service, self.deadline = app.state.service, deadline
         limits: Limits = self.service.limits
         super().__init__(uvicorn.Config(
             app, http=partial(Protocol, limits), ws="none",  # type: ignore[arg-type] # called like a class
-            log_level=log_level, timeout_keep_alive=limits.idle_seconds,
+            log_level="warning", timeout_keep_alive=limits.idle_seconds,
             timeout_graceful_shutdown=deadline + GRACE,
         ))  # fmt: skip
 

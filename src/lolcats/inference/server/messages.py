@@ -6,12 +6,12 @@ import json
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from lolcats.inference.generate import plain_text
 from lolcats.inference.server import fields
-from lolcats.inference.server.errors import ApiError
-from lolcats.inference.server.strict import Int, Strict, Text
+from lolcats.inference.server.errors import ApiError, bad_field
+from lolcats.inference.server.strict import TEXT_OR_LIST, Int, Strict, Text
 
 MARK = "qzx7kjw"
 """A name or text that no template has: if it is in what a template makes, the template knows where it came from."""
@@ -63,8 +63,7 @@ class Tool(Strict):
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
-        Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Tag("<parts>")],
-        Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<text>"),
+        Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Tag("<list>")], TEXT_OR_LIST
     ] | None = None  # fmt: skip
     name: Text | None = None
     tool_calls: list[ToolCall] = Field([])
@@ -80,11 +79,14 @@ class Message(Strict):
             raise ValueError("tool_call_id: only a tool's message has one")
         return self
 
+    @property
+    def text(self) -> str:
+        content = self.content or ""
+        return content if isinstance(content, str) else "".join(part.text for part in content)
+
     def plain(self) -> dict[str, Any]:
         """As chat templates take it."""
-        parts = self.content or ""
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        result: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        result: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
         result |= {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
         if self.tool_calls:
             result["tool_calls"] = [call.plain() for call in self.tool_calls]
@@ -99,8 +101,8 @@ def settled_message(given: Any, number: int) -> Any:
         return message
     for i, part in enumerate(message["content"]):
         if isinstance(part, dict) and part.get("type") != "text":
-            where = f"{place}content.{i}.type"
-            raise ApiError(400, f'{where}: expected "text", got {part.get("type")!r}; this server reads text.', where)
+            reason = f'expected "text", got {part.get("type")!r}; this server reads text.'
+            raise bad_field(f"{place}content.{i}.type", reason)
     parts = [
         fields.settle(part, set(TextPart.model_fields), fields.TEXT_PART, place=f"{place}content.{i}.")
         for i, part in enumerate(message["content"])
@@ -121,14 +123,12 @@ class Template:
             ApiError: tools, tool calls or tool messages that it does not know.
         """
         if tools and not self.knows_tools:
-            raise ApiError(400, "tools: this model's chat template does not know tools.", "tools")
+            raise bad_field("tools", "this model's chat template does not know tools.")
         for i, message in enumerate(messages):
             if message.tool_calls and not self.knows_tool_calls:
-                field = f"messages.{i}.tool_calls"
-                raise ApiError(400, f"{field}: this model's chat template does not know tool calls.", field)
+                raise bad_field(f"messages.{i}.tool_calls", "this model's chat template does not know tool calls.")
             if message.role == "tool" and not self.knows_tool_messages:
-                field = f"messages.{i}.role"
-                raise ApiError(400, f'{field}: this model\'s chat template does not know the role "tool".', field)
+                raise bad_field(f"messages.{i}.role", 'this model\'s chat template does not know the role "tool".')
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         """The text of a conversation, up to where the assistant's answer begins.

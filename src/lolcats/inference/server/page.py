@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from lolcats.inference.server import markdown
 from lolcats.inference.server.body import parsed_json, read_bytes
-from lolcats.inference.server.errors import ApiError
+from lolcats.inference.server.errors import ApiError, bad_field
 from lolcats.inference.server.limits import Limits
 
 TYPES = {"chat.html": "text/html", "chat.css": "text/css", "chat.js": "text/javascript"}
@@ -38,27 +38,24 @@ def add_page(app: FastAPI, authorize: Callable[[Request], None], limits: Limits)
         authorize: raises an ApiError for a request without the key. The page and its files need none.
         limits: size of a text to render, as JSON, and how long it may take to arrive.
     """
-    files = {name: _shipped(name) for name in TYPES}
+    folder = resources.files("lolcats.inference.server").joinpath("static")
+    files = {name: folder.joinpath(name).read_bytes() for name in TYPES}
     renderer = _Renderer()
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def chat_page(request: Request) -> Response:
         return _file(request, "chat.html", files["chat.html"])
 
-    @app.get("/static/{name}", include_in_schema=False)
+    @app.get("/static/{name}")
     async def static_file(request: Request, name: str) -> Response:
         if name not in files:
             raise ApiError(404, "This file does not exist.")
         return _file(request, name, files[name])
 
-    @app.post("/markdown", include_in_schema=False)
+    @app.post("/markdown")
     async def rendered(request: Request) -> Response:
         authorize(request)
         return JSONResponse({"html": await renderer.render(await _text(request, limits))})
-
-
-def _shipped(name: str) -> bytes:
-    return resources.files("lolcats.inference.server").joinpath("static", name).read_bytes()
 
 
 def _file(request: Request, name: str, content: bytes) -> Response:
@@ -88,5 +85,5 @@ async def _text(request: Request, limits: Limits) -> str:
     """The field ``text`` of the request's JSON; an ApiError says what is wrong with it."""
     given = parsed_json(await read_bytes(request, limits))
     if not isinstance(given, dict) or not isinstance(given.get("text"), str):
-        raise ApiError(400, 'text: expected a string, as in {"text": "..."}.', "text")
+        raise bad_field("text", 'expected a string, as in {"text": "..."}.')
     return given["text"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +27,9 @@ class Choice:
 class Reply:
     """One answer, whose choices are all of ``requests``; ``n`` of them share a prompt."""
 
-    def __init__(self, name: str, model: str, chat: bool, requests: list[Request], n: int, tokenizer: Any) -> None:
-        self.id, self.model, self.chat, self.requests, self.n = name, model, chat, requests, n
-        self.tokenizer, self.created = tokenizer, int(time.time())
+    def __init__(self, model: str, chat: bool, requests: list[Request], n: int, tokenizer: Any) -> None:
+        self.model, self.chat, self.requests, self.n, self.tokenizer = model, chat, requests, n, tokenizer
+        self.id, self.created = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
         self.choices = [Choice() for _ in requests]
         self.texts: dict[int, str] = {}
         """Of single tokens: log-probabilities name the same ones again and again."""
@@ -63,13 +64,12 @@ class Reply:
         return sum(1 + len(entry.top) for entry in (*choice.unsent, *delta.logprobs, *prompt))
 
     def whole(self) -> Json:
-        kind = "chat.completion" if self.chat else "text_completion"
         choices = []
         for index, choice in enumerate(self.choices):
             said: Json = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
             content = said if self.chat else {"text": choice.text}
             choices.append(self._choice(index, content, choice.logprobs, choice.finish_reason, 0))
-        return {**self._head(kind), "choices": choices, "usage": self.usage()}
+        return {**self._object("chat.completion", choices), "usage": self.usage()}
 
     def opening(self) -> list[Json]:
         """A chat's first chunks, which name the role."""
@@ -89,8 +89,7 @@ class Reply:
         return [self._chunk(index, content, logprobs, delta.finish_reason, offset)]
 
     def usage_chunk(self) -> Json:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": [], "usage": self.usage()}
+        return {**self._object("chat.completion.chunk", []), "usage": self.usage()}
 
     def usage(self) -> Json:
         prompt = sum(len(request.prompt) for request in self.requests[:: self.n])
@@ -101,22 +100,20 @@ class Reply:
             "prompt_tokens_details": {"cached_tokens": cached},
         }  # fmt: skip
 
-    def _head(self, kind: str) -> Json:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+    def _object(self, chat_kind: str, choices: list[Json]) -> Json:
+        kind = chat_kind if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
     def _chunk(self, index: int, content: Json, logprobs: list[TokenLogprob], reason: str | None, offset: int) -> Json:
         content = {"delta": content} if self.chat else content
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": [self._choice(index, content, logprobs, reason, offset)]}
+        return self._object("chat.completion.chunk", [self._choice(index, content, logprobs, reason, offset)])
 
     def _choice(self, index: int, content: Json, logprobs: list[TokenLogprob], reason: str | None, offset: int) -> Json:
-        shown = None
-        if logprobs:
-            shown = (
-                {"content": [self._chat_logprob(x) for x in logprobs]}
-                if self.chat
-                else self._logprobs(logprobs, offset)
-            )
+        shown: Json | None = None
+        if logprobs and self.chat:
+            shown = {"content": [self._chat_logprob(entry) for entry in logprobs]}
+        elif logprobs:
+            shown = self._logprobs(logprobs, offset)
         return {"index": index, **content, "logprobs": shown, "finish_reason": reason}
 
     def _chat_logprob(self, entry: TokenLogprob) -> Json:

@@ -14,19 +14,14 @@ from lolcats.inference.engine.sampling import SamplingParams
 from lolcats.inference.server import fields
 from lolcats.inference.server.errors import ApiError
 from lolcats.inference.server.messages import Message, Tool, settled_message
-from lolcats.inference.server.strict import Int, Strict, Text
+from lolcats.inference.server.strict import TEXT_OR_LIST, Int, Strict, Text
 
 MOST_STOPS, MOST_BIASES, MOST_LOGPROBS = 64, 1024, 20
 MOST_TOKENS, MOST_PROMPTS, MOST_MESSAGES = 1 << 20, 1024, 1 << 14
 
-
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MOST_TOKENS, fail_fast=True)]
 Texts = Annotated[list[Text], Field(max_length=MOST_PROMPTS, fail_fast=True)]
-
-
-def _stop_form(value: Any) -> str:
-    return "<list>" if isinstance(value, list) else "<text>"
 
 
 def _prompt_form(value: Any) -> str:
@@ -51,7 +46,7 @@ class Generation(Strict):
     n: Annotated[Int, Field(ge=1, le=16)] = 1
     stop: Annotated[
         Annotated[Stop, Tag("<text>")] | Annotated[list[Stop], Field(max_length=MOST_STOPS), Tag("<list>")],
-        Discriminator(_stop_form),
+        TEXT_OR_LIST,
     ] = []  # noqa: RUF012 frozen
     seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
@@ -78,23 +73,28 @@ class Generation(Strict):
         return "max_tokens", self.max_tokens
 
     @property
-    def wanted_logprobs(self) -> int | None:
+    def wanted_logprobs(self) -> tuple[int | None, int | None]:
+        """For tokens of the answer, and of the prompt."""
         raise NotImplementedError
-
-    @property
-    def echoes(self) -> bool:
-        return False
 
     def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
         """Parameters of one choice; choices of one seed differ, and do so reproducibly."""
+        logprobs, prompt_logprobs = self.wanted_logprobs
         return SamplingParams(
-            max_tokens, self.temperature, max(self.top_k, 0), self.top_p, self.min_p, self.repetition_penalty,
-            (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-            None if self.seed is None else (self.seed + choice) % 2**63, self.wanted_logprobs,
-            self.frequency_penalty, self.presence_penalty,
-            tuple((int(token), bias) for token, bias in self.logit_bias.items()),
-            self.wanted_logprobs if self.echoes else None,
-        )  # fmt: skip
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_k=max(self.top_k, 0),
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()),
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            seed=None if self.seed is None else (self.seed + choice) % 2**63,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
 
 
 class CompletionRequest(Generation):
@@ -116,12 +116,8 @@ class CompletionRequest(Generation):
         return self
 
     @property
-    def wanted_logprobs(self) -> int | None:
-        return self.logprobs
-
-    @property
-    def echoes(self) -> bool:
-        return self.echo
+    def wanted_logprobs(self) -> tuple[int | None, int | None]:
+        return self.logprobs, self.logprobs if self.echo else None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -153,8 +149,8 @@ class ChatRequest(Generation):
         return "max_tokens", self.max_tokens
 
     @property
-    def wanted_logprobs(self) -> int | None:
-        return self.top_logprobs if self.logprobs else None
+    def wanted_logprobs(self) -> tuple[int | None, int | None]:
+        return self.top_logprobs if self.logprobs else None, None
 
 
 Body = TypeVar("Body", CompletionRequest, ChatRequest)
@@ -183,16 +179,15 @@ def parse(kind: type[Body], given: Any) -> Body:
     try:
         return kind.model_validate(settled)
     except ValidationError as error:
-        param, message = first_problem(list(error.errors(include_url=False, include_input=False)))
+        param, message = _problem(error)
         raise ApiError(400, message, param) from None
 
 
-def first_problem(errors: list[Any]) -> tuple[str | None, str]:
+def _problem(error: ValidationError) -> tuple[str | None, str]:
     """(field, sentence) of the first of pydantic's errors. Our own begin with the field that they are about."""
-    error = errors[0]
-    path = [str(part) for part in error["loc"] if not str(part).startswith("<")]
-    message = str(error["msg"])
-    if error["type"] == "value_error":
+    first = error.errors(include_url=False, include_input=False)[0]
+    path, message = [str(part) for part in first["loc"] if not str(part).startswith("<")], first["msg"]
+    if first["type"] == "value_error":
         field, colon, rest = message.removeprefix("Value error, ").partition(": ")
         path, message = ([*path, field], rest) if colon else (path, field)
     where = ".".join(path)

@@ -24,6 +24,7 @@ from lolcats.inference.server.replies import Reply
 SHUT_DOWN = "The server shut down before the answer was complete."
 LEFT = 499  # nobody reads this status
 LARGE = 500  # log-probabilities
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 T = TypeVar("T")
 
 
@@ -109,7 +110,8 @@ async def whole(request: Request, reply: Reply, stream: Stream) -> Response:
 
     try:
         await while_connected(request, collect())
-        body = await _apart(reply.entries, lambda: _encoded(reply.whole(), reply.entries))
+        size = reply.entries
+        body = await _apart(size, lambda: _encoded(reply.whole(), size))
         return Response(body, media_type="application/json")
     finally:
         stream.close()
@@ -181,5 +183,4 @@ def _event(data: dict[str, Any], entries: int = 0) -> str:
 
 def _encoded(data: dict[str, Any], entries: int) -> str:
     """As JSON. What is large is written piece by piece: at once, it would hold Python's lock for seconds."""
-    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return "".join(encoder.iterencode(data)) if entries > LARGE else encoder.encode(data)
+    return "".join(ENCODER.iterencode(data)) if entries > LARGE else ENCODER.encode(data)

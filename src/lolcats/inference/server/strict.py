@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator
 
 
 def _whole(value: Any) -> Any:
@@ -24,6 +24,8 @@ def _unicode(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_whole)]
 Text = Annotated[str, BeforeValidator(_unicode)]
+TEXT_OR_LIST = Discriminator(lambda value: "<list>" if isinstance(value, list) else "<text>")
+"""Which of the two tags a value has; names in angle brackets are left out of error messages."""
 
 
 class Strict(BaseModel):

@@ -18,9 +18,9 @@ SHORT = 4096
 class Tokenizing:
     """A tokenizer for many threads."""
 
-    def __init__(self, tokenizer: Any, threads: int = 4) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.template = tokenizer, Template(tokenizer)
-        self.pool = ThreadPoolExecutor(threads, "tokenizer")
+        self.pool = ThreadPoolExecutor(4, "tokenizer")
         self.backend, self.lock = getattr(tokenizer, "backend_tokenizer", None), threading.Lock()
         if self.backend is not None:
             self.backend.no_truncation()
@@ -42,9 +42,7 @@ class Tokenizing:
             text = self.template.render([m.plain() for m in messages], [tool.plain() for tool in tools] or None)
             return self.encode(text, not self.tokenizer.chat_template)
 
-        size = 64 * len(messages)  # a template takes time for each, even if it is empty
-        parts = (part for m in messages for part in ([m.content] if isinstance(m.content, str) else m.content or []))
-        size += sum(len(x) if isinstance(x, str) else len(x.text) for x in parts)
+        size = sum(64 + len(m.text) for m in messages)  # a template takes time for each, even if it is empty
         return await self.run(size, encode)
 
     def encode(self, text: str, special: bool) -> list[int]:
