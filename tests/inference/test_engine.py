@@ -170,6 +170,16 @@ def test_prompts_of_one_length_can_be_prefilled_together(tokenizer: Any) -> None
         assert tokens(deltas) == alone(single, prompt, max_tokens=20)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_request_for_no_tokens_is_not_prefilled_with_others(first: bool, tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=0, prefill_rows=3)
+    wanted = [0, 6, 6] if first else [6, 0, 6]
+    asked = [ask(engine, [5 + i, 6, 7], max_tokens=count) for i, count in enumerate(wanted)]
+    engine.run()
+    assert [len(tokens(deltas)) for deltas in asked] == wanted
+    assert all(deltas[-1].finish_reason == "length" for deltas in asked)
+
+
 def test_a_short_prompt_does_not_wait_for_a_long_one(tokenizer: Any) -> None:
     engine = tiny_engine(tokenizer, slots=8, stop_tokens=(), prefix_bytes=0)
     plain = tiny_engine(tokenizer, slots=8, stop_tokens=(), prefix_bytes=0)

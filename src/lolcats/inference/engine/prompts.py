@@ -69,4 +69,5 @@ class Prompts:
 
 def _plain(request: Request) -> bool:
     """Whether nothing of the prompt is known yet, and nothing but its last logits is asked for."""
-    return request.cache is None and request.start is None and request.params.prompt_logprobs is None
+    asks = request.params
+    return request.cache is None and request.start is None and asks.prompt_logprobs is None and asks.max_tokens > 0
