@@ -41,8 +41,8 @@ MODULES = {
 }
 """Where a name may be found: add a place when it moves."""
 HELPERS = {
-    "tiny": ("tests/families/tiny.py", "tests/support/tiny.py"),
-    "families": ("tests/families/families.py", "tests/support/families.py"),
+    "tiny": ("tests/support/tiny.py",),
+    "families": ("tests/support/families.py",),
 }
 """Files of the working tree that build the models for both trees; they must not import lolcats."""
 INPUTS = "tests/fixtures/b5a2d0a"  # a base model with its tokenizer, data and a recipe
