@@ -70,10 +70,10 @@ COMMON: dict[str, Any] = {
 FAMILIES: dict[str, Any] = {
     "llama": lambda **kw: LlamaConfig(**{**COMMON, **kw}),
     "mistral": lambda **kw: MistralConfig(**COMMON, **kw),
-    "qwen2": lambda **kw: Qwen2Config(**COMMON, **kw),
+    "qwen2": lambda **kw: Qwen2Config(**{**COMMON, **kw}),
     "gemma3": lambda **kw: Gemma3TextConfig(
-        **{**COMMON, "num_hidden_layers": 3}, head_dim=16, sliding_window=24,
-        layer_types=["sliding_attention", "full_attention", "full_attention"], **kw,
+        **{**COMMON, "num_hidden_layers": 3, **kw}, head_dim=16, sliding_window=24,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
     ),
 }  # fmt: skip
 

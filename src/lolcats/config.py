@@ -40,6 +40,9 @@ class AttentionConfig:
     all keys; ``window``: only window and sinks, as a control; ``softmax``: the base model's own attention."""
     layers: dict[str, Kind] = field(default_factory=dict)
     """Layers of another kind, by index or range, e.g. ``{"7": "softmax", "0-3": "linear"}``."""
+    softmax_heads: dict[str, list[int]] = field(default_factory=dict)
+    """Key/value heads that stay the base model's softmax attention, with the query heads that use them, by layer, e.g.
+    ``{"23": [0], "14": [0, 1]}``. Their keys and values are kept for every token."""
     feature_map: Literal["hedgehog", "t2r", "exp", "elu"] = "hedgehog"
     """Feature map φ of the linear term; docs/theory/method.md has the formulas."""
     feature_dim: int = 64

@@ -34,13 +34,14 @@ def measure_attention(model: PreTrainedModel, row: Tensor, path: Path, of: str) 
 
     Returns:
         ``layers``, the layer indices; ``errors`` (layers, H), the mean squared error of each head's output; ``lengths``
-        (layers, H), the effective sequence lengths of the softmax attention; ``heads``, {rank, layer, head} in the
-        order of the file; ``tokens``; ``of``.
+        (layers, H), the effective sequence lengths of the softmax attention, both None for heads that stay softmax;
+        ``heads``, {rank, layer, head} in the order of the file; ``tokens``; ``of``.
     """
     ids, layers = row[None, :TOKENS], linearized_layers(model)
 
-    def all_heads(layer: LinearizedAttention, call: AttentionCall) -> tuple[list[float], list[float]]:
-        return head_errors(layer, call)[0].tolist(), lengths_of_call(layer, call)[0].tolist()
+    def all_heads(layer: LinearizedAttention, call: AttentionCall) -> tuple[list[Any], list[Any]]:
+        measured = head_errors(layer, call)[0], lengths_of_call(layer, call)[0]
+        return layer.over_heads(measured[0].tolist()), layer.over_heads(measured[1].tolist())
 
     errors, lengths = zip(*watch_layers(model, ids, all_heads), strict=True)
     chosen = _chosen(errors)
@@ -52,7 +53,8 @@ def measure_attention(model: PreTrainedModel, row: Tensor, path: Path, of: str) 
         q, k = call.q, call.k
         teacher = softmax_weights(layer.spec.rotated(q), layer.spec.rotated(k), call.scale, call.softcap)
         student = layer.weights(q, k, call.scale, call.softcap)
-        return {head: [weights[0, head].half().cpu() for weights in (teacher, student)] for head in heads}
+        own = layer.over_heads(range(q.shape[1]))
+        return {head: [weights[0, own[head]].half().cpu() for weights in (teacher, student)] for head in heads}
 
     maps = watch_layers(model, ids, some_heads)
     teacher, student = zip(*(maps[at][head] for at, head in chosen.values()), strict=True)
@@ -64,8 +66,8 @@ def measure_attention(model: PreTrainedModel, row: Tensor, path: Path, of: str) 
     }  # fmt: skip
 
 
-def _chosen(errors: Sequence[list[float]]) -> dict[str, tuple[int, int]]:
+def _chosen(errors: Sequence[list[Any]]) -> dict[str, tuple[int, int]]:
     """(position of the layer, head) of each head whose weights are saved, by the rank of its error."""
-    places = [(at, head) for at, layer in enumerate(errors) for head in range(len(layer))]
+    places = [(at, head) for at, layer in enumerate(errors) for head, error in enumerate(layer) if error is not None]
     ranked = sorted(places, key=lambda place: errors[place[0]][place[1]])
     return {rank: ranked[round(share * (len(ranked) - 1))] for rank, share in QUANTILES.items()}

@@ -28,7 +28,8 @@ QUANTILES = {"lowest": 0.0, "lower quartile": 0.25, "median": 0.5, "upper quarti
 
 @dataclass(frozen=True)
 class EffectiveLengths:
-    """``rows`` (N,), one per row; ``heads`` (layers, H), means over all rows; ``layers``, the indices of the layers."""
+    """``rows`` (N,), one per row; ``heads`` (layers, H), means over all rows, NaN for heads that stay softmax
+    attention; ``layers``, the indices of the layers."""
 
     rows: Tensor
     heads: Tensor
@@ -43,10 +44,16 @@ def effective_lengths(
     Args:
         batches: token ids (B, T) with position ids that restart at each document, or None.
     """
-    found = [torch.stack(watch_layers(model, ids, lengths_of_call, positions), 1) for ids, positions in batches]
+
+    def of_call(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
+        lengths = lengths_of_call(layer, call)
+        missing = torch.full_like(lengths[:, 0], torch.nan)
+        return torch.stack([missing if x is None else x for x in layer.over_heads(lengths.unbind(1))], 1)
+
+    found = [torch.stack(watch_layers(model, ids, of_call, positions), 1) for ids, positions in batches]
     lengths = torch.cat(found)  # (N, layers, H)
     layers = [layer.geometry.layer for layer in linearized_layers(model)]
-    return EffectiveLengths(lengths.mean((1, 2)), lengths.mean(0), layers)
+    return EffectiveLengths(lengths.nanmean((1, 2)), lengths.mean(0), layers)
 
 
 def longest(data: Data, model: PreTrainedModel, fraction: float, batch: int) -> tuple[EffectiveLengths, Tensor]:

@@ -31,19 +31,25 @@ def measure_layers(
         of: the model that the queries and keys come from, ``teacher`` or (with LoRA) ``student``; returned unchanged.
 
     Returns:
-        ``layers`` (their indices), ``rows``, ``tokens``, ``of``; and means over rows and queries, (layers, H):
+        ``layers`` (their indices), ``rows``, ``tokens``, ``of``; and means over rows and queries, (layers, H), None for
+        heads that stay softmax attention:
         ``errors``, the squared error of each head's output; ``sizes``, the squared softmax output; ``entropies``,
         −Σ a log a of the softmax weights a, in nats; ``older``, the share of these weights on keys of the linear term.
     """
-    totals: Tensor | float = 0.0  # (4, layers, H)
+    layers = linearized_layers(model)
+    totals: list[Any] = [0.0] * len(layers)  # (4, H) each
     rows = length = 0
     for ids, positions in batches:
-        totals = totals + torch.stack(watch_layers(model, ids, _of_call, positions), 1) * len(ids)
+        of_rows = watch_layers(model, ids, _of_call, positions)
+        totals = [total + found * len(ids) for total, found in zip(totals, of_rows, strict=True)]
         rows, length = rows + len(ids), ids.shape[1]
-    layers = [layer.geometry.layer for layer in linearized_layers(model)]
     names = ("errors", "sizes", "entropies", "older")
-    found = {name: values.tolist() for name, values in zip(names, torch.as_tensor(totals / rows), strict=True)}
-    return {"of": of, "rows": rows, "tokens": length, "layers": layers, **found}
+    means = [
+        [layer.over_heads(x) for x in (total / rows).tolist()] for layer, total in zip(layers, totals, strict=True)
+    ]
+    found = {name: [of_layer[i] for of_layer in means] for i, name in enumerate(names)}
+    indices = [layer.geometry.layer for layer in layers]
+    return {"of": of, "rows": rows, "tokens": length, "layers": indices, **found}
 
 
 def _of_call(layer: LinearizedAttention, call: AttentionCall) -> Tensor:

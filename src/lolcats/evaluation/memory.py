@@ -13,7 +13,7 @@ from lolcats.modeling.layer import linearized_layers
 def cache_bytes(model: Any, tokens: int) -> tuple[int, int]:
     """(teacher, student) bytes for one sequence of ``tokens`` tokens, in the model's dtype (S and z are fp32).
 
-    Layers that stay softmax count with a full cache for both, even if they slide a window.
+    Layers and heads that stay softmax count with a full cache for both, even if they slide a window.
     """
     record, width = model.config.lolcats, model.dtype.itemsize
     layers = {layer.geometry.layer: layer for layer in linearized_layers(model)}
@@ -24,9 +24,10 @@ def cache_bytes(model: Any, tokens: int) -> tuple[int, int]:
         if entry["kind"] == "softmax":
             student += kv
             continue
-        layer = layers[entry["layer"]]
+        layer, kept = layers[entry["layer"]], len(entry.get("softmax_heads", ()))
+        student += kv * kept // entry["kv_heads"]
         channels = layer.spec.channels(entry["head_dim"])
-        k = torch.empty(1, entry["kv_heads"], 0, channels, dtype=model.dtype, device="meta")
+        k = torch.empty(1, entry["kv_heads"] - kept, 0, channels, dtype=model.dtype, device="meta")
         student += layer.empty_state(k, k[..., : entry["value_dim"]]).nbytes
     return teacher, student
 

@@ -32,7 +32,7 @@ class Statistics:
         """Header and rows of the table of distributions."""
         columns = {"tokens of a document": self.documents.float()}
         columns[f"effective length of a row of {self.length}"] = self.effective.rows
-        columns["effective length of a head"] = self.effective.heads.flatten()
+        columns["effective length of a head"] = _known(self.effective.heads)
         rows = [
             (name, *(f"{_quantile(values, share):,.1f}" for values in columns.values()))
             for name, share in QUANTILES.items()
@@ -52,7 +52,7 @@ class Statistics:
         figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
         _histogram(axes[0], self.documents.float(), "Documents", "tokens")
         _histogram(axes[1], self.effective.rows, f"Rows of {self.length} tokens", "effective sequence length")
-        _histogram(axes[2], self.effective.heads.flatten(), "Heads, over all rows", "effective sequence length")
+        _histogram(axes[2], _known(self.effective.heads), "Heads, over all rows", "effective sequence length")
         figure.savefig(path, dpi=100)
         pyplot.close(figure)
 
@@ -86,6 +86,10 @@ def _shares(documents: Corpus) -> dict[str, str]:
         f"tokens of {Path(name).name}": f"{tokens:,} (share asked for: {share:.1%})"
         for name, tokens, share in zip(names, own, documents.shares, strict=True)
     }
+
+
+def _known(values: Tensor) -> Tensor:
+    return values[~values.isnan()]
 
 
 def _quantile(values: Tensor, share: float) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import (
     CacheLayerMixin,
+    DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
@@ -89,6 +90,31 @@ class LinearizedCacheLayer(CacheLayerMixin):
         """See ``offload``."""
 
 
+class SplitCacheLayer(LinearizedCacheLayer):
+    """The same for a layer some of whose heads stay softmax attention: beside the state of the others, it holds all
+    keys and values of those heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = DynamicLayer()
+
+    def reset(self) -> None:
+        super().reset()
+        self.kept = DynamicLayer()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.kept.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.kept.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.kept.batch_select_indices(indices)
+
+
 class MixedCacheLayer(LinearizedCacheLayer, LinearAttentionAndFullAttentionLayer):
     """The same for a layer with attention and a convolution or recurrence side by side (Falcon-H1, Zamba 2)."""
 
@@ -125,7 +151,18 @@ def install_cache(cache: Any, layers: dict[int, LinearizedAttention]) -> None:
         cache.layers.append(template())  # type: ignore[misc]
     for index in layers:
         states = getattr(cache.layers[index], "number_of_states", 0)  # of convolutions or recurrences beside attention
-        cache.layers[index] = MixedCacheLayer(states) if states else LinearizedCacheLayer()
+        cache.layers[index] = _cache_layer(layers[index], states)
+
+
+def _cache_layer(layer: LinearizedAttention, states: int) -> LinearizedCacheLayer:
+    if layer.kept is None:
+        return MixedCacheLayer(states) if states else LinearizedCacheLayer()
+    if states:
+        raise LolcatsError(
+            f"attention.softmax_heads: layer {layer.geometry.layer} has a recurrence or convolution beside its "
+            "attention, so it cannot keep single heads. Keep the whole layer: attention.layers."
+        )
+    return SplitCacheLayer()
 
 
 def pending(cache: Any, index: int) -> LinearizedCacheLayer | None:

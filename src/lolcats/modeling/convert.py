@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from lolcats.config import AttentionConfig, Config, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.modeling.classes import convert_as
+from lolcats.modeling.heads import kept_heads
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.probe import ProbedLayer, probe
 from lolcats.modeling.rotary import check_rotates, check_rotation
@@ -31,15 +33,16 @@ def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = No
         raise LolcatsError(f"{type(model).__name__} is not a decoder-only language model, so it cannot be linearized.")
     layers = probe(model)
     kinds = layer_kinds(attention, layers)
+    kept = kept_heads(attention.softmax_heads, {layer.geometry.layer: layer.geometry for layer in layers})
+    for layer in layers:
+        if len(kept.get(layer.geometry.layer, ())) == layer.geometry.kv_heads:
+            kinds[layer.geometry.layer] = "softmax"
     for layer in layers:
         if layer.obstacle and (kinds[layer.geometry.layer] != "softmax" or not layer.keepable):
             raise LolcatsError(f"Layer {layer.geometry.layer} of {type(model).__name__} {layer.obstacle}.")
     record = {
         "attention": to_dict(attention),
-        "layers": [
-            {"name": layer.name, "kind": kinds[layer.geometry.layer], **dataclasses.asdict(layer.geometry)}
-            for layer in layers
-        ],
+        "layers": [_entry(layer, kinds[layer.geometry.layer], kept.get(layer.geometry.layer, ())) for layer in layers],
     }
     convert_as(model, record)
     if any(layer.spec.unrotated for layer in linearized_layers(model)):
@@ -47,6 +50,12 @@ def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = No
         if model.device.type != "meta":
             check_rotation(model)
     return model
+
+
+def _entry(layer: ProbedLayer, kind: str, kept: tuple[int, ...]) -> dict[str, Any]:
+    """A layer as config.json records it; ``softmax_heads``: the key/value heads that stay, if some but not all do."""
+    entry = {"name": layer.name, "kind": kind, **dataclasses.asdict(layer.geometry)}
+    return entry | {"softmax_heads": list(kept)} if kept and kind != "softmax" else entry
 
 
 def layer_kinds(config: AttentionConfig, layers: list[ProbedLayer]) -> dict[int, str]:

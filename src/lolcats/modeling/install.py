@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lolcats.config import AttentionConfig, from_dict
 from lolcats.modeling.call import end
+from lolcats.modeling.heads import KeptHeads
 from lolcats.modeling.hook import prepare_decoder_call
 from lolcats.modeling.interface import IMPLEMENTATION
 from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, layer_spec, linearized_layers
@@ -29,7 +30,9 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
             module.lolcats = KeptAttention(base_implementation)
             continue
         spec = layer_spec(attention, entry["kind"])
-        layer = LinearizedAttention(geometry, attention, spec, base_implementation)
+        kept = KeptHeads(geometry, tuple(entry["softmax_heads"])) if entry.get("softmax_heads") else None
+        of_maps = geometry if kept is None else kept.of_linearized
+        layer = LinearizedAttention(of_maps, attention, spec, base_implementation, kept)
         device = next(module.parameters()).device
         module.lolcats = layer if device.type == "meta" else layer.to(device)  # in a skeleton, only they are real
         if spec.unrotated:

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling.cache import pending
+from lolcats.modeling.cache import SplitCacheLayer, pending
 from lolcats.modeling.call import Call, Padding, current
 from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention
 from lolcats.modeling.masks import MaskRequest, mask_function, request_of
@@ -38,28 +38,71 @@ def attention_function(
     if isinstance(layer, KeptAttention) or layer.mode == "teacher":
         return softmax_attention(module, query, key, value, attention_mask, **kwargs)
     assert isinstance(layer, LinearizedAttention)
-    scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    request = request_of(attention_mask)
-    call, (padding, counts) = (request.call, request.padding) if request else (current() or Call(), Padding())
-    if padding is not None and padding.device != query.device:  # this layer is on another GPU
-        padding = padding.to(query.device)
-    rotation = request.rotation if request else None
+    request, kept = request_of(attention_mask), layer.kept
     if layer.mode == "transfer":
         with torch.no_grad():
             target, weights = softmax_attention(module, query, key, value, attention_mask, **kwargs)
         if layer.observer is not None:
-            q, k, v = (x.detach() for x in (*as_attended(module, query, key, rotation), value))
-            layer.observer(layer, AttentionCall(q, k, v, target, scale, softcap, padding, call.documents))
+            seen, (q, k, v) = target, (query, key, value)
+            if kept is not None:
+                seen, (q, k, v) = kept.of_outputs(target), kept.part(kept.linearized, query, key, value)
+            layer.observer(layer, _observed(module, q, k, v, seen, request, kwargs))
         return target, weights
-    dtype, (query, key) = query.dtype, as_attended(module, query, key, rotation)
+    if kept is None:
+        return _linearized(module, query, key, value, request, kwargs), None
+    q, k, v = kept.part(kept.kept, query, key, value)
+    cache = pending(_call(request).cache, layer.geometry.layer)
+    if isinstance(cache, SplitCacheLayer):
+        k, v = cache.kept.update(k, v)
+    soft, _ = softmax_attention(module, q, k, v, attention_mask, **kwargs)
+    q, k, v = kept.part(kept.linearized, query, key, value)
+    return kept.joined(soft, _linearized(module, q, k, v, request, kwargs)), None
+
+
+def _call(request: MaskRequest | None) -> Call:
+    return request.call if request else current() or Call()
+
+
+def _logits(query: Tensor, kwargs: dict[str, Any]) -> tuple[float, float | None]:
+    """Scale and softcap of the logits."""
+    scale = kwargs.get("scaling")
+    return query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap")
+
+
+def _padding(request: MaskRequest | None, device: torch.device) -> Padding:
+    found = request.padding if request else Padding()
+    if found.mask is not None and found.mask.device != device:  # this layer is on another GPU
+        found = found._replace(mask=found.mask.to(device))
+    return found
+
+
+def _observed(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, target: Tensor, request: MaskRequest | None, kwargs: dict[str, Any]
+) -> AttentionCall:
+    """What stage 1 learns from: detached, with queries and keys as the layer takes them."""
+    scale, softcap = _logits(q, kwargs)
+    rotation = request.rotation if request else None
+    q, k, v = (x.detach() for x in (*as_attended(module, q, k, rotation), v))
+    padding, documents = _padding(request, q.device).mask, _call(request).documents
+    return AttentionCall(q, k, v, target, scale, softcap, padding, documents)
+
+
+def _linearized(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, request: MaskRequest | None, kwargs: dict[str, Any]
+) -> Tensor:
+    """Outputs (B, T, H, D) of the linearized heads, and their state moved forward if there is a cache."""
+    layer: LinearizedAttention = module.lolcats
+    call, (padding, counts) = _call(request), _padding(request, q.device)
+    scale, softcap = _logits(q, kwargs)
+    dtype, (q, k) = q.dtype, as_attended(module, q, k, request.rotation if request else None)
     cache = pending(call.cache, layer.geometry.layer)
     if cache is None:
-        y = layer(query, key, value, scale, softcap, padding, call.documents, call.backend)
+        y = layer(q, k, v, scale, softcap, padding, call.documents, call.backend)
     else:
-        state = cache.take(layer, key, value)
-        y, cache.state = layer.advance(state, query, key, value, scale, softcap, padding, counts, call.backend)
-    return y.transpose(1, 2).to(dtype).contiguous(), None
+        y, cache.state = layer.advance(
+            cache.take(layer, k, v), q, k, v, scale, softcap, padding, counts, call.backend
+        )  # fmt: skip
+    return y.transpose(1, 2).to(dtype).contiguous()
 
 
 def softmax_attention(

@@ -94,12 +94,18 @@ class LinearizedAttention(nn.Module):
     """The extra parameters of one linearized layer: feature maps φ_q, φ_k and the gate g (γ = sigmoid(g)), in fp32.
     With ``attention.normalizer=group_norm``, also those of the norm.
 
+    Heads are those of ``geometry``; if some of the layer's heads stay softmax attention (``kept``), only the others.
+
     ``mode`` says what the layer outputs: ``student`` (hybrid attention), ``teacher`` (the base model's softmax
     attention) or ``transfer`` (softmax, while ``observer`` receives each call: stage 1).
     """
 
-    def __init__(self, geometry: Geometry, config: AttentionConfig, spec: AttentionSpec, implementation: str) -> None:
+    def __init__(
+        self, geometry: Geometry, config: AttentionConfig, spec: AttentionSpec, implementation: str, kept: Any = None
+    ) -> None:
         super().__init__()
+        self.kept = kept
+        """:class:`lolcats.modeling.heads.KeptHeads`, or None if all heads are linearized."""
         self.geometry, self.spec, self.base_implementation = geometry, spec, implementation
         self.mode: Mode = "student"
         self.ranks = 1  # ranks that share the heads in tensor parallelism
@@ -121,6 +127,10 @@ class LinearizedAttention(nn.Module):
 
     def split_heads(self, ranks: int) -> None:
         """Become one of ``ranks`` that each hold some of the heads; the caller splits the parameters."""
+        if self.kept is not None:
+            raise LolcatsError(
+                f"Tensor parallelism does not support attention.softmax_heads (layer {self.geometry.layer})."
+            )
         if self.geometry.kv_heads % ranks:
             raise LolcatsError(
                 f"Layer {self.geometry.layer} has {self.geometry.kv_heads} key/value heads, which {ranks} ranks cannot "
@@ -172,6 +182,16 @@ class LinearizedAttention(nn.Module):
         if torch.is_grad_enabled() and q.requires_grad:
             return checkpoint(whole, q, k, v, use_reentrant=False, preserve_rng_state=False)
         return whole(q, k, v)
+
+    def over_heads(self, values: Sequence[Any]) -> list[Any]:
+        """Values of this layer's heads at the places of all query heads of the attention module; None for those that
+        stay softmax attention."""
+        if self.kept is None:
+            return list(values)
+        places: list[Any] = [None] * self.kept.geometry.heads
+        for head, value in zip(self.kept.queries(self.kept.linearized), values, strict=True):
+            places[head] = value
+        return places
 
     def answer(self, call: AttentionCall) -> Tensor:
         """What this layer puts out instead of the call's target, (B, T, H, D)."""

@@ -71,7 +71,7 @@ def measure_student(job: Job) -> None:
     heads."""
     run, model = job.run, job.models.student
     _perplexities(job, model, STUDENT, *(BRANCHES if job.kinds != {"softmax"} else ()))
-    run.measure("gamma", lambda: [layer.gamma.tolist() for layer in linearized_layers(model())])
+    run.measure("gamma", lambda: [layer.over_heads(layer.gamma.tolist()) for layer in linearized_layers(model())])
     if not job.lean:
         run.measure("sample_student", lambda: _sample(job, model(), STUDENT))
         run.measure("cache_bytes", lambda: {str(n): cache_bytes(model(), n) for n in LENGTHS})

@@ -66,15 +66,16 @@ def draw_weights(axis: Any, weights: Tensor, title: str) -> Any:
     return picture
 
 
-def draw_heads(axis: Any, values: list[list[float]], layers: list[int], title: str, base: int = 0) -> None:
-    """Plot one number per head and layer, with a colour bar; with a ``base``, on a logarithmic scale in its powers."""
+def draw_heads(axis: Any, values: list[list[Any]], layers: list[int], title: str, base: int = 0) -> None:
+    """Plot one number per head and layer, none where it is None, with a colour bar; with a ``base``, on a logarithmic
+    scale in its powers."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     heads = max(map(len, values))
     table = torch.full((len(values), heads), torch.nan)
     for row, own in zip(table, values, strict=True):
-        row[: len(own)] = torch.tensor(own)
+        row[: len(own)] = torch.tensor([torch.nan if value is None else value for value in own])
     norm = LogNorm() if base else None
     picture = axis.imshow(table.numpy(), aspect="auto", cmap="viridis", interpolation="nearest", norm=norm)
     bar = {"ticks": LogLocator(base), "format": "%g"} if base else {}

@@ -188,7 +188,10 @@ def _layer_errors(run: Run) -> Iterator[str]:
 def _heads(found: dict[str, Any]) -> Iterator[str]:
     """``found`` is the result of ``evaluation.layers.measure_layers``."""
     pairs = zip(found["errors"], found["sizes"], strict=True)
-    relative = [[error / max(size, 1e-30) for error, size in zip(*pair, strict=True)] for pair in pairs]
+    relative = [
+        [None if error is None else error / max(size, 1e-30) for error, size in zip(*pair, strict=True)]
+        for pair in pairs
+    ]
     yield _paragraph(
         f"For each head, on {found['rows']} validation rows after training: the squared error of its output as a share "
         f"of the squared softmax output, and the entropy of the {found['of']}'s softmax weights (the log of the "
@@ -232,7 +235,7 @@ def _lengths(run: Run) -> Iterator[str]:
     attention = run.results.get("attention")
     if not attention:
         return
-    values = sorted(value for layer in attention["lengths"] for value in layer)
+    values = sorted(value for layer in attention["lengths"] for value in layer if value is not None)
     beyond = sum(value > run.config.attention.window_size for value in values) / len(values)
     yield _paragraph(
         f"How far back the teacher's heads look on those {attention['tokens']} tokens: the mean over queries n of "
@@ -251,7 +254,7 @@ def _gamma(run: Run) -> Iterator[str]:
     if not values or not attention or run.config.attention.kind != "hybrid":
         return
     start = 1 / (1 + math.exp(-run.config.attention.gate_init))
-    every = [value for layer in values for value in layer]
+    every = [value for layer in values for value in layer if value is not None]
     yield _paragraph(
         f"The weight γ of the window's softmax terms relative to the linear term: {start:.3g} at the start, "
         f"{min(every):.3g} to {max(every):.3g} after training.", "note",

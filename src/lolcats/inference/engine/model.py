@@ -16,11 +16,11 @@ def check_model(model: PreTrainedModel) -> None:
     """Refuse what the engine cannot run, in a sentence."""
     if not hasattr(model.config, "lolcats"):
         raise LolcatsError("The engine runs linearized models; convert this one first: lolcats linearize.")
-    kept = [entry["layer"] for entry in model.config.lolcats["layers"] if entry["kind"] == "softmax"]
-    if kept:
+    layers = model.config.lolcats["layers"]
+    if kept := [entry["layer"] for entry in layers if entry["kind"] == "softmax" or entry.get("softmax_heads")]:
         raise LolcatsError(
-            f"Layers {', '.join(map(str, kept))} kept softmax attention, whose cache grows with every token: "
-            "the engine holds states of fixed size only. Use lolcats generate for this model."
+            f"Layers {', '.join(map(str, kept))} kept softmax attention (or some heads of them), whose cache grows "
+            "with every token: the engine holds states of fixed size only. Use lolcats generate for this model."
         )
     cache = DynamicCache(config=model.config).layers
     if others := [str(i) for i, layer in enumerate(cache) if isinstance(layer, LinearAttentionCacheLayerMixin)]:

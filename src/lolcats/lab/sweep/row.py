@@ -38,7 +38,10 @@ from lolcats.pipeline import Job, device_and_dtype, keep_longest, measure, run_f
 from lolcats.run import RECORD, Run
 
 LOCKS = "locks"
-LATER = {("attention", "feature_inputs"): ["rotated"], ("finetune", "sharding"): ["auto", "always", "never"]}
+LATER: dict[tuple[str, str], list[Any]] = {
+    ("attention", "feature_inputs"): ["rotated"], ("attention", "softmax_heads"): [{}],
+    ("finetune", "sharding"): ["auto", "always", "never"],
+}  # fmt: skip
 """Settings newer than committed results; keys leave them out at these values, which change nothing."""
 OF_TRANSFER = ("layer_errors_before", "layer_errors_after", TRANSFERRED.result)
 
@@ -233,9 +236,14 @@ def _summary(setup: Setup, row: Row, run: Run, untrained: dict[Compared, Measure
         "layer_error": sum(errors) / len(errors) if errors else None,
         "layer_errors": {when: results.get(f"layer_errors_{when}", []) for when in ("before", "after")},
         "layers": _rounded(results.get("layers", {})),
-        "gamma": [sum(heads) / len(heads) for heads in results.get("gamma", [])],
+        "gamma": [_mean(heads) for heads in results.get("gamma", [])],
         "controls": {CONTROLS[name].in_sweeps: run_key(setup, own) for name, own in row.controls.items()},
     }  # fmt: skip
+
+
+def _mean(values: list[Any]) -> float:
+    known = [value for value in values if value is not None]
+    return float(sum(known) / len(known))
 
 
 def _rounded(value: Any) -> Any:

@@ -43,6 +43,8 @@ from lolcats.stages.watch import LossWatch
 
 STAGE, JOB = "transfer", "job.json"
 HARMLESS = (*PLACEMENT["transfer"], "save_steps", "log_steps")  # settings that do not change the result
+ADDED: dict[str, Any] = {"softmax_heads": {}}
+"""Settings of attention that jobs of older versions lack, at the values that change nothing."""
 
 
 @dataclass(frozen=True)
@@ -373,7 +375,7 @@ def job_of(config: Config, data: Data, layers: list[str], base: str) -> dict[str
     """Everything that the contents of the units depend on."""
     identity = identity_of(config)
     settings = {f"transfer.{k}": v for k, v in identity["transfer"].items() if k not in HARMLESS}
-    settings |= {f"attention.{k}": v for k, v in identity["attention"].items()}
+    settings |= {f"attention.{k}": v for k, v in identity["attention"].items() if ADDED.get(k) != v}
     rows = {"data": data.fingerprint, "rows": len(data.train)}
     if data.positions:
         rows["data.reset_at_documents"] = True
