@@ -26,6 +26,7 @@ import lolcats
 from lolcats.config import PLACEMENT, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
+from lolcats.modeling.parts import list_parts
 from lolcats.ranks import is_first
 from lolcats.weights.base import Base
 
@@ -92,6 +93,9 @@ class Run:
         return stage in self.record["stages"]
 
     def finish_stage(self, stage: str, summary: dict[str, Any]) -> None:
+        """Record that ``stage`` is done, after config.json lists the files that it left."""
+        if is_first():
+            list_parts(self.directory)
         self.record["stages"][stage] = summary
         self.save()
 

@@ -14,6 +14,7 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import is_linearized, load
 from lolcats.modeling.classes import convert_as
 from lolcats.modeling.layer import linearized_layers
+from lolcats.modeling.parts import check_parts
 from lolcats.stages.finetune.controls import control, control_directory
 from lolcats.weights.base import Base, find_base, load_model
 
@@ -82,5 +83,9 @@ def _asked(group: Iterable[Compared], baselines: Sequence[str]) -> list[Compared
 
 
 def _base(model: str) -> Base | None:
+    """The base model of an adapter; None for a merged model."""
     record: dict[str, Any] = AutoConfig.from_pretrained(model).lolcats
-    return Base(**record["base"]) if "base" in record else None
+    if "base" not in record:
+        return None
+    check_parts(Path(model), record.get("parts"))  # before a model is loaded
+    return Base(**record["base"])

@@ -34,13 +34,14 @@ from lolcats.files import (
 )
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.parallel import settle
+from lolcats.modeling.parts import FEATURE_MAPS as FEATURE_MAPS
+from lolcats.modeling.parts import LORA as LORA
+from lolcats.modeling.parts import LORA_CONFIG, check_parts
+from lolcats.modeling.parts import LORA_WEIGHTS as LORA_WEIGHTS
 from lolcats.modeling.record import sealed
 from lolcats.weights.base import Base, find_base, load_model
 
 ConvertAs = Callable[[PreTrainedModel, dict[str, Any]], PreTrainedModel]
-FEATURE_MAPS = "feature_maps.safetensors"
-LORA = "lora"
-LORA_WEIGHTS = "adapter_model.safetensors"
 
 
 def load(
@@ -89,10 +90,14 @@ def load_feature_maps(model: nn.Module, path: Path) -> None:
     load_strictly(feature_map_state(model), read_tensors(path), path)
 
 
-def save_adapter_config(model: PreTrainedModel, base: Base, directory: Path, kind: str = "") -> None:
+def save_adapter_config(
+    model: PreTrainedModel, base: Base, directory: Path, kind: str = "", parts: dict[str, str] | None = None
+) -> None:
     """Write DIR/config.json of the adapter form: the family's configuration, our record, and where the base is.
 
-    ``kind``: the kind that every linearized layer gets when the adapter is loaded (default: its own).
+    Args:
+        kind: the kind that every linearized layer gets when the adapter is loaded (default: its own).
+        parts: the files that belong to the adapter so far, see :mod:`lolcats.modeling.parts`.
     """
     config = type(model.config).from_dict(model.config.to_dict())
     record = copy.deepcopy(config.lolcats)
@@ -100,7 +105,8 @@ def save_adapter_config(model: PreTrainedModel, base: Base, directory: Path, kin
         record["attention"]["kind"] = kind
         for layer in record["layers"]:
             layer["kind"] = kind if layer["kind"] != "softmax" else "softmax"
-    config.lolcats = sealed({**record, "form": "adapter", "base": asdict(base)})
+    listed = {} if parts is None else {"parts": parts}
+    config.lolcats = sealed({**record, "form": "adapter", "base": asdict(base), **listed})
     config.dtype = model.dtype
     config.save_pretrained(directory)
 
@@ -115,7 +121,7 @@ def load_adapter(
         convert_as: linearizes a model as a record says; given by the linearized classes, which use this function.
 
     Raises:
-        LolcatsError: the base has changed since.
+        LolcatsError: a part of the adapter is missing or damaged, or the base has changed since.
     """
     if convert_as is None:  # through the class that the config belongs to
         return AutoModelForCausalLM.from_pretrained(
@@ -123,6 +129,7 @@ def load_adapter(
         )
     directory = Path(directory if Path(directory).is_dir() else snapshot_download(str(directory)))
     config = config if config is not None else AutoConfig.from_pretrained(str(directory))
+    check_parts(directory, config.lolcats.get("parts"))
     known = Base(**config.lolcats["base"])
     base = find_base(known.path, trust)
     if base.fingerprint != known.fingerprint:
@@ -172,7 +179,7 @@ def seal_lora(directory: Path, tensors: dict[str, Tensor]) -> None:
 
     PEFT keeps the names of the layers as a set; they are sorted here, so that equal runs write equal files.
     """
-    path = directory / "adapter_config.json"
+    path = directory / LORA_CONFIG
     config = json.loads(path.read_text())
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()
@@ -205,7 +212,7 @@ def _with_lora(model: PreTrainedModel, directory: Path) -> Any:
 
     saved = read_tensors(directory / LORA_WEIGHTS)
     _, known = read_checksums(directory / LORA_WEIGHTS)
-    if known and known != hash_file(directory / "adapter_config.json"):
+    if known and known != hash_file(directory / LORA_CONFIG):
         raise LolcatsError(f"{directory / 'adapter_config.json'} is damaged: its checksum does not match.")
     wrapped = PeftModel.from_pretrained(model, str(directory))
     compare_keys(set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)), set(saved), directory)

@@ -167,6 +167,6 @@ def become_linearized(model: PreTrainedModel, record: dict[str, Any]) -> None:
 
 def convert_as(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedModel:
     """Linearize ``model`` exactly as a saved ``config.lolcats`` record says."""
-    become_linearized(model, {k: v for k, v in record.items() if k not in ("form", "base", SEAL)})
+    become_linearized(model, {k: v for k, v in record.items() if k not in ("form", "base", "parts", SEAL)})
     install(model, record)
     return model

@@ -19,6 +19,7 @@ from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.checkpoint import save_adapter_config
+from lolcats.modeling.parts import check_parts, find_parts, listed_parts
 from lolcats.pipeline.models import Models, Say, device_and_dtype
 from lolcats.ranks import is_first, ranks
 from lolcats.run import Run
@@ -82,6 +83,11 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     say(f"Reading {data}")
     rows = inputs.data(data, config.data, config.seed)
     run = Run.start(out, base, {**rows.summary, "fingerprint": rows.fingerprint}, config)
+    parts = listed_parts(out)
+    if run.stage_done("finetune"):
+        check_parts(out, parts)
+    if parts is None:  # a new run, or one that an older version began
+        parts = find_parts(out) if run.record["stages"] else {}
     ranks().wait()  # every rank has checked the directory before one of them writes
     job = Job(run, run.config, inputs, rows, Models(run, inputs, say), say, lean)
     if job.in_turn and config.data.keep_longest_effective < 1:
@@ -96,7 +102,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
         run.save()
         write_text(out / "config.yaml", to_yaml(job.config))
         tokenizer.save_pretrained(out)
-        save_adapter_config(model, base, out)
+        save_adapter_config(model, base, out, parts=parts)
     ranks().wait()  # for config.json
     return job
 
