@@ -127,7 +127,7 @@ def load_adapter(
         return AutoModelForCausalLM.from_pretrained(
             str(directory), config=config, dtype=dtype, device_map=device_map, trust_remote_code=trust
         )
-    directory = Path(directory if Path(directory).is_dir() else snapshot_download(str(directory)))
+    given, directory = directory, Path(directory if Path(directory).is_dir() else snapshot_download(str(directory)))
     config = config if config is not None else AutoConfig.from_pretrained(str(directory))
     check_parts(directory, config.lolcats.get("parts"))
     known = Base(**config.lolcats["base"])
@@ -147,7 +147,18 @@ def load_adapter(
     if any(layer.spec.has_linear for layer in linearized_layers(model)) or (directory / FEATURE_MAPS).exists():
         load_feature_maps(model, directory / FEATURE_MAPS)
     model = merge_lora(model, directory / LORA) if (directory / LORA).is_dir() else model
+    _name(model, str(given))
     return spread(model, device_map) if several else model
+
+
+def _name(model: PreTrainedModel, given: str) -> None:
+    """Say that the model was loaded from ``given``: PEFT writes this into adapters that are trained on top of it.
+
+    The path of the base model would make PEFT load that with softmax attention.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.name_or_path = module.config.name_or_path = given
 
 
 def spread(model: PreTrainedModel, device_map: Any) -> PreTrainedModel:

@@ -152,6 +152,7 @@ def classes_for(base_model_type: str) -> tuple[Any, type[PreTrainedModel]]:
 def become_linearized(model: PreTrainedModel, record: dict[str, Any]) -> None:
     """Change the class of a loaded model and its config in place; the weights stay where they are."""
     config = model.config
+    model.name_or_path = ""  # nowhere on disk: PEFT would write the base model into adapters trained on top of it
     base_type = config.model_type
     base: Any = type(model)
     cls = linearized_class(base)
