@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import lolcats
 from lolcats.config import load_config
 from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
+from lolcats.inference.engine import Snapshot
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA
 from lolcats.modeling.parts import OF_LORA, find_parts, listed_parts
 from lolcats.pipeline import linearize, resume, start, train_lora, train_maps
@@ -130,3 +132,21 @@ def test_adapters_without_a_list(
         return
     with pytest.warns(UserWarning, match="without a list of its files"):
         lolcats.load(name)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_the_umask_decides_who_may_read(
+    umask: int, mode: int, trained: Path, model_dirs, chat_file: Path, tmp_path: Path
+) -> None:
+    """safetensors itself writes files that only their owner can read."""
+    before = os.umask(umask)
+    try:
+        config = load_config("default", [*SETTINGS, "controls=[window_lora]", "transfer.coupling=per_layer"])
+        linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "run", config, say=lambda _: None)
+        Snapshot((1, 2), ()).save(tmp_path / "state.safetensors")
+        lolcats.load(trained).save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) > 6
+    assert {str(path): oct(path.stat().st_mode & 0o777) for path in files} == {str(path): oct(mode) for path in files}

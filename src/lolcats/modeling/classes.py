@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from lolcats.errors import LolcatsError
+from lolcats.files import give_usual_mode
 from lolcats.modeling.checkpoint import load_adapter, verify_loading
 from lolcats.modeling.install import install
 from lolcats.modeling.interface import IMPLEMENTATION
@@ -77,6 +78,7 @@ class LinearizedModel:
         config.auto_map = dict(AUTO_MAP)
         config.lolcats = sealed({k: v for k, v in config.lolcats.items() if k != "base"})  # merged: needs no base
         super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
+        give_usual_mode(*Path(directory).glob("model*.safetensors"))
         shim = resources.files("lolcats.modeling").joinpath("remote.py").read_text()
         (Path(directory) / REMOTE_CODE).write_text(shim)
 
