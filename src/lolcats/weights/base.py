@@ -48,9 +48,9 @@ def find_base(model: str, trust: bool = False) -> Base:
     """
     path = Path(model).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise LolcatsError(f"{model} is not a .gguf file: give a hub id, a model directory or a GGUF file.")
-        return Base(str(path.resolve()), "gguf", hash_file(path))
+        if not is_gguf(path):
+            raise LolcatsError(f"{model} is not a GGUF file: give a hub id, a model directory or a GGUF file.")
+        return Base(str(path.parent.resolve() / path.name), "gguf", hash_file(path))  # a link keeps its name
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LolcatsError(f"{model} is not a Hugging Face model: the directory has no config.json.")
@@ -62,6 +62,13 @@ def find_base(model: str, trust: bool = False) -> Base:
     except (OSError, ValueError) as error:
         raise LolcatsError(f"No model {model!r} on disk or on the Hugging Face hub ({first_line(error)}).") from None
     return Base(model, "hub", f"commit {getattr(config, '_commit_hash', None)}")
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether a file claims to be GGUF, by its name or its first bytes: in the hub's cache, files are named by their
+    hash."""
+    with file.open("rb") as stream:
+        return file.suffix == ".gguf" or stream.read(4) == b"GGUF"
 
 
 def load_model(
