@@ -50,8 +50,11 @@ class LinearizedModel:
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Like transformers' own, for merged models and adapters; errors name a missing or extra tensor."""
-        config = kwargs.get("config")
+        """Like transformers' own, for merged models and adapters; errors name a missing or extra tensor.
+
+        ``base=``: where the base model of an adapter is now, if it has moved.
+        """
+        config, base = kwargs.get("config"), str(kwargs.pop("base", None) or "")
         if config is not None and config.lolcats.get("form") == "adapter":
             if kwargs.get("tp_plan") or kwargs.get("distributed_config"):
                 raise LolcatsError(
@@ -59,7 +62,10 @@ class LinearizedModel:
                     f"lolcats export {path} --merge --out MERGED."
                 )
             trust = bool(kwargs.get("trust_remote_code"))
-            return load_adapter(path, config, kwargs.get("dtype", "auto"), kwargs.get("device_map"), trust, convert_as)
+            dtype, device_map = kwargs.get("dtype", "auto"), kwargs.get("device_map")
+            return load_adapter(path, config, dtype, device_map, trust, convert_as, base)
+        if base:
+            raise LolcatsError(f"{path} is a merged model, which needs no base model: leave out base={base}.")
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
                 path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
