@@ -14,11 +14,12 @@ import torch
 from conftest import SETTINGS, tiny_model
 from fixtures.make import invoke
 from modeling.test_base import write_gguf
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lolcats
 from lolcats.config import AttentionConfig, load_config
 from lolcats.errors import LolcatsError
+from lolcats.modeling import checkpoint
 from lolcats.modeling.checkpoint import FEATURE_MAPS, save_adapter_config, save_feature_maps
 from lolcats.modeling.parts import find_parts
 from lolcats.modeling.record import sealed
@@ -190,3 +191,14 @@ def test_hub_model_whose_commit_was_not_recorded(model_dirs, tmp_path: Path, mon
             for base in (known, Base("somebody/tiny", "hub", f"commit {COMMIT}"))
         )
     )
+
+
+def test_a_revision_of_an_adapter_is_loaded_whole(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not config.json of that revision with the weights of the newest."""
+    asked: list[tuple[str, str | None]] = []
+    download = lambda name, revision=None: asked.append((name, revision)) or str(place / "run")  # noqa: E731
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    config = AutoConfig.from_pretrained("run")
+    model = AutoModelForCausalLM.from_pretrained("somebody/run", config=config, revision=COMMIT, base="moved")
+    assert asked == [("somebody/run", COMMIT)]
+    assert model.name_or_path == "somebody/run"

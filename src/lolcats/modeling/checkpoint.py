@@ -115,12 +115,13 @@ def save_adapter_config(
 
 def load_adapter(
     directory: str | Path, config: Any = None, dtype: torch.dtype | str = "auto", device_map: Any = None,
-    trust: bool = False, convert_as: ConvertAs | None = None, moved: str = "",
+    trust: bool = False, convert_as: ConvertAs | None = None, moved: str = "", revision: str | None = None,
 ) -> PreTrainedModel:  # fmt: skip
     """Base model + feature maps + LoRA (merged in memory).
 
     Args:
         moved: where the base model is now, if it is not where the adapter found it.
+        revision: of an adapter on the hub.
         convert_as: linearizes a model as a record says; given by the linearized classes, which use this function.
 
     Raises:
@@ -129,9 +130,12 @@ def load_adapter(
     if convert_as is None:  # through the class that the config belongs to
         return AutoModelForCausalLM.from_pretrained(
             str(directory), config=config, dtype=dtype, device_map=device_map, trust_remote_code=trust,
-            **({"base": moved} if moved else {}),
+            **{name: value for name, value in (("base", moved), ("revision", revision)) if value},
         )  # fmt: skip
-    given, directory = directory, Path(directory if Path(directory).is_dir() else snapshot_download(str(directory)))
+    given, directory = (
+        directory,
+        Path(directory if Path(directory).is_dir() else snapshot_download(str(directory), revision=revision)),
+    )
     config = config if config is not None else AutoConfig.from_pretrained(str(directory))
     check_parts(directory, config.lolcats.get("parts"))
     known = Base(**config.lolcats["base"])
