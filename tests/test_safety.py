@@ -78,6 +78,21 @@ def test_a_whole_run_unpickles_nothing(
     assert not loaded
 
 
+def test_what_the_pages_say_of_pickles(loaded: list, model_dirs, tmp_path: Path) -> None:
+    """A base model's .bin weights go through torch's restricted unpickler."""
+    shutil.copytree(model_dirs["llama"], tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    torch.save(tiny_model().state_dict(), tmp_path / "base" / "pytorch_model.bin")
+    load_model(find_base(str(tmp_path / "base")), torch.float32)
+    assert [(Path(path).name, weights_only) for path, weights_only in loaded] == [("pytorch_model.bin", True)]
+    root = Path(__file__).parents[1]
+    pages = {page: " ".join((root / page).read_text().split()) for page in ("README.md", "docs/commands.md")}
+    for page, text in pages.items():
+        assert "`.bin` weights" in text, page
+        assert "torch's restricted unpickler" in text, page
+    assert not [page for page in root.glob("docs/**/*.md") if "in a model is unpickled" in page.read_text()]
+
+
 def test_pickles_in_a_base_model_are_not_run(model_dirs, tmp_path: Path, capfd) -> None:
     shutil.copytree(model_dirs["llama"], tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").unlink()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -91,6 +93,20 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     unfinished.rename(directory)
 
 
+def give_usual_mode(*paths: Path) -> None:
+    """Give safetensors files the permissions of any new file beside them, which the umask decides.
+
+    The library writes files that only their owner can read.
+    """
+    for path in paths:
+        probe = path.with_name(f".{path.name}.{uuid4().hex}")
+        probe.touch()
+        try:
+            path.chmod(stat.S_IMODE(probe.stat().st_mode))
+        finally:
+            probe.unlink()
+
+
 def write_tensors(
     tensors: dict[str, Tensor], path: Path, beside: str = "", more: dict[str, str] | None = None
 ) -> None:  # fmt: skip
@@ -103,6 +119,7 @@ def write_tensors(
     written = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     # Only one entry: the order of several is random, and equal tensors should give equal files.
     save_file(written, partial, metadata={CHECKSUM: f"{tensor_hash(written)} {beside}".strip(), **(more or {})})
+    give_usual_mode(partial)
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)

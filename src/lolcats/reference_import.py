@@ -29,6 +29,7 @@ from lolcats.files import compare_keys, whole_directory, write_tensors, write_te
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, feature_map_state, save_adapter_config, seal_lora
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
+from lolcats.modeling.parts import find_parts
 from lolcats.weights.base import empty_model, find_base, load_tokenizer
 
 NAME = re.compile(r"(?:base_model\.model\.)?(?:model\.)?layers\.(\d+)\.self_attn\.(.+)")
@@ -76,7 +77,7 @@ def import_reference(base: str, transfer: Path, lora: Path | None, out: Path, co
         write_tensors(tensors, unfinished / FEATURE_MAPS)
         if lora is not None:
             config = _save_lora(model, names, adapters, config, known.path, unfinished / LORA, lora)
-        save_adapter_config(model, known, unfinished)
+        save_adapter_config(model, known, unfinished, parts=find_parts(unfinished))
         tokenizer.save_pretrained(unfinished)
         write_text(unfinished / "config.yaml", to_yaml(config))
 

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +25,9 @@ import lolcats
 from lolcats.config import PLACEMENT, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
+from lolcats.modeling.parts import list_parts
 from lolcats.ranks import is_first
-from lolcats.weights.base import Base
+from lolcats.weights.base import UNKNOWN, Base
 
 RECORD = "run.json"
 SAMPLE_PROMPT = "What is a good way to spend a rainy weekend? Explain your ideas."
@@ -44,7 +44,7 @@ class Run:
     @classmethod
     def start(cls, directory: Path, base: Base, data: dict[str, Any], config: Config) -> Run:
         """Start a new run (written by its first ``save``), or continue the one in ``directory`` if it is the same."""
-        identity = {"base": asdict(base), "data": data, "config": to_dict(config)}
+        identity = {"base": base.record, "data": data, "config": to_dict(config)}
         if (directory / RECORD).exists():
             run = cls.open(directory)
             asked = {"controls": list(dict.fromkeys([*run.config.controls, *config.controls]))}  # may be added later
@@ -57,6 +57,7 @@ class Run:
                     f"{directory} holds another run: {changed}. Choose another --out, or repeat the original command."
                 )
             run.record["config"] = identity["config"]
+            run.record["base"] |= {name: identity["base"][name] for name in ("path", "form")}  # where it is now
             return run
         if directory.is_dir() and any(directory.iterdir()):
             raise LolcatsError(f"{directory} is not empty and does not hold a lolcats run: choose another --out.")
@@ -92,6 +93,9 @@ class Run:
         return stage in self.record["stages"]
 
     def finish_stage(self, stage: str, summary: dict[str, Any]) -> None:
+        """Record that ``stage`` is done, after config.json lists the files that it left."""
+        if is_first():
+            list_parts(self.directory)
         self.record["stages"][stage] = summary
         self.save()
 
@@ -112,7 +116,8 @@ class Run:
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """How two identities differ, in words; empty if they are the same."""
-    if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
+    unknown = old["base"]["fingerprint"] == UNKNOWN and old["base"]["path"] == new["base"]["path"]
+    if old["base"]["fingerprint"] != new["base"]["fingerprint"] and not unknown:
         return f"its base model is {old['base']['path']} ({old['base']['fingerprint']})"
     changed = [
         f"{key if key == section else f'{section}.{key}'} was {before!r} and is now {after!r}"

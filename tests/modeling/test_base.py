@@ -99,6 +99,29 @@ def test_gguf_is_a_base_like_any_other(tmp_path: Path, tokenizer, chat_file: Pat
     assert torch.equal(adapter(IDS).logits, merged(IDS).logits)
 
 
+@torch.no_grad()
+def test_gguf_through_a_link(tmp_path: Path, tokenizer, settings) -> None:
+    """As in the hub's cache. Older versions recorded the file that the link leads to."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots").mkdir()
+    blob, link = tmp_path / "blobs" / "3f2a", tmp_path / "snapshots" / "tiny.gguf"
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), tokenizer).rename(blob)
+    link.symlink_to("../blobs/3f2a")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{i} " + "the cat sat on a mat and dogs like milk. " * 20 for i in range(60)))
+    config = load_config("default", [*settings, "transfer.max_steps=1", "finetune.max_steps=1"])
+    for name, given, recorded in (("link", link, link), ("file", blob, blob)):
+        with torch.enable_grad():
+            linearize(str(given), str(text), tmp_path / name, config, merge=False, say=lambda _: None)
+        model = lolcats.load(tmp_path / name)
+        assert model.config.lolcats["base"]["path"] == str(recorded)
+        assert model(IDS).logits.isfinite().all()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "3f2a").write_bytes(b"PK")
+    with pytest.raises(LolcatsError, match="not a GGUF file"):
+        find_base(str(tmp_path / "other" / "3f2a"))
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_truncated_gguf(keep: float, tmp_path: Path, tokenizer) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), tokenizer)
@@ -127,7 +150,7 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
 def test_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").touch()
     for path, message in (
-        (tmp_path / "weights.bin", "not a .gguf file"),
+        (tmp_path / "weights.bin", "not a GGUF file"),
         (tmp_path, "has no config.json"),
         (tmp_path / "no.gguf", "does not exist"),
         ("nobody/no-such-model", "on disk or on the Hugging Face hub"),

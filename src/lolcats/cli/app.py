@@ -42,7 +42,8 @@ Sets = Annotated[list[str], typer.Option("--set", help="Change a setting, e.g. t
 Controls = Annotated[bool, typer.Option("--controls", help="Also train two controls, each with its own LoRA of the "
                                         "same settings and data: window and sinks without the linear term, and the "
                                         "softmax teacher.")]  # fmt: skip
-
+MovedBase = Annotated[str, typer.Option("--base", help="Where the base model of an adapter is now, if it has moved: "
+                                        "hub id, directory or .gguf file.")]  # fmt: skip
 
 NO_MEMORY = (
     "Out of memory. To train, lower transfer.micro_batch_size and finetune.micro_batch_size (the batch size stays the "
@@ -129,8 +130,8 @@ def numbers(text: str, option: str = "--lengths") -> tuple[int, ...]:
     return numbers
 
 
-def load_any(model: str, config: Any) -> tuple[Any, Any]:
-    """Load a linearized model or any base model, and its tokenizer."""
+def load_any(model: str, config: Any, moved: str = "") -> tuple[Any, Any]:
+    """Load a linearized model or any base model, and its tokenizer. ``moved``: where an adapter's base is now."""
     from lolcats.modeling.checkpoint import is_linearized, load
     from lolcats.pipeline import device_and_dtype
     from lolcats.weights.base import find_base, load_model, load_tokenizer
@@ -138,7 +139,9 @@ def load_any(model: str, config: Any) -> tuple[Any, Any]:
     device, dtype = device_and_dtype(config)
     trust = config.trust_remote_code
     if is_linearized(model):
-        return load(model, dtype, device, trust), tokenizer_of(model)
+        return load(model, dtype, device, trust, moved), tokenizer_of(model)
+    if moved:
+        raise LolcatsError(f"{model} is not an adapter: it needs no --base.")
     base = find_base(model, trust)
     return load_model(base, dtype, device, trust), load_tokenizer(base, trust)
 

@@ -15,6 +15,7 @@ from lolcats.cli.app import (
     Controls,
     DataPath,
     Model,
+    MovedBase,
     Out,
     Recipe,
     RunDirectory,
@@ -85,13 +86,14 @@ def finetune(directory: RunDirectory,
              sharding: Annotated[str, typer.Option(help="Whether to shard the base model across GPUs: always, "
                                                         "never, or auto (only if it does not fit on each). Default: "
                                                         "the run's finetune.sharding.")] = "",
+             base: MovedBase = "",
              ) -> None:  # fmt: skip
     """Run only stage 2, LoRA, in a run directory where stage 1 is finished. Also runs under torchrun."""
     from lolcats.config import Control
     from lolcats.pipeline import resume, train_lora
     from lolcats.ranks import is_first
 
-    job = resume(directory, controls=get_args(Control) if controls else (), sharding=sharding)
+    job = resume(directory, controls=get_args(Control) if controls else (), sharding=sharding, base=base)
     train_lora(job, merge)
     if is_first():
         show_run(job.run)
@@ -134,11 +136,11 @@ def sweep(
 
 
 @command
-def report(directory: RunDirectory) -> None:
+def report(directory: RunDirectory, base: MovedBase = "") -> None:
     """Write DIR/report.html with loss curves, errors, attention maps, tables and samples."""
     from lolcats.pipeline import report as write_report
 
-    out.print(f"Report: {write_report(directory)}", soft_wrap=True)
+    out.print(f"Report: {write_report(directory, base=base)}", soft_wrap=True)
 
 
 @command

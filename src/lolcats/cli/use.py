@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from lolcats.cli.app import (
     Directory,
     Model,
+    MovedBase,
     Sets,
     command,
     err,
@@ -54,6 +55,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed for recall prompts and few-shot examples.")] = 1234,
     recipe: Annotated[str, typer.Option(help="Recipe or YAML file. Default: the run's own configuration.")] = "",
     rows: Annotated[int, typer.Option(help="Maximum number of rows of data.sequence_length tokens (0 = all).")] = 0,
+    base: MovedBase = "",
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Measure perplexity on --data, or run the benchmarks in --tasks, for teacher and student.
@@ -74,9 +76,9 @@ def evaluate(
         options = Options(data_dir, data, numbers(lengths), limit or None, batch_size, seed)
         if output and not output.parent.is_dir():
             raise LolcatsError(f"--output {output}: {output.parent} is not a directory.")
-        _benchmarks(model, words(tasks), words(baseline), place, options, output)
+        _benchmarks(model, words(tasks), words(baseline), place, options, output, base)
     elif data:
-        _perplexity(model, data, config, rows, place, batch_size)
+        _perplexity(model, data, config, rows, place, batch_size, base)
     else:
         raise LolcatsError("Nothing to evaluate: give --data (perplexity) or --tasks (benchmarks).")
 
@@ -86,24 +88,26 @@ def generate(
     model: Model, prompt: Annotated[str, typer.Option(help="Prompt to answer or continue.")],
     max_new_tokens: NewTokens = 128, temperature: Temperature = 0.0, top_p: TopP = 1.0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as is, without the chat template.")] = False,
+    base: MovedBase = "",
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Answer one prompt and stream the answer."""
     from lolcats.config import load_config
     from lolcats.inference.generate import generate as run_generate
 
-    loaded, tokenizer = load_any(model, load_config("default", set_))
+    loaded, tokenizer = load_any(model, load_config("default", set_), base)
     run_generate(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, stream=True, raw=raw)
 
 
 @command
 def chat(model: Model, max_new_tokens: NewTokens = 512, temperature: Temperature = 0.7, top_p: TopP = 0.9,
-         system: Annotated[str, typer.Option(help="System prompt.")] = "", set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
+         system: Annotated[str, typer.Option(help="System prompt.")] = "", base: MovedBase = "",
+         set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
     """Chat with a model in the terminal. An empty line, /exit or Ctrl-D quits; /new starts a new conversation."""
     from lolcats.config import load_config
     from lolcats.inference.generate import generate as run_generate
 
-    loaded, tokenizer = load_any(model, load_config("default", set_))
+    loaded, tokenizer = load_any(model, load_config("default", set_), base)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     while True:
@@ -148,6 +152,7 @@ def serve(
     allowed_host: Annotated[list[str], typer.Option(help="Accept this name in the Host header. Repeatable. Default: "
                                                          "any name; on a loopback address without a key, only "
                                                          "loopback names.")] = [],  # noqa: B006
+    base: MovedBase = "",
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Serve a linearized model with an OpenAI-compatible API, and a chat page at /."""
@@ -163,7 +168,7 @@ def serve(
     listening = server.listen(host, port)
     if not access.api_key and not server.is_loopback(host):
         err.print(f"No API key: anyone who reaches {host} can use this server. Set LOLCATS_API_KEY.", soft_wrap=True)
-    model, tokenizer = load_any(str(directory), load_config("default", set_))
+    model, tokenizer = load_any(str(directory), load_config("default", set_), base)
     engine = Engine(model, tokenizer, slots, prefix_bytes=prefix_mb << 20, state_dtype=_state_dtype(state_dtype))
     own = getattr(model.config.get_text_config(), "max_position_embeddings", 8192)
     limits = server.Limits(
@@ -198,6 +203,7 @@ def bench(
     out_: Annotated[Path, typer.Option("--out", help="JSON file to add the results to; a .md table and a .png "
                                               "plot are written beside it.")]
         = Path("generation.json"),
+    base: MovedBase = "",
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Measure speed and memory of generation by batch size, next to Hugging Face's generate (the paper's Figure 8)."""
@@ -219,7 +225,7 @@ def bench(
     if random:
         student = benchmarks.random_model(random, config.attention, *device_and_dtype(config))
     else:
-        student = benchmarks.linearized(load_any(model, config)[0], config.attention)
+        student = benchmarks.linearized(load_any(model, config, base)[0], config.attention)
     table = write(out_, benchmarks.benchmark(student, options), shlex.join(["lolcats", *sys.argv[1:]]))
     out.print(table, soft_wrap=True, markup=False, highlight=False)
 
@@ -229,6 +235,7 @@ def export(directory: Directory,
            out_: Annotated[Path, typer.Option("--out", file_okay=False, help="Output directory; must be empty.")],
            merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA into the weights. Required.")] = False,
            dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as trained.")] = "auto",
+           base: MovedBase = "",
            ) -> None:  # fmt: skip
     """Export an adapter as a self-contained model directory."""
     from lolcats.modeling.checkpoint import load
@@ -240,7 +247,7 @@ def export(directory: Directory,
         raise LolcatsError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}.")
     if out_.exists() and any(out_.iterdir()):
         raise LolcatsError(f"{out_} is not empty; choose another --out.")
-    export_merged(load(directory, dtype), tokenizer_of(str(directory)), out_)
+    export_merged(load(directory, dtype, base=base), tokenizer_of(str(directory)), out_)
     out.print(f"Merged model: {out_}", soft_wrap=True)
 
 
@@ -255,7 +262,9 @@ def info(model: Model) -> None:
     out.print(table)
 
 
-def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any, Any], batch_size: int) -> None:
+def _perplexity(
+    model: str, data: str, config: Any, rows: int, place: tuple[Any, Any], batch_size: int, base: str
+) -> None:
     """Print the table of ``evaluate --data``."""
     from lolcats.evaluation.compare import compare, evaluation_rows
     from lolcats.report.table import controls_hint
@@ -266,14 +275,15 @@ def _perplexity(model: str, data: str, config: Any, rows: int, place: tuple[Any,
     assert ids is not None
     table = Table("model", title=f"{ids.numel():,} tokens of {Path(data).name}")
     table.add_column("perplexity", justify="right", no_wrap=True)
-    for name, value in compare(model, ids, *place, batch_size, positions).items():
+    for name, value in compare(model, ids, *place, batch_size, positions, base).items():
         table.add_row(name, f"{value:.3f}")
     out.print(table)
     out.print(controls_hint(model))
 
 
 def _benchmarks(
-    model: str, tasks: list[str], baselines: list[str], place: tuple[Any, Any], options: Any, output: Path | None
+    model: str, tasks: list[str], baselines: list[str], place: tuple[Any, Any], options: Any, output: Path | None,
+    base: str,
 ) -> None:  # fmt: skip
     """Print the tables of ``evaluate --tasks`` and write its JSON file."""
     from lolcats.evaluation.suite import evaluate as run_suite
@@ -281,7 +291,7 @@ def _benchmarks(
     from lolcats.report.comparison import comparison_rows, depth_rows, write_comparison
     from lolcats.report.table import controls_hint
 
-    scores = run_suite(model, tasks, baselines, *place, options, log)
+    scores = run_suite(model, tasks, baselines, *place, options, log, base)
     print_rows(*comparison_rows(scores), title=f"{Path(model).name}: score ± standard error")
     for metric in ("exact", "argmax"):
         print_rows(*depth_rows(scores, metric), title=f"Recall by depth: {metric}")

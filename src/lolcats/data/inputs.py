@@ -14,7 +14,7 @@ from lolcats.config import DataConfig
 from lolcats.data.rows import Corpus, Data, split, tokenize_source
 from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import is_linearized
-from lolcats.weights.base import find_base, load_model, load_tokenizer
+from lolcats.weights.base import Base, find_base, load_model, load_tokenizer
 
 COPIES = 16  # keep a model on a GPU if more than this many copies fit there
 
@@ -27,9 +27,9 @@ class Inputs:
         trust: run Python code that comes with the model.
     """
 
-    def __init__(self, model: str, keep: bool = False, trust: bool = False) -> None:
-        self.base, self.keep, self.trust = find_base(model, trust), keep, trust
-        if is_linearized(model):
+    def __init__(self, model: str | Base, keep: bool = False, trust: bool = False) -> None:
+        self.base, self.keep, self.trust = find_base(model, trust) if isinstance(model, str) else model, keep, trust
+        if isinstance(model, str) and is_linearized(model):
             raise LolcatsError(f"{model} is linearized already: pass its base model instead.")
         self._models: dict[torch.dtype, PreTrainedModel] = {}
         self._documents: dict[tuple[str, DataConfig], Corpus] = {}

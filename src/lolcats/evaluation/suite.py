@@ -48,8 +48,10 @@ class Options:
 
 
 def evaluate(model: str, names: list[str], baselines: list[str], device: torch.device, dtype: torch.dtype,
-             options: Options, say: Callable[[str], None]) -> dict[str, list[Score]]:  # fmt: skip
+             options: Options, say: Callable[[str], None], base: str = "") -> dict[str, list[Score]]:  # fmt: skip
     """Scores by model: teacher, baselines and student for an adapter, otherwise the model itself.
+
+    ``base``: where the base model of an adapter is now, if it has moved.
 
     Raises:
         LolcatsError: an unknown task or baseline, or data that cannot be loaded. Raised before any model is loaded.
@@ -60,7 +62,7 @@ def evaluate(model: str, names: list[str], baselines: list[str], device: torch.d
         say(warning)
     prepared = prepare(names, options, load_tokenizer(find_base(model)))
     scores: dict[str, list[Score]] = {}
-    for system, loaded in systems(model, baselines, device, dtype):
+    for system, loaded in systems(model, baselines, device, dtype, base):
         scores[system] = []
         for name, task in prepared.items():
             started = time.time()

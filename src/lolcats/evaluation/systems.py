@@ -14,8 +14,9 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import is_linearized, load
 from lolcats.modeling.classes import convert_as
 from lolcats.modeling.layer import linearized_layers
+from lolcats.modeling.parts import check_parts
 from lolcats.stages.finetune.controls import control, control_directory
-from lolcats.weights.base import Base, find_base, load_model
+from lolcats.weights.base import Base, find_again, find_base, load_model
 
 
 def check_baselines(model: str, baselines: Sequence[str]) -> None:
@@ -42,22 +43,30 @@ def available(model: str) -> list[str]:
 
 
 def systems(
-    model: str, baselines: Sequence[str], device: torch.device, dtype: torch.dtype
+    model: str, baselines: Sequence[str], device: torch.device, dtype: torch.dtype, moved: str = ""
 ) -> Iterator[tuple[str, PreTrainedModel]]:  # fmt: skip
     """Yield (name, model) in turn; each model is valid only until the next one is requested.
 
     An adapter yields teacher and student; the teacher is the converted base model in teacher mode, without LoRA. A
     merged model does not record its base model, so it yields no teacher. A base model yields only itself.
+
+    ``moved``: where the base model of an adapter is now, if it has moved.
     """
+    if moved and (not is_linearized(model) or _base(model) is None):
+        raise LolcatsError(f"{model} is not an adapter: it needs no --base.")
     if not is_linearized(model):
         yield Path(model).name, load_model(find_base(model), dtype, device)
         return
-    if base := _base(model):
+    known = _base(model)
+    if known:
+        base = find_again(known, model, moved)
         yield from _of_base(model, load_model(base, dtype, device), baselines)
     for other in baselines:
         if other not in BASELINES:
-            yield other, load(other, dtype, device)
-    student = load(model, dtype, device)
+            theirs = _base(other)
+            same = known is not None and theirs is not None and theirs.fingerprint == known.fingerprint
+            yield other, load(other, dtype, device, base=moved if same else "")
+    student = load(model, dtype, device, base=moved)
     yield STUDENT.name, student
     for own in _asked(BRANCHES, baselines) if linearized_layers(student) else ():
         with own.on(student):
@@ -82,5 +91,9 @@ def _asked(group: Iterable[Compared], baselines: Sequence[str]) -> list[Compared
 
 
 def _base(model: str) -> Base | None:
+    """The base model of an adapter; None for a merged model."""
     record: dict[str, Any] = AutoConfig.from_pretrained(model).lolcats
-    return Base(**record["base"]) if "base" in record else None
+    if "base" not in record:
+        return None
+    check_parts(Path(model), record.get("parts"))  # before a model is loaded
+    return Base(**record["base"])

@@ -11,7 +11,6 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +33,26 @@ from lolcats.files import (
 )
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.parallel import settle
+from lolcats.modeling.parts import FEATURE_MAPS as FEATURE_MAPS
+from lolcats.modeling.parts import LORA as LORA
+from lolcats.modeling.parts import LORA_CONFIG, check_parts
+from lolcats.modeling.parts import LORA_WEIGHTS as LORA_WEIGHTS
 from lolcats.modeling.record import sealed
-from lolcats.weights.base import Base, find_base, load_model
+from lolcats.weights.base import Base, find_again, load_model, with_content
 
 ConvertAs = Callable[[PreTrainedModel, dict[str, Any]], PreTrainedModel]
-FEATURE_MAPS = "feature_maps.safetensors"
-LORA = "lora"
-LORA_WEIGHTS = "adapter_model.safetensors"
 
 
 def load(
-    directory: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu", trust: bool = False
-) -> PreTrainedModel:
+    directory: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu", trust: bool = False,
+    base: str | Path = "",
+) -> PreTrainedModel:  # fmt: skip
     """Load a linearized model (adapter or merged form) in evaluation mode.
 
     Args:
         dtype: dtype of the weights; ``auto``: as saved. Feature maps and gates are always fp32.
         trust: run Python code that comes with the base model.
+        base: where the base model of an adapter is now, if it has moved: hub id, directory or .gguf file.
 
     Raises:
         LolcatsError: if there is no linearized model, files are damaged, or the base model has changed since.
@@ -58,7 +60,8 @@ def load(
     if not is_linearized(directory):
         raise LolcatsError(f"{directory} is not a linearized model (no config.json with model_type lolcats).")
     try:
-        kwargs = {"trust_remote_code": True} if trust else {}
+        kwargs: dict[str, Any] = {"trust_remote_code": True} if trust else {}
+        kwargs |= {"base": str(base)} if base else {}
         return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, **kwargs).to(device).eval()
     except Exception as error:  # damaged files cause any error of transformers or safetensors
         if isinstance(error, LolcatsError) or out_of_memory(error):
@@ -89,10 +92,14 @@ def load_feature_maps(model: nn.Module, path: Path) -> None:
     load_strictly(feature_map_state(model), read_tensors(path), path)
 
 
-def save_adapter_config(model: PreTrainedModel, base: Base, directory: Path, kind: str = "") -> None:
+def save_adapter_config(
+    model: PreTrainedModel, base: Base, directory: Path, kind: str = "", parts: dict[str, str] | None = None
+) -> None:
     """Write DIR/config.json of the adapter form: the family's configuration, our record, and where the base is.
 
-    ``kind``: the kind that every linearized layer gets when the adapter is loaded (default: its own).
+    Args:
+        kind: the kind that every linearized layer gets when the adapter is loaded (default: its own).
+        parts: the files that belong to the adapter so far, see :mod:`lolcats.modeling.parts`.
     """
     config = type(model.config).from_dict(model.config.to_dict())
     record = copy.deepcopy(config.lolcats)
@@ -100,47 +107,61 @@ def save_adapter_config(model: PreTrainedModel, base: Base, directory: Path, kin
         record["attention"]["kind"] = kind
         for layer in record["layers"]:
             layer["kind"] = kind if layer["kind"] != "softmax" else "softmax"
-    config.lolcats = sealed({**record, "form": "adapter", "base": asdict(base)})
+    listed = {} if parts is None else {"parts": parts}
+    config.lolcats = sealed({**record, "form": "adapter", "base": with_content(base).record, **listed})
     config.dtype = model.dtype
     config.save_pretrained(directory)
 
 
 def load_adapter(
     directory: str | Path, config: Any = None, dtype: torch.dtype | str = "auto", device_map: Any = None,
-    trust: bool = False, convert_as: ConvertAs | None = None,
+    trust: bool = False, convert_as: ConvertAs | None = None, moved: str = "", revision: str | None = None,
 ) -> PreTrainedModel:  # fmt: skip
     """Base model + feature maps + LoRA (merged in memory).
 
     Args:
+        moved: where the base model is now, if it is not where the adapter found it.
+        revision: of an adapter on the hub.
         convert_as: linearizes a model as a record says; given by the linearized classes, which use this function.
 
     Raises:
-        LolcatsError: the base has changed since.
+        LolcatsError: a part of the adapter is missing or damaged, or the base has changed since.
     """
     if convert_as is None:  # through the class that the config belongs to
         return AutoModelForCausalLM.from_pretrained(
-            str(directory), config=config, dtype=dtype, device_map=device_map, trust_remote_code=trust
-        )
-    directory = Path(directory if Path(directory).is_dir() else snapshot_download(str(directory)))
+            str(directory), config=config, dtype=dtype, device_map=device_map, trust_remote_code=trust,
+            **{name: value for name, value in (("base", moved), ("revision", revision)) if value},
+        )  # fmt: skip
+    given, directory = (
+        directory,
+        Path(directory if Path(directory).is_dir() else snapshot_download(str(directory), revision=revision)),
+    )
     config = config if config is not None else AutoConfig.from_pretrained(str(directory))
+    check_parts(directory, config.lolcats.get("parts"))
     known = Base(**config.lolcats["base"])
-    base = find_base(known.path, trust)
-    if base.fingerprint != known.fingerprint:
-        raise LolcatsError(
-            f"{directory} was trained on {known.path} with fingerprint {known.fingerprint}, but that model now has "
-            f"{base.fingerprint}: adapters only fit their own base model."
-        )
+    base = find_again(known, given, moved, trust)
     dtype = config.dtype or torch.float32 if dtype in ("auto", None) else dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     device = device_map.get("") if isinstance(device_map, dict) else device_map
     several = isinstance(device_map, (str, dict)) and device in (None, "auto", "balanced", "sequential")
     model = load_model(base, dtype, "cpu" if several or device is None else device, trust)
     convert_as(model, config.lolcats)
-    model.config.lolcats["base"] = asdict(known)
+    model.config.lolcats["base"] = known.record
     if any(layer.spec.has_linear for layer in linearized_layers(model)) or (directory / FEATURE_MAPS).exists():
         load_feature_maps(model, directory / FEATURE_MAPS)
     model = merge_lora(model, directory / LORA) if (directory / LORA).is_dir() else model
+    _name(model, str(given))
     return spread(model, device_map) if several else model
+
+
+def _name(model: PreTrainedModel, given: str) -> None:
+    """Say that the model was loaded from ``given``: PEFT writes this into adapters that are trained on top of it.
+
+    The path of the base model would make PEFT load that with softmax attention.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.name_or_path = module.config.name_or_path = given
 
 
 def spread(model: PreTrainedModel, device_map: Any) -> PreTrainedModel:
@@ -172,7 +193,7 @@ def seal_lora(directory: Path, tensors: dict[str, Tensor]) -> None:
 
     PEFT keeps the names of the layers as a set; they are sorted here, so that equal runs write equal files.
     """
-    path = directory / "adapter_config.json"
+    path = directory / LORA_CONFIG
     config = json.loads(path.read_text())
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()
@@ -205,7 +226,7 @@ def _with_lora(model: PreTrainedModel, directory: Path) -> Any:
 
     saved = read_tensors(directory / LORA_WEIGHTS)
     _, known = read_checksums(directory / LORA_WEIGHTS)
-    if known and known != hash_file(directory / "adapter_config.json"):
+    if known and known != hash_file(directory / LORA_CONFIG):
         raise LolcatsError(f"{directory / 'adapter_config.json'} is damaged: its checksum does not match.")
     wrapped = PeftModel.from_pretrained(model, str(directory))
     compare_keys(set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)), set(saved), directory)

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from lolcats.errors import LolcatsError
+from lolcats.files import give_usual_mode
 from lolcats.modeling.checkpoint import load_adapter, verify_loading
 from lolcats.modeling.install import install
 from lolcats.modeling.interface import IMPLEMENTATION
@@ -49,8 +50,11 @@ class LinearizedModel:
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Like transformers' own, for merged models and adapters; errors name a missing or extra tensor."""
-        config = kwargs.get("config")
+        """Like transformers' own, for merged models and adapters; errors name a missing or extra tensor.
+
+        ``base=``: where the base model of an adapter is now, if it has moved.
+        """
+        config, base = kwargs.get("config"), str(kwargs.pop("base", None) or "")
         if config is not None and config.lolcats.get("form") == "adapter":
             if kwargs.get("tp_plan") or kwargs.get("distributed_config"):
                 raise LolcatsError(
@@ -58,7 +62,10 @@ class LinearizedModel:
                     f"lolcats export {path} --merge --out MERGED."
                 )
             trust = bool(kwargs.get("trust_remote_code"))
-            return load_adapter(path, config, kwargs.get("dtype", "auto"), kwargs.get("device_map"), trust, convert_as)
+            dtype, device_map = kwargs.get("dtype", "auto"), kwargs.get("device_map")
+            return load_adapter(path, config, dtype, device_map, trust, convert_as, base, kwargs.get("revision"))
+        if base:
+            raise LolcatsError(f"{path} is a merged model, which needs no base model: leave out base={base}.")
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
                 path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -77,6 +84,7 @@ class LinearizedModel:
         config.auto_map = dict(AUTO_MAP)
         config.lolcats = sealed({k: v for k, v in config.lolcats.items() if k != "base"})  # merged: needs no base
         super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
+        give_usual_mode(*Path(directory).glob("model*.safetensors"))
         shim = resources.files("lolcats.modeling").joinpath("remote.py").read_text()
         (Path(directory) / REMOTE_CODE).write_text(shim)
 
@@ -152,6 +160,7 @@ def classes_for(base_model_type: str) -> tuple[Any, type[PreTrainedModel]]:
 def become_linearized(model: PreTrainedModel, record: dict[str, Any]) -> None:
     """Change the class of a loaded model and its config in place; the weights stay where they are."""
     config = model.config
+    model.name_or_path = ""  # nowhere on disk: PEFT would write the base model into adapters trained on top of it
     base_type = config.model_type
     base: Any = type(model)
     cls = linearized_class(base)
@@ -167,6 +176,6 @@ def become_linearized(model: PreTrainedModel, record: dict[str, Any]) -> None:
 
 def convert_as(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedModel:
     """Linearize ``model`` exactly as a saved ``config.lolcats`` record says."""
-    become_linearized(model, {k: v for k, v in record.items() if k not in ("form", "base", SEAL)})
+    become_linearized(model, {k: v for k, v in record.items() if k not in ("form", "base", "parts", SEAL)})
     install(model, record)
     return model

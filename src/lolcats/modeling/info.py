@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.modeling.checkpoint import is_linearized
+from lolcats.modeling.parts import check_parts
 from lolcats.modeling.probe import probe
 from lolcats.weights.base import empty_model, find_base
 
@@ -20,6 +21,8 @@ def describe(model: str) -> dict[str, Any]:
 def _linearized(directory: Path) -> dict[str, Any]:
     config = json.loads((directory / "config.json").read_text())
     record = config["lolcats"]
+    if record.get("form") == "adapter":
+        check_parts(directory, record.get("parts"))
     facts: dict[str, Any] = {
         "form": record.get("form", "merged"),
         "family": config["base_model_type"],

@@ -43,15 +43,18 @@ def finish(job: Job, merge: bool = True, pictures: bool = True) -> None:
         shutil.copy(out / "README.md", out / "merged" / "README.md")
 
 
-def report(directory: Path, say: Say = log) -> Path:
-    """Write report.html of a run. If its attention has not been measured, load the model and measure it first."""
+def report(directory: Path, say: Say = log, base: str = "") -> Path:
+    """Write report.html of a run. If its attention has not been measured, load the model and measure it first.
+
+    ``base``: where the base model is now, if it has moved.
+    """
     from lolcats.report.html import write_html
 
     if find_spec("matplotlib") is None:
         raise LolcatsError("The report needs matplotlib: pip install 'lolcats[plots]'.")
     run = Run.open(directory)
     if run.stage_done("transfer") and "attention" not in run.results:
-        job = resume(directory, say)
+        job = resume(directory, say, base=base)
         measure(job)
         run = job.run
     write_html(run)

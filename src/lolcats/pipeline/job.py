@@ -19,11 +19,12 @@ from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.checkpoint import save_adapter_config
+from lolcats.modeling.parts import check_parts, find_parts, listed_parts
 from lolcats.pipeline.models import Models, Say, device_and_dtype
 from lolcats.ranks import is_first, ranks
 from lolcats.run import Run
 from lolcats.stages.finetune.stage import lora_targets
-from lolcats.weights.base import check_quantized
+from lolcats.weights.base import check_quantized, find_again, with_content
 
 
 def log(message: str) -> None:
@@ -82,6 +83,11 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     say(f"Reading {data}")
     rows = inputs.data(data, config.data, config.seed)
     run = Run.start(out, base, {**rows.summary, "fingerprint": rows.fingerprint}, config)
+    parts = listed_parts(out)
+    if run.stage_done("finetune"):
+        check_parts(out, parts)
+    if parts is None:  # a new run, or one that an older version began
+        parts = find_parts(out) if run.record["stages"] else {}
     ranks().wait()  # every rank has checked the directory before one of them writes
     job = Job(run, run.config, inputs, rows, Models(run, inputs, say), say, lean)
     if job.in_turn and config.data.keep_longest_effective < 1:
@@ -93,20 +99,25 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     if config.finetune.max_steps:
         lora_targets(model, config.finetune.targets)  # reject bad targets before stage 1, not after it
     if is_first():
+        base = with_content(run.base)  # its weights are on disk by now
+        run.record["base"] = base.record
         run.save()
         write_text(out / "config.yaml", to_yaml(job.config))
         tokenizer.save_pretrained(out)
-        save_adapter_config(model, base, out)
+        save_adapter_config(model, base, out, parts=parts)
     ranks().wait()  # for config.json
     return job
 
 
-def resume(directory: Path, say: Say = log, controls: Sequence[Control] = (), sharding: str = "") -> Job:
+def resume(
+    directory: Path, say: Say = log, controls: Sequence[Control] = (), sharding: str = "", base: str = ""
+) -> Job:  # fmt: skip
     """The job of an existing run. Adds ``controls`` to the run's own, and replaces ``finetune.sharding`` unless
-    ``sharding`` is empty."""
+    ``sharding`` is empty. ``base``: where the base model is now, if it has moved; the run remembers it."""
     run = Run.open(directory)
     settings = to_dict(replace(run.config, controls=[*run.config.controls, *controls]))
     settings["finetune"] |= {"sharding": sharding} if sharding else {}
     config: Any = from_dict(Config, settings)
-    inputs = Inputs(run.base.path, trust=config.trust_remote_code)
+    found = find_again(run.base, directory, base, config.trust_remote_code)
+    inputs = Inputs(found, trust=config.trust_remote_code)
     return start(inputs, run.record["data"]["source"], directory, config, say)

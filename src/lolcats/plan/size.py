@@ -21,6 +21,7 @@ from lolcats.errors import LolcatsError, first_line
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import LinearizedAttention, decoder_layers, linearized_layers
 from lolcats.stages.finetune.stage import add_lora
+from lolcats.weights.base import is_gguf
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what families call their number of experts
 CHOSEN = ("num_experts_per_tok", "top_k_experts")
@@ -75,7 +76,7 @@ def read_config(model: str) -> Any:
     if model in geometries():
         return LlamaConfig(**geometries()[model], vocab_size=128256, max_position_embeddings=8192)
     path = Path(model).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and is_gguf(path):
         raise LolcatsError(f"{model}: lolcats plan does not read GGUF files. Give a config.json or a hub id.")
     try:
         return AutoConfig.from_pretrained(path if path.exists() else model)

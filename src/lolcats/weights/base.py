@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lolcats.errors import LolcatsError, first_line, out_of_memory
@@ -20,6 +22,8 @@ from lolcats.files import hash_file
 from lolcats.weights.gguf_header import check_gguf
 
 HINT = "Is it a complete decoder-only language model that transformers knows?"
+COMMIT = "commit "
+UNKNOWN = f"{COMMIT}None"  # what was recorded of a hub model while transformers did not tell its commit
 STRIDE, SAMPLE = 1 << 20, 4096  # bytes: 4 KiB of each MiB of a weight file are hashed
 
 
@@ -32,6 +36,14 @@ class Base:
     fingerprint: str
     """Identity of the weights. GGUF file: its sha256; directory: sha256 of its files' names, sizes and 4 KiB of each
     MiB, which any training or merging changes; hub model: its commit."""
+    content: str = ""
+    """Of a hub model: sha256 of its weights, sampled like a directory's, which knows a copy elsewhere; empty if the
+    weights were not on disk or an older version recorded the model."""
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What is written into run.json and config.json."""
+        return {name: value for name, value in asdict(self).items() if value or name != "content"}
 
     @property
     def arguments(self) -> tuple[str, dict[str, Any]]:
@@ -48,9 +60,9 @@ def find_base(model: str, trust: bool = False) -> Base:
     """
     path = Path(model).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise LolcatsError(f"{model} is not a .gguf file: give a hub id, a model directory or a GGUF file.")
-        return Base(str(path.resolve()), "gguf", hash_file(path))
+        if not is_gguf(path):
+            raise LolcatsError(f"{model} is not a GGUF file: give a hub id, a model directory or a GGUF file.")
+        return Base(str(path.parent.resolve() / path.name), "gguf", hash_file(path))  # a link keeps its name
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LolcatsError(f"{model} is not a Hugging Face model: the directory has no config.json.")
@@ -61,7 +73,89 @@ def find_base(model: str, trust: bool = False) -> Base:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise LolcatsError(f"No model {model!r} on disk or on the Hugging Face hub ({first_line(error)}).") from None
-    return Base(model, "hub", f"commit {getattr(config, '_commit_hash', None)}")
+    file = try_to_load_from_cache(model, "config.json")  # newer versions of transformers do not tell the commit
+    known = getattr(config, "_commit_hash", None) or (Path(file).parent.name if isinstance(file, str) else None)
+    return Base(model, "hub", f"{COMMIT}{known}")
+
+
+def find_again(known: Base, model: str | Path, moved: str = "", trust: bool = False) -> Base:
+    """The base model of the linearized ``model``, at its known place or where it has ``moved`` to.
+
+    Raises:
+        LolcatsError: it is not there, or its weights differ from those that ``model`` was trained on.
+    """
+    try:
+        base = find_base(moved or known.path, trust)
+    except LolcatsError as error:
+        if moved:
+            raise
+        raise LolcatsError(
+            f"The base model of {model} is missing: {error} If it has moved, say where it is now: --base PATH, or "
+            "base=PATH in Python."
+        ) from None
+    if not _same_weights(known, base):
+        raise LolcatsError(
+            f"{model} was trained on {known.path} with fingerprint {known.fingerprint}, but {base.path} now has "
+            f"{base.fingerprint}: adapters only fit their own base model.{_unknown_content(known, base)}"
+        )
+    return replace(base, fingerprint=known.fingerprint, content=known.content)
+
+
+def with_content(base: Base) -> Base:
+    """``base`` with the fingerprint of its content, if it is known by a commit and its weights are on disk."""
+    if base.content or not base.fingerprint.startswith(COMMIT):
+        return base
+    folder = _hub_folder(base) if base.form == "hub" else Path(base.path)
+    return replace(base, content=_hash_weights(folder) if folder else "")
+
+
+def _same_weights(known: Base, base: Base) -> bool:
+    if base.fingerprint == known.fingerprint or (known.fingerprint == UNKNOWN and base.path == known.path):
+        return True
+    from_hub = known.fingerprint.startswith(COMMIT)
+    if base.form == "gguf" or not (from_hub or (known.form, base.form) == ("directory", "hub")):
+        return False
+    folder = _hub_folder(base, download=True) if base.form == "hub" else Path(base.path)
+    if folder is None:
+        return False
+    if not from_hub:  # a directory that is on the hub now
+        return _hash_directory(folder) == known.fingerprint
+    if known.content:
+        return _hash_weights(folder) == known.content
+    commit, snapshots = known.fingerprint.removeprefix(COMMIT), folder.parent
+    if known.fingerprint == UNKNOWN:
+        return (snapshots.parent.name, snapshots.name) == (f"models--{known.path.replace('/', '--')}", "snapshots")
+    return (folder.name, snapshots.name) == (commit, "snapshots")
+
+
+def _unknown_content(known: Base, base: Base) -> str:
+    """A remark on a hub model whose content an older version did not record."""
+    if not known.fingerprint.startswith(COMMIT) or known.content or base.form != "directory":
+        return ""
+    commit = "COMMIT" if known.fingerprint == UNKNOWN else known.fingerprint.removeprefix(COMMIT)
+    return (
+        " It does not record what the weights were, so a folder is accepted only in the hub's cache: give "
+        f"models--{known.path.replace('/', '--')}/snapshots/{commit}, or the hub id."
+    )
+
+
+def _hub_folder(base: Base, download: bool = False) -> Path | None:
+    """Where the hub's cache holds the files of a hub model, if it does. ``download``: the weights first."""
+    commit = base.fingerprint.removeprefix(COMMIT)
+    if download:
+        try:
+            return Path(snapshot_download(base.path, revision=commit, allow_patterns=["*.json", "*.safetensors"]))
+        except (OSError, ValueError) as error:
+            raise LolcatsError(f"Cannot read {base.path} from the hub ({first_line(error)}).") from None
+    config = try_to_load_from_cache(base.path, "config.json", revision=commit)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether a file claims to be GGUF, by its name or its first bytes: in the hub's cache, files are named by their
+    hash."""
+    with file.open("rb") as stream:
+        return file.suffix == ".gguf" or stream.read(4) == b"GGUF"
 
 
 def load_model(
@@ -185,8 +279,31 @@ def _check_gguf(base: Base) -> None:
 
 
 def _hash_directory(path: Path) -> str:
+    return _hash_samples(sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")]))
+
+
+def _hash_weights(path: Path) -> str:
+    """Like a directory's fingerprint, of config.json and the weights that transformers loads; '' if one is missing.
+
+    Copies of a hub model may differ in the files beside these.
+    """
+    files = [path / "config.json", *_weight_files(path)]
+    return _hash_samples(files) if len(files) > 1 and all(file.is_file() for file in files) else ""
+
+
+def _weight_files(path: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return [path / name]
+        if (path / f"{name}.index.json").is_file():
+            index = json.loads((path / f"{name}.index.json").read_text())
+            return [path / file for file in sorted(set(index["weight_map"].values()))]
+    return []
+
+
+def _hash_samples(files: list[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")]):
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:

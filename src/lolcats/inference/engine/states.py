@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from lolcats.attention import AttentionState, SlotState
 from lolcats.errors import LolcatsError
+from lolcats.files import give_usual_mode
 from lolcats.modeling.cache import LinearizedCacheLayer, install_cache
 from lolcats.modeling.layer import LinearizedAttention
 
@@ -43,6 +44,7 @@ class Snapshot:
         for index, layer in enumerate(self.layers):
             tensors |= {f"{index}.{name}": x.contiguous() for name, x in layer.tensors().items()}
         save_file(tensors, path)
+        give_usual_mode(Path(path))
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Snapshot:

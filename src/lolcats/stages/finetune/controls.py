@@ -17,6 +17,7 @@ from lolcats.compared import CONTROLS
 from lolcats.config import Config
 from lolcats.data.rows import Data
 from lolcats.modeling.checkpoint import LORA, merged_lora, save_adapter_config, save_lora
+from lolcats.modeling.parts import find_parts
 from lolcats.stages.finetune.stage import finetune
 from lolcats.stages.result import StageResult
 from lolcats.weights.base import Base
@@ -40,7 +41,8 @@ def train_control(
         wrapped, result = finetune(model, data, frozen_maps, directory)
     save_lora(wrapped, base, directory / LORA)
     wrapped.unload()
-    save_adapter_config(model, base, directory, CONTROLS[name].change.get("kind", "softmax"))
+    kind = CONTROLS[name].change.get("kind", "softmax")
+    save_adapter_config(model, base, directory, kind, find_parts(directory))
     return result
 
 
