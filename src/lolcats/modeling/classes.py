@@ -12,8 +12,10 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto import modeling_auto
 
 from lolcats.errors import LolcatsError
+from lolcats.modeling import others  # noqa: F401  PEFT and liger-kernel take our models for their base family
 from lolcats.modeling.checkpoint import load_adapter, verify_loading
 from lolcats.modeling.install import install
 from lolcats.modeling.interface import IMPLEMENTATION
@@ -114,8 +116,22 @@ def linearized_class(base: Any) -> Any:
     model_class = type(name, (LinearizedModel, base), members)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     _keep_conversions(base, name)
+    _list(base, name)
     _publish(model_class)
     return model_class
+
+
+def _list(base: Any, name: str) -> None:
+    """List the class ``name`` wherever transformers lists the names of ``base``, and among causal language models.
+
+    Trainer (which must shift labels), pipelines, model cards and ``transformers serve`` look for class names there.
+    The keys are model types; ours is none, so that the auto classes, which go by configuration, do not see the entry.
+    """
+    tables: dict[str, Any] = {k: v for k, v in vars(modeling_auto).items() if k.endswith("_MAPPING_NAMES")}
+    for title, table in tables.items():
+        names = {n for entry in table.values() for n in (entry if isinstance(entry, tuple) else (entry,))}
+        if base.__name__ in names or title == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES":
+            table[f"{MODEL_TYPE}:{name}"] = name
 
 
 def _publish(cls: Any) -> None:
