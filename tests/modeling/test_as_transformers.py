@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from peft import IA3Config, LoraConfig, get_peft_model
+from support.tiny import tiny
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -27,15 +31,19 @@ from transformers.utils import logging
 
 import lolcats
 from lolcats.config import AttentionConfig
+from lolcats.errors import LolcatsError
 from lolcats.modeling import others
 from lolcats.modeling.classes import linearized_class
+from lolcats.modeling.layer import override
 
 IDS = torch.randint(6, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
+SMALL = AttentionConfig(window_size=4, sinks=2, feature_dim=4)
+
+
 def lol(family: str = "llama", **settings: Any) -> Any:
-    attention = AttentionConfig(**{"window_size": 4, "sinks": 2, "feature_dim": 4, **settings})
-    return lolcats.convert(tiny_model(family), attention)
+    return lolcats.convert(tiny_model(family), dataclasses.replace(SMALL, **settings))
 
 
 def smoothed(model: Any, directory: Path) -> Tensor:
@@ -122,3 +130,96 @@ def test_liger_applies_the_patch_of_the_family() -> None:
     assert applied == [("llama", False, True, model)]
     table["lolcats"]()
     assert len(applied) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["class", "from_config", "config=", "attn_implementation=", "copied config"])
+def test_built_from_a_linearized_configuration(way: str, tmp_path: Path) -> None:
+    model = lol(layers={"1": "softmax"})
+    model.save_pretrained(tmp_path)
+    if way == "class":
+        again = type(model)(model.config)
+    elif way == "from_config":
+        again = AutoModelForCausalLM.from_config(model.config)
+    elif way == "config=":
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, config=model.config)
+    elif way == "copied config":
+        again = type(model)(copy.deepcopy(model.config))
+    else:
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="lolcats")
+    again.eval().load_state_dict(model.state_dict())
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    with override(again, mode="teacher"), override(model, mode="teacher"):
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        assert torch.equal(again(IDS).logits, tiny_model()(IDS).logits)
+
+
+@torch.no_grad()
+def test_another_base_implementation_is_kept(tmp_path: Path) -> None:
+    lol(layers={"1": "softmax"}).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert model.model.layers[1].self_attn.lolcats.base_implementation == "eager"
+    with pytest.raises(LolcatsError, match="silently become softmax"):
+        model.set_attn_implementation(attn_implementation="sdpa")
+
+
+def test_a_vision_part_never_gets_our_attention(tmp_path: Path) -> None:
+    lolcats.convert(tiny("gemma3"), SMALL).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="lolcats")
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    assert model.config.text_config._attn_implementation == "lolcats"
+
+
+UNPICKLE = """
+import pickle, sys, torch
+model, config, logits, ids = pickle.load(open(sys.argv[1] + "/pickle", "rb"))
+again = torch.load(sys.argv[1] + "/torch", weights_only=False)
+assert type(config) is type(model.config) is type(again.config) and config.model_type == "lolcats"
+with torch.no_grad():
+    assert torch.equal(model(ids).logits, logits) and torch.equal(again(ids).logits, logits)
+model.save_pretrained(sys.argv[1] + "/saved")
+"""
+
+
+@torch.no_grad()
+def test_pickled_for_another_process(tmp_path: Path) -> None:
+    model = lol(layers={"1": "linear"})
+    assert type(pickle.loads(pickle.dumps(model))) is type(model)
+    assert type(pickle.loads(pickle.dumps(model.config))) is type(model.config)
+    assert pickle.loads(pickle.dumps(type(model))) is type(model)
+    logits = model(IDS).logits
+    (tmp_path / "pickle").write_bytes(pickle.dumps((model, model.config, logits, IDS)))
+    torch.save(model, tmp_path / "torch")
+    subprocess.run([sys.executable, "-c", UNPICKLE, str(tmp_path)], check=True, stdin=subprocess.DEVNULL)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(IDS).logits, logits)
+
+
+def in_another_process(config: Any, model: Any, ids: Tensor, answers: Any) -> None:
+    with torch.no_grad():
+        answers.put((config.base_model_type, model(ids).logits.numpy()))
+
+
+def test_sent_to_a_spawned_process() -> None:
+    model, context = lol(), torch.multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=in_another_process, args=(model.config, model, IDS, answers))
+    process.start()
+    family, logits = answers.get(timeout=120)
+    process.join(60)
+    assert family == "llama"
+    with torch.no_grad():
+        assert torch.equal(torch.from_numpy(logits), model(IDS).logits)
+
+
+class Derived(linearized_class(GlmForCausalLM)):  # type: ignore[misc]
+    """As another project might do it."""
+
+
+def test_a_derived_class_is_pickled_by_its_name() -> None:
+    assert pickle.loads(pickle.dumps(Derived)) is Derived
+    assert cloudpickled(lol().config).base_model_type == "llama"
+
+
+def cloudpickled(thing: Any) -> Any:
+    cloudpickle = pytest.importorskip("cloudpickle")
+    return pickle.loads(cloudpickle.dumps(thing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import json
 import sys
@@ -91,34 +92,56 @@ class LinearizedModel:
                 raise LolcatsError(f"generate({name}=...): {reason}")
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
-    def set_attn_implementation(self, implementation: Any, *args: Any, **kwargs: Any) -> None:
-        if implementation != IMPLEMENTATION:
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        if attn_implementation != IMPLEMENTATION:
             raise LolcatsError(
                 "The attention implementation of a linearized model cannot be set: it would silently become softmax."
             )
 
-    def get_correct_attn_implementation(self, requested: str | None, *args: Any, **kwargs: Any) -> str:
-        if requested == IMPLEMENTATION:
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        if requested_attention == IMPLEMENTATION:
             return IMPLEMENTATION
-        return super().get_correct_attn_implementation(requested, *args, **kwargs)  # type: ignore[misc]
+        return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)  # type: ignore[misc]
+
+
+class Made(type):
+    """The type of the classes made here. pickle cannot import them by name, so it stores from what to make them."""
+
+
+def _reduced(cls: Any) -> Any:
+    made: Any = vars(cls).get("_made_by")
+    return cls.__qualname__ if made is None else made  # a class that someone derived from one of ours has its name
+
+
+copyreg.pickle(Made, _reduced)  # type: ignore[arg-type]
 
 
 @functools.cache
 def linearized_class(base: Any) -> Any:
     """The linearized subclass of a Hugging Face model class, with its own config class."""
-    base_config = base.config_class
-    # For custom code, transformers would rename layer types and not initialize buffers that are in no file.
-    common = {"__module__": __name__, "is_custom_code": base.is_custom_code}
-    name, config_name = f"Lolcats{base.__name__}", f"Lolcats{base_config.__name__}"
-    config_class = type(config_name, (base_config,), {**common, "model_type": MODEL_TYPE})
+    config_class = linearized_config_class(base.config_class)
+    name = f"Lolcats{base.__name__}"
     fp32 = [*(base._keep_in_fp32_modules_strict or []), "lolcats"]
-    members = {**common, "config_class": config_class, "_keep_in_fp32_modules_strict": fp32}
-    model_class = type(name, (LinearizedModel, base), members)
+    members = {"config_class": config_class, "_keep_in_fp32_modules_strict": fp32}
+    model_class = Made(name, (LinearizedModel, base), members | _common(base, linearized_class))
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     _keep_conversions(base, name)
     _list(base, name)
     _publish(model_class)
     return model_class
+
+
+@functools.cache
+def linearized_config_class(base: Any) -> Any:
+    """The linearized subclass of a Hugging Face configuration class."""
+    members = {"model_type": MODEL_TYPE} | _common(base, linearized_config_class)
+    return Made(f"Lolcats{base.__name__}", (base,), members)
+
+
+def _common(base: Any, function: Any) -> dict[str, Any]:
+    # For custom code, transformers would rename layer types and not initialize buffers that are in no file.
+    own = {"is_custom_code": base.is_custom_code} if hasattr(base, "is_custom_code") else {}
+    return {"__module__": __name__, "_made_by": (function, (base,)), **own}
 
 
 def _list(base: Any, name: str) -> None:
