@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from huggingface_hub import HfApi, ModelCard
 from peft import IA3Config, LoraConfig, get_peft_model
 from support.tiny import tiny
 from torch import Tensor
@@ -209,6 +210,47 @@ def test_sent_to_a_spawned_process() -> None:
     assert family == "llama"
     with torch.no_grad():
         assert torch.equal(torch.from_numpy(logits), model(IDS).logits)
+
+
+@torch.no_grad()
+def test_saved_and_loaded_by_keyword(tmp_path: Path) -> None:
+    model = lol()
+    model.save_pretrained(save_directory=tmp_path)
+    again = type(model).from_pretrained(pretrained_model_name_or_path=tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    again, info = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path=tmp_path, output_loading_info=True)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert not info["missing_keys"]
+
+
+@pytest.mark.parametrize("part", ["model", "model.push_to_hub", "config"])
+def test_upload_holds_the_file_that_auto_map_names(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lol()
+    if part == "config":
+        model.save_pretrained(tmp_path / "once")  # sets auto_map
+    uploaded = uploads(monkeypatch)
+    if part == "model.push_to_hub":
+        model.push_to_hub("someone/model")
+    else:
+        saved = model if part == "model" else model.config
+        saved.save_pretrained(str(tmp_path / "d"), push_to_hub=True, repo_id="someone/model")
+    assert {"config.json", "modeling_lolcats.py"} <= uploaded
+
+
+def uploads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the files that would be uploaded to the hub from now on."""
+    names: set[str] = set()
+
+    def create_commit(self: Any, repo_id: str, operations: Any, **_: Any) -> Any:
+        names.update(operation.path_in_repo for operation in operations)
+        return SimpleNamespace(commit_url="", oid="", pr_url=None)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "create_branch", lambda self, **_: None)
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    for module in ("modeling_utils", "utils.hub"):
+        monkeypatch.setattr(f"transformers.{module}.create_and_tag_model_card", lambda *_, **__: ModelCard(""))
+    return names
 
 
 class Derived(linearized_class(GlmForCausalLM)):  # type: ignore[misc]

@@ -51,8 +51,11 @@ class LinearizedModel:
         add_plan(self, config.lolcats)  # type: ignore[arg-type]
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """Like transformers' own, for merged models and adapters; errors name a missing or extra tensor."""
+        path = pretrained_model_name_or_path
         config = kwargs.get("config")
         if config is not None and config.lolcats.get("form") == "adapter":
             if kwargs.get("tp_plan") or kwargs.get("distributed_config"):
@@ -72,16 +75,14 @@ class LinearizedModel:
         settle(model)
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Like transformers' own, in safetensors, plus the file that ``trust_remote_code`` imports."""
         if is_split(self):  # type: ignore[arg-type]
             raise LolcatsError("This rank holds only some of the model's heads: load the whole model to save it.")
         config = self.config  # type: ignore[attr-defined]
         config.auto_map = dict(AUTO_MAP)
         config.lolcats = sealed({k: v for k, v in config.lolcats.items() if k != "base"})  # merged: needs no base
-        super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
-        shim = resources.files("lolcats.modeling").joinpath("remote.py").read_text()
-        (Path(directory) / REMOTE_CODE).write_text(shim)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Like transformers' own; options that a fixed-size state does not support are refused before it begins."""
@@ -102,6 +103,21 @@ class LinearizedModel:
         if requested_attention == IMPLEMENTATION:
             return IMPLEMENTATION
         return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)  # type: ignore[misc]
+
+
+class LinearizedConfig:
+    """Mixin placed before the family's configuration class."""
+
+    def to_json_file(self, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
+        """Like transformers' own, plus the file that ``auto_map`` names, if the configuration has one.
+
+        All that saves a model or configuration comes through here, before anything is uploaded to the hub.
+        """
+        super().to_json_file(json_file_path, *args, **kwargs)  # type: ignore[misc]
+        auto_map: Any = getattr(self, "auto_map", None) or {}
+        if auto_map.get("AutoConfig") == AUTO_MAP["AutoConfig"]:
+            shim = resources.files("lolcats.modeling").joinpath("remote.py").read_text()
+            (Path(json_file_path).parent / REMOTE_CODE).write_text(shim)
 
 
 class Made(type):
@@ -135,7 +151,7 @@ def linearized_class(base: Any) -> Any:
 def linearized_config_class(base: Any) -> Any:
     """The linearized subclass of a Hugging Face configuration class."""
     members = {"model_type": MODEL_TYPE} | _common(base, linearized_config_class)
-    return Made(f"Lolcats{base.__name__}", (base,), members)
+    return Made(f"Lolcats{base.__name__}", (LinearizedConfig, base), members)
 
 
 def _common(base: Any, function: Any) -> dict[str, Any]:
