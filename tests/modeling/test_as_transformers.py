@@ -35,7 +35,7 @@ from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.modeling import others
 from lolcats.modeling.classes import linearized_class
-from lolcats.modeling.layer import override
+from lolcats.modeling.layer import linearized_layers, override
 
 IDS = torch.randint(6, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -265,3 +265,46 @@ def test_a_derived_class_is_pickled_by_its_name() -> None:
 def cloudpickled(thing: Any) -> Any:
     cloudpickle = pytest.importorskip("cloudpickle")
     return pickle.loads(cloudpickle.dumps(thing))
+
+
+KINDS: list[dict[str, Any]] = [
+    {}, {"kind": "linear"}, {"kind": "window"}, {"layers": {"0": "linear"}}, {"layers": {"1": "softmax"}},
+    {"kind": "linear", "normalizer": "group_norm"}, {"kind": "linear", "decay": "retnet"}, {"layers": {"0": "window"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+@pytest.mark.parametrize("length", [2, 24])
+def test_every_trainable_parameter_gets_a_gradient(settings: dict[str, Any], length: int, tmp_path: Path) -> None:
+    model = lol(**settings)
+    model.save_pretrained(tmp_path)
+    for trained in (model, AutoModelForCausalLM.from_pretrained(tmp_path), type(model)(model.config)):
+        trained(IDS[:, :length], labels=IDS[:, :length]).loss.backward()
+        assert {name for name, p in trained.named_parameters() if p.requires_grad and p.grad is None} == set()
+        trainable = {name for name, p in trained.named_parameters() if p.requires_grad}
+        gates = any(name.endswith(".lolcats.gate") for name in trainable)
+        assert gates == any(layer.spec.has_softmax for layer in linearized_layers(model))
+
+
+DDP = """
+import os, sys, torch, lolcats
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1] + "/meeting", rank=0, world_size=1)
+for name in ("linear", "window", "mixed"):
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/" + name)
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    ids = torch.arange(10, 34)[None]
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+dist.destroy_process_group()
+"""
+
+
+def test_ddp_needs_no_search_for_unused_parameters(tmp_path: Path) -> None:
+    kinds: dict[str, dict[str, Any]] = {
+        "linear": {"kind": "linear"}, "window": {"kind": "window"}, "mixed": {"layers": {"0": "linear"}},
+    }  # fmt: skip
+    for name, settings in kinds.items():
+        lol(**settings).save_pretrained(tmp_path / name)
+    subprocess.run([sys.executable, "-c", DDP, str(tmp_path)], check=True, stdin=subprocess.DEVNULL)

@@ -20,6 +20,7 @@ from lolcats.modeling import others  # noqa: F401  PEFT and liger-kernel take ou
 from lolcats.modeling.checkpoint import load_adapter, verify_loading
 from lolcats.modeling.install import install
 from lolcats.modeling.interface import IMPLEMENTATION
+from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.parallel import add_plan, is_split, settle
 from lolcats.modeling.record import MODEL_TYPE, SEAL, sealed
 
@@ -72,7 +73,8 @@ class LinearizedModel:
         except SafetensorError as error:
             raise LolcatsError(f"{path}: a weight file is damaged or truncated ({error}).") from None
         verify_loading(info, path)
-        settle(model)
+        for layer in linearized_layers(settle(model)):
+            layer.freeze_unused()  # transformers makes every loaded parameter trainable
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

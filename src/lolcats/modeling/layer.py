@@ -118,6 +118,17 @@ class LinearizedAttention(nn.Module):
         self.gate = nn.Parameter(torch.full((geometry.heads,), config.gate_init))
         normed = config.normalizer == "group_norm"
         self.norm = HeadNorm(geometry.heads, geometry.value_dim) if normed else None
+        self.freeze_unused()
+
+    def freeze_unused(self) -> None:
+        """Let parameters that this kind does not use require no gradient: DDP waits for one from all that do.
+
+        They exist all the same, so that every kind is saved alike and another can be tried (:func:`override`).
+        """
+        used = {"gate": self.spec.has_softmax, "norm": not self.spec.divides}
+        for name, parameter in self.named_parameters():
+            if not used.get(name.partition(".")[0], self.spec.has_linear):
+                parameter.requires_grad_(False)
 
     def split_heads(self, ranks: int) -> None:
         """Become one of ``ranks`` that each hold some of the heads; the caller splits the parameters."""
