@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from huggingface_hub import HfApi, ModelCard
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from support.tiny import tiny
 from torch import Tensor
 from transformers import (
@@ -308,3 +308,51 @@ def test_ddp_needs_no_search_for_unused_parameters(tmp_path: Path) -> None:
     for name, settings in kinds.items():
         lol(**settings).save_pretrained(tmp_path / name)
     subprocess.run([sys.executable, "-c", DDP, str(tmp_path)], check=True, stdin=subprocess.DEVNULL)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings", [{}, {"kind": "linear", "layers": {"1": "softmax"}}, {"feature_inputs": "unrotated"}], ids=str
+)
+def test_peft_trains_a_copy_of_our_modules(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = lol(**settings)
+    before, softmax = model(IDS).logits, tiny_model()(IDS).logits
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lolcats"])
+    wrapped = get_peft_model(model, lora)
+    assert torch.equal(wrapped(IDS).logits, before)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
+    with torch.enable_grad():
+        wrapped(IDS, labels=IDS).loss.backward()
+    copies = {name: p for name, p in wrapped.named_parameters() if ".lolcats.modules_to_save" in name}
+    assert all(p.grad is not None for name, p in copies.items() if ".phi_" in name)
+    optimizer.step()
+    trained = wrapped.eval()(IDS).logits
+    assert not torch.equal(trained, before)
+    with wrapped.disable_adapter():
+        assert torch.equal(wrapped(IDS).logits, before)
+    wrapped.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(lol(**settings), tmp_path).eval()
+    assert torch.equal(again(IDS).logits, trained)
+    generated = again.generate(input_ids=IDS, max_new_tokens=6, do_sample=False)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, trained, rtol=1e-4, atol=1e-4)
+    assert torch.equal(merged.generate(IDS, max_new_tokens=6, do_sample=False), generated)
+    with override(merged, mode="teacher"):
+        merged.generate(IDS, max_new_tokens=2)  # with transformers' cache
+    with override(wrapped, mode="teacher"), wrapped.disable_adapter():
+        assert torch.equal(wrapped(IDS).logits, softmax)
+
+
+def test_what_peft_cannot_do_says_what_to_do() -> None:
+    wrapped = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(LolcatsError, match="Convert the model before you wrap it"):
+        lolcats.convert(wrapped, SMALL)
+    with pytest.raises(LolcatsError, match="already linearized"):
+        lolcats.convert(get_peft_model(lol(), LoraConfig(task_type="CAUSAL_LM")), SMALL)
+    prefix = get_peft_model(lol(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(LolcatsError, match="use LoRA or prompt tuning"):
+        prefix(input_ids=IDS)
+    prompt = get_peft_model(lol(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    assert prompt(input_ids=IDS, labels=IDS).loss.isfinite()
+    with pytest.raises(LolcatsError, match="not a transformers model"):
+        lolcats.convert(torch.nn.Linear(2, 2), SMALL)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.cache import install_cache
 from lolcats.modeling.call import Call, begin, current
 from lolcats.modeling.interface import IMPLEMENTATION
+from lolcats.modeling.layer import attached
 
 
 def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -30,7 +31,7 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
             f"The attention implementation of this linearized model was changed to {implementation!r}, "
             "which would silently run softmax attention. Use lolcats.override(model, mode='teacher') for that."
         )
-    linearized = decoder.lolcats_layers
+    linearized: list[Any] = [attached(module) for module in decoder.lolcats_attentions]
     layers = {layer.geometry.layer: layer for layer in linearized if layer.mode == "student"}
     kind: Any = type(decoder)
     names = _parameters(kind)

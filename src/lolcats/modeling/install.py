@@ -12,7 +12,7 @@ from lolcats.config import AttentionConfig, from_dict
 from lolcats.modeling.call import end
 from lolcats.modeling.hook import prepare_decoder_call
 from lolcats.modeling.interface import IMPLEMENTATION
-from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, layer_spec, linearized_layers
+from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, attached, layer_spec
 from lolcats.modeling.probe import text_config
 from lolcats.modeling.rotary import carry_rotation
 
@@ -40,8 +40,8 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
         if other._attn_implementation == IMPLEMENTATION and other.get_text_config(decoder=True) is not config:
             other._attn_implementation_internal = part.get_correct_attn_implementation(None)
     for part in decoders(model):
-        # A plain list, which torch does not register; read in every call.
-        part.lolcats_layers = linearized_layers(part)
+        # A plain list, which torch does not register; read in every call. PEFT may replace what is attached to them.
+        part.lolcats_attentions = [m for m in part.modules() if isinstance(attached(m), LinearizedAttention)]
         part.register_forward_pre_hook(prepare_decoder_call, with_kwargs=True)
         part.register_forward_hook(end, always_call=True)
 

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lolcats.errors import LolcatsError
 from lolcats.modeling.cache import pending
 from lolcats.modeling.call import Call, Padding, current
-from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention
+from lolcats.modeling.layer import AttentionCall, KeptAttention, attached
 from lolcats.modeling.masks import MaskRequest, mask_function, request_of
 from lolcats.modeling.rotary import as_attended
 
@@ -29,7 +29,7 @@ def attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """One layer's attention: q (B, H, T, D), k and v (B, G, T, D) -> (B, T, H, D), weights or None."""
-    layer = getattr(module, "lolcats", None)
+    layer = attached(module)
     if layer is None:
         raise LolcatsError(
             f"{type(module).__name__} was not called when this model was converted (cross-attention to images?): only "
@@ -37,7 +37,6 @@ def attention_function(
         )
     if isinstance(layer, KeptAttention) or layer.mode == "teacher":
         return softmax_attention(module, query, key, value, attention_mask, **kwargs)
-    assert isinstance(layer, LinearizedAttention)
     scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     request = request_of(attention_mask)

@@ -209,6 +209,16 @@ class LinearizedAttention(nn.Module):
         return attention_weights(spec.rotated(q), spec.rotated(k), *features, self.gamma, spec, scale, softcap)
 
 
+def attached(module: Any) -> KeptAttention | LinearizedAttention | None:
+    """What a conversion attached to an attention module, if anything: PEFT's trained copy of it in use, with
+    ``modules_to_save=["lolcats"]``."""
+    layer: Any = getattr(module, "lolcats", None)
+    if hasattr(layer, "modules_to_save"):
+        off = layer.disable_adapters or not layer.active_adapters
+        layer = layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]
+    return layer  # type: ignore[no-any-return]
+
+
 def linearized_layers(model: nn.Module) -> list[LinearizedAttention]:
     """The linearized layers of a model (or PEFT wrapper) in order."""
     return [m for m in model.modules() if isinstance(m, LinearizedAttention)]
