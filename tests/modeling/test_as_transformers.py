@@ -356,3 +356,40 @@ def test_what_peft_cannot_do_says_what_to_do() -> None:
     assert prompt(input_ids=IDS, labels=IDS).loss.isfinite()
     with pytest.raises(LolcatsError, match="not a transformers model"):
         lolcats.convert(torch.nn.Linear(2, 2), SMALL)  # type: ignore[arg-type]
+
+
+EXPORTED: list[dict[str, Any]] = [
+    {}, {"kind": "linear"}, {"kind": "window"}, {"layers": {"1": "softmax"}}, {"feature_inputs": "unrotated"},
+]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", EXPORTED, ids=str)
+def test_exported(settings: dict[str, Any]) -> None:
+    model = lol(**settings)
+    exported = torch.export.export(model, (IDS,), {"use_cache": False}, strict=False).module()
+    other = IDS.flip(0)
+    torch.testing.assert_close(exported(other, use_cache=False).logits, model(other, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_exported_with_a_padding_mask() -> None:
+    model, mask = lol(), torch.ones_like(IDS)
+    exported = torch.export.export(model, (IDS, mask), {"use_cache": False}, strict=False).module()
+    padded = mask.clone()
+    padded[0, :5] = 0
+    for given in (mask, padded):
+        expected = model(IDS, given, use_cache=False).logits
+        got = exported(IDS, given, use_cache=False).logits
+        torch.testing.assert_close(got[given.bool()], expected[given.bool()])
+
+
+@torch.no_grad()
+def test_an_exported_program_refuses_packed_rows() -> None:
+    model, positions = lol(), torch.arange(IDS.shape[1]).expand(IDS.shape)
+    options = {"position_ids": positions, "use_cache": False}
+    exported = torch.export.export(model, (IDS,), options, strict=False).module()
+    got = exported(IDS, position_ids=positions + 3, use_cache=False).logits
+    torch.testing.assert_close(got, model(IDS, position_ids=positions + 3, use_cache=False).logits)
+    with pytest.raises(RuntimeError, match="does not take packed rows"):
+        exported(IDS, position_ids=positions % 10, use_cache=False)
