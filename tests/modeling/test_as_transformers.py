@@ -17,10 +17,16 @@ import torch
 from conftest import tiny_model
 from huggingface_hub import HfApi, ModelCard
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from support.tiny import tiny
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GlmConfig,
     GlmForCausalLM,
     Trainer,
@@ -393,3 +399,53 @@ def test_an_exported_program_refuses_packed_rows() -> None:
     torch.testing.assert_close(got, model(IDS, position_ids=positions + 3, use_cache=False).logits)
     with pytest.raises(RuntimeError, match="does not take packed rows"):
         exported(IDS, position_ids=positions % 10, use_cache=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2", "gemma3_text", "gemma3", "phi"])
+def test_loaded_without_a_head_or_with_another(family: str, tmp_path: Path) -> None:
+    model = lolcats.convert(tiny(family), SMALL)
+    model.save_pretrained(tmp_path / "whole")
+    ids = IDS % model.config.get_text_config().vocab_size
+    expected = model.base_model(ids)[0]
+    bare = AutoModel.from_pretrained(tmp_path / "whole")
+    assert len(linearized_layers(bare)) == len(linearized_layers(model))
+    assert torch.equal(bare(ids)[0], expected)
+    bare.save_pretrained(tmp_path / "bare")
+    assert torch.equal(AutoModel.from_pretrained(tmp_path / "bare")(ids)[0], expected)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole", num_labels=3)
+    assert torch.equal(classifier.base_model(ids)[0], expected)
+    classifier.save_pretrained(tmp_path / "classifier")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
+    again.config.get_text_config().pad_token_id = classifier.config.get_text_config().pad_token_id = 0
+    assert torch.equal(again(ids).logits, classifier(ids).logits)
+    assert again(ids).logits.shape == (2, 3)
+
+
+@torch.no_grad()
+def test_headless_models_are_strict_and_like_others(tmp_path: Path) -> None:
+    model = lol()
+    model.save_pretrained(tmp_path)
+    bare = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(pickle.loads(pickle.dumps(bare))(IDS)[0], bare(IDS)[0])
+    assert type(AutoModel.from_config(model.config)) is type(bare)
+    with override(bare, mode="teacher"):
+        assert torch.equal(bare(IDS)[0], tiny_model().model(IDS)[0])
+    state = bare(IDS[:, :20]).past_key_values
+    torch.testing.assert_close(bare(IDS[:, 20:], past_key_values=state)[0], bare(IDS, use_cache=False)[0][:, 20:])
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.lolcats["form"] = "adapter"
+    with pytest.raises(LolcatsError, match="Merge it first"):
+        AutoModel.from_pretrained(tmp_path, config=config)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.lolcats.phi_q.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "model.safetensors", {"format": "pt"})
+    for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        with pytest.raises(LolcatsError, match=r"phi_q\.weight is missing"):
+            auto.from_pretrained(tmp_path)
+
+
+def test_models_with_images_are_found_where_their_base_is(tmp_path: Path) -> None:
+    model = lolcats.convert(tiny("gemma3"), SMALL)
+    model.save_pretrained(tmp_path)
+    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is type(model)

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
@@ -20,7 +28,7 @@ from lolcats.modeling import others  # noqa: F401  PEFT and liger-kernel take ou
 from lolcats.modeling.checkpoint import load_adapter, verify_loading
 from lolcats.modeling.install import install
 from lolcats.modeling.interface import IMPLEMENTATION
-from lolcats.modeling.layer import linearized_layers
+from lolcats.modeling.layer import attached, linearized_layers
 from lolcats.modeling.parallel import add_plan, is_split, settle
 from lolcats.modeling.record import MODEL_TYPE, SEAL, sealed
 
@@ -29,6 +37,9 @@ AUTO_MAP = {
     "AutoConfig": "modeling_lolcats.LolcatsConfig",
     "AutoModelForCausalLM": "modeling_lolcats.LolcatsForCausalLM",
 }
+
+TASKS = (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification)
+"""What else a linearized model can be loaded as, if its family has a class for it."""
 
 ASSISTED = (
     "assisted decoding discards tokens, which cannot be removed from a linear-attention state. Use greedy decoding, "
@@ -48,8 +59,18 @@ class LinearizedModel:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        install(self, config.lolcats)  # type: ignore[arg-type]
-        add_plan(self, config.lolcats)  # type: ignore[arg-type]
+        record = self._within(config.lolcats)
+        if not any(map(attached, self.modules())):  # type: ignore[attr-defined]  # else a part of it is one of ours
+            install(self, record)  # type: ignore[arg-type]
+        add_plan(self, record)  # type: ignore[arg-type]
+
+    def _within(self, record: dict[str, Any]) -> dict[str, Any]:
+        """``record``, with the names of layers as this model has them."""
+        return record
+
+    @classmethod
+    def _verify(cls, info: dict[str, Any], path: Any) -> None:
+        verify_loading(info, path)
 
     @classmethod
     def from_pretrained(
@@ -59,6 +80,11 @@ class LinearizedModel:
         path = pretrained_model_name_or_path
         config = kwargs.get("config")
         if config is not None and config.lolcats.get("form") == "adapter":
+            if issubclass(cls, OtherTask):
+                raise LolcatsError(
+                    f"{path} is an adapter; only merged models can be loaded as {cls.__name__}. Merge it first: "
+                    f"lolcats export {path} --merge --out MERGED."
+                )
             if kwargs.get("tp_plan") or kwargs.get("distributed_config"):
                 raise LolcatsError(
                     f"{path} is an adapter; only merged models support tensor parallelism. Merge it first: "
@@ -72,7 +98,7 @@ class LinearizedModel:
             )
         except SafetensorError as error:
             raise LolcatsError(f"{path}: a weight file is damaged or truncated ({error}).") from None
-        verify_loading(info, path)
+        cls._verify(info, path)
         for layer in linearized_layers(settle(model)):
             layer.freeze_unused()  # transformers makes every loaded parameter trainable
         return (model, info) if output_loading_info else model
@@ -105,6 +131,27 @@ class LinearizedModel:
         if requested_attention == IMPLEMENTATION:
             return IMPLEMENTATION
         return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)  # type: ignore[misc]
+
+
+class OtherTask(LinearizedModel):
+    """Mixin for a family's class without a language-model head, or with another head (``AutoModel``, classification).
+
+    It loads what a linearized language model saved, decoder strictly: only the heads may differ.
+    """
+
+    def _within(self, record: dict[str, Any]) -> dict[str, Any]:
+        if self.base_model is not self:  # type: ignore[attr-defined]
+            return record
+        prefix = f"{self.base_model_prefix}."  # type: ignore[attr-defined]
+        return {**record, "layers": [{**x, "name": x["name"].removeprefix(prefix)} for x in record["layers"]]}
+
+    @classmethod
+    def _verify(cls, info: dict[str, Any], path: Any) -> None:
+        prefix = f"{cls.base_model_prefix}."  # type: ignore[attr-defined]
+        headless = modeling_auto.MODEL_MAPPING.get(cls.config_class, None) is cls  # type: ignore[attr-defined]
+        missing = [x for x in map(str, info.get("missing_keys") or ()) if headless or x.startswith(prefix)]
+        unexpected = [x for x in map(str, info.get("unexpected_keys") or ()) if x.startswith(prefix)]
+        verify_loading({**info, "missing_keys": missing, "unexpected_keys": unexpected}, path)
 
 
 class LinearizedConfig:
@@ -143,10 +190,32 @@ def linearized_class(base: Any) -> Any:
     members = {"config_class": config_class, "_keep_in_fp32_modules_strict": fp32}
     model_class = Made(name, (LinearizedModel, base), members | _common(base, linearized_class))
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    _register_tasks(base, model_class)
     _keep_conversions(base, name)
     _list(base, name)
     _publish(model_class)
     return model_class
+
+
+@functools.cache
+def other_task_class(base: Any) -> Any:
+    """The same for a family's class without a language-model head, or with another one."""
+    fp32 = [*(base._keep_in_fp32_modules_strict or []), "lolcats"]
+    members = {"config_class": linearized_config_class(base.config_class), "_keep_in_fp32_modules_strict": fp32}
+    model_class = Made(f"Lolcats{base.__name__}", (OtherTask, base), members | _common(base, other_task_class))
+    _keep_conversions(base, model_class.__name__)
+    return model_class
+
+
+def _register_tasks(base: Any, model_class: Any) -> None:
+    """Let transformers' other auto classes find ``model_class``, or one that has the head they are for."""
+    autos: list[Any] = [x for x in vars(modeling_auto).values() if isinstance(x, type)]
+    for auto in (x for x in autos if getattr(x, "_model_mapping", None) is not None):
+        known = auto._model_mapping.get(base.config_class, None)
+        if known is base:
+            auto.register(model_class.config_class, model_class, exist_ok=True)
+        elif auto in TASKS and getattr(known, "config_class", None) is base.config_class:
+            auto.register(model_class.config_class, other_task_class(known), exist_ok=True)
 
 
 @functools.cache
