@@ -16,6 +16,8 @@ from typing import Any
 
 from lolcats.modeling.record import MODEL_TYPE
 
+MAMBA_CHECK = "_check_lora_target_modules_mamba"  # private: another version of PEFT may not have it
+
 
 def family_of(config: Any) -> Any:
     """The base family's ``model_type`` of a linearized model's configuration; any other configuration's own."""
@@ -24,7 +26,8 @@ def family_of(config: Any) -> Any:
 
 def _change_peft(tuners: Any) -> None:
     """For ``peft.tuners.tuners_utils``: default target modules, and modules of Mamba blocks that LoRA cannot take."""
-    describe, check = tuners.BaseTuner.get_model_config, tuners._check_lora_target_modules_mamba
+    describe: Any = tuners.BaseTuner.get_model_config
+    check: Any = getattr(tuners, MAMBA_CHECK, None)
 
     @functools.wraps(describe)
     def get_model_config(model: Any) -> Any:
@@ -32,13 +35,13 @@ def _change_peft(tuners: Any) -> None:
         linearized = isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
         return {**config, "model_type": config["base_model_type"]} if linearized else config
 
-    @functools.wraps(check)
     def check_target_modules(peft_config: Any, model: Any, target_name: str) -> None:
         base = SimpleNamespace(config=SimpleNamespace(model_type=family_of(getattr(model, "config", None))))
         check(peft_config, base, target_name)
 
     tuners.BaseTuner.get_model_config = staticmethod(get_model_config)
-    tuners._check_lora_target_modules_mamba = check_target_modules
+    if check is not None:
+        setattr(tuners, MAMBA_CHECK, functools.wraps(check)(check_target_modules))
 
 
 def _change_liger(patches: Any) -> None:
