@@ -145,7 +145,11 @@ def install_cache(cache: Any, layers: dict[int, LinearizedAttention]) -> None:
     if len(have) == len(layers):
         return
     if cache.get_seq_length() > 0:
-        raise LolcatsError("This cache holds keys of another model: pass an empty cache, or none.")
+        raise LolcatsError(
+            "This cache already holds keys, of another model or of a trained prefix, and a linearized model has no use "
+            "for them: pass an empty cache, or none. PEFT's prefix tuning does not work for this reason: use LoRA or "
+            "prompt tuning."
+        )
     template = cache.layer_class_to_replicate
     while len(cache.layers) <= max(layers):
         cache.layers.append(template())  # type: ignore[misc]

@@ -11,10 +11,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from transformers.utils.import_utils import is_torchdynamo_exporting
 
 from lolcats.attention import Documents
 from lolcats.attention.path import backend
+from lolcats.errors import LolcatsError
 
 
 class Padding(NamedTuple):
@@ -47,6 +50,8 @@ class Call:
         for all layers, since it makes the host wait for the device."""
         if mask is None:
             return Padding()
+        if exporting():
+            return Padding(mask[:, start:stop].bool())
         key = id(mask), start, stop
         if key not in self._paddings:
             new = mask[:, start:stop].bool()
@@ -54,6 +59,22 @@ class Call:
             found = Padding(new, counts) if min(counts) < stop - start else Padding()
             self._paddings[key] = mask, found  # with the mask, whose id stays taken
         return self._paddings[key][1]
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` follows this call: what tensors hold is then not known.
+
+    Dynamo takes ``is_exporting()`` for true in torch.compile as well (before torch 2.14), which may read tensors.
+    """
+    return is_torchdynamo_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Raise LolcatsError unless all of ``condition`` (bool) is true; an exported program checks it when it runs."""
+    if exporting():
+        torch._assert_async(condition.all(), message)
+    elif not condition.all():
+        raise LolcatsError(message)
 
 
 _current: ContextVar[Call | None] = ContextVar("call of a decoder", default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import json
 import sys
@@ -10,14 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto import modeling_auto
 
 from lolcats.errors import LolcatsError
 from lolcats.files import give_usual_mode
+from lolcats.modeling import others  # noqa: F401  PEFT and liger-kernel take our models for their base family
 from lolcats.modeling.checkpoint import load_adapter, verify_loading
 from lolcats.modeling.install import install
 from lolcats.modeling.interface import IMPLEMENTATION
+from lolcats.modeling.layer import attached, linearized_layers
 from lolcats.modeling.parallel import add_plan, is_split, settle
 from lolcats.modeling.record import MODEL_TYPE, SEAL, sealed
 
@@ -26,6 +38,9 @@ AUTO_MAP = {
     "AutoConfig": "modeling_lolcats.LolcatsConfig",
     "AutoModelForCausalLM": "modeling_lolcats.LolcatsForCausalLM",
 }
+
+TASKS = (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification)
+"""What else a linearized model can be loaded as, if its family has a class for it."""
 
 ASSISTED = (
     "assisted decoding discards tokens, which cannot be removed from a linear-attention state. Use greedy decoding, "
@@ -45,17 +60,35 @@ class LinearizedModel:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        install(self, config.lolcats)  # type: ignore[arg-type]
-        add_plan(self, config.lolcats)  # type: ignore[arg-type]
+        record = self._within(config.lolcats)
+        if not any(map(attached, self.modules())):  # type: ignore[attr-defined]  # else a part of it is one of ours
+            install(self, record)  # type: ignore[arg-type]
+        add_plan(self, record)  # type: ignore[arg-type]
+
+    def _within(self, record: dict[str, Any]) -> dict[str, Any]:
+        """``record``, with the names of layers as this model has them."""
+        return record
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def _verify(cls, info: dict[str, Any], path: Any) -> None:
+        verify_loading(info, path)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """Like transformers' own, for merged models and adapters; errors name a missing or extra tensor.
 
         ``base=``: where the base model of an adapter is now, if it has moved.
         """
+        path = pretrained_model_name_or_path
         config, base = kwargs.get("config"), str(kwargs.pop("base", None) or "")
         if config is not None and config.lolcats.get("form") == "adapter":
+            if issubclass(cls, OtherTask):
+                raise LolcatsError(
+                    f"{path} is an adapter; only merged models can be loaded as {cls.__name__}. Merge it first: "
+                    f"lolcats export {path} --merge --out MERGED."
+                )
             if kwargs.get("tp_plan") or kwargs.get("distributed_config"):
                 raise LolcatsError(
                     f"{path} is an adapter; only merged models support tensor parallelism. Merge it first: "
@@ -72,21 +105,20 @@ class LinearizedModel:
             )
         except SafetensorError as error:
             raise LolcatsError(f"{path}: a weight file is damaged or truncated ({error}).") from None
-        verify_loading(info, path)
-        settle(model)
+        cls._verify(info, path)
+        for layer in linearized_layers(settle(model)):
+            layer.freeze_unused()  # transformers makes every loaded parameter trainable
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Like transformers' own, in safetensors, plus the file that ``trust_remote_code`` imports."""
         if is_split(self):  # type: ignore[arg-type]
             raise LolcatsError("This rank holds only some of the model's heads: load the whole model to save it.")
         config = self.config  # type: ignore[attr-defined]
         config.auto_map = dict(AUTO_MAP)
         config.lolcats = sealed({k: v for k, v in config.lolcats.items() if k != "base"})  # merged: needs no base
-        super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
-        give_usual_mode(*Path(directory).glob("model*.safetensors"))
-        shim = resources.files("lolcats.modeling").joinpath("remote.py").read_text()
-        (Path(directory) / REMOTE_CODE).write_text(shim)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        give_usual_mode(*Path(save_directory).glob("model*.safetensors"))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Like transformers' own; options that a fixed-size state does not support are refused before it begins."""
@@ -97,33 +129,127 @@ class LinearizedModel:
                 raise LolcatsError(f"generate({name}=...): {reason}")
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
-    def set_attn_implementation(self, implementation: Any, *args: Any, **kwargs: Any) -> None:
-        if implementation != IMPLEMENTATION:
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        if attn_implementation != IMPLEMENTATION:
             raise LolcatsError(
                 "The attention implementation of a linearized model cannot be set: it would silently become softmax."
             )
 
-    def get_correct_attn_implementation(self, requested: str | None, *args: Any, **kwargs: Any) -> str:
-        if requested == IMPLEMENTATION:
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        if requested_attention == IMPLEMENTATION:
             return IMPLEMENTATION
-        return super().get_correct_attn_implementation(requested, *args, **kwargs)  # type: ignore[misc]
+        return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)  # type: ignore[misc]
+
+
+class OtherTask(LinearizedModel):
+    """Mixin for a family's class without a language-model head, or with another head (``AutoModel``, classification).
+
+    It loads what a linearized language model saved, decoder strictly: only the heads may differ.
+    """
+
+    def _within(self, record: dict[str, Any]) -> dict[str, Any]:
+        if self.base_model is not self:  # type: ignore[attr-defined]
+            return record
+        prefix = f"{self.base_model_prefix}."  # type: ignore[attr-defined]
+        return {**record, "layers": [{**x, "name": x["name"].removeprefix(prefix)} for x in record["layers"]]}
+
+    @classmethod
+    def _verify(cls, info: dict[str, Any], path: Any) -> None:
+        prefix = f"{cls.base_model_prefix}."  # type: ignore[attr-defined]
+        headless = modeling_auto.MODEL_MAPPING.get(cls.config_class, None) is cls  # type: ignore[attr-defined]
+        missing = [x for x in map(str, info.get("missing_keys") or ()) if headless or x.startswith(prefix)]
+        unexpected = [x for x in map(str, info.get("unexpected_keys") or ()) if x.startswith(prefix)]
+        verify_loading({**info, "missing_keys": missing, "unexpected_keys": unexpected}, path)
+
+
+class LinearizedConfig:
+    """Mixin placed before the family's configuration class."""
+
+    def to_json_file(self, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
+        """Like transformers' own, plus the file that ``auto_map`` names, if the configuration has one.
+
+        All that saves a model or configuration comes through here, before anything is uploaded to the hub.
+        """
+        super().to_json_file(json_file_path, *args, **kwargs)  # type: ignore[misc]
+        auto_map: Any = getattr(self, "auto_map", None) or {}
+        if auto_map.get("AutoConfig") == AUTO_MAP["AutoConfig"]:
+            shim = resources.files("lolcats.modeling").joinpath("remote.py").read_text()
+            (Path(json_file_path).parent / REMOTE_CODE).write_text(shim)
+
+
+class Made(type):
+    """The type of the classes made here. pickle cannot import them by name, so it stores from what to make them."""
+
+
+def _reduced(cls: Any) -> Any:
+    made: Any = vars(cls).get("_made_by")
+    return cls.__qualname__ if made is None else made  # a class that someone derived from one of ours has its name
+
+
+copyreg.pickle(Made, _reduced)  # type: ignore[arg-type]
 
 
 @functools.cache
 def linearized_class(base: Any) -> Any:
     """The linearized subclass of a Hugging Face model class, with its own config class."""
-    base_config = base.config_class
-    # For custom code, transformers would rename layer types and not initialize buffers that are in no file.
-    common = {"__module__": __name__, "is_custom_code": base.is_custom_code}
-    name, config_name = f"Lolcats{base.__name__}", f"Lolcats{base_config.__name__}"
-    config_class = type(config_name, (base_config,), {**common, "model_type": MODEL_TYPE})
+    config_class = linearized_config_class(base.config_class)
+    name = f"Lolcats{base.__name__}"
     fp32 = [*(base._keep_in_fp32_modules_strict or []), "lolcats"]
-    members = {**common, "config_class": config_class, "_keep_in_fp32_modules_strict": fp32}
-    model_class = type(name, (LinearizedModel, base), members)
+    members = {"config_class": config_class, "_keep_in_fp32_modules_strict": fp32}
+    model_class = Made(name, (LinearizedModel, base), members | _common(base, linearized_class))
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    _register_tasks(base, model_class)
     _keep_conversions(base, name)
+    _list(base, name)
     _publish(model_class)
     return model_class
+
+
+@functools.cache
+def other_task_class(base: Any) -> Any:
+    """The same for a family's class without a language-model head, or with another one."""
+    fp32 = [*(base._keep_in_fp32_modules_strict or []), "lolcats"]
+    members = {"config_class": linearized_config_class(base.config_class), "_keep_in_fp32_modules_strict": fp32}
+    model_class = Made(f"Lolcats{base.__name__}", (OtherTask, base), members | _common(base, other_task_class))
+    _keep_conversions(base, model_class.__name__)
+    return model_class
+
+
+def _register_tasks(base: Any, model_class: Any) -> None:
+    """Let transformers' other auto classes find ``model_class``, or one that has the head they are for."""
+    autos: list[Any] = [x for x in vars(modeling_auto).values() if isinstance(x, type)]
+    for auto in (x for x in autos if getattr(x, "_model_mapping", None) is not None):
+        known = auto._model_mapping.get(base.config_class, None)
+        if known is base:
+            auto.register(model_class.config_class, model_class, exist_ok=True)
+        elif auto in TASKS and getattr(known, "config_class", None) is base.config_class:
+            auto.register(model_class.config_class, other_task_class(known), exist_ok=True)
+
+
+@functools.cache
+def linearized_config_class(base: Any) -> Any:
+    """The linearized subclass of a Hugging Face configuration class."""
+    members = {"model_type": MODEL_TYPE} | _common(base, linearized_config_class)
+    return Made(f"Lolcats{base.__name__}", (LinearizedConfig, base), members)
+
+
+def _common(base: Any, function: Any) -> dict[str, Any]:
+    # For custom code, transformers would rename layer types and not initialize buffers that are in no file.
+    own = {"is_custom_code": base.is_custom_code} if hasattr(base, "is_custom_code") else {}
+    return {"__module__": __name__, "_made_by": (function, (base,)), **own}
+
+
+def _list(base: Any, name: str) -> None:
+    """List the class ``name`` wherever transformers lists the names of ``base``, and among causal language models.
+
+    Trainer (which must shift labels), pipelines, model cards and ``transformers serve`` look for class names there.
+    The keys are model types; ours is none, so that the auto classes, which go by configuration, do not see the entry.
+    """
+    tables: dict[str, Any] = {k: v for k, v in vars(modeling_auto).items() if k.endswith("_MAPPING_NAMES")}
+    for title, table in tables.items():
+        names = {n for entry in table.values() for n in (entry if isinstance(entry, tuple) else (entry,))}
+        if base.__name__ in names or title == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES":
+            table[f"{MODEL_TYPE}:{name}"] = name
 
 
 def _publish(cls: Any) -> None:

@@ -27,8 +27,16 @@ def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = No
             be linearized.
     """
     attention = config.attention if isinstance(config, Config) else config or AttentionConfig()
-    if hasattr(model.config, "lolcats"):
+    if hasattr(getattr(model, "config", None), "lolcats"):
         raise LolcatsError("This model is already linearized.")
+    if hasattr(model, "get_base_model"):
+        raise LolcatsError(
+            f"{type(model).__name__} is PEFT's wrapper around a model. Convert the model before you wrap it: "
+            "get_peft_model(lolcats.convert(model, config), lora). Adapters that are already trained can be merged "
+            "first: lolcats.convert(wrapped.merge_and_unload(), config)."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise LolcatsError(f"{type(model).__name__} is not a transformers model, so it cannot be linearized.")
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise LolcatsError(f"{type(model).__name__} is not a decoder-only language model, so it cannot be linearized.")
     layers = probe(model)

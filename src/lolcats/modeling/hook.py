@@ -14,8 +14,9 @@ from transformers.masking_utils import find_packed_sequence_indices
 from lolcats.attention import Documents
 from lolcats.errors import LolcatsError
 from lolcats.modeling.cache import install_cache
-from lolcats.modeling.call import Call, begin, current
+from lolcats.modeling.call import Call, begin, current, exporting, require
 from lolcats.modeling.interface import IMPLEMENTATION
+from lolcats.modeling.layer import attached
 
 
 def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -30,7 +31,7 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
             f"The attention implementation of this linearized model was changed to {implementation!r}, "
             "which would silently run softmax attention. Use lolcats.override(model, mode='teacher') for that."
         )
-    linearized = decoder.lolcats_layers
+    linearized: list[Any] = [attached(module) for module in decoder.lolcats_attentions]
     layers = {layer.geometry.layer: layer for layer in linearized if layer.mode == "student"}
     kind: Any = type(decoder)
     names = _parameters(kind)
@@ -72,7 +73,7 @@ def _positions(call: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
     ids = call.get("inputs_embeds") if ids is None else ids
     if call.get("position_ids") is not None or "position_ids" not in names or ids is None:
         return {}
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.all():
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or (not exporting() and mask.all()):
         return {}
     return {"position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]}
 
@@ -84,6 +85,9 @@ def _documents(call: dict[str, Any]) -> Documents | None:
     if positions is None or positions.ndim != 2 or positions.shape[1] < 2 or ids is None:
         return None
     if _length(call.get("past_key_values")) > 0:
+        return None
+    if exporting():
+        _check_one_document(positions, mask)
         return None
     numbers = find_packed_sequence_indices(positions.expand(ids.shape[0], -1))
     if numbers is None:
@@ -98,6 +102,16 @@ def _documents(call: dict[str, Any]) -> Documents | None:
         if ((numbers[:, 1:] != numbers[:, :-1]) & real).any():
             raise LolcatsError("Packed rows (position_ids that restart) do not support an attention_mask.")
     return None
+
+
+def _check_one_document(positions: Tensor, mask: Any) -> None:
+    """Let an exported program check that its rows hold one document each: where others begin, it cannot know."""
+    follows = positions[:, 1:] - positions[:, :-1] == 1
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        real = mask[:, 1:].bool() & mask[:, :-1].bool()
+        follows = follows | ~real[:, -follows.shape[1] :]
+    if mask is None or isinstance(mask, Tensor):  # else made by the outer model, whose call was already checked
+        require(follows, "An exported program does not take packed rows (position_ids that restart).")
 
 
 def _check_packed(call: dict[str, Any], implementations: set[str]) -> None:

@@ -13,7 +13,7 @@ from lolcats.modeling.call import end
 from lolcats.modeling.heads import KeptHeads
 from lolcats.modeling.hook import prepare_decoder_call
 from lolcats.modeling.interface import IMPLEMENTATION
-from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, layer_spec, linearized_layers
+from lolcats.modeling.layer import Geometry, KeptAttention, LinearizedAttention, attached, layer_spec
 from lolcats.modeling.probe import text_config
 from lolcats.modeling.rotary import carry_rotation
 
@@ -22,7 +22,7 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
     """Add the modules that ``record`` (saved as ``config.lolcats``) lists to the model, and route its attention."""
     attention = from_dict(AttentionConfig, record["attention"])
     config = text_config(model)
-    base_implementation = config._attn_implementation
+    base_implementation = _base_implementation(model)
     for entry in record["layers"]:
         module = model.get_submodule(entry["name"])
         geometry = Geometry(**{f.name: entry[f.name] for f in dataclasses.fields(Geometry)})
@@ -38,11 +38,22 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
         if spec.unrotated:
             module.register_forward_pre_hook(carry_rotation, with_kwargs=True)
     config._attn_implementation_internal = IMPLEMENTATION  # not of a vision or audio part
+    for part in (m for m in model.modules() if isinstance(m, PreTrainedModel)):
+        other: Any = part.config
+        if other._attn_implementation == IMPLEMENTATION and other.get_text_config(decoder=True) is not config:
+            other._attn_implementation_internal = part.get_correct_attn_implementation(None)
     for part in decoders(model):
-        # A plain list, which torch does not register; read in every call.
-        part.lolcats_layers = linearized_layers(part)
+        # A plain list, which torch does not register; read in every call. PEFT may replace what is attached to them.
+        part.lolcats_attentions = [m for m in part.modules() if isinstance(attached(m), LinearizedAttention)]
         part.register_forward_pre_hook(prepare_decoder_call, with_kwargs=True)
         part.register_forward_hook(end, always_call=True)
+
+
+def _base_implementation(model: Any) -> str:
+    """The attention implementation of the base model; the family's default if the configuration names ours, because it
+    comes from a linearized model or was asked for ours."""
+    implementation: str = text_config(model)._attn_implementation
+    return model.get_correct_attn_implementation(None) if implementation == IMPLEMENTATION else implementation
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lolcats.errors import LolcatsError
 from lolcats.modeling.cache import SplitCacheLayer, pending
 from lolcats.modeling.call import Call, Padding, current
-from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention
+from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention, attached
 from lolcats.modeling.masks import MaskRequest, mask_function, request_of
 from lolcats.modeling.rotary import as_attended
 
@@ -29,7 +29,7 @@ def attention_function(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """One layer's attention: q (B, H, T, D), k and v (B, G, T, D) -> (B, T, H, D), weights or None."""
-    layer = getattr(module, "lolcats", None)
+    layer = attached(module)
     if layer is None:
         raise LolcatsError(
             f"{type(module).__name__} was not called when this model was converted (cross-attention to images?): only "
@@ -37,7 +37,6 @@ def attention_function(
         )
     if isinstance(layer, KeptAttention) or layer.mode == "teacher":
         return softmax_attention(module, query, key, value, attention_mask, **kwargs)
-    assert isinstance(layer, LinearizedAttention)
     request, kept = request_of(attention_mask), layer.kept
     if layer.mode == "transfer":
         with torch.no_grad():
@@ -49,14 +48,14 @@ def attention_function(
             layer.observer(layer, _observed(module, q, k, v, seen, request, kwargs))
         return target, weights
     if kept is None:
-        return _linearized(module, query, key, value, request, kwargs), None
+        return _linearized(layer, module, query, key, value, request, kwargs), None
     q, k, v = kept.part(kept.kept, query, key, value)
     cache = pending(_call(request).cache, layer.geometry.layer)
     if isinstance(cache, SplitCacheLayer):
         k, v = cache.kept.update(k, v)
     soft, _ = softmax_attention(module, q, k, v, attention_mask, **kwargs)
     q, k, v = kept.part(kept.linearized, query, key, value)
-    return kept.joined(soft, _linearized(module, q, k, v, request, kwargs)), None
+    return kept.joined(soft, _linearized(layer, module, q, k, v, request, kwargs)), None
 
 
 def _call(request: MaskRequest | None) -> Call:
@@ -88,10 +87,15 @@ def _observed(
 
 
 def _linearized(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, request: MaskRequest | None, kwargs: dict[str, Any]
+    layer: LinearizedAttention,
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    request: MaskRequest | None,
+    kwargs: dict[str, Any],
 ) -> Tensor:
     """Outputs (B, T, H, D) of the linearized heads, and their state moved forward if there is a cache."""
-    layer: LinearizedAttention = module.lolcats
     call, (padding, counts) = _call(request), _padding(request, q.device)
     scale, softcap = _logits(q, kwargs)
     dtype, (q, k) = q.dtype, as_attended(module, q, k, request.rotation if request else None)

@@ -124,6 +124,17 @@ class LinearizedAttention(nn.Module):
         self.gate = nn.Parameter(torch.full((geometry.heads,), config.gate_init))
         normed = config.normalizer == "group_norm"
         self.norm = HeadNorm(geometry.heads, geometry.value_dim) if normed else None
+        self.freeze_unused()
+
+    def freeze_unused(self) -> None:
+        """Let parameters that this kind does not use require no gradient: DDP waits for one from all that do.
+
+        They exist all the same, so that every kind is saved alike and another can be tried (:func:`override`).
+        """
+        used = {"gate": self.spec.has_softmax, "norm": not self.spec.divides}
+        for name, parameter in self.named_parameters():
+            if not used.get(name.partition(".")[0], self.spec.has_linear):
+                parameter.requires_grad_(False)
 
     def split_heads(self, ranks: int) -> None:
         """Become one of ``ranks`` that each hold some of the heads; the caller splits the parameters."""
@@ -216,6 +227,16 @@ class LinearizedAttention(nn.Module):
         """(B, H, T, T) attention weights, for plots; quadratic in T. Rows sum to 1 in every variant."""
         features, spec = (self.phi_q(q), self.phi_k(k)), self.spec
         return attention_weights(spec.rotated(q), spec.rotated(k), *features, self.gamma, spec, scale, softcap)
+
+
+def attached(module: Any) -> KeptAttention | LinearizedAttention | None:
+    """What a conversion attached to an attention module, if anything: PEFT's trained copy of it in use, with
+    ``modules_to_save=["lolcats"]``."""
+    layer: Any = getattr(module, "lolcats", None)
+    if hasattr(layer, "modules_to_save"):
+        off = layer.disable_adapters or not layer.active_adapters
+        layer = layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]
+    return layer  # type: ignore[no-any-return]
 
 
 def linearized_layers(model: nn.Module) -> list[LinearizedAttention]:

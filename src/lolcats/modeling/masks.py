@@ -10,7 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from lolcats.attention import Documents
 from lolcats.errors import LolcatsError
-from lolcats.modeling.call import Call, current
+from lolcats.modeling.call import Call, current, require
 
 NOT_APART = (
     "This model's family does not separate documents that are packed into one row (position_ids that restart). "
@@ -57,11 +57,11 @@ class MaskRequest:
         expected = causal if keys is None else causal & keys[:, None, None, -total:].bool()
         queries = True if self.padding.mask is None else self.padding.mask[:, None, :, None]
         wrong = mask & ~causal if self.arguments.get("local_size") else mask ^ expected
-        if (wrong & queries).any():
-            raise LolcatsError(
-                "This call needs attention that is not causal (bidirectional image tokens, a prefix), which a "
-                "linearized layer cannot compute."
-            )
+        require(
+            ~(wrong & queries),
+            "This call needs attention that is not causal (bidirectional image tokens, a prefix), which a linearized "
+            "layer cannot compute.",
+        )
         self._causal = True
 
     def build(self, implementation: str) -> Any:

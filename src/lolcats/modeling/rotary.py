@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers, override
+from lolcats.modeling.layer import AttentionCall, LinearizedAttention, attached, linearized_layers, override
 from lolcats.modeling.masks import MaskRequest
 
 SHIFT = 7  # positions by which the check moves its tokens
@@ -42,7 +42,7 @@ def as_attended(module: Any, q: Tensor, k: Tensor, rotation: Any) -> tuple[Tenso
     Raises:
         LolcatsError: if the family does not rotate by cosines and sines that its attention modules receive.
     """
-    layer = module.lolcats
+    layer: Any = attached(module)
     if not layer.spec.unrotated:
         return q, k
     rotate = _rotate(sys.modules[type(module).__module__])
