@@ -94,7 +94,7 @@ def _linearized(
     v: Tensor,
     request: MaskRequest | None,
     kwargs: dict[str, Any],
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Outputs (B, T, H, D) of the linearized heads, and their state moved forward if there is a cache."""
     call, (padding, counts) = _call(request), _padding(request, q.device)
     scale, softcap = _logits(q, kwargs)
