@@ -35,7 +35,9 @@ from lolcats.modeling.checkpoint import (
     save_feature_maps,
     save_lora,
 )
+from lolcats.report.figures import read_metrics
 from lolcats.stages.finetune.stage import add_lora
+from lolcats.stages.metrics import replace_metrics
 from lolcats.weights.base import find_base, load_model
 from lolcats.weights.gguf_header import check_gguf
 
@@ -72,6 +74,21 @@ def limited(case: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"stage": "finetune", "lo', b'{"stage": "finetune"', b"\0" * 40, b'{"stage": "\xff', b"3"]
+)
+def test_an_unfinished_line_of_metrics_is_left_out(torn: bytes, tmp_path: Path, caplog) -> None:
+    """A full disk or a power cut leaves it; a resumed stage and the report read what is whole and say what is not."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"stage": "transfer", "loss": 0.5, "step": 1}\n' + torn)
+    first = {"stage": "transfer", "loss": 0.5, "step": 1}
+    assert read_metrics(tmp_path) == [first]
+    assert f"{path}: left out 1 unfinished or damaged line(s) (2); the other 1 are used." in caplog.text
+    replace_metrics(path, "finetune", [{"loss": 0.25, "step": 1}])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [first, {"stage": "finetune", "loss": 0.25, "step": 1}]
 
 
 def damaged(data: bytes, rng: random.Random, header: int) -> bytes:

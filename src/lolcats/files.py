@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,15 +68,43 @@ def append_line(path: Path, line: str) -> None:
     with path.open("ab+") as file:
         _lock(file)
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line.encode() + b"\n")
+        rest = file.read().rpartition(b"\n")[2]
+        if rest and _object(rest) is None:
+            file.truncate(file.tell() - len(rest))
+            rest = b""
+        file.write((b"\n" if rest else b"") + line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_lines(path: Path) -> list[str]:
-    """The complete lines of a file; an empty list if it does not exist."""
-    return path.read_text().split("\n")[:-1] if path.exists() else []
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a .jsonl file of ours, one per line; an empty list if it does not exist.
+
+    A full disk or a power cut can leave a line unfinished: such lines are left out, and a warning says so.
+    """
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if path.exists() else []
+    found = [_object(line) for line in lines]
+    if broken := [number for number, entry in enumerate(found, 1) if entry is None]:
+        _warn(
+            f"{path}: left out {len(broken)} unfinished or damaged line(s) ({', '.join(map(str, broken[:5]))}"
+            f"{', ...' if broken[5:] else ''}); the other {len(found) - len(broken)} are used."
+        )
+    return [entry for entry in found if entry is not None]
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object that a line holds; None if it holds none, or only a part of one."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, not UTF-8
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+@cache
+def _warn(message: str) -> None:
+    """Log a warning, the same one only once."""
+    logging.getLogger(__name__).warning(message)
 
 
 def hash_file(path: Path) -> str:

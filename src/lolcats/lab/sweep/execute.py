@@ -26,7 +26,7 @@ import lolcats
 from lolcats.compared import STUDENT, TEACHER, WINDOW_SINKS
 from lolcats.data.inputs import Inputs
 from lolcats.errors import Interrupted, LolcatsError
-from lolcats.files import append_line, locked, read_lines, write_text
+from lolcats.files import append_line, locked, read_json_lines, write_text
 from lolcats.lab.sweep.measure import Measurement, short_hash
 from lolcats.lab.sweep.plan import Row, Sweep, plan
 from lolcats.lab.sweep.row import LOCKS, Setup, release, row_result, run_key, source, untrained_key, untrained_result
@@ -202,7 +202,7 @@ def _jobs(setup: Setup, rows: list[Row]) -> Iterator[Job]:
 
 
 def _results(out: Path) -> list[Result]:
-    return [json.loads(line) for line in read_lines(out / RESULTS)]
+    return read_json_lines(out / RESULTS)
 
 
 def _of_sweep(results: list[Result], jobs: list[Job]) -> list[Result]:
