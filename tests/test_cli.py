@@ -38,6 +38,7 @@ def finished(model_dirs, chat_file: Path, tmp_path_factory: pytest.TempPathFacto
     assert "after stage 2 (LoRA)" in output
     assert "its linear term off" in output
     assert "State per sequence" in output
+    assert f"Adapter: {out}   merged model: {out / 'merged'}   card: {out / 'README.md'}" in output
     return out
 
 

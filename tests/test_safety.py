@@ -92,7 +92,8 @@ def test_pickles_in_a_base_model_are_not_run(model_dirs, tmp_path: Path, capfd) 
 def test_pickles_in_an_adapter_are_not_run(model_dirs, chat_file, tmp_path: Path, settings, capfd) -> None:
     changes = [*settings, "transfer.max_steps=0", "finetune.max_steps=1"]
     out = tmp_path / "out"
-    invoke("linearize", model_dirs["llama"], "--data", chat_file, "--out", out, "--no-merge", *sets(changes))
+    said = invoke("linearize", model_dirs["llama"], "--data", chat_file, "--out", out, "--no-merge", *sets(changes))
+    assert f"Adapter: {out}   card: {out / 'README.md'}" in said, "no merged model is named that was not written"
     (out / LORA / LORA_WEIGHTS).unlink()
     torch.save({"x": Evil()}, out / LORA / "adapter_model.bin")
     with pytest.raises(LolcatsError, match="is missing"):

@@ -39,7 +39,8 @@ def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default
     asked = [f"controls=[{', '.join(get_args(Control))}]"] if controls else []
     run = run_pipeline(model, data, out_, load_config(recipe, [*set_, *asked]), merge)
     show_run(run)
-    out.print(f"\nAdapter: {out_}   merged model: {out_ / 'merged'}   card: {out_ / 'README.md'}", soft_wrap=True)
+    merged = f"merged model: {out_ / 'merged'}   " if (out_ / "merged").is_dir() else ""
+    out.print(f"\nAdapter: {out_}   {merged}card: {out_ / 'README.md'}", soft_wrap=True)
 
 
 @command
