@@ -109,6 +109,9 @@ def test_mistakes_end_in_a_sentence(model_dirs, chat_file: Path, settings, tmp_p
     invoke("export", llama, "--merge", "--out", out, code=2)
     invoke("info", "./nothing", code=2)
     invoke("generate", finished, "--prompt", "x", "--max-new-tokens", 0, code=2)
+    infinite = invoke("generate", finished, "--prompt", "x", "--temperature", "inf", code=2)
+    assert "--temperature: expected a finite number, got inf" in infinite
+    assert "--gpu-memory 1e400 is too large" in invoke("plan", llama, "--gpu-memory", "1e400", code=2)
 
 
 def test_damaged_models_end_in_a_sentence(model_dirs, chat_file, settings, tmp_path: Path, finished: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -365,7 +366,12 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
         return {str(k): _coerce(get_args(hint)[1], v, f"{path}.{k}") for k, v in value.items()}
     if hint is float and not isinstance(value, bool):
         try:  # YAML reads 1e-2 as a string
-            return float(value)
+            number = float(value)
+            if math.isfinite(number):
+                return number
+            raise OverflowError
+        except OverflowError:
+            raise LolcatsError(f"{path}: expected a finite number, got {str(value)[:20]}.") from None
         except (TypeError, ValueError):
             pass
     elif (hint is int and isinstance(value, int) and not isinstance(value, bool)) or (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import shutil
 import sys
 import warnings
@@ -58,6 +59,7 @@ def command(function: Callable[..., None], group: typer.Typer = app) -> Callable
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             _quiet()
+            _check_finite(kwargs)
             function(*args, **kwargs)
         except Interrupted as error:
             _fail(f"{error} Run the same command again to continue.", 130)
@@ -73,6 +75,12 @@ def command(function: Callable[..., None], group: typer.Typer = app) -> Callable
             _fail("The disk is full. Free some space and run the same command again to continue where it stopped.", 2)
 
     return group.command(function.__name__.removesuffix("_"))(guarded)
+
+
+def _check_finite(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise LolcatsError(f"--{name.strip('_').replace('_', '-')}: expected a finite number, got {value}.")
 
 
 def _quiet() -> None:

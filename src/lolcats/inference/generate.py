@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, TextStreamer
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_line, out_of_memory
 
 Message = dict[str, str]
 
@@ -21,14 +21,24 @@ def encode(tokenizer: Any, prompt: str | list[Message], raw: bool = False) -> An
 
     raw: encode the text as is, without the chat template.
     """
-    if isinstance(prompt, str) and any("\ud800" <= c <= "\udfff" for c in prompt):
+    text = prompt if isinstance(prompt, str) else plain_text(prompt)
+    if any("\ud800" <= c <= "\udfff" for c in text):
         raise LolcatsError("The prompt is not valid UTF-8.")
     if raw and not isinstance(prompt, str):
         raise LolcatsError("Messages cannot be encoded raw: give a text to complete.")
     if raw or not tokenizer.chat_template:
-        return tokenizer(prompt if isinstance(prompt, str) else plain_text(prompt), return_tensors="pt")
+        return tokenizer(text, return_tensors="pt")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )  # fmt: skip
+    except Exception as error:  # a template is code from the model: it may raise anything, and so may Jinja's sandbox
+        if out_of_memory(error):
+            raise
+        system = any(message["role"] == "system" for message in messages)
+        advice = " It may not know system prompts: try without one." if system else ""
+        raise LolcatsError(f"The model's chat template refuses these messages: {first_line(error)}.{advice}") from error
 
 
 def generate(
