@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+import lolcats
 from lolcats.cli import app
 
 
@@ -23,6 +26,16 @@ def invoke(*arguments: object, code: int = 0, stdin: str | None = None) -> str:
     if code == 2:
         assert "Traceback" not in result.output
     return result.output
+
+
+def test_version_and_short_help() -> None:
+    assert invoke("--version") == f"lolcats {lolcats.__version__}\n"
+    program: Any = typer.main.get_command(app)
+    names = [[name] for name in program.commands if name != "data"] + [["data"], ["data", "stats"]]
+    assert len(names) > 14
+    for name in ([], *names):
+        assert invoke(*name, "-h") == invoke(*name, "--help")
+        assert "Usage" in invoke(*name, "-h")
 
 
 def sets(settings: list[str]) -> list[str]:

@@ -69,3 +69,6 @@ def test_the_option_continues_the_text(tokenizer: Any, tmp_path: Path) -> None:
         said = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
         assert tokenizer.decode(said, skip_special_tokens=True).strip() in done.stdout
     assert shown[False] != shown[True]
+    sampled = [*command, "--temperature", "5"]
+    said = [CliRunner().invoke(app, [*sampled, "--seed", seed]).stdout for seed in ("1", "1", "2")]
+    assert said[0] == said[1] != said[2]

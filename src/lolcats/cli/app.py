@@ -19,15 +19,32 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 
+import lolcats
 from lolcats.errors import Interrupted, LolcatsError, out_of_memory
 
 app = typer.Typer(
     name="lolcats", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Turn pretrained softmax-attention language models into linear-attention ones.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Inspect training data.")
 app.add_typer(data_app, name="data")
 out, err = Console(), Console(stderr=True)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lolcats {lolcats.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True,
+                                          help="Show the version and exit.")] = False,
+) -> None:  # fmt: skip
+    """Options of the program itself."""
+
 
 Model = Annotated[str, typer.Argument(help="Hub id, local model directory or .gguf file.", metavar="MODEL")]
 Directory = Annotated[Path, typer.Argument(help="Run directory or linearized model.", metavar="DIR")]

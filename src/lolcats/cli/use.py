@@ -85,6 +85,8 @@ def evaluate(
 def generate(
     model: Model, prompt: Annotated[str, typer.Option(help="Prompt to answer or continue.")],
     max_new_tokens: NewTokens = 128, temperature: Temperature = 0.0, top_p: TopP = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed for sampling. Default: a random "
+                                                                        "one.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as is, without the chat template.")] = False,
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
@@ -93,7 +95,7 @@ def generate(
     from lolcats.inference.generate import generate as run_generate
 
     loaded, tokenizer = load_any(model, load_config("default", set_))
-    run_generate(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, stream=True, raw=raw)
+    run_generate(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, stream=True, raw=raw, seed=seed)
 
 
 @command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, TextStreamer
 
 from lolcats.errors import LolcatsError, first_line, out_of_memory
@@ -43,13 +44,16 @@ def encode(tokenizer: Any, prompt: str | list[Message], raw: bool = False) -> An
 
 def generate(
     model: PreTrainedModel, tokenizer: Any, prompt: str | list[Message], max_new_tokens: int = 64,
-    temperature: float = 0.0, top_p: float = 1.0, stream: bool = False, raw: bool = False,
+    temperature: float = 0.0, top_p: float = 1.0, stream: bool = False, raw: bool = False, seed: int | None = None,
 ) -> str:  # fmt: skip
-    """The model's answer. Temperature 0 is greedy; ``stream`` prints it as it comes; ``raw`` as in :func:`encode`."""
+    """The model's answer. Temperature 0 is greedy; ``stream`` prints it as it comes; ``raw`` as in :func:`encode`;
+    ``seed`` seeds PyTorch's generators."""
     inputs = encode(tokenizer, prompt, raw).to(model.device)
     if not inputs["input_ids"].numel():
         raise LolcatsError("The prompt has no tokens: give some text.")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    if seed is not None:
+        torch.manual_seed(seed)
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
