@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,7 @@ try:
 except ImportError:  # missing on Windows, where two processes cannot share a sweep
     fcntl = None  # type: ignore[assignment]
 
+LOCK = ".lock"  # in a directory while a command writes to it
 CHECKSUM = "lolcats_sha256"  # key in a safetensors file's metadata
 
 
@@ -44,14 +46,87 @@ def _partial(path: Path) -> Path:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, wait: bool = True, remove: bool = False) -> Iterator[bool]:
     """Hold the lock file ``path``, which only one process at a time can hold. It is freed if the process is killed.
 
     wait: wait until the lock is free; otherwise yield at once whether it was acquired.
+    remove: remove the file at the end.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        yield _lock(file, wait)
+    while True:
+        with _open_lock(path) as file:
+            ours = _lock(file, wait)
+            if ours and not _is_at(file, path):  # removed by the process that held it
+                continue
+            _held.add(file)
+            try:
+                yield ours
+                return
+            finally:
+                _held.discard(file)
+                if ours and remove and _is_at(file, path):
+                    path.unlink()
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """Open the lock file, and make its directory, which another process may be about to remove."""
+    for _ in range(1000):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a")
+        except (FileNotFoundError, FileExistsError) as error:
+            last = error
+    raise last
+
+
+_held: set[IO[Any]] = set()
+
+
+def _release_in_child() -> None:
+    """A forked process does not hold the locks of its parent, which it might outlive."""
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_in_child)
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
+    """Whether ``path`` still is the open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[bool]:
+    """Hold ``directory`` as the only process that writes to it; yield at once whether no other process does.
+
+    The directory is made if needed, and removed at the end if nothing was written to it.
+    """
+    directory = directory.absolute()
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
+    with ExitStack() as stack:
+        try:
+            ours = stack.enter_context(locked(directory / LOCK, wait=False, remove=True))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            ours = True  # no process can write here, which the caller will find out
+        try:
+            yield ours
+        finally:
+            stack.close()
+            with suppress(OSError):  # not empty
+                for place in made:
+                    place.rmdir()
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether ``directory`` holds nothing but the lock of the process that writes to it."""
+    return all(path.name == LOCK for path in directory.iterdir())
 
 
 def _lock(file: IO[Any], wait: bool = True) -> bool:

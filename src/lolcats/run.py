@@ -8,6 +8,7 @@ DIR/controls/NAME/          the controls, each an adapter with its metrics.jsonl
 DIR/README.md, report.png   model card and picture
 DIR/report.html             all measurements, with pictures; some are drawn from attention.safetensors
 DIR/checkpoints/            working files of an unfinished stage
+DIR/.lock                   while a command writes to the directory
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import lolcats
 from lolcats.config import PLACEMENT, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
-from lolcats.files import write_text
+from lolcats.files import is_empty, write_text
 from lolcats.ranks import is_first
 from lolcats.weights.base import Base
 
@@ -58,7 +59,7 @@ class Run:
                 )
             run.record["config"] = identity["config"]
             return run
-        if directory.is_dir() and any(directory.iterdir()):
+        if directory.is_dir() and not is_empty(directory):
             raise LolcatsError(f"{directory} is not empty and does not hold a lolcats run: choose another --out.")
         _check_writable(directory)
         versions = {"python": platform.python_version(), "lolcats": lolcats.__version__}

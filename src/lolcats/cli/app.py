@@ -7,7 +7,8 @@ import math
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from logging import getLogger
 from pathlib import Path
@@ -121,6 +122,21 @@ def _disk_full(error: Exception, written: list[Path]) -> bool:
 def _fail(message: str, code: int) -> None:
     err.print(f"[red]{escape(message)}[/red]", soft_wrap=True)
     sys.exit(code)
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """For commands that write to ``directory``: refuse it if another process does. Readers do not wait."""
+    from lolcats.files import only_writer
+    from lolcats.ranks import is_first, ranks
+
+    with only_writer(directory) if is_first() else nullcontext(True) as ours:
+        if not ranks().shared(ours):
+            raise LolcatsError(
+                f"{directory} is in use by another lolcats process that writes to it. Wait until it has finished, or "
+                "choose another directory."
+            )
+        yield
 
 
 def print_rows(header: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> None:

@@ -24,6 +24,7 @@ from lolcats.cli.app import (
     out,
     print_rows,
     show_run,
+    writing,
 )
 from lolcats.errors import LolcatsError
 
@@ -37,7 +38,9 @@ def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default
     from lolcats.pipeline import linearize as run_pipeline
 
     asked = [f"controls=[{', '.join(get_args(Control))}]"] if controls else []
-    run = run_pipeline(model, data, out_, load_config(recipe, [*set_, *asked]), merge)
+    config = load_config(recipe, [*set_, *asked])
+    with writing(out_):
+        run = run_pipeline(model, data, out_, config, merge)
     show_run(run)
     merged = f"merged model: {out_ / 'merged'}   " if (out_ / "merged").is_dir() else ""
     out.print(f"\nAdapter: {out_}   {merged}card: {out_ / 'README.md'}", soft_wrap=True)
@@ -68,11 +71,12 @@ def transfer(
     order += [f"transfer.block_size={block_size}"] if block_size else []
     config = load_config(recipe, [*order, *set_])
     check_block(config, block)
-    job = start(Inputs(model, trust=config.trust_remote_code), data, out_, config)
-    if is_first():
-        join_units(out_, join)
-    ranks().wait()
-    train_maps(job, block)
+    with writing(out_):
+        job = start(Inputs(model, trust=config.trust_remote_code), data, out_, config)
+        if is_first():
+            join_units(out_, join)
+        ranks().wait()
+        train_maps(job, block)
     if is_first():
         show_run(job.run)
         if job.run.stage_done("transfer"):
@@ -92,8 +96,9 @@ def finetune(directory: RunDirectory,
     from lolcats.pipeline import resume, train_lora
     from lolcats.ranks import is_first
 
-    job = resume(directory, controls=get_args(Control) if controls else (), sharding=sharding)
-    train_lora(job, merge)
+    with writing(directory):
+        job = resume(directory, controls=get_args(Control) if controls else (), sharding=sharding)
+        train_lora(job, merge)
     if is_first():
         show_run(job.run)
 
@@ -139,7 +144,9 @@ def report(directory: RunDirectory) -> None:
     """Write DIR/report.html with loss curves, errors, attention maps, tables and samples."""
     from lolcats.pipeline import report as write_report
 
-    out.print(f"Report: {write_report(directory)}", soft_wrap=True)
+    with writing(directory):
+        path = write_report(directory)
+    out.print(f"Report: {path}", soft_wrap=True)
 
 
 @command
@@ -157,7 +164,8 @@ def import_(
     from lolcats.config import load_config
     from lolcats.reference_import import import_reference
 
-    import_reference(base, transfer, lora, out_, load_config(recipe, set_))
+    with writing(out_):
+        import_reference(base, transfer, lora, out_, load_config(recipe, set_))
     out.print(f"Adapter: {out_}", soft_wrap=True)
 
 

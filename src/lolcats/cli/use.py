@@ -24,6 +24,7 @@ from lolcats.cli.app import (
     print_rows,
     tokenizer_of,
     words,
+    writing,
 )
 from lolcats.errors import LolcatsError
 
@@ -233,6 +234,7 @@ def export(directory: Directory,
            dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as trained.")] = "auto",
            ) -> None:  # fmt: skip
     """Export an adapter as a self-contained model directory."""
+    from lolcats.files import is_empty
     from lolcats.modeling.checkpoint import load
     from lolcats.pipeline import export_merged
 
@@ -240,9 +242,10 @@ def export(directory: Directory,
         raise LolcatsError("The run directory already is the adapter: copy it, or pass --merge for a full model.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise LolcatsError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}.")
-    if out_.exists() and any(out_.iterdir()):
-        raise LolcatsError(f"{out_} is not empty; choose another --out.")
-    export_merged(load(directory, dtype), tokenizer_of(str(directory)), out_)
+    with writing(out_):
+        if out_.is_dir() and not is_empty(out_):
+            raise LolcatsError(f"{out_} is not empty; choose another --out.")
+        export_merged(load(directory, dtype), tokenizer_of(str(directory)), out_)
     out.print(f"Merged model: {out_}", soft_wrap=True)
 
 
