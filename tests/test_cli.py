@@ -189,8 +189,10 @@ def test_a_forked_process_does_not_hold_its_parents_locks(tmp_path: Path) -> Non
     context = multiprocessing.get_context("fork")
     with locked(tmp_path / "lock", wait=False) as ours:
         assert ours
-        child = context.Process(target=time.sleep, args=(60,))
+        running = context.Event()
+        child = context.Process(target=lambda: (running.set(), time.sleep(60)))
         child.start()
+        assert running.wait(60)
     try:
         with locked(tmp_path / "lock", wait=False) as again:
             assert again

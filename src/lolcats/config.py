@@ -260,7 +260,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto``: bfloat16 on CUDA, float32 elsewhere."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the base model. Off by default."""
+    """Run Python code that comes with the base model. Not a setting of a run: each command needs
+    ``--trust-remote-code``; a value in a file is ignored."""
     report_to: list[str] = field(default_factory=list)
     """Trackers to report to, e.g. ``[tensorboard]`` or ``[wandb]``. docs/scale.md has the names for stage 1."""
 
@@ -285,6 +286,7 @@ def load_config(recipe: str | None = None, overrides: Iterable[str] = ()) -> Con
         LolcatsError: an unknown recipe or key, a wrong type, or settings that exclude each other.
     """
     tree = _read_recipe(recipe or "default")
+    tree.pop("trust_remote_code", None)
     for item in overrides:
         set_key(tree, *parse_setting(item))
     return from_dict(Config, tree)
@@ -295,6 +297,8 @@ def parse_setting(item: str) -> tuple[str, Any]:
     key, equals, text = item.partition("=")
     if not equals:
         raise LolcatsError(f"--set {item!r}: expected KEY=VALUE, for example transfer.learning_rate=1e-3.")
+    if key.strip() == "trust_remote_code":
+        raise LolcatsError("trust_remote_code is not a setting: allow it for each command with --trust-remote-code.")
     return key.strip(), read_yaml(text, f"--set {key}")
 
 

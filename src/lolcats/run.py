@@ -48,7 +48,10 @@ class Run:
         identity = {"base": asdict(base), "data": data, "config": to_dict(config)}
         if (directory / RECORD).exists():
             run = cls.open(directory)
-            asked = {"controls": list(dict.fromkeys([*run.config.controls, *config.controls]))}  # may be added later
+            asked = {
+                "controls": list(dict.fromkeys([*run.config.controls, *config.controls])),  # may be added later
+                "trust_remote_code": config.trust_remote_code,  # each command's own
+            }
             known = {**run.record, "config": {**to_dict(run.config), **asked}}  # new settings have their defaults
             for stage, keys in PLACEMENT.items():
                 known["config"][stage] |= {key: identity["config"][stage][key] for key in keys}
@@ -71,7 +74,10 @@ class Run:
     def open(cls, directory: Path) -> Run:
         """The run in ``directory``."""
         try:
-            return cls(directory, json.loads((directory / RECORD).read_text()))
+            record = json.loads((directory / RECORD).read_text())
+            if isinstance(record, dict) and isinstance(record.get("config"), dict):
+                record["config"]["trust_remote_code"] = False  # an earlier command's consent is not this one's
+            return cls(directory, record)
         except FileNotFoundError:
             raise LolcatsError(f"{directory} does not hold a lolcats run: {RECORD} is missing.") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import wraps
 from logging import getLogger
 from pathlib import Path
@@ -61,6 +62,8 @@ Sets = Annotated[list[str], typer.Option("--set", help="Change a setting, e.g. t
 Controls = Annotated[bool, typer.Option("--controls", help="Also train two controls, each with its own LoRA of the "
                                         "same settings and data: window and sinks without the linear term, and the "
                                         "softmax teacher.")]  # fmt: skip
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model. "
+                                     "Not remembered: each command needs it.")]  # fmt: skip
 
 
 NO_MEMORY = (
@@ -179,15 +182,22 @@ def load_any(model: str, config: Any) -> tuple[Any, Any]:
     device, dtype = device_and_dtype(config)
     trust = config.trust_remote_code
     if is_linearized(model):
-        return load(model, dtype, device, trust), tokenizer_of(model)
+        return load(model, dtype, device, trust), tokenizer_of(model, trust)
     base = find_base(model, trust)
     return load_model(base, dtype, device, trust), load_tokenizer(base, trust)
 
 
-def tokenizer_of(model: str) -> Any:
+def tokenizer_of(model: str, trust: bool = False) -> Any:
     from lolcats.weights.base import find_base, load_tokenizer
 
-    return load_tokenizer(find_base(model))
+    return load_tokenizer(find_base(model), trust)
+
+
+def settings(recipe: str, changes: list[str], trust: bool) -> Any:
+    """The configuration, with this command's consent to run the base model's code."""
+    from lolcats.config import load_config
+
+    return replace(load_config(recipe, changes), trust_remote_code=trust)
 
 
 def show_run(run: Any) -> None:

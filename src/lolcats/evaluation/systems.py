@@ -42,7 +42,7 @@ def available(model: str) -> list[str]:
 
 
 def systems(
-    model: str, baselines: Sequence[str], device: torch.device, dtype: torch.dtype
+    model: str, baselines: Sequence[str], device: torch.device, dtype: torch.dtype, trust: bool = False
 ) -> Iterator[tuple[str, PreTrainedModel]]:  # fmt: skip
     """Yield (name, model) in turn; each model is valid only until the next one is requested.
 
@@ -50,14 +50,14 @@ def systems(
     merged model does not record its base model, so it yields no teacher. A base model yields only itself.
     """
     if not is_linearized(model):
-        yield Path(model).name, load_model(find_base(model), dtype, device)
+        yield Path(model).name, load_model(find_base(model, trust), dtype, device, trust)
         return
     if base := _base(model):
-        yield from _of_base(model, load_model(base, dtype, device), baselines)
+        yield from _of_base(model, load_model(base, dtype, device, trust), baselines)
     for other in baselines:
         if other not in BASELINES:
-            yield other, load(other, dtype, device)
-    student = load(model, dtype, device)
+            yield other, load(other, dtype, device, trust)
+    student = load(model, dtype, device, trust)
     yield STUDENT.name, student
     for own in _asked(BRANCHES, baselines) if linearized_layers(student) else ():
         with own.on(student):

@@ -43,7 +43,7 @@ def finish(job: Job, merge: bool = True, pictures: bool = True) -> None:
         shutil.copy(out / "README.md", out / "merged" / "README.md")
 
 
-def report(directory: Path, say: Say = log) -> Path:
+def report(directory: Path, say: Say = log, trust: bool = False) -> Path:
     """Write report.html of a run. If its attention has not been measured, load the model and measure it first."""
     from lolcats.report.html import write_html
 
@@ -51,7 +51,7 @@ def report(directory: Path, say: Say = log) -> Path:
         raise LolcatsError("The report needs matplotlib: pip install 'lolcats[plots]'.")
     run = Run.open(directory)
     if run.stage_done("transfer") and "attention" not in run.results:
-        job = resume(directory, say)
+        job = resume(directory, say, trust=trust)
         measure(job)
         run = job.run
     write_html(run)

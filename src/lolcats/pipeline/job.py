@@ -101,11 +101,12 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     return job
 
 
-def resume(directory: Path, say: Say = log, controls: Sequence[Control] = (), sharding: str = "") -> Job:
+def resume(directory: Path, say: Say = log, controls: Sequence[Control] = (), sharding: str = "",
+           trust: bool = False) -> Job:  # fmt: skip
     """The job of an existing run. Adds ``controls`` to the run's own, and replaces ``finetune.sharding`` unless
-    ``sharding`` is empty."""
+    ``sharding`` is empty. ``trust``: run Python code that comes with the base model."""
     run = Run.open(directory)
-    settings = to_dict(replace(run.config, controls=[*run.config.controls, *controls]))
+    settings = to_dict(replace(run.config, controls=[*run.config.controls, *controls], trust_remote_code=trust))
     settings["finetune"] |= {"sharding": sharding} if sharding else {}
     config: Any = from_dict(Config, settings)
     inputs = Inputs(run.base.path, trust=config.trust_remote_code)

@@ -154,8 +154,7 @@ def _readable(base: Base, hint: str) -> Iterator[None]:
             raise
         if "trust_remote_code" in str(error):
             raise LolcatsError(
-                f"{base.path} comes with its own Python code, which runs only if you allow it: --set "
-                "trust_remote_code=true."
+                f"{base.path} comes with its own Python code, which runs only if you allow it: --trust-remote-code."
             ) from error
         raise LolcatsError(f"Cannot load {base.path}: {first_line(error)}. {hint}") from error
 
