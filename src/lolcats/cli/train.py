@@ -174,8 +174,8 @@ def import_(
 
 @command
 def plan(
-    model: Annotated[str, typer.Argument(help="Hub id, model directory, config.json, or one of llama-3-8b, "
-                                              "llama-3.1-70b, llama-3.1-405b.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="Hub id, model directory, .gguf file, config.json, or one of "
+                                              "llama-3-8b, llama-3.1-70b, llama-3.1-405b.", metavar="MODEL")],
     gpus: Annotated[int, typer.Option(help="Total number of GPUs.")] = 1,
     gpu_memory: Annotated[str, typer.Option(help="Memory of each GPU.")] = "80GiB",
     host_memory: Annotated[str, typer.Option(help="Memory of each node.")] = "128GiB",
@@ -205,6 +205,11 @@ def plan(
     )
     for line in filter(None, (report.paper_line(size, work, stages[0]), report.time_line(size))):
         out.print(line, soft_wrap=True)
+    if Path(model).suffix == ".gguf":
+        whole = f"{size.total * 2 / 2**30:.1f} GiB"
+        out.print(
+            f"A GGUF file is read whole, with any schedule: it takes {whole} of host memory in 16 bits.", soft_wrap=True
+        )
     chosen = [plan for plans in stages for plan in report.recommended(plans)]
     for best in chosen:
         print_rows(("where", "part", "amount"), report.part_rows(best), f"{best.stage}, {best.schedule}")

@@ -123,7 +123,12 @@ def load_tokenizer(base: Base, trust: bool = False) -> Any:
     path, kwargs = base.arguments
     _check_gguf(base)
     with _readable(base, "It needs a tokenizer beside its weights."):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust, **kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust, **kwargs)
+        except Exception:
+            with _readable(base, HINT):  # it reads the configuration first, which may be what is wrong
+                AutoConfig.from_pretrained(path, trust_remote_code=trust, **kwargs)
+            raise
     _check_words(tokenizer, base)
     return tokenizer
 
