@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+import lolcats
 from lolcats.cli import app
+from lolcats.files import LOCK, locked, only_writer
 
 
 def invoke(*arguments: object, code: int = 0, stdin: str | None = None) -> str:
@@ -23,6 +29,16 @@ def invoke(*arguments: object, code: int = 0, stdin: str | None = None) -> str:
     if code == 2:
         assert "Traceback" not in result.output
     return result.output
+
+
+def test_version_and_short_help() -> None:
+    assert invoke("--version") == f"lolcats {lolcats.__version__}\n"
+    program: Any = typer.main.get_command(app)
+    names = [[name] for name in program.commands if name != "data"] + [["data"], ["data", "stats"]]
+    assert len(names) > 14
+    for name in ([], *names):
+        assert invoke(*name, "-h") == invoke(*name, "--help")
+        assert "Usage" in invoke(*name, "-h")
 
 
 def sets(settings: list[str]) -> list[str]:
@@ -38,6 +54,7 @@ def finished(model_dirs, chat_file: Path, tmp_path_factory: pytest.TempPathFacto
     assert "after stage 2 (LoRA)" in output
     assert "its linear term off" in output
     assert "State per sequence" in output
+    assert f"Adapter: {out}   merged model: {out / 'merged'}   card: {out / 'README.md'}" in output
     return out
 
 
@@ -108,6 +125,79 @@ def test_mistakes_end_in_a_sentence(model_dirs, chat_file: Path, settings, tmp_p
     invoke("export", llama, "--merge", "--out", out, code=2)
     invoke("info", "./nothing", code=2)
     invoke("generate", finished, "--prompt", "x", "--max-new-tokens", 0, code=2)
+    infinite = invoke("generate", finished, "--prompt", "x", "--temperature", "inf", code=2)
+    assert "--temperature: expected a finite number, got inf" in infinite
+    assert "--gpu-memory 1e400 is too large" in invoke("plan", llama, "--gpu-memory", "1e400", code=2)
+
+
+def test_a_directory_has_one_writer_and_any_readers(
+    model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path
+) -> None:
+    """The second command that writes to a directory is refused at once, before it reads anything."""
+    out, llama, before = tmp_path / "deep" / "out", model_dirs["llama"], sorted(finished.rglob("*"))
+    start = (llama, "--data", chat_file, "--out", out, *sets(settings))
+    commands: tuple[tuple[object, ...], ...] = (
+        ("linearize", *start), ("transfer", *start), ("transfer", *start, "--schedule", "blocks", "--block", 0),
+        ("finetune", finished), ("report", finished), ("export", finished, "--merge", "--out", out),
+        ("import", "--base", llama, "--transfer", "a.pt", "--out", out),
+    )  # fmt: skip
+    with only_writer(finished) as first, only_writer(out) as second:
+        assert first
+        assert second
+        for command in commands:
+            place = finished if command[-1] == finished else out
+            assert f"{place} is in use by another lolcats process" in invoke(*command, code=2)
+        invoke("info", finished)
+        invoke("generate", finished, "--prompt", "the cat", "--max-new-tokens", 2)
+        invoke("evaluate", finished, "--data", chat_file, "--rows", 4)
+        invoke("export", finished, "--merge", "--out", tmp_path / "export")
+    assert not out.parent.exists(), "a refused command leaves nothing behind"
+    assert sorted(finished.rglob("*")) == before
+    (out / LOCK).parent.mkdir(parents=True)
+    (out / LOCK).touch()  # left by a killed process
+    invoke("export", finished, "--merge", "--out", out)
+    assert not (out / LOCK).exists()
+    for file in (out / "config.json", finished / "run.json" / "out"):  # what is wrong is still said
+        assert "is in use" not in invoke("linearize", llama, "--data", chat_file, "--out", file, code=2)
+
+
+def test_one_process_at_a_time_holds_a_directory(tmp_path: Path) -> None:
+    holders, most, held = [0], [0], [0]
+
+    def hold() -> None:
+        for _ in range(200):
+            with only_writer(tmp_path / "a" / "b") as ours:
+                if ours:
+                    holders[0] += 1
+                    held[0] += 1
+                    time.sleep(0)
+                    most[0] = max(most[0], holders[0])
+                    holders[0] -= 1
+
+    threads = [threading.Thread(target=hold) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    assert held[0] > 0
+    assert not (tmp_path / "a" / "b" / LOCK).exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_does_not_hold_its_parents_locks(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    with locked(tmp_path / "lock", wait=False) as ours:
+        assert ours
+        running = context.Event()
+        child = context.Process(target=lambda: (running.set(), time.sleep(60)))
+        child.start()
+        assert running.wait(60)
+    try:
+        with locked(tmp_path / "lock", wait=False) as again:
+            assert again
+    finally:
+        child.kill()
 
 
 def test_damaged_models_end_in_a_sentence(model_dirs, chat_file, settings, tmp_path: Path, finished: Path) -> None:

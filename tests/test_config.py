@@ -45,6 +45,18 @@ def test_paper_recipe_is_the_papers_table_8() -> None:
     assert load_config("default").attention.sinks == 4
 
 
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "nan", "inf", "1e400"])
+def test_every_number_is_finite(value: str) -> None:
+    numbers = [
+        f"{section}.{name}" for section, fields in to_dict(Config()).items() if isinstance(fields, dict)
+        for name, default in fields.items() if isinstance(default, float)
+    ]  # fmt: skip
+    assert len(numbers) > 15
+    for name in numbers:
+        with pytest.raises(LolcatsError, match=f"{name}: expected a finite number"):
+            load_config("default", [f"{name}={value}"])
+
+
 def test_overrides_and_types(tmp_path: Path) -> None:
     config = load_config("small", ["transfer.learning_rate=1e-3", "attention.layers={'7': softmax}", "seed=3"])
     assert config.transfer.learning_rate == 1e-3
@@ -73,6 +85,10 @@ def test_overrides_and_types(tmp_path: Path) -> None:
         ("data.skip_broken=1", "expected bool"),
         ("attention=3", "expected a mapping"),
         ("seed.x=3", "expected int"),
+        ("transfer.learning_rate=nan", "transfer.learning_rate: expected a finite number, got nan"),
+        ("transfer.learning_rate=1e999", "expected a finite number"),
+        (f"transfer.learning_rate=1{'0' * 400}", "expected a finite number"),
+        ("finetune.alpha=.inf", "finetune.alpha: expected a finite number, got inf"),
         ("transfer.learning_rate", "expected KEY=VALUE"),
         ("transfer.learning_rate=[", "not valid YAML"),
     ],

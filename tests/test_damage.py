@@ -21,10 +21,11 @@ import pytest
 import torch
 from conftest import tiny_model
 from modeling.test_base import write_gguf
+from test_cli import invoke, sets
 from transformers import AutoConfig
 
 import lolcats
-from lolcats.config import AttentionConfig, FinetuneConfig
+from lolcats.config import AttentionConfig, FinetuneConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.files import read_tensors
 from lolcats.modeling.checkpoint import (
@@ -35,7 +36,10 @@ from lolcats.modeling.checkpoint import (
     save_feature_maps,
     save_lora,
 )
+from lolcats.plan import read_config, size_of
+from lolcats.report.figures import read_metrics
 from lolcats.stages.finetune.stage import add_lora
+from lolcats.stages.metrics import replace_metrics
 from lolcats.weights.base import find_base, load_model
 from lolcats.weights.gguf_header import check_gguf
 
@@ -72,6 +76,45 @@ def limited(case: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"stage": "finetune", "lo', b'{"stage": "finetune"', b"\0" * 40, b'{"stage": "\xff', b"3"]
+)
+def test_an_unfinished_line_of_metrics_is_left_out(torn: bytes, tmp_path: Path, caplog) -> None:
+    """A full disk or a power cut leaves it; a resumed stage and the report read what is whole and say what is not."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"stage": "transfer", "loss": 0.5, "step": 1}\n' + torn)
+    first = {"stage": "transfer", "loss": 0.5, "step": 1}
+    assert read_metrics(tmp_path) == [first]
+    assert f"{path}: left out 1 unfinished or damaged line(s) (2); the other 1 are used." in caplog.text
+    replace_metrics(path, "finetune", [{"loss": 0.25, "step": 1}])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [first, {"stage": "finetune", "loss": 0.25, "step": 1}]
+
+
+def test_a_gguf_file_is_planned_and_a_damaged_one_is_refused(gguf_file: Path, tmp_path: Path) -> None:
+    config = load_config("default")
+    assert size_of(read_config(str(gguf_file)), config) == size_of(tiny_model("llama").config, config)
+    output = invoke("plan", gguf_file)
+    assert "A GGUF file is read whole" in output
+    (tmp_path / "half.gguf").write_bytes(gguf_file.read_bytes()[:400])
+    assert "half.gguf" in invoke("plan", tmp_path / "half.gguf", code=2)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"model_type": "no-such-type"}', '{"model_type": "llama", "hidden_size": "x"}']
+)
+def test_an_invalid_configuration_is_what_is_named(
+    content: str, model_dirs, chat_file: Path, tmp_path: Path, settings
+) -> None:
+    shutil.copytree(model_dirs["llama"], tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(content)
+    start = ("--data", chat_file, "--out", tmp_path / "out", *sets(settings))
+    output = invoke("linearize", tmp_path / "base", *start, code=2)
+    assert "Cannot load" in output
+    assert "tokenizer" not in output
+    assert "no-such-type" in output or "valid JSON" in output or "hidden_size" in output
 
 
 def damaged(data: bytes, rng: random.Random, header: int) -> bytes:

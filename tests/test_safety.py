@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,8 @@ def test_pickles_in_a_base_model_are_not_run(model_dirs, tmp_path: Path, capfd) 
 def test_pickles_in_an_adapter_are_not_run(model_dirs, chat_file, tmp_path: Path, settings, capfd) -> None:
     changes = [*settings, "transfer.max_steps=0", "finetune.max_steps=1"]
     out = tmp_path / "out"
-    invoke("linearize", model_dirs["llama"], "--data", chat_file, "--out", out, "--no-merge", *sets(changes))
+    said = invoke("linearize", model_dirs["llama"], "--data", chat_file, "--out", out, "--no-merge", *sets(changes))
+    assert f"Adapter: {out}   card: {out / 'README.md'}" in said, "no merged model is named that was not written"
     (out / LORA / LORA_WEIGHTS).unlink()
     torch.save({"x": Evil()}, out / LORA / "adapter_model.bin")
     with pytest.raises(LolcatsError, match="is missing"):
@@ -127,11 +130,11 @@ def test_pickles_in_cached_data_are_not_run(tmp_path: Path, chat_file, tokenizer
     assert RAN not in capfd.readouterr().out
 
 
-def test_code_of_a_base_model_runs_only_when_asked(model_dirs, tmp_path: Path, capfd) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(model_dirs["llama"], base)
+def with_code(model: Path, base: Path, ran: str = RAN) -> Path:
+    """A copy of a model whose type only the code beside it defines; the code prints ``ran``."""
+    shutil.copytree(model, base)
     (base / "modeling_own.py").write_text(
-        f"print({RAN!r})\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"print({ran!r})\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'own-llama'\n"
         "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
@@ -139,11 +142,55 @@ def test_code_of_a_base_model_runs_only_when_asked(model_dirs, tmp_path: Path, c
     config |= {"model_type": "own-llama", "auto_map": {
         "AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}  # fmt: skip
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LolcatsError, match="trust_remote_code"):
+    return base
+
+
+def in_its_own_process(*arguments: object, code: int = 0) -> str:
+    """Output of a command; in this process, transformers remembers types that an earlier command allowed."""
+    command = [sys.executable, "-m", "lolcats.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def test_each_command_needs_consent_to_run_the_code_of_a_base_model(
+    model_dirs, chat_file: Path, tmp_path: Path, settings
+) -> None:
+    """What an earlier command was allowed is recorded nowhere as consent; with it, an adapter can be used."""
+    base, out = with_code(model_dirs["llama"], tmp_path / "base"), tmp_path / "out"
+    start = ("--data", chat_file, "--out", out, "--no-merge", *sets([*settings, "finetune.max_steps=1"]))
+    assert RAN in in_its_own_process("transfer", base, *start[:4], *start[5:], "--trust-remote-code")
+    record = json.loads((out / "run.json").read_text())
+    record["config"]["trust_remote_code"] = True  # as older versions wrote it
+    (out / "run.json").write_text(json.dumps(record))
+    config = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(config.replace("trust_remote_code: false", "trust_remote_code: true"))
+    use: tuple[tuple[object, ...], ...] = (
+        ("finetune", out, "--no-merge"), ("generate", out, "--prompt", "the cat", "--max-new-tokens", 2),
+        ("evaluate", out, "--data", chat_file, "--rows", 4), ("export", out, "--merge", "--out", tmp_path / "merged"),
+    )  # fmt: skip
+    for command in use:
+        said = in_its_own_process(*command, code=2)
+        assert "--trust-remote-code" in said
+        assert RAN not in said
+    for command in use:
+        assert RAN in in_its_own_process(*command, "--trust-remote-code")
+
+
+def test_code_of_a_base_model_runs_only_when_asked(model_dirs, tmp_path: Path, capfd) -> None:
+    base = with_code(model_dirs["llama"], tmp_path / "base")
+    with pytest.raises(LolcatsError, match="--trust-remote-code"):
         load_model(find_base(str(base)), torch.float32)
-    assert "trust_remote_code" in invoke("generate", base, "--prompt", "the cat", code=2)
+    assert "--trust-remote-code" in invoke("generate", base, "--prompt", "the cat", code=2)
+    setting = ("--set", "trust_remote_code=true")
+    for command in (
+        ("generate", base, "--prompt", "the cat"),
+        ("linearize", base, "--data", "x", "--out", tmp_path / "o"),
+    ):
+        assert "allow it for each command with --trust-remote-code" in invoke(*command, *setting, code=2)
     assert RAN not in capfd.readouterr().out
-    asked = ("--set", "trust_remote_code=true", "--max-new-tokens", 2)
+    asked = ("--trust-remote-code", "--max-new-tokens", 2)
     assert RAN in invoke("generate", base, "--prompt", "the cat", *asked) + capfd.readouterr().out
 
 

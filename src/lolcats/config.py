@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -262,7 +263,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto``: bfloat16 on CUDA, float32 elsewhere."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the base model. Off by default."""
+    """Run Python code that comes with the base model. Not a setting of a run: each command needs
+    ``--trust-remote-code``; a value in a file is ignored."""
     report_to: list[str] = field(default_factory=list)
     """Trackers to report to, e.g. ``[tensorboard]`` or ``[wandb]``. docs/scale.md has the names for stage 1."""
 
@@ -287,6 +289,7 @@ def load_config(recipe: str | None = None, overrides: Iterable[str] = ()) -> Con
         LolcatsError: an unknown recipe or key, a wrong type, or settings that exclude each other.
     """
     tree = _read_recipe(recipe or "default")
+    tree.pop("trust_remote_code", None)
     for item in overrides:
         set_key(tree, *parse_setting(item))
     return from_dict(Config, tree)
@@ -297,6 +300,8 @@ def parse_setting(item: str) -> tuple[str, Any]:
     key, equals, text = item.partition("=")
     if not equals:
         raise LolcatsError(f"--set {item!r}: expected KEY=VALUE, for example transfer.learning_rate=1e-3.")
+    if key.strip() == "trust_remote_code":
+        raise LolcatsError("trust_remote_code is not a setting: allow it for each command with --trust-remote-code.")
     return key.strip(), read_yaml(text, f"--set {key}")
 
 
@@ -368,7 +373,12 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
         return {str(k): _coerce(get_args(hint)[1], v, f"{path}.{k}") for k, v in value.items()}
     if hint is float and not isinstance(value, bool):
         try:  # YAML reads 1e-2 as a string
-            return float(value)
+            number = float(value)
+            if math.isfinite(number):
+                return number
+            raise OverflowError
+        except OverflowError:
+            raise LolcatsError(f"{path}: expected a finite number, got {str(value)[:20]}.") from None
         except (TypeError, ValueError):
             pass
     elif (hint is int and isinstance(value, int) and not isinstance(value, bool)) or (

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
+import logging
 import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
@@ -24,6 +28,7 @@ try:
 except ImportError:  # missing on Windows, where two processes cannot share a sweep
     fcntl = None  # type: ignore[assignment]
 
+LOCK = ".lock"  # in a directory while a command writes to it
 CHECKSUM = "lolcats_sha256"  # key in a safetensors file's metadata
 
 
@@ -43,14 +48,87 @@ def _partial(path: Path) -> Path:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, wait: bool = True, remove: bool = False) -> Iterator[bool]:
     """Hold the lock file ``path``, which only one process at a time can hold. It is freed if the process is killed.
 
     wait: wait until the lock is free; otherwise yield at once whether it was acquired.
+    remove: remove the file at the end.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        yield _lock(file, wait)
+    while True:
+        with _open_lock(path) as file:
+            ours = _lock(file, wait)
+            if ours and not _is_at(file, path):  # removed by the process that held it
+                continue
+            _held.add(file)
+            try:
+                yield ours
+                return
+            finally:
+                _held.discard(file)
+                if ours and remove and _is_at(file, path):
+                    path.unlink()
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """Open the lock file, and make its directory, which another process may be about to remove."""
+    for _ in range(1000):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a")
+        except (FileNotFoundError, FileExistsError) as error:
+            last = error
+    raise last
+
+
+_held: set[IO[Any]] = set()
+
+
+def _release_in_child() -> None:
+    """A forked process does not hold the locks of its parent, which it might outlive."""
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_in_child)
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
+    """Whether ``path`` still is the open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[bool]:
+    """Hold ``directory`` as the only process that writes to it; yield at once whether no other process does.
+
+    The directory is made if needed, and removed at the end if nothing was written to it.
+    """
+    directory = directory.absolute()
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
+    with ExitStack() as stack:
+        try:
+            ours = stack.enter_context(locked(directory / LOCK, wait=False, remove=True))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            ours = True  # no process can write here, which the caller will find out
+        try:
+            yield ours
+        finally:
+            stack.close()
+            with suppress(OSError):  # not empty
+                for place in made:
+                    place.rmdir()
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether ``directory`` holds nothing but the lock of the process that writes to it."""
+    return all(path.name == LOCK for path in directory.iterdir())
 
 
 def _lock(file: IO[Any], wait: bool = True) -> bool:
@@ -67,15 +145,43 @@ def append_line(path: Path, line: str) -> None:
     with path.open("ab+") as file:
         _lock(file)
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line.encode() + b"\n")
+        rest = file.read().rpartition(b"\n")[2]
+        if rest and _object(rest) is None:
+            file.truncate(file.tell() - len(rest))
+            rest = b""
+        file.write((b"\n" if rest else b"") + line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_lines(path: Path) -> list[str]:
-    """The complete lines of a file; an empty list if it does not exist."""
-    return path.read_text().split("\n")[:-1] if path.exists() else []
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a .jsonl file of ours, one per line; an empty list if it does not exist.
+
+    A full disk or a power cut can leave a line unfinished: such lines are left out, and a warning says so.
+    """
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if path.exists() else []
+    found = [_object(line) for line in lines]
+    if broken := [number for number, entry in enumerate(found, 1) if entry is None]:
+        _warn(
+            f"{path}: left out {len(broken)} unfinished or damaged line(s) ({', '.join(map(str, broken[:5]))}"
+            f"{', ...' if broken[5:] else ''}); the other {len(found) - len(broken)} are used."
+        )
+    return [entry for entry in found if entry is not None]
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object that a line holds; None if it holds none, or only a part of one."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, not UTF-8
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+@cache
+def _warn(message: str) -> None:
+    """Log a warning, the same one only once."""
+    logging.getLogger(__name__).warning(message)
 
 
 def hash_file(path: Path) -> str:

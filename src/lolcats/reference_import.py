@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lolcats.config import Config, to_yaml
 from lolcats.errors import LolcatsError
-from lolcats.files import compare_keys, whole_directory, write_tensors, write_text
+from lolcats.files import compare_keys, is_empty, whole_directory, write_tensors, write_text
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, feature_map_state, save_adapter_config, seal_lora
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
@@ -53,7 +53,7 @@ def import_reference(base: str, transfer: Path, lora: Path | None, out: Path, co
         LolcatsError: if a file is not such a checkpoint, or a tensor is missing, unexpected or mis-shaped; it is named
             as in the file.
     """
-    if out.exists() and any(out.iterdir()):
+    if out.is_dir() and not is_empty(out):
         raise LolcatsError(f"{out} is not empty; choose another --out.")
     trust = config.trust_remote_code
     known = find_base(base, trust)

@@ -8,6 +8,7 @@ DIR/controls/NAME/          the controls, each an adapter with its metrics.jsonl
 DIR/README.md, report.png   model card and picture
 DIR/report.html             all measurements, with pictures; some are drawn from attention.safetensors
 DIR/checkpoints/            working files of an unfinished stage
+DIR/.lock                   while a command writes to the directory
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import lolcats
 from lolcats.config import PLACEMENT, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
-from lolcats.files import write_text
+from lolcats.files import is_empty, write_text
 from lolcats.modeling.parts import list_parts
 from lolcats.ranks import is_first
 from lolcats.weights.base import UNKNOWN, Base
@@ -47,7 +48,10 @@ class Run:
         identity = {"base": base.record, "data": data, "config": to_dict(config)}
         if (directory / RECORD).exists():
             run = cls.open(directory)
-            asked = {"controls": list(dict.fromkeys([*run.config.controls, *config.controls]))}  # may be added later
+            asked = {
+                "controls": list(dict.fromkeys([*run.config.controls, *config.controls])),  # may be added later
+                "trust_remote_code": config.trust_remote_code,  # each command's own
+            }
             known = {**run.record, "config": {**to_dict(run.config), **asked}}  # new settings have their defaults
             for stage, keys in PLACEMENT.items():
                 known["config"][stage] |= {key: identity["config"][stage][key] for key in keys}
@@ -59,7 +63,7 @@ class Run:
             run.record["config"] = identity["config"]
             run.record["base"] |= {name: identity["base"][name] for name in ("path", "form")}  # where it is now
             return run
-        if directory.is_dir() and any(directory.iterdir()):
+        if directory.is_dir() and not is_empty(directory):
             raise LolcatsError(f"{directory} is not empty and does not hold a lolcats run: choose another --out.")
         _check_writable(directory)
         versions = {"python": platform.python_version(), "lolcats": lolcats.__version__}
@@ -71,7 +75,10 @@ class Run:
     def open(cls, directory: Path) -> Run:
         """The run in ``directory``."""
         try:
-            return cls(directory, json.loads((directory / RECORD).read_text()))
+            record = json.loads((directory / RECORD).read_text())
+            if isinstance(record, dict) and isinstance(record.get("config"), dict):
+                record["config"]["trust_remote_code"] = False  # an earlier command's consent is not this one's
+            return cls(directory, record)
         except FileNotFoundError:
             raise LolcatsError(f"{directory} does not hold a lolcats run: {RECORD} is missing.") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

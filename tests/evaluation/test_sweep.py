@@ -17,7 +17,7 @@ from lolcats.cli import app
 from lolcats.config import to_dict
 from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
-from lolcats.files import append_line, locked, read_lines
+from lolcats.files import append_line, locked, read_json_lines
 from lolcats.lab.sweep import execute, row
 from lolcats.lab.sweep.execute import run_sweep
 from lolcats.lab.sweep.measure import Measurement
@@ -113,7 +113,7 @@ def test_sweep_resumes_and_skips(file: Path, place: list[str], tmp_path: Path, m
         patch.setattr(row, "run_finetune", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run(sweep, out)
-    assert len(read_lines(out / "results.jsonl")) == 2
+    assert len(read_json_lines(out / "results.jsonl")) == 2
     with (out / "results.jsonl").open("a") as torn:
         torn.write('{"row": "half')
     with monkeypatch.context() as patch:
@@ -256,7 +256,7 @@ def test_a_row_that_fails_does_not_stop_the_others(file: Path, place: list[str],
     sweep = read_sweep(file, [*place, "evaluate.tasks=[]", "evaluate.perplexity={}", rows])
     with pytest.raises(LolcatsError, match=r"1 rows failed \(wrong, seed 0\). The results of the others are in "):
         run(sweep, tmp_path / "out")
-    assert [json.loads(line)["name"] for line in read_lines(tmp_path / "out" / "results.jsonl")] == [
+    assert [result["name"] for result in read_json_lines(tmp_path / "out" / "results.jsonl")] == [
         "teacher", "window + sinks, nothing trained", "fine",
     ]  # fmt: skip
 
@@ -352,10 +352,22 @@ def test_differences_are_paired() -> None:
 
 def test_lines_are_whole(tmp_path: Path) -> None:
     path = tmp_path / "lines"
-    assert read_lines(path) == []
     append_line(path, "a")
     with path.open("a") as file:
         file.write("half")
-    assert read_lines(path) == ["a"]
     append_line(path, "b")
     assert path.read_text() == "a\nb\n"
+
+
+def test_only_whole_results_are_read_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "results.jsonl"
+    whole, other = {"row": "a"}, {"row": "b"}
+    for torn in ('{"row": "half', '{"row": "b"}', '{"row": "\xff'):
+        path.write_bytes(f'{{"row": "a"}}\n{torn}'.encode("latin1"))
+        kept = [whole, other] if torn.endswith("}") else [whole]
+        assert execute._results(tmp_path) == kept
+        append_line(path, '{"row": "c"}')
+        assert execute._results(tmp_path) == [*kept, {"row": "c"}]
+        path.write_bytes(b"\0\0\n" + path.read_bytes())
+        assert execute._results(tmp_path) == [*kept, {"row": "c"}]
+    assert "left out 1 unfinished or damaged line(s) (1); the other 2 are used" in caplog.text

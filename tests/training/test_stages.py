@@ -191,6 +191,55 @@ def test_interrupted_stage_continues_bit_for_bit(
     assert [e for e in logs[1] if e[1:] != (None, None)] == [e for e in logs[0] if e[1:] != (None, None)]
 
 
+def logged(directory: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without times and speeds."""
+    entries = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+    return [{k: v for k, v in e.items() if not k.endswith(("_runtime", "_per_second"))} for e in entries]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6])
+def test_metrics_of_an_interrupted_stage_2_are_those_of_an_uninterrupted_one(
+    step: int, settings: list[str], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it stops, between logged steps too: running means and the mean of the whole training go on."""
+    changes = ["finetune.max_steps=6", "finetune.log_steps=4", "finetune.save_steps=3", "finetune.eval_steps=3"]
+    config = load_config("default", [*settings, *changes])
+    finetune(converted(config), data, config, tmp_path / "a")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(Interrupted):
+            finetune(converted(config), data, config, tmp_path / "b")
+    finetune(converted(config), data, config, tmp_path / "b")
+    expected = logged(tmp_path / "a")
+    assert [("loss" in e, "eval_loss" in e, "train_loss" in e, e["step"]) for e in expected] == [
+        (False, True, False, 3), (True, False, False, 4), (False, True, False, 6), (False, False, True, 6),
+    ]  # fmt: skip
+    assert logged(tmp_path / "b") == expected
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])
+def test_metrics_after_a_kill_just_after_a_checkpoint(
+    at: int, settings: list[str], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill leaves lines that the checkpoint does not have, or lacks the last one."""
+    config = load_config("default", [*settings, "finetune.max_steps=6", "finetune.log_steps=3"])
+    finetune(converted(config), data, config, tmp_path / "a")
+    original = StageTrainer._save_checkpoint
+
+    def killed(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if self.state.global_step == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "_save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(converted(config), data, config, tmp_path / "b")
+    for _ in range(2):  # also when it is finished
+        finetune(converted(config), data, config, tmp_path / "b")
+        assert logged(tmp_path / "b") == logged(tmp_path / "a")
+
+
 def test_unfinished_checkpoint_is_not_used(config: Config, data: Data, tmp_path: Path, monkeypatch) -> None:
     """A kill between writing a checkpoint of stage 2 and marking it complete falls back to the one before."""
     reference, expected = finetune(converted(config), data, config, tmp_path / "a")

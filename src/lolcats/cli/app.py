@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import math
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import wraps
 from logging import getLogger
 from pathlib import Path
@@ -18,15 +21,32 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 
+import lolcats
 from lolcats.errors import Interrupted, LolcatsError, out_of_memory
 
 app = typer.Typer(
     name="lolcats", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Turn pretrained softmax-attention language models into linear-attention ones.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Inspect training data.")
 app.add_typer(data_app, name="data")
 out, err = Console(), Console(stderr=True)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lolcats {lolcats.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True,
+                                          help="Show the version and exit.")] = False,
+) -> None:  # fmt: skip
+    """Options of the program itself."""
+
 
 Model = Annotated[str, typer.Argument(help="Hub id, local model directory or .gguf file.", metavar="MODEL")]
 Directory = Annotated[Path, typer.Argument(help="Run directory or linearized model.", metavar="DIR")]
@@ -44,6 +64,9 @@ Controls = Annotated[bool, typer.Option("--controls", help="Also train two contr
                                         "softmax teacher.")]  # fmt: skip
 MovedBase = Annotated[str, typer.Option("--base", help="Where the base model of an adapter is now, if it has moved: "
                                         "hub id, directory or .gguf file.")]  # fmt: skip
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model. "
+                                     "Not remembered: each command needs it.")]  # fmt: skip
+
 
 NO_MEMORY = (
     "Out of memory. To train, lower transfer.micro_batch_size and finetune.micro_batch_size (the batch size stays the "
@@ -59,6 +82,7 @@ def command(function: Callable[..., None], group: typer.Typer = app) -> Callable
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             _quiet()
+            _check_finite(kwargs)
             function(*args, **kwargs)
         except Interrupted as error:
             _fail(f"{error} Run the same command again to continue.", 130)
@@ -74,6 +98,12 @@ def command(function: Callable[..., None], group: typer.Typer = app) -> Callable
             _fail("The disk is full. Free some space and run the same command again to continue where it stopped.", 2)
 
     return group.command(function.__name__.removesuffix("_"))(guarded)
+
+
+def _check_finite(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise LolcatsError(f"--{name.strip('_').replace('_', '-')}: expected a finite number, got {value}.")
 
 
 def _quiet() -> None:
@@ -97,6 +127,21 @@ def _disk_full(error: Exception, written: list[Path]) -> bool:
 def _fail(message: str, code: int) -> None:
     err.print(f"[red]{escape(message)}[/red]", soft_wrap=True)
     sys.exit(code)
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """For commands that write to ``directory``: refuse it if another process does. Readers do not wait."""
+    from lolcats.files import only_writer
+    from lolcats.ranks import is_first, ranks
+
+    with only_writer(directory) if is_first() else nullcontext(True) as ours:
+        if not ranks().shared(ours):
+            raise LolcatsError(
+                f"{directory} is in use by another lolcats process that writes to it. Wait until it has finished, or "
+                "choose another directory."
+            )
+        yield
 
 
 def print_rows(header: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> None:
@@ -139,17 +184,24 @@ def load_any(model: str, config: Any, moved: str = "") -> tuple[Any, Any]:
     device, dtype = device_and_dtype(config)
     trust = config.trust_remote_code
     if is_linearized(model):
-        return load(model, dtype, device, trust, moved), tokenizer_of(model)
+        return load(model, dtype, device, trust, moved), tokenizer_of(model, trust)
     if moved:
         raise LolcatsError(f"{model} is not an adapter: it needs no --base.")
     base = find_base(model, trust)
     return load_model(base, dtype, device, trust), load_tokenizer(base, trust)
 
 
-def tokenizer_of(model: str) -> Any:
+def tokenizer_of(model: str, trust: bool = False) -> Any:
     from lolcats.weights.base import find_base, load_tokenizer
 
-    return load_tokenizer(find_base(model))
+    return load_tokenizer(find_base(model), trust)
+
+
+def settings(recipe: str, changes: list[str], trust: bool) -> Any:
+    """The configuration, with this command's consent to run the base model's code."""
+    from lolcats.config import load_config
+
+    return replace(load_config(recipe, changes), trust_remote_code=trust)
 
 
 def show_run(run: Any) -> None:

@@ -20,11 +20,14 @@ from lolcats.cli.app import (
     Recipe,
     RunDirectory,
     Sets,
+    Trust,
     command,
     data_app,
     out,
     print_rows,
+    settings,
     show_run,
+    writing,
 )
 from lolcats.errors import LolcatsError
 
@@ -32,15 +35,18 @@ from lolcats.errors import LolcatsError
 @command
 def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
               merge: Annotated[bool, typer.Option(help="Also write the merged model to OUT/merged.")] = True,
-              controls: Controls = False) -> None:  # fmt: skip
+              controls: Controls = False, trust: Trust = False) -> None:  # fmt: skip
     """Linearize a model: attention transfer, LoRA, results table, adapter and merged model."""
-    from lolcats.config import Control, load_config
+    from lolcats.config import Control
     from lolcats.pipeline import linearize as run_pipeline
 
     asked = [f"controls=[{', '.join(get_args(Control))}]"] if controls else []
-    run = run_pipeline(model, data, out_, load_config(recipe, [*set_, *asked]), merge)
+    config = settings(recipe, [*set_, *asked], trust)
+    with writing(out_):
+        run = run_pipeline(model, data, out_, config, merge)
     show_run(run)
-    out.print(f"\nAdapter: {out_}   merged model: {out_ / 'merged'}   card: {out_ / 'README.md'}", soft_wrap=True)
+    merged = f"merged model: {out_ / 'merged'}   " if (out_ / "merged").is_dir() else ""
+    out.print(f"\nAdapter: {out_}   {merged}card: {out_ / 'README.md'}", soft_wrap=True)
 
 
 @command
@@ -55,9 +61,9 @@ def transfer(
                                                           "(counted from 0).")] = None,
     join: Annotated[list[Path], typer.Option(help="Take over the trained layers from another directory of the same "
                                                   "run. Repeatable.")] = [],  # noqa: B006
+    trust: Trust = False,
 ) -> None:  # fmt: skip
     """Run only stage 1, attention transfer. Also runs under torchrun."""
-    from lolcats.config import load_config
     from lolcats.data.inputs import Inputs
     from lolcats.pipeline import check_block, start, train_maps
     from lolcats.ranks import is_first, ranks
@@ -66,13 +72,14 @@ def transfer(
     order = [f"transfer.order={schedule}"] if schedule else []
     order += ["transfer.coupling=per_layer"] if schedule in ("stream", "blocks") else []
     order += [f"transfer.block_size={block_size}"] if block_size else []
-    config = load_config(recipe, [*order, *set_])
+    config = settings(recipe, [*order, *set_], trust)
     check_block(config, block)
-    job = start(Inputs(model, trust=config.trust_remote_code), data, out_, config)
-    if is_first():
-        join_units(out_, join)
-    ranks().wait()
-    train_maps(job, block)
+    with writing(out_):
+        job = start(Inputs(model, trust=config.trust_remote_code), data, out_, config)
+        if is_first():
+            join_units(out_, join)
+        ranks().wait()
+        train_maps(job, block)
     if is_first():
         show_run(job.run)
         if job.run.stage_done("transfer"):
@@ -86,15 +93,18 @@ def finetune(directory: RunDirectory,
              sharding: Annotated[str, typer.Option(help="Whether to shard the base model across GPUs: always, "
                                                         "never, or auto (only if it does not fit on each). Default: "
                                                         "the run's finetune.sharding.")] = "",
-             base: MovedBase = "",
+             base: MovedBase = "", trust: Trust = False,
              ) -> None:  # fmt: skip
     """Run only stage 2, LoRA, in a run directory where stage 1 is finished. Also runs under torchrun."""
     from lolcats.config import Control
     from lolcats.pipeline import resume, train_lora
     from lolcats.ranks import is_first
 
-    job = resume(directory, controls=get_args(Control) if controls else (), sharding=sharding, base=base)
-    train_lora(job, merge)
+    with writing(directory):
+        job = resume(
+            directory, controls=get_args(Control) if controls else (), sharding=sharding, base=base, trust=trust
+        )  # fmt: skip
+        train_lora(job, merge)
     if is_first():
         show_run(job.run)
 
@@ -114,6 +124,7 @@ def sweep(
     deadline: Annotated[float, typer.Option(help="Time limit in seconds; rows not expected to finish in time are not "
                                                  "started (0 = no limit).")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List rows and tokens without running anything.")] = False,
+    trust: Trust = False,
 ) -> None:  # fmt: skip
     """Run every row of each FILE with every seed, and write one table per FILE.
 
@@ -131,16 +142,18 @@ def sweep(
         return
     from lolcats.lab.sweep.execute import run_sweeps
 
-    for table in run_sweeps(sweeps, out_, shlex.join(["lolcats", *sys.argv[1:]]), log, deadline or None):
+    for table in run_sweeps(sweeps, out_, shlex.join(["lolcats", *sys.argv[1:]]), log, deadline or None, trust):
         out.print(table.read_text(), soft_wrap=True, markup=False, highlight=False)
 
 
 @command
-def report(directory: RunDirectory, base: MovedBase = "") -> None:
+def report(directory: RunDirectory, base: MovedBase = "", trust: Trust = False) -> None:
     """Write DIR/report.html with loss curves, errors, attention maps, tables and samples."""
     from lolcats.pipeline import report as write_report
 
-    out.print(f"Report: {write_report(directory, base=base)}", soft_wrap=True)
+    with writing(directory):
+        path = write_report(directory, base=base, trust=trust)
+    out.print(f"Report: {path}", soft_wrap=True)
 
 
 @command
@@ -149,23 +162,23 @@ def import_(
     transfer: Annotated[Path, typer.Option(help=".pt file with feature maps and window factors.")],
     out_: Annotated[Path, typer.Option("--out", help="Output directory.")],
     lora: Annotated[Path | None, typer.Option(help=".pt file with LoRA matrices.")] = None,
-    recipe: Recipe = "paper", set_: Sets = [],  # noqa: B006
+    recipe: Recipe = "paper", trust: Trust = False, set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Convert checkpoints of the paper's own code to an adapter.
 
     The checkpoints do not record every setting (window, α): pass those with --set attention...=.
     """
-    from lolcats.config import load_config
     from lolcats.reference_import import import_reference
 
-    import_reference(base, transfer, lora, out_, load_config(recipe, set_))
+    with writing(out_):
+        import_reference(base, transfer, lora, out_, settings(recipe, set_, trust))
     out.print(f"Adapter: {out_}", soft_wrap=True)
 
 
 @command
 def plan(
-    model: Annotated[str, typer.Argument(help="Hub id, model directory, config.json, or one of llama-3-8b, "
-                                              "llama-3.1-70b, llama-3.1-405b.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="Hub id, model directory, .gguf file, config.json, or one of "
+                                              "llama-3-8b, llama-3.1-70b, llama-3.1-405b.", metavar="MODEL")],
     gpus: Annotated[int, typer.Option(help="Total number of GPUs.")] = 1,
     gpu_memory: Annotated[str, typer.Option(help="Memory of each GPU.")] = "80GiB",
     host_memory: Annotated[str, typer.Option(help="Memory of each node.")] = "128GiB",
@@ -195,6 +208,11 @@ def plan(
     )
     for line in filter(None, (report.paper_line(size, work, stages[0]), report.time_line(size))):
         out.print(line, soft_wrap=True)
+    if Path(model).suffix == ".gguf":
+        whole = f"{size.total * 2 / 2**30:.1f} GiB"
+        out.print(
+            f"A GGUF file is read whole, with any schedule: it takes {whole} of host memory in 16 bits.", soft_wrap=True
+        )
     chosen = [plan for plans in stages for plan in report.recommended(plans)]
     for best in chosen:
         print_rows(("where", "part", "amount"), report.part_rows(best), f"{best.stage}, {best.schedule}")
@@ -209,16 +227,15 @@ def stats(
     model: Model, data: DataPath,
     rows: Annotated[int, typer.Option(min=1, help="Number of training rows to run the model on.")] = 64,
     picture: Annotated[Path, typer.Option(help="PNG file for the histograms.")] = Path("data-stats.png"),
-    recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+    recipe: Recipe = "default", trust: Trust = False, set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Show data sizes, document lengths, and how far back MODEL's attention looks on DATA."""
-    from lolcats.config import load_config
     from lolcats.lab.data_stats import data_statistics
     from lolcats.pipeline import device_and_dtype
 
     if not picture.parent.is_dir():
         raise LolcatsError(f"--picture {picture}: {picture.parent} is not a directory.")
-    config = load_config(recipe, set_)
+    config = settings(recipe, set_, trust)
     found = data_statistics(model, data, config, *device_and_dtype(config), rows)
     facts = Table("", "", show_header=False)
     for name, value in found.facts.items():

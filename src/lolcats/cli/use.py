@@ -17,14 +17,17 @@ from lolcats.cli.app import (
     Model,
     MovedBase,
     Sets,
+    Trust,
     command,
     err,
     load_any,
     numbers,
     out,
     print_rows,
+    settings,
     tokenizer_of,
     words,
+    writing,
 )
 from lolcats.errors import LolcatsError
 
@@ -55,7 +58,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed for recall prompts and few-shot examples.")] = 1234,
     recipe: Annotated[str, typer.Option(help="Recipe or YAML file. Default: the run's own configuration.")] = "",
     rows: Annotated[int, typer.Option(help="Maximum number of rows of data.sequence_length tokens (0 = all).")] = 0,
-    base: MovedBase = "",
+    base: MovedBase = "", trust: Trust = False,
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Measure perplexity on --data, or run the benchmarks in --tasks, for teacher and student.
@@ -64,19 +67,22 @@ def evaluate(
 
     If the run was trained on --data, only its test rows are used.
     """
-    from lolcats.config import load_config
     from lolcats.evaluation.suite import Options
+    from lolcats.modeling.checkpoint import is_linearized
+    from lolcats.modeling.code import run_code_of_base
     from lolcats.pipeline import device_and_dtype
 
     own = Path(model) / "config.yaml"
     changes = [f"{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
-    config = load_config(recipe or (str(own) if own.is_file() else "default"), [*changes, *set_])
+    config = settings(recipe or (str(own) if own.is_file() else "default"), [*changes, *set_], trust)
+    if trust and is_linearized(model):
+        run_code_of_base(model)
     place, batch_size = device_and_dtype(config), batch_size or config.transfer.micro_batch_size
     if tasks:
         options = Options(data_dir, data, numbers(lengths), limit or None, batch_size, seed)
         if output and not output.parent.is_dir():
             raise LolcatsError(f"--output {output}: {output.parent} is not a directory.")
-        _benchmarks(model, words(tasks), words(baseline), place, options, output, base)
+        _benchmarks(model, words(tasks), words(baseline), place, options, output, base, trust)
     elif data:
         _perplexity(model, data, config, rows, place, batch_size, base)
     else:
@@ -87,27 +93,27 @@ def evaluate(
 def generate(
     model: Model, prompt: Annotated[str, typer.Option(help="Prompt to answer or continue.")],
     max_new_tokens: NewTokens = 128, temperature: Temperature = 0.0, top_p: TopP = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed for sampling. Default: a random "
+                                                                        "one.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as is, without the chat template.")] = False,
-    base: MovedBase = "",
+    base: MovedBase = "", trust: Trust = False,
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Answer one prompt and stream the answer."""
-    from lolcats.config import load_config
     from lolcats.inference.generate import generate as run_generate
 
-    loaded, tokenizer = load_any(model, load_config("default", set_), base)
-    run_generate(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, stream=True, raw=raw)
+    loaded, tokenizer = load_any(model, settings("default", set_, trust), base)
+    run_generate(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, stream=True, raw=raw, seed=seed)
 
 
 @command
 def chat(model: Model, max_new_tokens: NewTokens = 512, temperature: Temperature = 0.7, top_p: TopP = 0.9,
-         system: Annotated[str, typer.Option(help="System prompt.")] = "", base: MovedBase = "",
+         system: Annotated[str, typer.Option(help="System prompt.")] = "", base: MovedBase = "", trust: Trust = False,
          set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
     """Chat with a model in the terminal. An empty line, /exit or Ctrl-D quits; /new starts a new conversation."""
-    from lolcats.config import load_config
     from lolcats.inference.generate import generate as run_generate
 
-    loaded, tokenizer = load_any(model, load_config("default", set_), base)
+    loaded, tokenizer = load_any(model, settings("default", set_, trust), base)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     while True:
@@ -152,7 +158,7 @@ def serve(
     allowed_host: Annotated[list[str], typer.Option(help="Accept this name in the Host header. Repeatable. Default: "
                                                          "any name; on a loopback address without a key, only "
                                                          "loopback names.")] = [],  # noqa: B006
-    base: MovedBase = "",
+    base: MovedBase = "", trust: Trust = False,
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Serve a linearized model with an OpenAI-compatible API, and a chat page at /."""
@@ -160,7 +166,6 @@ def serve(
         from lolcats.inference import server
     except ImportError as error:
         raise LolcatsError(f"The server needs more packages ({error}): pip install 'lolcats[serve]'.") from None
-    from lolcats.config import load_config
     from lolcats.inference.engine import Engine
 
     key = api_key if api_key is not None else os.environ.get("LOLCATS_API_KEY")  # typer takes an empty one as unset
@@ -168,7 +173,7 @@ def serve(
     listening = server.listen(host, port)
     if not access.api_key and not server.is_loopback(host):
         err.print(f"No API key: anyone who reaches {host} can use this server. Set LOLCATS_API_KEY.", soft_wrap=True)
-    model, tokenizer = load_any(str(directory), load_config("default", set_), base)
+    model, tokenizer = load_any(str(directory), settings("default", set_, trust), base)
     engine = Engine(model, tokenizer, slots, prefix_bytes=prefix_mb << 20, state_dtype=_state_dtype(state_dtype))
     own = getattr(model.config.get_text_config(), "max_position_embeddings", 8192)
     limits = server.Limits(
@@ -203,16 +208,15 @@ def bench(
     out_: Annotated[Path, typer.Option("--out", help="JSON file to add the results to; a .md table and a .png "
                                               "plot are written beside it.")]
         = Path("generation.json"),
-    base: MovedBase = "",
+    base: MovedBase = "", trust: Trust = False,
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Measure speed and memory of generation by batch size, next to Hugging Face's generate (the paper's Figure 8)."""
-    from lolcats.config import load_config
     from lolcats.lab import bench as benchmarks
     from lolcats.lab.generation import write
     from lolcats.pipeline import device_and_dtype
 
-    config, unknown = load_config("default", set_), set(words(peers)) - set(benchmarks.PEERS)
+    config, unknown = settings("default", set_, trust), set(words(peers)) - set(benchmarks.PEERS)
     if unknown:
         raise LolcatsError(f"--peers: expected {' or '.join(benchmarks.PEERS)}, got {unknown.pop()!r}.")
     if bool(model) == bool(random):
@@ -235,9 +239,10 @@ def export(directory: Directory,
            out_: Annotated[Path, typer.Option("--out", file_okay=False, help="Output directory; must be empty.")],
            merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA into the weights. Required.")] = False,
            dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as trained.")] = "auto",
-           base: MovedBase = "",
+           base: MovedBase = "", trust: Trust = False,
            ) -> None:  # fmt: skip
     """Export an adapter as a self-contained model directory."""
+    from lolcats.files import is_empty
     from lolcats.modeling.checkpoint import load
     from lolcats.pipeline import export_merged
 
@@ -245,19 +250,21 @@ def export(directory: Directory,
         raise LolcatsError("The run directory already is the adapter: copy it, or pass --merge for a full model.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise LolcatsError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}.")
-    if out_.exists() and any(out_.iterdir()):
-        raise LolcatsError(f"{out_} is not empty; choose another --out.")
-    export_merged(load(directory, dtype, base=base), tokenizer_of(str(directory)), out_)
+    with writing(out_):
+        if out_.is_dir() and not is_empty(out_):
+            raise LolcatsError(f"{out_} is not empty; choose another --out.")
+        model = load(directory, dtype, trust=trust, base=base)
+        export_merged(model, tokenizer_of(str(directory), trust), out_)
     out.print(f"Merged model: {out_}", soft_wrap=True)
 
 
 @command
-def info(model: Model) -> None:
+def info(model: Model, trust: Trust = False) -> None:
     """Describe a linearized model, or how a base model would be linearized."""
     from lolcats.modeling.info import describe
 
     table = Table("", Column(overflow="fold"), show_header=False)
-    for name, value in describe(model).items():
+    for name, value in describe(model, trust).items():
         table.add_row(name, escape(str(value)))
     out.print(table)
 
@@ -270,12 +277,14 @@ def _perplexity(
     from lolcats.report.table import controls_hint
 
     ids, positions = (
-        x if x is None else x[: rows or None] for x in evaluation_rows(model, data, tokenizer_of(model), config)
+        x if x is None else x[: rows or None]
+        for x in evaluation_rows(model, data, tokenizer_of(model, config.trust_remote_code), config)
     )
     assert ids is not None
     table = Table("model", title=f"{ids.numel():,} tokens of {Path(data).name}")
     table.add_column("perplexity", justify="right", no_wrap=True)
-    for name, value in compare(model, ids, *place, batch_size, positions, base).items():
+    found = compare(model, ids, *place, batch_size, positions, base, config.trust_remote_code)
+    for name, value in found.items():
         table.add_row(name, f"{value:.3f}")
     out.print(table)
     out.print(controls_hint(model))
@@ -283,7 +292,7 @@ def _perplexity(
 
 def _benchmarks(
     model: str, tasks: list[str], baselines: list[str], place: tuple[Any, Any], options: Any, output: Path | None,
-    base: str,
+    base: str, trust: bool,
 ) -> None:  # fmt: skip
     """Print the tables of ``evaluate --tasks`` and write its JSON file."""
     from lolcats.evaluation.suite import evaluate as run_suite
@@ -291,7 +300,7 @@ def _benchmarks(
     from lolcats.report.comparison import comparison_rows, depth_rows, write_comparison
     from lolcats.report.table import controls_hint
 
-    scores = run_suite(model, tasks, baselines, *place, options, log, base)
+    scores = run_suite(model, tasks, baselines, *place, options, log, base, trust)
     print_rows(*comparison_rows(scores), title=f"{Path(model).name}: score ± standard error")
     for metric in ("exact", "argmax"):
         print_rows(*depth_rows(scores, metric), title=f"Recall by depth: {metric}")

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from lolcats.config import DataConfig
 from lolcats.data.sources import Broken, Piece, Record, hub_dataset, hub_records, local_file, pieces
 from lolcats.data.templates import record_format, renderer
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_line
 
 LARGE = 64 << 20  # a source of this many bytes or more is kept in a file
 BATCH = 1_000  # documents to tokenize at a time,
@@ -98,7 +98,7 @@ class Reading:
                 text = render(record)
                 digest = hashlib.blake2b(text.encode(), digest_size=HASH).digest() if text else b""
             except Exception as error:  # templates are code from the model; text may not be encodable
-                misfit = number, f"{type(error).__name__}: {error}"
+                misfit = number, f"{type(error).__name__}: {first_line(error)}"
                 break
             if not text:
                 empty += 1

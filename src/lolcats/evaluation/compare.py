@@ -18,14 +18,14 @@ from lolcats.run import RECORD
 
 def compare(
     model: str, rows: Tensor, device: torch.device, dtype: torch.dtype, batch_size: int = 4,
-    positions: Tensor | None = None, base: str = "",
+    positions: Tensor | None = None, base: str = "", trust: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Perplexity by model name on rows (N, L), with ``positions`` (N, L) if documents are kept apart.
 
     Teacher and baselines are measured only if ``model`` is an adapter, which knows its base model. ``base``: where
     that is now, if it has moved.
     """
-    compared = systems(model, available(model), device, dtype, base)
+    compared = systems(model, available(model), device, dtype, base, trust)
     return {name: perplexity(loaded, rows, batch_size, positions) for name, loaded in compared}
 
 

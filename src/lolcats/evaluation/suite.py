@@ -20,6 +20,7 @@ from lolcats.evaluation.recall import recall
 from lolcats.evaluation.scores import Score, average, mean_score
 from lolcats.evaluation.systems import check_baselines, systems
 from lolcats.evaluation.text import encode, read_documents
+from lolcats.modeling.checkpoint import is_linearized
 from lolcats.weights.base import find_base, load_tokenizer
 
 LONG = {"recall", "positions"}  # tasks over long text, at given lengths
@@ -48,7 +49,8 @@ class Options:
 
 
 def evaluate(model: str, names: list[str], baselines: list[str], device: torch.device, dtype: torch.dtype,
-             options: Options, say: Callable[[str], None], base: str = "") -> dict[str, list[Score]]:  # fmt: skip
+             options: Options, say: Callable[[str], None], base: str = "",
+             trust: bool = False) -> dict[str, list[Score]]:  # fmt: skip
     """Scores by model: teacher, baselines and student for an adapter, otherwise the model itself.
 
     ``base``: where the base model of an adapter is now, if it has moved.
@@ -57,12 +59,12 @@ def evaluate(model: str, names: list[str], baselines: list[str], device: torch.d
         LolcatsError: an unknown task or baseline, or data that cannot be loaded. Raised before any model is loaded.
     """
     check_baselines(model, baselines)
-    options = _with_lengths(model, names, options)
+    options = _with_lengths(model, names, options, trust)
     if LONG & set(names) and (warning := beyond_training(model, options.lengths)):
         say(warning)
-    prepared = prepare(names, options, load_tokenizer(find_base(model)))
+    prepared = prepare(names, options, load_tokenizer(find_base(model, trust), trust))
     scores: dict[str, list[Score]] = {}
-    for system, loaded in systems(model, baselines, device, dtype, base):
+    for system, loaded in systems(model, baselines, device, dtype, base, trust):
         scores[system] = []
         for name, task in prepared.items():
             started = time.time()
@@ -146,11 +148,12 @@ def _documents(tokenizer: Any, options: Options) -> list[list[int]]:
     return [encode(tokenizer, document) for document in read_documents(source)]
 
 
-def _with_lengths(model: str, names: list[str], options: Options) -> Options:
+def _with_lengths(model: str, names: list[str], options: Options, trust: bool) -> Options:
     """Fill in the lengths that the model supports, if a task needs lengths and the user gave none."""
     if options.lengths or not LONG & set(names):
         return options
-    path, arguments = find_base(model).arguments
+    path, arguments = find_base(model, trust).arguments
+    arguments |= {"trust_remote_code": True} if trust and not is_linearized(model) else {}
     return replace(options, lengths=reached_lengths(AutoConfig.from_pretrained(path, **arguments)))
 
 

@@ -43,7 +43,8 @@ def available(model: str) -> list[str]:
 
 
 def systems(
-    model: str, baselines: Sequence[str], device: torch.device, dtype: torch.dtype, moved: str = ""
+    model: str, baselines: Sequence[str], device: torch.device, dtype: torch.dtype, moved: str = "",
+    trust: bool = False,
 ) -> Iterator[tuple[str, PreTrainedModel]]:  # fmt: skip
     """Yield (name, model) in turn; each model is valid only until the next one is requested.
 
@@ -55,18 +56,18 @@ def systems(
     if moved and (not is_linearized(model) or _base(model) is None):
         raise LolcatsError(f"{model} is not an adapter: it needs no --base.")
     if not is_linearized(model):
-        yield Path(model).name, load_model(find_base(model), dtype, device)
+        yield Path(model).name, load_model(find_base(model, trust), dtype, device, trust)
         return
     known = _base(model)
     if known:
-        base = find_again(known, model, moved)
-        yield from _of_base(model, load_model(base, dtype, device), baselines)
+        base = find_again(known, model, moved, trust)
+        yield from _of_base(model, load_model(base, dtype, device, trust), baselines)
     for other in baselines:
         if other not in BASELINES:
             theirs = _base(other)
             same = known is not None and theirs is not None and theirs.fingerprint == known.fingerprint
-            yield other, load(other, dtype, device, base=moved if same else "")
-    student = load(model, dtype, device, base=moved)
+            yield other, load(other, dtype, device, trust, moved if same else "")
+    student = load(model, dtype, device, trust, moved)
     yield STUDENT.name, student
     for own in _asked(BRANCHES, baselines) if linearized_layers(student) else ():
         with own.on(student):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, TextStreamer
 
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_line, out_of_memory
 
 Message = dict[str, str]
 
@@ -21,25 +22,38 @@ def encode(tokenizer: Any, prompt: str | list[Message], raw: bool = False) -> An
 
     raw: encode the text as is, without the chat template.
     """
-    if isinstance(prompt, str) and any("\ud800" <= c <= "\udfff" for c in prompt):
+    text = prompt if isinstance(prompt, str) else plain_text(prompt)
+    if any("\ud800" <= c <= "\udfff" for c in text):
         raise LolcatsError("The prompt is not valid UTF-8.")
     if raw and not isinstance(prompt, str):
         raise LolcatsError("Messages cannot be encoded raw: give a text to complete.")
     if raw or not tokenizer.chat_template:
-        return tokenizer(prompt if isinstance(prompt, str) else plain_text(prompt), return_tensors="pt")
+        return tokenizer(text, return_tensors="pt")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )  # fmt: skip
+    except Exception as error:  # a template is code from the model: it may raise anything, and so may Jinja's sandbox
+        if out_of_memory(error):
+            raise
+        system = any(message["role"] == "system" for message in messages)
+        advice = " It may not know system prompts: try without one." if system else ""
+        raise LolcatsError(f"The model's chat template refuses these messages: {first_line(error)}.{advice}") from error
 
 
 def generate(
     model: PreTrainedModel, tokenizer: Any, prompt: str | list[Message], max_new_tokens: int = 64,
-    temperature: float = 0.0, top_p: float = 1.0, stream: bool = False, raw: bool = False,
+    temperature: float = 0.0, top_p: float = 1.0, stream: bool = False, raw: bool = False, seed: int | None = None,
 ) -> str:  # fmt: skip
-    """The model's answer. Temperature 0 is greedy; ``stream`` prints it as it comes; ``raw`` as in :func:`encode`."""
+    """The model's answer. Temperature 0 is greedy; ``stream`` prints it as it comes; ``raw`` as in :func:`encode`;
+    ``seed`` seeds PyTorch's generators."""
     inputs = encode(tokenizer, prompt, raw).to(model.device)
     if not inputs["input_ids"].numel():
         raise LolcatsError("The prompt has no tokens: give some text.")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    if seed is not None:
+        torch.manual_seed(seed)
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],

@@ -31,6 +31,7 @@ from lolcats.files import (
     write_tensors,
     write_text,
 )
+from lolcats.modeling.code import run_code_of_base
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.parallel import settle
 from lolcats.modeling.parts import FEATURE_MAPS as FEATURE_MAPS
@@ -60,8 +61,12 @@ def load(
     if not is_linearized(directory):
         raise LolcatsError(f"{directory} is not a linearized model (no config.json with model_type lolcats).")
     try:
-        kwargs: dict[str, Any] = {"trust_remote_code": True} if trust else {}
-        kwargs |= {"base": str(base)} if base else {}
+        kwargs: dict[str, Any] = {"base": str(base)} if base else {}
+        if trust:
+            run_code_of_base(directory)
+            config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)  # ours
+            config.__dict__.pop("auto_map", None)  # names files of the base model, which are not here
+            kwargs |= {"trust_remote_code": True, "config": config}
         return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, **kwargs).to(device).eval()
     except Exception as error:  # damaged files cause any error of transformers or safetensors
         if isinstance(error, LolcatsError) or out_of_memory(error):

@@ -278,7 +278,10 @@ def _keep_conversions(base: Any, name: str) -> None:
 def classes_for(base_model_type: str) -> tuple[Any, type[PreTrainedModel]]:
     """Config and model class for a family by its Hugging Face model type, e.g. ``llama``."""
     if not isinstance(base_model_type, str) or base_model_type not in CONFIG_MAPPING:
-        raise LolcatsError(f"This model was linearized from model type {base_model_type!r}, unknown to transformers.")
+        raise LolcatsError(
+            f"This model was linearized from model type {base_model_type!r}, unknown to transformers. If code that "
+            "comes with its base model defines it, allow that code: --trust-remote-code, with an adapter."
+        )
     model_class = linearized_class(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_model_type]])
     return model_class.config_class, model_class
 

@@ -13,9 +13,9 @@ from lolcats.modeling.probe import probe
 from lolcats.weights.base import empty_model, find_base
 
 
-def describe(model: str) -> dict[str, Any]:
+def describe(model: str, trust: bool = False) -> dict[str, Any]:
     """Facts by name, from the config.json of a linearized model or from the configuration of a base model."""
-    return _linearized(Path(model)) if is_linearized(model) else _base(model)
+    return _linearized(Path(model)) if is_linearized(model) else _base(model, trust)
 
 
 def _linearized(directory: Path) -> dict[str, Any]:
@@ -39,9 +39,9 @@ def _linearized(directory: Path) -> dict[str, Any]:
     return facts
 
 
-def _base(model: str) -> dict[str, Any]:
-    base = find_base(model)
-    empty = empty_model(base)
+def _base(model: str, trust: bool) -> dict[str, Any]:
+    base = find_base(model, trust)
+    empty = empty_model(base, trust)
     layers = probe(empty)
     first = layers[0].geometry
     return {

@@ -87,12 +87,7 @@ def _observed(
 
 
 def _linearized(
-    layer: LinearizedAttention,
-    module: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    request: MaskRequest | None,
+    layer: LinearizedAttention, module: Any, q: Tensor, k: Tensor, v: Tensor, request: MaskRequest | None,
     kwargs: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """Outputs (B, T, H, D) of the linearized heads, and their state moved forward if there is a cache."""

@@ -43,10 +43,10 @@ def finish(job: Job, merge: bool = True, pictures: bool = True) -> None:
         shutil.copy(out / "README.md", out / "merged" / "README.md")
 
 
-def report(directory: Path, say: Say = log, base: str = "") -> Path:
+def report(directory: Path, say: Say = log, base: str = "", trust: bool = False) -> Path:
     """Write report.html of a run. If its attention has not been measured, load the model and measure it first.
 
-    ``base``: where the base model is now, if it has moved.
+    ``base``: where the base model is now, if it has moved. ``trust``: run Python code that comes with it.
     """
     from lolcats.report.html import write_html
 
@@ -54,7 +54,7 @@ def report(directory: Path, say: Say = log, base: str = "") -> Path:
         raise LolcatsError("The report needs matplotlib: pip install 'lolcats[plots]'.")
     run = Run.open(directory)
     if run.stage_done("transfer") and "attention" not in run.results:
-        job = resume(directory, say, base=base)
+        job = resume(directory, say, base=base, trust=trust)
         measure(job)
         run = job.run
     write_html(run)

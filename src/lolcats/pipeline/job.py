@@ -109,13 +109,13 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     return job
 
 
-def resume(
-    directory: Path, say: Say = log, controls: Sequence[Control] = (), sharding: str = "", base: str = ""
-) -> Job:  # fmt: skip
+def resume(directory: Path, say: Say = log, controls: Sequence[Control] = (), sharding: str = "", base: str = "",
+           trust: bool = False) -> Job:  # fmt: skip
     """The job of an existing run. Adds ``controls`` to the run's own, and replaces ``finetune.sharding`` unless
-    ``sharding`` is empty. ``base``: where the base model is now, if it has moved; the run remembers it."""
+    ``sharding`` is empty. ``base``: where the base model is now, if it has moved; the run remembers it. ``trust``: run
+    Python code that comes with it."""
     run = Run.open(directory)
-    settings = to_dict(replace(run.config, controls=[*run.config.controls, *controls]))
+    settings = to_dict(replace(run.config, controls=[*run.config.controls, *controls], trust_remote_code=trust))
     settings["finetune"] |= {"sharding": sharding} if sharding else {}
     config: Any = from_dict(Config, settings)
     found = find_again(run.base, directory, base, config.trust_remote_code)

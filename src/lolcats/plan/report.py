@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ def parse_quantity(text: str, option: str, least: float = 0.0) -> float:
     if not match:
         raise LolcatsError(f"{option} {text}: expected a quantity such as 80GiB, 3GB/s or 20M.")
     value = float(match[1]) * UNITS[match[2] or ""]
+    if value == math.inf:
+        raise LolcatsError(f"{option} {text} is too large.")
     if value < least:
         raise LolcatsError(f"{option} {text} is {value:,.0f} bytes: give a unit, such as {match[1]}GiB.")
     return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
+from lolcats.files import read_json_lines
+
 DIM = 1e-4  # smallest attention weight that is visible
 PIXELS = 3  # each pixel shows PIXELS × PIXELS weights
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The lines of a directory's metrics.jsonl; empty if there is no such file."""
-    path = directory / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_json_lines(directory / "metrics.jsonl")
 
 
 def draw_losses(axis: Any, entries: list[dict[str, Any]], title: str) -> None:

@@ -217,7 +217,12 @@ def load_tokenizer(base: Base, trust: bool = False) -> Any:
     path, kwargs = base.arguments
     _check_gguf(base)
     with _readable(base, "It needs a tokenizer beside its weights."):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust, **kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust, **kwargs)
+        except Exception:
+            with _readable(base, HINT):  # it reads the configuration first, which may be what is wrong
+                AutoConfig.from_pretrained(path, trust_remote_code=trust, **kwargs)
+            raise
     _check_words(tokenizer, base)
     return tokenizer
 
@@ -248,8 +253,7 @@ def _readable(base: Base, hint: str) -> Iterator[None]:
             raise
         if "trust_remote_code" in str(error):
             raise LolcatsError(
-                f"{base.path} comes with its own Python code, which runs only if you allow it: --set "
-                "trust_remote_code=true."
+                f"{base.path} comes with its own Python code, which runs only if you allow it: --trust-remote-code."
             ) from error
         raise LolcatsError(f"Cannot load {base.path}: {first_line(error)}. {hint}") from error
 

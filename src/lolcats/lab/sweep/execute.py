@@ -26,7 +26,7 @@ import lolcats
 from lolcats.compared import STUDENT, TEACHER, WINDOW_SINKS
 from lolcats.data.inputs import Inputs
 from lolcats.errors import Interrupted, LolcatsError
-from lolcats.files import append_line, locked, read_lines, write_text
+from lolcats.files import append_line, locked, read_json_lines, write_text
 from lolcats.lab.sweep.measure import Measurement, short_hash
 from lolcats.lab.sweep.plan import Row, Sweep, plan
 from lolcats.lab.sweep.row import LOCKS, Setup, release, row_result, run_key, source, untrained_key, untrained_result
@@ -63,21 +63,24 @@ class Job:
 
 
 def run_sweep(
-    sweep: Sweep, out: Path, command: str, say: Callable[[str], None], deadline: float | None = None
+    sweep: Sweep, out: Path, command: str, say: Callable[[str], None], deadline: float | None = None,
+    trust: bool = False,
 ) -> list[Result]:  # fmt: skip
     """Run one sweep with :func:`run_sweeps` and return its results; rows include the results of their controls."""
-    run_sweeps([sweep], out, command, say, deadline)
-    setup = _setup(sweep, Shared(out, say), "")
+    run_sweeps([sweep], out, command, say, deadline, trust)
+    setup = _setup(sweep, Shared(out, say, trust), "")
     return _of_sweep(_results(out), list(_jobs(setup, plan(sweep))))
 
 
 def run_sweeps(
-    sweeps: Sequence[Sweep], out: Path, command: str, say: Callable[[str], None], deadline: float | None = None
+    sweeps: Sequence[Sweep], out: Path, command: str, say: Callable[[str], None], deadline: float | None = None,
+    trust: bool = False,
 ) -> list[Path]:  # fmt: skip
     """Run everything that is not yet in OUT/results.jsonl. Each sweep's table is written again after each row.
 
     Args:
         deadline: time limit in seconds; rows not expected to finish in time are not started.
+        trust: run Python code that comes with base models.
 
     Returns:
         Paths of the tables.
@@ -89,7 +92,7 @@ def run_sweeps(
     for sweep in sweeps:
         _check_paths(sweep, plan(sweep))
     out.mkdir(parents=True, exist_ok=True)
-    shared, failed, tables = Shared(out, say), list[str](), list[Path]()
+    shared, failed, tables = Shared(out, say, trust), list[str](), list[Path]()
     for sweep in sweeps:
         setup = _setup(sweep, shared, command)
         table = out / (TABLE if len(sweeps) == 1 else f"{sweep.name}.md")
@@ -116,6 +119,7 @@ class Shared:
 
     out: Path
     say: Callable[[str], None]
+    trust: bool = False
     inputs: dict[str, Inputs] = field(default_factory=dict)
     measurements: dict[str, Measurement] = field(default_factory=dict)
 
@@ -123,7 +127,7 @@ class Shared:
 def _setup(sweep: Sweep, shared: Shared, command: str) -> Setup:
     config = plan(sweep)[0].config
     if sweep.base.model not in shared.inputs:
-        shared.inputs[sweep.base.model] = Inputs(sweep.base.model, keep=True, trust=config.trust_remote_code)
+        shared.inputs[sweep.base.model] = Inputs(sweep.base.model, keep=True, trust=shared.trust)
     inputs = shared.inputs[sweep.base.model]
     key = short_hash([sweep.base.model, asdict(sweep.evaluate), asdict(config.data)])
     if key not in shared.measurements:
@@ -202,7 +206,7 @@ def _jobs(setup: Setup, rows: list[Row]) -> Iterator[Job]:
 
 
 def _results(out: Path) -> list[Result]:
-    return [json.loads(line) for line in read_lines(out / RESULTS)]
+    return read_json_lines(out / RESULTS)
 
 
 def _of_sweep(results: list[Result], jobs: list[Job]) -> list[Result]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from lolcats.compared import (
 from lolcats.config import Config, identity_of
 from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
-from lolcats.files import locked, write_text
+from lolcats.files import locked, read_json_lines, write_text
 from lolcats.lab.sweep.measure import PERPLEXITIES, Measured, Measurement, short_hash, source_identity
 from lolcats.lab.sweep.plan import Row, Sweep
 from lolcats.lab.sweep.table import HELD_OUT
@@ -149,8 +150,10 @@ def take_transfer(job: Job, out: Path) -> None:
         return
     job.say(f"Taking stage 1 from {other.directory.name}")
     shutil.copy(other.directory / FEATURE_MAPS, run.directory / FEATURE_MAPS)
-    lines = (other.directory / "metrics.jsonl").read_text().splitlines(keepends=True)
-    write_text(run.directory / "metrics.jsonl", "".join(line for line in lines if '"stage": "transfer"' in line))
+    entries = [
+        entry for entry in read_json_lines(other.directory / "metrics.jsonl") if entry.get("stage") == "transfer"
+    ]
+    write_text(run.directory / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
     run.record["results"] |= {name: other.results[name] for name in OF_TRANSFER if name in other.results}
     run.finish_stage("transfer", {"from": other.directory.name, **other.record["stages"]["transfer"]})
     load_feature_maps(job.models.converted(), run.directory / FEATURE_MAPS)

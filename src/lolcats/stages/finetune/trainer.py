@@ -1,7 +1,8 @@
 """A transformers.Trainer that saves only what it trains, keeps the best weights, and can resume.
 
 A checkpoint is used only if its ``complete`` marker was written. It holds the trained tensors, optimizer, schedule,
-random state and early-stopping count, so on a CPU a resumed run equals an uninterrupted one bit for bit.
+random state, early-stopping count and sums of losses, so on a CPU a resumed run equals an uninterrupted one bit for
+bit, ``metrics.jsonl`` included, except for times.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from lolcats.config import StageConfig
 from lolcats.data.rows import Item
 from lolcats.errors import Interrupted, LolcatsError
-from lolcats.files import load_strictly, read_tensors, write_tensors, write_text
+from lolcats.files import load_strictly, read_json_lines, read_tensors, write_tensors, write_text
 from lolcats.ranks import is_first, ranks
 from lolcats.stages.arguments import training_arguments
 from lolcats.stages.distributed import all_reduce_gradients, any_rank, is_sharded
@@ -55,6 +56,7 @@ class StageTrainer(Trainer):
         stage: str, directory: Path, metrics: Path, seed: int = 0, report_to: list[str] | None = None,
     ) -> None:  # fmt: skip
         self.keeper = BestKeeper(config.early_stopping_patience, directory / BEST)
+        self.metrics, self.sums = metrics, dict[str, float]()
         self.watch = LossWatch(stage)
         self.stage, self.directory, self.stage_config = stage, directory, config
         configuration: Any = getattr(model, "config", None)
@@ -73,7 +75,7 @@ class StageTrainer(Trainer):
                 ),
                 train_dataset=train,
                 eval_dataset=validation,
-                callbacks=[WatchSteps(self.watch), self.keeper, MetricsFile(metrics, stage)],
+                callbacks=[WatchSteps(self.watch), self.keeper, ContinueSums(self), MetricsFile(metrics, stage)],
             )
         except (ImportError, RuntimeError, ValueError) as error:
             if report_to:
@@ -92,7 +94,9 @@ class StageTrainer(Trainer):
         state: dict[str, Any] = {}
         if checkpoint:
             state = json.loads((checkpoint / "trainer_state.json").read_text())
-            self.keeper.__dict__.update(json.loads((checkpoint / COMPLETE).read_text()))
+            progress = json.loads((checkpoint / COMPLETE).read_text())
+            self.sums = progress.pop("sums", {})  # older versions wrote none
+            self.keeper.__dict__.update(progress)
         if not state or not (self.keeper.exhausted or state["global_step"] >= state["max_steps"]):
             with self.keeper.stop_on_interrupt():
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -100,8 +104,25 @@ class StageTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # rank 0 writes what all ranks read
             if self.keeper.interrupted:
                 raise Interrupted(f"Stopped in {self.stage} after step {self.state.global_step}; its state is saved.")
+        elif self.sums and is_first():
+            self._end_metrics(state)
         load_strictly(trainable(self.model), read_tensors(self.directory / BEST), self.directory / BEST)
         return StageResult(state["global_step"], self.keeper.step, self.keeper.loss, state["log_history"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log ``logs``; the mean loss of the whole training counts the steps before a resume."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    def _end_metrics(self, state: dict[str, Any]) -> None:
+        """Write the last line of metrics.jsonl for a training that was killed after its last checkpoint."""
+        step, history = state["global_step"], state["log_history"]
+        if any("train_loss" in e for e in read_json_lines(self.metrics) if e["stage"] == self.stage):
+            return
+        mean = (self.sums["total"] + self.sums["running"]) / max(step, 1)
+        last = {"total_flos": state["total_flos"], "train_loss": mean, "epoch": state["epoch"], "step": step}
+        replace_metrics(self.metrics, self.stage, [*history, last])
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         with torch.no_grad():
@@ -113,8 +134,12 @@ class StageTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()
         marker = self.directory / f"checkpoint-{self.state.global_step}" / COMPLETE
+        running = self._tr_loss.clone()
+        ranks().sum([running])
+        sums = {"running": running.item() / ranks().size, "total": self._total_loss_scalar,
+                "logged": self._globalstep_last_logged}  # fmt: skip
         if is_first():
-            write_text(marker, json.dumps(self.keeper.progress()))
+            write_text(marker, json.dumps({**self.keeper.progress(), "sums": sums}))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         write_tensors(trainable(self.model), Path(output_dir or self.directory) / TRAINABLE)
@@ -174,6 +199,19 @@ class WatchSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.watch.end_step()
+
+
+class ContinueSums(TrainerCallback):
+    """Makes the mean losses that a resumed Trainer logs those of an uninterrupted one."""
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, sums = self.trainer, self.trainer.sums
+        if sums:
+            trainer._tr_loss.fill_(sums["running"])
+            trainer._total_loss_scalar, trainer._globalstep_last_logged = sums["total"], int(sums["logged"])
 
 
 class BestKeeper(TrainerCallback):
