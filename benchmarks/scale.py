@@ -131,8 +131,8 @@ class Bench:
         data = Data(rows[g.rows :], rows[: g.rows], rows[: g.rows], "random", {})
         self.skeleton = Skeleton(model, Random(), device)
         self.work = LayerByLayer(self.skeleton, data, config, directory, Ranks())
-        self._sweep, self._evaluate = self.work.trainer.sweep, self.work.trainer._evaluate
-        self.work.trainer.sweep = self.sweep  # type: ignore[method-assign]
+        self._sweep, self._evaluate = self.work.trainer.pass_rows, self.work.trainer._evaluate
+        self.work.trainer.pass_rows = self.sweep  # type: ignore[method-assign]
         self.work.trainer._evaluate = self.evaluate  # type: ignore[method-assign]
 
     def sweep(self, *arguments: Any, **options: Any) -> None:

@@ -236,7 +236,7 @@ def test_identity_of_a_mixture_depends_on_the_content_of_its_sources(tmp_path: P
         ("sources: []", "lists no sources"),
         ("", "lists no sources"),
         ("sources: [{path: a.jsonl, weight: 0}]", "must be positive"),
-        ("sources: [{path: a.jsonl, weight: .inf}]", "must be positive"),
+        ("sources: [{path: a.jsonl, weight: .inf}]", "expected a finite number, got inf"),
         ("sources: [{weight: 1}]", "path"),
         ("sources: [{path: ./none.jsonl}]", "does not exist"),
         ("sources: [{path: a.jsonl, wieght: 1}]", "Did you mean"),
