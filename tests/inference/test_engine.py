@@ -198,15 +198,20 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(tokenizer: Any) -> None:
     assert [tokens(deltas) for deltas in slow] == [alone(plain, prompt, max_tokens=4) for prompt in long]
 
 
-def test_a_long_prompt_does_not_starve_among_short_ones(tokenizer: Any) -> None:
-    engine = tiny_engine(tokenizer, slots=2, stop_tokens=(), prefix_bytes=0)
-    long = ask(engine, prompts(8)[7] * 4, max_tokens=2)  # 18 pieces
-    for _ in range(60):
-        if long:
+def keep_busy(engine: Engine, awaited: list[Delta], steps: int) -> None:
+    """Step, with short prompts always waiting, until ``awaited`` has something, at most ``steps`` times."""
+    for _ in range(steps):
+        if awaited:
             break
         if len(engine.waiting) < 5:
             ask(engine, prompts(8)[4], max_tokens=1)
         engine.step()
+
+
+def test_a_long_prompt_does_not_starve_among_short_ones(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=2, stop_tokens=(), prefix_bytes=0)
+    long = ask(engine, prompts(8)[7] * 4, max_tokens=2)  # 18 pieces
+    keep_busy(engine, long, 60)
     assert long
     engine.run()
 
@@ -216,12 +221,7 @@ def test_no_prompt_starves_between_a_long_one_and_short_ones(tokenizer: Any) -> 
     long = ask(engine, prompts(8)[7] * 20, max_tokens=1)  # 88 pieces
     engine.step()
     medium = ask(engine, prompts(8)[7], max_tokens=1)  # 5 pieces
-    for _ in range(40):
-        if medium:
-            break
-        if len(engine.waiting) < 5:
-            ask(engine, prompts(8)[4], max_tokens=1)
-        engine.step()
+    keep_busy(engine, medium, 40)
     assert medium
     assert not long
     engine.run()

@@ -5,74 +5,32 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from conftest import tiny_model
+from support.stage_one import APART, CPU, Job, assert_same, logged, packed
 from torch import Tensor
 from transformers import TrainerCallback
 
 import lolcats
-from lolcats.config import Config, TransferConfig, load_config
+from lolcats.config import TransferConfig, load_config
 from lolcats.data.rows import Data, Rows
 from lolcats.errors import Interrupted, LolcatsError
-from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention
-from lolcats.modeling.skeleton import build_skeleton
 from lolcats.ranks import Ranks
-from lolcats.stages.result import StageResult
 from lolcats.stages.transfer import orders
 from lolcats.stages.transfer.hidden import Boundary, Embeddings
 from lolcats.stages.transfer.loop import LayerTrainer
 from lolcats.stages.transfer.loss import attention_loss
 from lolcats.stages.transfer.orders import join_units
-from lolcats.stages.transfer.stage import layer_errors, transfer, transfer_in_turn
+from lolcats.stages.transfer.stage import layer_errors
 from lolcats.stages.transfer.units import read_progress
 from lolcats.stages.transfer.visits import Visits
 from lolcats.weights.base import find_base, load_model
-
-CPU = torch.device("cpu")
-HARD = [  # an uneven last batch, accumulation, everything that depends on validation, chunks that end anywhere
-    "transfer.coupling=per_layer", "transfer.max_steps=9", "transfer.batch_size=8", "transfer.micro_batch_size=4",
-    "transfer.eval_steps=2", "transfer.save_steps=3", "transfer.schedule=reduce_on_plateau",
-    "transfer.plateau_patience=0", "transfer.early_stopping_patience=2", "transfer.learning_rate=0.5",
-    "transfer.chunk_tokens=700", "transfer.block_size=2", "seed=1",
-]  # fmt: skip
-APART = [  # layers stop at different steps
-    "transfer.learning_rate=3", "transfer.early_stopping_patience=1", "transfer.max_steps=14", "transfer.eval_steps=1",
-    "transfer.plateau_patience=3",
-]  # fmt: skip
-
-
-@dataclass
-class Job:
-    """A base model on disk and what it is trained with."""
-
-    model: Path
-    data: Data
-    settings: list[str]
-
-    def config(self, *changes: str) -> Config:
-        return load_config("default", [*self.settings, *HARD, *changes])
-
-    def train(
-        self, out: Path, config: Config, only: int | None = None
-    ) -> tuple[dict[str, Tensor], StageResult | None]:  # fmt: skip
-        """The feature maps that an order produces."""
-        base = find_base(str(self.model))
-        if config.transfer.order == "joint":
-            model = load_model(base, torch.float32)
-            torch.manual_seed(config.seed)
-            lolcats.convert(model, config)
-            result: StageResult | None = transfer(model, self.data, config, out)
-        else:
-            skeleton = build_skeleton(base, config.attention, torch.float32, CPU, config.seed)
-            model = skeleton.model
-            result = transfer_in_turn(skeleton, self.data, config, out, only=only)
-        return feature_map_state(model), result
 
 
 @pytest.fixture
@@ -81,34 +39,10 @@ def data() -> Data:
     return Data(rows[11:], rows[:5], rows[5:8], "fingerprint", {})
 
 
-def packed(data: Data) -> Data:
-    """The same rows with documents of 3 to 26 tokens; the first validation row is one document."""
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    positions = {
-        name: torch.arange(32) % (3 + 5 * torch.arange(len(rows))[:, None] % 24) for name, rows in splits.items()
-    }
-    positions["validation"][0] = torch.arange(32)
-    return replace(data, positions=positions)
-
-
 @pytest.fixture
 def job(data: Data, settings: list[str], tmp_path: Path) -> Job:
     tiny_model(num_hidden_layers=3).save_pretrained(tmp_path / "model", max_shard_size="30KB")
     return Job(tmp_path / "model", data, settings)
-
-
-def logged(directory: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without times and speeds, which differ from run to run."""
-    entries = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in entry.items() if not name.endswith(("_runtime", "_per_second"))}
-        for entry in entries
-    ]
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert set(a) == set(b)
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 @pytest.mark.parametrize(("family", "changes"), [
@@ -119,12 +53,7 @@ def test_three_orders_give_the_same(family: str, changes: list[str], model_dirs,
     """Gemma 3's first layer uses a sliding window: it is not trained, and only passes the states on."""
     if family != "llama":
         job = replace(job, model=model_dirs[family])
-    maps, result = job.train(tmp_path / "joint", job.config(*changes))
-    for order in ("stream", "blocks"):
-        others, same = job.train(tmp_path / order, job.config(*changes, f"transfer.order={order}"))
-        assert_same(maps, others)
-        assert same == result
-        assert logged(tmp_path / "joint") == logged(tmp_path / order)
+    job.train_in_every_order(tmp_path, *changes)
     assert not list((tmp_path / "blocks").rglob("*.bin"))
 
 
@@ -139,12 +68,7 @@ def test_three_orders_keep_documents_apart_alike(
     job = replace(job, data=packed(job.data))
     if family != "llama":
         job = replace(job, model=model_dirs[family])
-    maps, result = job.train(tmp_path / "joint", job.config(*changes))
-    for order in ("stream", "blocks"):
-        others, same = job.train(tmp_path / order, job.config(*changes, f"transfer.order={order}"))
-        assert_same(maps, others)
-        assert same == result
-        assert logged(tmp_path / "joint") == logged(tmp_path / order)
+    maps = job.train_in_every_order(tmp_path, *changes)
     assert set(whole) != set(maps) or any(not torch.equal(whole[name], maps[name]) for name in maps)
 
 

@@ -35,7 +35,7 @@ def linearize(model: str, data: str, out: Path, config: Config, merge: bool = Tr
 
 
 def train_maps(job: Job, block: int | None = None) -> None:
-    """Stage 1, and what can be measured around it without loading the whole model for that alone."""
+    """Stage 1, and what can be measured before and after it without loading the whole model only to measure."""
     whole = not job.in_turn
     if whole:
         measure(job)
