@@ -63,7 +63,7 @@ def load(
     try:
         kwargs: dict[str, Any] = {"base": str(base)} if base else {}
         if trust:
-            run_code_of_base(directory)
+            run_code_of_base(directory, base)
             config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)  # ours
             config.__dict__.pop("auto_map", None)  # names files of the base model, which are not here
             kwargs |= {"trust_remote_code": True, "config": config}

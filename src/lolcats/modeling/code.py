@@ -11,8 +11,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from lolcats.errors import LolcatsError, first_line
 
 
-def run_code_of_base(directory: str | Path) -> None:
+def run_code_of_base(directory: str | Path, moved: str | Path = "") -> None:
     """Run the code of an adapter's base model, which tells transformers of its type, unless transformers knows it.
+    ``moved``: where the base model is now, if not at its recorded place.
 
     Call it only if the user allowed that for this command.
     """
@@ -20,10 +21,11 @@ def run_code_of_base(directory: str | Path) -> None:
     kind, base = config.get("base_model_type"), (config.get("lolcats") or {}).get("base")
     if kind in CONFIG_MAPPING or base is None:
         return
+    place = str(moved or base["path"])
     try:
-        known = AutoConfig.from_pretrained(base["path"], trust_remote_code=True)
-        model_class = get_class_from_dynamic_module(known.auto_map["AutoModelForCausalLM"], base["path"])
+        known = AutoConfig.from_pretrained(place, trust_remote_code=True)
+        model_class = get_class_from_dynamic_module(known.auto_map["AutoModelForCausalLM"], place)
         AutoConfig.register(kind, type(known), exist_ok=True)
         AutoModelForCausalLM.register(type(known), model_class, exist_ok=True)
     except Exception as error:  # the code may raise anything
-        raise LolcatsError(f"The code of {base['path']} cannot be used: {first_line(error)}.") from error
+        raise LolcatsError(f"The code of {place} cannot be used: {first_line(error)}.") from error

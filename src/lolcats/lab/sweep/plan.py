@@ -136,8 +136,8 @@ def control_row(row: Row, name: Control) -> Row:
     size, micro = config.transfer.batch_size, config.transfer.micro_batch_size
     transfer = TransferConfig(max_steps=0, batch_size=size, micro_batch_size=micro)
     finetune = replace(config.finetune, feature_map_learning_rate=0.0)
-    own = replace(config, attention=attention, transfer=transfer, finetune=finetune, controls=[])
-    return Row(f"{CONTROLS[name].name} of {row.name}", row.settings, own, row.data)
+    only_lora = replace(config, attention=attention, transfer=transfer, finetune=finetune, controls=[])
+    return Row(f"{CONTROLS[name].name} of {row.name}", row.settings, only_lora, row.data)
 
 
 def read_sweep(path: Path, changes: Iterable[str] = ()) -> Sweep:

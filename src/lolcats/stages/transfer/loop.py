@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 import lolcats
-from lolcats.config import PLACEMENT, Config, identity_of
+from lolcats.config import PLACEMENT, Config, identity_of, to_dict
 from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import write_text
@@ -43,8 +43,6 @@ from lolcats.stages.watch import LossWatch
 
 STAGE, JOB = "transfer", "job.json"
 HARMLESS = (*PLACEMENT["transfer"], "save_steps", "log_steps")  # settings that do not change the result
-ADDED: dict[str, Any] = {"softmax_heads": {}}
-"""Settings of attention that jobs of older versions lack, at the values that change nothing."""
 
 
 @dataclass(frozen=True)
@@ -362,7 +360,12 @@ def _place(layers: Sequence[LinearizedAttention], bad: Tensor) -> str:
 
 
 def compare_jobs(known: dict[str, Any], asked: dict[str, Any], directory: Path) -> None:
-    """Raise LolcatsError, naming the first difference, if the files in ``directory`` belong to another job."""
+    """Raise LolcatsError, naming the first difference, if the files in ``directory`` belong to another job.
+
+    A setting that is newer than the files has its default.
+    """
+    defaults = {f"{part}.{k}": v for part in ("attention", "transfer") for k, v in to_dict(Config())[part].items()}
+    known = {key: value for key, value in defaults.items() if key in asked} | known
     for key in [*known, *asked]:
         if known.get(key) != asked.get(key):
             raise LolcatsError(
@@ -375,7 +378,7 @@ def job_of(config: Config, data: Data, layers: list[str], base: str) -> dict[str
     """Everything that the contents of the units depend on."""
     identity = identity_of(config)
     settings = {f"transfer.{k}": v for k, v in identity["transfer"].items() if k not in HARMLESS}
-    settings |= {f"attention.{k}": v for k, v in identity["attention"].items() if ADDED.get(k) != v}
+    settings |= {f"attention.{k}": v for k, v in identity["attention"].items()}
     rows = {"data": data.fingerprint, "rows": len(data.train)}
     if data.positions:
         rows["data.reset_at_documents"] = True
