@@ -176,6 +176,8 @@ def test_each_command_needs_consent_to_run_the_code_of_a_base_model(
         assert RAN not in said
     for command in use:
         assert RAN in in_its_own_process(*command, "--trust-remote-code")
+    moved = base.rename(tmp_path / "moved")
+    assert RAN in in_its_own_process(*use[1], "--base", moved, "--trust-remote-code")
 
 
 def test_code_of_a_base_model_runs_only_when_asked(model_dirs, tmp_path: Path, capfd) -> None:
