@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lolcats.config import DataConfig
 from lolcats.data.sources import read_records
+from lolcats.data.tokens import encode, special_prefix
 from lolcats.errors import LolcatsError
 
 ROW = 1024  # tokens per row of a batch size: n rows are as many prompts or requests as hold n × ROW tokens
@@ -23,14 +23,4 @@ def read_documents(source: str) -> list[str]:
     return [record["text"] for record in records if record["text"]]
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids without special tokens."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def special_prefix(tokenizer: Any) -> list[int]:
-    """Token ids that the tokenizer adds before every text: a BOS token, or nothing."""
-    plain, whole = encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
-    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    return whole[:start]
+__all__ = ["ROW", "encode", "read_documents", "special_prefix"]

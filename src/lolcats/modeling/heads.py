@@ -59,6 +59,24 @@ class KeptHeads:
         return torch.cat([kept, linearized.to(kept.dtype)], 2).index_select(2, places)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What a selection of heads tries in a layer that linearizes all of them.
+
+    heads: key/value heads that are softmax attention. shares: None, or (G,) the share of softmax attention in the
+    output of each key/value head, which gets a gradient; ``heads`` are then not used.
+    """
+
+    heads: tuple[int, ...] = ()
+    shares: Tensor | None = None
+
+    def mixed(self, soft: Tensor, linearized: Tensor) -> Tensor:
+        """(B, T, H, D): both outputs in their shares."""
+        assert self.shares is not None
+        each = self.shares.repeat_interleave(soft.shape[2] // len(self.shares)).to(soft.dtype)
+        return torch.lerp(linearized.to(soft.dtype), soft, each[:, None])
+
+
 def take(x: Tensor, dim: int, heads: Sequence[int]) -> Tensor:
     """The ``heads`` of dimension ``dim``: a view if they lie side by side, else a copy."""
     first, count = heads[0], len(heads)

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lolcats.errors import LolcatsError
 from lolcats.modeling.cache import SplitCacheLayer, pending
 from lolcats.modeling.call import Call, Padding, current
+from lolcats.modeling.heads import KeptHeads, Trial
 from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention, attached
 from lolcats.modeling.masks import MaskRequest, mask_function, request_of
 from lolcats.modeling.rotary import as_attended
@@ -47,6 +48,8 @@ def attention_function(
                 seen, (q, k, v) = kept.of_outputs(target), kept.part(kept.linearized, query, key, value)
             layer.observer(layer, _observed(module, q, k, v, seen, request, kwargs))
         return target, weights
+    if layer.trial is not None:
+        return _trial(layer, layer.trial, module, query, key, value, attention_mask, kwargs), None
     if kept is None:
         return _linearized(layer, module, query, key, value, request, kwargs), None
     q, k, v = kept.part(kept.kept, query, key, value)
@@ -102,6 +105,23 @@ def _linearized(
             cache.take(layer, k, v), q, k, v, scale, softcap, padding, counts, call.backend
         )  # fmt: skip
     return y.transpose(1, 2).to(dtype).contiguous()
+
+
+def _trial(
+    layer: LinearizedAttention, trial: Trial, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any,
+    kwargs: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Outputs (B, T, H, D) of whole rows of which some heads are softmax attention, on trial."""
+    heads = KeptHeads(layer.geometry, trial.heads)
+    if not heads.linearized:
+        return softmax_attention(module, q, k, v, mask, **kwargs)[0]
+    y = _linearized(layer, module, q, k, v, request_of(mask), kwargs)
+    if trial.shares is not None:
+        return trial.mixed(softmax_attention(module, q, k, v, mask, **kwargs)[0], y)
+    if not heads.kept:
+        return y
+    soft, _ = softmax_attention(module, *heads.part(heads.kept, q, k, v), mask, **kwargs)
+    return heads.joined(soft, heads.of_outputs(y))
 
 
 def softmax_attention(

@@ -108,6 +108,8 @@ class LinearizedAttention(nn.Module):
         """:class:`lolcats.modeling.heads.KeptHeads`, or None if all heads are linearized."""
         self.geometry, self.spec, self.base_implementation = geometry, spec, implementation
         self.mode: Mode = "student"
+        self.trial: Any = None
+        """:class:`lolcats.modeling.heads.Trial`: heads that are softmax attention while a selection tries them."""
         self.ranks = 1  # ranks that share the heads in tensor parallelism
         self.observer: Observer | None = None
         groups = geometry.heads // geometry.kv_heads

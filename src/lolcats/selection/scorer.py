@@ -1,0 +1,244 @@
+"""How far a model with some softmax heads is from its teacher on the answers of recall prompts.
+
+Shapes: B prompts of a batch, T tokens, E hidden size, V vocabulary, N answer tokens, G key/value heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lolcats.errors import LolcatsError
+from lolcats.modeling.heads import Trial
+from lolcats.modeling.install import decoder, inputs_of
+from lolcats.modeling.layer import LinearizedAttention, decoder_layers, linearized_layers, override
+from lolcats.modeling.loss import find_head
+from lolcats.selection.prompts import Scored
+
+Heads = frozenset[tuple[int, int]]
+"""(layer, key/value head) pairs."""
+PIECE = 256  # answer tokens whose logits are computed at a time
+
+
+@dataclass
+class Batch:
+    """Prompts of one length. rows, columns: (N,) where the answer tokens are predicted; truth: (N,) the tokens."""
+
+    ids: Tensor
+    rows: Tensor
+    columns: Tensor
+    truth: Tensor
+    weights: Tensor
+    """(N,) weight of each answer token in the loss; over all batches they sum to 1."""
+    answers: list[tuple[str, slice]]
+    """Kind and tokens of each answer, places in (N,)."""
+    teacher: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(N, V) the teacher's log-probabilities."""
+    passed: list[Any] = field(default_factory=list)
+    """What each decoder layer put out with the heads that were kept at the last :meth:`Scorer.move_to`."""
+
+
+class Scorer:
+    """Scores sets of heads that stay softmax attention; all other heads see only window and sinks.
+
+    Args:
+        model: a converted model whose linearized layers have kind ``window`` and all their heads.
+        batch_tokens: maximum number of tokens per forward pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Scored], batch_tokens: int) -> None:
+        self.model, self.head = model.eval(), find_head(model)
+        if self.head is None:
+            raise LolcatsError(f"{type(model).__name__} has an output layer of a form that selection cannot use.")
+        self.layers = {layer.geometry.layer: layer for layer in linearized_layers(model)}
+        self.blocks = list(decoder_layers(model))
+        self.depth = {i: self._block_of(layer) for i, layer in self.layers.items()}
+        self.at: Heads = frozenset()
+        self.passes = 0.0
+        """Forward passes so far: 1.0 is one through all layers with all prompts."""
+        self.batches = [self._batch(part) for part in _alike(prompts, batch_tokens)]
+        for batch in self.batches:
+            batch.weights = _weights(batch, prompts).to(batch.ids.device)
+        with torch.no_grad(), override(model, mode="teacher"):
+            for batch in self.batches:
+                batch.teacher = self._predictions(batch)
+
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """All heads that can be kept."""
+        return [(i, head) for i, layer in self.layers.items() for head in range(layer.geometry.kv_heads)]
+
+    @torch.no_grad()
+    def loss(self, heads: Collection[tuple[int, int]]) -> float:
+        """Mean KL from the teacher on answer tokens, in nats; every kind of prompt counts alike.
+
+        Decoder layers below the first one that differs from the last :meth:`move_to` are not computed again.
+        """
+        chosen = frozenset(heads)
+        first = min((self.depth[layer] for layer, _ in chosen ^ self.at), default=len(self.blocks))
+        first = min(first, len(self.blocks) - 1) if self._recorded else 0
+        with self._trying(chosen):
+            return sum(self._loss(batch, first).item() for batch in self.batches)
+
+    @torch.no_grad()
+    def move_to(self, heads: Collection[tuple[int, int]]) -> float:
+        """Score ``heads``, and keep what every decoder layer puts out: sets near them are then cheaper to score."""
+        self.at = frozenset(heads)
+        total = 0.0
+        with self._trying(self.at):
+            for batch in self.batches:
+                batch.passed.clear()  # before the new ones, since both may not fit
+                with _recording(self.blocks, batch.passed):
+                    total += self._loss(batch).item()
+        return total
+
+    def slopes(self, shares: Mapping[tuple[int, int], float], batches: Sequence[int] | None = None) -> tuple[float, dict[tuple[int, int], float]]:
+        """The loss where each head's output is softmax attention in its share (0 to 1), and its derivatives by the
+        shares; negative: more softmax attention lowers the loss.
+
+        Args:
+            batches: only these of :attr:`batches`.
+        """
+        device = self.model.device
+        leaves = {
+            i: torch.tensor([shares.get((i, g), 0.0) for g in range(layer.geometry.kv_heads)], device=device)
+            for i, layer in self.layers.items()
+        }
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        total = 0.0
+        with self._using({i: Trial(shares=leaf) for i, leaf in leaves.items()}), _checkpointed(self.blocks):
+            for batch in [self.batches[i] for i in batches or range(len(self.batches))]:
+                loss = self._loss(batch)
+                loss.backward()
+                total += loss.item()
+                self.passes += 2 * len(batch.ids) * batch.ids.shape[1] / self._tokens
+        return total, {(i, g): value for i, leaf in leaves.items() for g, value in enumerate(leaf.grad.tolist())}
+
+    @torch.no_grad()
+    def exact(self, heads: Collection[tuple[int, int]] | None) -> dict[str, float]:
+        """By kind, the share of answers all of whose tokens are the most likely ones. None: the teacher's."""
+        right: dict[str, list[bool]] = {}
+        for batch in self.batches:
+            if heads is None:
+                predicted = batch.teacher.argmax(-1)
+            else:
+                with self._trying(frozenset(heads)):
+                    predicted = self._predictions(batch).argmax(-1)
+            for kind, span in batch.answers:
+                right.setdefault(kind, []).append(bool((predicted[span] == batch.truth[span]).all()))
+        return {kind: sum(values) / len(values) for kind, values in right.items()}
+
+    @property
+    def _recorded(self) -> bool:
+        return all(batch.passed for batch in self.batches)
+
+    @property
+    def _tokens(self) -> int:
+        return sum(batch.ids.numel() for batch in self.batches)
+
+    def _trying(self, heads: Heads) -> Any:
+        trials = {i: Trial(tuple(sorted(g for layer, g in heads if layer == i))) for i in self.layers}
+        return self._using(trials)
+
+    @contextmanager
+    def _using(self, trials: Mapping[int, Trial]) -> Iterator[None]:
+        for i, trial in trials.items():
+            self.layers[i].trial = trial
+        try:
+            yield
+        finally:
+            for i in trials:
+                self.layers[i].trial = None
+
+    def _loss(self, batch: Batch, first: int = 0) -> Tensor:
+        hidden = self._hidden(batch, first)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for part in torch.arange(len(hidden), device=hidden.device).split(PIECE):
+            student, teacher = self.head(hidden[part]).log_softmax(-1), batch.teacher[part]
+            total = total + (batch.weights[part] * (teacher.exp() * (teacher - student)).sum(-1)).sum()
+        return total
+
+    def _predictions(self, batch: Batch) -> Tensor:
+        """(N, V) log-probabilities of the answer tokens."""
+        return torch.cat([self.head(part).log_softmax(-1) for part in self._hidden(batch).split(PIECE)])
+
+    def _hidden(self, batch: Batch, first: int = 0) -> Tensor:
+        """(N, E) hidden states that predict the answer tokens; decoder layers before ``first`` as recorded."""
+        self.passes += (1 - first / len(self.blocks)) * batch.ids.numel() / self._tokens
+        with _replaced(self.blocks[:first], [lambda *_, known=known, **__: known for known in batch.passed[:first]]):
+            return decoder(self.model)(**inputs_of(batch.ids))[0][batch.rows, batch.columns]
+
+    def _block_of(self, layer: LinearizedAttention) -> int:
+        return next(i for i, block in enumerate(self.blocks) if any(m is layer for m in block.modules()))
+
+    def _batch(self, prompts: Sequence[Scored]) -> Batch:
+        device = self.model.device
+        ids = torch.tensor([prompt.ids for prompt in prompts], device=device)
+        rows, columns, answers = list[int](), list[int](), list[tuple[str, slice]]()
+        for row, prompt in enumerate(prompts):
+            for start, stop in prompt.answers:
+                answers.append((prompt.kind, slice(len(rows), len(rows) + stop - start)))
+                rows += [row] * (stop - start)
+                columns += range(start - 1, stop - 1)
+        where = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+        return Batch(ids[:, :-1], *where, ids[where[0], where[1] + 1], torch.empty(0), answers)
+
+
+def _alike(prompts: Sequence[Scored], batch_tokens: int) -> Iterator[list[Scored]]:
+    """Prompts of one length together, at most ``batch_tokens`` tokens at a time."""
+    lengths = sorted({len(prompt.ids) for prompt in prompts})
+    for length in lengths:
+        same = [prompt for prompt in prompts if len(prompt.ids) == length]
+        size = max(1, batch_tokens // length)
+        yield from (same[i : i + size] for i in range(0, len(same), size))
+
+
+def _weights(batch: Batch, prompts: Sequence[Scored]) -> Tensor:
+    """(N,) weights of a batch's answer tokens: kinds count alike, and so do the answer tokens of a kind."""
+    tokens: dict[str, int] = {}
+    for prompt in prompts:
+        tokens[prompt.kind] = tokens.get(prompt.kind, 0) + sum(stop - start for start, stop in prompt.answers)
+    weights = torch.empty(len(batch.rows))
+    for kind, span in batch.answers:
+        weights[span] = 1 / (len(tokens) * tokens[kind])
+    return weights
+
+
+@contextmanager
+def _replaced(modules: Sequence[nn.Module], forwards: Iterable[Callable[..., Any]]) -> Iterator[None]:
+    """Let modules compute something else for the duration of the block."""
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _checkpointed(blocks: Sequence[nn.Module]) -> Any:
+    """Keep only what goes into each decoder layer for backward."""
+
+    def again(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return _replaced(blocks, [again(block.forward) for block in blocks])
+
+
+@contextmanager
+def _recording(blocks: Sequence[nn.Module], into: list[Any]) -> Iterator[None]:
+    """Append what each decoder layer puts out."""
+    hooks = [block.register_forward_hook(lambda _, __, output: into.append(output)) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
