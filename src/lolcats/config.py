@@ -44,6 +44,9 @@ class AttentionConfig:
     softmax_heads: dict[str, list[int]] = field(default_factory=dict)
     """Key/value heads that stay the base model's softmax attention, with the query heads that use them, by layer, e.g.
     ``{"23": [0], "14": [0, 1]}``. Their keys and values are kept for every token."""
+    softmax_budget: float = 0.0
+    """Choose ``softmax_heads`` by measurement (``lolcats select``): this share of the key/value heads that would be
+    linearized, rounded down; 0.125 keeps an eighth (0 = none, or those of ``softmax_heads``)."""
     feature_map: Literal["hedgehog", "t2r", "exp", "elu"] = "hedgehog"
     """Feature map φ of the linear term; docs/theory/method.md has the formulas."""
     feature_dim: int = 64
@@ -74,6 +77,12 @@ class AttentionConfig:
         if self.sinks > self.window_size:
             raise LolcatsError(
                 f"attention.sinks ({self.sinks}) must not exceed attention.window_size ({self.window_size})."
+            )
+        if not 0 <= self.softmax_budget <= 1:
+            raise LolcatsError(f"attention.softmax_budget must be between 0 and 1, not {self.softmax_budget:g}.")
+        if self.softmax_budget and self.softmax_heads:
+            raise LolcatsError(
+                "attention.softmax_budget chooses the heads that attention.softmax_heads lists: set one of the two."
             )
         changed = [name for name, plain in (("decay", "none"), ("normalizer", "sum")) if getattr(self, name) != plain]
         if changed and "hybrid" in (self.kind, *self.layers.values()):

@@ -59,6 +59,8 @@ Recipe = Annotated[str, typer.Option(help="default, long, paper, paper-70b, pape
 Sets = Annotated[list[str], typer.Option("--set", help="Change a setting, e.g. transfer.learning_rate=1e-3. "
                                          "Repeatable.")]  # fmt: skip
 
+ChosenHeads = Annotated[Path | None, typer.Option("--selection", help="Keep the heads of this file of lolcats select "
+                                                  "as softmax attention.")]  # fmt: skip
 Controls = Annotated[bool, typer.Option("--controls", help="Also train two controls, each with its own LoRA of the "
                                         "same settings and data: window and sinks without the linear term, and the "
                                         "softmax teacher.")]  # fmt: skip
@@ -202,6 +204,13 @@ def settings(recipe: str, changes: list[str], trust: bool) -> Any:
     from lolcats.config import load_config
 
     return replace(load_config(recipe, changes), trust_remote_code=trust)
+
+
+def curve_table(selection: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
+    """Header, rows and title of a selection of heads, for :func:`print_rows`."""
+    from lolcats.report.curve import HEADER, curve_rows, curve_title
+
+    return HEADER, curve_rows(selection), curve_title(selection)
 
 
 def show_run(run: Any) -> None:

@@ -6,12 +6,13 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.table import Table
 
 from lolcats.cli.app import (
+    ChosenHeads,
     Controls,
     DataPath,
     Model,
@@ -22,6 +23,7 @@ from lolcats.cli.app import (
     Sets,
     Trust,
     command,
+    curve_table,
     data_app,
     out,
     print_rows,
@@ -33,20 +35,53 @@ from lolcats.errors import LolcatsError
 
 
 @command
-def linearize(model: Model, data: DataPath, out_: Out, recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+def linearize(model: Model, out_: Out, data: DataPath = "", recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
               merge: Annotated[bool, typer.Option(help="Also write the merged model to OUT/merged.")] = True,
-              controls: Controls = False, trust: Trust = False) -> None:  # fmt: skip
+              train: Annotated[bool, typer.Option(help="Train feature maps and LoRA. --no-train only keeps heads "
+                                                       "(attention.softmax_budget, or --selection); the others see "
+                                                       "window and sinks. It needs no data.")] = True,
+              selection: ChosenHeads = None, controls: Controls = False, trust: Trust = False) -> None:  # fmt: skip
     """Linearize a model: attention transfer, LoRA, results table, adapter and merged model."""
     from lolcats.config import Control
     from lolcats.pipeline import linearize as run_pipeline
 
     asked = [f"controls=[{', '.join(get_args(Control))}]"] if controls else []
-    config = settings(recipe, [*set_, *asked], trust)
+    config = _with_heads(settings(recipe, [*set_, *asked], trust), selection, model)
+    if train != bool(data):
+        missing = "Training needs --data; without training, add --no-train." if train else "--no-train reads no --data."
+        raise LolcatsError(missing)
     with writing(out_):
+        if not train:
+            return _without_training(model, out_, config, merge, selection)
         run = run_pipeline(model, data, out_, config, merge)
     show_run(run)
-    merged = f"merged model: {out_ / 'merged'}   " if (out_ / "merged").is_dir() else ""
-    out.print(f"\nAdapter: {out_}   {merged}card: {out_ / 'README.md'}", soft_wrap=True)
+    _show_written(out_)
+
+
+def _with_heads(config: Any, selection: Path | None, model: str) -> Any:
+    """The configuration with the heads of a selection file, if one is given."""
+    from lolcats.selection import with_selection
+    from lolcats.weights.base import find_base
+
+    if selection is None:
+        return config
+    return with_selection(config, selection, find_base(model, config.trust_remote_code))
+
+
+def _without_training(model: str, directory: Path, config: Any, merge: bool, file: Path | None) -> None:
+    from lolcats.pipeline import linearize_untrained
+    from lolcats.selection import Selection
+
+    given = Selection.read(file) if file else None
+    selection = linearize_untrained(model, directory, config, merge, selection=given)
+    if selection is not None:
+        print_rows(*curve_table(selection))
+    _show_written(directory)
+
+
+def _show_written(directory: Path) -> None:
+    merged = f"merged model: {directory / 'merged'}   " if (directory / "merged").is_dir() else ""
+    out.print(f"\nAdapter: {directory}   {merged}card: {directory / 'README.md'}", soft_wrap=True)
 
 
 @command
@@ -61,7 +96,7 @@ def transfer(
                                                           "(counted from 0).")] = None,
     join: Annotated[list[Path], typer.Option(help="Take over the trained layers from another directory of the same "
                                                   "run. Repeatable.")] = [],  # noqa: B006
-    trust: Trust = False,
+    selection: ChosenHeads = None, trust: Trust = False,
 ) -> None:  # fmt: skip
     """Run only stage 1, attention transfer. Also runs under torchrun."""
     from lolcats.data.inputs import Inputs
@@ -72,7 +107,7 @@ def transfer(
     order = [f"transfer.order={schedule}"] if schedule else []
     order += ["transfer.coupling=per_layer"] if schedule in ("stream", "blocks") else []
     order += [f"transfer.block_size={block_size}"] if block_size else []
-    config = settings(recipe, [*order, *set_], trust)
+    config = _with_heads(settings(recipe, [*order, *set_], trust), selection, model)
     check_block(config, block)
     with writing(out_):
         job = start(Inputs(model, trust=config.trust_remote_code), data, out_, config)

@@ -39,6 +39,11 @@ def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = No
         raise LolcatsError(f"{type(model).__name__} is not a transformers model, so it cannot be linearized.")
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise LolcatsError(f"{type(model).__name__} is not a decoder-only language model, so it cannot be linearized.")
+    if attention.softmax_budget:
+        raise LolcatsError(
+            "attention.softmax_budget leaves the choice of heads to a search, which convert does not make: choose them "
+            "first (lolcats select, or lolcats.selection.select) and set attention.softmax_heads."
+        )
     layers = probe(model)
     kinds = layer_kinds(attention, layers)
     kept = kept_heads(attention.softmax_heads, {layer.geometry.layer: layer.geometry for layer in layers})

@@ -11,6 +11,7 @@ from lolcats.pipeline.job import Job, log, resume, start
 from lolcats.pipeline.measure import measure, measure_heads
 from lolcats.pipeline.models import Models, Say, device_and_dtype
 from lolcats.pipeline.stages import check_block, keep_longest, run_controls, run_finetune, run_transfer
+from lolcats.pipeline.untrained import linearize_untrained
 from lolcats.run import Run
 
 
@@ -55,7 +56,8 @@ def train_lora(job: Job, merge: bool = True) -> None:
 
 
 __all__ = [
-    "Job", "Models", "check_block", "device_and_dtype", "export_merged", "finish", "keep_longest", "linearize", "log",
+    "Job", "Models", "check_block", "device_and_dtype", "export_merged", "finish", "keep_longest", "linearize",
+    "linearize_untrained", "log",
     "measure", "measure_heads", "report", "resume", "run_controls", "run_finetune", "run_transfer", "start",
     "train_lora", "train_maps",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.checkpoint import save_adapter_config
 from lolcats.modeling.parts import check_parts, find_parts, listed_parts
+from lolcats.pipeline.heads import choose_heads
 from lolcats.pipeline.models import Models, Say, device_and_dtype
 from lolcats.ranks import is_first, ranks
 from lolcats.run import Run
@@ -89,7 +90,9 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     if parts is None:  # a new run, or one that an older version began
         parts = find_parts(out) if run.record["stages"] else {}
     ranks().wait()  # every rank has checked the directory before one of them writes
-    job = Job(run, run.config, inputs, rows, Models(run, inputs, say), say, lean)
+    choose_heads(run, inputs, *device_and_dtype(config), say)
+    models = Models(run, inputs, say)
+    job = Job(run, models.config, inputs, rows, models, say, lean)
     if job.in_turn and config.data.keep_longest_effective < 1:
         raise LolcatsError(
             "data.keep_longest_effective needs the whole model in memory to measure its attention: use "
@@ -102,7 +105,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
         base = with_content(run.base)  # its weights are on disk by now
         run.record["base"] = base.record
         run.save()
-        write_text(out / "config.yaml", to_yaml(job.config))
+        write_text(out / "config.yaml", to_yaml(run.config))
         tokenizer.save_pretrained(out)
         save_adapter_config(model, base, out, parts=parts)
     ranks().wait()  # for config.json

@@ -17,6 +17,7 @@ from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, load_feature_maps, m
 from lolcats.modeling.classes import convert_as
 from lolcats.modeling.convert import convert
 from lolcats.modeling.skeleton import Skeleton, build_skeleton
+from lolcats.pipeline.heads import with_run_heads
 from lolcats.ranks import ranks
 from lolcats.run import Run
 from lolcats.stages.distributed import is_sharded
@@ -55,7 +56,7 @@ class Models:
     _has_lora: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.config = self.run.config
+        self.config = with_run_heads(self.run)
         self.device, self.dtype = device_and_dtype(self.config)
 
     def skeleton(self) -> Skeleton:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
-from lolcats.config import to_yaml
+import lolcats
+from lolcats.config import AttentionConfig, to_yaml
+from lolcats.evaluation.memory import cache_bytes, readable
 from lolcats.files import write_text
+from lolcats.report.curve import HEADER, curve_rows, curve_title, run_selection
 from lolcats.report.table import attention_of, markdown, memory_rows, perplexity_rows, remarks
 from lolcats.run import Run
+from lolcats.selection import Selection
+from lolcats.weights.base import Base
 
 CARD = """---
 library_name: transformers
@@ -53,7 +60,7 @@ def write_card(run: Run) -> None:
     """Write DIR/README.md from the run's record."""
     record, config, results = run.record, run.config, run.results
     data = record["data"]
-    kept = [e["layer"] for e in _layers(run) if e["kind"] == "softmax"]
+    curve = curve_of(run_selection(run.directory))
     write_text(
         run.directory / "README.md",
         CARD.format(
@@ -63,7 +70,7 @@ def write_card(run: Run) -> None:
             length=config.data.sequence_length, remarks="\n\n".join(remarks(run)),
             perplexity=markdown(("model", "perplexity", "against teacher"), perplexity_rows(run)),
             memory=markdown(("tokens", "teacher", "student"), memory_rows(run)),
-            layers=f"Layers {kept} keep softmax attention." if kept else "Every layer is linearized.",
+            layers="\n\n".join(filter(None, (_what_stays(_layers(run)), curve))),
             teacher=json.dumps(results["sample_teacher"], ensure_ascii=False),
             student=json.dumps(results["sample_student"], ensure_ascii=False),
             source=data["source"].rsplit("/", 1)[-1], documents=data["documents"], train_rows=data["train_rows"],
@@ -73,6 +80,75 @@ def write_card(run: Run) -> None:
     )  # fmt: skip
 
 
-def _layers(run: Run) -> list[dict[str, object]]:
-    layers: list[dict[str, object]] = json.loads((run.directory / "config.json").read_text())["lolcats"]["layers"]
+def _what_stays(layers: list[dict[str, Any]]) -> str:
+    """Which layers and heads keep softmax attention, in words."""
+    whole = [entry["layer"] for entry in layers if entry["kind"] == "softmax"]
+    heads = {entry["layer"]: entry["softmax_heads"] for entry in layers if entry.get("softmax_heads")}
+    told = [f"Layers {whole} keep softmax attention."] if whole else []
+    told += [f"Key/value heads that keep softmax attention, by layer: {heads}."] if heads else []
+    return " ".join(told) or "Every layer is linearized."
+
+
+def _layers(run: Run) -> list[dict[str, Any]]:
+    layers: list[dict[str, Any]] = json.loads((run.directory / "config.json").read_text())["lolcats"]["layers"]
     return layers
+
+
+UNTRAINED = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [lolcats, linear-attention]
+base_model: {base}
+---
+# {name} with {kept} of {heads} key/value heads kept
+
+`{base}`, in which {kept} key/value heads stay softmax attention and all others are replaced by {attention}. Nothing was
+trained. Made with lolcats {version}.
+
+```python
+import lolcats  # registers the model type
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("DIR")
+```
+
+{curve}
+
+## Bytes of state per sequence
+{memory}
+
+Kept heads by layer: `{selected}`. Base weights: {fingerprint}.
+"""
+TOKENS = (1024, 8192, 65536)
+
+
+def write_untrained_card(
+    directory: Path, model: Any, base: Base, attention: AttentionConfig, selection: Selection | None
+) -> None:
+    """Write DIR/README.md of a model that nothing was trained for."""
+    layers = model.config.lolcats["layers"]
+    heads = sum(entry["kv_heads"] for entry in layers)
+    kept = {e["layer"]: e.get("softmax_heads") or list(range(e["kv_heads"])) for e in layers
+            if e.get("softmax_heads") or e["kind"] == "softmax"}  # fmt: skip
+    sizes = [(n, *cache_bytes(model, n)) for n in TOKENS]
+    name = base.path.rsplit("/", 1)[-1]
+    table = [(f"{n:,}", readable(teacher), readable(own)) for n, teacher, own in sizes]
+    write_text(
+        directory / "README.md",
+        UNTRAINED.format(
+            base=base.path if base.form == "hub" else name, name=name, kept=sum(map(len, kept.values())), heads=heads,
+            attention=attention_of(attention), version=lolcats.__version__, curve=curve_of(selection),
+            memory=markdown(("tokens", "teacher", "this model"), table), selected=json.dumps(kept),
+            fingerprint=base.fingerprint,
+        ),
+    )  # fmt: skip
+
+
+def curve_of(selection: Selection | None) -> str:
+    """A selection's section of the card, if there is one."""
+    if selection is None:
+        return ""
+    note = (
+        "Right answers are those of prompts of the kinds that the heads were chosen on, with other words and numbers; "
+        "`lolcats evaluate DIR --tasks recall` asks in other ways."
+    )
+    return f"## {curve_title(selection)}\n{markdown(HEADER, curve_rows(selection))}\n\n{note}"

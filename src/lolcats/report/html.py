@@ -19,6 +19,7 @@ from lolcats.evaluation.attention_maps import FILE
 from lolcats.files import read_tensors, write_text
 from lolcats.report import figures
 from lolcats.report.comparison import entry_rows
+from lolcats.report.curve import HEADER, curve_rows, curve_title, run_selection
 from lolcats.report.picture import has_matplotlib
 from lolcats.report.table import attention_of, memory_rows, perplexity_rows, remarks
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
@@ -249,6 +250,15 @@ def _lengths(run: Run) -> Iterator[str]:
         yield embed("Effective sequence length by layer and head")
 
 
+def _selected(run: Run) -> Iterator[str]:
+    selection = run_selection(run.directory)
+    if selection is None:
+        return
+    yield _paragraph("Heads that stay softmax attention were chosen together, without training, by recall prompts.")
+    yield _table(HEADER, curve_rows(selection))
+    yield _paragraph(f"{curve_title(selection)}. KL: from the teacher on the answers, in nats.", "note")
+
+
 def _gamma(run: Run) -> Iterator[str]:
     values, attention = run.results.get("gamma"), run.results.get("attention")
     if not values or not attention or run.config.attention.kind != "hybrid":
@@ -294,8 +304,9 @@ def _provenance(run: Run) -> Iterator[str]:
 
 
 SECTIONS: tuple[tuple[str, Callable[[Run], Iterator[str]]], ...] = (
-    ("Perplexity", _perplexity), ("Benchmarks", _benchmarks), ("State per sequence", _memory), ("Samples", _samples),
-    ("Training", _training), ("Error by layer", _layer_errors), ("Attention maps", _maps),
+    ("Perplexity", _perplexity), ("Benchmarks", _benchmarks), ("State per sequence", _memory),
+    ("Kept heads", _selected), ("Samples", _samples), ("Training", _training), ("Error by layer", _layer_errors),
+    ("Attention maps", _maps),
     ("Effective sequence lengths", _lengths), ("Learned gamma", _gamma), ("Provenance", _provenance),
 )  # fmt: skip
 

@@ -28,7 +28,7 @@ PASSAGE, CUE = 32, 16  # tokens of a passage to repeat, and of its beginning tha
 
 @dataclass(frozen=True)
 class Scored:
-    """A context followed by questions with their true answers: token ids, and the tokens [start, end) of the answers."""
+    """A context, then questions with their true answers: token ids, and the tokens [start, end) of the answers."""
 
     kind: str
     ids: list[int]
@@ -61,7 +61,9 @@ class Writer:
             raise LolcatsError(f"{self.length} tokens are too few for a recall prompt: use longer ones (--lengths).")
         return [next(self.text) for _ in range(tokens)]
 
-    def prompt(self, kind: str, hidden: Sequence[str], questions: Sequence[tuple[str, str]], dense: bool = False) -> Scored:
+    def prompt(
+        self, kind: str, hidden: Sequence[str], questions: Sequence[tuple[str, str]], dense: bool = False
+    ) -> Scored:
         """Text with the ``hidden`` lines in it, at even distances in random order, or one right after the other
         (``dense``); then the questions, each with its answer."""
         pieces = [self.encode(line) for line in hidden]
@@ -144,7 +146,10 @@ def examples(writer: Writer) -> Scored:
             "How heavy are they together?\nSolution:"
         )
         total = first + second
-        return task, f"Boxes: {first}+{second}={total}. Pounds: {total}*{each}={total * each}. Result -> [{total * each}]"
+        return (
+            task,
+            f"Boxes: {first}+{second}={total}. Pounds: {total}*{each}={total * each}. Result -> [{total * each}]",
+        )
 
     shown = [worked() for _ in range(6)]
     return writer.prompt("examples", [f"{task} {answer}\n\n" for task, answer in shown], [worked()], dense=True)

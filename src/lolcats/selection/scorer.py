@@ -19,7 +19,7 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.heads import Trial
 from lolcats.modeling.install import decoder, inputs_of
 from lolcats.modeling.layer import LinearizedAttention, decoder_layers, linearized_layers, override
-from lolcats.modeling.loss import find_head
+from lolcats.modeling.loss import Head, find_head
 from lolcats.selection.prompts import Scored
 
 Heads = frozenset[tuple[int, int]]
@@ -54,9 +54,10 @@ class Scorer:
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Scored], batch_tokens: int) -> None:
-        self.model, self.head = model.eval(), find_head(model)
-        if self.head is None:
+        self.model, self.batch_tokens, head = model.eval(), batch_tokens, find_head(model)
+        if head is None:
             raise LolcatsError(f"{type(model).__name__} has an output layer of a form that selection cannot use.")
+        self.head: Head = head
         self.layers = {layer.geometry.layer: layer for layer in linearized_layers(model)}
         self.blocks = list(decoder_layers(model))
         self.depth = {i: self._block_of(layer) for i, layer in self.layers.items()}
@@ -99,7 +100,9 @@ class Scorer:
                     total += self._loss(batch).item()
         return total
 
-    def slopes(self, shares: Mapping[tuple[int, int], float], batches: Sequence[int] | None = None) -> tuple[float, dict[tuple[int, int], float]]:
+    def slopes(
+        self, shares: Mapping[tuple[int, int], float], batches: Sequence[int] | None = None
+    ) -> tuple[float, dict[tuple[int, int], float]]:
         """The loss where each head's output is softmax attention in its share (0 to 1), and its derivatives by the
         shares; negative: more softmax attention lowers the loss.
 
@@ -119,8 +122,9 @@ class Scorer:
                 loss = self._loss(batch)
                 loss.backward()
                 total += loss.item()
-                self.passes += 2 * len(batch.ids) * batch.ids.shape[1] / self._tokens
-        return total, {(i, g): value for i, leaf in leaves.items() for g, value in enumerate(leaf.grad.tolist())}
+                self.passes += 2 * len(batch.ids) * batch.ids.shape[1] / self.tokens
+        found = {i: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for i, leaf in leaves.items()}
+        return total, {(i, g): value for i, slopes in found.items() for g, value in enumerate(slopes.tolist())}
 
     @torch.no_grad()
     def exact(self, heads: Collection[tuple[int, int]] | None) -> dict[str, float]:
@@ -137,12 +141,13 @@ class Scorer:
         return {kind: sum(values) / len(values) for kind, values in right.items()}
 
     @property
-    def _recorded(self) -> bool:
-        return all(batch.passed for batch in self.batches)
+    def tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(batch.ids.numel() for batch in self.batches)
 
     @property
-    def _tokens(self) -> int:
-        return sum(batch.ids.numel() for batch in self.batches)
+    def _recorded(self) -> bool:
+        return all(batch.passed for batch in self.batches)
 
     def _trying(self, heads: Heads) -> Any:
         trials = {i: Trial(tuple(sorted(g for layer, g in heads if layer == i))) for i in self.layers}
@@ -172,7 +177,7 @@ class Scorer:
 
     def _hidden(self, batch: Batch, first: int = 0) -> Tensor:
         """(N, E) hidden states that predict the answer tokens; decoder layers before ``first`` as recorded."""
-        self.passes += (1 - first / len(self.blocks)) * batch.ids.numel() / self._tokens
+        self.passes += (1 - first / len(self.blocks)) * batch.ids.numel() / self.tokens
         with _replaced(self.blocks[:first], [lambda *_, known=known, **__: known for known in batch.passed[:first]]):
             return decoder(self.model)(**inputs_of(batch.ids))[0][batch.rows, batch.columns]
 
@@ -228,7 +233,9 @@ def _checkpointed(blocks: Sequence[nn.Module]) -> Any:
     """Keep only what goes into each decoder layer for backward."""
 
     def again(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return lambda *args, **kwargs: checkpoint(
+            forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
 
     return _replaced(blocks, [again(block.forward) for block in blocks])
 

@@ -1,4 +1,4 @@
-"""Plain English text of our own to hide answers in: sentences from templates, so that any amount differs from the rest."""
+"""Plain English text of our own to hide answers in: sentences made from templates, as many as are needed."""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ from lolcats.run import RECORD, Run
 LOCKS = "locks"
 LATER: dict[tuple[str, str], list[Any]] = {
     ("attention", "feature_inputs"): ["rotated"], ("attention", "softmax_heads"): [{}],
+    ("attention", "softmax_budget"): [0.0],
     ("finetune", "sharding"): ["auto", "always", "never"],
 }  # fmt: skip
 """Settings newer than committed results; keys leave them out at these values, which change nothing."""

@@ -1,0 +1,65 @@
+"""``lolcats select``: which heads to keep as softmax attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lolcats.cli.app import Model, Recipe, Sets, Trust, command, curve_table, numbers, out, print_rows, settings
+from lolcats.errors import LolcatsError
+
+
+@command
+def select(
+    model: Model,
+    out_: Annotated[Path, typer.Option("--out", dir_okay=False, help="YAML file for the chosen heads and the curve.")],
+    budget: Annotated[float, typer.Option(help="Share of the key/value heads to keep, rounded down.")] = 0.0,
+    heads: Annotated[int, typer.Option(min=0, help="Number of key/value heads to keep, in place of --budget.")] = 0,
+    unit: Annotated[str, typer.Option(help="Choose single heads (head) or whole layers (layer).")] = "head",
+    data: Annotated[str, typer.Option("--data", help="Text to hide answers in: a .txt file, or data with a text "
+                                                     "column. Default: sentences that come with lolcats.")] = "",
+    lengths: Annotated[str, typer.Option(help="Lengths of the prompts in tokens.")] = "2048,4096,8192",
+    picture: Annotated[Path | None, typer.Option(help="PNG file for the curve.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    recipe: Recipe = "default", trust: Trust = False, set_: Sets = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Choose the heads that stay softmax attention, by what recall prompts need. Nothing is trained.
+
+    The other heads see window and sinks of the recipe. Takes a minute or more on a GPU and hours on a CPU. Without
+    --budget and --heads, an eighth of the heads is kept.
+    """
+    from lolcats.data.inputs import Inputs
+    from lolcats.pipeline import device_and_dtype
+    from lolcats.report.curve import draw_curve
+    from lolcats.selection import Settings
+    from lolcats.selection import select as choose
+
+    config = settings(recipe, set_, trust)
+    if unit not in ("head", "layer"):
+        raise LolcatsError(f"--unit {unit}: expected head or layer.")
+    if budget and heads:
+        raise LolcatsError("--budget and --heads both say how many heads to keep: give one of them.")
+    if config.attention.softmax_heads:
+        raise LolcatsError("attention.softmax_heads lists heads already: leave it out to choose them.")
+    share = budget or config.attention.softmax_budget or 0.125
+    attention = replace(config.attention, softmax_budget=share)
+    inputs = Inputs(model, trust=trust)
+    text = _tokens(data, inputs.tokenizer)
+    asked: Any = Settings(unit=unit, lengths=numbers(lengths), seed=seed, beyond=2.0)  # type: ignore[arg-type]
+    device, dtype = device_and_dtype(config)
+    found = choose(inputs.model(dtype, device), inputs.tokenizer, inputs.base, attention, heads, asked, text, out.print)
+    found.write(out_)
+    print_rows(*curve_table(found))
+    drawn = f"   curve: {picture}" if picture is not None and draw_curve(found, picture) else ""
+    out.print(f"\nHeads: {out_}{drawn}. Next: lolcats linearize {model} --selection {out_} ...", soft_wrap=True)
+
+
+def _tokens(source: str, tokenizer: Any) -> list[int]:
+    """The token ids of all documents of ``source``; none without one."""
+    from lolcats.data.tokens import encode
+    from lolcats.evaluation.text import read_documents
+
+    return [token for document in read_documents(source) for token in encode(tokenizer, document)] if source else []

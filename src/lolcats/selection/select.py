@@ -1,0 +1,169 @@
+"""Choose the heads to keep: prompts, search and curve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from lolcats.config import AttentionConfig, Kind
+from lolcats.errors import LolcatsError, out_of_memory
+from lolcats.modeling.convert import convert
+from lolcats.modeling.layer import linearized_layers
+from lolcats.modeling.probe import text_config
+from lolcats.selection.prompts import prompts
+from lolcats.selection.result import Point, Selection, by_layer
+from lolcats.selection.scorer import Scorer
+from lolcats.selection.search import Found, Head, grow, units_of
+from lolcats.weights.base import Base, with_content
+
+Say = Callable[[str], None]
+LONGEST = (("codes", 1), ("facts", 1), ("ledger", 2), ("passage", 1), ("examples", 1))
+"""Kinds of prompt at the longest length, and how many of each."""
+SHORTER = ("codes", "ledger", "examples", "passage", "facts")
+"""Kinds at the shorter lengths, two of each length in turn."""
+PASS = {"cuda": 65_536, "cpu": 4_096}
+"""Tokens per forward pass, before memory is short."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to search. lengths: tokens of the prompts; width: units that are scored in a round, out of all by slopes;
+    beyond: how far the curve goes on after the chosen heads, as a multiple of their number."""
+
+    unit: Literal["head", "layer"] = "head"
+    lengths: tuple[int, ...] = (2048, 4096, 8192)
+    width: int = 12
+    seed: int = 0
+    beyond: float = 1.0
+
+
+def select(
+    model: PreTrainedModel, tokenizer: Any, base: Base, attention: AttentionConfig, heads: int = 0,
+    settings: Settings = Settings(), text: Sequence[int] = (), say: Say = lambda _: None,
+) -> Selection:  # fmt: skip
+    """Choose ``heads`` key/value heads of a base model that stay softmax attention; nothing is trained.
+
+    The other heads have the window and sinks of ``attention`` while heads are tried. The model is converted in place.
+
+    Args:
+        heads: how many; 0: as many as ``attention.softmax_budget`` allows.
+        text: token ids to hide answers in; empty: sentences of our own.
+
+    Raises:
+        LolcatsError: a budget below one head, a prompt that the model has no room for, or a model without heads to
+            choose from.
+    """
+    convert(model, trial_attention(attention))
+    units = sum(layer.geometry.kv_heads for layer in linearized_layers(model))
+    count = heads or heads_in_budget(attention.softmax_budget, units)
+    if count > units:
+        raise LolcatsError(f"{count} heads are to be kept, and the model has only {units} that could be linearized.")
+    plan, started = prompt_plan(check_lengths(settings.lengths, model)), time.time()
+    asked = [prompts(tokenizer, plan, f"{settings.seed}/{part}", text) for part in ("search", "check")]
+    scorer = _fitting(model, asked[0])
+    say(f"Choosing {count} of {units} key/value heads by {len(plan)} prompts, {scorer.tokens:,} tokens a score")
+    prepared = time.time()
+    trail = search(scorer, count, settings, say)
+    searched = time.time()
+    checker = Scorer(model, asked[1], scorer.batch_tokens)
+    further = [] if settings.beyond <= 1 else _further(scorer, trail[-1], int(settings.beyond * count), settings, say)
+    curve = [_point(found, model, checker) for found in [Found((), scorer.loss(())), *trail, *further]]
+    curve.append(_point(None, model, checker))
+    info: dict[str, Any] = asdict(settings) | {
+        "lengths": list(settings.lengths), "tokens_per_score": scorer.tokens,
+        "seconds": {"prompts": round(prepared - started, 1), "search": round(searched - prepared, 1),
+                    "curve": round(time.time() - searched, 1)},
+    }  # fmt: skip
+    window = {name: getattr(attention, name) for name in ("window", "window_size", "sinks")}
+    return Selection(with_content(base).record, window, by_layer(trail[-1].heads), curve, info)
+
+
+def search(scorer: Scorer, count: int, settings: Settings, say: Say) -> list[Found]:
+    """The sets of kept heads, one unit more each time, up to ``count`` heads."""
+    units = units_of(scorer, settings.unit == "layer")
+    size = max(map(len, units))
+    if count < size:
+        raise LolcatsError(f"A budget of {count} heads is below one layer, which has {size}: use --unit head or more.")
+    return grow(scorer, [], units, count // size, settings.width, say)
+
+
+def heads_in_budget(budget: float, heads: int) -> int:
+    """How many of ``heads`` a share of them is, rounded down.
+
+    Raises:
+        LolcatsError: less than one.
+    """
+    if int(budget * heads) < 1:
+        raise LolcatsError(
+            f"A budget of {budget:g} is less than one of the {heads} key/value heads that would be linearized: the "
+            f"smallest is {1 / heads:.4f}."
+        )
+    return int(budget * heads)
+
+
+def trial_attention(attention: AttentionConfig) -> AttentionConfig:
+    """Window and sinks in every layer that would be linearized."""
+    stay: dict[str, Kind] = {layers: kind for layers, kind in attention.layers.items() if kind == "softmax"}
+    return replace(
+        attention, kind="window", layers=stay, softmax_heads={}, softmax_budget=0.0, decay="none", normalizer="sum",
+        feature_inputs="rotated",
+    )  # fmt: skip
+
+
+def prompt_plan(lengths: Sequence[int]) -> list[tuple[str, int]]:
+    """(kind, length) of every prompt: all kinds at the longest length, where most is lost, and two at each other."""
+    *others, longest = sorted(lengths)
+    plan = [(kind, longest) for kind, count in LONGEST for _ in range(count)]
+    for i, length in enumerate(others):
+        plan += [(SHORTER[(2 * i + j) % len(SHORTER)], length) for j in range(2)]
+    return plan
+
+
+def check_lengths(lengths: Sequence[int], model: PreTrainedModel) -> tuple[int, ...]:
+    """The lengths that the model has positions for.
+
+    Raises:
+        LolcatsError: there are none.
+    """
+    most = getattr(text_config(model), "max_position_embeddings", None) or max(lengths)
+    fitting = tuple(sorted({min(length, most) for length in lengths}))
+    if not fitting or fitting[0] < 512:
+        raise LolcatsError(f"--lengths: prompts need at least 512 tokens, and at most {most} for this model.")
+    return fitting
+
+
+def _fitting(model: PreTrainedModel, asked: Sequence[Any]) -> Scorer:
+    """A scorer that passes as many tokens at once as memory allows, but at least one prompt."""
+    tokens = PASS.get(model.device.type, PASS["cpu"])
+    while True:
+        try:
+            scorer = Scorer(model, asked, tokens)
+            scorer.slopes({}, [len(scorer.batches) - 1])  # needs the most memory
+            return scorer
+        except Exception as error:
+            if not out_of_memory(error) or tokens <= max(len(prompt.ids) for prompt in asked):
+                raise
+        tokens //= 2
+        torch.cuda.empty_cache()
+
+
+def _further(scorer: Scorer, found: Found, count: int, settings: Settings, say: Say) -> list[Found]:
+    rest = [unit for unit in units_of(scorer, settings.unit == "layer") if unit not in found.units]
+    size = max(map(len, found.units))
+    return grow(scorer, found.units, rest, count // size, settings.width, say)
+
+
+def _point(found: Found | None, model: PreTrainedModel, checker: Scorer) -> Point:
+    """A point of the curve; None: the teacher, all of whose heads are softmax attention."""
+    heads: list[Head] = checker.heads if found is None else found.heads
+    shapes = {layer.geometry.layer: layer.geometry for layer in linearized_layers(model)}
+    width = model.dtype.itemsize
+    size = sum((shapes[layer].head_dim + shapes[layer].value_dim) * width for layer, _ in heads)
+    exact = checker.exact(None if found is None else found.heads)
+    loss = 0.0 if found is None else round(found.loss, 5)
+    return Point(by_layer(heads), loss, {kind: round(share, 4) for kind, share in exact.items()}, size)

@@ -1,0 +1,110 @@
+"""Scores of sets of heads are those of models converted with them; slopes; layers that are not computed again."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import lolcats
+from lolcats.config import AttentionConfig
+from lolcats.selection.prompts import Scored
+from lolcats.selection.scorer import Scorer
+from lolcats.selection.search import grow, shrink, units_of
+
+WINDOW = {"kind": "window", "window_size": 8, "sinks": 2}
+
+
+def base_of(family: str = "llama") -> Any:
+    torch.manual_seed(0)
+    return tiny_model(family, num_attention_heads=8, num_key_value_heads=4, hidden_size=64).eval()
+
+
+def prompts() -> list[Scored]:
+    """Three of one length and one of another, with answers of different lengths."""
+    draw = torch.Generator().manual_seed(1)
+    rows = [torch.randint(6, 300, (length,), generator=draw).tolist() for length in (50, 50, 50, 70)]
+    spans = [[(40, 44), (46, 50)], [(45, 50)], [(48, 50)], [(60, 63), (66, 70)]]
+    return [Scored(kind, ids, answers) for kind, ids, answers in zip("abbc", rows, spans, strict=True)]
+
+
+def scorer_of(base: Any, **changes: Any) -> Scorer:
+    model = lolcats.convert(copy.deepcopy(base), AttentionConfig(**WINDOW | changes))
+    return Scorer(model, prompts(), batch_tokens=120)
+
+
+def expected(base: Any, heads: list[tuple[int, int]]) -> float:
+    """The loss by plain passes, prompt by prompt, of a model that was converted with these heads."""
+    chosen: dict[str, list[int]] = {}
+    for layer, head in heads:
+        chosen.setdefault(str(layer), []).append(head)
+    student = lolcats.convert(copy.deepcopy(base), AttentionConfig(**WINDOW, softmax_heads=chosen)).eval()
+    by_kind: dict[str, list[float]] = {}
+    for prompt in prompts():
+        ids = torch.tensor([prompt.ids])
+        with torch.no_grad():
+            p, q = (model(ids).logits[0].log_softmax(-1) for model in (base, student))
+        kl = (p.exp() * (p - q)).sum(-1)
+        for start, stop in prompt.answers:
+            by_kind.setdefault(prompt.kind, []).extend(kl[start - 1 : stop - 1].tolist())
+    return sum(sum(values) / len(values) for values in by_kind.values()) / len(by_kind)
+
+
+SETS = [[], [(0, 1)], [(1, 0), (1, 2)], [(0, 0), (0, 1), (0, 2), (0, 3), (1, 3)]]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_scores_are_those_of_models_with_these_heads(family: str) -> None:
+    base = base_of(family)
+    scorer = scorer_of(base)
+    shift = 1 if family == "gemma3" else 0  # its first layer has a sliding window and stays as it is
+    assert scorer.heads == [(layer + shift, head) for layer in (0, 1) for head in range(4)]
+    for heads in [[(layer + shift, head) for layer, head in heads] for heads in SETS]:
+        assert scorer.loss(heads) == pytest.approx(expected(base, heads), rel=2e-4, abs=1e-6)
+
+
+def test_all_heads_are_the_teacher() -> None:
+    scorer = scorer_of(base_of())
+    assert scorer.loss(scorer.heads) == pytest.approx(0, abs=1e-6)
+    assert scorer.exact(scorer.heads) == scorer.exact(None)
+
+
+def test_layers_below_the_first_change_are_not_computed_again() -> None:
+    base = base_of()
+    scorer, fresh = scorer_of(base), scorer_of(base)
+    at = scorer.move_to([(0, 2)])
+    assert at == pytest.approx(fresh.loss([(0, 2)]), rel=1e-5)
+    before = scorer.passes
+    assert scorer.loss([(0, 2), (1, 1)]) == pytest.approx(fresh.loss([(0, 2), (1, 1)]), rel=1e-5)
+    assert scorer.passes - before == pytest.approx(0.5)
+    before = scorer.passes
+    assert scorer.loss([(0, 3)]) == pytest.approx(fresh.loss([(0, 3)]), rel=1e-5)
+    assert scorer.passes - before == pytest.approx(1)
+
+
+def test_slopes_are_derivatives_by_the_shares() -> None:
+    scorer = scorer_of(base_of())
+    shares = {head: 0.2 + 0.1 * i for i, head in enumerate(scorer.heads)}
+    loss, slopes = scorer.slopes(shares)
+    assert loss > 0
+    for head in [(0, 1), (1, 3)]:
+        ends = [scorer.slopes({**shares, head: shares[head] + step})[0] for step in (1e-2, -1e-2)]
+        assert slopes[head] == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=2e-2, abs=1e-7)
+    assert scorer.slopes(dict.fromkeys(scorer.heads, 1.0))[0] == pytest.approx(0, abs=1e-6)
+    assert scorer.slopes(dict.fromkeys([(0, 1)], 1.0))[0] == pytest.approx(scorer.loss([(0, 1)]), rel=1e-4)
+
+
+def test_search_finds_what_trying_all_sets_of_one_finds() -> None:
+    scorer = scorer_of(base_of())
+    units = units_of(scorer, by_layer=False)
+    assert len(units) == 8
+    first = grow(scorer, [], units, 1, len(units), lambda _: None)[0]
+    losses = {unit: scorer.loss(unit) for unit in units}
+    assert first.units == (min(units, key=losses.__getitem__),)
+    assert first.loss == pytest.approx(min(losses.values()), rel=1e-5)
+    last = shrink(scorer, units, 7, len(units), lambda _: None)[-1]
+    without = {unit: scorer.loss([head for other in units if other != unit for head in other]) for unit in units}
+    assert set(units) - set(last.units) == {min(units, key=without.__getitem__)}

@@ -1,0 +1,228 @@
+"""``lolcats select``, its files, and runs that keep the heads it chose."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_model
+from typer.testing import CliRunner
+
+import lolcats
+from lolcats.cli import app
+from lolcats.config import AttentionConfig, load_config
+from lolcats.errors import LolcatsError
+from lolcats.modeling.checkpoint import load
+from lolcats.pipeline import linearize
+from lolcats.run import Run
+from lolcats.selection import Selection, Settings, select, with_selection
+from lolcats.selection.prompts import KINDS, prompts
+from lolcats.selection.select import heads_in_budget, prompt_plan
+from lolcats.weights.base import Base, find_base
+
+WINDOW = ["attention.window_size=8", "attention.sinks=2"]
+BASE = Base("model", "directory", "sha256-of-it")
+
+
+def command(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def model_dir(model_dirs: dict[str, Path]) -> Path:
+    return model_dirs["llama"]
+
+
+@pytest.fixture(scope="module")
+def selection_file(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made by the command, with two of four heads."""
+    path = tmp_path_factory.mktemp("selection") / "heads.yaml"
+    done = command("select", model_dir, "--out", path, "--heads", 2, "--lengths", 2048, "--set", WINDOW[0], "--set",
+                   WINDOW[1], "--picture", path.with_suffix(".png"))  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "2 (chosen)" in done.output
+    assert "4, the teacher" in done.output
+    assert path.with_suffix(".png").stat().st_size > 1000
+    return path
+
+
+@pytest.mark.parametrize("length", [2048, 3000])
+def test_prompts_have_their_length_and_answers(tokenizer: Any, length: int) -> None:
+    made = prompts(tokenizer, [(kind, length) for kind in KINDS], "0")
+    assert [(prompt.kind, len(prompt.ids)) for prompt in made] == [(kind, length) for kind in KINDS]
+    for prompt in made:
+        context = tokenizer.decode(prompt.ids[: prompt.answers[0][0]])
+        answers = [tokenizer.decode(prompt.ids[a:b]).strip() for a, b in prompt.answers]
+        if prompt.kind in ("codes", "facts", "ledger"):
+            assert len(answers) > 3
+            for start, _ in prompt.answers:  # what stands before an answer stood in the context, followed by it
+                question = tokenizer.decode(prompt.ids[start - 8 : start])
+                assert question in context or question in tokenizer.decode(prompt.ids[:start])
+            assert all(answer in context for answer in answers)
+        if prompt.kind == "passage":
+            assert answers[0] in context
+
+
+def test_prompts_are_the_same_for_the_same_seed_only(tokenizer: Any) -> None:
+    plan = [(kind, 2048) for kind in KINDS]
+    first, again, other = (prompts(tokenizer, plan, seed) for seed in ("0", "0", "1"))
+    assert first == again
+    assert all(a.ids != b.ids for a, b in zip(first, other, strict=True))
+    book = tokenizer("warm milk " * 400)["input_ids"]
+    assert "warm milk warm milk" in tokenizer.decode(prompts(tokenizer, plan[:1], "0", book)[0].ids)
+
+
+def test_prompts_that_are_too_short_are_refused(tokenizer: Any) -> None:
+    with pytest.raises(LolcatsError, match="too few for a recall prompt"):
+        prompts(tokenizer, [("examples", 600)], "0")
+
+
+def test_plan_has_every_kind_at_the_longest_length() -> None:
+    plan = prompt_plan([8192, 2048, 4096])
+    assert {kind for kind, length in plan if length == 8192} == set(KINDS)
+    assert [length for _, length in plan if length < 8192] == [2048, 2048, 4096, 4096]
+
+
+def test_budget_is_rounded_down() -> None:
+    assert [heads_in_budget(0.125, n) for n in (8, 56, 63)] == [1, 7, 7]
+    with pytest.raises(LolcatsError, match=r"less than one of the 4 .* the smallest is 0\.2500"):
+        heads_in_budget(0.2, 4)
+
+
+@pytest.mark.parametrize("unit", ["head", "layer"])
+def test_search_is_the_same_again_and_nested(tokenizer: Any, unit: Any) -> None:
+    settings = Settings(unit, lengths=(2048,), beyond=2.0)
+    attention = AttentionConfig(window_size=8, sinks=2)
+    found, again = (select(tiny_model(), tokenizer, BASE, attention, 2, settings) for _ in range(2))
+    assert found.heads == again.heads
+    assert [point.loss for point in found.curve] == pytest.approx([point.loss for point in again.curve], rel=1e-4)
+    assert [point.count for point in found.curve] == ([0, 1, 2, 3, 4, 4] if unit == "head" else [0, 2, 4, 4])
+    *points, teacher = [{(layer, h) for layer, hs in p.heads.items() for h in hs} for p in found.curve]
+    assert all(a <= b for a, b in itertools.pairwise(points))
+    assert points[-1] == teacher
+    assert found.curve[-2].loss == pytest.approx(0, abs=1e-5)
+    assert teacher
+    assert found.curve[-1].bytes_per_token == 4 * 2 * 8 * 4
+    assert found.base["fingerprint"] == BASE.fingerprint
+
+
+def test_file_is_checked_by_the_model(selection_file: Path, model_dir: Path, model_dirs: dict[str, Path]) -> None:
+    selection = Selection.read(selection_file)
+    assert sum(map(len, selection.heads.values())) == 2
+    config = load_config("default", WINDOW)
+    chosen = with_selection(config, selection_file, find_base(str(model_dir)))
+    assert chosen.attention.softmax_heads == selection.heads
+    with pytest.raises(LolcatsError, match=r"was made for .* is another model"):
+        with_selection(config, selection_file, find_base(str(model_dirs["qwen2"])))
+    own = load_config("default", [*WINDOW, "attention.softmax_heads={0: [1]}"])
+    with pytest.raises(LolcatsError, match="leave out"):
+        with_selection(own, selection_file, find_base(str(model_dir)))
+
+
+@pytest.mark.parametrize("text", ["", "heads: [", "heads: {}", "- 1", "curve: 3"])
+def test_other_files_are_not_taken_for_selections(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "heads.yaml"
+    path.write_text(text)
+    with pytest.raises(LolcatsError, match="not a selection of heads"):
+        Selection.read(path)
+
+
+def test_model_without_training(selection_file: Path, model_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = command("linearize", model_dir, "--out", out, "--no-train", "--selection", selection_file,
+                   "--set", WINDOW[0], "--set", WINDOW[1])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    heads = Selection.read(selection_file).heads
+    config = AttentionConfig("window", window_size=8, sinks=2, softmax_heads=heads)
+    expected = lolcats.convert(find_model(model_dir), config).eval()
+    ids = torch.randint(6, 300, (1, 90))
+    with torch.no_grad():
+        wanted = expected(ids).logits
+        for form in (out, out / "merged"):
+            torch.testing.assert_close(load(form)(ids).logits, wanted, atol=1e-5, rtol=1e-4)
+    card = (out / "README.md").read_text()
+    assert "2 of 4 key/value heads kept" in card
+    assert "2 (chosen)" in card
+    assert "Nothing was\ntrained" in card
+    again = command("linearize", model_dir, "--out", out, "--no-train", "--selection", selection_file)
+    assert again.exit_code == 2
+    assert "not empty" in again.output
+
+
+def test_budget_without_training_is_searched_once(model_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = ["linearize", model_dir, "--out", out, "--no-train", "--no-merge", "--set", "attention.softmax_budget=0.5"]
+    done = command(*asked, "--set", WINDOW[0], "--set", WINDOW[1])
+    assert done.exit_code == 0, done.output
+    record = json.loads((out / "config.json").read_text())["lolcats"]
+    found = Selection.read(out / "selection.yaml")
+    kept = {str(e["layer"]): e["softmax_heads"] for e in record["layers"] if e.get("softmax_heads")}
+    kept |= {str(e["layer"]): [0, 1] for e in record["layers"] if e["kind"] == "softmax"}
+    assert kept == found.heads
+    assert sum(map(len, kept.values())) == 2
+    assert not (out / "merged").exists()
+
+
+def test_run_keeps_its_choice(model_dir: Path, chat_file: Path, settings: list[str], tmp_path: Path,
+                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    config = load_config("default", [*settings, "attention.softmax_budget=0.5"])
+    run = linearize(str(model_dir), str(chat_file), tmp_path / "run", config, merge=False)
+    found = Selection.read(tmp_path / "run" / "selection.yaml")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())["lolcats"]
+    assert record["attention"]["softmax_heads"] == found.heads
+    assert run.config.attention.softmax_budget == 0.5
+    assert "selection.yaml" not in record.get("parts", {})
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "2 (chosen)" in card
+    monkeypatch.setattr("lolcats.pipeline.heads.found_heads", lambda *_: pytest.fail("searched again"))
+    again = linearize(str(model_dir), str(chat_file), tmp_path / "run", config, merge=False)
+    assert again.results == Run.open(tmp_path / "run").results
+    model = load(tmp_path / "run")
+    assert model.config.lolcats["attention"]["softmax_heads"] == found.heads
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--heads", 9, "--lengths", 2048], "9 heads are to be kept, and the model has only 4"),
+    (["--budget", 0.1, "--lengths", 2048], "less than one of the 4"),
+    (["--budget", 0.5, "--heads", 2], "give one of them"),
+    (["--unit", "block"], "expected head or layer"),
+    (["--heads", 1, "--unit", "layer", "--lengths", 2048], "below one layer, which has 2"),
+    (["--heads", 2, "--lengths", 100], "at least 512 tokens"),
+    (["--set", "attention.softmax_heads={0: [1]}"], "lists heads already"),
+])  # fmt: skip
+def test_mistakes_are_a_sentence(model_dir: Path, tmp_path: Path, arguments: list[Any], message: str) -> None:
+    done = command("select", model_dir, "--out", tmp_path / "heads.yaml", *arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+
+
+def test_settings_exclude_each_other(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(LolcatsError, match="set one of the two"):
+        load_config("default", ["attention.softmax_budget=0.1", "attention.softmax_heads={0: [1]}"])
+    with pytest.raises(LolcatsError, match="between 0 and 1"):
+        load_config("default", ["attention.softmax_budget=2"])
+    with pytest.raises(LolcatsError, match="softmax_budget leaves the choice"):
+        lolcats.convert(tiny_model(), AttentionConfig(softmax_budget=0.5))
+    for arguments, message in (([], "needs --data"), (["--no-train", "--data", "x.jsonl"], "reads no --data")):
+        done = command("linearize", model_dir, "--out", tmp_path / "out", *arguments)
+        assert done.exit_code == 2
+        assert message in done.output
+
+
+def test_curve_in_a_file_says_what_it_is(selection_file: Path) -> None:
+    tree = yaml.safe_load(selection_file.read_text())
+    assert tree["window"] == {"window": "terraced", "window_size": 8, "sinks": 2}
+    assert tree["search"]["lengths"] == [2048]
+    assert set(tree["search"]["seconds"]) == {"prompts", "search", "curve"}
+    assert [set(point["exact"]) for point in tree["curve"]] == [set(KINDS)] * len(tree["curve"])
+
+
+def find_model(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path)
