@@ -24,6 +24,7 @@ from lolcats.inference.engine import Engine
 from lolcats.modeling.cache import SplitCacheLayer
 from lolcats.modeling.interface import attention_function
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers
+from lolcats.modeling.masks import MaskRequest
 from lolcats.modeling.observe import watch_layers
 from lolcats.pipeline import linearize
 
@@ -116,6 +117,26 @@ def test_packed_documents_are_apart() -> None:
     packed = model(IDS, position_ids=positions).logits
     for part in (slice(0, 25), slice(25, None)):
         torch.testing.assert_close(packed[:, part], model(IDS[:, part]).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_packed_documents_need_no_mask_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that keeps documents apart has T × T entries and rules out SDPA's fast kernels."""
+    model = converted(base_of())
+    lengths, ids = (7, 25, 3, 25), torch.cat([IDS, IDS.flip(0)])
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(4, -1)
+
+    def gradients(*rows: tuple[Tensor, Tensor | None]) -> list[Tensor]:
+        model.zero_grad()
+        for part, places in rows:
+            model(part, use_cache=False, **({} if places is None else {"position_ids": places})).logits.sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    alone = gradients(*((part, None) for part in ids.split(lengths, 1)))
+    monkeypatch.setattr(MaskRequest, "build", lambda *_: pytest.fail("a mask was built"))
+    packed = gradients((ids, positions))
+    assert len(alone) == len(packed)
+    for a, b in zip(alone, packed, strict=True):
+        torch.testing.assert_close(b, a, atol=2e-4 * a.abs().max().item(), rtol=1e-3)
 
 
 @torch.no_grad()

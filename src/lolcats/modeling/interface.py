@@ -56,7 +56,7 @@ def attention_function(
     cache = pending(_call(request).cache, layer.geometry.layer)
     if isinstance(cache, SplitCacheLayer):
         k, v = cache.kept.update(k, v)
-    soft, _ = softmax_attention(module, q, k, v, attention_mask, **kwargs)
+    soft = _kept_attention(module, q, k, v, attention_mask, request, kwargs)
     q, k, v = kept.part(kept.linearized, query, key, value)
     return kept.joined(soft, _linearized(layer, module, q, k, v, request, kwargs)), None
 
@@ -105,6 +105,22 @@ def _linearized(
             cache.take(layer, k, v), q, k, v, scale, softcap, padding, counts, call.backend
         )  # fmt: skip
     return y.transpose(1, 2).to(dtype).contiguous()
+
+
+def _kept_attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, request: MaskRequest | None, kwargs: dict[str, Any]
+) -> Tensor:
+    """Softmax attention of kept heads, (B, T, heads, D). Documents packed into rows are computed in rows of their own:
+    SDPA's fast kernels take no mask that keeps them apart."""
+    documents = _call(request).documents
+    local = request is not None and request.arguments.get("local_size")
+    if documents is None or local or module.lolcats.base_implementation != "sdpa":
+        return softmax_attention(module, q, k, v, mask, **kwargs)[0]
+
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return softmax_attention(module, q, k, v, None, **kwargs)[0].transpose(1, 2)
+
+    return documents.apart(causal, q, k, v).transpose(1, 2)
 
 
 def _trial(
