@@ -38,6 +38,7 @@ STOP = 2  # steps after which runs are interrupted
 PLAIN = [*SETTINGS, "attention.key_maps=per_kv_head"]
 TRAINED_MAPS = [*PLAIN, "finetune.feature_map_learning_rate=1e-2", "finetune.gradient_checkpointing=true",
                 "finetune.schedule=reduce_on_plateau"]  # fmt: skip
+KEPT = [*SETTINGS, "attention.softmax_heads={0: [1]}"]
 SHARDED, WHOLE = "finetune.sharding=always", "finetune.sharding=never"
 FORMS = {"": SHARDED, "_whole": WHOLE}
 
@@ -107,6 +108,7 @@ def on_two_ranks(root: Path) -> None:
             assert_same_everywhere(wrapped)
         tune(root / f"two_maps{form}", [*TRAINED_MAPS, setting])
         tune(root / f"two_tied{form}", [*PLAIN, setting], tied=True)
+        tune(root / f"two_kept{form}", [*KEPT, setting])
         with pytest.raises(Interrupted):
             tune(root / f"two_then_one{form}", [*PLAIN, setting], stop=True)
         tune(root / f"one_then_two{form}", [*PLAIN, setting])  # started by one process
@@ -213,6 +215,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path], 
     tune(root / "one", PLAIN)
     tune(root / "one_maps", TRAINED_MAPS)
     tune(root / "one_tied", PLAIN, tied=True)
+    tune(root / "one_kept", KEPT)
     for form in FORMS:
         with pytest.raises(Interrupted):
             tune(root / f"one_then_two{form}", PLAIN, stop=True)
@@ -221,7 +224,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path], 
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["", "_maps", "_tied"])
+@pytest.mark.parametrize("kind", ["", "_maps", "_tied", "_kept"])
 def test_two_ranks_equal_one_process(kind: str, form: str, root: Path) -> None:
     assert_same_run(root / f"one{kind}", root / f"two{kind}{form}")
 

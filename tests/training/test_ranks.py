@@ -85,10 +85,12 @@ def test_two_ranks_agree_or_report_how_they_differ(model: Path, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_give_the_same_as_one(ranks: int, model: Path, tmp_path: Path) -> None:
-    """In every order, with all layers coupled, and with rows of several documents. On four ranks, a last batch of six
+    """In every order, with all layers coupled, with kept heads, and with rows of several documents. On four ranks, a last batch of six
     rows and five validation rows give some ranks fewer rows than others."""
     tasks = [Task(tmp_path / order, settings(order)) for order in ORDERS]
     coupled = settings("joint", "transfer.coupling=joint", "transfer.micro_batch_size=2")
+    kept = "attention.softmax_heads={0: [1], 2: [0]}"
+    tasks += [Task(tmp_path / f"kept {order}", settings(order, kept)) for order in ("stream", "blocks")]
     tasks += [Task(tmp_path / "coupled", coupled), Task(tmp_path / "apart", settings("stream"), apart=True)]
     assert launch(ranks, model, tasks) == [0] * ranks
     expected = train(model, Task(tmp_path / "one", settings("joint")))
@@ -96,6 +98,9 @@ def test_ranks_give_the_same_as_one(ranks: int, model: Path, tmp_path: Path) -> 
         assert_close(tmp_path / order, expected)
     alone = Task(tmp_path / "alone", coupled)
     assert_close(tmp_path / "coupled", train(model, alone))
+    expected = train(model, Task(tmp_path / "one kept", settings("joint", kept)))
+    for order in ("stream", "blocks"):
+        assert_close(tmp_path / f"kept {order}", expected)
     assert_close(tmp_path / "apart", train(model, Task(tmp_path / "one apart", settings("joint"), apart=True)))
 
 
