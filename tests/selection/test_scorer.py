@@ -97,6 +97,16 @@ def test_slopes_are_derivatives_by_the_shares() -> None:
     assert scorer.slopes(dict.fromkeys([(0, 1)], 1.0))[0] == pytest.approx(scorer.loss([(0, 1)]), rel=1e-4)
 
 
+def test_many_units_are_added_several_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lolcats.selection.search.ONE_BY_ONE", 2)
+    scorer = scorer_of(base_of())
+    kept = [(head,) for head in scorer.heads[:2]]
+    found = grow(scorer, kept, [(head,) for head in scorer.heads[2:]], 40, 3, lambda _: None)
+    assert [len(each.units) for each in found] == [4, 6, 8]
+    for each in found:
+        assert each.loss == pytest.approx(scorer.loss(each.heads), rel=1e-5, abs=1e-6)
+
+
 def test_search_finds_what_trying_all_sets_of_one_finds() -> None:
     scorer = scorer_of(base_of())
     units = units_of(scorer, by_layer=False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lolcats.selection.scorer import Scorer
 
+ONE_BY_ONE = 8  # units that are added singly
 Head = tuple[int, int]
 Unit = tuple[Head, ...]
 Say = Callable[[str], None]
@@ -40,6 +41,8 @@ def grow(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: in
     """Add the unit that lowers the loss most, until ``count`` are kept.
 
     In each round the slopes of all units are computed at once, and only the ``width`` most promising ones are scored.
+    The first ``ONE_BY_ONE`` units are added singly, since much depends on them; of many more, a 16th of ``count`` is
+    added in a round, those with the lowest scores.
 
     Returns:
         The sets of all rounds, the last of which has ``count`` units.
@@ -49,11 +52,13 @@ def grow(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: in
         scorer.move_to(_heads(kept))
         tried = _steepest(scorer, kept, others, width, sign=1)
         losses = {unit: scorer.loss(_heads([*kept, unit])) for unit in tried}
-        best = min(tried, key=losses.__getitem__)
-        kept.append(best)
-        others.remove(best)
-        found.append(Found(tuple(kept), losses[best]))
-        say(f"{len(_heads(kept))} heads: {_named(best)} added, loss {losses[best]:.4f}")
+        several = 1 if len(kept) < ONE_BY_ONE else min(max(1, count // 16), count - len(kept))
+        best = sorted(tried, key=losses.__getitem__)[:several]
+        kept += best
+        others = [unit for unit in others if unit not in best]
+        loss = losses[best[0]] if len(best) == 1 else scorer.loss(_heads(kept))
+        found.append(Found(tuple(kept), loss))
+        say(f"{len(_heads(kept))} heads: {', '.join(map(_named, best))} added, loss {loss:.4f}")
     return found
 
 
