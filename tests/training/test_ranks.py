@@ -85,8 +85,8 @@ def test_two_ranks_agree_or_report_how_they_differ(model: Path, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_give_the_same_as_one(ranks: int, model: Path, tmp_path: Path) -> None:
-    """In every order, with all layers coupled, with kept heads, and with rows of several documents. On four ranks, a last batch of six
-    rows and five validation rows give some ranks fewer rows than others."""
+    """In every order, with all layers coupled, with kept heads, and with rows of several documents. On four ranks, a
+    last batch of six rows and five validation rows give some ranks fewer rows than others."""
     tasks = [Task(tmp_path / order, settings(order)) for order in ORDERS]
     coupled = settings("joint", "transfer.coupling=joint", "transfer.micro_batch_size=2")
     kept = "attention.softmax_heads={0: [1], 2: [0]}"
