@@ -215,16 +215,16 @@ def curve_table(selection: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]],
 
 def show_run(run: Any) -> None:
     """Print the tables at the end of a run."""
-    from lolcats.report.table import memory_rows, perplexity_rows, remarks
+    from lolcats.report.table import memory_rows, model_table, remarks
 
     rows, length = run.record["data"]["test_rows"], run.config.data.sequence_length
-    table = Table("model", title=f"Perplexity on {rows} × {length} held-out tokens")
-    for name in ("perplexity", "against teacher"):
+    header, measured = model_table(run)  # no rows after a stage 1 that trained layers in turn
+    table = Table(header[0], title=f"Perplexity on {rows} × {length} held-out tokens")
+    for name in header[1:]:
         table.add_column(name, justify="right")
-    perplexities = perplexity_rows(run)  # empty after a stage 1 that trained layers in turn
-    for row in perplexities:
+    for row in measured:
         table.add_row(*row)
-    if perplexities:
+    if measured:
         out.print(table)
     for text in remarks(run):
         out.print(text)

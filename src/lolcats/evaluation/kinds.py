@@ -30,6 +30,8 @@ ACTIVITIES = (
 )  # fmt: skip
 COLOURS = ("red", "green", "yellow", "black", "white", "silver", "purple", "brown")
 THINGS = ("suitcase", "bicycle", "umbrella", "lantern", "cupboard", "mailbox", "piano", "wheelbarrow")
+CODE = "The code of the {} is {}."
+CODE_QUESTION = "What is the code of the {0}? The code of the {0} is"
 OTHER_KEYS = 3
 COMMON, FREQUENT = 10, 3  # words asked for
 SHORT = 4096  # below, RULER repeats common words less often
@@ -72,6 +74,20 @@ def multi_query(tokenizer: Any, haystack: Sequence[int], length: int, samples: i
     return prompts
 
 
+def needles(tokenizer: Any, haystack: Sequence[int], length: int, samples: int, seed: str) -> list[Prompt]:
+    """RULER's multi-query needle: a key with a value at each depth, all asked in random order."""
+    prompts = []
+    for i in range(samples):
+        rng = random.Random(f"{seed}/{i}")
+        things = _things(rng, len(DEPTHS))
+        codes = [_number(rng) for _ in things]
+        passages = [(CODE.format(thing, code), at) for thing, code, at in zip(things, codes, DEPTHS, strict=True)]
+        order = rng.sample(range(len(things)), len(things))
+        asked = [("\n\n" + CODE_QUESTION.format(things[n]), codes[n], n) for n in order]
+        prompts.append(hidden_prompt(tokenizer, haystack, length, passages, asked, rng))
+    return prompts
+
+
 def multi_key(tokenizer: Any, haystack: Sequence[int], length: int, samples: int, seed: str) -> list[Prompt]:
     """RULER's multi-key needle: the asked key at its depth, three others at random depths."""
     prompts = []
@@ -81,12 +97,8 @@ def multi_key(tokenizer: Any, haystack: Sequence[int], length: int, samples: int
             things = _things(rng, 1 + OTHER_KEYS)
             codes = [_number(rng) for _ in things]
             depths = [depth, *(rng.random() for _ in range(OTHER_KEYS))]
-            passages = [
-                (f"The code of the {thing} is {code}.", at)
-                for thing, code, at in zip(things, codes, depths, strict=True)
-            ]
-            question = f"\n\nWhat is the code of the {things[0]}? The code of the {things[0]} is"
-            asked = [(question, codes[0], 0)]
+            passages = [(CODE.format(thing, code), at) for thing, code, at in zip(things, codes, depths, strict=True)]
+            asked = [("\n\n" + CODE_QUESTION.format(things[0]), codes[0], 0)]
             prompts.append(hidden_prompt(tokenizer, haystack, length, passages, asked, rng))
     return prompts
 
@@ -150,7 +162,7 @@ def frequent_words(tokenizer: Any, haystack: Sequence[int], length: int, samples
 
 
 KINDS: dict[str, Callable[[Any, Sequence[int], int, int, str], list[Prompt]]] = {
-    "passkey": passkey, "needle": needle, "multi-query": multi_query, "multi-key": multi_key,
+    "passkey": passkey, "needle": needle, "multi-query": multi_query, "needles": needles, "multi-key": multi_key,
     "multi-value": multi_value, "variables": variables, "common-words": common_words, "frequent-words": frequent_words,
 }  # fmt: skip
 

@@ -32,6 +32,7 @@ from lolcats.evaluation.text import ROW
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import layer_spec
 
+BEYOND = "exact beyond the window"
 ANSWERS = 200  # per kind and length unless a limit says otherwise
 
 
@@ -86,7 +87,7 @@ def recall(model: PreTrainedModel, tokenizer: Any, haystack: Sequence[int], leng
         for length in lengths:
             prompts = make_prompts(kind, tokenizer, haystack, length, answers or ANSWERS, seed)
             found = measure(model, tokenizer, prompts, max(1, batch_size * ROW // length), seen)
-            scores += _scores(f"{kind}@{length}", found, seen is not None)
+            scores += scores_of(f"{kind}@{length}", found, seen is not None)
     return scores
 
 
@@ -103,6 +104,7 @@ def measure(
     model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], batch_size: int, seen: Sight | None = None
 ) -> list[Found]:  # fmt: skip
     """Every answer of every prompt. The prompts have the same number of tokens."""
+    model.eval()
     found: list[Found] = []
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
@@ -134,7 +136,8 @@ def _words(tokenizer: Any, tokens: list[int]) -> list[str]:
     return re.findall(r"\w+", tokenizer.decode(tokens))
 
 
-def _scores(task: str, found: Sequence[Found], apart: bool) -> Iterator[Score]:
+def scores_of(task: str, found: Sequence[Found], apart: bool) -> Iterator[Score]:
+    """Every metric over all answers; if ``apart``, ``exact`` also over those beyond and in the window."""
     depths = [f"{one.depth:g}" for one in found]
 
     def score(metric: str, key: str, chosen: Sequence[Found], better: bool = True) -> Score:
@@ -143,9 +146,9 @@ def _scores(task: str, found: Sequence[Found], apart: bool) -> Iterator[Score]:
         return mean_score(task, metric, (items,), better, labels, [one.prompt for one in chosen])
 
     yield score("exact", "exact", found)
-    for place, wanted in (("beyond the window", False), ("in the window", True)) if apart else ():
+    for metric, wanted in ((BEYOND, False), ("exact in the window", True)) if apart else ():
         if chosen := [one for one in found if one.in_window is wanted]:
-            yield score(f"exact {place}", "exact", chosen)
+            yield score(metric, "exact", chosen)
     yield score("generated", "generated", found)
     yield score("argmax", "argmax", found)
     yield score("nll", "nll", found, better=False)

@@ -22,7 +22,7 @@ from lolcats.report import figures
 from lolcats.report.comparison import entry_rows
 from lolcats.report.curve import HEADER, curve_rows, curve_title, run_selection
 from lolcats.report.picture import has_matplotlib
-from lolcats.report.table import attention_of, memory_rows, perplexity_rows, remarks
+from lolcats.report.table import attention_of, memory_rows, model_table, remarks
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
 from lolcats.stages.finetune.controls import control_directory
 
@@ -116,7 +116,7 @@ def _name(path: str) -> str:
 def _perplexity(run: Run) -> Iterator[str]:
     rows, length = run.record["data"]["test_rows"], run.config.data.sequence_length
     yield _paragraph(f"On {rows} × {length} held-out tokens of the same data, never used to train or select anything.")
-    yield _table(("model", "perplexity", "against the teacher"), perplexity_rows(run))
+    yield _table(*model_table(run))
     for text in remarks(run):
         yield _paragraph(text)
 
