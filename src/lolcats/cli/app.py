@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import wraps
 from logging import getLogger
 from pathlib import Path
+from textwrap import wrap
 from typing import Annotated, Any
 
 import typer
@@ -221,7 +222,7 @@ def show_run(run: Any) -> None:
     header, measured = model_table(run)  # no rows after a stage 1 that trained layers in turn
     table = Table(header[0], title=f"Perplexity on {rows} × {length} held-out tokens")
     for name in header[1:]:
-        table.add_column(name, justify="right")
+        table.add_column("\n".join(wrap(name, 10)), justify="right")  # narrow, so that the first column is not
     for row in measured:
         table.add_row(*row)
     if measured:

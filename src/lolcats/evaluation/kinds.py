@@ -31,7 +31,7 @@ ACTIVITIES = (
 COLOURS = ("red", "green", "yellow", "black", "white", "silver", "purple", "brown")
 THINGS = ("suitcase", "bicycle", "umbrella", "lantern", "cupboard", "mailbox", "piano", "wheelbarrow")
 CODE = "The code of the {} is {}."
-CODE_QUESTION = "What is the code of the {0}? The code of the {0} is"
+CODE_QUESTION = "The code of the {} is"
 OTHER_KEYS = 3
 COMMON, FREQUENT = 10, 3  # words asked for
 SHORT = 4096  # below, RULER repeats common words less often
@@ -109,7 +109,7 @@ def multi_value(tokenizer: Any, haystack: Sequence[int], length: int, samples: i
     def draw(rng: random.Random) -> tuple[list[str], str, list[str]]:
         (thing,) = _things(rng, 1)
         codes = [_number(rng) for _ in DEPTHS]
-        question = f"What are the {len(codes)} codes of the {thing}, in the order of the text? They are"
+        question = f"What are all codes of the {thing}, in the order of the text? The codes of the {thing} are"
         return [f"One code of the {thing} is {code}." for code in codes], question, codes
 
     return _listing(draw, tokenizer, haystack, length, samples, seed)
@@ -124,7 +124,8 @@ def variables(tokenizer: Any, haystack: Sequence[int], length: int, samples: int
             names += [name] if (name := made_up_word(rng, 2)) not in names else []
         value = _number(rng)
         chain = [f"Set {name} to {before}." for name, before in zip(names, [value, *names[:-1]], strict=True)]
-        question = f"Which {len(names)} variables have the value {value}, in the order of the text? They are"
+        which = f"variables with the value {value}"
+        question = f"What are all {which}, in the order of the text? The {which} are"
         return chain, question, names
 
     return _listing(draw, tokenizer, haystack, length, samples, seed)

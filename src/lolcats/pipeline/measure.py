@@ -116,10 +116,17 @@ def _perplexities(job: Job, model: Callable[[], PreTrainedModel], *compared: Com
 
     for each in compared:
         job.run.measure(each.result, partial(measured, each))
-        if each in BESIDE and not job.lean:
-            job.run.measure(f"bytes_{each.key}", partial(_bytes, model, each))
-            if prompts := recall_prompts(job):
-                job.run.measure(f"recall_{each.key}", partial(_recall, job, model, each, prompts))
+        if (
+            each in BESIDE and not job.lean and "cache_bytes" not in job.run.results
+        ):  # else an older version finished it
+            _beside(job, model, each)
+
+
+def _beside(job: Job, model: Callable[[], PreTrainedModel], compared: Compared) -> None:
+    """Bytes of state, and recall if the run's rows are long enough for it."""
+    job.run.measure(f"bytes_{compared.key}", partial(_bytes, model, compared))
+    if prompts := recall_prompts(job):
+        job.run.measure(f"recall_{compared.key}", partial(_recall, job, model, compared, prompts))
 
 
 def _perplexity(job: Job, model: PreTrainedModel, words: str) -> float:
