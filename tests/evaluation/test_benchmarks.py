@@ -240,10 +240,15 @@ def test_recall_and_positions_on_the_command_line(trained: Path, data_dir: Path,
     ], "a window of 16 tokens ends before the question"  # fmt: skip
     book = tmp_path / "book.txt"
     book.write_text(FILES["long_books"][0]["text"])
-    first = output.read_text()
-    evaluate(trained, *arguments, "--data", book)
+    evaluate(trained, "--tasks", "recall-passkey, positions", *arguments[2:], "--data", book)
     again = json.loads(output.read_text())
-    assert again["scores"] == json.loads(first)["scores"], "the same text and seed: the same results"
+    same = [entry for entry in entries if entry["task"].startswith(("passkey", "positions"))]
+    assert again["scores"] == same, "the same text and seed: the same results"
+    assert again["options"]["seen"] == {"window": 16, "sinks": 2}
+    single = ("--tasks", "recall-passkey", "--lengths", 600, "--limit", 6, "--data", book, "--output", output)
+    evaluate(trained / "merged", *single)
+    entries = json.loads(output.read_text())["scores"]
+    assert {(e["task"], e["items"]) for e in entries} == {("passkey@600", 10)}, "the same number at each depth"
 
 
 def test_mistakes_end_in_a_sentence(trained: Path, data_dir: Path, tmp_path: Path) -> None:

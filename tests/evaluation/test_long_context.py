@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,9 +127,12 @@ def test_recall_equals_the_plain_forward_pass(tokenizer, haystack, mode: Any) ->
     assert all(len(s.labels) == (0 if s.task.startswith(COUNTING) else s.count) for s in scores)
 
 
-@pytest.mark.parametrize("mode", ["teacher", "student"])
-def test_exact_is_what_greedy_generation_gives(tokenizer, haystack, mode: Any) -> None:
-    model = lolcats.convert(tiny_model(), TINY)
+@pytest.mark.parametrize(
+    ("mode", "family", "heads"),
+    [("teacher", "llama", {}), ("student", "llama", {}), ("student", "llama", {"1": [1]}), ("student", "gemma3", {})],
+)
+def test_exact_is_what_greedy_generation_gives(tokenizer, haystack, mode: Any, family: str, heads: Any) -> None:
+    model = lolcats.convert(tiny_model(family), replace(TINY, softmax_heads=heads))
     prompts = KINDS["passkey"](tokenizer, haystack, 100, 1, "seed")
     with override(model, mode=mode):
         ids = torch.tensor([prompt.ids for prompt in prompts])

@@ -297,6 +297,7 @@ def _benchmarks(
 ) -> None:  # fmt: skip
     """Print the tables of ``evaluate --tasks`` and write its JSON file."""
     from lolcats.evaluation.suite import evaluate as run_suite
+    from lolcats.evaluation.suite import fill_in
     from lolcats.pipeline import log
     from lolcats.report.comparison import comparison_rows, depth_rows, write_comparison
     from lolcats.report.table import controls_hint
@@ -307,7 +308,7 @@ def _benchmarks(
         print_rows(*depth_rows(scores, metric), title=f"Recall by depth: {metric}")
     out.print(controls_hint(model))
     if output:
-        write_comparison(output, scores, model, tasks, baselines, place, options)
+        write_comparison(output, scores, model, tasks, baselines, place, fill_in(options, model, tasks, trust))
         out.print(f"Results: {output}", soft_wrap=True)
 
 

@@ -65,7 +65,7 @@ def evaluate(model: str, names: list[str], baselines: list[str], device: torch.d
         LolcatsError: an unknown task or baseline, or data that cannot be loaded. Raised before any model is loaded.
     """
     check_baselines(model, baselines)
-    options = _with_sight(model, _with_lengths(model, names, options, trust))
+    options = fill_in(options, model, names, trust)
     if LONG & set(names) and (warning := beyond_training(model, options.lengths)):
         say(warning)
     prepared = prepare(names, options, load_tokenizer(find_base(model, trust), trust))
@@ -152,6 +152,12 @@ def _documents(tokenizer: Any, options: Options) -> list[list[int]]:
     if not source:
         raise LolcatsError("These tasks need long text: give --data FILE, or --data-dir with long_books.parquet.")
     return [encode(tokenizer, document) for document in read_documents(source)]
+
+
+def fill_in(options: Options, model: str, names: list[str], trust: bool = False) -> Options:
+    """Options with what the user left to the model: lengths, and what recall reports as in the window."""
+    options = _with_lengths(model, names, options, trust)
+    return _with_sight(model, options) if RECALL.keys() & set(names) else options
 
 
 def _with_lengths(model: str, names: list[str], options: Options, trust: bool) -> Options:

@@ -55,7 +55,7 @@ class Measurement:
         self.tasks: dict[str, Task] = prepare(names, options, inputs.tokenizer) if names else {}
         known = {**asdict(wanted), "perplexity": {n: source_identity(p) for n, p in files.items()}, "tasks": names}
         if RECALL.keys() & set(names):
-            known["recall"] = RECALL_COUNTS
+            known["recall"] = [RECALL_COUNTS, repr(options.seen)]
         self.key = short_hash({k: v for k, v in known.items() if k not in ("data_dir", "text", "batch_size")})
 
     def perplexities(self, model: PreTrainedModel) -> Measured:
