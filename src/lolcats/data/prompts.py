@@ -1,7 +1,7 @@
-"""Prompts that ask for something that stands earlier in them, for evaluations and for the selection of heads.
+"""Prompts that ask for something that stands earlier in them.
 
 Every prompt has exactly the requested number of tokens up to its first answer, so batches need no padding. What is
-hidden, asked and answered are arguments: the texts of an evaluation and those of a selection must be different.
+hidden, asked and answered are arguments; ``evaluation/kinds.py`` has the texts.
 """
 
 from __future__ import annotations
