@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,19 @@ import lolcats
 from lolcats.config import load_config
 from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
+from lolcats.evaluation.memory import cache_bytes, readable
+from lolcats.evaluation.recall import BEYOND, sight
+from lolcats.evaluation.recall import measure as measure_recall
 from lolcats.modeling.layer import linearized_layers
 from lolcats.pipeline import linearize, resume, run_finetune, run_transfer, start
+from lolcats.pipeline.measure import recall_prompts
+from lolcats.report.table import model_table, recall_note
 from lolcats.run import Run
 
 RESULTS = {
     "ppl_teacher", "ppl_window", "ppl_window_sinks", "ppl_transfer", "ppl_student", "ppl_linear_off", "ppl_window_off",
     "baseline_sinks", "layer_errors_before", "layer_errors_after", "sample_teacher", "sample_student", "cache_bytes",
-    "gamma", "layers", "attention",
+    "gamma", "layers", "attention", "bytes_teacher", "bytes_window_sinks", "bytes_student",
 }  # fmt: skip
 
 
@@ -62,6 +68,39 @@ def test_whole_job(family: str, model_dirs, chat_file: Path, settings, tmp_path:
     before = (out / "run.json").read_bytes(), (out / "merged" / "model.safetensors").stat().st_mtime_ns
     linearize(str(model_dirs[family]), str(chat_file), out, config, say=lambda _: None)
     assert before == ((out / "run.json").read_bytes(), (out / "merged" / "model.safetensors").stat().st_mtime_ns)
+
+
+def test_recall_and_bytes_stand_beside_perplexity(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
+    """Only rows that are long enough for the prompts have recall; the same numbers come from the saved model."""
+    settings += ["data.sequence_length=512", "data.test_rows=2", "data.validation_rows=2", "transfer.max_steps=2"]
+    config, out = load_config("default", settings), tmp_path / "out"
+    run = linearize(str(model_dirs["llama"]), str(chat_file), out, config, merge=False, say=lambda _: None)
+    assert set(run.results) == RESULTS | {"recall_teacher", "recall_window_sinks", "recall_student"}
+    job = resume(out, say=lambda _: None)
+    prompts = recall_prompts(job)
+    assert {len(prompt.ids) for prompt in prompts} == {512}
+    saved = lolcats.load(out)
+    found = measure_recall(saved, job.inputs.tokenizer, prompts, 2, sight(config.attention))
+    assert run.results["recall_student"]["nll"]["value"] == pytest.approx(sum(one.nll for one in found) / 20, rel=1e-4)
+    beyond = run.results["recall_teacher"][BEYOND]
+    assert beyond["answers"] == sum(not one.in_window for one in found)
+    assert beyond["task"] == "needles@512"
+    state = run.results["bytes_student"], run.results["bytes_window_sinks"]
+    assert state[0] == cache_bytes(saved, 8192)[1] > state[1] > 0
+    assert run.results["bytes_teacher"] == cache_bytes(saved, 8192)[0]
+
+    header, rows = model_table(run)
+    assert header == ("model", "perplexity", "against teacher", "recall at 512 tokens", "state at 8,192 tokens")
+    cells = {row[0]: row[3:] for row in rows}
+    assert cells["teacher (softmax attention)"] == (
+        f"{100 * beyond['value']:.0f} ± {100 * beyond['stderr']:.0f} %", readable(run.results["bytes_teacher"]),
+    )  # fmt: skip
+    assert cells["after stage 1 (attention transfer)"] == ("", "")
+    assert all(cell in (out / "README.md").read_text() for cell in (*header, recall_note(run)))
+    run.record["results"]["recall_student"] = None  # as of a model in pieces
+    assert {row[0]: row[3] for row in model_table(run)[1]}["after stage 2 (LoRA)"] == ""
+    softmax = load_config("default", [*settings, "attention.kind=softmax"])
+    assert recall_prompts(replace(job, config=softmax)) == []
 
 
 def test_recorded_perplexity_is_that_of_the_saved_model(model_dirs, chat_file, settings, tmp_path, tokenizer) -> None:

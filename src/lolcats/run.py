@@ -32,6 +32,7 @@ from lolcats.weights.base import UNKNOWN, Base
 
 RECORD = "run.json"
 SAMPLE_PROMPT = "What is a good way to spend a rainy weekend? Explain your ideas."
+STATE_TOKENS = 8192  # length of a sequence whose state is measured beside perplexity
 SAMPLE_WINDOWS = 3  # maximum length of an answer in windows; its end depends on the linear term
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 

@@ -20,6 +20,7 @@ from lolcats.cli import app
 from lolcats.config import load_config
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import harness, tasks
+from lolcats.evaluation.kinds import KINDS
 from lolcats.evaluation.suite import beyond_training
 from lolcats.evaluation.systems import check_baselines, systems
 from lolcats.modeling.checkpoint import load
@@ -220,25 +221,34 @@ def test_batches_change_nothing(model_dirs, data_dir: Path, tokenizer, monkeypat
 
 def test_recall_and_positions_on_the_command_line(trained: Path, data_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    arguments = ("--tasks", "recall, positions", "--lengths", "512,600", "--limit", 1, "--output", output)
+    arguments = ("--tasks", "recall, positions", "--lengths", "600,700", "--limit", 1, "--output", output)
     text = evaluate(trained, *arguments, "--data-dir", data_dir)
     assert "Recall by depth: argmax" in text
     trained_on = load_config(str(trained / "config.yaml")).data.sequence_length
-    warning = f"trained on rows of {trained_on} tokens but is evaluated on up to 600: expect worse results there"
+    warning = f"trained on rows of {trained_on} tokens but is evaluated on up to 700: expect worse results there"
     assert warning in " ".join(text.split())
     assert not beyond_training(str(trained), [trained_on])
     assert not beyond_training("a/base-model", [600])
     entries = json.loads(output.read_text())["scores"]
     assert {e["task"] for e in entries} == {
-        *(f"{task}@{n}" for task in ("passkey", "needle", "multi-query") for n in (512, 600)), "positions",
+        *(f"{kind}@{n}" for kind in KINDS for n in (600, 700)), "positions",
     }  # fmt: skip
     assert entries[0]["depths"] == ["0", "0.25", "0.5", "0.75", "1"]
+    assert entries[0]["prompts"] == [0, 1, 2, 3, 4]
+    assert [e["metric"] for e in entries if e["task"] == "multi-query@700"] == [
+        "exact", "exact beyond the window", "generated", "argmax", "nll",
+    ], "a window of 16 tokens ends before the question"  # fmt: skip
     book = tmp_path / "book.txt"
     book.write_text(FILES["long_books"][0]["text"])
-    first = output.read_text()
-    evaluate(trained, *arguments, "--data", book)
+    evaluate(trained, "--tasks", "recall-passkey, positions", *arguments[2:], "--data", book)
     again = json.loads(output.read_text())
-    assert again["scores"] == json.loads(first)["scores"], "the same text and seed: the same results"
+    same = [entry for entry in entries if entry["task"].startswith(("passkey", "positions"))]
+    assert again["scores"] == same, "the same text and seed: the same results"
+    assert again["options"]["seen"] == {"window": 16, "sinks": 2}
+    single = ("--tasks", "recall-passkey", "--lengths", 600, "--limit", 6, "--data", book, "--output", output)
+    evaluate(trained / "merged", *single)
+    entries = json.loads(output.read_text())["scores"]
+    assert {(e["task"], e["items"]) for e in entries} == {("passkey@600", 10)}, "the same number at each depth"
 
 
 def test_mistakes_end_in_a_sentence(trained: Path, data_dir: Path, tmp_path: Path) -> None:

@@ -22,6 +22,24 @@ def test_error_of_an_accuracy_is_binomial() -> None:
     assert score(1.0).stderr is None
 
 
+def test_answers_of_one_prompt_are_one_observation() -> None:
+    """Two equal answers per prompt have the error of one; independent items that of single clusters."""
+    pairs = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    once, twice = score(1, 0, 0, 1, 1), mean_score("task", "acc", ((1, 1, 0, 0, 0, 0, 1, 1, 1, 1),), clusters=pairs)
+    assert twice.stderr == pytest.approx(once.stderr)
+    single = mean_score("task", "acc", ((1, 0, 0, 1, 1),), clusters=range(5))
+    assert single.stderr == pytest.approx(once.stderr)
+    uneven = mean_score("task", "acc", ((1, 1, 0),), clusters=[7, 7, 9])
+    assert uneven.stderr == pytest.approx(math.sqrt(2 * ((2 / 3) ** 2 + (2 / 3) ** 2)) / 3)
+    assert mean_score("task", "acc", ((1, 0),), clusters=[3, 3]).stderr is None
+    other = mean_score("task", "acc", ((0,) * 10,), clusters=twice.clusters)
+    assert difference(twice, other).stderr == pytest.approx(once.stderr)
+    half = mean_score("task", "acc", ((1, 1, 0, 0, 0, 0, 0, 0, 1, 1),), clusters=twice.clusters)
+    third = share_closed(half, twice, other)
+    expected = share_closed(score(1, 0, 0, 0, 1), once, score(0, 0, 0, 0, 0))
+    assert third.stderr == pytest.approx(expected.stderr)
+
+
 def test_difference_is_paired() -> None:
     teacher, student = score(1, 1, 1, 0, 0, 0, 1, 1), score(1, 1, 0, 0, 0, 0, 1, 1)
     found = difference(student, teacher)

@@ -14,14 +14,14 @@ from support.local_data import FILES
 from typer.testing import CliRunner
 
 from lolcats.cli import app
-from lolcats.config import to_dict
+from lolcats.config import load_config, to_dict
 from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
 from lolcats.files import append_line, locked, read_json_lines
-from lolcats.lab.sweep import execute, row
+from lolcats.lab.sweep import execute, measure, row
 from lolcats.lab.sweep.execute import run_sweep
 from lolcats.lab.sweep.measure import Measurement
-from lolcats.lab.sweep.plan import Sweep, plan, read_sweep
+from lolcats.lab.sweep.plan import Evaluate, Sweep, plan, read_sweep
 from lolcats.lab.sweep.table import difference, render
 from lolcats.pipeline import linearize
 from lolcats.run import Run
@@ -371,3 +371,23 @@ def test_only_whole_results_are_read_and_kept(tmp_path: Path, caplog: pytest.Log
         path.write_bytes(b"\0\0\n" + path.read_bytes())
         assert execute._results(tmp_path) == [*kept, {"row": "c"}]
     assert "left out 1 unfinished or damaged line(s) (1); the other 2 are used" in caplog.text
+
+
+def test_recall_is_measured_again_if_it_counts_something_else(
+    model_dirs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """By the old definition only first answers counted; other windows leave other answers beyond them."""
+    text = tmp_path / "book.txt"
+    text.write_text("the cat sat on a warm mat " * 100)
+    inputs = Inputs(str(model_dirs["llama"]))
+
+    def keys(*changes: str) -> list[str]:
+        wanted = [Evaluate(tasks=[task], text=str(text), lengths=[600]) for task in ("recall-passkey", "positions")]
+        config = load_config("default", list(changes))
+        return [Measurement(each, inputs, config, lambda _: None).key for each in wanted]
+
+    now, wider = keys(), keys("attention.window_size=128")
+    monkeypatch.setattr(measure, "RECALL_COUNTS", "first answers")
+    before = keys()
+    assert len({now[0], wider[0], before[0]}) == 3
+    assert now[1] == wider[1] == before[1]

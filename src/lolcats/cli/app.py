@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import wraps
 from logging import getLogger
 from pathlib import Path
+from textwrap import wrap
 from typing import Annotated, Any
 
 import typer
@@ -215,16 +216,16 @@ def curve_table(selection: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]],
 
 def show_run(run: Any) -> None:
     """Print the tables at the end of a run."""
-    from lolcats.report.table import memory_rows, perplexity_rows, remarks
+    from lolcats.report.table import memory_rows, model_table, remarks
 
     rows, length = run.record["data"]["test_rows"], run.config.data.sequence_length
-    table = Table("model", title=f"Perplexity on {rows} × {length} held-out tokens")
-    for name in ("perplexity", "against teacher"):
-        table.add_column(name, justify="right")
-    perplexities = perplexity_rows(run)  # empty after a stage 1 that trained layers in turn
-    for row in perplexities:
+    header, measured = model_table(run)  # no rows after a stage 1 that trained layers in turn
+    table = Table(header[0], title=f"Perplexity on {rows} × {length} held-out tokens")
+    for name in header[1:]:
+        table.add_column("\n".join(wrap(name, 10)), justify="right")  # narrow, so that the first column is not
+    for row in measured:
         table.add_row(*row)
-    if perplexities:
+    if measured:
         out.print(table)
     for text in remarks(run):
         out.print(text)

@@ -40,15 +40,16 @@ TopP = Annotated[float, typer.Option(min=0, max=1, help="Total probability of th
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help="Data for perplexity, or text for --tasks recall and positions.")] = "",
-    tasks: Annotated[str, typer.Option(help="Comma-separated benchmarks: paper, recall, generate, positions, "
-                                            "mmlu-permuted, or lm-eval tasks. Default: perplexity on --data.")] = "",
+    tasks: Annotated[str, typer.Option(help="Comma-separated benchmarks: paper, recall (or one kind, e.g. "
+                                            "recall-passkey), generate, positions, mmlu-permuted, or lm-eval tasks. "
+                                            "Default: perplexity on --data.")] = "",
     data_dir: Annotated[Path | None, typer.Option(help="Directory of local Parquet files to use instead of "
                                                         "the hub's data sets.")] = None,
     baseline: Annotated[str, typer.Option(help="With --tasks, comma-separated models to compare with: window, "
                                                "window+sinks (both untrained), window+lora, teacher+lora (controls), "
                                                "linear-off, window-off, or linearized models.")] = "",
-    limit: Annotated[int, typer.Option(help="Maximum number of items per task (0 = all); for recall, of prompts per "
-                                            "length and depth (0 = 10).")] = 0,
+    limit: Annotated[int, typer.Option(help="Maximum number of items per task (0 = all); for recall, number of answers "
+                                            "per kind and length (0 = 200).")] = 0,
     lengths: Annotated[str, typer.Option(help="Context lengths for recall and positions, e.g. 1024,8192.")] = "",
     batch_size: Annotated[int, typer.Option(help="Rows per batch (0 = transfer.micro_batch_size).")] = 0,
     device: Annotated[str, typer.Option(help="Same as --set device=.")] = "",
@@ -296,17 +297,18 @@ def _benchmarks(
 ) -> None:  # fmt: skip
     """Print the tables of ``evaluate --tasks`` and write its JSON file."""
     from lolcats.evaluation.suite import evaluate as run_suite
+    from lolcats.evaluation.suite import fill_in
     from lolcats.pipeline import log
     from lolcats.report.comparison import comparison_rows, depth_rows, write_comparison
     from lolcats.report.table import controls_hint
 
     scores = run_suite(model, tasks, baselines, *place, options, log, base, trust)
     print_rows(*comparison_rows(scores), title=f"{Path(model).name}: score ± standard error")
-    for metric in ("exact", "argmax"):
+    for metric in ("exact", "generated", "argmax"):
         print_rows(*depth_rows(scores, metric), title=f"Recall by depth: {metric}")
     out.print(controls_hint(model))
     if output:
-        write_comparison(output, scores, model, tasks, baselines, place, options)
+        write_comparison(output, scores, model, tasks, baselines, place, fill_in(options, model, tasks, trust))
         out.print(f"Results: {output}", soft_wrap=True)
 
 

@@ -1,15 +1,21 @@
-"""Pass key, needle and multi-query recall by length and depth: does a model find what lies far back in its context?
+"""Recall by kind, length and depth: does a model find what lies far back in its context?
 
-Every prompt has exactly the requested number of tokens, so batches need no padding. The model reads a prompt once and
-is then fed the true answer. ``exact``: every token of the answer was the most likely one, so greedy generation produces
-it; ``argmax``: the share of such tokens; ``nll``: the mean −log p of all tokens. The last two still give a signal where
-a small model never gets an answer fully right.
+The model reads a prompt once. Then every answer is measured in two ways:
+
+forced      The true continuation is fed, so the true earlier answers stand before each one. ``exact``: every token of
+            the answer was the most likely one; ``argmax``: the share of such tokens; ``nll``: their mean −log p.
+generated   The model's own greedy tokens are fed. Questions between answers are given. ``generated``: the answer is the
+            true one; of a list, that the true one is among the words generated.
+
+An answer counts as in the window if the window of its first token can reach the passage that holds it, or if that lies
+in the sinks (:class:`Sight`). The same answers do for every model that is compared.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,191 +23,177 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lolcats.config import AttentionConfig
+from lolcats.data.prompts import Answer, Prompt
 from lolcats.errors import LolcatsError
+from lolcats.evaluation.kinds import KINDS
 from lolcats.evaluation.scores import Score, mean_score
-from lolcats.evaluation.text import ROW, encode, special_prefix
+from lolcats.evaluation.text import ROW
 from lolcats.modeling.install import decoder
+from lolcats.modeling.layer import layer_spec
 
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the answer lies: share of the text before it
-SAMPLES = 10  # prompts per length and depth unless a limit says otherwise
-DIGITS = 5
-CITIES = ("Lisbon", "Chicago", "Nairobi", "Oslo", "Kyoto", "Lima", "Cairo", "Toronto")
-ACTIVITIES = (
-    "feed the swans on the old canal", "ride the red tram to the hill", "eat plum cake under the clock tower",
-    "watch the fishing boats come in", "climb the stairs of the lighthouse", "listen to the street musicians at noon",
-    "walk through the glass houses", "drink mint tea on the roof",
-)  # fmt: skip
+BEYOND = "exact beyond the window"
+ANSWERS = 200  # per kind and length unless a limit says otherwise
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Tokens [start, end) of a continuation, and the depth at which they lie in the prompt."""
+class Sight:
+    """What a linearized layer sees exactly: at most the last ``window`` tokens, and the first ``sinks``."""
 
-    start: int
-    end: int
+    window: int
+    sinks: int
+
+    def holds(self, prompt: Prompt, answer: Answer) -> bool:
+        """Whether the passage that holds the answer is in sight where the answer begins."""
+        if answer.source is None:
+            return False
+        return answer.source <= self.sinks or len(prompt.ids) + answer.start - answer.source < self.window
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model made of one answer."""
+
+    prompt: int
     depth: float
+    in_window: bool
+    exact: float
+    generated: float
+    argmax: float
+    nll: float
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids up to the first answer, their true continuation, and the answers within the continuation."""
-
-    ids: list[int]
-    continuation: list[int]
-    answers: list[Answer]
+def sight(attention: AttentionConfig) -> Sight | None:
+    """What linearized layers with this attention see; None if no layer is linearized."""
+    kinds = [kind for kind in (attention.kind, *attention.layers.values()) if kind != "softmax"]
+    specs = [layer_spec(attention, kind) for kind in kinds]
+    return max((Sight(s.span, s.softmax_sinks) for s in specs), key=lambda s: s.window) if specs else None
 
 
 def recall(model: PreTrainedModel, tokenizer: Any, haystack: Sequence[int], lengths: Sequence[int],
-           samples: int | None, batch_size: int, seed: int) -> list[Score]:  # fmt: skip
-    """Scores of every task at every prompt length; ``haystack`` holds the token ids of the text to hide answers in."""
+           answers: int | None, batch_size: int, seed: int, seen: Sight | None = None,
+           kinds: Sequence[str] = tuple(KINDS)) -> list[Score]:  # fmt: skip
+    """Scores of every kind at every prompt length.
+
+    haystack: token ids of the text to hide answers in.
+    answers: number of answers per kind and length, rounded up to whole prompts and depths. Default: ANSWERS.
+    batch_size: rows of ROW tokens; of prompts, as many as hold the same number of tokens.
+    seen: also score answers beyond and in the window apart.
+    """
     if not tokenizer.is_fast:
         raise LolcatsError("Recall needs a fast tokenizer, which maps each token to its place in the text.")
     scores: list[Score] = []
-    for name, make in TASKS.items():
+    for kind in kinds:
         for length in lengths:
-            prompts = make(tokenizer, haystack, length, samples or SAMPLES, f"{seed}/{name}/{length}")
-            scores += _measure(model, prompts, f"{name}@{length}", max(1, batch_size * ROW // length))
+            prompts = make_prompts(kind, tokenizer, haystack, length, answers or ANSWERS, seed)
+            found = measure(model, tokenizer, prompts, max(1, batch_size * ROW // length), seen)
+            scores += scores_of(f"{kind}@{length}", found, seen is not None)
     return scores
 
 
-def passkey(tokenizer: Any, haystack: Sequence[int], length: int, samples: int, seed: str) -> list[Prompt]:
-    """A number hidden in text (Mohtashami and Jaggi 2023)."""
-
-    def draw(rng: random.Random) -> tuple[str, str, str]:
-        key = "".join(rng.choice("0123456789") for _ in range(DIGITS))
-        return (
-            f"The pass key is {key}. Remember it. {key} is the pass key.",
-            "What is the pass key? The pass key is",
-            key,
-        )
-
-    return _hidden(draw, tokenizer, haystack, length, samples, seed)
+def make_prompts(
+    kind: str, tokenizer: Any, haystack: Sequence[int], length: int, answers: int, seed: int
+) -> list[Prompt]:  # fmt: skip
+    """Prompts with at least that many answers, the same number at each depth."""
+    place = f"{seed}/{kind}/{length}"
+    one = sum(len(prompt.answers) for prompt in KINDS[kind](tokenizer, haystack, length, 1, place))
+    return KINDS[kind](tokenizer, haystack, length, -(-answers // one), place)
 
 
-def needle(tokenizer: Any, haystack: Sequence[int], length: int, samples: int, seed: str) -> list[Prompt]:
-    """A sentence hidden in text (Kamradt 2023); the question is its beginning."""
-
-    def draw(rng: random.Random) -> tuple[str, str, str]:
-        start, end = f"The best thing to do in {rng.choice(CITIES)} is to", rng.choice(ACTIVITIES)
-        return f"{start} {end}.", start, end
-
-    return _hidden(draw, tokenizer, haystack, length, samples, seed)
-
-
-def multi_query(tokenizer: Any, haystack: Sequence[int], length: int, samples: int, seed: str) -> list[Prompt]:
-    """Associative recall: as many ``key: value`` lines as fit, then one query per depth in random order."""
-    return [_multi_query(tokenizer, haystack, length, random.Random(f"{seed}/{i}")) for i in range(samples)]
-
-
-TASKS: dict[str, Callable[[Any, Sequence[int], int, int, str], list[Prompt]]] = {
-    "passkey": passkey, "needle": needle, "multi-query": multi_query,
-}  # fmt: skip
-
-
-def _hidden(draw: Callable[[random.Random], tuple[str, str, str]], tokenizer: Any, haystack: Sequence[int],
-            length: int, samples: int, seed: str) -> list[Prompt]:  # fmt: skip
-    """Prompts with a sentence at each depth and a question at the end; ``draw`` returns sentence, question, answer."""
-    prompts = []
-    for depth in DEPTHS:
-        for i in range(samples):
-            rng = random.Random(f"{seed}/{depth}/{i}")
-            sentence, question, answer = draw(rng)
-            hidden = encode(tokenizer, f"\n\n{sentence}\n\n")
-            asked, continuation, answers = _tail(tokenizer, [(f"\n\n{question}", answer, depth)])
-            start = special_prefix(tokenizer)
-            room = _room(length, len(start) + len(hidden) + len(asked))
-            text = _filler(haystack, room, rng)
-            at = round(depth * room)
-            prompts.append(Prompt([*start, *text[:at], *hidden, *text[at:], *asked], continuation, answers))
-    return prompts
-
-
-def _multi_query(tokenizer: Any, haystack: Sequence[int], length: int, rng: random.Random) -> Prompt:
-    keys: dict[str, int] = {}
-    while len(keys) < length // 4:  # a line takes more than four tokens
-        keys["".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))] = rng.randrange(100, 1000)
-    pairs = list(keys.items())
-    lines = tokenizer([f"{key}: {value}\n" for key, value in pairs], add_special_tokens=False)["input_ids"]
-    longest = max(map(len, lines))
-    start = special_prefix(tokenizer)
-    room = _room(length, len(start) + len(encode(tokenizer, "\n\n")) + longest + len(DEPTHS) * longest)
-    ids: list[int] = []
-    count = 0
-    while count < len(lines) and len(ids) + len(lines[count]) <= room:
-        ids += lines[count]
-        count += 1
-    if count < len(DEPTHS):
-        raise LolcatsError(f"{length} tokens are too few for {len(DEPTHS)} key-value pairs.")
-    asked_for = [(depth, *pairs[round(depth * (count - 1))]) for depth in DEPTHS]
-    rng.shuffle(asked_for)
-    asked, continuation, answers = _tail(
-        tokenizer, [(f"\n{key}:", str(value), depth) for depth, key, value in asked_for]
-    )
-    text = _filler(haystack, length - len(start) - len(ids) - len(asked) - 1, rng)
-    newline = encode(tokenizer, "\n")[-1:]
-    return Prompt([*start, *text, *newline, *ids, *asked], continuation, answers)
-
-
-def _tail(tokenizer: Any, questions: list[tuple[str, str, float]]) -> tuple[list[int], list[int], list[Answer]]:
-    """(tokens before the first answer, tokens from there on, places of the answers in the latter)."""
-    text, places = "", []
-    for question, answer, _ in questions:
-        text += f"{question} {answer}"
-        places.append((len(text) - len(answer), len(text)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans = []
-    for first, last in places:
-        inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < last and b > first]
-        spans.append((inside[0], inside[-1] + 1))
-    cut = spans[0][0]
-    depths = [depth for _, _, depth in questions]
-    answers = [Answer(a - cut, b - cut, depth) for (a, b), depth in zip(spans, depths, strict=True)]
-    return encoded["input_ids"][:cut], encoded["input_ids"][cut:], answers
-
-
-def _filler(haystack: Sequence[int], count: int, rng: random.Random) -> list[int]:
-    """``count`` tokens of the haystack from a random place on, wrapping around at its end."""
-    start = rng.randrange(len(haystack))
-    return [haystack[(start + i) % len(haystack)] for i in range(count)]
-
-
-def _room(length: int, needed: int) -> int:
-    if needed >= length:
-        raise LolcatsError(f"{length} tokens are too few: question and answer already take {needed}.")
-    return length - needed
-
-
-def _measure(model: PreTrainedModel, prompts: list[Prompt], task: str, batch_size: int) -> Iterator[Score]:
-    """Scores ``exact``, ``argmax`` and ``nll``.
-
-    ``exact`` looks only at the first answer of each prompt: greedy generation would go on with its own text after it.
-    """
-    exact: list[float] = []
-    argmax: list[float] = []
-    nll: list[float] = []
+def measure(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], batch_size: int, seen: Sight | None = None
+) -> list[Found]:  # fmt: skip
+    """Every answer of every prompt. The prompts have the same number of tokens."""
+    model.eval()
+    found: list[Found] = []
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-        for prompt, row in zip(batch, _read_and_answer(model, batch), strict=True):
-            truth = torch.tensor(prompt.continuation, device=row.device)
-            right = row[: len(truth)].argmax(1) == truth
-            exact.append(float(right[: prompt.answers[0].end].all()))
-            for answer in prompt.answers:
-                span = slice(answer.start, answer.end)
-                argmax.append(right[span].float().mean().item())
-                nll.append(-row[span].gather(1, truth[span, None]).mean().item())
-    every = [f"{answer.depth:g}" for prompt in prompts for answer in prompt.answers]
-    firsts = [f"{prompt.answers[0].depth:g}" for prompt in prompts]
-    yield mean_score(task, "exact", (tuple(exact),), labels=firsts)
-    yield mean_score(task, "argmax", (tuple(argmax),), labels=every)
-    yield mean_score(task, "nll", (tuple(nll),), higher_is_better=False, labels=every)
+        cache = _read(model, batch)
+        forced = _force(model, batch, copy.deepcopy(cache))
+        generated = _generate(model, batch, cache).tolist()
+        for i, prompt in enumerate(batch):
+            found += _answers(tokenizer, prompt, first + i, forced[i], generated[i], seen)
+    return found
+
+
+def _answers(tokenizer: Any, prompt: Prompt, number: int, forced: Tensor, generated: list[int],
+             seen: Sight | None) -> Iterator[Found]:  # fmt: skip
+    """forced: (C, vocabulary) log-probabilities of the true continuation; generated: C tokens."""
+    truth = torch.tensor(prompt.continuation, device=forced.device)
+    right = forced[: len(truth)].argmax(1) == truth
+    words = _words(tokenizer, generated[: len(truth)]) if prompt.listed else []
+    for answer in prompt.answers:
+        span = slice(answer.start, answer.end)
+        wanted = prompt.continuation[span]
+        same = _words(tokenizer, wanted)[0] in words if prompt.listed else generated[span] == wanted
+        yield Found(
+            number, answer.depth, seen is not None and seen.holds(prompt, answer), float(right[span].all()),
+            float(same), right[span].float().mean().item(), -forced[span].gather(1, truth[span, None]).mean().item(),
+        )  # fmt: skip
+
+
+def _words(tokenizer: Any, tokens: list[int]) -> list[str]:
+    return re.findall(r"\w+", tokenizer.decode(tokens))
+
+
+def scores_of(task: str, found: Sequence[Found], apart: bool) -> Iterator[Score]:
+    """Every metric over all answers; if ``apart``, ``exact`` also over those beyond and in the window."""
+    depths = [f"{one.depth:g}" for one in found]
+
+    def score(metric: str, key: str, chosen: Sequence[Found], better: bool = True) -> Score:
+        items = tuple(getattr(one, key) for one in chosen)
+        labels = depths if chosen is found and len(set(depths)) > 1 else []
+        return mean_score(task, metric, (items,), better, labels, [one.prompt for one in chosen])
+
+    yield score("exact", "exact", found)
+    for metric, wanted in ((BEYOND, False), ("exact in the window", True)) if apart else ():
+        if chosen := [one for one in found if one.in_window is wanted]:
+            yield score(metric, "exact", chosen)
+    yield score("generated", "generated", found)
+    yield score("argmax", "argmax", found)
+    yield score("nll", "nll", found, better=False)
 
 
 @torch.no_grad()
-def _read_and_answer(model: PreTrainedModel, prompts: list[Prompt]) -> Tensor:
-    """Log-probabilities (B, C, vocabulary) at each token of the true continuations."""
+def _read(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Any:
+    """The cache of all prompt tokens but the last."""
     ids = torch.tensor([p.ids for p in prompts], device=model.device)
-    longest = max(len(p.continuation) for p in prompts)
-    truth = torch.tensor([p.continuation + [0] * (longest - len(p.continuation)) for p in prompts], device=model.device)
-    cache = decoder(model)(input_ids=ids[:, :-1], use_cache=True).past_key_values
-    fed = torch.cat([ids[:, -1:], truth[:, :-1]], dim=1)
+    return decoder(model)(input_ids=ids[:, :-1], use_cache=True).past_key_values
+
+
+@torch.no_grad()
+def _force(model: PreTrainedModel, prompts: Sequence[Prompt], cache: Any) -> Tensor:
+    """Log-probabilities (B, C, vocabulary) at each token of the true continuations."""
+    truth = _padded([p.continuation for p in prompts], model)
+    fed = torch.cat([_last(prompts, model), truth[:, :-1]], dim=1)
     return model(input_ids=fed, past_key_values=cache).logits.float().log_softmax(-1)
+
+
+@torch.no_grad()
+def _generate(model: PreTrainedModel, prompts: Sequence[Prompt], cache: Any) -> Tensor:
+    """Continuations (B, C) with the model's own greedy answers; a list is its own altogether."""
+    tokens = _padded([p.continuation for p in prompts], model)
+    own = _padded([_is_own(p) for p in prompts], model).bool()
+    fed = [_last(prompts, model)]
+    for place, any_own in enumerate(own.any(0).tolist()):
+        if any_own:
+            logits = model(input_ids=torch.cat(fed, dim=1), past_key_values=cache).logits[:, -1]
+            tokens[:, place] = torch.where(own[:, place], logits.argmax(-1), tokens[:, place])
+            fed = []
+        fed.append(tokens[:, place : place + 1])
+    return tokens
+
+
+def _is_own(prompt: Prompt) -> list[int]:
+    """1 for each token of the continuation that the model is to generate, 0 for those that are given."""
+    inside = {i for answer in prompt.answers for i in range(answer.start, answer.end)}
+    return [int(prompt.listed or i in inside) for i in range(len(prompt.continuation))]
+
+
+def _last(prompts: Sequence[Prompt], model: PreTrainedModel) -> Tensor:
+    return torch.tensor([p.ids[-1:] for p in prompts], device=model.device)
+
+
+def _padded(rows: list[list[int]], model: PreTrainedModel) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=model.device)

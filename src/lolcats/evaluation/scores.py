@@ -2,7 +2,8 @@
 
 Items are in the same order for every model, so two models are compared item by item. An item that is hard for one model
 is often hard for the other, so the difference is known more precisely than either score. Items are grouped in strata
-(usually one); a score is the mean of the strata's means, e.g. the average of five benchmarks of different sizes.
+(usually one); a score is the mean of the strata's means, e.g. the average of five benchmarks of different sizes. Items
+of one cluster (answers of one prompt) are not independent; the standard error is that of clusters.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Score:
     higher_is_better: bool = True
     labels: tuple[str, ...] = ()
     """A label for each item of a single stratum (e.g. its depth), for tables that split the score."""
+    clusters: tuple[int, ...] = ()
+    """The cluster of each item of a single stratum (e.g. its prompt); empty if items are independent."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -48,10 +51,13 @@ class Estimate:
 
 
 def mean_score(task: str, metric: str, items: Strata, higher_is_better: bool = True,
-               labels: Sequence[str] = ()) -> Score:  # fmt: skip
-    """The score of these items: the mean of the strata's means. For 0/1 items its error is the binomial one."""
-    estimate = _estimate(items)
-    return Score(task, metric, estimate.value, estimate.stderr, items, higher_is_better, tuple(labels))
+               labels: Sequence[str] = (), clusters: Sequence[int] = ()) -> Score:  # fmt: skip
+    """The score of these items: the mean of the strata's means. For independent 0/1 items its error is the binomial
+    one."""
+    estimate = _estimate(items, clusters)
+    return Score(
+        task, metric, estimate.value, estimate.stderr, items, higher_is_better, tuple(labels), tuple(clusters)
+    )  # fmt: skip
 
 
 def average(task: str, metric: str, scores: Sequence[Score]) -> Score:
@@ -63,7 +69,7 @@ def difference(score: Score, other: Score) -> Estimate:
     """score − other, with the standard error of the differences by item."""
     if not score.items:
         return Estimate(score.value - other.value)
-    return _estimate(_combine(lambda a, b: a - b, score, other))
+    return _estimate(_combine(lambda a, b: a - b, score, other), score.clusters)
 
 
 def share_closed(student: Score, teacher: Score, baseline: Score) -> Estimate | None:
@@ -74,7 +80,8 @@ def share_closed(student: Score, teacher: Score, baseline: Score) -> Estimate | 
     share = (student.value - baseline.value) / gap.value
     if not student.items:
         return Estimate(share)
-    rest = _estimate(_combine(lambda s, t, b: (s - b) - share * (t - b), student, teacher, baseline))
+    parts = _combine(lambda s, t, b: (s - b) - share * (t - b), student, teacher, baseline)
+    rest = _estimate(parts, student.clusters)
     return Estimate(share, rest.stderr / abs(gap.value) if rest.stderr is not None else None)
 
 
@@ -83,15 +90,21 @@ def _combine(function: Callable[..., float], *scores: Score) -> Strata:
     return tuple(tuple(function(*values) for values in zip(*stratum, strict=True)) for stratum in strata)
 
 
-def _estimate(items: Strata) -> Estimate:
-    """Mean of the strata's means and its standard error √(Σ s²/n) / number of strata."""
+def _estimate(items: Strata, clusters: Sequence[int] = ()) -> Estimate:
+    """Mean of the strata's means and its standard error √(Σ s²/n) / number of strata.
+
+    With G clusters of a single stratum: √(G/(G − 1) Σ_c (Σ_{i in c} (x_i − mean))²) / n.
+    """
     value, variance = 0.0, 0.0
     for stratum in items:
         mean = math.fsum(stratum) / len(stratum)
         value += mean
-        if len(stratum) > 1:
-            squares = math.fsum((x - mean) ** 2 for x in stratum)
-            variance += squares / (len(stratum) - 1) / len(stratum)
+        groups: dict[int, list[float]] = {}
+        for cluster, x in zip(clusters or range(len(stratum)), stratum, strict=True):
+            groups.setdefault(cluster, []).append(x - mean)
+        if len(groups) > 1:
+            squares = math.fsum(math.fsum(group) ** 2 for group in groups.values())
+            variance += squares * len(groups) / (len(groups) - 1) / len(stratum) ** 2
         else:
             variance = math.nan
     value /= len(items)

@@ -5,25 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from lolcats.config import load_config
+from lolcats.config import AttentionConfig, from_dict, load_config
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import tasks
 from lolcats.evaluation.harness import Harness, Spec, load_tasks
+from lolcats.evaluation.kinds import KINDS
 from lolcats.evaluation.positions import positions
-from lolcats.evaluation.recall import recall
+from lolcats.evaluation.recall import Sight, recall, sight
 from lolcats.evaluation.scores import Score, average, mean_score
 from lolcats.evaluation.systems import check_baselines, systems
 from lolcats.evaluation.text import encode, read_documents
 from lolcats.modeling.checkpoint import is_linearized
 from lolcats.weights.base import find_base, load_tokenizer
 
-LONG = {"recall", "positions"}  # tasks over long text, at given lengths
+RECALL = {"recall": tuple(KINDS), **{f"recall-{kind}": (kind,) for kind in KINDS}}  # kinds of prompts by task
+LONG = {*RECALL, "positions"}  # tasks over long text, at given lengths
 LENGTHS = tuple(2**n for n in range(10, 16))
 Task = Callable[[PreTrainedModel], list[Score]]
 
@@ -39,13 +42,16 @@ class Options:
     lengths: tuple[int, ...] = ()
     """Context lengths for recall and positions. Default: powers of two from 1,024 to 32,768 that the model supports."""
     limit: int | None = None
-    """Maximum number of items per task; for recall, of prompts per length and depth; for positions, of windows."""
+    """Maximum number of items per task; for recall, number of answers per kind and length, 200 by default; for
+    positions, of windows."""
     batch_size: int = 8
     """Rows of 1,024 tokens per batch; of shorter or longer rows, as many as hold the same number of tokens."""
     seed: int = 1234
     """Seed for recall prompts and few-shot examples; 1234 is lm-eval's default."""
     limits: Mapping[str, int] = field(default_factory=dict)
     """Limits of single benchmarks by lm-eval's name, instead of ``limit``; a group's is shared evenly by its tasks."""
+    seen: Sight | None = None
+    """What recall reports as in the window. Default: what the model's linearized layers see."""
 
 
 def evaluate(model: str, names: list[str], baselines: list[str], device: torch.device, dtype: torch.dtype,
@@ -59,7 +65,7 @@ def evaluate(model: str, names: list[str], baselines: list[str], device: torch.d
         LolcatsError: an unknown task or baseline, or data that cannot be loaded. Raised before any model is loaded.
     """
     check_baselines(model, baselines)
-    options = _with_lengths(model, names, options, trust)
+    options = fill_in(options, model, names, trust)
     if LONG & set(names) and (warning := beyond_training(model, options.lengths)):
         say(warning)
     prepared = prepare(names, options, load_tokenizer(find_base(model, trust), trust))
@@ -117,11 +123,10 @@ def _permuted(tokenizer: Any, options: Options) -> Task:
     return scored
 
 
-def _recall(tokenizer: Any, options: Options) -> Task:
+def _recall(tokenizer: Any, options: Options, kinds: Sequence[str]) -> Task:
     haystack = [token for document in _documents(tokenizer, options) for token in document]
-    return lambda model: recall(
-        model, tokenizer, haystack, options.lengths, options.limit, options.batch_size, options.seed
-    )
+    given = (options.lengths, options.limit, options.batch_size, options.seed, options.seen, kinds)
+    return lambda model: recall(model, tokenizer, haystack, *given)
 
 
 def _positions(tokenizer: Any, options: Options) -> Task:
@@ -130,7 +135,8 @@ def _positions(tokenizer: Any, options: Options) -> Task:
 
 
 SUITES: dict[str, Callable[[Any, Options], Task]] = {
-    "paper": _paper, "recall": _recall, "generate": _generate, "positions": _positions, "mmlu-permuted": _permuted,
+    "paper": _paper, "generate": _generate, "positions": _positions, "mmlu-permuted": _permuted,
+    **{name: partial(_recall, kinds=kinds) for name, kinds in RECALL.items()},
 }  # fmt: skip
 
 
@@ -148,6 +154,12 @@ def _documents(tokenizer: Any, options: Options) -> list[list[int]]:
     return [encode(tokenizer, document) for document in read_documents(source)]
 
 
+def fill_in(options: Options, model: str, names: list[str], trust: bool = False) -> Options:
+    """Options with what the user left to the model: lengths, and what recall reports as in the window."""
+    options = _with_lengths(model, names, options, trust)
+    return _with_sight(model, options) if RECALL.keys() & set(names) else options
+
+
 def _with_lengths(model: str, names: list[str], options: Options, trust: bool) -> Options:
     """Fill in the lengths that the model supports, if a task needs lengths and the user gave none."""
     if options.lengths or not LONG & set(names):
@@ -155,6 +167,14 @@ def _with_lengths(model: str, names: list[str], options: Options, trust: bool) -
     path, arguments = find_base(model, trust).arguments
     arguments |= {"trust_remote_code": True} if trust and not is_linearized(model) else {}
     return replace(options, lengths=reached_lengths(AutoConfig.from_pretrained(path, **arguments)))
+
+
+def _with_sight(model: str, options: Options) -> Options:
+    """Fill in what the model's linearized layers see, unless given: one rule for all models that are compared."""
+    if options.seen is not None or not is_linearized(model):
+        return options
+    attention: AttentionConfig = from_dict(AttentionConfig, AutoConfig.from_pretrained(model).lolcats["attention"])
+    return replace(options, seen=sight(attention))
 
 
 def beyond_training(model: str, lengths: Sequence[int]) -> str:

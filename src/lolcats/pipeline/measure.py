@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -18,19 +19,27 @@ from lolcats.compared import (
     Compared,
     baseline_sinks,
 )
+from lolcats.data.prompts import Prompt
+from lolcats.errors import LolcatsError
 from lolcats.evaluation.attention_maps import FILE, measure_attention
 from lolcats.evaluation.layers import measure_layers
 from lolcats.evaluation.memory import cache_bytes
 from lolcats.evaluation.perplexity import perplexity
+from lolcats.evaluation.recall import make_prompts, scores_of, sight
+from lolcats.evaluation.recall import measure as measure_recall
 from lolcats.inference.generate import generate
 from lolcats.modeling.layer import linearized_layers
 from lolcats.pipeline.job import Job
-from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS
+from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, STATE_TOKENS
+from lolcats.stages.distributed import is_sharded
 from lolcats.stages.finetune.controls import control
 from lolcats.stages.transfer.stage import layer_errors
 
 LENGTHS = (1024, 8192, 65536)
 LOOKED_AT = 8  # validation rows to measure each head's attention on
+RECALL, LONGEST = "needles", 4096  # the kind of prompts, and how long they are at most
+ANSWERS = {"cuda": 200, "cpu": 20}
+BESIDE = (TEACHER, WINDOW_SINKS, STUDENT)  # whose recall and bytes stand beside their perplexity
 
 
 def measure(job: Job) -> None:
@@ -107,12 +116,56 @@ def _perplexities(job: Job, model: Callable[[], PreTrainedModel], *compared: Com
 
     for each in compared:
         job.run.measure(each.result, partial(measured, each))
+        if (
+            each in BESIDE and not job.lean and "cache_bytes" not in job.run.results
+        ):  # else an older version finished it
+            _beside(job, model, each)
+
+
+def _beside(job: Job, model: Callable[[], PreTrainedModel], compared: Compared) -> None:
+    """Bytes of state, and recall if the run's rows are long enough for it."""
+    job.run.measure(f"bytes_{compared.key}", partial(_bytes, model, compared))
+    if prompts := recall_prompts(job):
+        job.run.measure(f"recall_{compared.key}", partial(_recall, job, model, compared, prompts))
 
 
 def _perplexity(job: Job, model: PreTrainedModel, words: str) -> float:
     value = perplexity(model, job.data.test, job.batch, job.data.positions.get("test"))
     job.say(f"  perplexity, {words}: {value:.2f}")
     return value
+
+
+def _bytes(model: Callable[[], PreTrainedModel], compared: Compared) -> int:
+    with compared.on(model()):
+        return cache_bytes(model(), STATE_TOKENS)[0 if compared is TEACHER else 1]
+
+
+def recall_prompts(job: Job) -> list[Prompt]:
+    """Few prompts as long as the run's rows, over the text of its test rows; none if that is too short for them, or if
+    every layer sees everything."""
+    tokenizer, length = job.inputs.tokenizer, min(job.config.data.sequence_length, LONGEST)
+    special = set(tokenizer.all_special_ids)
+    haystack = [token for token in job.data.test.flatten().tolist() if token not in special]
+    if sight(job.config.attention) is None or not tokenizer.is_fast or not haystack:
+        return []
+    answers = ANSWERS.get(job.models.device.type, ANSWERS["cpu"])
+    try:
+        return make_prompts(RECALL, tokenizer, haystack, length, answers, job.config.seed)
+    except LolcatsError:  # too few tokens for the question
+        return []
+
+
+def _recall(
+    job: Job, model: Callable[[], PreTrainedModel], compared: Compared, prompts: list[Prompt]
+) -> dict[str, Any] | None:  # fmt: skip
+    """Task, and value, standard error and number of answers of each metric; None for a model in pieces."""
+    if is_sharded(model()):
+        return None
+    with compared.on(model()):
+        found = measure_recall(model(), job.inputs.tokenizer, prompts, job.batch, sight(job.config.attention))
+    scores = scores_of(f"{RECALL}@{len(prompts[0].ids)}", found, True)
+    return {score.metric: {"value": score.value, "stderr": score.stderr, "answers": score.count, "task": score.task}
+            for score in scores}  # fmt: skip
 
 
 def _sample(job: Job, model: PreTrainedModel, compared: Compared) -> str:

@@ -11,7 +11,7 @@ from lolcats.config import AttentionConfig, to_yaml
 from lolcats.evaluation.memory import cache_bytes, readable
 from lolcats.files import write_text
 from lolcats.report.curve import HEADER, curve_rows, curve_title, run_selection
-from lolcats.report.table import attention_of, markdown, memory_rows, perplexity_rows, remarks
+from lolcats.report.table import attention_of, markdown, memory_rows, model_table, remarks
 from lolcats.run import Run
 from lolcats.selection import Selection
 from lolcats.weights.base import Base
@@ -68,7 +68,7 @@ def write_card(run: Run) -> None:
             name=run.base.path.rsplit("/", 1)[-1], attention=attention_of(config.attention),
             version=record["versions"]["lolcats"], date=record["date"], test_rows=data["test_rows"],
             length=config.data.sequence_length, remarks="\n\n".join(remarks(run)),
-            perplexity=markdown(("model", "perplexity", "against teacher"), perplexity_rows(run)),
+            perplexity=markdown(*model_table(run)),
             memory=markdown(("tokens", "teacher", "student"), memory_rows(run)),
             layers="\n\n".join(filter(None, (_what_stays(_layers(run)), curve))),
             teacher=json.dumps(results["sample_teacher"], ensure_ascii=False),

@@ -69,6 +69,8 @@ def comparison(scores: Scores) -> list[dict[str, Any]]:
         entry["results"] = {name: score.items for name, score in by_name.items()}
         if first.labels:
             entry["depths"] = first.labels
+        if first.clusters:
+            entry["prompts"] = first.clusters
         entries.append(entry)
     return entries
 

@@ -16,12 +16,13 @@ from typing import Any
 from lolcats.compared import CONTROLS
 from lolcats.config import to_yaml
 from lolcats.evaluation.attention_maps import FILE
+from lolcats.evaluation.suite import LONG
 from lolcats.files import read_tensors, write_text
 from lolcats.report import figures
 from lolcats.report.comparison import entry_rows
 from lolcats.report.curve import HEADER, curve_rows, curve_title, run_selection
 from lolcats.report.picture import has_matplotlib
-from lolcats.report.table import attention_of, memory_rows, perplexity_rows, remarks
+from lolcats.report.table import attention_of, memory_rows, model_table, remarks
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
 from lolcats.stages.finetune.controls import control_directory
 
@@ -62,8 +63,10 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
 RECALL_TERMS = (
-    " For an answer, exact means that greedy generation produces it, argmax is the share of its tokens that were the "
-    "most likely ones, and nll is their mean −log p in nats. Task names end in @tokens of context."
+    " Recall counts every answer of a prompt. With the true earlier answers before it, exact means that every token of "
+    "an answer was the most likely one, argmax is the share of such tokens, and nll is their mean −log p in nats. "
+    "Generated means that greedy generation gives the answer after the model's own earlier ones. Task names end in "
+    "@tokens of context."
 )
 CONTROL_NAMES = {key: control.in_words.replace("lora", "LoRA") for key, control in CONTROLS.items()}
 STAGES = {
@@ -113,7 +116,7 @@ def _name(path: str) -> str:
 def _perplexity(run: Run) -> Iterator[str]:
     rows, length = run.record["data"]["test_rows"], run.config.data.sequence_length
     yield _paragraph(f"On {rows} × {length} held-out tokens of the same data, never used to train or select anything.")
-    yield _table(("model", "perplexity", "against the teacher"), perplexity_rows(run))
+    yield _table(*model_table(run))
     for text in remarks(run):
         yield _paragraph(text)
 
@@ -123,7 +126,7 @@ def _benchmarks(run: Run) -> Iterator[str]:
     for path in sorted(run.directory.glob("evaluation*.json")):
         record = json.loads(path.read_text())
         yield _code(_evaluation(record))
-        terms = RECALL_TERMS if {"recall", "positions"} & set(record["tasks"]) else ""
+        terms = RECALL_TERMS if LONG & set(record["tasks"]) else ""
         yield _paragraph(
             f"{record['date']}, {record['device']}, {record['dtype']}: score ± standard error (↓: lower is better); "
             f"the student's differences are paired by item.{terms}", "note",

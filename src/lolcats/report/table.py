@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lolcats.compared import COMPARED, STUDENT, TEACHER, TEACHER_LORA, WINDOW_LORA
+from lolcats.compared import COMPARED, STUDENT, TEACHER, TEACHER_LORA, WINDOW_LORA, Compared
 from lolcats.config import AttentionConfig
 from lolcats.evaluation.memory import readable
-from lolcats.run import RECORD, Run
+from lolcats.evaluation.recall import BEYOND
+from lolcats.run import RECORD, STATE_TOKENS, Run
 
 ADAPTATION = (
     "The student with LoRA beats the teacher by adapting to this data, which the teacher never saw, not by better "
@@ -52,6 +53,49 @@ def perplexity_rows(run: Run) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
 
 
+def model_table(run: Run) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(header, rows): perplexity, recall and bytes of state of everything measured so far. Recall and bytes only if a
+    model has them."""
+    models = [model for model in COMPARED if model.result in run.results]
+    columns = [(f"recall at {_recall_length(run)} tokens", [_recall(run, model) for model in models]),
+               (f"state at {STATE_TOKENS:,} tokens", [_bytes(run, model) for model in models])]  # fmt: skip
+    shown = [(name, cells) for name, cells in columns if any(cells)]
+    header = ("model", "perplexity", "against teacher", *(name for name, _ in shown))
+    return header, [(*row, *(cells[i] for _, cells in shown)) for i, row in enumerate(perplexity_rows(run))]
+
+
+def recall_note(run: Run) -> str:
+    """What the recall in a run's table is; empty if none was measured."""
+    found = _recall_of(run, TEACHER)
+    if not found:
+        return ""
+    return (
+        f"Recall: the share of {found['answers']} numbers, hidden in text beyond the student's window, that the model "
+        "gives when asked, ± one standard error. More of it: lolcats evaluate DIR --tasks recall --data TEXT"
+    )
+
+
+def _recall_of(run: Run, model: Compared) -> dict[str, Any]:
+    found: dict[str, Any] = run.results.get(f"recall_{model.key}") or {}
+    return found.get(BEYOND, {})
+
+
+def _recall_length(run: Run) -> str:
+    return f"{int(_recall_of(run, TEACHER).get('task', '@0').partition('@')[2]):,}"
+
+
+def _recall(run: Run, model: Compared) -> str:
+    if not (found := _recall_of(run, model)):
+        return ""
+    error = "" if found["stderr"] is None else f" ± {100 * found['stderr']:.0f}"
+    return f"{100 * found['value']:.0f}{error} %"
+
+
+def _bytes(run: Run, model: Compared) -> str:
+    size = run.results.get(f"bytes_{model.key}")
+    return "" if size is None else readable(size)
+
+
 def memory_rows(run: Run) -> list[tuple[str, str, str]]:
     """(tokens, teacher, student): bytes of state per sequence."""
     sizes: dict[str, Any] = run.results.get("cache_bytes", {})
@@ -60,9 +104,9 @@ def memory_rows(run: Run) -> list[tuple[str, str, str]]:
 
 def remarks(run: Run) -> list[str]:
     """Notes on how to read the perplexities."""
-    results, student, texts = run.results, run.results.get(STUDENT.result), []
+    results, student, texts = run.results, run.results.get(STUDENT.result), list(filter(None, [recall_note(run)]))
     if student is None or not _has_lora(run):
-        return []
+        return texts
     for control, text in AGAINST_CONTROLS.items():
         if control.result in results:
             texts.append(text.format(_percent(student, results[control.result])))

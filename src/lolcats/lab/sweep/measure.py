@@ -21,12 +21,14 @@ from lolcats.data.mixture import is_mixture, read_mixture
 from lolcats.data.rows import load_rows
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import row_losses
+from lolcats.evaluation.recall import sight
 from lolcats.evaluation.scores import Score
-from lolcats.evaluation.suite import LONG, Options, Task, prepare
+from lolcats.evaluation.suite import LONG, RECALL, Options, Task, prepare
 from lolcats.files import hash_file
 from lolcats.lab.sweep.plan import Evaluate
 
 PERPLEXITIES = "perplexities"
+RECALL_COUNTS = "every answer"  # results of an earlier version, which counted first answers, are measured again
 Measured = dict[str, dict[str, Any]]
 """Value, standard error and items by metric. Items are in the same order for every model: the losses of rows for a
 perplexity, the items of an nll, and a string of 0s and 1s for a score with such results."""
@@ -45,12 +47,15 @@ class Measurement:
         names = [name for name in wanted.tasks if _possible(name, wanted, say)]
         data_dir, limit = Path(wanted.data_dir) if wanted.data_dir else None, wanted.limit or None
         options = Options(
-            data_dir, wanted.text, tuple(wanted.lengths), limit, wanted.batch_size, limits=wanted.limits
+            data_dir, wanted.text, tuple(wanted.lengths), limit, wanted.batch_size, limits=wanted.limits,
+            seen=sight(config.attention),
         )  # fmt: skip
         if LONG & set(names) and not wanted.lengths:
             raise LolcatsError("evaluate.lengths: recall and positions need lengths, e.g. [1024, 4096].")
         self.tasks: dict[str, Task] = prepare(names, options, inputs.tokenizer) if names else {}
         known = {**asdict(wanted), "perplexity": {n: source_identity(p) for n, p in files.items()}, "tasks": names}
+        if RECALL.keys() & set(names):
+            known["recall"] = [RECALL_COUNTS, repr(options.seen)]
         self.key = short_hash({k: v for k, v in known.items() if k not in ("data_dir", "text", "batch_size")})
 
     def perplexities(self, model: PreTrainedModel) -> Measured:
