@@ -20,6 +20,10 @@ NO_CONTROLS = (
     "has not trained that control: use lolcats finetune DIR --controls."
 )
 
+EMPTY = "empty_linear_term"
+"""In run.json: of documents that are kept apart, the share of the training tokens whose query has no key for the linear
+term."""
+
 AGAINST_CONTROLS = {
     WINDOW_LORA: "What linear attention adds: {} perplexity against the same LoRA without it (lower is better).",
     TEACHER_LORA: "What linearizing costs: {} perplexity against the teacher with the same LoRA.",
@@ -60,9 +64,10 @@ def memory_rows(run: Run) -> list[tuple[str, str, str]]:
 
 def remarks(run: Run) -> list[str]:
     """Notes on how to read the perplexities."""
-    results, student, texts = run.results, run.results.get(STUDENT.result), []
+    results, student = run.results, run.results.get(STUDENT.result)
+    texts = [empty_term(run.record["data"][EMPTY])] if EMPTY in run.record["data"] else []
     if student is None or not _has_lora(run):
-        return []
+        return texts
     for control, text in AGAINST_CONTROLS.items():
         if control.result in results:
             texts.append(text.format(_percent(student, results[control.result])))
@@ -71,6 +76,13 @@ def remarks(run: Run) -> list[str]:
     if student < results[TEACHER.result]:
         texts.append(ADAPTATION)
     return texts
+
+
+def empty_term(share: float) -> str:
+    return (
+        f"{share:.1%} of the training tokens have an empty linear term: sinks and window cover all that comes before "
+        "them in their document (data.reset_at_documents)."
+    )
 
 
 def controls_hint(model: str) -> str:
