@@ -42,7 +42,7 @@ def messages_of(record: Record, template: ChatTemplate) -> list[Message]:
         raise NoColumn("it has neither messages nor conversations")
     turns = record[column]
     if not isinstance(turns, list):
-        raise Misfit(f"its {column} are a {type(turns).__name__}, expected a list")
+        raise Misfit(f"its {column} have type {type(turns).__name__}, expected a list")
     return [_message(turn, number, template) for number, turn in enumerate(turns, 1)]
 
 
@@ -59,7 +59,7 @@ def tools_of(record: Record, template: ChatTemplate) -> list[Message] | None:
 
 def _message(turn: Any, number: int, template: ChatTemplate) -> Message:
     if not isinstance(turn, dict):
-        raise Misfit(f"message {number} is a {type(turn).__name__}, expected an object with role and content")
+        raise Misfit(f"message {number} has type {type(turn).__name__}, expected an object with role and content")
     name = _first(turn, "role", "from")
     if not isinstance(name, str):
         raise Misfit(f"message {number} has no role" if name is None else f"the role of message {number} is not text")
@@ -97,7 +97,7 @@ def _text(content: Any, empty: bool) -> str:
     if isinstance(content, list):
         content = "".join(map(_part, content))
     if not isinstance(content, str):
-        raise Misfit(f"its content is a {type(content).__name__}, expected text or a list of text parts")
+        raise Misfit(f"its content has type {type(content).__name__}, expected text or a list of text parts")
     if not is_unicode(content):
         raise Misfit(f"its content holds {HALF}")
     return content
@@ -116,7 +116,7 @@ def _calls(turn: Record) -> list[Message]:
     """The tool calls of a message: OpenAI's, or the one call of its older ``function_call``."""
     calls = turn.get("tool_calls") or []
     if not isinstance(calls, list):
-        raise Misfit(f"its tool_calls are a {type(calls).__name__}, expected a list")
+        raise Misfit(f"its tool_calls have type {type(calls).__name__}, expected a list")
     older = turn.get("function_call")
     return [_call(call) for call in (*calls, *([older] if older else []))]
 

@@ -172,7 +172,7 @@ def _parquet(piece: Piece, broken: Broken) -> Iterator[Record]:
 
 
 def _rows(batch: Any, broken: Broken) -> list[Record]:
-    """The rows of a batch of pyarrow, whose text may be no Unicode: writers and readers do not check it."""
+    """The rows of a batch of pyarrow. Their text may not be Unicode: neither writers nor readers check it."""
     try:
         rows: list[Record] = batch.to_pylist()
         broken.read += len(rows)
@@ -269,7 +269,8 @@ def hub_records(dataset: Any, name: str, broken: Broken) -> Iterator[Record]:
             except UnicodeDecodeError:
                 if not hasattr(dataset, "__len__"):
                     raise LolcatsError(f"{name}: record {place + 1} is broken ({NOT_UNICODE}).") from None
-                record, records = {}, iter(dataset.skip(place + 1))
+                rest = range(place + 1, len(dataset))
+                record, records = {}, iter(dataset.select(rest) if rest else ())
                 broken.add(broken.read + 1, NOT_UNICODE)
         if record is None:
             return

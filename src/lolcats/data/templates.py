@@ -86,7 +86,7 @@ def _column(record: Record, name: str) -> str:
         raise NoColumn(f"it has no column {name!r}")
     value = record[name]
     if isinstance(value, list | dict | bytes):
-        raise Misfit(f"its {name} is a {type(value).__name__}, expected text")
+        raise Misfit(f"its {name} has type {type(value).__name__}, expected text")
     return str(value or "")
 
 
