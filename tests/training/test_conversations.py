@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lolcats.config import DataConfig
+from lolcats.data.conversations import Misfit
 from lolcats.data.rows import load_data, tokenize_source
 from lolcats.data.templates import renderer
 from lolcats.errors import LolcatsError
@@ -45,7 +46,7 @@ PLAIN = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
 HALF = "a\ud83d"
 
 
-def with_template(tokenizer: Any, template: str) -> Any:
+def with_template(tokenizer: Any, template: Any) -> Any:
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = template
     return changed
@@ -242,3 +243,37 @@ def test_why_a_hub_data_set_cannot_be_read(tmp_path: Path, tokenizer: Any) -> No
     (tmp_path / "set" / "train.jsonl").write_text(json.dumps({"text": HALF}) + "\n")
     with pytest.raises(LolcatsError, match="surrogate"):
         load_data(str(tmp_path / "set"), tokenizer, SMALL)
+
+
+WANTS_TEXT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}{% endfor %}"
+)
+
+
+def test_arguments_are_text_for_templates_that_take_text(tokenizer: Any) -> None:
+    """functionary's does."""
+    assert rendered({"messages": OPENAI}, tokenizer, WANTS_TEXT) == TEXT.replace("(", "").replace(")", "")
+
+
+def test_a_template_of_its_own_for_tools(tokenizer: Any) -> None:
+    """The tokenizers of Hermes and Command R have one that knows calls, beside one that does not."""
+    both: Any = {"default": ONLY_PLAIN, "tool_use": KNOWS_ALL}
+    record = {"messages": OPENAI, "tools": [FUNCTION]}
+    assert rendered(record, tokenizer, both) == "[weather]" + TEXT
+    with pytest.raises(Misfit, match="does not know tool calls"):
+        rendered({"messages": OPENAI}, tokenizer, both)
+
+
+def test_calls_without_ids_get_some_that_answers_name(tokenizer: Any) -> None:
+    """Mistral's templates refuse calls without an id of nine characters."""
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}({{ c.id }} {{ c.function.name }}){% endfor %}"
+        "<{{ m.tool_call_id }}>{{ m.content }}{% endfor %}"
+    )
+    calls = {"from": "function_call", "value": json.dumps([CALL, CALL])}
+    turns = [SHAREGPT[0], calls, SHAREGPT[2], SHAREGPT[2], SHAREGPT[1], SHAREGPT[2]]
+    assert rendered({"conversations": turns}, tokenizer, template) == (
+        "<>how warm?(call00000 weather)(call00001 weather)<><call00000>12 °C<call00001>12 °C(call00002 weather)<>"
+        "<call00002>12 °C"
+    )

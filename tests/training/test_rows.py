@@ -99,7 +99,9 @@ def test_the_recipe_small_is_named_if_it_would_do(tokens: int, named: bool) -> N
 
 def test_a_run_on_little_data_says_so(model_dirs: dict[str, Path], settings: list[str], tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [30] * 20)
-    own = [s for s in settings if "_rows" not in s]
+    with Path(source).open("a") as file:
+        file.write('{"text": \n{"text": ["a"]}\n{"text": "\\ud83d"}\n')
+    own = [*(s for s in settings if "_rows" not in s), "data.skip_broken=true"]
     said: list[str] = []
     for directory in (tmp_path / "out", tmp_path / "again"):
         job = start(Inputs(str(model_dirs["llama"])), source, directory, load_config("default", own), said.append)
@@ -107,6 +109,7 @@ def test_a_run_on_little_data_says_so(model_dirs: dict[str, Path], settings: lis
     assert 1 <= held_out < HELD_OUT
     line = f"little data: {held_out} validation and {held_out} test rows are held out instead of 32 and 32, and {train}"
     assert sum(line in text for text in said) == 2
+    assert sum("skipped records: 1 broken, 2 unusable" in text for text in said) == 2
     record = job.run.record
     assert (record["data"]["test_rows"], record["config"]["data"]["test_rows"]) == (held_out, 32)
     assert resume(tmp_path / "again", said.append).data.fingerprint == record["data"]["fingerprint"]

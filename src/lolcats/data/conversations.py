@@ -43,7 +43,10 @@ def messages_of(record: Record, template: ChatTemplate) -> list[Message]:
     turns = record[column]
     if not isinstance(turns, list):
         raise Misfit(f"its {column} have type {type(turns).__name__}, expected a list")
-    return [_message(turn, number, template) for number, turn in enumerate(turns, 1)]
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, 1):
+        messages.append(_message(turn, number, messages, template))
+    return messages
 
 
 def tools_of(record: Record, template: ChatTemplate) -> list[Message] | None:
@@ -57,7 +60,8 @@ def tools_of(record: Record, template: ChatTemplate) -> list[Message] | None:
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools] or None
 
 
-def _message(turn: Any, number: int, template: ChatTemplate) -> Message:
+def _message(turn: Any, number: int, before: list[Message], template: ChatTemplate) -> Message:
+    """The message of a turn. Calls of ShareGPT have no ids, which some templates need: they get some."""
     if not isinstance(turn, dict):
         raise Misfit(f"message {number} has type {type(turn).__name__}, expected an object with role and content")
     name = _first(turn, "role", "from")
@@ -67,10 +71,12 @@ def _message(turn: Any, number: int, template: ChatTemplate) -> Message:
         role = _role(name, template)
         content, calls = _first(turn, "content", "value"), _calls(turn)
         if name == "function_call":
-            content, calls = None, _calls_in(content)
+            content, calls = None, [{**call, "id": _id(i, before)} for i, call in enumerate(_calls_in(content))]
         if calls and not template.knows_tool_calls:
             raise Misfit("the chat template does not know tool calls")
         others = {key: value for key, value in _known(turn).items() if key not in OWN}
+        if name == "observation" and role == "tool" and (waiting := _unanswered(before)):
+            others.setdefault("tool_call_id", waiting[0])
         message = {"role": role, "content": _text(content, empty=bool(calls)), **others}
         return message | ({"tool_calls": calls} if calls else {})
     except Misfit as error:
@@ -119,6 +125,18 @@ def _calls(turn: Record) -> list[Message]:
         raise Misfit(f"its tool_calls have type {type(calls).__name__}, expected a list")
     older = turn.get("function_call")
     return [_call(call) for call in (*calls, *([older] if older else []))]
+
+
+def _id(place: int, before: list[Message]) -> str:
+    """An id of nine letters and digits, as Mistral's templates want them."""
+    return f"call{place + sum(len(message.get('tool_calls', ())) for message in before):05d}"
+
+
+def _unanswered(before: list[Message]) -> list[str]:
+    """Ids of the calls that no tool has answered."""
+    answered = {message.get("tool_call_id") for message in before}
+    calls = [call for message in before for call in message.get("tool_calls", ())]
+    return [call["id"] for call in calls if call.get("id", None) not in answered | {None}]
 
 
 def _calls_in(value: Any) -> list[Message]:

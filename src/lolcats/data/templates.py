@@ -49,8 +49,10 @@ def renderer(form: str, config: DataConfig, tokenizer: Any) -> Callable[[Record]
     template = ChatTemplate(tokenizer)
 
     def chat(record: Record) -> str:
-        messages = messages_of(record, template)
-        return _conversation(messages, tools_of(record, template), template) if messages else ""
+        tools = tools_of(record, template)
+        own = template.with_tools if tools else template
+        messages = messages_of(record, own)
+        return _conversation(messages, tools, own) if messages else ""
 
     def alpaca(record: Record) -> str:
         columns = {name: _column(record, name) for name in ("instruction", "output")}
@@ -75,9 +77,19 @@ def _conversation(messages: list[Message], tools: list[Message] | None, template
     except Exception as error:
         if out_of_memory(error):
             raise
-        number = next((n for n in range(1, len(messages)) if not template.takes(messages[:n], tools)), len(messages))
+        number = _first_refused(messages, tools, template)
         role, reason = messages[number - 1]["role"], f"{type(error).__name__}: {first_line(error)}"
         raise Misfit(f"message {number}, role {role!r}: the chat template refuses it ({reason})") from error
+
+
+def _first_refused(messages: list[Message], tools: list[Message] | None, template: ChatTemplate) -> int:
+    """Number of the first message with which a conversation cannot be rendered."""
+    for number in range(1, len(messages)):
+        try:
+            template.text(messages[:number], tools)
+        except Exception:  # whatever it is, the same happened to the whole conversation
+            return number
+    return len(messages)
 
 
 def _column(record: Record, name: str) -> str:

@@ -18,40 +18,57 @@ USER: Message = {"role": "user", "content": "a"}
 
 class ChatTemplate:
     """A tokenizer's chat template. What it knows is found out by rendering: many templates leave out what they do not
-    know without an error."""
+    know without an error.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    tools: what is found out holds for conversations with tools, for which some tokenizers have a template of their own.
+    """
+
+    def __init__(self, tokenizer: Any, tools: Sequence[Message] | None = None) -> None:
+        self.tokenizer, self.tools = tokenizer, tools
         self._roles: dict[str, bool] = {}
 
     def text(self, messages: Sequence[Message], tools: Sequence[Message] | None = None, answer: bool = False) -> str:
         """The text of a conversation, with ``answer`` up to where the assistant's answer begins. Raises whatever the
-        template raises."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, add_generation_prompt=answer, tokenize=False
-            )
-        )
+        template raises.
+
+        The arguments of tool calls are objects, which become JSON for templates that take text.
+        """
+        if self._takes_json and any(message.get("tool_calls") for message in messages):
+            messages = [_with_json(message) for message in messages]
+        return self._text(messages, tools, answer)
+
+    @cached_property
+    def with_tools(self) -> ChatTemplate:
+        """What the template knows if a conversation has tools."""
+        return ChatTemplate(self.tokenizer, [_tool("f")])
 
     @cached_property
     def knows_tools(self) -> bool:
-        function = {"name": MARK, "description": "", "parameters": {"type": "object", "properties": {}}}
-        return self._shows([USER], [{"type": "function", "function": function}])
+        return self._shows([USER], [_tool(MARK)])
 
     @cached_property
     def knows_tool_calls(self) -> bool:
-        return self._shows([USER, called(MARK)])
+        return self._shows_calls(_called(MARK)) or self._takes_json
 
     @cached_property
     def knows_tool_messages(self) -> bool:
-        answer = {"role": "tool", "content": MARK, "tool_call_id": "call00001", "name": "f"}
-        return self._shows([USER, *([called("f")] if self.knows_tool_calls else []), answer])
+        calls = _with_json(_called("f")) if self._takes_json else _called("f")
+        return self._shows([USER, *([calls] if self.knows_tool_calls else []), _answered(MARK)])
+
+    @cached_property
+    def _takes_json(self) -> bool:
+        """Whether the template shows tool calls only if their arguments are JSON text."""
+        return not self._shows_calls(_called(MARK)) and self._shows_calls(_with_json(_called(MARK)))
+
+    def _shows_calls(self, message: Message) -> bool:
+        """Whether calls are shown where a conversation ends with them, or where a tool has answered."""
+        return self._shows([USER, message]) or self._shows([USER, message, _answered("a")])
 
     def names(self, role: str) -> bool:
         """Whether the template names ``role`` in its code, and shows the content of messages that have it."""
         if role not in self._roles:
             message = {"role": role, "content": MARK}
-            places = ([message, USER], [USER, message], [USER, called("f"), message])
+            places = ([message, USER], [USER, message], [USER, _called("f"), message])
             quoted = any(f"{quote}{role}{quote}" in self._source for quote in "'\"")
             self._roles[role] = quoted and any(map(self._shows, places))
         return self._roles[role]
@@ -62,26 +79,47 @@ class ChatTemplate:
         source = self.tokenizer.chat_template or ""
         return "\n".join(map(str, source.values())) if isinstance(source, dict) else str(source)
 
-    def takes(self, messages: Sequence[Message], tools: Sequence[Message] | None = None) -> bool:
-        """Whether the template renders a conversation without an error."""
-        return self._tried(messages, tools) is not None
-
     def _shows(self, messages: Sequence[Message], tools: Sequence[Message] | None = None) -> bool:
-        return bool(self.tokenizer.chat_template) and MARK in (self._tried(messages, tools, answer=True) or "")
-
-    def _tried(self, messages: Sequence[Message], tools: Sequence[Message] | None, answer: bool = False) -> str | None:
+        if not self.tokenizer.chat_template:
+            return False
         try:
-            return self.text(messages, tools, answer)
+            return MARK in self._text(messages, tools or self.tools, answer=True)
         except Exception as error:  # a template is code from the model: it may raise anything
             if out_of_memory(error):
                 raise
-            return None
+            return False
+
+    def _text(self, messages: Sequence[Message], tools: Sequence[Message] | None, answer: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), tools=tools, add_generation_prompt=answer, tokenize=False
+            )
+        )
 
 
-def called(name: str) -> Message:
+def _tool(name: str) -> Message:
+    function = {"name": name, "description": "", "parameters": {"type": "object", "properties": {}}}
+    return {"type": "function", "function": function}
+
+
+def _called(name: str) -> Message:
     """An assistant's message that calls a function."""
-    call = {"id": "call00001", "type": "function", "function": {"name": name, "arguments": {}}}
+    call = {"id": "call00001", "type": "function", "function": {"name": name, "arguments": {name: name}}}
     return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def _answered(content: str) -> Message:
+    return {"role": "tool", "content": content, "tool_call_id": "call00001", "name": "f"}
+
+
+def _with_json(message: Message) -> Message:
+    """A message whose tool calls have their arguments as JSON text."""
+    calls = []
+    for call in message.get("tool_calls") or []:
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def arguments_of(text: str) -> Any:

@@ -112,10 +112,11 @@ class Template(ChatTemplate):
         """
         if tools and not self.knows_tools:
             raise bad_field("tools", "this model's chat template does not know tools.")
+        known = self.with_tools if tools else self
         for i, message in enumerate(messages):
-            if message.tool_calls and not self.knows_tool_calls:
+            if message.tool_calls and not known.knows_tool_calls:
                 raise bad_field(f"messages.{i}.tool_calls", "this model's chat template does not know tool calls.")
-            if message.role == "tool" and not self.knows_tool_messages:
+            if message.role == "tool" and not known.knows_tool_messages:
                 raise bad_field(f"messages.{i}.role", 'this model\'s chat template does not know the role "tool".')
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
@@ -127,6 +128,6 @@ class Template(ChatTemplate):
         if not self.tokenizer.chat_template:
             return plain_text(messages)
         try:
-            return self.text(messages, tools, answer=True)
+            return (self.with_tools if tools else self).text(messages, tools, answer=True)
         except Exception as error:  # whatever a template raises, it does so because of these messages
             raise ApiError(400, f"The chat template refuses these messages: {error}", "messages") from None
