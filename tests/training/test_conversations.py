@@ -123,6 +123,8 @@ UNUSABLE = [
     ({"messages": turn(role=["user"], content="x")}, KNOWS_ALL, "the role of message 2 is not text"),
     ({"messages": ["hello"]}, KNOWS_ALL, "message 1 has type str, expected an object"),
     ({"messages": "hello"}, KNOWS_ALL, "its messages have type str, expected a list"),
+    ({"conversations": [*SHAREGPT[:2], {"from": "gpt", "value": "b", "tool_call_id": []}, SHAREGPT[2]]}, KNOWS_ALL,
+     "TypeError: unhashable"),
     ({"messages": OPENAI[:1], "tools": [3]}, KNOWS_ALL, "its tools are not functions"),
     ({"messages": turn(role="system", content="x")},
      "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}"

@@ -67,7 +67,7 @@ def renderer(form: str, config: DataConfig, tokenizer: Any) -> Callable[[Record]
     def text(record: Record) -> str:
         return _column(record, config.text_column)
 
-    return _unicode({"chat": chat, "alpaca": alpaca, "text": text}[form])
+    return _guarded({"chat": chat, "alpaca": alpaca, "text": text}[form])
 
 
 def _conversation(messages: list[Message], tools: list[Message] | None, template: ChatTemplate) -> str:
@@ -102,12 +102,20 @@ def _column(record: Record, name: str) -> str:
     return str(value or "")
 
 
-def _unicode(render: Callable[[Record], str]) -> Callable[[Record], str]:
-    """``render``, with text that is not Unicode as a Misfit."""
+def _guarded(render: Callable[[Record], str]) -> Callable[[Record], str]:
+    """``render``, which raises only Misfit, also for text that is not Unicode: data may hold anything anywhere."""
 
-    def rendered(record: Record) -> str:
-        if not is_unicode(text := render(record)):
+    def guarded(record: Record) -> str:
+        try:
+            text = render(record)
+        except Misfit:
+            raise
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise Misfit(f"{type(error).__name__}: {first_line(error)}") from error
+        if not is_unicode(text):
             raise Misfit(f"it holds {HALF}")
         return text
 
-    return rendered
+    return guarded
