@@ -112,11 +112,14 @@ class DataConfig:
     sequence_length: int = 1024
     """Tokens per packed row."""
     validation_rows: int = 32
-    """Number of packed rows held out to choose the best checkpoint."""
+    """Number of packed rows held out to choose the best checkpoint. If the data is too small for the default, fewer are
+    held out, at most a tenth of all rows; any other number is kept, or refused."""
     test_rows: int = 32
-    """Number of packed rows held out for the final table; they are not used to choose anything."""
+    """Number of packed rows held out for the final table; they are not used to choose anything. For little data, as
+    with ``validation_rows``."""
     skip_broken: bool = False
-    """Skip broken lines of a .jsonl file, or broken records of a .json file, and count them instead of stopping."""
+    """Skip and count records that cannot be used instead of stopping: broken lines of a .jsonl file, broken records of
+    other files, text that is not Unicode, and conversations that the chat template cannot render."""
     streaming: bool = False
     """Read a hub data set while it downloads instead of downloading it first. Meant to be used with ``max_tokens``."""
     max_tokens: int = 0

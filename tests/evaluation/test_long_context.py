@@ -251,3 +251,22 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("a\n\n" * 9000)
     assert read_documents(str(path)) == ["a\n\n" * 9000]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"caf\xe9", r"not UTF-8 text \(byte 3\)"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', "the text of record 2 is not Unicode"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ["b"]}\n', "the text of record 2 is not Unicode"),
+    ],
+)
+def test_texts_that_are_not_unicode_end_in_a_sentence(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LolcatsError, match=message):
+        read_documents(str(tmp_path / name))
+
+
+def test_records_without_text_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"title": "b"}\n{"text": "c"}\n')
+    assert read_documents(str(tmp_path / "a.jsonl")) == ["a", "c"]

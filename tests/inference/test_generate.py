@@ -26,6 +26,15 @@ def test_raw_text_is_not_a_question(tokenizer: Any) -> None:
         encode(tokenizer, [{"role": "user", "content": "the cat"}], raw=True)
 
 
+@pytest.mark.parametrize("raw", [False, True])
+def test_half_a_surrogate_pair_is_a_sentence(raw: bool, tokenizer: Any) -> None:
+    with pytest.raises(LolcatsError, match="not valid UTF-8"):
+        encode(tokenizer, "a\ud83d", raw=raw)
+    for role in ("system", "user"):
+        with pytest.raises(LolcatsError, match="not valid UTF-8"):
+            encode(tokenizer, [{"role": role, "content": "a\ud83d"}])
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [

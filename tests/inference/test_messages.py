@@ -31,7 +31,7 @@ REFUSES = (
 )
 
 
-def with_template(tokenizer: Any, template: str | None) -> Any:
+def with_template(tokenizer: Any, template: Any) -> Any:
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = template
     return changed
@@ -70,6 +70,29 @@ def test_what_the_template_would_leave_out_is_refused(
 def test_a_template_that_shows_any_role_knows_tool_messages(tokenizer: Any) -> None:
     given = body([CONVERSATION[0], CONVERSATION[2]])
     Template(tokenizer).check(given.messages, [])
+
+
+WANTS_TEXT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}{% endfor %}"
+)
+
+
+def test_arguments_are_text_for_a_template_that_takes_text(tokenizer: Any) -> None:
+    template, given = Template(with_template(tokenizer, WANTS_TEXT)), body(CONVERSATION)
+    template.check(given.messages, [])
+    text = template.render([m.plain() for m in given.messages])
+    assert text == '<user>how warm is it?<assistant>weather{"city": "Bern"}<tool>12 °C'
+
+
+def test_a_template_of_its_own_for_tools(tokenizer: Any) -> None:
+    both: Any = {"default": REFUSES, "tool_use": KNOWS_ALL}
+    template, given = Template(with_template(tokenizer, both)), body(CONVERSATION, tools=TOOLS)
+    template.check(given.messages, given.tools)
+    text = template.render([m.plain() for m in given.messages], [tool.plain() for tool in given.tools])
+    assert text.startswith("[weather]<user>")
+    with pytest.raises(ApiError, match="does not know tool calls"):
+        template.check(given.messages, [])
 
 
 def test_what_a_template_refuses_is_the_client_s_mistake(tokenizer: Any) -> None:

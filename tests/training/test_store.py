@@ -149,6 +149,24 @@ def test_lines_and_records_are_counted_through_all_pieces(tmp_path: Path, tokeni
         load_data(str(source), tokenizer, replace(SMALL, skip_broken=True))
 
 
+def test_records_that_cannot_be_rendered_are_counted_through_all_pieces(tmp_path: Path, tokenizer, large: Path) -> None:
+    source = Path(write(tmp_path / "a.jsonl"))
+    lines = source.read_bytes().split(b"\n")
+    lines[7], lines[250], lines[400] = b'{"text": "\\ud83d"}', b'{"text": ["a"]}', b'{"text": {"a": 1}}'
+    source.write_bytes(b"\n".join(lines))
+    with pytest.raises(LolcatsError, match=r"record 8 does not fit the text format \(it holds half a surrogate pair"):
+        load_data(str(source), tokenizer, SMALL)
+    skipping = replace(SMALL, skip_broken=True)
+    assert load_data(str(source), tokenizer, skipping).summary["misfit_records_skipped"] == 3
+    (tmp_path / "mix.yaml").write_text("sources: [{path: a.jsonl, weight: 1}]")
+    assert load_data(str(tmp_path / "mix.yaml"), tokenizer, skipping).summary["misfit_records_skipped"] == 3
+    record = next(large.glob("*/store.json"))
+    counts = json.loads(record.read_text())
+    del counts["misfit_records_skipped"]  # as older versions wrote it
+    record.write_text(json.dumps(counts))
+    assert load_data(str(source), tokenizer, skipping).summary["misfit_records_skipped"] == 0
+
+
 def test_a_killed_worker_is_an_error_message(tmp_path: Path, tokenizer, large: Path, monkeypatch) -> None:
     monkeypatch.setattr(store.Reading, "piece", lambda self, piece: os._exit(9))
     with pytest.raises(LolcatsError, match="was killed"):

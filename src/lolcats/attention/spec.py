@@ -108,6 +108,15 @@ class AttentionSpec:
         """How many keys leave the window when it moves."""
         return self.window_size if self.window == "terraced" else 1
 
+    @property
+    def linear_from(self) -> int:
+        """The first position whose query has keys for the linear term; before it, sinks and window cover all keys."""
+        if self.kind == "linear":
+            return 0
+        if self.window == "terraced":
+            return (self.sinks // self.window_size + 2) * self.window_size
+        return self.window_size + self.sinks
+
     def window_start(self, n: Position) -> Position:
         """First position inside the window of the query at ``n`` (may be negative; ``n + 1`` without a window)."""
         if self.kind == "linear":

@@ -227,6 +227,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Estimate memory, disk and time of both stages from the model's configuration, and print the commands to run."""
     from lolcats.config import load_config
+    from lolcats.pipeline.rows import check_rows
     from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_config, report, size_of
 
     read = report.parse_quantity
@@ -236,6 +237,7 @@ def plan(
     )  # fmt: skip
     work = Work(read(tokens, "--tokens"), read(finetune_tokens, "--finetune-tokens"), block_size)
     config = load_config(recipe, set_)
+    check_rows(config)
     size = size_of(read_config(model), config)
     stages = [plans(size, config, machine, work) for plans in (plan_transfer, plan_finetune)]
     print_rows(

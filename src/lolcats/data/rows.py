@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lolcats.config import DataConfig
+from lolcats.config import DataConfig, load_config
 from lolcats.data.mixture import is_mixture, read_mixture
 from lolcats.data.store import Array, TokenStore, first_occurrences, open_source
 from lolcats.errors import LolcatsError
 
 Item = dict[str, Tensor]
+
+HELD_OUT = DataConfig.test_rows
+"""The default number of test rows, and of validation rows; smaller for little data."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,12 @@ class PackedRows(Dataset[Item]):
         positions = places - np.maximum(begins, places[:, :1])
         return torch.from_numpy(ids[rows]), torch.from_numpy(positions[rows])
 
+    def pieces(self) -> Array:
+        """Lengths of the pieces that rows and documents cut each other into, of the rows that are here."""
+        edges = np.arange(0, (int(self.rows.max()) + 2) * self.length, self.length) if len(self.rows) else np.arange(1)
+        cuts = np.union1d(edges, self.ends[self.ends < edges[-1]])
+        return np.diff(cuts)[np.isin(cuts[:-1] // self.length, self.rows)]
+
     def select(self, chosen: Array) -> PackedRows:
         """The rows at the given indices."""
         return PackedRows(self.documents, self.order, self.length, self.positions, self.rows[chosen])
@@ -148,6 +157,17 @@ class Data:
         positions = {name: x[kept] if name == "train" else x for name, x in self.positions.items()}
         return replace(self, train=self.train[kept], positions=positions)
 
+    def share_before(self, position: int) -> float:
+        """Share of the training tokens before ``position`` in their sequence: their row, or their document if documents
+        are kept apart."""
+        rows = self.train
+        if "train" in self.positions:
+            return float((self.positions["train"] < position).double().mean())
+        if isinstance(rows, PackedRows) and rows.positions:
+            pieces = rows.pieces()
+            return float(np.minimum(pieces, position).sum() / pieces.sum())
+        return min(position / self.summary["sequence_length"], 1.0)
+
     def batches(self, numbers: Sequence[int], size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Token ids and position ids of the training rows at indices ``numbers``, ``size`` rows at a time."""
         rows = self.dataset("train")
@@ -180,7 +200,7 @@ def tokenize_source(source: str, tokenizer: Any, config: DataConfig, unique: boo
     stores = [open_source(part.source, tokenizer, part.config) for part in parts]
     table = _table(stores, unique, tuple(part.share for part in parts))
     counts: dict[str, Any] = {"source": source, "format": ", ".join(store.counts["format"] for store in stores)}
-    for name in ("empty_records", "broken_lines_skipped"):
+    for name in ("empty_records", "broken_lines_skipped", "misfit_records_skipped"):
         counts[name] = sum(store.counts[name] for store in stores)
     records = sum(len(store.lengths) for store in stores)
     counts |= {"documents": len(table), "duplicate_records": records - len(table) if unique else 0}
@@ -209,21 +229,12 @@ def split(documents: Corpus, config: DataConfig, seed: int) -> Data:
     if documents.shares:
         order = order[_within_shares(documents, order)]
     length, place, reset = config.sequence_length, 0, config.reset_at_documents
-    ends = np.cumsum(documents.length[order], dtype=np.int64)
     held_out = []
-    for wanted in (config.test_rows, config.validation_rows):
-        before = int(ends[place - 1]) if place else 0
-        stop = min(int(np.searchsorted(ends, before + wanted * length)) + 1, len(order))
-        held_out.append(PackedRows(documents, order[place:stop], length, reset).whole(wanted))
+    for count, stop in _held_out(documents, order, config):
+        held_out.append(PackedRows(documents, order[place:stop], length, reset).whole(count))
         place = stop
     (test, test_positions), (validation, validation_positions) = held_out
     train: Tensor | PackedRows = PackedRows(documents, order[place:], length, reset)
-    if len(test) < config.test_rows or len(validation) < config.validation_rows or not len(train):
-        raise LolcatsError(
-            f"{documents.counts['source']} has too few tokens ({int(ends[-1])}): {config.validation_rows} validation "
-            f"rows and {config.test_rows} test rows of {length} tokens leave nothing to train on. Use more data, "
-            "shorter rows (data.sequence_length) or smaller splits (data.validation_rows, data.test_rows)."
-        )
     positions = {"validation": validation_positions, "test": test_positions}
     if documents.in_memory and isinstance(train, PackedRows):
         train, positions["train"] = train.whole()
@@ -235,6 +246,41 @@ def split(documents: Corpus, config: DataConfig, seed: int) -> Data:
     }
     summary = {**asdict(config), **documents.counts, **counted}
     return Data(train, validation, test, "sha256 " + digest.hexdigest(), summary, positions if reset else {})
+
+
+def _held_out(documents: Corpus, order: Array, config: DataConfig) -> list[tuple[int, int]]:
+    """For test and validation rows, in this order: how many there are, and where in ``order`` their documents end.
+
+    If the data is too small, splits of the default size shrink to at most a tenth of all rows each.
+    """
+    ends = np.cumsum(documents.length[order], dtype=np.int64)
+    tokens = int(ends[-1]) if len(ends) else 0
+    if stops := _stops(ends, config):
+        return stops
+    for fewer in range(min(HELD_OUT, tokens // config.sequence_length // 10), 0, -1):
+        test, validation = (fewer if n == HELD_OUT else n for n in (config.test_rows, config.validation_rows))
+        if stops := _stops(ends, replace(config, test_rows=test, validation_rows=validation)):
+            return stops
+    needed = (config.test_rows + config.validation_rows + 1) * config.sequence_length
+    few = f"tokens ({tokens})" if tokens < needed else f"documents ({len(order)}), which are never divided among splits"
+    small = "--recipe small, " if _stops(ends, load_config("small").data) else ""
+    raise LolcatsError(
+        f"{documents.counts['source']} has too few {few}: {config.validation_rows} validation rows and "
+        f"{config.test_rows} test rows of {config.sequence_length} tokens leave nothing to train on. Use more data, "
+        f"{small}shorter rows (data.sequence_length) or smaller splits (data.validation_rows, data.test_rows)."
+    )
+
+
+def _stops(ends: Array, config: DataConfig) -> list[tuple[int, int]]:
+    """As :func:`_held_out`; empty if the documents, which end at ``ends``, do not fill the splits and one more row."""
+    place, before, stops = 0, 0, []
+    for rows in (config.test_rows, config.validation_rows):
+        place = int(np.searchsorted(ends, before + rows * config.sequence_length)) + 1
+        if place > len(ends):
+            return []
+        before = int(ends[place - 1])
+        stops.append((rows, place))
+    return stops if ends[-1] - before >= config.sequence_length else []
 
 
 def _identity(documents: Corpus, train: Tensor | PackedRows, seed: int) -> bytes:

@@ -9,7 +9,7 @@ import codecs
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ LONGEST = 1 << 20  # maximum number of characters per paragraph; a longer one is
 NAMED = 5  # broken lines listed in an error
 PIECE = 8 << 20  # bytes per piece of a .jsonl file
 BLOCK = 1 << 20  # bytes to read at a time
+NOT_UNICODE = "its text is not UTF-8"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class Broken:
         self.unit, self.count = other.unit, self.count + other.count
         shifted = [(self.read + number, reason) for number, reason in other.named]
         self.named, self.read = [*self.named, *shifted][:NAMED], self.read + other.read
+
+    def taken(self) -> Broken:
+        """What was counted since this was last called, as a piece of its own."""
+        piece = replace(self)
+        self.read, self.count, self.named = 0, 0, []
+        return piece
 
     def check(self, source: str, config: DataConfig) -> None:
         """Raise LolcatsError with the broken lines, unless they are skipped."""
@@ -91,7 +98,8 @@ def read_records(source: str, config: DataConfig) -> tuple[list[Record], int]:
         LolcatsError: the source does not exist, has no records, or has broken lines (counted, with line numbers).
     """
     path, broken = local_file(source), Broken()
-    records = list(hub_records(hub_dataset(source, config), source) if path is None else Piece(path).records(broken))
+    found = hub_records(hub_dataset(source, config), source, broken) if path is None else Piece(path).records(broken)
+    records = list(found)
     broken.check(source, config)
     if not records:
         raise LolcatsError(f"{source} is empty: no records.")
@@ -154,13 +162,38 @@ def _json(piece: Piece, broken: Broken) -> Iterator[Record]:
 def _parquet(piece: Piece, broken: Broken) -> Iterator[Record]:
     import pyarrow
 
-    file = _parquet_file(piece.path)
+    file, broken.unit = _parquet_file(piece.path), "record"
     groups = None if piece.stop is None else list(range(piece.start, piece.stop))
     try:
         for batch in file.iter_batches(batch_size=1_000, row_groups=groups):
-            yield from batch.to_pylist()
+            yield from map(without_nulls, _rows(batch, broken))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise LolcatsError(f"{piece.path} is not a readable Parquet file ({error}).") from None
+
+
+def _rows(batch: Any, broken: Broken) -> list[Record]:
+    """The rows of a batch of pyarrow. Their text may not be Unicode: neither writers nor readers check it."""
+    try:
+        rows: list[Record] = batch.to_pylist()
+        broken.read += len(rows)
+        return rows
+    except UnicodeDecodeError:
+        if batch.num_rows > 1:
+            return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1), broken)]
+        broken.read += 1
+        broken.add(broken.read, NOT_UNICODE)
+        return []
+
+
+def without_nulls(record: Record) -> Record:
+    """A record of Arrow, whose objects all have the keys of all others, without the nested keys that hold null."""
+    return {name: _pruned(value) for name, value in record.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(x) for key, x in value.items() if x is not None}
+    return [_pruned(x) for x in value] if isinstance(value, list) else value
 
 
 def _parquet_file(path: Path) -> Any:
@@ -224,14 +257,26 @@ def hub_dataset(name: str, config: DataConfig) -> Any:
         )  # fmt: skip
 
 
-def hub_records(dataset: Any, name: str) -> Iterator[Record]:
-    records = iter(dataset)
+def hub_records(dataset: Any, name: str, broken: Broken) -> Iterator[Record]:
+    """The records of a data set of the ``datasets`` package. Text that is not Unicode is a broken record, but stops one
+    that is read while it downloads, since that cannot go on after an error."""
+    broken.unit = "record"
+    records, place = iter(dataset), 0
     while True:
         with _hub_errors(name):
-            record = next(records, None)
+            try:
+                record = next(records, None)
+            except UnicodeDecodeError:
+                if not hasattr(dataset, "__len__"):
+                    raise LolcatsError(f"{name}: record {place + 1} is broken ({NOT_UNICODE}).") from None
+                rest = range(place + 1, len(dataset))
+                record, records = {}, iter(dataset.select(rest) if rest else ())
+                broken.add(broken.read + 1, NOT_UNICODE)
         if record is None:
             return
-        yield record
+        place, broken.read = place + 1, broken.read + 1
+        if record:
+            yield without_nulls(record)
 
 
 @contextmanager
@@ -242,7 +287,7 @@ def _hub_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # the hub's errors derive from the first three
-        reason = first_line(error)
+        reason = first_line(error.__cause__ or error)  # datasets says only that something went wrong
         if Path(name).is_dir():
             raise LolcatsError(f"{name} cannot be read as a data set ({reason}): pass one of its files.") from None
         raise LolcatsError(f"Cannot load data set {name!r} from disk or the Hugging Face hub ({reason}).") from None

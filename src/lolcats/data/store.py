@@ -36,9 +36,10 @@ import transformers
 from numpy.typing import NDArray
 
 from lolcats.config import DataConfig
+from lolcats.data.conversations import Misfit, NoColumn
 from lolcats.data.sources import Broken, Piece, Record, hub_dataset, hub_records, local_file, pieces
 from lolcats.data.templates import record_format, renderer
-from lolcats.errors import LolcatsError, first_line
+from lolcats.errors import LolcatsError
 
 LARGE = 64 << 20  # a source of this many bytes or more is kept in a file
 BATCH = 1_000  # documents to tokenize at a time,
@@ -53,7 +54,8 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Chunk:
-    """The documents of one piece of a source. ``misfit``: number of a record that does not fit the format, and why."""
+    """The documents of one piece of a source. ``misfits``: records that do not fit the format and were skipped;
+    ``misfit``: number of the one that stopped the piece, and why."""
 
     ids: Array
     lengths: Array
@@ -61,7 +63,8 @@ class Chunk:
     broken: Broken
     records: int
     empty: int
-    misfit: tuple[int, str] | None = None
+    misfits: int = 0
+    misfit: tuple[int, Misfit] | None = None
 
     def limited(self, tokens: int) -> Chunk:
         """The first documents, up to the one that reaches ``tokens`` tokens."""
@@ -90,28 +93,30 @@ class Reading:
         lengths: list[Array] = []
         hashes = bytearray()
         texts: list[str] = []
-        number = empty = characters = 0
+        number = empty = characters = misfits = 0
         misfit = None
         for record in records:
             number += 1
             try:
                 text = render(record)
-                digest = hashlib.blake2b(text.encode(), digest_size=HASH).digest() if text else b""
-            except Exception as error:  # templates are code from the model; text may not be encodable
-                misfit = number, f"{type(error).__name__}: {first_line(error)}"
-                break
+            except Misfit as error:
+                if isinstance(error, NoColumn) or not self.config.skip_broken:
+                    misfit = number, error
+                    break
+                misfits += 1
+                continue
             if not text:
                 empty += 1
                 continue
             texts.append(text)
-            hashes += digest
+            hashes += hashlib.blake2b(text.encode(), digest_size=HASH).digest()
             characters += len(text)
             if len(texts) == BATCH or characters >= CHARACTERS:
                 self._tokenize(texts, ids, lengths)
                 texts, characters = [], 0
         self._tokenize(texts, ids, lengths)
         joined = _joined(ids), _joined(lengths)
-        return Chunk(*joined, np.frombuffer(hashes, np.uint64).reshape(-1, 2), broken, number, empty, misfit)
+        return Chunk(*joined, np.frombuffer(hashes, np.uint64).reshape(-1, 2), broken, number, empty, misfits, misfit)
 
     def _tokenize(self, texts: list[str], ids: list[Array], lengths: list[Array]) -> None:
         """Chat templates add their own special tokens; other text ends with EOS."""
@@ -182,12 +187,13 @@ def _open_hub(name: str, tokenizer: Any, config: DataConfig) -> TokenStore:
     dataset = hub_dataset(name, config)
 
     def records() -> Iterator[Record]:
-        return hub_records(dataset, name)
+        return hub_records(dataset, name, Broken())
 
     def chunks(reading: Reading) -> Iterator[Chunk]:
-        rest = records()
-        while part := list(islice(rest, BATCH)):
-            yield reading.chunk(iter(part), Broken())
+        broken = Broken()
+        rest = hub_records(dataset, name, broken)
+        while (part := list(islice(rest, BATCH))) or broken.count:
+            yield reading.chunk(iter(part), broken.taken())
 
     def build(folder: Path | None) -> TokenStore:
         return _build(name, records, chunks, tokenizer, config, folder)
@@ -226,11 +232,13 @@ def _build(
     lengths = np.frombuffer(sinks["lengths"].getvalue(), np.int32)
     hashes = np.frombuffer(sinks["hashes"].getvalue(), np.uint64).reshape(-1, 2)
     if not len(lengths):
-        raise LolcatsError(f"{source}: every record is empty.")
+        unfit = f" or does not fit the {form} format ({total.misfits} do not)" if total.misfits else ""
+        raise LolcatsError(f"{source}: every record is empty{unfit}.")
     unique = first_occurrences(hashes)
     counts = {
         "source": source, "format": form, "empty_records": total.empty, "broken_lines_skipped": total.broken.count,
-        "documents": len(unique), "duplicate_records": len(lengths) - len(unique),
+        "misfit_records_skipped": total.misfits, "documents": len(unique),
+        "duplicate_records": len(lengths) - len(unique),
     }  # fmt: skip
     store = TokenStore(ids, np.cumsum(lengths, dtype=np.int64) - lengths, lengths, hashes, unique, counts)
     if folder is not None:
@@ -247,6 +255,7 @@ class _Total:
     broken: Broken = field(default_factory=Broken)
     records: int = 0
     empty: int = 0
+    misfits: int = 0
     tokens: int = 0
 
 
@@ -255,12 +264,13 @@ def _write(sinks: dict[str, Any], chunks: Iterable[Chunk], source: str, form: st
     total = _Total()
     for chunk in chunks:
         if chunk.misfit:
-            number, reason = total.records + chunk.misfit[0], chunk.misfit[1]
-            raise LolcatsError(f"{source}: record {number} does not fit the {form} format ({reason}).")
+            number, why = total.records + chunk.misfit[0], chunk.misfit[1]
+            raise LolcatsError(f"{source}: record {number} does not fit the {form} format ({why}).{why.advice}")
         if config.max_tokens and total.tokens + len(chunk.ids) >= config.max_tokens:
             chunk = chunk.limited(config.max_tokens - total.tokens)
         total.broken.extend(chunk.broken)
         total.records, total.empty = total.records + chunk.records, total.empty + chunk.empty
+        total.misfits += chunk.misfits
         total.tokens += len(chunk.ids)
         for name, sink in sinks.items():
             sink.write(getattr(chunk, name).tobytes())
@@ -287,7 +297,7 @@ def _load(folder: Path, source: str, identity: str = "", temporary: Any = None) 
             raise ValueError("ids.bin has the wrong size")
     except (OSError, ValueError, KeyError) as error:
         raise LolcatsError(f"The cached data in {folder} is damaged ({error}): delete that folder.") from None
-    counts["source"] = source
+    counts = {"misfit_records_skipped": 0, **counts, "source": source}
     return TokenStore(folder / "ids.bin", **arrays, counts=counts, identity=identity, temporary=temporary)
 
 

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lolcats.config import DataConfig
+from lolcats.data.conversations import HALF, Misfit, NoColumn, messages_of, tools_of
 from lolcats.data.sources import Record
-from lolcats.errors import LolcatsError
+from lolcats.errors import LolcatsError, first_line, out_of_memory
+from lolcats.modeling.chat import ChatTemplate, Message, is_unicode
 
 # The prompts of the Alpaca data set (Taori et al. 2023).
 ALPACA = (
@@ -21,7 +23,6 @@ ALPACA_INPUT = (
 )
 NO_INPUT = {"", "noinput", "<noinput>", "no input"}
 NO_OUTPUT = {"", "nooutput", "<nooutput>", "no output"}
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def record_format(record: Record, config: DataConfig, tokenizer: Any, source: str) -> str:
@@ -44,22 +45,77 @@ def record_format(record: Record, config: DataConfig, tokenizer: Any, source: st
 
 
 def renderer(form: str, config: DataConfig, tokenizer: Any) -> Callable[[Record], str]:
-    """Return the function that turns a record into text: "" for an empty record, an exception for one that misfits."""
+    """Return the function that turns a record into text: "" for an empty one; raises Misfit for one that misfits."""
+    template = ChatTemplate(tokenizer)
 
     def chat(record: Record) -> str:
-        turns = record.get("messages") or record.get("conversations") or []
-        messages = [
-            {"role": ROLES[t.get("role", t.get("from"))], "content": t.get("content", t.get("value"))} for t in turns
-        ]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False)) if messages else ""
+        tools = tools_of(record, template)
+        own = template.with_tools if tools else template
+        messages = messages_of(record, own)
+        return _conversation(messages, tools, own) if messages else ""
 
     def alpaca(record: Record) -> str:
-        if record["output"].strip().lower() in NO_OUTPUT:
+        columns = {name: _column(record, name) for name in ("instruction", "output")}
+        columns["input"] = _column(record, "input") if "input" in record else ""
+        if columns["output"].strip().lower() in NO_OUTPUT:
             return ""
-        has_input = (record.get("input") or "").strip().lower() not in NO_INPUT
-        return (ALPACA_INPUT if has_input else ALPACA).format_map(record) + record["output"]
+        if record["instruction"] is None:
+            raise Misfit("its instruction is null")
+        has_input = columns["input"].strip().lower() not in NO_INPUT
+        return (ALPACA_INPUT if has_input else ALPACA).format_map(columns) + columns["output"]
 
     def text(record: Record) -> str:
-        return str(record[config.text_column] or "")
+        return _column(record, config.text_column)
 
-    return {"chat": chat, "alpaca": alpaca, "text": text}[form]
+    return _guarded({"chat": chat, "alpaca": alpaca, "text": text}[form])
+
+
+def _conversation(messages: list[Message], tools: list[Message] | None, template: ChatTemplate) -> str:
+    """The text of a conversation; the template is code from the model and may raise anything."""
+    try:
+        return template.text(messages, tools)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        number = _first_refused(messages, tools, template)
+        role, reason = messages[number - 1]["role"], f"{type(error).__name__}: {first_line(error)}"
+        raise Misfit(f"message {number}, role {role!r}: the chat template refuses it ({reason})") from error
+
+
+def _first_refused(messages: list[Message], tools: list[Message] | None, template: ChatTemplate) -> int:
+    """Number of the first message with which a conversation cannot be rendered."""
+    for number in range(1, len(messages)):
+        try:
+            template.text(messages[:number], tools)
+        except Exception:  # whatever it is, the same happened to the whole conversation
+            return number
+    return len(messages)
+
+
+def _column(record: Record, name: str) -> str:
+    """A column's text; "" if it is null."""
+    if name not in record:
+        raise NoColumn(f"it has no column {name!r}")
+    value = record[name]
+    if isinstance(value, list | dict | bytes):
+        raise Misfit(f"its {name} has type {type(value).__name__}, expected text")
+    return str(value or "")
+
+
+def _guarded(render: Callable[[Record], str]) -> Callable[[Record], str]:
+    """``render``, which raises only Misfit, also for text that is not Unicode: data may hold anything anywhere."""
+
+    def guarded(record: Record) -> str:
+        try:
+            text = render(record)
+        except Misfit:
+            raise
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise Misfit(f"{type(error).__name__}: {first_line(error)}") from error
+        if not is_unicode(text):
+            raise Misfit(f"it holds {HALF}")
+        return text
+
+    return guarded

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, TextStreamer
 
 from lolcats.errors import LolcatsError, first_line, out_of_memory
+from lolcats.modeling.chat import is_unicode
 
 Message = dict[str, str]
 
@@ -23,7 +24,7 @@ def encode(tokenizer: Any, prompt: str | list[Message], raw: bool = False) -> An
     raw: encode the text as is, without the chat template.
     """
     text = prompt if isinstance(prompt, str) else plain_text(prompt)
-    if any("\ud800" <= c <= "\udfff" for c in text):
+    if not is_unicode(text):
         raise LolcatsError("The prompt is not valid UTF-8.")
     if raw and not isinstance(prompt, str):
         raise LolcatsError("Messages cannot be encoded raw: give a text to complete.")

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lolcats.config import Config
 from lolcats.data.inputs import Inputs
-from lolcats.data.rows import Corpus
+from lolcats.data.rows import Corpus, Data
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.effective_length import QUANTILES, EffectiveLengths, effective_lengths
 from lolcats.modeling.convert import convert
+from lolcats.pipeline.rows import empty_share
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,20 @@ def data_statistics(model: str, source: str, config: Config, device: torch.devic
         "documents": f"{len(documents):,}", "tokens": f"{int(documents.length.sum()):,}",
         "duplicate records dropped": f"{documents.counts['duplicate_records']:,}",
         "empty records": f"{documents.counts['empty_records']:,}",
-        "broken lines skipped": f"{documents.counts['broken_lines_skipped']:,}", **_shares(documents),
+        "broken lines skipped": f"{documents.counts['broken_lines_skipped']:,}",
+        "unusable records skipped": f"{documents.counts['misfit_records_skipped']:,}", **_shares(documents),
         "training rows": f"{len(data.train):,} × {config.data.sequence_length}",
+        "validation and test rows": f"{len(data.validation):,} and {len(data.test):,}",
+        **_empty_terms(data, config),
         "rows measured": f"{len(chosen):,}", "layers measured": f"{len(found.layers)}",
     }  # fmt: skip
     return Statistics(facts, torch.from_numpy(documents.length), found, config.data.sequence_length)
+
+
+def _empty_terms(data: Data, config: Config) -> dict[str, str]:
+    """For hybrid attention, how many training tokens have nothing to learn from."""
+    empty = empty_share(data, config)
+    return {} if empty is None else {"training tokens with an empty linear term": f"{empty:.1%}"}
 
 
 def _shares(documents: Corpus) -> dict[str, str]:

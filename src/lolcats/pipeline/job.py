@@ -22,8 +22,10 @@ from lolcats.modeling.checkpoint import save_adapter_config
 from lolcats.modeling.parts import check_parts, find_parts, listed_parts
 from lolcats.pipeline.heads import choose_heads
 from lolcats.pipeline.models import Models, Say, device_and_dtype
+from lolcats.pipeline.rows import check_documents, check_rows, empty_share, notes
 from lolcats.ranks import is_first, ranks
-from lolcats.run import Run
+from lolcats.report.table import EMPTY
+from lolcats.run import RECORD, Run
 from lolcats.stages.finetune.stage import lora_targets
 from lolcats.weights.base import check_quantized, find_again, with_content
 
@@ -77,13 +79,22 @@ class Job:
 def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, lean: bool = False) -> Job:
     """Read tokenizer and data, and begin a run in ``out`` or continue the one there. Refuses what no stage can use."""
     device, _ = device_and_dtype(config)
+    trained = (out / RECORD).is_file() and Run.open(out).stage_done("finetune")
+    if not trained:
+        check_rows(config)
     base, tokenizer = inputs.base, inputs.tokenizer
     if config.finetune.quantize_base != "none":
         check_quantized(base, device)
     data = str(Path(data).resolve()) if Path(data).exists() else data
     say(f"Reading {data}")
     rows = inputs.data(data, config.data, config.seed)
+    empty = empty_share(rows, config) if config.data.reset_at_documents else None
+    if not trained:
+        check_documents(empty, config)
+    for line in notes(rows, config, empty):
+        say(f"  {line}")
     run = Run.start(out, base, {**rows.summary, "fingerprint": rows.fingerprint}, config)
+    run.record["data"] |= {} if empty is None else {EMPTY: empty}
     parts = listed_parts(out)
     if run.stage_done("finetune"):
         check_parts(out, parts)

@@ -21,6 +21,10 @@ NO_CONTROLS = (
     "has not trained that control: use lolcats finetune DIR --controls."
 )
 
+EMPTY = "empty_linear_term"
+"""In run.json: of documents that are kept apart, the share of the training tokens whose query has no key for the linear
+term."""
+
 AGAINST_CONTROLS = {
     WINDOW_LORA: "What linear attention adds: {} perplexity against the same LoRA without it (lower is better).",
     TEACHER_LORA: "What linearizing costs: {} perplexity against the teacher with the same LoRA.",
@@ -104,7 +108,9 @@ def memory_rows(run: Run) -> list[tuple[str, str, str]]:
 
 def remarks(run: Run) -> list[str]:
     """Notes on how to read the perplexities."""
-    results, student, texts = run.results, run.results.get(STUDENT.result), list(filter(None, [recall_note(run)]))
+    results, student = run.results, run.results.get(STUDENT.result)
+    texts = list(filter(None, [recall_note(run)]))
+    texts += [empty_term(run.record["data"][EMPTY])] if EMPTY in run.record["data"] else []
     if student is None or not _has_lora(run):
         return texts
     for control, text in AGAINST_CONTROLS.items():
@@ -115,6 +121,13 @@ def remarks(run: Run) -> list[str]:
     if student < results[TEACHER.result]:
         texts.append(ADAPTATION)
     return texts
+
+
+def empty_term(share: float) -> str:
+    return (
+        f"{share:.1%} of the training tokens have an empty linear term: sinks and window cover all that comes before "
+        "them in their document (data.reset_at_documents)."
+    )
 
 
 def controls_hint(model: str) -> str:

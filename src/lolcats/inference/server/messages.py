@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag, model_validator
@@ -12,9 +10,7 @@ from lolcats.inference.generate import plain_text
 from lolcats.inference.server import fields
 from lolcats.inference.server.errors import ApiError, bad_field
 from lolcats.inference.server.strict import TEXT_OR_LIST, Int, Strict, Text
-
-MARK = "qzx7kjw"
-"""A name or text that no template has: if it is in what a template makes, the template knows where it came from."""
+from lolcats.modeling.chat import ChatTemplate, arguments_of
 
 
 class TextPart(Strict):
@@ -35,13 +31,8 @@ class ToolCall(Strict):
 
     def plain(self) -> dict[str, Any]:
         """As chat templates take it: arguments are an object there."""
-        arguments: Any = self.function.arguments
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-                json.dumps(arguments, ensure_ascii=False).encode()
-            except (ValueError, RecursionError):  # not JSON, or not Unicode: the template gets the text
-                arguments = self.function.arguments
+        arguments = self.function.arguments
+        arguments = arguments_of(arguments) if isinstance(arguments, str) else arguments
         return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
 
 
@@ -110,11 +101,8 @@ def settled_message(given: Any, number: int) -> Any:
     return {**message, "content": parts}
 
 
-class Template:
-    """A tokenizer's chat template, and what it knows besides plain messages."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+class Template(ChatTemplate):
+    """A tokenizer's chat template for requests: what it cannot render is the client's mistake."""
 
     def check(self, messages: list[Message], tools: list[Tool]) -> None:
         """Refuse what the template would leave out.
@@ -124,10 +112,11 @@ class Template:
         """
         if tools and not self.knows_tools:
             raise bad_field("tools", "this model's chat template does not know tools.")
+        known = self.with_tools if tools else self
         for i, message in enumerate(messages):
-            if message.tool_calls and not self.knows_tool_calls:
+            if message.tool_calls and not known.knows_tool_calls:
                 raise bad_field(f"messages.{i}.tool_calls", "this model's chat template does not know tool calls.")
-            if message.role == "tool" and not self.knows_tool_messages:
+            if message.role == "tool" and not known.knows_tool_messages:
                 raise bad_field(f"messages.{i}.role", 'this model\'s chat template does not know the role "tool".')
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
@@ -139,37 +128,6 @@ class Template:
         if not self.tokenizer.chat_template:
             return plain_text(messages)
         try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
-            )
+            return (self.with_tools if tools else self).text(messages, tools, answer=True)
         except Exception as error:  # whatever a template raises, it does so because of these messages
             raise ApiError(400, f"The chat template refuses these messages: {error}", "messages") from None
-
-    @cached_property
-    def knows_tools(self) -> bool:
-        function = {"name": MARK, "description": "", "parameters": {"type": "object", "properties": {}}}
-        return self._shows([_USER], [{"type": "function", "function": function}])
-
-    @cached_property
-    def knows_tool_calls(self) -> bool:
-        return self._shows([_USER, _called(MARK)])
-
-    @cached_property
-    def knows_tool_messages(self) -> bool:
-        called = [_called("f")] if self.knows_tool_calls else []
-        answer = {"role": "tool", "content": MARK, "tool_call_id": "call00001", "name": "f"}
-        return self._shows([_USER, *called, answer])
-
-    def _shows(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> bool:
-        try:
-            return bool(self.tokenizer.chat_template) and MARK in self.render(messages, tools)
-        except ApiError:
-            return False
-
-
-_USER = {"role": "user", "content": "a"}
-
-
-def _called(name: str) -> dict[str, Any]:
-    call = {"id": "call00001", "type": "function", "function": {"name": name, "arguments": {}}}
-    return {"role": "assistant", "content": "", "tool_calls": [call]}

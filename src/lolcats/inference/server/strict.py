@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator
 
+from lolcats.modeling.chat import is_unicode
+
 
 def _whole(value: Any) -> Any:
     """16.0 is 16: JSON has one kind of number."""
@@ -13,12 +15,8 @@ def _whole(value: Any) -> Any:
 
 
 def _unicode(value: Any) -> Any:
-    """JSON can escape halves of surrogate pairs, which are not Unicode text and which no tokenizer takes."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError("holds a lone surrogate, which is not Unicode text") from None
+    if isinstance(value, str) and not is_unicode(value):
+        raise ValueError("holds a lone surrogate, which is not Unicode text")
     return value
 
 
