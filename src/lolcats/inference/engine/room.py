@@ -51,7 +51,8 @@ class Room:
             )
         self.context = context or min(own, (count - 1) * block)
         self.kept = KeptKeys(layers, count, model.dtype, model.device, block)
-        self.prefixes = prefixes
+        self.prefixes, self.short = prefixes, False
+        """``short``: whether the last request that asked found too few blocks."""
 
     def check(self, request: Request) -> None:
         """Refuse what would exceed the context."""
@@ -74,7 +75,8 @@ class Room:
 
     def fits(self, request: Request, running: int) -> bool:
         """Whether there are blocks for all tokens that a request has so far, and one for each running one."""
-        return self.has(self.kept.blocks.needed(len(request.history) + 1) + running)
+        self.short = not self.has(self.kept.blocks.needed(len(request.history) + 1) + running)
+        return not self.short
 
     def alike(self, request: Request, most: int) -> int:
         """How many prompts of this one's length, at most ``most``, may begin together."""
