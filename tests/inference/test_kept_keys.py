@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import tiny_model
 from support.tiny import tiny
-from test_engine import alone, ask, prompts, tokens
+from test_engine import Ahead, alone, ask, prompts, tokens
 
 import lolcats
+from lolcats.attention import use_backend
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Delta, Engine, Request, Snapshot
@@ -29,6 +30,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unrotated maps": (lambda: tiny_model(), {"softmax_heads": HEADS, "feature_inputs": "unrotated"}),
     "no linear term": (lambda: tiny_model(), {"softmax_heads": HEADS, "kind": "window"}),
     "window of the base, local layers": (lambda: tiny_model("gemma3"), {}),
+    "all layers, some local": (lambda: tiny_model("gemma3"), {"kind": "softmax"}),
     "local layers and a head": (lambda: tiny_model("gemma3"), {"softmax_heads": {"1": [1]}}),
     "softcap": (lambda: tiny("gemma2"), {"softmax_heads": {"1": [0]}}),
     "chunks": (lambda: tiny("llama4_text"), {}),
@@ -332,3 +334,57 @@ def queue_and_run(engine: Engine, prompt: list[int], **params: Any) -> list[Delt
     deltas = queue(engine, prompt, **params)
     engine.run()
     return deltas
+
+
+@pytest.mark.parametrize("name", ["a layer and a head", "all heads", "local layers and a head", "softcap"])
+def test_steps_about_which_only_the_device_knows_change_no_token(name: str, tokenizer: Any) -> None:
+    """What CUDA graphs replay, launched ahead."""
+    engine = engine_for(tokenizer, name, slots=3, block=16)
+    engine.graphs = ahead = Ahead(engine)  # type: ignore[assignment]
+    many = prompts(8)
+    seen: list[list[Delta]] = [[] for _ in many]
+    for i, (prompt, deltas) in enumerate(zip(many, seen, strict=True)):
+        engine.submit(Request(prompt, SamplingParams(max_tokens=6 + 2 * i), deltas.append, keep_state=i == 4))
+    engine.run()
+    assert ahead.runs > 5
+    for i, (prompt, deltas) in enumerate(zip(many, seen, strict=True)):
+        assert tokens(deltas) == generated(engine.model, prompt, 6 + 2 * i)
+    snapshot, said = seen[4][-1].snapshot, tokens(seen[4])
+    assert snapshot is not None
+    follow = tokens(ask_and_run(engine, [said[-1], 9], snapshot, max_tokens=9))
+    assert follow == generated(engine.model, [*many[4], *said, 9], 9)
+    del snapshot, seen, deltas
+    assert_all_free(engine)
+
+
+def test_the_kernel_gives_the_same_tokens(tokenizer: Any) -> None:
+    """In triton's interpreter; rows of different lengths, a local layer, a block that fills."""
+    pytest.importorskip("triton")
+    engine, many = engine_for(tokenizer, "all layers, some local", slots=2), prompts(7)[5:]
+    engine.graphs = Ahead(engine)  # type: ignore[assignment]
+    asked = [queue(engine, prompt, max_tokens=3 + i) for i, prompt in enumerate(many)]
+    with use_backend("triton"):
+        engine.run()
+    for i, (prompt, deltas) in enumerate(zip(many, asked, strict=True)):
+        assert tokens(deltas) == generated(engine.model, prompt, 3 + i)
+
+
+def test_steps_launched_ahead_find_blocks_or_pause_a_request(tokenizer: Any) -> None:
+    engine = small(tokenizer, 12)
+    engine.graphs = Ahead(engine)  # type: ignore[assignment]
+    many, paused = prompts(4), 0
+    asked = [queue(engine, prompt, max_tokens=60) for prompt in many]
+    while not engine.idle:
+        engine.step()
+        paused += len(engine.slots.paused)
+    assert paused > 5
+    for prompt, deltas in zip(many, asked, strict=True):
+        assert tokens(deltas) == generated(engine.model, prompt, 60)
+    assert_all_free(engine)
+
+
+@pytest.mark.parametrize("name", ["chunks", "learned sinks", "compressed keys"])
+def test_families_that_blocks_do_not_know_decode_without_graphs(name: str, tokenizer: Any) -> None:
+    engine = engine_for(tokenizer, name)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="keys in blocks does not support"):
+        engine._decode_rows(*torch.zeros(2, 4, 1, dtype=torch.long), 4)

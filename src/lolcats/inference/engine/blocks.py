@@ -6,11 +6,14 @@ numbers, so that one table serves them all.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Sequence
 
 from lolcats.errors import LolcatsError
+
+VERSIONS = itertools.count(1)
 
 
 class OutOfBlocks(LolcatsError):
@@ -83,6 +86,8 @@ class Table:
     def __init__(self, pool: Blocks, blocks: list[int] | None = None, length: int = 0) -> None:
         self.pool, self.blocks, self.length = pool, blocks if blocks is not None else [], length
         """``length``: tokens whose keys are in the blocks."""
+        self.version = next(VERSIONS)
+        """Another number whenever the blocks are others, and in no two tables the same."""
         weakref.finalize(self, pool.drop, self.blocks).atexit = False
 
     def fork(self) -> Table:
@@ -112,6 +117,8 @@ class Table:
             self.blocks[place] = copy[1]
             self.pool.drop([copy[0]])
         self.blocks += new
+        if new:
+            self.version = next(VERSIONS)
         return copy
 
     def _added(self, tokens: int) -> int:

@@ -279,6 +279,7 @@ class Engine:
     def _decode_now(self, count: int, rows: int) -> Tensor:
         inputs = self.inputs[:, :rows]
         if self.graphs is not None:
+            self.table.launch(count)
             return self.graphs.run(rows, inputs)
         ids, positions = inputs.to(self.model.device)[:, :, None]
         known = inputs[1, :count].tolist()
@@ -292,6 +293,7 @@ class Engine:
         """
         before, requests = self.flying, list(self.running)
         try:
+            self.table.launch(count)
             logits = graphs.run(rows, self.inputs[:, :rows] if before is None else None)
         except Exception as error:
             return self._fail_batch(error)
@@ -331,13 +333,12 @@ class Engine:
         self._report([slot for slot, _, _ in alive], [token for _, _, token in alive], [None] * len(alive))
 
     def _decode_rows(self, ids: Tensor, positions: Tensor, rows: int, counts: tuple[int, ...] | None = None) -> Tensor:
-        return self._forward(ids, positions, self.table.view(rows, counts))[:, -1]
+        return self._forward(ids, positions, self.table.view(rows, positions[:, 0], counts))[:, -1]
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: Any, every: bool = False) -> Tensor:
         """(B, T) -> logits (B, 1 or T, V) after the last or ``every`` token."""
         more: dict[str, Any] = {"logits_to_keep": 0 if every else 1} if self.keep_logits else {}
-        if isinstance(cache, PagedCache) and cache.places is not None and cache.places.mask is not None:
-            more["attention_mask"] = cache.places.mask
+        more |= cache.padding if isinstance(cache, PagedCache) else {}
         out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **more)
         logits: Tensor = out.logits if every else out.logits[:, -1:]
         return logits

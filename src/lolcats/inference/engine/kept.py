@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
+from lolcats.attention.paged import paged_attention
 from lolcats.attention.state import KeyValues
 from lolcats.inference.engine.blocks import Blocks, Table
-from lolcats.modeling.cache import SplitCacheLayer
+from lolcats.modeling.cache import AttendingLayer, SplitCacheLayer
 
 BLOCK = 64
 """Tokens of a block."""
@@ -107,12 +108,16 @@ Kept = Held | Copied
 
 
 class KeptKeys:
-    """The memory of ``count`` blocks. Two more belong to nobody: one holds zeros, the other what is thrown away."""
+    """The memory of ``count`` blocks, of which a sequence takes at most ``width``.
+
+    Two more belong to nobody: one holds zeros, the other what is thrown away.
+    """
 
     def __init__(
-        self, layers: list[KeptLayer], count: int, dtype: torch.dtype, device: torch.device, size: int = BLOCK
-    ) -> None:
-        self.layers, self.blocks, self.device = layers, Blocks(count, size), device
+        self, layers: list[KeptLayer], count: int, dtype: torch.dtype, device: torch.device, size: int = BLOCK,
+        width: int = 0,
+    ) -> None:  # fmt: skip
+        self.layers, self.blocks, self.device, self.width = layers, Blocks(count, size), device, width
         self.zeros, self.waste = count, count + 1
         self.token_bytes = token_bytes(layers, dtype)
         self.block_bytes = self.token_bytes * size
@@ -211,6 +216,12 @@ class PagedCache(DynamicCache):
         super().__init__()
         self.memory = memory
         self.places: Places | None = None
+        self.blocks: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def padding(self) -> dict[str, Tensor]:
+        """What the model has to be told of padding among the keys."""
+        return {} if self.places is None or self.places.mask is None else {"attention_mask": self.places.mask}
 
     def install(self) -> None:
         """Put a layer on the memory wherever the model keeps keys, once the others are there."""
@@ -223,22 +234,45 @@ class PagedCache(DynamicCache):
             else:
                 self.layers[layer.layer] = paged
 
+    def see_blocks(self, tables: Tensor, positions: Tensor) -> None:
+        """Prepare for a call with one new token in each row, about which only the device knows: tables (B, W) and
+        positions (B,) are read there, so the call can be a CUDA graph."""
+        self.places, self.blocks = None, (tables, positions)
+
     def see(self, tables: Sequence[Table | None], tokens: int) -> int:
         """Prepare for a call with ``tokens`` new ones in each row; returns how many keys the longest has already."""
-        self.places = self.memory.places(tables, tokens)
+        self.places, self.blocks = self.memory.places(tables, tokens), None
         for table in filter(None, tables):
             table.length += tokens
         return self.places.before
 
 
-class PagedLayer(CacheLayerMixin):
-    """transformers' view of one layer's kept keys: ``update`` stores new ones, and gives back those of all tokens."""
+class PagedLayer(AttendingLayer):
+    """transformers' view of one layer's kept keys: ``update`` stores new ones, and gives back those of all tokens.
+
+    If only the device knows where they are, this layer attends itself, straight to the blocks.
+    """
 
     is_sliding = False
 
     def __init__(self, cache: PagedCache, memory: KeyValues) -> None:
         super().__init__()
         self.cache, self.memory, self.is_initialized = cache, memory, True
+
+    @property
+    def attends(self) -> bool:  # type: ignore[override]
+        return self.cache.blocks is not None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None
+    ) -> Tensor:
+        assert self.cache.blocks is not None
+        if any(x.shape[1::2] != y.shape[1:] for x, y in zip((k, v), self.memory, strict=True)) or k.shape != v.shape:
+            raise RuntimeError("Attention to keys in blocks does not support a family that keeps compressed keys.")
+        tables, positions = self.cache.blocks
+        size = self.cache.memory.blocks.size
+        y = paged_attention(q, k, v, self.memory, tables, positions, size, scale, softcap, window or 0)
+        return y.transpose(1, 2)
 
     @property
     def places(self) -> Places:
@@ -250,6 +284,8 @@ class PagedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """k, v (B, G, T, D) -> (B, G, L, D)."""
+        if self.attends:
+            return key_states, value_states
         k, v = map(self._stored, self.memory, (key_states, value_states))
         return k, v
 
@@ -259,10 +295,10 @@ class PagedLayer(CacheLayerMixin):
         return memory.index_select(0, keys.flatten()).unflatten(0, keys.shape).transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.places.before + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.places.before
+        return 0 if self.attends else self.places.before
 
     def get_max_length(self) -> int:
         return -1

@@ -50,7 +50,7 @@ class Room:
                 "(--max-context) or more memory."
             )
         self.context = context or min(own, (count - 1) * block)
-        self.kept = KeptKeys(layers, count, model.dtype, model.device, block)
+        self.kept = KeptKeys(layers, count, model.dtype, model.device, block, -(-self.context // block))
         self.prefixes, self.short = prefixes, False
         """``short``: whether the last request that asked found too few blocks."""
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import DynamicCache
 
 from lolcats.attention import AttentionState, SlotState
@@ -148,15 +149,25 @@ class SlotTable:
             self.states.append(SlotState.of(layer.empty_state(k, v, state_dtype)))
         self.cache, self.layers = _cache(layers, kept)
         self.kept, self.tables = kept, list[Table | None]([None] * slots)
+        if kept is not None:
+            self.shown = torch.full((slots, kept.width), kept.waste, dtype=torch.int32, device=device)
+            self.versions = [0] * slots
 
     @property
     def nbytes(self) -> int:
         """Bytes of what does not grow."""
         return sum(state.nbytes for state in self.states)
 
-    def view(self, rows: int, counts: tuple[int, ...] | None = None) -> DynamicCache:
-        """A cache of the first ``rows`` slots, on the table's own memory; ``counts``: how many tokens each has seen."""
-        before = self.cache.see(self.tables[:rows], 1) if isinstance(self.cache, PagedCache) else 0
+    def view(self, rows: int, positions: Tensor, counts: tuple[int, ...] | None = None) -> DynamicCache:
+        """A cache of the first ``rows`` slots, on the table's own memory, for one token more in each.
+
+        positions: (rows,) of these. counts: the same on the host, for running rows; None if it does not know.
+        """
+        before = 0
+        if isinstance(self.cache, PagedCache) and counts is not None:
+            before = self.cache.see(self.tables[:rows], 1)
+        elif isinstance(self.cache, PagedCache):
+            self.cache.see_blocks(self.shown[:rows], positions)
         if rows not in self.views:
             self.views[rows] = [state.map(lambda x: x[:rows]) for state in self.states]
         for layer, state in zip(self.layers, self.views[rows], strict=True):
@@ -178,6 +189,30 @@ class SlotTable:
         for table in filter(None, self.tables[:rows]):
             assert self.kept is not None
             self.kept.reserve(table, 1)
+
+    def launch(self, rows: int) -> None:
+        """Before a step that the device does by itself, with a token more in each of the first ``rows`` slots."""
+        if self.kept is not None:
+            self._show(self.kept)
+            for table in filter(None, self.tables[:rows]):
+                table.length += 1
+
+    def _show(self, kept: KeptKeys) -> None:
+        """Tell the device which blocks the slots have, where that has changed."""
+        versions = [table.version if table else 0 for table in self.tables]
+        changed = [slot for slot, version in enumerate(versions) if version != self.versions[slot]]
+        if not changed:
+            return
+        rows = torch.full((len(changed), kept.width), kept.waste, dtype=torch.int32)
+        for row, slot in zip(rows, changed, strict=True):
+            blocks = table.blocks if (table := self.tables[slot]) else []
+            row[: len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        where = torch.tensor(changed)
+        if self.shown.is_cuda:
+            rows, where = rows.pin_memory(), where.pin_memory()
+        where, rows = (x.to(self.shown.device, non_blocking=True) for x in (where, rows))
+        self.shown.index_copy_(0, where, rows)
+        self.versions = versions
 
     def clear(self) -> None:
         """Forget everything, also what an interrupted step left half written."""

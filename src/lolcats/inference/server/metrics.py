@@ -20,12 +20,8 @@ class Metrics:
             ("slots", "Slots of the engine", lambda: engine.table.slots),
             ("state_bytes", "Bytes of all slots' states", lambda: engine.table.nbytes),
             ("paused", "Requests that wait for blocks to go on", lambda: len(engine.slots.paused)),
-            (
-                "kept_bytes",
-                "Bytes of keys and values of kept heads",
-                lambda: engine.kept.held_bytes if engine.kept else 0,
-            ),
-            ("kept_limit_bytes", "Bytes that these may take", lambda: engine.kept.nbytes if engine.kept else 0),
+            ("kept_bytes", "Bytes of kept heads' keys and values", lambda: kept.held_bytes if kept else 0),
+            ("kept_limit_bytes", "Bytes that these may take", lambda: kept.nbytes if kept else 0),
             ("prefix_bytes", "Bytes of cached prefixes' states", lambda: engine.prefixes.nbytes),
             ("prefix_hits", "Prompts that began with a cached prefix", lambda: engine.prefixes.hits),
         ):
