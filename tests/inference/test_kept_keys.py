@@ -34,6 +34,10 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "local layers and a head": (lambda: tiny_model("gemma3"), {"softmax_heads": {"1": [1]}}),
     "softcap": (lambda: tiny("gemma2"), {"softmax_heads": {"1": [0]}}),
     "chunks": (lambda: tiny("llama4_text"), {}),
+    "chunks and a head": (
+        lambda: tiny("llama4_text"),
+        {"layers": {"0": "hybrid"}, "softmax_heads": {"0": [1]}},
+    ),
     "learned sinks": (lambda: tiny("gpt_oss"), {"kind": "softmax"}),
     "compressed keys": (lambda: tiny("minicpm3"), {"kind": "softmax"}),
     "shared keys": (lambda: tiny("gemma4_text"), {"kind": "softmax"}),
@@ -383,8 +387,9 @@ def test_steps_launched_ahead_find_blocks_or_pause_a_request(tokenizer: Any) -> 
     assert_all_free(engine)
 
 
-@pytest.mark.parametrize("name", ["chunks", "learned sinks", "compressed keys"])
+@pytest.mark.parametrize("name", ["chunks", "chunks and a head", "learned sinks", "compressed keys"])
 def test_families_that_blocks_do_not_know_decode_without_graphs(name: str, tokenizer: Any) -> None:
     engine = engine_for(tokenizer, name)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="keys in blocks does not support"):
         engine._decode_rows(*torch.zeros(2, 4, 1, dtype=torch.long), 4)
+    assert alone(engine, prompts(8)[6], max_tokens=5) == generated(engine.model, prompts(8)[6], 5)

@@ -57,7 +57,7 @@ class KeptHeads:
         order = [*self.queries(self.kept), *self.queries(self.linearized)]
         places = sorted(range(len(order)), key=order.__getitem__)
         joined = torch.cat([kept, linearized.to(kept.dtype)], 2)
-        return joined if places == order else joined.index_select(2, _index(tuple(places), kept))
+        return joined.index_select(2, _index(tuple(places), kept))
 
 
 @dataclass(frozen=True)

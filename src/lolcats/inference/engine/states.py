@@ -171,7 +171,7 @@ class SlotTable:
         if rows not in self.views:
             self.views[rows] = [state.map(lambda x: x[:rows]) for state in self.states]
         for layer, state in zip(self.layers, self.views[rows], strict=True):
-            layer.state, layer.length = state.at(counts), before
+            layer.state, layer.length, layer.pending = state.at(counts), before, False
         return self.cache
 
     def put(self, slot: int, states: Sequence[AttentionState]) -> None:
