@@ -269,6 +269,8 @@ class PagedLayer(AttendingLayer):
         assert self.cache.blocks is not None
         if any(x.shape[1::2] != y.shape[1:] for x, y in zip((k, v), self.memory, strict=True)) or k.shape != v.shape:
             raise RuntimeError("Attention to keys in blocks does not support a family that keeps compressed keys.")
+        if q.dtype != self.memory.k.dtype:
+            raise RuntimeError(f"Attention to keys in blocks does not support {q.dtype} queries of this model.")
         tables, positions = self.cache.blocks
         size = self.cache.memory.blocks.size
         y = paged_attention(q, k, v, self.memory, tables, positions, size, scale, softcap, window or 0)
