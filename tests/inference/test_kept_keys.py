@@ -186,10 +186,16 @@ def small(tokenizer: Any, blocks: int, **options: Any) -> Engine:
     return made
 
 
-def queue(engine: Engine, prompt: list[int], **params: Any) -> list[Delta]:
+def queue(engine: Engine, prompt: list[int], start: Snapshot | None = None, **params: Any) -> list[Delta]:
     """Like ``ask``, without a snapshot at the end, which would hold blocks."""
     deltas: list[Delta] = []
-    engine.submit(Request(prompt, SamplingParams(**params), deltas.append))
+    engine.submit(Request(prompt, SamplingParams(**params), deltas.append, start))
+    return deltas
+
+
+def queue_and_run(engine: Engine, prompt: list[int], start: Snapshot | None = None, **params: Any) -> list[Delta]:
+    deltas = queue(engine, prompt, start, **params)
+    engine.run()
     return deltas
 
 
@@ -260,6 +266,8 @@ def test_what_never_fits_is_refused_and_what_saved_states_displace_fails(tokeniz
     assert [deltas[-1].finish_reason for deltas in displaced] == ["error", "error"]
     assert "saved states or cached prefixes that are still in use hold 9 of 12 blocks" in displaced[0][-1].error
     assert 0 < len(tokens(displaced[1])) < 20
+    more = tokens(queue_and_run(engine, [9, 10], snapshot, max_tokens=8))  # shares its blocks
+    assert more == generated(engine.model, [*snapshot.tokens, 9, 10], 8)
     del snapshot
     assert len(tokens(ask_and_run(engine, prompts(8)[6], max_tokens=2))) == 2
     with pytest.raises(LolcatsError, match=r"A sequence of 256 tokens takes .* there is room for"):
@@ -330,14 +338,8 @@ def test_no_block_is_lost_in_300_requests_that_end_in_every_way(
         pass
     assert_all_free(engine)
     engine.abort("over")
+    engine._forward = forward  # type: ignore[method-assign]
     assert tokens(queue_and_run(engine, many[4], max_tokens=5)) == generated(engine.model, many[4], 5)
-
-
-def queue_and_run(engine: Engine, prompt: list[int], **params: Any) -> list[Delta]:
-    engine._forward = type(engine)._forward.__get__(engine)  # type: ignore[method-assign]
-    deltas = queue(engine, prompt, **params)
-    engine.run()
-    return deltas
 
 
 @pytest.mark.parametrize("name", ["a layer and a head", "all heads", "local layers and a head", "softcap"])

@@ -75,8 +75,15 @@ class Room:
 
     def fits(self, request: Request, running: int) -> bool:
         """Whether there are blocks for all tokens that a request has so far, and one for each running one."""
-        self.short = not self.has(self.kept.blocks.needed(len(request.history) + 1) + running)
+        self.short = not self.has(self._lacking(request) + running)
         return not self.short
+
+    def _lacking(self, request: Request) -> int:
+        """Blocks for the tokens so far and one more, without those that it shares with the state it goes on from."""
+        start, shared = request.start.kept if request.start else None, 0
+        if isinstance(start, Held) and start.memory is self.kept and request.paused is None:
+            shared = start.table.length // self.kept.blocks.size
+        return self.kept.blocks.needed(len(request.history) + 1) - shared
 
     def alike(self, request: Request, most: int) -> int:
         """How many prompts of this one's length, at most ``most``, may begin together."""
