@@ -18,6 +18,7 @@ from lolcats.attention import use_backend
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Delta, Engine, Request, Snapshot
+from lolcats.inference.engine.room import state_bytes
 from lolcats.inference.engine.sampling import SamplingParams
 
 WINDOW: dict[str, Any] = {"window_size": 8, "sinks": 2, "feature_dim": 8}
@@ -274,6 +275,11 @@ def test_what_never_fits_is_refused_and_what_saved_states_displace_fails(tokeniz
         engine_for(tokenizer, kept_bytes=1 << 10)
     with pytest.raises(LolcatsError, match="--max-context"):
         engine_for(tokenizer, context=0, kept_bytes=1 << 10)
+
+
+def test_the_states_of_all_slots_are_counted_before_blocks_are(tokenizer: Any) -> None:
+    engine = engine_for(tokenizer)
+    assert state_bytes(engine.model) == engine.state_bytes
 
 
 def test_cached_prefixes_make_room(tokenizer: Any) -> None:

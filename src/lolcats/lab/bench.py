@@ -29,6 +29,7 @@ from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Delta, Engine, Request
 from lolcats.inference.engine.kept import BLOCK
+from lolcats.inference.engine.room import state_bytes as fixed_bytes
 from lolcats.inference.engine.sampling import SamplingParams
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
@@ -235,12 +236,7 @@ def token_bytes(student: PreTrainedModel) -> int:
 
 def state_bytes(student: PreTrainedModel, dtype: torch.dtype, tokens: int = 0) -> int:
     """Bytes of state of one sequence: of any length, and the kept keys of ``tokens`` tokens."""
-    total = tokens * token_bytes(student)
-    for layer in linearized_layers(student):
-        g = layer.geometry
-        k = torch.empty(1, g.kv_heads, 0, layer.spec.channels(g.head_dim), dtype=student.dtype, device="meta")
-        total += layer.empty_state(k, k[..., : g.value_dim], dtype).nbytes
-    return total
+    return fixed_bytes(student, dtype) + tokens * token_bytes(student)
 
 
 def prompts(student: PreTrainedModel, batch: int, length: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from lolcats.inference.engine.kept import Held, KeptKeys, kept_layers
 from lolcats.inference.engine.request import Request
 from lolcats.inference.engine.states import PrefixCache, Snapshot
 from lolcats.memory import free_host_memory
+from lolcats.modeling.layer import linearized_layers
 
 SHARE = 0.85
 """Of a GPU's free memory that blocks may take; the rest is for activations and graphs."""
@@ -41,7 +42,7 @@ class Room:
         own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
         wanted = -(-(context or own) // block) + 1  # one more, since a sequence that forks copies a block
         one = KeptKeys(layers, 0, model.dtype, torch.device("meta"), block).block_bytes
-        most = (_free(model.device) if memory is None else memory) // one
+        most = (_free(model, slots) if memory is None else memory) // one
         count = min(most, slots * wanted + prefixes.limit // one) if memory is None else most
         if count < (wanted if context else 2):
             raise LolcatsError(
@@ -113,7 +114,19 @@ def newest(requests: Sequence[Request]) -> Request:
     return max(requests, key=lambda request: request.number)
 
 
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * SHARE)
-    return int(free_host_memory() * HOST_SHARE)
+def _free(model: PreTrainedModel, slots: int) -> int:
+    """Bytes that blocks may take beside the states of all slots."""
+    if model.device.type != "cuda":
+        return int(free_host_memory() * HOST_SHARE)
+    torch.cuda.empty_cache()
+    return int((torch.cuda.mem_get_info(model.device)[0] - slots * state_bytes(model)) * SHARE)
+
+
+def state_bytes(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of one sequence's state, whatever its length, with sums in ``dtype``."""
+    total = 0
+    for layer in linearized_layers(model):
+        g = layer.geometry
+        k = torch.empty(1, g.kv_heads, 0, layer.spec.channels(g.head_dim), dtype=model.dtype, device="meta")
+        total += layer.empty_state(k, k[..., : g.value_dim], dtype).nbytes
+    return total
