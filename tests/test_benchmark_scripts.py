@@ -212,3 +212,18 @@ def test_scale_stops_at_its_deadline(scale: ModuleType, tmp_path: Path) -> None:
     bench = scale.Bench(scale.TINY["tiny"], torch.device("cpu"), 0, tmp_path)
     assert bench.run() == {"missing": "no time left"}
     assert "no time left" in (tmp_path / "scale.md").read_text()
+
+
+def test_kept_heads(tmp_path: Path) -> None:
+    module, out = script("kept_heads"), tmp_path / "kept.json"
+    results = module.main(["--tiny", "--context", "200", "--batch", "2,3", "--steps", "3", "--out", str(out)])
+    assert json.loads(out.read_text()) == results
+    assert [row["part_after"] for row in results["check"]] == [[None, None]] * 2
+    assert [row["running"] for row in results["speed"]] == [2, 3] * 3
+    sizes = {row["kept"]: row["bytes_per_sequence"] for row in results["speed"]}
+    assert sizes["all"] > sizes["eighth"] > sizes["none"]
+    table = module.compared([*results["speed"], {"kept": "none", "batch": 0, "missing": "out of memory"}])
+    assert table.count("\n") == 8
+    assert "| all | 2 |" in table
+    with pytest.raises(SystemExit):
+        module.main(["--help"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +218,47 @@ def test_graphs_give_the_tokens_of_eager_steps(dtype: torch.dtype) -> None:
     assert results[0] == results[1]
     if dtype == torch.float32:
         assert tokens(Engine(model.cpu(), None, slots=4, stop_tokens=())) == results[0][0]
+
+
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize(
+    ("family", "kept"),
+    [
+        ("llama", {"softmax_heads": {"0": [1]}}),
+        ("llama", {"softmax_heads": {"0": [0, 1], "1": [0]}}),
+        ("llama", {"kind": "softmax"}),
+        ("gemma3", {"softmax_heads": {"1": [1]}}),
+    ],
+)
+def test_graphs_with_kept_heads_give_the_tokens_of_generate(family: str, kept: dict[str, Any], paused: bool) -> None:
+    """Rows of different lengths, slots that empty and are filled again; with few blocks requests pause, too."""
+    pytest.importorskip("triton")
+    sizes = {"head_dim": 16} if family == "llama" else {}
+    config = AttentionConfig(window_size=8, sinks=2, feature_dim=8, **kept)
+    model = lolcats.convert(tiny_model(family, **sizes).cuda(), config)
+    room = Engine(model, None, slots=4, stop_tokens=(), context=256, graphs=False)
+    assert room.kept is not None
+    few = 9 * room.kept.block_bytes if paused else None
+    engine = Engine(model, None, slots=4, piece=32, stop_tokens=(), context=256, kept_bytes=few, prefix_bytes=0)
+    assert engine.graphs is not None
+    assert engine.kept is not None
+    asked, times = [], 0
+    for i, length in enumerate((1, 5, 16, 33, 70, 90)):
+        prompt = torch.randint(6, 300, (length,), generator=torch.Generator().manual_seed(i)).tolist()
+        asked.append(Request(prompt, SamplingParams(max_tokens=120 + 7 * i), lambda _: None, text=False))
+        engine.submit(asked[-1])
+    while not engine.idle:
+        engine.step()
+        times += len(engine.slots.paused)
+    assert (times > 0) == paused
+    for request in asked:
+        ids = torch.tensor([request.prompt], device="cuda")
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=request.params.max_tokens,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert request.generated == expected[0, ids.shape[1] :].tolist()
+    assert engine.kept.blocks.free == engine.kept.blocks.count
 
 
 def test_scores_of_a_prompt_are_those_of_one_forward_pass() -> None:

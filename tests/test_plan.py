@@ -50,6 +50,18 @@ def test_counts_are_those_of_the_model(family: str, maps: str) -> None:
     assert size.mlp == 2 * model.config.intermediate_size
 
 
+def test_a_sequence_takes_a_state_and_the_keys_of_kept_heads() -> None:
+    kept = load_config("default", [*SMALL, "attention.softmax_heads={0: [1]}"])
+    plain, size = (size_of(FAMILIES["llama"](vocab_size=320), c) for c in (load_config("default", SMALL), kept))
+    assert (plain.token, size.token) == (0, 2 * 8 * 2)
+    assert plain.teacher_token == size.teacher_token == 2 * 2 * 2 * 8 * 2
+    assert 0 < size.state < plain.state
+    assert "kept heads" not in report.generation_line(plain)
+    line = report.generation_line(size)
+    assert "and 32 B a token for the keys of kept heads and layers; at 32,768 tokens" in line
+    assert line.endswith("the base model's cache 4 MiB.")
+
+
 def test_experts_that_a_token_skips_cost_nothing() -> None:
     config = MixtralConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

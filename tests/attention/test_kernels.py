@@ -370,6 +370,13 @@ def test_compiles_and_fits_on_hopper(kind: str, window: str, size: int, dim: int
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     shared = json.loads(result.stdout.splitlines()[-1])
-    assert {"state_kernel", "output_kernel", "query_kernel", "key_kernel"} <= shared.keys()
+    assert {
+        "state_kernel",
+        "output_kernel",
+        "query_kernel",
+        "key_kernel",
+        "paged_kernel",
+        "join_kernel",
+    } <= shared.keys()
     assert ("projection_kernel" in shared) == ("back_kernel" in shared) == (phi == "projected")
     assert max(shared.values()) <= 232448  # bytes that a program may have

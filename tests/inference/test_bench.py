@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import lolcats
 from lolcats.cli import app
 from lolcats.config import AttentionConfig
-from lolcats.lab import bench
+from lolcats.lab import bench, generation
 from lolcats.lab.bench import Options, benchmark, bound_seconds, describe, plain_teacher, random_model
 from lolcats.modeling.convert import convert
 
@@ -54,6 +54,20 @@ def test_the_bound_is_computed_from_the_models_own_sizes() -> None:
     assert bound_seconds(about, 1, state, options) == pytest.approx((about["weight_bytes"] + state) / 1e9)
     expected = (100 * 2 * about["weights"] + 100 * state) / 1e9
     assert bound_seconds(about, 100, state, options) == pytest.approx(expected)
+
+
+def test_kept_heads_count_with_every_token() -> None:
+    config = AttentionConfig(window_size=8, feature_dim=8, softmax_heads={"0": [1], "1": [0, 1]})
+    model, token = convert(tiny_model(), config), 3 * (8 + 8) * 4
+    assert bench.token_bytes(model) == token
+    short, long = (bench.state_bytes(model, torch.float32, tokens) for tokens in (0, 100))
+    assert long - short == 100 * token
+    [row] = bench.benchmark(model, Options(batches=(2,), prompt=5, new=12, bandwidth=1e9))
+    assert (row["new"], row["state_bytes"], row["token_bytes"]) == (12, short, token)
+    reads = row["weight_bytes"] + 2 * (short + 11 * token)  # on average
+    assert row["bound_ms"] == pytest.approx(reads / 1e6, rel=1e-3)
+    line = generation.cells({**row, "peak_bytes": 0})[-1]
+    assert line == f"{short / 1e6:.1f} + 0.1875 KiB a token"
 
 
 def test_the_teacher_is_the_base_model_in_the_same_memory() -> None:

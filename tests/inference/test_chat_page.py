@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from support.serving import serving, tiny_engine, wait_until
 from test_server import slow_down
@@ -105,6 +106,16 @@ def answering(page: Any, text: str) -> list[Any]:
 
     page.route("**/v1/chat/completions", answer)
     return requests
+
+
+def test_a_memory_that_grows_is_not_called_fixed(page: Any, engine: Engine) -> None:
+    """With kept heads; the server's side is in test_kept_server.py."""
+    assert page.locator("#hint").inner_text().endswith("has a fixed size.")
+    state = httpx.get(f"{page.url}health").json()
+    page.route("**/health", lambda route: route.fulfill(json={**state, "token_bytes": 16 << 10}))
+    page.reload()
+    sync_api.expect(page.locator("#state")).to_have_text(re.compile(r"state [\d.]+ KiB \+ 16.0 KiB a token"))
+    assert page.locator("#hint").inner_text().strip() == "Say something."
 
 
 def test_chat_stop_regenerate_and_settings(page: Any, engine: Engine) -> None:

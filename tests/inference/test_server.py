@@ -334,6 +334,7 @@ def test_three_hundred_requests_with_clients_that_leave(engine: Engine, running:
 def test_health(running: tuple[str, Any], engine: Engine) -> None:
     state = httpx.get(f"{running[0]}/health").json()
     assert (state["status"], state["slots"], state["state_bytes"]) == ("ok", 8, engine.state_bytes)
+    assert state["token_bytes"] == 0
 
 
 def test_head_allow_and_what_is_not_shown(running: tuple[str, Any]) -> None:

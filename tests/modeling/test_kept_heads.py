@@ -20,7 +20,6 @@ from lolcats.attention.reference import expand_heads, softmax_weights
 from lolcats.config import AttentionConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.memory import cache_bytes
-from lolcats.inference.engine import Engine
 from lolcats.modeling.cache import SplitCacheLayer
 from lolcats.modeling.interface import attention_function
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers
@@ -184,11 +183,6 @@ def test_memory_counts_kept_heads() -> None:
 def test_what_the_model_does_not_have_is_refused(kept: dict[str, list[int]], reason: str) -> None:
     with pytest.raises(LolcatsError, match=reason):
         converted(base_of(), kept)
-
-
-def test_the_engine_says_that_it_cannot(tokenizer: Any) -> None:
-    with pytest.raises(LolcatsError, match=r"Layers 0, 1 kept softmax attention \(or some heads of them\)"):
-        Engine(converted(base_of()), tokenizer)
 
 
 @pytest.mark.parametrize("order", ["joint", "stream"])

@@ -15,7 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lolcats.attention import AttentionSpec, FeatureMap, Mixer, SlotState
-from lolcats.attention.kernels import decode, function, launcher, projection
+from lolcats.attention.kernels import decode, function, launcher, paged, projection
+from lolcats.attention.state import KeyValues
 
 
 class NoDevice:
@@ -66,6 +67,7 @@ def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str, projec
     y, _, _ = function.triton_attention(q, k, v, Mixer(phi_q, phi_k, gamma, spec, 0.1), seen=seen)
     y.backward(torch.empty_like(y))
     decode_kernels(q, k, v, phi_q, gamma, spec, shared)
+    paged_kernels(q, k, v, shared)
     print(json.dumps(shared))
 
 
@@ -83,6 +85,17 @@ def decode_kernels(
             decode.decode_kernel = Compiled(kernel, f"decode_kernel_{maps}_{dtype}", shared)
             state = SlotState.empty(k.detach(), v.detach(), maps, phi_k.num_features, spec, dtype)
             decode.decode(state, *token, Mixer(phi_q, phi_k, gamma.detach(), spec, 0.1))
+
+
+def paged_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: dict[str, int]) -> None:
+    """The kernels for keys in blocks of 64 tokens."""
+    paged.precision = launcher.precision
+    for name in ("paged_kernel", "join_kernel"):
+        setattr(paged, name, Compiled(getattr(paged, name), name, shared))
+    memory = KeyValues(*(x.detach()[0].transpose(0, 1).contiguous() for x in (k, v)))
+    token = [x.detach()[:, :, :1] for x in (q, k, v)]
+    tables, positions = torch.zeros(1, 8, dtype=torch.int32), torch.zeros(1, dtype=torch.long)
+    paged.paged_decode(*token, memory, tables, positions, 64, 0.1, parts=8)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,15 @@ def choose_decode_path(q: Tensor, mixer: Mixer, backend: str | None = None) -> P
     return "kernels" if _decodes(q, mixer, backend or _backend.get()) else "chunked"
 
 
+def choose_paged_path(q: Tensor) -> Path:
+    """The path for kept heads whose keys lie in blocks, with queries like ``q`` (B, H, 1, D)."""
+    if q.is_cuda:
+        able = q.shape[3] <= 256 and _backend.get() != "chunked"
+    else:
+        able = _backend.get() == "triton" and q.dtype == torch.float32
+    return "kernels" if able and _has_triton() else "chunked"
+
+
 def _decodes(q: Tensor, mixer: Mixer, name: str) -> bool:
     spec = mixer.spec
     if name == "chunked" or torch.is_grad_enabled() or not _has_triton():

@@ -243,7 +243,9 @@ def plan(
     print_rows(
         report.HEADER, report.plan_rows([*stages[0], *stages[1]]), title=report.title(model, size, machine, work)
     )
-    for line in filter(None, (report.paper_line(size, work, stages[0]), report.time_line(size))):
+    for line in filter(
+        None, (report.paper_line(size, work, stages[0]), report.generation_line(size), report.time_line(size))
+    ):
         out.print(line, soft_wrap=True)
     if Path(model).suffix == ".gguf":
         whole = f"{size.total * 2 / 2**30:.1f} GiB"

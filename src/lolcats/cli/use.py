@@ -109,9 +109,12 @@ def generate(
 
 @command
 def chat(model: Model, max_new_tokens: NewTokens = 512, temperature: Temperature = 0.7, top_p: TopP = 0.9,
+         max_context: Annotated[int, typer.Option(min=0, help="Maximum number of tokens of a conversation and its next "
+                                                              "answer together (0 = no limit).")] = 0,
          system: Annotated[str, typer.Option(help="System prompt.")] = "", base: MovedBase = "", trust: Trust = False,
          set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
     """Chat with a model in the terminal. An empty line, /exit or Ctrl-D quits; /new starts a new conversation."""
+    from lolcats.inference.generate import encode
     from lolcats.inference.generate import generate as run_generate
 
     loaded, tokenizer = load_any(model, settings("default", set_, trust), base)
@@ -128,6 +131,11 @@ def chat(model: Model, max_new_tokens: NewTokens = 512, temperature: Temperature
             messages = list(start)
             continue
         messages.append({"role": "user", "content": text})
+        if max_context and encode(tokenizer, messages)["input_ids"].shape[1] + max_new_tokens > max_context:
+            err.print(f"This conversation and an answer are more than {max_context} tokens (--max-context): /new "
+                      "starts a new one.", soft_wrap=True)  # fmt: skip
+            messages.pop()
+            continue
         answer = run_generate(loaded, tokenizer, messages, max_new_tokens, temperature, top_p, stream=True)
         messages.append({"role": "assistant", "content": answer})
 
@@ -138,8 +146,11 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on (0 = a free one).")] = 8000,
     slots: Annotated[int, typer.Option(min=1, help="Maximum number of requests that run at once.")] = 16,
-    context: Annotated[int, typer.Option(min=0, help="Maximum number of tokens of prompt and answer together "
-                                                     "(0 = the model's own).")] = 0,
+    max_context: Annotated[int, typer.Option("--max-context", "--context", min=0,
+                                             help="Maximum number of tokens of prompt and answer together (0 = the "
+                                                  "model's own, or fewer if kept heads' keys do not fit).")] = 0,
+    kept_mb: Annotated[int, typer.Option(min=0, help="MiB for the keys of kept heads (0 = for all slots, as far as "
+                                                     "memory allows).")] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = 4096,
     max_waiting: Annotated[int, typer.Option(min=0, help="Maximum number of requests waiting for a slot; more "
                                                          "get a 429.")] = 128,
@@ -175,10 +186,13 @@ def serve(
     if not access.api_key and not server.is_loopback(host):
         err.print(f"No API key: anyone who reaches {host} can use this server. Set LOLCATS_API_KEY.", soft_wrap=True)
     model, tokenizer = load_any(str(directory), settings("default", set_, trust), base)
-    engine = Engine(model, tokenizer, slots, prefix_bytes=prefix_mb << 20, state_dtype=_state_dtype(state_dtype))
+    engine = Engine(
+        model, tokenizer, slots, prefix_bytes=prefix_mb << 20, state_dtype=_state_dtype(state_dtype),
+        context=max_context, kept_bytes=kept_mb << 20 or None,
+    )  # fmt: skip
     own = getattr(model.config.get_text_config(), "max_position_embeddings", 8192)
     limits = server.Limits(
-        context or own, min(max_tokens, context or own), waiting=max_waiting, connections=max_connections,
+        max_context or own, min(max_tokens, max_context or own), waiting=max_waiting, connections=max_connections,
         read_seconds=read_timeout,
     )  # fmt: skip
     app_ = server.create_app(engine, directory.resolve().name, limits, access=access)

@@ -28,6 +28,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Delta, Engine, Request
+from lolcats.inference.engine.kept import BLOCK
+from lolcats.inference.engine.room import state_bytes as fixed_bytes
 from lolcats.inference.engine.sampling import SamplingParams
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
@@ -169,7 +171,8 @@ def slots(student: PreTrainedModel, batch: int, options: Options) -> Iterator[En
         piece = max(256, options.prompt)
         engine = Engine(
             student, None, count, piece, prefix_bytes=0, batch_sizes=[count], stop_tokens=(),
-            state_dtype=options.state_dtype, prefill_rows=options.prefill_rows,
+            state_dtype=options.state_dtype, prefill_rows=options.prefill_rows, context=longest(count, options),
+            kept_bytes=count * (longest(count, options) + 2 * BLOCK) * token_bytes(student),
         )  # fmt: skip
     except torch.OutOfMemoryError:
         engine = "out of memory"
@@ -200,6 +203,11 @@ def take_turns(systems: dict[str, Callable[[], Times]], runs: int, deadline: flo
     return results
 
 
+def longest(count: int, options: Options) -> int:
+    """Tokens that the first of ``count`` sequences may have at the end, since it starts earlier than the last."""
+    return options.prompt + options.new + count + 1
+
+
 def most_slots(student: PreTrainedModel, options: Options) -> int:
     """The number of sequences that fit next to the weights, a multiple of 8."""
     if student.device.type != "cuda":
@@ -209,17 +217,26 @@ def most_slots(student: PreTrainedModel, options: Options) -> int:
     logits = 2 * config.vocab_size * student.dtype.itemsize
     activations = options.prompt * 64 * config.hidden_size
     room = free - SPARE - options.prefill_rows * (2 * state_bytes(student, torch.float32) + activations)
-    return max(1, room // (state_bytes(student, options.state_dtype) + logits) // 8 * 8)
+    tokens = longest(0, options) + 2 * BLOCK
+    while True:  # the more sequences, the longer is the first
+        count = max(1, room // (state_bytes(student, options.state_dtype, tokens) + logits) // 8 * 8)
+        if tokens >= longest(count, options) + 2 * BLOCK or not token_bytes(student):
+            return count
+        tokens = longest(count, options) + 2 * BLOCK
 
 
-def state_bytes(student: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Bytes of state of one sequence of any length."""
+def token_bytes(student: PreTrainedModel) -> int:
+    """Bytes that each token of a sequence adds: its keys and values in kept heads and layers."""
     total = 0
-    for layer in linearized_layers(student):
-        g = layer.geometry
-        k = torch.empty(1, g.kv_heads, 0, layer.spec.channels(g.head_dim), dtype=student.dtype, device="meta")
-        total += layer.empty_state(k, k[..., : g.value_dim], dtype).nbytes
-    return total
+    for entry in student.config.lolcats["layers"]:
+        heads = entry["kv_heads"] if entry["kind"] == "softmax" else len(entry.get("softmax_heads", ()))
+        total += heads * (entry["head_dim"] + entry["value_dim"])
+    return total * student.dtype.itemsize
+
+
+def state_bytes(student: PreTrainedModel, dtype: torch.dtype, tokens: int = 0) -> int:
+    """Bytes of state of one sequence: of any length, and the kept keys of ``tokens`` tokens."""
+    return fixed_bytes(student, dtype) + tokens * token_bytes(student)
 
 
 def prompts(student: PreTrainedModel, batch: int, length: int) -> list[list[int]]:
@@ -306,7 +323,7 @@ def row(
 ) -> Row:  # fmt: skip
     """One line of the results."""
     own = name == "engine"
-    state = state_bytes(student, options.state_dtype)
+    state = state_bytes(student, options.state_dtype, options.prompt + options.new // 2)  # on average
     line: Row = {**about, "system": name, "batch": batch, "state_dtype": str(options.state_dtype)[6:] if own else None,
                  "key_maps": about["key_maps"] if own else None}  # fmt: skip
     if not result or isinstance(result, str):
@@ -321,7 +338,8 @@ def row(
     if own:
         bound = bound_seconds(about, batch, state, options)
         line |= {
-            "state_bytes": state, "bound_ms": 1e3 * bound, "share_of_bound": bound / seconds,
+            "state_bytes": state_bytes(student, options.state_dtype), "token_bytes": token_bytes(student),
+            "bound_ms": 1e3 * bound, "share_of_bound": bound / seconds,
             "memory": result[-1].memory, "graphs": isinstance(engine, Engine) and engine.graphs is not None,
         }  # fmt: skip
     return line

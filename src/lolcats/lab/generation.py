@@ -57,8 +57,14 @@ def cells(row: Row) -> tuple[str, ...]:
         *start, f"{row['new']:,}", f"{row['decode_tokens_per_second']:,.1f}", f"{row['step_ms']:.2f}",
         f"{row['bound_ms']:.2f}" if own else "", f"{row['share_of_bound']:.0%}" if own else "",
         f"{row['whole_tokens_per_second']:,.1f}", f"{row['peak_bytes'] / 2**30:.1f}",
-        f"{row['state_bytes'] / 1e6:.1f}" if own else "",
+        _memory(row) if own else "",
     )  # fmt: skip
+
+
+def _memory(row: Row) -> str:
+    """MB of a sequence's state, and what each token adds to it if heads are kept."""
+    added = row.get("token_bytes", 0)  # not in older rows
+    return f"{row['state_bytes'] / 1e6:.1f}" + (f" + {added / 1024:.4g} KiB a token" if added else "")
 
 
 def table(rows: Sequence[Row]) -> str:

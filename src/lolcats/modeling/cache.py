@@ -90,13 +90,26 @@ class LinearizedCacheLayer(CacheLayerMixin):
         """See ``offload``."""
 
 
+class AttendingLayer(CacheLayerMixin):
+    """A cache layer of kept keys that can attend to them itself, in place of the base model's attention."""
+
+    attends = False
+    """Whether it does so in this call; ``update`` then gives back the new keys and values as they are."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None
+    ) -> Tensor:
+        """Outputs (B, T, H, D) for new tokens, whose keys and values are stored on the way."""
+        raise NotImplementedError
+
+
 class SplitCacheLayer(LinearizedCacheLayer):
     """The same for a layer some of whose heads stay softmax attention: beside the state of the others, it holds all
     keys and values of those heads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept = DynamicLayer()
+        self.kept: CacheLayerMixin = DynamicLayer()
 
     def reset(self) -> None:
         super().reset()
@@ -108,11 +121,11 @@ class SplitCacheLayer(LinearizedCacheLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self.kept.batch_repeat_interleave(repeats)
+        self.kept.batch_repeat_interleave(repeats)  # type: ignore[attr-defined]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self.kept.batch_select_indices(indices)
+        self.kept.batch_select_indices(indices)  # type: ignore[attr-defined]
 
 
 class MixedCacheLayer(LinearizedCacheLayer, LinearAttentionAndFullAttentionLayer):
@@ -173,3 +186,9 @@ def pending(cache: Any, index: int) -> LinearizedCacheLayer | None:
     """Our layer ``index`` of the cache, if its keys were updated in this call."""
     layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
     return layer if isinstance(layer, LinearizedCacheLayer) and layer.pending else None
+
+
+def of_kept_layer(cache: Any, index: int | None) -> AttendingLayer | None:
+    """Layer ``index`` of the cache, if it can attend itself."""
+    layer = cache.layers[index] if index is not None and cache is not None and index < len(cache.layers) else None
+    return layer if isinstance(layer, AttendingLayer) else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -55,8 +55,9 @@ class KeptHeads:
     def joined(self, kept: Tensor, linearized: Tensor) -> Tensor:
         """(B, T, H, D) from the outputs (B, T, heads, D) of the kept and of the linearized query heads."""
         order = [*self.queries(self.kept), *self.queries(self.linearized)]
-        places = torch.tensor(order, device=kept.device).argsort()
-        return torch.cat([kept, linearized.to(kept.dtype)], 2).index_select(2, places)
+        places = sorted(range(len(order)), key=order.__getitem__)
+        joined = torch.cat([kept, linearized.to(kept.dtype)], 2)
+        return joined.index_select(2, _index(tuple(places), kept))
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,20 @@ def take(x: Tensor, dim: int, heads: Sequence[int]) -> Tensor:
     first, count = heads[0], len(heads)
     if list(heads) == list(range(first, first + count)):
         return x.narrow(dim, first, count)
-    return x.index_select(dim, torch.tensor(list(heads), device=x.device))
+    return x.index_select(dim, _index(tuple(heads), x))
+
+
+def _index(values: tuple[int, ...], like: Tensor) -> Tensor:
+    """The values on the device of ``like``. On a GPU they stay there: a CUDA graph cannot copy them from the host."""
+    if like.is_cuda and type(like) is Tensor and not torch.compiler.is_compiling():
+        return _stored_index(values, like.device)
+    return torch.tensor(values, device=like.device)
+
+
+@cache
+def _stored_index(values: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd can save it
+        return torch.tensor(values, device=device)
 
 
 def kept_heads(chosen: Mapping[str, Sequence[int]], geometries: Mapping[int, Geometry]) -> dict[int, tuple[int, ...]]:

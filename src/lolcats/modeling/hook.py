@@ -44,6 +44,7 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
         _check_packed(call, {layer.base_implementation for layer in linearized})
         call["use_cache"] = changes["use_cache"] = False
     if not layers:
+        own.cache = call.get("past_key_values")
         return ((), {**call, **changes}) if changes else None
     changes |= _positions(call, names)
     cache, use_cache = call.get("past_key_values"), call.get("use_cache")

@@ -27,7 +27,7 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
         module = model.get_submodule(entry["name"])
         geometry = Geometry(**{f.name: entry[f.name] for f in dataclasses.fields(Geometry)})
         if entry["kind"] == "softmax":
-            module.lolcats = KeptAttention(base_implementation)
+            module.lolcats = KeptAttention(base_implementation, geometry.layer)
             continue
         spec = layer_spec(attention, entry["kind"])
         kept = KeptHeads(geometry, tuple(entry["softmax_heads"])) if entry.get("softmax_heads") else None

@@ -16,8 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling.cache import SplitCacheLayer, pending
+from lolcats.modeling.cache import AttendingLayer, SplitCacheLayer, of_kept_layer, pending
 from lolcats.modeling.call import Call, Padding, current
+from lolcats.modeling.families import HARMLESS
 from lolcats.modeling.heads import KeptHeads, Trial
 from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention, attached
 from lolcats.modeling.masks import MaskRequest, mask_function, request_of
@@ -36,6 +37,11 @@ def attention_function(
             f"{type(module).__name__} was not called when this model was converted (cross-attention to images?): only "
             "the text decoder of a model is linearized."
         )
+    if isinstance(layer, KeptAttention):
+        call = attention_mask.call if isinstance(attention_mask, MaskRequest) else current() or Call()
+        own = of_kept_layer(call.cache, layer.layer)
+        if own is not None and own.attends:
+            return _own_attention(own, query, key, value, attention_mask, kwargs), None
     if isinstance(layer, KeptAttention) or layer.mode == "teacher":
         return softmax_attention(module, query, key, value, attention_mask, **kwargs)
     request, kept = request_of(attention_mask), layer.kept
@@ -54,9 +60,13 @@ def attention_function(
         return _linearized(layer, module, query, key, value, request, kwargs), None
     q, k, v = kept.part(kept.kept, query, key, value)
     cache = pending(_call(request).cache, layer.geometry.layer)
-    if isinstance(cache, SplitCacheLayer):
-        k, v = cache.kept.update(k, v)
-    soft = _kept_attention(module, q, k, v, attention_mask, request, kwargs)
+    own = cache.kept if isinstance(cache, SplitCacheLayer) else None
+    if own is not None:
+        k, v = own.update(k, v)
+    if isinstance(own, AttendingLayer) and own.attends:
+        soft = _own_attention(own, q, k, v, attention_mask, kwargs)
+    else:
+        soft = _kept_attention(module, q, k, v, attention_mask, request, kwargs)
     q, k, v = kept.part(kept.linearized, query, key, value)
     return kept.joined(soft, _linearized(layer, module, q, k, v, request, kwargs)), None
 
@@ -138,6 +148,23 @@ def _trial(
         return y
     soft, _ = softmax_attention(module, *heads.part(heads.kept, q, k, v), mask, **kwargs)
     return heads.joined(soft, heads.of_outputs(y))
+
+
+def _own_attention(
+    own: AttendingLayer, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> Tensor:
+    """Softmax attention to kept keys by the layer of the cache that holds them, (B, T, heads, D).
+
+    Raises:
+        RuntimeError: it does not know this family's attention.
+    """
+    window = mask.arguments.get("local_size") if isinstance(mask, MaskRequest) else None
+    unknown = [name for name, x in kwargs.items() if x is not None and name not in HARMLESS]
+    if window != (kwargs.get("sliding_window") if window else None):
+        unknown.append("local attention other than a sliding window")
+    if unknown:
+        raise RuntimeError(f"Attention to keys in blocks does not support {', '.join(unknown)}.")
+    return own.attend(query, key, value, *_logits(query, kwargs), window)
 
 
 def softmax_attention(

@@ -75,11 +75,12 @@ class Geometry:
 
 
 class KeptAttention(nn.Module):
-    """A layer that stays the base model's softmax attention. No parameters; remembers the base implementation."""
+    """A layer that stays the base model's softmax attention. No parameters; remembers the base implementation, and the
+    index of its keys in the cache."""
 
-    def __init__(self, base_implementation: str) -> None:
+    def __init__(self, base_implementation: str, layer: int | None) -> None:
         super().__init__()
-        self.base_implementation = base_implementation
+        self.base_implementation, self.layer = base_implementation, layer
 
 
 def layer_spec(config: AttentionConfig, kind: Any) -> AttentionSpec:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from lolcats.config import Config
 from lolcats.errors import LolcatsError
+from lolcats.evaluation.memory import readable
 from lolcats.plan.costs import GIB, Machine, Plan, Work, enough_gpus, gpu_need, paper_disk
 from lolcats.plan.size import Size
 
@@ -102,6 +103,16 @@ def paper_line(size: Size, work: Work, plans: Sequence[Plan]) -> str:
         "Hidden states on disk: the paper's blocks store 2 × tokens × hidden × layers / k bytes, "
         f"{paper_disk(size, work, PAPER_BLOCK) / 1e12:.2f} TB in blocks of {PAPER_BLOCK}; {ours.schedule} here keep "
         f"two boundaries, {kept / 1e12:.2f} TB; stream and joint store nothing."
+    )
+
+
+def generation_line(size: Size, tokens: int = 32768) -> str:
+    """What a sequence takes while text is generated."""
+    kept = f" and {readable(size.token)} a token for the keys of kept heads and layers" if size.token else ""
+    whole, teacher = size.state + tokens * size.token, tokens * size.teacher_token
+    return (
+        f"Generation in bf16: a sequence takes {readable(size.state)}{kept}; at {tokens:,} tokens {readable(whole)}, "
+        f"the base model's cache {readable(teacher)}."
     )
 
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from lolcats.attention.path import fits_kernels
 from lolcats.config import Config, read_yaml
 from lolcats.errors import LolcatsError, first_line
+from lolcats.evaluation.memory import cache_bytes
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import LinearizedAttention, decoder_layers, linearized_layers
 from lolcats.stages.finetune.stage import add_lora
@@ -60,6 +61,12 @@ class Size:
     """Channels per token and layer that feature maps before RoPE add: the unrotated q and k."""
     kernels: bool
     """Whether the Triton kernels support the model's attention in bf16."""
+    state: int = 0
+    """Bytes of one sequence's state, whatever its length, in bf16 with sums in fp32."""
+    token: int = 0
+    """Bytes that each token adds: its keys and values in kept heads and layers, in bf16."""
+    teacher_token: int = 0
+    """The same of the teacher."""
 
     @property
     def total(self) -> int:
@@ -121,6 +128,8 @@ def size_of(model_config: Any, config: Config) -> Size:
     largest = max(found, key=lambda layer: layer.geometry.heads * layer.geometry.head_dim)
     active = sum(_active(layer, share) for layer in layers)
     maps = sum(p.numel() for layer in found for p in layer.parameters())
+    (_, state), (teacher, one) = cache_bytes(model, 0), cache_bytes(model, 1)
+    memory = {"state": state, "token": one - state, "teacher_token": teacher}
     with torch.device("meta"):
         wrapped = add_lora(model, config.finetune)
     return Size(
@@ -133,6 +142,7 @@ def size_of(model_config: Any, config: Config) -> Size:
         lora=sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name),
         unrotated=_unrotated_channels(largest),
         kernels=all(fits_kernels(layer.geometry.head_dim, torch.bfloat16, layer.spec) for layer in found),
+        **memory,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Continuous batching over states of fixed size: a table of slots, prompts prefilled in pieces between decode steps.
+"""Continuous batching: a table of slots, prompts prefilled in pieces between decode steps.
 
 Running requests occupy slots 0 .. n−1; when one ends, the last moves into its slot and a waiting one takes the place
 after them. A decode step computes the smallest of ``batch_sizes`` that holds them, always with the same shapes and on
@@ -7,6 +7,11 @@ the same memory, whatever the rows' lengths: rows after the running ones are com
 A request's tokens depend on its prompt, parameters and seed, and on nothing else in the engine: rows are computed
 independently, and prefill pieces end at the same tokens whatever else runs. Sums are rounded differently by matrix
 products of different batch sizes (in fp32 about 1e-6 of a logit); a single batch size excludes that too.
+
+If the model keeps heads or layers, their keys lie in blocks that sequences take as they grow (:mod:`.kept`). A prompt
+begins when there are blocks for all of it. If running requests find too few for their next token, cached prefixes go
+first, then prompts that are partly prefilled begin anew, and then the newest running request is paused: its state and
+keys move to the host's memory and come back, bit for bit, before any other prompt begins.
 
 An error ends the requests whose work it was: one request for its sampling, text or delivery, one batch for a forward
 pass. The others go on.
@@ -24,17 +29,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lolcats.attention import AttentionState
-from lolcats.attention.path import choose_decode_path
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine.graphs import DecodeGraphs, Landing, capture
-from lolcats.inference.engine.model import broke_the_device, check_model, end_tokens, lay_out_for_vectors
+from lolcats.inference.engine.kept import BLOCK, PagedCache, keeps_keys
+from lolcats.inference.engine.model import (
+    broke_the_device,
+    check_model,
+    end_tokens,
+    has_kernels,
+    lay_out_for_vectors,
+    use_fused_layers,
+)
 from lolcats.inference.engine.prompts import Prompts
-from lolcats.inference.engine.request import Delta, Request
+from lolcats.inference.engine.request import Delta, Request, failure
+from lolcats.inference.engine.room import Room, newest
 from lolcats.inference.engine.sampling import BatchSampler, TokenLogprob, sequence_logprobs
-from lolcats.inference.engine.states import PrefillCache, PrefixCache, SlotTable, Snapshot
-from lolcats.modeling.layer import LinearizedAttention, linearized_layers
-from lolcats.modeling.liger import fused_layers
+from lolcats.inference.engine.slots import Slots
+from lolcats.inference.engine.states import PrefillCache, PrefixCache, SlotTable
+from lolcats.modeling.layer import linearized_layers
 
 log = logging.getLogger(__name__)
 
@@ -53,40 +65,42 @@ class Engine:
         state_dtype: of the sums S in the slots, fp32 or bf16.
         prefill_rows: prompts of one length, no longer than a piece, that are prefilled together.
         graphs: whether decode steps are CUDA graphs; by default on CUDA where the decode kernel takes every layer.
+        context, kept_bytes, block: tokens of a sequence, memory for kept keys, and tokens of a block, where the model
+            keeps heads or layers (see :class:`.room.Room`).
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, slots: int = 16, piece: int = 256, prefix_bytes: int = 256 << 20,
         batch_sizes: Sequence[int] | None = None, stop_tokens: Sequence[int] | None = None,
         state_dtype: torch.dtype = torch.float32, prefill_rows: int = 1, graphs: bool | None = None,
+        context: int = 0, kept_bytes: int | None = None, block: int = BLOCK,
     ) -> None:  # fmt: skip
         check_model(model)
         self.model, self.tokenizer, self.piece, self.prefill_rows = model.eval(), tokenizer, piece, prefill_rows
         if model.device.type == "cpu":
             lay_out_for_vectors(model)
         self.layers = {layer.geometry.layer: layer for layer in linearized_layers(model)}
-        self.table = SlotTable(self.layers, slots, model.dtype, model.device, state_dtype)
+        self.prefixes, self.room = PrefixCache(prefix_bytes, piece), None
+        if keeps_keys(model):
+            self.room = Room(model, slots, context, kept_bytes, self.prefixes, block)
+        self.kept = self.room.kept if self.room else None
+        self.table = SlotTable(self.layers, slots, model.dtype, model.device, state_dtype, self.kept)
         self.batch_sizes = sorted({*(batch_sizes or (1 << i for i in range(slots.bit_length()))), slots})
         self.stop_tokens = frozenset(end_tokens(model, tokenizer) if stop_tokens is None else stop_tokens)
         self.vocabulary: int = model.config.get_text_config().vocab_size
-        self.prefixes = PrefixCache(prefix_bytes, piece)
         self.waiting = Prompts(slots)
-        self.running: list[Request] = []
+        self.slots = Slots(self.table, model.device.type == "cuda")
+        self.running, self.inputs = self.slots.running, self.slots.inputs
         self.broken = ""
         """What made the device unusable, if anything did: nothing runs any more."""
         self.flying: tuple[list[Request], Landing] | None = None
         """A step that was launched ahead: its requests in the order of its rows, and their tokens."""
         self.sampler = BatchSampler()
-        self.inputs = torch.zeros(2, slots, dtype=torch.long, pin_memory=model.device.type == "cuda")
-        """For each slot, on the host: its newest token, whose key is not in the state yet, and its position."""
         self.keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.resources = ExitStack()
-        try:
-            self.resources.enter_context(fused_layers(model, True))
-        except LolcatsError as error:
-            log.warning("Generating without liger-kernel: %s", error)
+        use_fused_layers(model, self.resources)
         self.graphs: DecodeGraphs | None = None
-        if graphs if graphs is not None else model.device.type == "cuda" and self._has_kernels():
+        if graphs if graphs is not None else model.device.type == "cuda" and has_kernels(model, self.layers.values()):
             with torch.inference_mode():
                 self.graphs = capture(self._decode_rows, self.batch_sizes, model.device)
 
@@ -97,18 +111,19 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and not self.running
+        return not self.waiting and not self.running and not self.slots.paused
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one request's state, whatever its length."""
+        """Bytes of one request's state, whatever its length; without kept keys."""
         return self.table.nbytes // self.table.slots
 
     def check(self, request: Request) -> None:
         """Refuse what cannot run.
 
         Raises:
-            LolcatsError: no tokens, tokens that the model does not have, or a state of another model.
+            LolcatsError: no tokens, tokens that the model does not have, a state of another model, or more tokens than
+                a sequence may have.
         """
         last = self.vocabulary - 1
         if not request.prompt or min(request.prompt) < 0 or max(request.prompt) > last:
@@ -116,7 +131,9 @@ class Engine:
         if any(not 0 <= token <= last for token, _ in request.params.logit_bias):
             raise LolcatsError(f"logit_bias: expected token ids between 0 and {last}.")
         if request.start is not None:
-            self._check_start(request.start)
+            self.table.check_start(request.start)
+        if self.room is not None:
+            self.room.check(request)
 
     def submit(self, request: Request) -> None:
         """Queue a request, if :meth:`check` passes it."""
@@ -139,8 +156,7 @@ class Engine:
 
     def abort(self, message: str) -> None:
         """End everything with an error."""
-        requests = [*self.running, *self.waiting]
-        self.waiting = Prompts(self.table.slots)
+        requests = self._all()
         try:
             self._reset()
         except Exception as error:
@@ -151,9 +167,13 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """At most one piece's worth of prefill, then one token for every running request."""
-        if self.waiting:
+        if self.waiting or self.slots.paused:
             self._catch_up()
+        if self.room is not None:
+            self._resume(self.room)
         self._prefill()
+        if self.room is not None:
+            self._make_room(self.room)
         if self.running:
             self._decode()
 
@@ -167,7 +187,9 @@ class Engine:
     def _prefill(self) -> None:
         budget = self.piece
         while self.waiting and len(self.running) < self.table.slots:
-            request = self.waiting.next()
+            request = self.waiting.next(self._may_begin if self.room else None)
+            if request is None:
+                return self._check_stuck()
             alike = self._alike(request)
             try:
                 if len(alike) > 1:
@@ -187,6 +209,8 @@ class Engine:
     def _alike(self, request: Request) -> list[Request]:
         """The request and others that can be prefilled with it."""
         free = min(self.prefill_rows, self.table.slots - len(self.running))
+        if self.room is not None and request.cache is None:
+            free = self.room.alike(request, free)
         return self.waiting.alike(request, free) if len(request.prompt) <= self.piece else [request]
 
     def _prefill_piece(self, request: Request) -> None:
@@ -199,7 +223,7 @@ class Engine:
             request.prompt_logprobs += sequence_logprobs(logits[0, : len(known)], known, wanted)
         request.prefilled += len(tokens)
         if request.start is None:
-            self.prefixes.offer(request.prompt, request.prefilled, request.cache.states())
+            self.prefixes.offer(request.prompt, request.prefilled, request.cache)
         if not request.left:
             self._admit([request], logits[:, -1])
 
@@ -209,10 +233,12 @@ class Engine:
         if start is None and request.params.prompt_logprobs is None:  # these need logits of every token
             start = self.prefixes.find(request.prompt)
             request.prefilled = request.cached = len(start.tokens) if start else 0
-        request.cache = PrefillCache(self.layers, start)
+        tables = [self.room.begin(start, request.left)] if self.room else []
+        request.cache = PrefillCache(self.layers, start, self.kept, tables)
 
     def _prefill_together(self, requests: list[Request]) -> None:
-        cache = PrefillCache(self.layers)
+        tables = [self.room.begin(None, len(request.prompt)) for request in requests] if self.room else []
+        cache = PrefillCache(self.layers, None, self.kept, tables)
         logits = self._forward_new([request.prompt for request in requests], 0, cache)
         for request in requests:
             request.prefilled, request.cache = len(request.prompt), cache
@@ -222,22 +248,17 @@ class Engine:
         """Logits (B, 1 or T, V) after the last or ``every`` token of (B, T), the first at position ``first``."""
         ids = torch.tensor(tokens, device=self.model.device)
         positions = torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
-        return self._forward(ids, positions, cache.cache, every)
+        return self._forward(ids, positions, cache.extended(ids.shape[1]), every)
 
     def _admit(self, requests: list[Request], logits: Tensor) -> None:
         """Give requests that share a prefill the next slots, and sample their first tokens from logits (B, V)."""
         for request in requests:
             self.waiting.remove(request)
         if requests[0].params.max_tokens == 0:  # only its prompt was to be scored
+            requests[0].cache = None
             return self._tell(requests[0], Delta(finish_reason="length"))
-        begin = len(self.running)
-        self.running += requests
         assert requests[0].cache is not None
-        self.table.put(begin, requests[0].cache.states())
-        for slot, request in enumerate(requests, begin):
-            self.inputs[1, slot] = request.first - 1  # counted up as its first token comes
-            request.cache = None
-        return self._advance(logits, range(begin, len(self.running)))
+        return self._advance(logits, self.slots.add(requests, requests[0].cache))
 
     # Decode
 
@@ -258,6 +279,7 @@ class Engine:
     def _decode_now(self, count: int, rows: int) -> Tensor:
         inputs = self.inputs[:, :rows]
         if self.graphs is not None:
+            self.table.launch(count)
             return self.graphs.run(rows, inputs)
         ids, positions = inputs.to(self.model.device)[:, :, None]
         known = inputs[1, :count].tolist()
@@ -271,6 +293,7 @@ class Engine:
         """
         before, requests = self.flying, list(self.running)
         try:
+            self.table.launch(count)
             logits = graphs.run(rows, self.inputs[:, :rows] if before is None else None)
         except Exception as error:
             return self._fail_batch(error)
@@ -310,23 +333,52 @@ class Engine:
         self._report([slot for slot, _, _ in alive], [token for _, _, token in alive], [None] * len(alive))
 
     def _decode_rows(self, ids: Tensor, positions: Tensor, rows: int, counts: tuple[int, ...] | None = None) -> Tensor:
-        return self._forward(ids, positions, self.table.view(rows, counts))[:, -1]
-
-    def _has_kernels(self) -> bool:
-        def has(layer: LinearizedAttention) -> bool:
-            shape = (0, 0, 1, layer.spec.channels(layer.geometry.head_dim))
-            q = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
-            return choose_decode_path(q, layer.mixer(1.0)) == "kernels"
-
-        with torch.inference_mode():
-            return all(map(has, self.layers.values()))
+        return self._forward(ids, positions, self.table.view(rows, positions[:, 0], counts))[:, -1]
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: Any, every: bool = False) -> Tensor:
         """(B, T) -> logits (B, 1 or T, V) after the last or ``every`` token."""
-        keep = {"logits_to_keep": 0 if every else 1} if self.keep_logits else {}
-        out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **keep)
+        more: dict[str, Any] = {"logits_to_keep": 0 if every else 1} if self.keep_logits else {}
+        more |= cache.padding if isinstance(cache, PagedCache) else {}
+        out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **more)
         logits: Tensor = out.logits if every else out.logits[:, -1:]
         return logits
+
+    # Blocks of kept keys
+
+    def _may_begin(self, request: Request) -> bool:
+        return self.room is not None and not self.slots.paused and self.room.fits(request, len(self.running))
+
+    def _check_stuck(self) -> None:
+        """No waiting prompt has blocks. If nothing can give any back, the oldest ends."""
+        if self.room is not None and not self.running and not self.slots.paused:
+            self._fail([next(iter(self.waiting))], self.room.taken())
+
+    def _make_room(self, room: Room) -> None:
+        """A place for the next key of every running request."""
+        if not room.has(self.table.lacking(len(self.running))):
+            self._catch_up()
+            while not room.has(self.table.lacking(len(self.running))):
+                self._take_back(room)
+        self.table.reserve(len(self.running))
+
+    def _take_back(self, room: Room) -> None:
+        """Free the blocks of one request, which goes on later."""
+        if begun := [request for request in self.waiting if request.cache is not None]:
+            newest(begun).restart()
+        elif len(self.running) > 1:
+            self.slots.pause(newest(self.running))
+        else:
+            self._fail([*self.running], room.taken())
+
+    def _resume(self, room: Room) -> None:
+        """Let paused requests go on, the oldest first."""
+        while (paused := self.slots.paused) and not self.slots.full:
+            if room.fits(paused[0], len(self.running)):
+                self.slots.resume(room.begin(paused[0].paused, 0))
+            elif self.running or any(request.cache is not None for request in self.waiting):
+                return
+            else:
+                self._fail([paused[0]], room.taken())
 
     # Tokens
 
@@ -362,7 +414,7 @@ class Engine:
         for i in sorted(ended, key=lambda i: -slots[i]):
             if requests[i].keep_state:
                 deltas[i].snapshot = self.table.take(slots[i], requests[i].history[:-1])
-            self._free(slots[i])
+            self.slots.free(slots[i])
         for request, delta in zip(requests, deltas, strict=True):
             self._tell(request, delta)
 
@@ -371,7 +423,7 @@ class Engine:
             return request.delta(token, logprob, token in self.stop_tokens)
         except Exception as error:
             _log("A token could not be taken; its request ends", error)
-            return _failure(error)
+            return failure(error)
 
     def _tell(self, request: Request, delta: Delta) -> None:
         """Deliver a delta; a request that cannot be told anything ends."""
@@ -381,22 +433,17 @@ class Engine:
             log.exception("A token could not be delivered; its request ends.")
             self._take_out(request)
 
-    # Slots
-
-    def _free(self, slot: int) -> None:
-        """End the request in a slot; the last one moves there."""
-        last, end = self.running.pop(), len(self.running)
-        if slot < end:
-            self.table.move(end, slot)
-            self.running[slot] = last
-            self.inputs[:, slot] = self.inputs[:, end]
-        self.inputs[:, end] = 0  # a row that is computed and thrown away: any token, and a position that exists
+    # Ends
 
     def _take_out(self, request: Request) -> bool:
         if request in self.waiting:
             self.waiting.remove(request)
+            request.cache = None
+        elif request in self.slots.paused:
+            self.slots.paused.remove(request)
+            request.paused = None
         elif request in self.running:
-            self._free(self.running.index(request))
+            self.slots.free(self.running.index(request))
         else:
             return False
         return True
@@ -408,7 +455,7 @@ class Engine:
             return
         for request in requests:
             self._take_out(request)
-            self._tell(request, _failure(error))
+            self._tell(request, failure(error))
 
     def _fail_batch(self, error: Exception) -> None:
         """A forward pass or its tokens failed: end what was running, and empty the slots."""
@@ -418,37 +465,30 @@ class Engine:
         requests = list(self.running)
         self._reset()
         for request in requests:
-            self._tell(request, _failure(error))
+            self._tell(request, failure(error))
 
     def _breaks(self, error: Exception) -> bool:
         """End everything if the device cannot be used any more."""
         if broke_the_device(error):
             self.broken = f"{type(error).__name__}: {error}"
-            requests, self.running, self.waiting = [*self.running, *self.waiting], [], Prompts(self.table.slots)
             self.flying = None
-            for request in requests:
-                self._tell(request, _failure(error))
+            for request in self._all():
+                self._tell(request, failure(error))
         return bool(self.broken)
+
+    def _all(self) -> list[Request]:
+        """Take all requests out."""
+        requests = [*self.running, *self.slots.paused, *self.waiting]
+        for request in requests:
+            request.cache = request.paused = None
+        self.slots.paused, self.waiting = [], Prompts(self.table.slots)
+        self.running.clear()
+        return requests
 
     def _reset(self) -> None:
         """Empty all slots."""
         self.flying, self.sampler = None, BatchSampler()
-        self.running.clear()
-        self.inputs.zero_()
-        self.table.clear()
-
-    def _check_start(self, start: Snapshot) -> None:
-        def shapes(states: Sequence[AttentionState]) -> list[Any]:
-            return [[x.shape[1:] for x in state.tensors().values()] for state in states]
-
-        if shapes(start.layers) != shapes(self.table.states):
-            raise LolcatsError("This saved state is of another model: its layers have other shapes.")
-
-
-def _failure(error: Exception) -> Delta:
-    if isinstance(error, LolcatsError):
-        return Delta(finish_reason="error", error=str(error), refused=True)
-    return Delta(finish_reason="error", error=f"{type(error).__name__}: {error}")
+        self.slots.clear()
 
 
 def _log(what: str, error: Exception) -> None:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import inspect
+import logging
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from lolcats.attention.path import choose_decode_path
 from lolcats.errors import LolcatsError, out_of_memory
+from lolcats.modeling.layer import LinearizedAttention
+from lolcats.modeling.liger import fused_layers
+
+log = logging.getLogger(__name__)
 
 
 def check_model(model: PreTrainedModel) -> None:
     """Refuse what the engine cannot run, in a sentence."""
     if not hasattr(model.config, "lolcats"):
         raise LolcatsError("The engine runs linearized models; convert this one first: lolcats linearize.")
-    layers = model.config.lolcats["layers"]
-    if kept := [entry["layer"] for entry in layers if entry["kind"] == "softmax" or entry.get("softmax_heads")]:
-        raise LolcatsError(
-            f"Layers {', '.join(map(str, kept))} kept softmax attention (or some heads of them), whose cache grows "
-            "with every token: the engine holds states of fixed size only. Use lolcats generate for this model."
-        )
     cache = DynamicCache(config=model.config).layers
     if others := [str(i) for i, layer in enumerate(cache) if isinstance(layer, LinearAttentionCacheLayerMixin)]:
         raise LolcatsError(
@@ -41,6 +43,26 @@ def lay_out_for_vectors(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data = module.weight.data.t().contiguous().t()
+
+
+def use_fused_layers(model: PreTrainedModel, resources: ExitStack) -> None:
+    """liger-kernel's layers, until ``resources`` is closed; a warning if they cannot be used."""
+    try:
+        resources.enter_context(fused_layers(model, True))
+    except LolcatsError as error:
+        log.warning("Generating without liger-kernel: %s", error)
+
+
+def has_kernels(model: PreTrainedModel, layers: Iterable[LinearizedAttention]) -> bool:
+    """Whether the decode kernel takes every linearized layer."""
+
+    def has(layer: LinearizedAttention) -> bool:
+        shape = (0, 0, 1, layer.spec.channels(layer.geometry.head_dim))
+        q = torch.empty(shape, dtype=model.dtype, device=model.device)
+        return choose_decode_path(q, layer.mixer(1.0)) == "kernels"
+
+    with torch.inference_mode():
+        return all(map(has, layers))
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:

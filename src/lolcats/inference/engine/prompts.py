@@ -7,7 +7,7 @@ and to the one that has waited longest for a piece, so none starves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 from lolcats.inference.engine.request import Request
@@ -23,7 +23,7 @@ class Prompts:
     def __init__(self, most_begun: int) -> None:
         self.requests: dict[Request, int] = {}
         """With the time, in pieces, at which each came or was last served."""
-        self.most_begun, self.time = most_begun, 0
+        self.most_begun, self.time, self.came = most_begun, 0, 0
         self.shortest_next, self.oldest_next = True, True
 
     def __len__(self) -> int:
@@ -36,17 +36,34 @@ class Prompts:
         return iter(tuple(self.requests))
 
     def add(self, request: Request) -> None:
+        self.came += 1
+        request.number = self.came
         self.requests[request] = self.time
 
     def remove(self, request: Request) -> None:
         del self.requests[request]
 
-    def next(self) -> Request:
-        """Whose piece is computed next."""
+    def next(self, may_begin: Callable[[Request], bool] | None = None) -> Request | None:
+        """Whose piece is computed next; None if nobody's can be.
+
+        may_begin: whether there is room for all of a prompt. While there is none for the oldest that has not begun, no
+        other begins, so that a long one does not wait for ever.
+        """
         begun = [request for request in self.requests if request.cache is not None]
         able = begun if len(begun) >= self.most_begun else list(self.requests)
-        if self.shortest_next:
-            return min(able, key=lambda request: request.left)
+        chosen = self._choose(able)
+        if may_begin is None or chosen is None or chosen.cache is not None:
+            return chosen
+        oldest = next(request for request in able if request.cache is None)
+        if not may_begin(oldest):
+            return self._choose(begun)
+        if chosen is oldest or may_begin(chosen):
+            return chosen
+        return self._choose([request for request in able if request.cache is not None or request is oldest])
+
+    def _choose(self, able: list[Request]) -> Request | None:
+        if self.shortest_next or not able:
+            return min(able, key=lambda request: request.left, default=None)
         return able[0] if self.oldest_next else min(able, key=self.requests.__getitem__)
 
     def served(self, request: Request) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lolcats.errors import LolcatsError
 from lolcats.inference.engine.grammar import Matcher
 from lolcats.inference.engine.sampling import Sampler, SamplingParams, TokenLogprob
 from lolcats.inference.engine.states import PrefillCache, Snapshot
@@ -56,11 +57,20 @@ class Request:
     """Prompt tokens whose keys are in the state."""
     cached: int = 0
     """How many of these came from the prefix cache."""
+    number: int = 0
+    """Counts requests in the order in which they came."""
+    paused: Snapshot | None = None
+    """Where it goes on, on the host, if it had to give its blocks back."""
 
     def begin(self, tokenizer: Any) -> None:
         self.sampler = Sampler(self.params, self.history, self.matcher)
         self.detokenizer, self.stops = Detokenizer(tokenizer), StopStrings(self.params.stop)
         self.cache: PrefillCache | None = None
+
+    def restart(self) -> None:
+        """Forget the part of the prompt that is prefilled."""
+        self.cache, self.prefilled, self.cached = None, 0, 0
+        self.prompt_logprobs.clear()
 
     @property
     def first(self) -> int:
@@ -101,3 +111,10 @@ class Request:
             text += self.stops.add(self.detokenizer.rest())
             text += self.stops.rest()
         return text
+
+
+def failure(error: Exception) -> Delta:
+    """The last delta of a request that ends with an error."""
+    if isinstance(error, LolcatsError):
+        return Delta(finish_reason="error", error=str(error), refused=True)
+    return Delta(finish_reason="error", error=f"{type(error).__name__}: {error}")

@@ -26,7 +26,7 @@ class Worker:
     """Runs an engine; every method may be called from any thread.
 
     Args:
-        max_waiting: requests that may wait for a slot.
+        max_waiting: requests that may wait for a slot, or for blocks.
     """
 
     def __init__(self, engine: Engine, max_waiting: int) -> None:
@@ -40,6 +40,13 @@ class Worker:
     @property
     def waiting(self) -> int:
         return max(0, self.open - len(self.engine.running))
+
+    @property
+    def _places(self) -> int:
+        """How many more requests would run at once, as far as is known: none while one waits for blocks."""
+        engine = self.engine
+        short = engine.room is not None and (engine.slots.paused or (engine.room.short and len(engine.waiting)))
+        return 0 if short else engine.table.slots - len(engine.running)
 
     @property
     def failure(self) -> str:
@@ -59,8 +66,7 @@ class Worker:
         for request in requests:
             self.engine.check(request)
         with self.lock:
-            free = self.engine.table.slots - len(self.engine.running)
-            if self.waiting + len(requests) > self.max_waiting + free:
+            if self.waiting + len(requests) > self.max_waiting + self._places:
                 raise QueueFull
             self.open += len(requests)
         for request in requests:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -42,6 +43,8 @@ class Service:
     """What the routes share."""
 
     def __init__(self, engine: Engine, name: str, limits: Limits, access: Access) -> None:
+        context = min(limits.context, engine.room.context) if engine.room else limits.context
+        limits = replace(limits, context=context, max_tokens=min(limits.max_tokens, context))
         self.engine, self.name, self.limits, self.access = engine, name, limits, access
         self.worker = Worker(engine, limits.waiting)
         self.metrics = Metrics(self.worker)
@@ -183,6 +186,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
         state = {
             "status": "failed" if failure else "ok", "model": service.name, "slots": engine.table.slots,
             "running": len(engine.running), "waiting": service.worker.waiting, "state_bytes": engine.state_bytes,
+            "token_bytes": engine.kept.token_bytes if engine.kept else 0,
             "context": service.limits.context, "max_tokens": service.limits.max_tokens,
         }  # fmt: skip
         return JSONResponse(state, 503 if failure else 200)

@@ -13,12 +13,15 @@ class Metrics:
 
     def __init__(self, worker: Worker) -> None:
         self.registry = CollectorRegistry()
-        engine = worker.engine
+        engine, kept = worker.engine, worker.engine.kept
         for name, about, read in (
             ("running", "Requests in a slot", lambda: len(engine.running)),
             ("waiting", "Requests that wait for a slot", lambda: worker.waiting),
             ("slots", "Slots of the engine", lambda: engine.table.slots),
             ("state_bytes", "Bytes of all slots' states", lambda: engine.table.nbytes),
+            ("paused", "Requests that wait for blocks to go on", lambda: len(engine.slots.paused)),
+            ("kept_bytes", "Bytes of kept heads' keys and values", lambda: kept.held_bytes if kept else 0),
+            ("kept_limit_bytes", "Bytes that these may take", lambda: kept.nbytes if kept else 0),
             ("prefix_bytes", "Bytes of cached prefixes' states", lambda: engine.prefixes.nbytes),
             ("prefix_hits", "Prompts that began with a cached prefix", lambda: engine.prefixes.hits),
         ):

@@ -12,7 +12,10 @@ async function health() {
     $("name").textContent = document.title = model;
     $("max_tokens").max = info.max_tokens;
     $("max_tokens").value = Math.min($("max_tokens").value, info.max_tokens);
-    $("state").textContent = "state " + mebibytes(info.state_bytes) + ", fixed";
+    const grows = info.token_bytes > 0;
+    $("state").textContent = "state " + mebibytes(info.state_bytes)
+      + (grows ? " + " + mebibytes(info.token_bytes) + " a token" : ", fixed");
+    if ($("hint")) $("hint").lastElementChild.hidden = grows;
   } catch { $("state").textContent = "server not reached"; }
 }
 
