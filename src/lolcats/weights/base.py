@@ -180,8 +180,8 @@ def load_model(
             raise LolcatsError(
                 f"{base.path} is incomplete: tensor {missing[0]} is missing (missing tensors: {len(missing)})."
             )
-    if base.form == "gguf":
-        model = _plain(model)
+        if base.form == "gguf":
+            model = _plain(model)
     return model.to(device).eval()
 
 

@@ -132,8 +132,8 @@ def read_array(path: Path, header: Header, key: str) -> list[Any]:
     with _mapped(path) as cursor:
         cursor.place = header.arrays[key]
         kind, count = cursor.number("I"), cursor.number("Q")
-        if count > LONGEST:
-            raise LolcatsError(f"Cannot load {path}: {key} in its header has {count} entries.")
+        if kind == ARRAY or count > LONGEST:
+            raise LolcatsError(f"Cannot load {path}: {key} in its header is not a list of at most {LONGEST} values.")
         return [cursor.value(kind) for _ in range(count)]
 
 

@@ -1,9 +1,9 @@
 """The tokenizer of a GGUF file, as the model had it in training.
 
 The header has the vocabulary and the merges of byte-level BPE in full, but only a name for how text is split into words
-before them: ``tokenizer.ggml.pre``. transformers knows some of these names, or none (before 5.23), and splits text as
-GPT-2 does for the others. Its reading of the vocabulary also loses added tokens, or numbers them past the end of the
-embedding, and what it returns may change once more when it is saved and loaded again.
+before them: ``tokenizer.ggml.pre``. transformers knows some of these names (5.23) or none (5.17), and splits text as
+GPT-2 does for the others. It also loses added tokens or numbers them past the end of the vocabulary, and what it
+returns may change once more when it is saved and loaded.
 """
 
 from __future__ import annotations
@@ -53,12 +53,11 @@ DEEPSEEK3 = (
 SEED = rf"{ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{SPACES}"
 BLOOM = r" ?[^(\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"
 
+LIKE_LLAMA3 = "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano"
 SPLITS: dict[str, tuple[str, ...]] = {
     "gpt-2 phi-2 mpt olmo jais trillion gigachat a.x-4.0 mellum exaone4 granite-docling": (GPT2,),
     "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": (DIGIT, GPT2),
-    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe glm4 chatglm-bpe": (
-        LLAMA3,
-    ),
+    f"{LIKE_LLAMA3} dbrx smaug-bpe glm4 chatglm-bpe": (LLAMA3,),
     "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2": (QWEN2,),
     "qwen35": (QWEN35,),
     "gpt-4o llama4 kanana2 talkie minimax-m2": (GPT4O,),
@@ -74,24 +73,13 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "bloom poro-chat gpt3-finnish": (BLOOM,),
     "viking": (BLOOM, DIGIT),
 }  # fmt: skip
-"""Values of ``tokenizer.ggml.pre``, and the expressions that split text for them, one after the other: what one matches
-becomes a word of its own, and the next splits words and rests further."""
+"""Values of ``tokenizer.ggml.pre``, and the expressions that split text for them. What the first one matches becomes a
+word, what is between matches another, and the next expression splits all of these further."""
 PATTERNS = {name: patterns for names, patterns in SPLITS.items() for name in names.split()}
 NFC = {"qwen2", "qwen35", "deepseek-r1-qwen", "f2llmv2", "command-r", "mpt", "olmo"}
-"""Values whose models saw text with composed letters only: a letter and its accent become one character first."""
-WHOLE = {
-    "llama3",
-    "llama-v3",
-    "llama-bpe",
-    "falcon3",
-    "falcon-h1",
-    "pixtral",
-    "midm-2.0",
-    "lfm2",
-    "jina-v5-nano",
-    "tekken",
-}
-"""Values whose models take a word that is in the vocabulary as it is, even if the merges do not lead to it."""
+"""Values whose models were trained on composed letters: a letter and its accent become one character first."""
+WHOLE = {*LIKE_LLAMA3.split(), "tekken"}
+"""Values whose models take a word of the vocabulary as one token, even if no merges lead to it."""
 UNKNOWN, CONTROL, OWN = 2, 3, 4  # tokenizer.ggml.token_type: <unk>, special tokens, other added tokens
 NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
@@ -101,9 +89,10 @@ def mend_tokenizer(tokenizer: Any, path: Path, header: Header) -> PreTrainedToke
 
     It is saved and loaded as it is, whatever the model's family, so that a run's tokenizer equals its base's.
     """
-    byte_level = header.pairs.get("tokenizer.ggml.model") == "gpt2"
-    core = _byte_level(tokenizer.backend_tokenizer, path, header) if byte_level else tokenizer.backend_tokenizer
-    special = {} if byte_level else {n: t for n, t in tokenizer.special_tokens_map.items() if core.token_to_id(str(t))}
+    core: Tokenizer = tokenizer.backend_tokenizer
+    special = {n: str(t) for n, t in tokenizer.special_tokens_map.items() if core.token_to_id(str(t)) is not None}
+    if header.pairs.get("tokenizer.ggml.model") == "gpt2":
+        core, special = _byte_level(core, path, header), {}
     for name, key in NAMED.items():
         number = header.pairs.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(number, int) and (token := core.id_to_token(number)) is not None:
@@ -126,9 +115,8 @@ def _byte_level(read: Tokenizer, path: Path, header: Header) -> Tokenizer:
     pairs = [(merge[:at], merge[at + 1 :]) for merge in merges if (at := merge.find(" ", 1)) > 0]
     core = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)}, pairs, ignore_merges=name in WHOLE))
     core.decoder = decoders.ByteLevel()
-    core.normalizer = normalizers.NFC() if name in NFC else None
     if name in PATTERNS:
-        core.pre_tokenizer = splitting(name)
+        core.normalizer, core.pre_tokenizer = normalizers.NFC() if name in NFC else None, splitting(name)
     else:
         core.normalizer, core.pre_tokenizer = read.normalizer, read.pre_tokenizer
         if isinstance(read.pre_tokenizer, pre_tokenizers.ByteLevel):
