@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from lolcats.config import AttentionConfig, from_dict, load_config
 from lolcats.errors import LolcatsError
