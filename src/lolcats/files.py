@@ -162,7 +162,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if path.exists() else []
     found = [_object(line) for line in lines]
     if broken := [number for number, entry in enumerate(found, 1) if entry is None]:
-        _warn(
+        warn_once(
             f"{path}: left out {len(broken)} unfinished or damaged line(s) ({', '.join(map(str, broken[:5]))}"
             f"{', ...' if broken[5:] else ''}); the other {len(found) - len(broken)} are used."
         )
@@ -179,7 +179,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 @cache
-def _warn(message: str) -> None:
+def warn_once(message: str) -> None:
     """Log a warning, the same one only once."""
     logging.getLogger(__name__).warning(message)
 

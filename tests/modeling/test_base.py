@@ -28,11 +28,14 @@ NAMES = {
 }  # fmt: skip
 
 
-def write_gguf(path: Path, model, tokenizer) -> Path:
-    """The model as llama.cpp would store it: renamed tensors, q and k rows interleaved for its RoPE."""
+def write_gguf(path: Path, model, tokenizer, pre: str | None = "smollm", change=lambda writer: None) -> Path:
+    """The model as llama.cpp would store it: renamed tensors, q and k rows of Llama interleaved for its RoPE.
+
+    ``pre``: what the file says of its tokenizer; ``change`` adds to the file.
+    """
     gguf = pytest.importorskip("gguf")
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -41,15 +44,17 @@ def write_gguf(path: Path, model, tokenizer) -> Path:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
     tokens = [*tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
     tokens += [f"<unused{i}>" for i in range(config.vocab_size - len(tokens))]
     merges = [" ".join(pair) for pair in _merges(tokenizer)]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if t.startswith("<") else 1 for t in tokens])
+    own = {token.content for token in tokenizer.added_tokens_decoder.values() if not token.special}
+    writer.add_token_types([4 if t in own else 3 if t.startswith("<") else 1 for t in tokens])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -57,12 +62,13 @@ def write_gguf(path: Path, model, tokenizer) -> Path:
     for name, tensor in model.state_dict().items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for projection, count in heads.items():
-            if projection in name:
+            if projection in name and config.model_type == "llama":
                 rows = tensor.view(count, 2, tensor.shape[0] // count // 2, -1)
                 tensor = rows.transpose(1, 2).reshape(tensor.shape)
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)
         writer.add_tensor(name, tensor.contiguous().numpy())
+    change(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from lolcats.config import DataConfig
 from lolcats.data.rows import Corpus, Data, split, tokenize_source
+from lolcats.data.store import tokenizer_hash
 from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import is_linearized
+from lolcats.modeling.parts import CONFIG, RUN
 from lolcats.weights.base import Base, find_base, load_model, load_tokenizer
 
 COPIES = 16  # keep a model on a GPU if more than this many copies fit there
@@ -38,6 +42,20 @@ class Inputs:
     def tokenizer(self) -> Any:
         return load_tokenizer(self.base, self.trust)
 
+    def of_run(self, directory: Path) -> Inputs:
+        """These inputs with the tokenizer of the run in ``directory``, if the base model's is now read otherwise, by
+        another version of lolcats or transformers."""
+        if not has_tokenizer(directory):
+            return self
+        saved = load_tokenizer(Base(str(directory), "directory", ""), self.trust)
+        core, file = saved.backend_tokenizer, Tokenizer.from_file(str(directory / "tokenizer.json"))
+        core.normalizer, core.pre_tokenizer = file.normalizer, file.pre_tokenizer  # some classes replace these
+        if tokenizer_hash(saved) == tokenizer_hash(self.tokenizer):
+            return self
+        inputs = copy.copy(self)
+        inputs.tokenizer, inputs._documents = saved, {}
+        return inputs
+
     def data(self, source: str, config: DataConfig, seed: int) -> Data:
         """The splits of ``source``. A new seed, row length or split size does not read or tokenize it again."""
         return split(self.documents(source, config), config, seed)
@@ -60,6 +78,11 @@ class Inputs:
             model = load_model(self.base, dtype, trust=self.trust)
             self._models[dtype] = model.to(device) if _has_room(device, model) else model
         return copy.deepcopy(self._models[dtype]).to(device)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether the run in ``directory`` has saved its tokenizer; config.json is written after it."""
+    return all((directory / name).is_file() for name in (RUN, CONFIG, "tokenizer_config.json", "tokenizer.json"))
 
 
 def _has_room(device: torch.device, model: PreTrainedModel) -> bool:

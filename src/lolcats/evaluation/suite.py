@@ -23,7 +23,7 @@ from lolcats.evaluation.scores import Score, average, mean_score
 from lolcats.evaluation.systems import check_baselines, systems
 from lolcats.evaluation.text import encode, read_documents
 from lolcats.modeling.checkpoint import is_linearized
-from lolcats.weights.base import find_base, load_tokenizer
+from lolcats.weights.base import find_base, load_tokenizer, read_config
 
 RECALL = {"recall": tuple(KINDS), **{f"recall-{kind}": (kind,) for kind in KINDS}}  # kinds of prompts by task
 LONG = {*RECALL, "positions"}  # tasks over long text, at given lengths
@@ -164,9 +164,8 @@ def _with_lengths(model: str, names: list[str], options: Options, trust: bool) -
     """Fill in the lengths that the model supports, if a task needs lengths and the user gave none."""
     if options.lengths or not LONG & set(names):
         return options
-    path, arguments = find_base(model, trust).arguments
-    arguments |= {"trust_remote_code": True} if trust and not is_linearized(model) else {}
-    return replace(options, lengths=reached_lengths(AutoConfig.from_pretrained(path, **arguments)))
+    config = read_config(find_base(model, trust), trust and not is_linearized(model))
+    return replace(options, lengths=reached_lengths(config))
 
 
 def _with_sight(model: str, options: Options) -> Options:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from lolcats.config import Config, Control, from_dict, to_dict, to_yaml
-from lolcats.data.inputs import Inputs
+from lolcats.data.inputs import Inputs, has_tokenizer
 from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
@@ -82,7 +82,10 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     trained = (out / RECORD).is_file() and Run.open(out).stage_done("finetune")
     if not trained:
         check_rows(config)
-    base, tokenizer = inputs.base, inputs.tokenizer
+    base, given = inputs.base, inputs
+    inputs = given.of_run(out)
+    if inputs is not given:
+        say(f"{out} keeps the tokenizer that it began with: the base model's tokenizer is read differently now.")
     if config.finetune.quantize_base != "none":
         check_quantized(base, device)
     data = str(Path(data).resolve()) if Path(data).exists() else data
@@ -117,7 +120,8 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
         run.record["base"] = base.record
         run.save()
         write_text(out / "config.yaml", to_yaml(run.config))
-        tokenizer.save_pretrained(out)
+        if not has_tokenizer(out):
+            inputs.tokenizer.save_pretrained(out)
         save_adapter_config(model, base, out, parts=parts)
     ranks().wait()  # for config.json
     return job

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from lolcats.evaluation.memory import cache_bytes
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import LinearizedAttention, decoder_layers, linearized_layers
 from lolcats.stages.finetune.stage import add_lora
-from lolcats.weights.base import is_gguf
-from lolcats.weights.gguf_header import check_gguf
+from lolcats.weights.base import Base, is_gguf
+from lolcats.weights.base import read_config as config_of
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what families call their number of experts
 CHOSEN = ("num_experts_per_tok", "top_k_experts")
@@ -86,7 +85,7 @@ def read_config(model: str) -> Any:
         return LlamaConfig(**geometries()[model], vocab_size=128256, max_position_embeddings=8192)
     path = Path(model).expanduser()
     if path.is_file() and is_gguf(path):
-        return _read_gguf(path)
+        return config_of(Base(str(path.absolute()), "gguf", ""))
     try:
         return AutoConfig.from_pretrained(path if path.exists() else model)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -95,17 +94,6 @@ def read_config(model: str) -> Any:
             f"Cannot load a configuration from {model!r} ({first_line(error)}). Give a hub id, a model directory, a "
             f"config.json, or one of {known}."
         ) from None
-
-
-def _read_gguf(path: Path) -> Any:
-    """The configuration in a GGUF file's header."""
-    if find_spec("gguf") is None:
-        raise LolcatsError("Reading GGUF files needs the gguf package: pip install 'lolcats[gguf]'.")
-    check_gguf(path)
-    try:
-        return AutoConfig.from_pretrained(str(path.absolute().parent), gguf_file=path.name)
-    except Exception as error:  # transformers' reader raises anything for what it does not know
-        raise LolcatsError(f"Cannot load a configuration from {path} ({first_line(error)}).") from error
 
 
 def size_of(model_config: Any, config: Config) -> Size:

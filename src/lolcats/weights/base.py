@@ -15,11 +15,20 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from lolcats.errors import LolcatsError, first_line, out_of_memory
 from lolcats.files import hash_file
-from lolcats.weights.gguf_header import check_gguf
+from lolcats.weights.gguf_header import Header, check_gguf
+from lolcats.weights.gguf_nested import nested_arrays_left_out
+from lolcats.weights.gguf_tokenizer import mend_tokenizer
 
 HINT = "Is it a complete decoder-only language model that transformers knows?"
 COMMIT = "commit "
@@ -163,8 +172,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The base model in evaluation mode; raise LolcatsError with a reason if it cannot be loaded."""
     path, kwargs = base.arguments
-    _check_gguf(base)
-    with _readable(base, HINT):
+    with _reading(base, HINT):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, trust_remote_code=trust, **kwargs
         )
@@ -172,8 +180,8 @@ def load_model(
             raise LolcatsError(
                 f"{base.path} is incomplete: tensor {missing[0]} is missing (missing tensors: {len(missing)})."
             )
-    if base.form == "gguf":
-        model = _plain(model)
+        if base.form == "gguf":
+            model = _plain(model)
     return model.to(device).eval()
 
 
@@ -203,26 +211,30 @@ def check_quantized(base: Base, device: torch.device) -> None:
         raise LolcatsError("finetune.quantize_base: a GGUF file is quantized already; give a hub id or a directory.")
 
 
+def read_config(base: Base, trust: bool = False) -> PreTrainedConfig:
+    """The base model's configuration; raise LolcatsError with a reason if it cannot be read."""
+    path, kwargs = base.arguments
+    with _reading(base, HINT):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust, **kwargs)
+
+
 def empty_model(base: Base, trust: bool = False) -> PreTrainedModel:
     """The base model on the meta device: its modules and shapes, but no memory for weights."""
-    path, kwargs = base.arguments
-    _check_gguf(base)
-    with _readable(base, "Is it a decoder-only language model that transformers knows?"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust, **kwargs)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    config = read_config(base, trust)
+    with _readable(base, HINT), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
 def load_tokenizer(base: Base, trust: bool = False) -> Any:
     path, kwargs = base.arguments
-    _check_gguf(base)
-    with _readable(base, "It needs a tokenizer beside its weights."):
+    with _reading(base, "It needs a tokenizer beside its weights.") as header:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust, **kwargs)
         except Exception:
-            with _readable(base, HINT):  # it reads the configuration first, which may be what is wrong
-                AutoConfig.from_pretrained(path, trust_remote_code=trust, **kwargs)
+            read_config(base, trust)  # it reads the configuration first, which may be what is wrong
             raise
+        if header:
+            tokenizer = mend_tokenizer(tokenizer, Path(base.path), header)
     _check_words(tokenizer, base)
     return tokenizer
 
@@ -241,6 +253,14 @@ def _check_words(tokenizer: Any, base: Base) -> None:
             f"transformers {transformers.__version__} misreads the tokenizer of {base.path}: it splits 'the', which is "
             "in the vocabulary. Try a newer transformers, or give the model as a directory."
         )
+
+
+@contextmanager
+def _reading(base: Base, hint: str) -> Iterator[Header | None]:
+    """For what transformers reads: a GGUF file's header is checked first, and errors become LolcatsErrors."""
+    header = _check_gguf(base)
+    with _readable(base, hint), nested_arrays_left_out(header):
+        yield header
 
 
 @contextmanager
@@ -271,15 +291,15 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _check_gguf(base: Base) -> None:
-    """Check that a GGUF file can be read and that its header fits the file."""
+def _check_gguf(base: Base) -> Header | None:
+    """The header of a GGUF file, after checking that the file can be read and that the header fits it."""
     if base.form != "gguf":
-        return
+        return None
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise LolcatsError("Reading GGUF files needs the gguf package: pip install 'lolcats[gguf]'.") from None
-    check_gguf(Path(base.path))
+    return check_gguf(Path(base.path))
 
 
 def _hash_directory(path: Path) -> str:

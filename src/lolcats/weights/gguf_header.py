@@ -4,7 +4,7 @@ A damaged header could make the reader that transformers uses allocate too much 
 little-endian order:
 
     "GGUF", version u32, tensors u64, pairs u64
-    pair:    key string, type u32, value;   string: length u64, bytes;   array: type u32, count u64, values
+    pair:    key string, type u32, value;   string: length u64, bytes;   array: type u32, count u64, values (or arrays)
     tensor:  name string, dimensions u32, sizes u64 ..., type u32, offset u64
     padding to general.alignment, then the tensors' bytes
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -28,13 +30,18 @@ SIZES = ("embedding_length", "feed_forward_length", "vocab_size", "expert_count"
          "rope.dimension_count")  # fmt: skip
 """Sizes of a model, none larger than the largest dimension of its tensors."""
 MOST = 1 << 16  # maximum number of tensors or pairs; the largest models have a few thousand
+LONGEST = 1 << 24  # maximum length of a list that is read; the largest vocabularies have a few hundred thousand tokens
+DEEPEST = 8  # maximum depth of arrays in arrays
 
 
 @dataclass
 class Header:
-    """Scalar pairs by key, and the shape of each tensor."""
+    """Pairs by key (None for an array), where each array begins, and the shape of each tensor."""
 
     pairs: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, int] = field(default_factory=dict)
+    nested: bool = False
+    """Whether some array holds arrays."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -60,24 +67,43 @@ class _Cursor:
         return bytes(self.data[start : start + length]).decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
-        """Read a scalar or string; skip an array and return None."""
+        """Read a number or string."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:
             return self.string()
-        if kind != ARRAY:
-            raise LolcatsError(f"its header has a value of unknown type {kind}")
-        inner, count = self.number("I"), self.number("Q")
-        if inner in SCALARS:
-            self.take(count * struct.calcsize(SCALARS[inner]))
-        elif inner == STRING:
+        raise LolcatsError(f"its header has a value of unknown type {kind}")
+
+    def skip_array(self) -> int:
+        """Skip an array and those in it; returns its depth."""
+        left, depth = [1], 1  # how many arrays are still to be skipped in each one that is open
+        while left:
+            if not left[-1]:
+                left.pop()
+                continue
+            left[-1] -= 1
+            inner, count = self.number("I"), self.number("Q")
+            if inner != ARRAY:
+                self._skip(inner, count)
+                continue
+            if count > (self.size - self.place) // 12:
+                raise LolcatsError(f"its header has a list of {count} arrays")
+            left.append(count)
+            depth = max(depth, len(left))
+            if depth > DEEPEST:
+                raise LolcatsError(f"its header has arrays in arrays, more than {DEEPEST} deep")
+        return depth
+
+    def _skip(self, kind: int, count: int) -> None:
+        if kind in SCALARS:
+            self.take(count * struct.calcsize(SCALARS[kind]))
+        elif kind == STRING:
             if count > self.size:
                 raise LolcatsError(f"its header has a list of {count} strings")
             for _ in range(count):
                 self.take(self.number("Q"))
         else:
-            raise LolcatsError(f"its header has a list of lists, or of unknown type {inner}")
-        return None
+            raise LolcatsError(f"its header has a list of unknown type {kind}")
 
 
 def check_gguf(path: Path) -> Header:
@@ -88,8 +114,8 @@ def check_gguf(path: Path) -> Header:
     """
     size = path.stat().st_size
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            header, sizes, end = _read(_Cursor(data, size))
+        with _mapped(path) as cursor:
+            header, sizes, end = _read(cursor)
         _check_tensors(sizes, end, size)
         _check_model(header)
     except LolcatsError as error:
@@ -97,6 +123,32 @@ def check_gguf(path: Path) -> Header:
     except ValueError:  # an empty file cannot be mapped
         raise LolcatsError(f"Cannot load {path}: it is empty.") from None
     return header
+
+
+def read_array(path: Path, header: Header, key: str) -> list[Any]:
+    """The numbers or strings of an array in a header that ``check_gguf`` has read; empty if it has no such array."""
+    if key not in header.arrays:
+        return []
+    with _mapped(path) as cursor:
+        cursor.place = header.arrays[key]
+        kind, count = cursor.number("I"), cursor.number("Q")
+        if kind == ARRAY or count > LONGEST:
+            raise LolcatsError(f"Cannot load {path}: {key} in its header is not a list of at most {LONGEST} values.")
+        return [cursor.value(kind) for _ in range(count)]
+
+
+def skip_array(data: Any, place: int) -> int:
+    """Where an array ends that begins at ``place`` in a file's bytes."""
+    cursor = _Cursor(data, len(data))
+    cursor.place = place
+    cursor.skip_array()
+    return cursor.place
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[_Cursor]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield _Cursor(data, len(data))
 
 
 Tensors = dict[str, tuple[tuple[int, ...], int, int]]  # name: sizes, type, offset
@@ -117,7 +169,11 @@ def _read(cursor: _Cursor) -> tuple[Header, Tensors, int]:
         key, kind = cursor.string(), cursor.number("I")
         if key in header.pairs:
             raise LolcatsError(f"its header has {key} twice")
-        header.pairs[key] = cursor.value(kind)
+        if kind == ARRAY:
+            header.pairs[key], header.arrays[key] = None, cursor.place
+            header.nested |= cursor.skip_array() > 1
+        else:
+            header.pairs[key] = cursor.value(kind)
     for _ in range(tensors):
         name, dimensions = cursor.string(), cursor.number("I")
         if dimensions > 4 or name in found:
@@ -141,7 +197,7 @@ def _check_tensors(tensors: Tensors, begin: int, size: int) -> None:
             block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         except (ValueError, KeyError):
             raise LolcatsError(f"tensor {name!r} has unknown type {kind}") from None
-        if not shape or prod(shape) == 0 or shape[0] % block:
+        if prod(shape) == 0 or (*shape, 1)[0] % block:  # without dimensions, it is one number
             raise LolcatsError(f"tensor {name!r} has invalid sizes {shape}")
         stop = begin + offset + prod(shape) // block * width
         if stop > size:
@@ -161,7 +217,7 @@ def _check_model(header: Header) -> None:
     blocks = header.pairs.get(f"{architecture}.block_count")
     if not isinstance(blocks, int) or not 0 < blocks <= len(header.shapes):
         raise LolcatsError(f"{architecture}.block_count is {blocks} with {len(header.shapes)} tensors")
-    largest = max(max(shape) for shape in header.shapes.values())
+    largest = max(1, *(size for shape in header.shapes.values() for size in shape))
     for name in SIZES:
         value = header.pairs.get(f"{architecture}.{name}", 1)
         if isinstance(value, int) and not 0 <= value <= largest:
