@@ -26,7 +26,7 @@ import lolcats
 from lolcats.config import PLACEMENT, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.files import is_empty, write_text
-from lolcats.modeling.parts import list_parts
+from lolcats.modeling.parts import CONFIG, list_parts
 from lolcats.ranks import is_first
 from lolcats.weights.base import UNKNOWN, Base
 
@@ -95,6 +95,12 @@ class Run:
     @property
     def results(self) -> dict[str, Any]:
         return dict(self.record["results"])
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """Kind and shapes of each attention layer, softmax layers among them, from the adapter's config.json."""
+        layers: list[dict[str, Any]] = json.loads((self.directory / CONFIG).read_text())["lolcats"]["layers"]
+        return layers
 
     def stage_done(self, stage: str) -> bool:
         return stage in self.record["stages"]

@@ -65,7 +65,7 @@ def transfer(
 ) -> None:  # fmt: skip
     """Run only stage 1, attention transfer. Also runs under torchrun."""
     from lolcats.data.inputs import Inputs
-    from lolcats.pipeline import check_block, start, train_maps
+    from lolcats.pipeline import check_block, judge, start, train_maps
     from lolcats.ranks import is_first, ranks
     from lolcats.stages.transfer.orders import join_units
 
@@ -80,6 +80,7 @@ def transfer(
             join_units(out_, join)
         ranks().wait()
         train_maps(job, block)
+        judge(job)
     if is_first():
         show_run(job.run)
         if job.run.stage_done("transfer"):

@@ -274,6 +274,7 @@ def _perplexity(
 ) -> None:
     """Print the table of ``evaluate --data``."""
     from lolcats.evaluation.compare import compare, evaluation_rows
+    from lolcats.report.advice import verdict_on
     from lolcats.report.table import controls_hint
 
     ids, positions = (
@@ -287,7 +288,8 @@ def _perplexity(
     for name, value in found.items():
         table.add_row(name, f"{value:.3f}")
     out.print(table)
-    out.print(controls_hint(model))
+    for text in filter(None, (controls_hint(model), verdict_on(found, model, ids.shape[1]))):
+        out.print(text)
 
 
 def _benchmarks(

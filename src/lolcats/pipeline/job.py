@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -54,8 +53,7 @@ class Job:
     @cached_property
     def kinds(self) -> set[str]:
         """The kinds of the model's layers, softmax among them if some stay."""
-        record = json.loads((self.run.directory / "config.json").read_text())["lolcats"]
-        return {entry["kind"] for entry in record["layers"]}
+        return {layer["kind"] for layer in self.run.layers}
 
     @property
     def learns(self) -> bool:

@@ -53,7 +53,7 @@ def write_card(run: Run) -> None:
     """Write DIR/README.md from the run's record."""
     record, config, results = run.record, run.config, run.results
     data = record["data"]
-    kept = [e["layer"] for e in _layers(run) if e["kind"] == "softmax"]
+    kept = [e["layer"] for e in run.layers if e["kind"] == "softmax"]
     write_text(
         run.directory / "README.md",
         CARD.format(
@@ -71,8 +71,3 @@ def write_card(run: Run) -> None:
             stages=json.dumps(record["stages"]), versions=json.dumps(record["versions"]), config=to_yaml(config),
         ),
     )  # fmt: skip
-
-
-def _layers(run: Run) -> list[dict[str, object]]:
-    layers: list[dict[str, object]] = json.loads((run.directory / "config.json").read_text())["lolcats"]["layers"]
-    return layers

@@ -9,6 +9,7 @@ from typing import Any
 from lolcats.compared import COMPARED, STUDENT, TEACHER, TEACHER_LORA, WINDOW_LORA
 from lolcats.config import AttentionConfig
 from lolcats.evaluation.memory import readable
+from lolcats.report.advice import verdict
 from lolcats.run import RECORD, Run
 
 ADAPTATION = (
@@ -59,7 +60,12 @@ def memory_rows(run: Run) -> list[tuple[str, str, str]]:
 
 
 def remarks(run: Run) -> list[str]:
-    """Notes on how to read the perplexities."""
+    """Notes on how to read the perplexities. The last one says it if the model is worse than with nothing trained."""
+    return [*_of_lora(run), *filter(None, [verdict(run)])]
+
+
+def _of_lora(run: Run) -> list[str]:
+    """What the perplexity of a student with LoRA does and does not show."""
     results, student, texts = run.results, run.results.get(STUDENT.result), []
     if student is None or not _has_lora(run):
         return []
