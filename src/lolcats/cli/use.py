@@ -68,15 +68,11 @@ def evaluate(
     If the run was trained on --data, only its test rows are used.
     """
     from lolcats.evaluation.suite import Options
-    from lolcats.modeling.checkpoint import is_linearized
-    from lolcats.modeling.code import run_code_of_base
     from lolcats.pipeline import device_and_dtype
 
     own = Path(model) / "config.yaml"
     changes = [f"{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
     config = settings(recipe or (str(own) if own.is_file() else "default"), [*changes, *set_], trust)
-    if trust and is_linearized(model):
-        run_code_of_base(model, base)
     place, batch_size = device_and_dtype(config), batch_size or config.transfer.micro_batch_size
     if tasks:
         options = Options(data_dir, data, numbers(lengths), limit or None, batch_size, seed)

@@ -20,7 +20,9 @@ from lolcats.evaluation.recall import recall
 from lolcats.evaluation.scores import Score, average, mean_score
 from lolcats.evaluation.systems import check_baselines, systems
 from lolcats.evaluation.text import encode, read_documents
+from lolcats.modeling.auto import LolcatsConfig
 from lolcats.modeling.checkpoint import is_linearized
+from lolcats.modeling.code import may_run_code
 from lolcats.weights.base import find_base, load_tokenizer
 
 LONG = {"recall", "positions"}  # tasks over long text, at given lengths
@@ -59,7 +61,7 @@ def evaluate(model: str, names: list[str], baselines: list[str], device: torch.d
         LolcatsError: an unknown task or baseline, or data that cannot be loaded. Raised before any model is loaded.
     """
     check_baselines(model, baselines)
-    options = _with_lengths(model, names, options, trust)
+    options = _with_lengths(model, names, options, base, trust)
     if LONG & set(names) and (warning := beyond_training(model, options.lengths)):
         say(warning)
     prepared = prepare(names, options, load_tokenizer(find_base(model, trust), trust))
@@ -148,13 +150,16 @@ def _documents(tokenizer: Any, options: Options) -> list[list[int]]:
     return [encode(tokenizer, document) for document in read_documents(source)]
 
 
-def _with_lengths(model: str, names: list[str], options: Options, trust: bool) -> Options:
+def _with_lengths(model: str, names: list[str], options: Options, base: str, trust: bool) -> Options:
     """Fill in the lengths that the model supports, if a task needs lengths and the user gave none."""
     if options.lengths or not LONG & set(names):
         return options
     path, arguments = find_base(model, trust).arguments
-    arguments |= {"trust_remote_code": True} if trust and not is_linearized(model) else {}
-    return replace(options, lengths=reached_lengths(AutoConfig.from_pretrained(path, **arguments)))
+    if is_linearized(model) and may_run_code(model, trust):
+        config = LolcatsConfig.with_code(path, base=base)
+    else:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust, **arguments)
+    return replace(options, lengths=reached_lengths(config))
 
 
 def beyond_training(model: str, lengths: Sequence[int]) -> str:

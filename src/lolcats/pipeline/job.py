@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lolcats.config import Config, Control, from_dict, to_dict, to_yaml
 from lolcats.data.inputs import Inputs
@@ -18,7 +20,8 @@ from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.checkpoint import save_adapter_config
-from lolcats.modeling.parts import check_parts, find_parts, listed_parts
+from lolcats.modeling.code import needs_code
+from lolcats.modeling.parts import CONFIG, check_parts, find_parts, listed_parts
 from lolcats.pipeline.models import Models, Say, device_and_dtype
 from lolcats.ranks import is_first, ranks
 from lolcats.run import Run
@@ -96,6 +99,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     model = job.models.skeleton().model if job.in_turn else job.models.converted()
     if config.finetune.max_steps:
         lora_targets(model, config.finetune.targets)  # reject bad targets before stage 1, not after it
+    _check_classes(out, model)
     if is_first():
         base = with_content(run.base)  # its weights are on disk by now
         run.record["base"] = base.record
@@ -105,6 +109,16 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
         save_adapter_config(model, base, out, parts=parts)
     ranks().wait()  # for config.json
     return job
+
+
+def _check_classes(out: Path, model: PreTrainedModel) -> None:
+    """Raise LolcatsError if ``out`` was begun with other classes than ``model`` has: the base model's own or not."""
+    if not (out / CONFIG).is_file():
+        return
+    own = getattr(model.config, "own_model", None) is not None
+    if own != needs_code(json.loads((out / CONFIG).read_text())):
+        begun, change = ("without", "leave out") if own else ("with", "use")
+        raise LolcatsError(f"{out} was begun {begun} the code of its base model: {change} --trust-remote-code.")
 
 
 def resume(directory: Path, say: Say = log, controls: Sequence[Control] = (), sharding: str = "", base: str = "",

@@ -23,7 +23,7 @@ base_model: {base}
 ```python
 import lolcats  # registers the model type
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("DIR")
+model = AutoModelForCausalLM.from_pretrained("DIR"{trust})
 ```
 
 ## Perplexity on {test_rows} held-out rows of {length} tokens
@@ -58,6 +58,7 @@ def write_card(run: Run) -> None:
         run.directory / "README.md",
         CARD.format(
             base=run.base.path.rsplit("/", 1)[-1] if run.base.form != "hub" else run.base.path,
+            trust=", trust_remote_code=True" if run.needs_code else "",
             name=run.base.path.rsplit("/", 1)[-1], attention=attention_of(config.attention),
             version=record["versions"]["lolcats"], date=record["date"], test_rows=data["test_rows"],
             length=config.data.sequence_length, remarks="\n\n".join(remarks(run)),
