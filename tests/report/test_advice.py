@@ -90,7 +90,9 @@ def test_text_that_is_longer_than_the_training_rows(tmp_path: Path) -> None:
     run = a_run(tmp_path, [], stages, worse())
     assert "train stage 1 longer" in verdict_on(found, str(tmp_path), LENGTH)
     text = verdict_on(found, str(tmp_path), 4 * LENGTH)
-    assert text.startswith("The student is worse than window + sinks with nothing trained (perplexity 12.50 against")
+    assert text.startswith(
+        "The student is worse than window + sinks with nothing trained. What to change: feature maps"
+    )
     assert "1,024 tokens: for longer text, train with attention.feature_inputs=unrotated" in text
     a_run(tmp_path, ["attention.feature_inputs=unrotated"], run.record["stages"], worse())
     assert "unrotated" not in verdict_on(found, str(tmp_path), 4 * LENGTH)

@@ -26,7 +26,9 @@ def verdict(run: Run) -> str:
         return ""
     name = "The student" if made is STUDENT else "The model without LoRA"
     window = WINDOW_SINKS.label(attention).removesuffix(", nothing trained") + _kept(run)
-    return f"{_worse(name, window, results[made.result], baseline)} What to change: {'; '.join(_changes(run))}."
+    value = results[made.result]
+    difference = f"perplexity {value:,.2f} against {baseline:,.2f}, +{100 * (value / baseline - 1):,.1f} %"
+    return _advice(f"{name} is worse than {window} with nothing trained ({difference}).", _changes(run))
 
 
 def verdict_on(perplexities: dict[str, float], model: str, length: int) -> str:
@@ -34,19 +36,17 @@ def verdict_on(perplexities: dict[str, float], model: str, length: int) -> str:
     value, baseline = perplexities.get(STUDENT.name), perplexities.get(WINDOW_SINKS.name)
     if value is None or baseline is None or value <= baseline:
         return ""
-    text = _worse("The student", "window + sinks", value, baseline)
+    text = "The student is worse than window + sinks with nothing trained."
     if not (Path(model) / RECORD).is_file():
         return text
     run = Run.open(Path(model))
     trained, rotated = run.config.data.sequence_length, run.config.attention.feature_inputs == "rotated"
     too_long = length > trained and rotated and bool(_linearized(run) & {"hybrid", "linear"})
-    changes = [UNROTATED.format(length=trained)] if too_long else _changes(run)
+    return _advice(text, [UNROTATED.format(length=trained)] if too_long else _changes(run))
+
+
+def _advice(text: str, changes: list[str]) -> str:
     return f"{text} What to change: {'; '.join(changes)}."
-
-
-def _worse(name: str, window: str, value: float, baseline: float) -> str:
-    difference = f"perplexity {value:,.2f} against {baseline:,.2f}, +{100 * (value / baseline - 1):,.1f} %"
-    return f"{name} is worse than {window} with nothing trained ({difference})."
 
 
 def _linearized(run: Run) -> set[str]:
