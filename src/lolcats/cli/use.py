@@ -270,6 +270,7 @@ def _perplexity(
 ) -> None:
     """Print the table of ``evaluate --data``."""
     from lolcats.evaluation.compare import compare, evaluation_rows
+    from lolcats.modeling.parts import lost_controls
     from lolcats.report.advice import verdict_on
     from lolcats.report.table import controls_hint
 
@@ -284,7 +285,8 @@ def _perplexity(
     for name, value in found.items():
         table.add_row(name, f"{value:.3f}")
     out.print(table)
-    for text in filter(None, (controls_hint(model), verdict_on(found, model, ids.shape[1]))):
+    remarks = lost_controls(Path(model)), controls_hint(model), verdict_on(found, model, ids.shape[1])
+    for text in filter(None, remarks):
         out.print(text)
 
 

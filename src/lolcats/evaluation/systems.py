@@ -14,7 +14,7 @@ from lolcats.modeling.checkpoint import is_linearized, load
 from lolcats.modeling.classes import convert_as
 from lolcats.modeling.code import may_run_code
 from lolcats.modeling.layer import linearized_layers
-from lolcats.modeling.parts import check_parts
+from lolcats.modeling.parts import check_parts, lost_controls
 from lolcats.modeling.record import read_record
 from lolcats.stages.finetune.controls import control, control_directory
 from lolcats.weights.base import Base, find_again, find_base, load_model
@@ -30,6 +30,8 @@ def check_baselines(model: str, baselines: Sequence[str]) -> None:
         if baseline not in BASELINES or baseline in available(model):
             continue
         if BASELINES[baseline].needs == "control":
+            if lost := lost_controls(Path(model)):
+                raise LolcatsError(lost)
             raise LolcatsError(f"{model} has no control {baseline}. Train it with lolcats finetune DIR --controls.")
         raise LolcatsError(f"{model} does not know its base model, needed for {baseline}: give the run directory.")
 

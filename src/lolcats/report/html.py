@@ -17,6 +17,7 @@ from lolcats.compared import CONTROLS
 from lolcats.config import to_yaml
 from lolcats.evaluation.attention_maps import FILE
 from lolcats.files import read_tensors, write_text
+from lolcats.modeling.parts import lost_controls
 from lolcats.report import figures
 from lolcats.report.comparison import entry_rows
 from lolcats.report.picture import has_matplotlib
@@ -152,6 +153,8 @@ def _training(run: Run) -> Iterator[str]:
          f"{stage['best_loss']:.4g}", f"{stage['seconds']:,.0f}")
         for name, stage in run.record["stages"].items() if "steps" in stage
     ]  # fmt: skip
+    if lost := lost_controls(run.directory):
+        yield _paragraph(lost.replace(f"{run.directory}/", ""))
     if rows:
         yield _table(("stage", "steps × rows × tokens", "best step", "its validation loss", "seconds"), rows)
     history, transfer = figures.read_metrics(run.directory), run.config.transfer
