@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from support.own_code import RAN, forget_code, with_code
 from test_cli import invoke, sets
 
 import lolcats
@@ -25,8 +24,6 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import LORA, LORA_WEIGHTS
 from lolcats.stages.finetune.trainer import BestKeeper
 from lolcats.weights.base import find_base, load_model
-
-RAN = "code of a file was run"
 
 
 class Evil:
@@ -130,37 +127,18 @@ def test_pickles_in_cached_data_are_not_run(tmp_path: Path, chat_file, tokenizer
     assert RAN not in capfd.readouterr().out
 
 
-def with_code(model: Path, base: Path, ran: str = RAN) -> Path:
-    """A copy of a model whose type only the code beside it defines; the code prints ``ran``."""
-    shutil.copytree(model, base)
-    (base / "modeling_own.py").write_text(
-        f"print({ran!r})\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class OwnConfig(LlamaConfig):\n    model_type = 'own-llama'\n"
-        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
-    )
-    config = json.loads((base / "config.json").read_text())
-    config |= {"model_type": "own-llama", "auto_map": {
-        "AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}  # fmt: skip
-    (base / "config.json").write_text(json.dumps(config))
-    return base
-
-
-def in_its_own_process(*arguments: object, code: int = 0) -> str:
-    """Output of a command; in this process, transformers remembers types that an earlier command allowed."""
-    command = [sys.executable, "-m", "lolcats.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
-
-
 def test_each_command_needs_consent_to_run_the_code_of_a_base_model(
-    model_dirs, chat_file: Path, tmp_path: Path, settings
+    model_dirs, chat_file: Path, tmp_path: Path, settings, capfd
 ) -> None:
     """What an earlier command was allowed is recorded nowhere as consent; with it, an adapter can be used."""
+
+    def run(*arguments: object, code: int = 0) -> str:
+        forget_code()
+        return invoke(*arguments, code=code) + capfd.readouterr().out
+
     base, out = with_code(model_dirs["llama"], tmp_path / "base"), tmp_path / "out"
     start = ("--data", chat_file, "--out", out, "--no-merge", *sets([*settings, "finetune.max_steps=1"]))
-    assert RAN in in_its_own_process("transfer", base, *start[:4], *start[5:], "--trust-remote-code")
+    assert RAN in run("transfer", base, *start[:4], *start[5:], "--trust-remote-code")
     record = json.loads((out / "run.json").read_text())
     record["config"]["trust_remote_code"] = True  # as older versions wrote it
     (out / "run.json").write_text(json.dumps(record))
@@ -171,16 +149,17 @@ def test_each_command_needs_consent_to_run_the_code_of_a_base_model(
         ("evaluate", out, "--data", chat_file, "--rows", 4), ("export", out, "--merge", "--out", tmp_path / "merged"),
     )  # fmt: skip
     for command in use:
-        said = in_its_own_process(*command, code=2)
+        said = run(*command, code=2)
         assert "--trust-remote-code" in said
         assert RAN not in said
     for command in use:
-        assert RAN in in_its_own_process(*command, "--trust-remote-code")
+        assert RAN in run(*command, "--trust-remote-code")
     moved = base.rename(tmp_path / "moved")
-    assert RAN in in_its_own_process(*use[1], "--base", moved, "--trust-remote-code")
+    assert RAN in run(*use[1], "--base", moved, "--trust-remote-code")
 
 
 def test_code_of_a_base_model_runs_only_when_asked(model_dirs, tmp_path: Path, capfd) -> None:
+    forget_code()
     base = with_code(model_dirs["llama"], tmp_path / "base")
     with pytest.raises(LolcatsError, match="--trust-remote-code"):
         load_model(find_base(str(base)), torch.float32)

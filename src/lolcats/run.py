@@ -26,7 +26,9 @@ import lolcats
 from lolcats.config import PLACEMENT, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.files import is_empty, write_text
-from lolcats.modeling.parts import list_parts
+from lolcats.modeling.code import needs_code
+from lolcats.modeling.parts import CONFIG, list_parts
+from lolcats.modeling.record import read_record
 from lolcats.ranks import is_first
 from lolcats.weights.base import UNKNOWN, Base
 
@@ -96,6 +98,16 @@ class Run:
     @property
     def results(self) -> dict[str, Any]:
         return dict(self.record["results"])
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """Kind and shapes of each attention layer, softmax layers among them, from the adapter's config.json."""
+        return list(read_record(self.directory)["layers"])
+
+    @property
+    def needs_code(self) -> bool:
+        """Whether the adapter only exists with Python code that comes with its base model."""
+        return needs_code(json.loads((self.directory / CONFIG).read_text()))
 
     def stage_done(self, stage: str) -> bool:
         return stage in self.record["stages"]

@@ -18,8 +18,10 @@ from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Snapshot
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA
-from lolcats.modeling.parts import OF_LORA, find_parts, listed_parts
+from lolcats.modeling.parts import OF_LORA, find_parts, listed_parts, lost_controls
 from lolcats.pipeline import linearize, resume, start, train_lora, train_maps
+from lolcats.report import html
+from lolcats.run import Run
 
 CONTROL = Path("controls/window_lora")
 COMMANDS = {
@@ -150,3 +152,36 @@ def test_the_umask_decides_who_may_read(
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len([path for path in files if path.suffix == ".safetensors"]) > 6
     assert {str(path): oct(path.stat().st_mode & 0o777) for path in files} == {str(path): oct(mode) for path in files}
+
+
+@pytest.mark.parametrize("what", ["controls", str(CONTROL), f"{CONTROL}/config.json"])
+def test_a_control_that_was_lost_is_named(what: str, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is complete without it, so commands go on, unless they are to compare with it."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    shutil.rmtree(copy / what) if (copy / what).is_dir() else (copy / what).unlink()
+    missing = "run/controls/window_lora is missing or incomplete, but run.json says that it was trained"
+    for command in ("info", "evaluate", "finetune", "report"):
+        assert missing in " ".join(invoke(command, str(copy), *COMMANDS.get(command, [])).split()), command
+    assert missing.removeprefix("run/") in "".join(dict(html.SECTIONS)["Training"](Run.open(copy)))
+    tasks = ("--data", "chat.jsonl", "--tasks", "positions", "--lengths", "32")
+    said = " ".join(invoke("evaluate", str(copy), *tasks, "--baseline", "window+lora", code=2).split())
+    assert missing in said
+    assert "Train it" not in said
+
+
+def test_nothing_is_said_of_controls_that_are_there_or_were_never_trained(copy: Path) -> None:
+    assert lost_controls(copy) == ""
+    record = json.loads((copy / "run.json").read_text())
+    del record["stages"]["window_lora"]
+    (copy / "run.json").write_text(json.dumps(record))
+    shutil.rmtree(copy / "controls")
+    assert lost_controls(copy) == ""
+    (copy / "run.json").unlink()  # as it is published
+    assert lost_controls(copy) == ""
+
+
+@pytest.mark.parametrize("name", OF_LORA)
+def test_a_control_that_lost_its_lora_is_refused(name: str, copy: Path) -> None:
+    (copy / CONTROL / name).unlink()
+    said = invoke("evaluate", str(copy), *COMMANDS["evaluate"], code=2)
+    assert f"run/controls/window_lora is incomplete: {name} is missing" in " ".join(said.split())

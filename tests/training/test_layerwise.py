@@ -47,7 +47,7 @@ def job(data: Data, settings: list[str], tmp_path: Path) -> Job:
 
 @pytest.mark.parametrize(("family", "changes"), [
     ("llama", []), ("llama", APART), ("qwen2", ["transfer.xent_weight=0.5"]), ("gemma3", APART),
-    ("llama", ["attention.feature_inputs=unrotated"]),
+    ("llama", ["attention.feature_inputs=unrotated"]), ("llama", ["attention.layers={0: window, 2: linear}"]),
 ])  # fmt: skip
 def test_three_orders_give_the_same(family: str, changes: list[str], model_dirs, job: Job, tmp_path: Path) -> None:
     """Gemma 3's first layer uses a sliding window: it is not trained, and only passes the states on."""

@@ -57,6 +57,40 @@ def test_exactly_what_trains(family: str, config: Config, data: Data, tmp_path: 
     assert all(torch.equal(after[n], p) for n, p in before.items())
 
 
+MAPS, GATE, NORM = ("phi_q.weight", "phi_k.weight"), ("gate",), ("norm.weight", "norm.bias")
+TRAINED: list[tuple[list[str], dict[int, tuple[str, ...]]]] = [
+    (["attention.kind=hybrid"], {0: (*MAPS, *GATE), 1: (*MAPS, *GATE)}),
+    (["attention.kind=linear"], {0: MAPS, 1: MAPS}),
+    (["attention.kind=linear", "attention.normalizer=group_norm"], {0: (*MAPS, *NORM), 1: (*MAPS, *NORM)}),
+    (["attention.kind=window"], {0: (), 1: ()}),
+    (["attention.layers={0: linear}"], {0: MAPS, 1: (*MAPS, *GATE)}),
+    (["attention.layers={0: window}"], {0: (), 1: (*MAPS, *GATE)}),
+    (["attention.layers={0: window, 1: linear}"], {0: (), 1: MAPS}),
+    (["attention.layers={1: softmax}"], {0: (*MAPS, *GATE)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("coupling", ["joint", "per_layer"])
+@pytest.mark.parametrize(("kind", "used"), TRAINED, ids=lambda x: str(x) if isinstance(x, list) else "")
+def test_parameters_that_a_layers_kind_does_not_use_are_not_trained(
+    kind: list[str], used: dict[int, tuple[str, ...]], coupling: str, settings: list[str], data: Data, tmp_path: Path
+) -> None:
+    """In no stage: DDP waits for the gradient of every parameter that is."""
+    more = [f"transfer.coupling={coupling}", "finetune.feature_map_learning_rate=1e-3", "transfer.weight_decay=0.1"]
+    config = load_config("default", [*settings, *kind, *more])
+    model = converted(config)
+    names = {f"model.layers.{i}.self_attn.lolcats.{own}" for i, parts in used.items() for own in parts}
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    transfer(model, data, config, tmp_path)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == names
+    assert {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])} == names
+    wrapped = add_lora(model, config.finetune)
+    trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
+    assert {n.removeprefix("base_model.model.") for n in trained if "lora_" not in n} == names
+    wrapped(data.train[:2], labels=data.train[:2], use_cache=False).loss.backward()
+    assert {n for n, p in trained.items() if p.grad is None} == set()
+
+
 def test_layer_local_backward_equals_one_backward(config: Config) -> None:
     model = converted(config)
     ids = torch.randint(6, 300, (3, 40))

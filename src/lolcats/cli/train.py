@@ -100,7 +100,7 @@ def transfer(
 ) -> None:  # fmt: skip
     """Run only stage 1, attention transfer. Also runs under torchrun."""
     from lolcats.data.inputs import Inputs
-    from lolcats.pipeline import check_block, start, train_maps
+    from lolcats.pipeline import check_block, judge, start, train_maps
     from lolcats.ranks import is_first, ranks
     from lolcats.stages.transfer.orders import join_units
 
@@ -115,6 +115,7 @@ def transfer(
             join_units(out_, join)
         ranks().wait()
         train_maps(job, block)
+        judge(job)
     if is_first():
         show_run(job.run)
         if job.run.stage_done("transfer"):
@@ -223,10 +224,9 @@ def plan(
     tokens: Annotated[str, typer.Option(help="Training tokens of stage 1, over all epochs.")] = "20M",
     finetune_tokens: Annotated[str, typer.Option(help="Training tokens of stage 2, over all epochs.")] = "40M",
     block_size: Annotated[int, typer.Option(help="Layers per block (0 = as many as fit).")] = 0,
-    recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+    recipe: Recipe = "default", trust: Trust = False, set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Estimate memory, disk and time of both stages from the model's configuration, and print the commands to run."""
-    from lolcats.config import load_config
     from lolcats.pipeline.rows import check_rows
     from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_config, report, size_of
 
@@ -236,9 +236,9 @@ def plan(
         read(read_speed, "--read-speed", 1e6), read(disk or "1e30", "--disk", 1e6), gpus_per_node,
     )  # fmt: skip
     work = Work(read(tokens, "--tokens"), read(finetune_tokens, "--finetune-tokens"), block_size)
-    config = load_config(recipe, set_)
+    config = settings(recipe, set_, trust)
     check_rows(config)
-    size = size_of(read_config(model), config)
+    size = size_of(read_config(model, trust), config, trust)
     stages = [plans(size, config, machine, work) for plans in (plan_transfer, plan_finetune)]
     print_rows(
         report.HEADER, report.plan_rows([*stages[0], *stages[1]]), title=report.title(model, size, machine, work)
@@ -255,7 +255,7 @@ def plan(
     chosen = [plan for plans in stages for plan in report.recommended(plans)]
     for best in chosen:
         print_rows(("where", "part", "amount"), report.part_rows(best), f"{best.stage}, {best.schedule}")
-    for line in report.commands(chosen, model, recipe, set_, machine):
+    for line in report.commands(chosen, model, recipe, set_, machine, trust):
         out.print(f"\n{line}", soft_wrap=True, markup=False, highlight=False)
     if refused := " ".join(filter(None, (report.refusal(p, size, config, machine, work) for p in stages))):
         raise LolcatsError(refused)

@@ -69,15 +69,11 @@ def evaluate(
     If the run was trained on --data, only its test rows are used.
     """
     from lolcats.evaluation.suite import Options
-    from lolcats.modeling.checkpoint import is_linearized
-    from lolcats.modeling.code import run_code_of_base
     from lolcats.pipeline import device_and_dtype
 
     own = Path(model) / "config.yaml"
     changes = [f"{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
     config = settings(recipe or (str(own) if own.is_file() else "default"), [*changes, *set_], trust)
-    if trust and is_linearized(model):
-        run_code_of_base(model, base)
     place, batch_size = device_and_dtype(config), batch_size or config.transfer.micro_batch_size
     if tasks:
         options = Options(data_dir, data, numbers(lengths), limit or None, batch_size, seed)
@@ -289,6 +285,8 @@ def _perplexity(
 ) -> None:
     """Print the table of ``evaluate --data``."""
     from lolcats.evaluation.compare import compare, evaluation_rows
+    from lolcats.modeling.parts import lost_controls
+    from lolcats.report.advice import verdict_on
     from lolcats.report.table import controls_hint
 
     ids, positions = (
@@ -302,7 +300,9 @@ def _perplexity(
     for name, value in found.items():
         table.add_row(name, f"{value:.3f}")
     out.print(table)
-    out.print(controls_hint(model))
+    remarks = lost_controls(Path(model)), controls_hint(model), verdict_on(found, model, ids.shape[1])
+    for text in filter(None, remarks):
+        out.print(text)
 
 
 def _benchmarks(
@@ -322,7 +322,7 @@ def _benchmarks(
         print_rows(*depth_rows(scores, metric), title=f"Recall by depth: {metric}")
     out.print(controls_hint(model))
     if output:
-        write_comparison(output, scores, model, tasks, baselines, place, fill_in(options, model, tasks, trust))
+        write_comparison(output, scores, model, tasks, baselines, place, fill_in(options, model, tasks, base, trust))
         out.print(f"Results: {output}", soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lolcats.config import AttentionConfig, from_dict, load_config
 from lolcats.errors import LolcatsError
@@ -22,7 +22,10 @@ from lolcats.evaluation.recall import Sight, recall, sight
 from lolcats.evaluation.scores import Score, average, mean_score
 from lolcats.evaluation.systems import check_baselines, systems
 from lolcats.evaluation.text import encode, read_documents
+from lolcats.modeling.auto import LolcatsConfig
 from lolcats.modeling.checkpoint import is_linearized
+from lolcats.modeling.code import may_run_code
+from lolcats.modeling.record import read_record
 from lolcats.weights.base import find_base, load_tokenizer, read_config
 
 RECALL = {"recall": tuple(KINDS), **{f"recall-{kind}": (kind,) for kind in KINDS}}  # kinds of prompts by task
@@ -65,7 +68,7 @@ def evaluate(model: str, names: list[str], baselines: list[str], device: torch.d
         LolcatsError: an unknown task or baseline, or data that cannot be loaded. Raised before any model is loaded.
     """
     check_baselines(model, baselines)
-    options = fill_in(options, model, names, trust)
+    options = fill_in(options, model, names, base, trust)
     if LONG & set(names) and (warning := beyond_training(model, options.lengths)):
         say(warning)
     prepared = prepare(names, options, load_tokenizer(find_base(model, trust), trust))
@@ -154,17 +157,21 @@ def _documents(tokenizer: Any, options: Options) -> list[list[int]]:
     return [encode(tokenizer, document) for document in read_documents(source)]
 
 
-def fill_in(options: Options, model: str, names: list[str], trust: bool = False) -> Options:
+def fill_in(options: Options, model: str, names: list[str], base: str = "", trust: bool = False) -> Options:
     """Options with what the user left to the model: lengths, and what recall reports as in the window."""
-    options = _with_lengths(model, names, options, trust)
+    options = _with_lengths(model, names, options, base, trust)
     return _with_sight(model, options) if RECALL.keys() & set(names) else options
 
 
-def _with_lengths(model: str, names: list[str], options: Options, trust: bool) -> Options:
+def _with_lengths(model: str, names: list[str], options: Options, base: str, trust: bool) -> Options:
     """Fill in the lengths that the model supports, if a task needs lengths and the user gave none."""
     if options.lengths or not LONG & set(names):
         return options
-    config = read_config(find_base(model, trust), trust and not is_linearized(model))
+    found = find_base(model, trust)
+    if is_linearized(model) and may_run_code(model, trust):
+        config = LolcatsConfig.with_code(found.path, base=base)
+    else:
+        config = read_config(found, trust and not is_linearized(model))
     return replace(options, lengths=reached_lengths(config))
 
 
@@ -172,8 +179,7 @@ def _with_sight(model: str, options: Options) -> Options:
     """Fill in what the model's linearized layers see, unless given: one rule for all models that are compared."""
     if options.seen is not None or not is_linearized(model):
         return options
-    attention: AttentionConfig = from_dict(AttentionConfig, AutoConfig.from_pretrained(model).lolcats["attention"])
-    return replace(options, seen=sight(attention))
+    return replace(options, seen=sight(from_dict(AttentionConfig, read_record(model)["attention"])))
 
 
 def beyond_training(model: str, lengths: Sequence[int]) -> str:

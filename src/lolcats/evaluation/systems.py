@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lolcats.compared import BASELINES, BRANCHES, CONTROLS, STUDENT, TEACHER, WINDOWS, Compared
 from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import is_linearized, load
 from lolcats.modeling.classes import convert_as
+from lolcats.modeling.code import may_run_code
 from lolcats.modeling.layer import linearized_layers
-from lolcats.modeling.parts import check_parts
+from lolcats.modeling.parts import check_parts, lost_controls
+from lolcats.modeling.record import read_record
 from lolcats.stages.finetune.controls import control, control_directory
 from lolcats.weights.base import Base, find_again, find_base, load_model
 
@@ -29,6 +30,8 @@ def check_baselines(model: str, baselines: Sequence[str]) -> None:
         if baseline not in BASELINES or baseline in available(model):
             continue
         if BASELINES[baseline].needs == "control":
+            if lost := lost_controls(Path(model)):
+                raise LolcatsError(lost)
             raise LolcatsError(f"{model} has no control {baseline}. Train it with lolcats finetune DIR --controls.")
         raise LolcatsError(f"{model} does not know its base model, needed for {baseline}: give the run directory.")
 
@@ -58,10 +61,10 @@ def systems(
     if not is_linearized(model):
         yield Path(model).name, load_model(find_base(model, trust), dtype, device, trust)
         return
-    known = _base(model)
+    known, own_code = _base(model), may_run_code(model, trust)
     if known:
         base = find_again(known, model, moved, trust)
-        yield from _of_base(model, load_model(base, dtype, device, trust), baselines)
+        yield from _of_base(model, load_model(base, dtype, device, own_code), baselines)
     for other in baselines:
         if other not in BASELINES:
             theirs = _base(other)
@@ -78,7 +81,7 @@ def _of_base(
     model: str, base_model: PreTrainedModel, baselines: Sequence[str]
 ) -> Iterator[tuple[str, PreTrainedModel]]:  # fmt: skip
     """Models that need only the base model: teacher, untrained windows, controls."""
-    converted = convert_as(base_model, AutoConfig.from_pretrained(model).lolcats)
+    converted = convert_as(base_model, read_record(model))
     for own in (TEACHER, *_asked(WINDOWS, baselines)):
         with own.on(converted):
             yield own.name, converted
@@ -93,7 +96,7 @@ def _asked(group: Iterable[Compared], baselines: Sequence[str]) -> list[Compared
 
 def _base(model: str) -> Base | None:
     """The base model of an adapter; None for a merged model."""
-    record: dict[str, Any] = AutoConfig.from_pretrained(model).lolcats
+    record = read_record(model)
     if "base" not in record:
         return None
     check_parts(Path(model), record.get("parts"))  # before a model is loaded

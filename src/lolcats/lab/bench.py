@@ -31,6 +31,7 @@ from lolcats.inference.engine import Delta, Engine, Request
 from lolcats.inference.engine.kept import BLOCK
 from lolcats.inference.engine.room import state_bytes as fixed_bytes
 from lolcats.inference.engine.sampling import SamplingParams
+from lolcats.modeling.classes import base_class
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
 
@@ -125,7 +126,7 @@ def plain_teacher(student: PreTrainedModel) -> PreTrainedModel:
     """The family's own softmax model, sharing its weights in memory with a linearized one."""
     from accelerate import init_empty_weights
 
-    family: Any = next(cls for cls in type(student).__mro__[1:] if cls.__module__.startswith("transformers.models"))
+    family = base_class(type(student))
     config = family.config_class.from_dict(
         {k: v for k, v in student.config.to_dict().items() if k not in ("lolcats", "base_model_type", "model_type")}
     )

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lolcats.errors import LolcatsError, first_line, out_of_memory
 from lolcats.files import (
@@ -31,14 +31,14 @@ from lolcats.files import (
     write_tensors,
     write_text,
 )
-from lolcats.modeling.code import run_code_of_base
+from lolcats.modeling.code import may_run_code
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.parallel import settle
 from lolcats.modeling.parts import FEATURE_MAPS as FEATURE_MAPS
 from lolcats.modeling.parts import LORA as LORA
 from lolcats.modeling.parts import LORA_CONFIG, check_parts
 from lolcats.modeling.parts import LORA_WEIGHTS as LORA_WEIGHTS
-from lolcats.modeling.record import sealed
+from lolcats.modeling.record import MODEL_TYPE, MODEL_TYPES, sealed
 from lolcats.weights.base import Base, find_again, load_model, with_content
 
 ConvertAs = Callable[[PreTrainedModel, dict[str, Any]], PreTrainedModel]
@@ -62,11 +62,9 @@ def load(
         raise LolcatsError(f"{directory} is not a linearized model (no config.json with model_type lolcats).")
     try:
         kwargs: dict[str, Any] = {"base": str(base)} if base else {}
-        if trust:
-            run_code_of_base(directory, base)
-            config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)  # ours
-            config.__dict__.pop("auto_map", None)  # names files of the base model, which are not here
-            kwargs |= {"trust_remote_code": True, "config": config}
+        if may_run_code(directory, trust):
+            ours: Any = CONFIG_MAPPING[MODEL_TYPE]
+            kwargs |= {"trust_remote_code": True, "config": ours.with_code(str(directory), **kwargs)}
         return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, **kwargs).to(device).eval()
     except Exception as error:  # damaged files cause any error of transformers or safetensors
         if isinstance(error, LolcatsError) or out_of_memory(error):
@@ -77,7 +75,8 @@ def load(
 def is_linearized(path: str | Path) -> bool:
     """Whether ``path`` is a directory with a linearized model in either form."""
     file = Path(path) / "config.json"
-    return file.is_file() and '"model_type": "lolcats"' in file.read_text(encoding="utf-8", errors="replace")
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return any(f'"model_type": "{kind}"' in text for kind in MODEL_TYPES)
 
 
 def feature_map_state(model: nn.Module) -> dict[str, Tensor]:
@@ -143,6 +142,7 @@ def load_adapter(
     )
     config = config if config is not None else AutoConfig.from_pretrained(str(directory))
     check_parts(directory, config.lolcats.get("parts"))
+    trust = trust and getattr(config, "own_model", None) is not None  # else it was trained on transformers' own classes
     known = Base(**config.lolcats["base"])
     base = find_again(known, given, moved, trust)
     dtype = config.dtype or torch.float32 if dtype in ("auto", None) else dtype

@@ -27,11 +27,12 @@ from lolcats.errors import LolcatsError
 from lolcats.files import give_usual_mode
 from lolcats.modeling import others  # noqa: F401  PEFT and liger-kernel take our models for their base family
 from lolcats.modeling.checkpoint import load_adapter, verify_loading
+from lolcats.modeling.code import CODE, came_with_model, copy_code, reference_to
 from lolcats.modeling.install import install
 from lolcats.modeling.interface import IMPLEMENTATION
 from lolcats.modeling.layer import attached, linearized_layers
 from lolcats.modeling.parallel import add_plan, is_split, settle
-from lolcats.modeling.record import MODEL_TYPE, SEAL, sealed
+from lolcats.modeling.record import MODEL_TYPE, REMOTE_TYPE, SEAL, sealed
 
 REMOTE_CODE = "modeling_lolcats.py"
 AUTO_MAP = {
@@ -165,16 +166,24 @@ class OtherTask(LinearizedModel):
 class LinearizedConfig:
     """Mixin placed before the family's configuration class."""
 
+    own_model: type | None = None
+    """The base model's class if it came with the base model."""
+
     def to_json_file(self, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
-        """Like transformers' own, plus the file that ``auto_map`` names, if the configuration has one.
+        """Like transformers' own, plus the files that ``auto_map`` needs, if the configuration has one.
 
         All that saves a model or configuration comes through here, before anything is uploaded to the hub.
         """
+        folder = Path(json_file_path).parent
+        if self.own_model is not None:
+            self.auto_map: Any = dict(AUTO_MAP)
         super().to_json_file(json_file_path, *args, **kwargs)  # type: ignore[misc]
         auto_map: Any = getattr(self, "auto_map", None) or {}
         if auto_map.get("AutoConfig") == AUTO_MAP["AutoConfig"]:
             shim = resources.files("lolcats.modeling").joinpath("remote.py").read_text()
-            (Path(json_file_path).parent / REMOTE_CODE).write_text(shim)
+            (folder / REMOTE_CODE).write_text(shim)
+        if self.own_model is not None and "base" not in self.lolcats:  # type: ignore[attr-defined]
+            copy_code(self.own_model, folder)
 
 
 class Made(type):
@@ -192,7 +201,7 @@ copyreg.pickle(Made, _reduced)  # type: ignore[arg-type]
 @functools.cache
 def linearized_class(base: Any) -> Any:
     """The linearized subclass of a Hugging Face model class, with its own config class."""
-    config_class = linearized_config_class(base.config_class)
+    config_class = _config_class_for(base)
     name = f"Lolcats{base.__name__}"
     fp32 = [*(base._keep_in_fp32_modules_strict or []), "lolcats"]
     members = {"config_class": config_class, "_keep_in_fp32_modules_strict": fp32}
@@ -209,7 +218,7 @@ def linearized_class(base: Any) -> Any:
 def other_task_class(base: Any) -> Any:
     """The same for a family's class without a language-model head, or with another one."""
     fp32 = [*(base._keep_in_fp32_modules_strict or []), "lolcats"]
-    members = {"config_class": linearized_config_class(base.config_class), "_keep_in_fp32_modules_strict": fp32}
+    members = {"config_class": _config_class_for(base), "_keep_in_fp32_modules_strict": fp32}
     model_class = Made(f"Lolcats{base.__name__}", (OtherTask, base), members | _common(base, other_task_class))
     _keep_conversions(base, model_class.__name__)
     return model_class
@@ -227,16 +236,23 @@ def _register_tasks(base: Any, model_class: Any) -> None:
 
 
 @functools.cache
-def linearized_config_class(base: Any) -> Any:
-    """The linearized subclass of a Hugging Face configuration class."""
-    members = {"model_type": MODEL_TYPE} | _common(base, linearized_config_class)
+def linearized_config_class(base: Any, own_model: Any = None) -> Any:
+    """The linearized subclass of a Hugging Face configuration class. ``own_model``: see :class:`LinearizedConfig`."""
+    kind = {"model_type": MODEL_TYPE if own_model is None else REMOTE_TYPE, "own_model": own_model}
+    members = kind | _common(base, linearized_config_class, *filter(None, [own_model]))
     return Made(f"Lolcats{base.__name__}", (LinearizedConfig, base), members)
 
 
-def _common(base: Any, function: Any) -> dict[str, Any]:
-    # For custom code, transformers would rename layer types and not initialize buffers that are in no file.
+def _config_class_for(base: Any) -> Any:
+    own = came_with_model(base) or came_with_model(base.config_class)
+    return linearized_config_class(base.config_class, *([base] if own else []))
+
+
+def _common(base: Any, function: Any, *more: Any) -> dict[str, Any]:
+    # For custom code, transformers would rename layer types and not initialize buffers that are in no file. It would
+    # also save the file of our class as the model's own code, if it took the class to be that (_auto_class).
     own = {"is_custom_code": base.is_custom_code} if hasattr(base, "is_custom_code") else {}
-    return {"__module__": __name__, "_made_by": (function, (base,)), **own}
+    return {"__module__": __name__, "_made_by": (function, (base, *more)), "_auto_class": None, **own}
 
 
 def _list(base: Any, name: str) -> None:
@@ -275,12 +291,19 @@ def _keep_conversions(base: Any, name: str) -> None:
         register_checkpoint_conversion_mapping(name, known, overwrite=True)
 
 
+def base_class(cls: type) -> Any:
+    """The family's own class of a linearized one."""
+    ours = (LinearizedModel, LinearizedConfig)
+    return next(base for base in cls.__mro__ if not issubclass(base, ours) and base not in ours)
+
+
 def classes_for(base_model_type: str) -> tuple[Any, type[PreTrainedModel]]:
     """Config and model class for a family by its Hugging Face model type, e.g. ``llama``."""
     if not isinstance(base_model_type, str) or base_model_type not in CONFIG_MAPPING:
         raise LolcatsError(
             f"This model was linearized from model type {base_model_type!r}, unknown to transformers. If code that "
-            "comes with its base model defines it, allow that code: --trust-remote-code, with an adapter."
+            "comes with its base model defines it, allow that code: --trust-remote-code, or lolcats.load(DIR, "
+            "trust=True) in Python."
         )
     model_class = linearized_class(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_model_type]])
     return model_class.config_class, model_class
@@ -296,6 +319,8 @@ def become_linearized(model: PreTrainedModel, record: dict[str, Any]) -> None:
     model.__class__ = cls
     config.__class__ = cls.config_class
     config.lolcats = json.loads(json.dumps(record))
+    if cls.config_class.own_model is not None:
+        config.lolcats[CODE] = reference_to(base)
     config.base_model_type = base_type
     config.architectures = [cls.__name__]
     if model.generation_config is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.modeling.checkpoint import is_linearized
-from lolcats.modeling.parts import check_parts
+from lolcats.modeling.parts import check_parts, lost_controls
 from lolcats.modeling.probe import probe
 from lolcats.weights.base import empty_model, find_base
 
@@ -35,6 +35,8 @@ def _linearized(directory: Path) -> dict[str, Any]:
         run = json.loads((directory / "run.json").read_text())
         facts |= {"data": run["data"]["source"], "date": run["date"]}
         facts |= {f"stage {name}": json.dumps(stage) for name, stage in run["stages"].items()}
+        if lost := lost_controls(directory):
+            facts["missing"] = lost
         facts |= {k: f"{v:.3f}" for k, v in run["results"].items() if k.startswith("ppl_")}
     return facts
 

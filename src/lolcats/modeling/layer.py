@@ -132,9 +132,10 @@ class LinearizedAttention(nn.Module):
     def freeze_unused(self) -> None:
         """Let parameters that this kind does not use require no gradient: DDP waits for one from all that do.
 
-        They exist all the same, so that every kind is saved alike and another can be tried (:func:`override`).
+        The gate weights softmax against the linear term, so it cancels out where one of them is missing. The parameters
+        exist all the same, so that every kind is saved alike and another can be tried (:func:`override`).
         """
-        used = {"gate": self.spec.has_softmax, "norm": not self.spec.divides}
+        used = {"gate": self.spec.has_softmax and self.spec.has_linear, "norm": not self.spec.divides}
         for name, parameter in self.named_parameters():
             if not used.get(name.partition(".")[0], self.spec.has_linear):
                 parameter.requires_grad_(False)

@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from lolcats.modeling.record import MODEL_TYPE
+from lolcats.modeling.record import MODEL_TYPES
 
 MAMBA_CHECK = "_check_lora_target_modules_mamba"  # private: another version of PEFT may not have it
 
@@ -32,7 +32,7 @@ def _change_peft(tuners: Any) -> None:
     @functools.wraps(describe)
     def get_model_config(model: Any) -> Any:
         config = describe(model)
-        linearized = isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+        linearized = isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
         return {**config, "model_type": config["base_model_type"]} if linearized else config
 
     def check_target_modules(peft_config: Any, model: Any, target_name: str) -> None:
@@ -57,7 +57,7 @@ def _change_liger(patches: Any) -> None:
     # Liger passes only options that the signature names.
     keywords = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options.values()]
     apply_liger_kernel_to_lolcats.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
-    table[MODEL_TYPE] = apply_liger_kernel_to_lolcats
+    table.update(dict.fromkeys(MODEL_TYPES, apply_liger_kernel_to_lolcats))
 
 
 CHANGES: dict[str, Callable[[Any], None]] = {

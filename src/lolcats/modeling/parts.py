@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from lolcats.config import Control
 from lolcats.errors import LolcatsError
 from lolcats.files import hash_file, write_text
 from lolcats.modeling.record import sealed
@@ -15,6 +16,7 @@ CONFIG, RUN = "config.json", "run.json"
 FEATURE_MAPS = "feature_maps.safetensors"
 LORA = "lora"
 LORA_WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CONTROLS = "controls"
 OF_LORA = (f"{LORA}/{LORA_CONFIG}", f"{LORA}/{LORA_WEIGHTS}")
 
 
@@ -66,15 +68,40 @@ def check_parts(directory: Path, parts: Any) -> None:
         )
 
 
+def lost_controls(directory: Path) -> str:
+    """Which controls of a run are not in ``directory``, although run.json says that they were trained; empty if none.
+
+    A model is complete without its controls, so this is no error unless one is asked for.
+    """
+    if not (directory / RUN).is_file():
+        return ""
+    lost = [
+        name for name, stage in _stages(directory).items()
+        if name in get_args(Control) and "steps" in stage and not (directory / CONTROLS / name / CONFIG).is_file()
+    ]  # fmt: skip
+    if not lost:
+        return ""
+    places = " and ".join(str(directory / CONTROLS / name) for name in lost)
+    verb, pronoun = ("is", "it was") if len(lost) == 1 else ("are", "they were")
+    return (
+        f"{places} {verb} missing or incomplete, but {RUN} says that {pronoun} trained. To compare with the controls "
+        "of this run, copy the whole directory again."
+    )
+
+
+def _stages(directory: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((directory / RUN).read_text())["stages"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise LolcatsError(f"{directory / RUN} is damaged ({error}).") from None
+
+
 def _check_unlisted(directory: Path) -> None:
     missing = [name for name in OF_LORA if not (directory / name).is_file()]
     if not missing:
         return
     if (directory / RUN).is_file():
-        try:
-            stage = json.loads((directory / RUN).read_text())["stages"].get("finetune")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LolcatsError(f"{directory / RUN} is damaged ({error}).") from None
+        stage = _stages(directory).get("finetune")
         if stage is not None and not stage.get("skipped"):
             raise _incomplete(directory, missing[0], f"{RUN} says that LoRA was trained")
     elif not (directory / LORA).exists():

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from lolcats.errors import LolcatsError
 
 MODEL_TYPE = "lolcats"
+REMOTE_TYPE = "lolcats_remote_code"
+"""The ``model_type`` of a linearized model whose classes come with its base model (:mod:`lolcats.modeling.code`)."""
+MODEL_TYPES = (MODEL_TYPE, REMOTE_TYPE)
 SEAL = "sha256"
 
 
@@ -27,3 +31,14 @@ def check_record(record: Any) -> None:
             f"The lolcats section of config.json is damaged: its checksum does not match. If you changed it on "
             f"purpose, remove lolcats.{SEAL} from it."
         )
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    """The ``lolcats`` section of DIR/config.json."""
+    path = Path(directory) / "config.json"
+    try:
+        record = json.loads(path.read_text())["lolcats"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LolcatsError(f"{path} is damaged ({error}).") from None
+    check_record(record)
+    return dict(record)

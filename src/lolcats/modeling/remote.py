@@ -1,6 +1,6 @@
 """Lets AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) find the installed lolcats package."""
 
-from lolcats.modeling.auto import LolcatsConfig  # noqa: F401
+from lolcats.modeling.auto import TrustedConfig as LolcatsConfig  # noqa: F401
 
 
 class LolcatsForCausalLM:

@@ -238,7 +238,7 @@ def build_skeleton(
 ) -> Skeleton:  # fmt: skip
     """The skeleton of a base model, with the feature maps that :func:`convert` would give the loaded one."""
     if base.form == "gguf":  # its tensors are quantized and named differently: transformers reads it whole
-        return _of_loaded(load_model(base, dtype, trust=trust), attention, dtype, device, seed)
+        return _of_loaded(load_model(base, dtype, trust=trust), attention, dtype, device, seed, trust)
     model = empty_model(AutoConfig.from_pretrained(base.path, trust_remote_code=trust), dtype, trust)
     source = shards_of(base, model.base_model_prefix)
     torch.manual_seed(seed)
@@ -252,14 +252,14 @@ def build_skeleton(
                 f"{error} transformers could rearrange them with the whole model in host memory, but it takes "
                 f"{size / 2**30:.1f} GiB, and only {free / 2**30:.1f} GiB are free."
             ) from None
-        return _of_loaded(load_model(base, dtype, trust=trust), attention, dtype, device, seed)
+        return _of_loaded(load_model(base, dtype, trust=trust), attention, dtype, device, seed, trust)
 
 
 def _of_loaded(
-    whole: PreTrainedModel, attention: AttentionConfig, dtype: torch.dtype, device: torch.device, seed: int
+    whole: PreTrainedModel, attention: AttentionConfig, dtype: torch.dtype, device: torch.device, seed: int, trust: bool
 ) -> Skeleton:  # fmt: skip
     """The skeleton of a model that stays in host memory."""
-    model = empty_model(whole.config, dtype)
+    model = empty_model(whole.config, dtype, trust)
     torch.manual_seed(seed)
     convert_empty(model, attention)
     return Skeleton(model, Loaded({name: p.detach() for name, p in whole.named_parameters()}), device)

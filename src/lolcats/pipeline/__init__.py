@@ -8,7 +8,7 @@ from lolcats.config import Config
 from lolcats.data.inputs import Inputs
 from lolcats.pipeline.finish import export_merged, finish, report
 from lolcats.pipeline.job import Job, log, resume, start
-from lolcats.pipeline.measure import measure, measure_heads
+from lolcats.pipeline.measure import judge, measure, measure_heads
 from lolcats.pipeline.models import Models, Say, device_and_dtype
 from lolcats.pipeline.stages import check_block, keep_longest, run_controls, run_finetune, run_transfer
 from lolcats.pipeline.untrained import linearize_untrained
@@ -52,12 +52,13 @@ def train_lora(job: Job, merge: bool = True) -> None:
     run_controls(job)
     run_finetune(job)
     measure(job)
+    judge(job)
     finish(job, merge)
 
 
 __all__ = [
-    "Job", "Models", "check_block", "device_and_dtype", "export_merged", "finish", "keep_longest", "linearize",
-    "linearize_untrained", "log",
-    "measure", "measure_heads", "report", "resume", "run_controls", "run_finetune", "run_transfer", "start",
+    "Job", "Models", "check_block", "device_and_dtype", "export_merged", "finish", "judge", "keep_longest", "linearize",
+    "linearize_untrained", "log", "measure", "measure_heads", "report", "resume", "run_controls", "run_finetune",
+    "run_transfer", "start",
     "train_lora", "train_maps",
 ]  # fmt: skip

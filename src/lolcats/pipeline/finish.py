@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
 from lolcats.files import whole_directory
+from lolcats.modeling.parts import lost_controls
 from lolcats.pipeline.job import Job, log, resume
 from lolcats.pipeline.measure import measure
 from lolcats.pipeline.models import Say
@@ -53,6 +54,8 @@ def report(directory: Path, say: Say = log, base: str = "", trust: bool = False)
     if find_spec("matplotlib") is None:
         raise LolcatsError("The report needs matplotlib: pip install 'lolcats[plots]'.")
     run = Run.open(directory)
+    if lost := lost_controls(directory):
+        say(lost)
     if run.stage_done("transfer") and "attention" not in run.results:
         job = resume(directory, say, base=base, trust=trust)
         measure(job)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lolcats.config import Config, Control, from_dict, to_dict, to_yaml
 from lolcats.data.inputs import Inputs, has_tokenizer
@@ -19,7 +20,8 @@ from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.checkpoint import save_adapter_config
-from lolcats.modeling.parts import check_parts, find_parts, listed_parts
+from lolcats.modeling.code import needs_code
+from lolcats.modeling.parts import CONFIG, check_parts, find_parts, listed_parts
 from lolcats.pipeline.heads import choose_heads
 from lolcats.pipeline.models import Models, Say, device_and_dtype
 from lolcats.pipeline.rows import check_documents, check_rows, empty_share, notes
@@ -57,8 +59,7 @@ class Job:
     @cached_property
     def kinds(self) -> set[str]:
         """The kinds of the model's layers, softmax among them if some stay."""
-        record = json.loads((self.run.directory / "config.json").read_text())["lolcats"]
-        return {entry["kind"] for entry in record["layers"]}
+        return {layer["kind"] for layer in self.run.layers}
 
     @property
     def learns(self) -> bool:
@@ -115,6 +116,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     model = job.models.skeleton().model if job.in_turn else job.models.converted()
     if config.finetune.max_steps:
         lora_targets(model, config.finetune.targets)  # reject bad targets before stage 1, not after it
+    _check_classes(out, model)
     if is_first():
         base = with_content(run.base)  # its weights are on disk by now
         run.record["base"] = base.record
@@ -125,6 +127,16 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
         save_adapter_config(model, base, out, parts=parts)
     ranks().wait()  # for config.json
     return job
+
+
+def _check_classes(out: Path, model: PreTrainedModel) -> None:
+    """Raise LolcatsError if ``out`` was begun with other classes than ``model`` has: the base model's own or not."""
+    if not (out / CONFIG).is_file():
+        return
+    own = getattr(model.config, "own_model", None) is not None
+    if own != needs_code(json.loads((out / CONFIG).read_text())):
+        begun, change = ("without", "leave out") if own else ("with", "use")
+        raise LolcatsError(f"{out} was begun {begun} the code of its base model: {change} --trust-remote-code.")
 
 
 def resume(directory: Path, say: Say = log, controls: Sequence[Control] = (), sharding: str = "", base: str = "",

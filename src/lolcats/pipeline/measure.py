@@ -54,6 +54,14 @@ def measure(job: Job) -> None:
         measure_student(job)
 
 
+def judge(job: Job) -> None:
+    """Say so if the run has made something worse than its window and sinks with nothing trained."""
+    from lolcats.report.advice import verdict
+
+    if text := verdict(job.run):
+        job.say(text)
+
+
 def measure_untrained(job: Job) -> None:
     """The teacher and the untrained windows; before stage 1, also the errors of untrained layers."""
     run, model = job.run, job.models.converted

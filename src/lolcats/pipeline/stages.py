@@ -14,6 +14,7 @@ from lolcats.config import Config
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.effective_length import longest
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, save_feature_maps, save_lora
+from lolcats.modeling.parts import lost_controls
 from lolcats.pipeline.job import Job
 from lolcats.ranks import is_first, ranks
 from lolcats.stages.finetune.controls import control_directory, train_control
@@ -97,6 +98,8 @@ def run_controls(job: Job) -> None:
     wanted = config.controls if config.finetune.max_steps != 0 and job.learns else []
     if wanted and ranks().size > 1:
         raise LolcatsError("Controls are trained in one process: run lolcats finetune --controls without torchrun.")
+    if lost := lost_controls(run.directory):
+        job.say(lost)
     for name in wanted:
         if run.stage_done(name):
             continue

@@ -72,16 +72,19 @@ def part_rows(plan: Plan) -> list[tuple[str, ...]]:
     ]
 
 
-def commands(plans: Sequence[Plan], model: str, recipe: str, sets: Sequence[str], machine: Machine) -> list[str]:
+def commands(
+    plans: Sequence[Plan], model: str, recipe: str, sets: Sequence[str], machine: Machine, trust: bool = False
+) -> list[str]:  # fmt: skip
     """Commands that run the plans of both stages. A run has one configuration, so stage 1 gets all settings."""
+    consent = ["--trust-remote-code"] * trust
     words = ["lolcats", "transfer", model, "--data", "DATA", "--out", "DIR", "--recipe", recipe]
     settings = [word for text in (*sets, *(s for plan in plans for s in plan.settings)) for word in ("--set", text)]
     lines = []
     for plan in plans:
         if plan.stage == "stage 1":
-            lines.append([*words, "--schedule", plan.schedule.split()[0], *settings])
+            lines.append([*words, "--schedule", plan.schedule.split()[0], *settings, *consent])
         else:
-            lines.append(["lolcats", "finetune", "DIR"])
+            lines.append(["lolcats", "finetune", "DIR", *consent])
     return [shlex.join([*launcher(machine), *line]) for line in lines]
 
 

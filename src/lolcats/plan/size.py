@@ -22,10 +22,11 @@ from lolcats.evaluation.memory import cache_bytes
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import LinearizedAttention, decoder_layers, linearized_layers
 from lolcats.stages.finetune.stage import add_lora
-from lolcats.weights.base import Base, is_gguf
+from lolcats.weights.base import NEEDS_CODE, Base, is_gguf
 from lolcats.weights.base import read_config as config_of
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what families call their number of experts
+CONFIG = "config.json"
 CHOSEN = ("num_experts_per_tok", "top_k_experts")
 
 
@@ -79,16 +80,22 @@ def geometries() -> dict[str, dict[str, int]]:
     return dict(read_yaml(text, "geometries.yaml"))
 
 
-def read_config(model: str) -> Any:
-    """The configuration from a hub id, a directory, a ``config.json``, or the name of a known geometry."""
+def read_config(model: str, trust: bool = False) -> Any:
+    """The configuration from a hub id, a directory, a ``config.json``, or the name of a known geometry.
+
+    Here and below, ``trust``: run Python code that comes with the model.
+    """
     if model in geometries():
         return LlamaConfig(**geometries()[model], vocab_size=128256, max_position_embeddings=8192)
     path = Path(model).expanduser()
     if path.is_file() and is_gguf(path):
         return config_of(Base(str(path.absolute()), "gguf", ""))
+    place = path.parent if path.name == CONFIG and path.is_file() else path  # where code of its own would lie
     try:
-        return AutoConfig.from_pretrained(path if path.exists() else model)
+        return AutoConfig.from_pretrained(place if path.exists() else model, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise LolcatsError(NEEDS_CODE.format(model)) from None
         known = ", ".join(geometries())
         raise LolcatsError(
             f"Cannot load a configuration from {model!r} ({first_line(error)}). Give a hub id, a model directory, a "
@@ -96,12 +103,16 @@ def read_config(model: str) -> Any:
         ) from None
 
 
-def size_of(model_config: Any, config: Config) -> Size:
+def size_of(model_config: Any, config: Config, trust: bool = False) -> Size:
     """Count everything by building the model, its feature maps and LoRA on the meta device."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                model_config, dtype=torch.bfloat16, trust_remote_code=trust
+            )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error):
+            raise LolcatsError(NEEDS_CODE.format(model_config.name_or_path or "This model")) from None
         name, reason = model_config.model_type, first_line(error)
         raise LolcatsError(f"transformers cannot build this {name} model: {reason}.") from None
     share, family = chosen_share(model_config), model_config.model_type

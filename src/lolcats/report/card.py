@@ -30,7 +30,7 @@ base_model: {base}
 ```python
 import lolcats  # registers the model type
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("DIR")
+model = AutoModelForCausalLM.from_pretrained("DIR"{trust})
 ```
 
 ## Perplexity on {test_rows} held-out rows of {length} tokens
@@ -65,12 +65,13 @@ def write_card(run: Run) -> None:
         run.directory / "README.md",
         CARD.format(
             base=run.base.path.rsplit("/", 1)[-1] if run.base.form != "hub" else run.base.path,
+            trust=", trust_remote_code=True" if run.needs_code else "",
             name=run.base.path.rsplit("/", 1)[-1], attention=attention_of(config.attention),
             version=record["versions"]["lolcats"], date=record["date"], test_rows=data["test_rows"],
             length=config.data.sequence_length, remarks="\n\n".join(remarks(run)),
             perplexity=markdown(*model_table(run)),
             memory=markdown(("tokens", "teacher", "student"), memory_rows(run)),
-            layers="\n\n".join(filter(None, (_what_stays(_layers(run)), curve))),
+            layers="\n\n".join(filter(None, (_what_stays(run.layers), curve))),
             teacher=json.dumps(results["sample_teacher"], ensure_ascii=False),
             student=json.dumps(results["sample_student"], ensure_ascii=False),
             source=data["source"].rsplit("/", 1)[-1], documents=data["documents"], train_rows=data["train_rows"],
@@ -87,11 +88,6 @@ def _what_stays(layers: list[dict[str, Any]]) -> str:
     told = [f"Layers {whole} keep softmax attention."] if whole else []
     told += [f"Key/value heads that keep softmax attention, by layer: {heads}."] if heads else []
     return " ".join(told) or "Every layer is linearized."
-
-
-def _layers(run: Run) -> list[dict[str, Any]]:
-    layers: list[dict[str, Any]] = json.loads((run.directory / "config.json").read_text())["lolcats"]["layers"]
-    return layers
 
 
 UNTRAINED = """---

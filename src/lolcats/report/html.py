@@ -18,6 +18,7 @@ from lolcats.config import to_yaml
 from lolcats.evaluation.attention_maps import FILE
 from lolcats.evaluation.suite import LONG
 from lolcats.files import read_tensors, write_text
+from lolcats.modeling.parts import lost_controls
 from lolcats.report import figures
 from lolcats.report.comparison import entry_rows
 from lolcats.report.curve import HEADER, curve_rows, curve_title, run_selection
@@ -156,6 +157,8 @@ def _training(run: Run) -> Iterator[str]:
          f"{stage['best_loss']:.4g}", f"{stage['seconds']:,.0f}")
         for name, stage in run.record["stages"].items() if "steps" in stage
     ]  # fmt: skip
+    if lost := lost_controls(run.directory):
+        yield _paragraph(lost.replace(f"{run.directory}/", ""))
     if rows:
         yield _table(("stage", "steps × rows × tokens", "best step", "its validation loss", "seconds"), rows)
     history, transfer = figures.read_metrics(run.directory), run.config.transfer

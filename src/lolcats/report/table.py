@@ -10,6 +10,7 @@ from lolcats.compared import COMPARED, STUDENT, TEACHER, TEACHER_LORA, WINDOW_LO
 from lolcats.config import AttentionConfig
 from lolcats.evaluation.memory import readable
 from lolcats.evaluation.recall import BEYOND
+from lolcats.report.advice import verdict
 from lolcats.run import RECORD, STATE_TOKENS, Run
 
 ADAPTATION = (
@@ -107,10 +108,14 @@ def memory_rows(run: Run) -> list[tuple[str, str, str]]:
 
 
 def remarks(run: Run) -> list[str]:
-    """Notes on how to read the perplexities."""
-    results, student = run.results, run.results.get(STUDENT.result)
-    texts = list(filter(None, [recall_note(run)]))
-    texts += [empty_term(run.record["data"][EMPTY])] if EMPTY in run.record["data"] else []
+    """Notes on how to read the table. The last one says it if the model is worse than with nothing trained."""
+    texts = [recall_note(run), empty_term(run.record["data"][EMPTY]) if EMPTY in run.record["data"] else ""]
+    return [*filter(None, texts), *_of_lora(run), *filter(None, [verdict(run)])]
+
+
+def _of_lora(run: Run) -> list[str]:
+    """What the perplexity of a student with LoRA does and does not show."""
+    results, student, texts = run.results, run.results.get(STUDENT.result), list[str]()
     if student is None or not _has_lora(run):
         return texts
     for control, text in AGAINST_CONTROLS.items():

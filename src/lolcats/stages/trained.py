@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from lolcats.modeling.layer import linearized_layers
+
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Name -> tensor of everything that requires a gradient."""
@@ -13,6 +15,9 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train_only(model: nn.Module, wanted: Callable[[str], bool]) -> None:
-    """Freeze everything but the parameters whose name ``wanted`` accepts."""
+    """Freeze everything but the parameters whose name ``wanted`` accepts, and of these the ones that the kind of their
+    layer does not use."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted(name))
+    for layer in linearized_layers(model):
+        layer.freeze_unused()

@@ -31,6 +31,7 @@ from lolcats.weights.gguf_nested import nested_arrays_left_out
 from lolcats.weights.gguf_tokenizer import mend_tokenizer
 
 HINT = "Is it a complete decoder-only language model that transformers knows?"
+NEEDS_CODE = "{} comes with its own Python code, which runs only if you allow it: --trust-remote-code."
 COMMIT = "commit "
 UNKNOWN = f"{COMMIT}None"  # what was recorded of a hub model while transformers did not tell its commit
 STRIDE, SAMPLE = 1 << 20, 4096  # bytes: 4 KiB of each MiB of a weight file are hashed
@@ -81,6 +82,8 @@ def find_base(model: str, trust: bool = False) -> Base:
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise LolcatsError(NEEDS_CODE.format(model)) from None
         raise LolcatsError(f"No model {model!r} on disk or on the Hugging Face hub ({first_line(error)}).") from None
     file = try_to_load_from_cache(model, "config.json")  # newer versions of transformers do not tell the commit
     known = getattr(config, "_commit_hash", None) or (Path(file).parent.name if isinstance(file, str) else None)
@@ -272,9 +275,7 @@ def _readable(base: Base, hint: str) -> Iterator[None]:
         if isinstance(error, LolcatsError) or out_of_memory(error):
             raise
         if "trust_remote_code" in str(error):
-            raise LolcatsError(
-                f"{base.path} comes with its own Python code, which runs only if you allow it: --trust-remote-code."
-            ) from error
+            raise LolcatsError(NEEDS_CODE.format(base.path)) from error
         raise LolcatsError(f"Cannot load {base.path}: {first_line(error)}. {hint}") from error
 
 

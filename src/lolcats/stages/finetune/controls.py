@@ -17,14 +17,16 @@ from lolcats.compared import CONTROLS
 from lolcats.config import Config
 from lolcats.data.rows import Data
 from lolcats.modeling.checkpoint import LORA, merged_lora, save_adapter_config, save_lora
-from lolcats.modeling.parts import find_parts
+from lolcats.modeling.parts import CONTROLS as CONTROLS_FOLDER
+from lolcats.modeling.parts import check_parts, find_parts
+from lolcats.modeling.record import read_record
 from lolcats.stages.finetune.stage import finetune
 from lolcats.stages.result import StageResult
 from lolcats.weights.base import Base
 
 
 def control_directory(run: Path, name: str) -> Path:
-    return run / "controls" / name
+    return run / CONTROLS_FOLDER / name
 
 
 def train_control(
@@ -49,5 +51,7 @@ def train_control(
 @contextmanager
 def control(model: PreTrainedModel, name: str, run: Path) -> Iterator[PreTrainedModel]:
     """For the block's duration, turn ``model``, the run's converted base model without LoRA, into a trained control."""
-    with CONTROLS[name].on(model), merged_lora(model, control_directory(run, name) / LORA) as merged:
+    directory = control_directory(run, name)
+    check_parts(directory, read_record(directory).get("parts"))
+    with CONTROLS[name].on(model), merged_lora(model, directory / LORA) as merged:
         yield merged

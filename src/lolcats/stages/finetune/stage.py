@@ -121,7 +121,8 @@ def load_over_ranks(base: Base, config: Config, dtype: torch.dtype, device: torc
         raise LolcatsError("finetune.use_dora does not work with a sharded base model: set finetune.sharding=never.")
     device, model = own_device(device), None
     if base.form != "gguf":
-        model = empty_model(AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code), dtype)
+        trust = config.trust_remote_code
+        model = empty_model(AutoConfig.from_pretrained(base.path, trust_remote_code=trust), dtype, trust)
         source = shards_of(base, model.base_model_prefix)
         try:
             source.check(dict(model.named_parameters()))

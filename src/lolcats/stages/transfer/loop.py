@@ -170,7 +170,8 @@ class LayerTrainer:
             share = batch.weight / len(unit.layers)
             with torch.enable_grad():
                 loss = attention_loss(layer, call, self.config)
-                (loss * share).backward()
+                if loss.requires_grad:  # not if the layer has nothing to train, as one with only a window
+                    (loss * share).backward()
             losses[layer] = loss.detach()
             unit.add(losses[layer] * share)
 

@@ -77,7 +77,7 @@ def layer_losses(
     def loss_of(layer: LinearizedAttention, call: AttentionCall) -> Tensor:
         with torch.set_grad_enabled(backward_scale is not None):
             loss = attention_loss(layer, call, config)
-            if backward_scale is not None:
+            if loss.requires_grad and backward_scale is not None:
                 (loss * (backward_scale / count)).backward()
         return loss.detach()
 
