@@ -109,7 +109,8 @@ def memory_rows(run: Run) -> list[tuple[str, str, str]]:
 
 def remarks(run: Run) -> list[str]:
     """Notes on how to read the table. The last one says it if the model is worse than with nothing trained."""
-    texts = [recall_note(run), empty_term(run.record["data"][EMPTY]) if EMPTY in run.record["data"] else ""]
+    share = run.record.get("data", {}).get(EMPTY)
+    texts = [recall_note(run), "" if share is None else empty_term(share)]
     return [*filter(None, texts), *_of_lora(run), *filter(None, [verdict(run)])]
 
 
