@@ -79,6 +79,41 @@ def test_sigterm_finishes_what_runs(directory: Path) -> None:
         assert process.wait(20) in (0, -signal.SIGTERM)
 
 
+STOPPING = "Stopping at once: answers that are not complete are cut.\n"
+
+
+@pytest.mark.parametrize("presses", [2, 3])
+def test_a_second_ctrl_c_stops_at_once_with_one_line(presses: int, directory: Path) -> None:
+    with served(directory, "--max-tokens", "90000") as (address, process):
+        replies: list[Any] = []
+        thread = ask(address, 90_000, replies)
+        started = time.monotonic()
+        for _ in range(presses):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        assert process.wait(20) in (0, -signal.SIGINT)  # the third may come when it has already ended
+        assert time.monotonic() - started < 15, "long before the deadline of 30 s"
+        assert process.stdout.read() == STOPPING
+        thread.join(10)
+        assert replies[0]["error"]["message"] == "The server shut down before the answer was complete."
+
+
+def test_a_client_that_does_not_read_cannot_hold_it_up(directory: Path) -> None:
+    with served(directory, "--max-tokens", "90000") as (address, process):
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        body = '{"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 90000, "temperature": 0, "stream": true}'
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            wait_until(lambda: httpx.get(f"{address}/health").json()["running"] == 1)
+            time.sleep(1)
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.3)  # two signals at once would be one
+            assert process.wait(20) == 0
+        assert process.stdout.read() == STOPPING
+
+
 @pytest.mark.slow
 def test_sigterm_ends_at_the_deadline(directory: Path) -> None:
     options = ("--deadline", "1", "--max-tokens", "90000")

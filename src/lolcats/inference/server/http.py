@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import signal
 import socket
+import sys
 from functools import partial
+from logging import CRITICAL, getLogger
+from types import FrameType
 from typing import Any
 
 import h11
@@ -103,10 +107,11 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Cuts the streams that are still open ``deadline`` seconds after a signal: each gets an error event."""
+    """Cuts the streams that are still open ``deadline`` seconds after a signal, or at a second Ctrl-C: each gets an
+    error event."""
 
     def __init__(self, app: FastAPI, deadline: int) -> None:
-        self.service, self.deadline = app.state.service, deadline
+        self.service, self.deadline, self.hurried = app.state.service, deadline, False
         limits: Limits = self.service.limits
         super().__init__(uvicorn.Config(
             app, http=partial(Protocol, limits), ws="none",  # type: ignore[arg-type] # called like a class
@@ -114,12 +119,35 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=deadline + GRACE,
         ))  # fmt: skip
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT:
+            self.loop.call_soon_threadsafe(self._hurry)
+        else:
+            super().handle_exit(sig, frame)
+
+    def _hurry(self) -> None:
+        """Cut the open streams now, and leave after ``GRACE`` seconds, or at once when called again."""
+        if self.hurried:
+            self.force_exit = True
+            return
+        self.hurried = True
+        print("Stopping at once: answers that are not complete are cut.", file=sys.stderr, flush=True)
+        getLogger("uvicorn.error").setLevel(CRITICAL)  # requests that are cut would be logged as errors
+        self.service.streams.cut()
+        self.loop.call_later(GRACE, self._hurry)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        cutting = asyncio.get_running_loop().call_later(self.deadline, self.service.streams.cut)
+        cutting = self.loop.call_later(self.deadline, self.service.streams.cut)
         try:
             await super().shutdown(sockets)
         finally:
             cutting.cancel()
+        if self.force_exit:  # uvicorn leaves this out then, and a traceback of its cancellation is logged
+            await self.lifespan.shutdown()
 
 
 def settle_heap() -> None:
