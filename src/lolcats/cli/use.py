@@ -156,7 +156,8 @@ def serve(
                                                               "for its body, before a 408.")] = 30,
     prefix_mb: Annotated[int, typer.Option(min=0, help="MiB for the prefix cache (states of prompt beginnings).")]
         = 256,
-    deadline: Annotated[int, typer.Option(min=0, help="Seconds that running requests get after SIGTERM or Ctrl-C.")] = 30,
+    deadline: Annotated[int, typer.Option(min=0, help="Seconds that running requests get after SIGTERM or Ctrl-C.")]
+        = 30,
     state_dtype: Annotated[str, typer.Option(help="Precision of the sums in the states: float32 or bfloat16.")]
         = "float32",
     api_key: Annotated[str | None, typer.Option(envvar="LOLCATS_API_KEY", help="Key that clients must send.")] = None,
