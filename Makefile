@@ -18,6 +18,7 @@ test: .venv/done
 
 test-all: .venv/done test-oldest
 	.venv/bin/python -m pytest -m slow
+	.venv-oldest/bin/python -m pytest -m slow tests/transformers_suite
 
 # The same quick tests with the oldest transformers and peft that we support.
 test-oldest: .venv-oldest/done

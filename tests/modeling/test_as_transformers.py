@@ -29,6 +29,8 @@ from transformers import (
     AutoModelForTokenClassification,
     GlmConfig,
     GlmForCausalLM,
+    MixtralForCausalLM,
+    MixtralModel,
     Trainer,
     TrainingArguments,
 )
@@ -75,6 +77,21 @@ def test_listed_by_name_where_the_base_is() -> None:
                       num_key_value_heads=2, head_dim=16, pad_token_id=0)  # fmt: skip
     assert type(AutoModelForCausalLM.from_config(small)) is GlmForCausalLM
     assert list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.items())
+
+
+@pytest.mark.parametrize(
+    ("title", "head"),
+    [
+        ("MODEL_MAPPING", "Model"),
+        ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "ForSequenceClassification"),
+        ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING", "ForTokenClassification"),
+    ],
+)
+def test_classes_with_another_head_are_listed_where_the_base_is(title: str, head: str) -> None:
+    linearized_class(GlmForCausalLM)
+    assert f"LolcatsGlm{head}" in getattr(modeling_auto, f"{title}_NAMES").values()
+    assert f"LolcatsGlm{head}" not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    assert getattr(modeling_auto, title)[GlmConfig].__name__ == f"Glm{head}"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
@@ -432,6 +449,47 @@ def test_headless_models_are_strict_and_like_others(tmp_path: Path) -> None:
     for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
         with pytest.raises(LolcatsError, match=r"phi_q\.weight is missing"):
             auto.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_another_number_of_labels(tmp_path: Path) -> None:
+    lol().save_pretrained(tmp_path / "lm")
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "lm", num_labels=2)
+    found.save_pretrained(tmp_path / "two")
+    with pytest.raises(LolcatsError, match=r"score\.weight has shape \(2, 32\)"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "two", num_labels=5)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "two", num_labels=5, ignore_mismatched_sizes=True
+    )
+    assert model(IDS[:1]).logits.shape == (1, 5)
+    assert torch.equal(model.model(IDS)[0], found.model(IDS)[0])
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification])
+def test_decoders_are_strict_whatever_is_ignored(auto: Any, tmp_path: Path) -> None:
+    model = lol()
+    model.save_pretrained(tmp_path)
+    again = auto.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    torch.testing.assert_close(again.base_model(IDS)[0], model.model(IDS)[0])
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(7)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LolcatsError, match=r"norm\.weight has shape \(7,\)"):
+        auto.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification])
+def test_experts_are_computed_as_in_the_base(auto: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny("mixtral")
+    usual = base.config._experts_implementation
+    lolcats.convert(base, SMALL).save_pretrained(tmp_path)
+    for kind in (MixtralForCausalLM, MixtralModel):  # as in a new process
+        monkeypatch.delattr(kind, "_can_set_experts_implementation_cached_value", raising=False)
+    model = auto.from_pretrained(tmp_path)
+    assert model.config._experts_implementation == usual == "grouped_mm"
+    assert type(auto.from_config(model.config)) is type(model)
+    model.set_experts_implementation("batched_mm")
+    assert model.config._experts_implementation == "batched_mm"
 
 
 def test_models_with_images_are_found_where_their_base_is(tmp_path: Path) -> None:

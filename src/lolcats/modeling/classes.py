@@ -71,16 +71,18 @@ class LinearizedModel:
         return record
 
     @classmethod
-    def _verify(cls, info: dict[str, Any], path: Any) -> None:
+    def _verify(cls, info: dict[str, Any], path: Any, any_head: bool) -> None:
         verify_loading(info, path)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         """Like transformers' own, for merged models and adapters; errors name a missing or extra tensor.
 
-        ``base=``: where the base model of an adapter is now, if it has moved.
+        ``base=``: where the base model of an adapter is now, if it has moved. ``ignore_mismatched_sizes`` only applies
+        to the head of a classifier: a decoder whose tensors have other shapes is an error.
         """
         path = pretrained_model_name_or_path
         config, base = kwargs.get("config"), str(kwargs.pop("base", None) or "")
@@ -106,7 +108,7 @@ class LinearizedModel:
             )
         except SafetensorError as error:
             raise LolcatsError(f"{path}: a weight file is damaged or truncated ({error}).") from None
-        cls._verify(info, path)
+        cls._verify(info, path, ignore_mismatched_sizes)
         for layer in linearized_layers(settle(model)):
             layer.freeze_unused()  # transformers makes every loaded parameter trainable
         return (model, info) if output_loading_info else model
@@ -155,12 +157,14 @@ class OtherTask(LinearizedModel):
         return {**record, "layers": [{**x, "name": x["name"].removeprefix(prefix)} for x in record["layers"]]}
 
     @classmethod
-    def _verify(cls, info: dict[str, Any], path: Any) -> None:
+    def _verify(cls, info: dict[str, Any], path: Any, any_head: bool) -> None:
         prefix = f"{cls.base_model_prefix}."  # type: ignore[attr-defined]
         headless = modeling_auto.MODEL_MAPPING.get(cls.config_class, None) is cls  # type: ignore[attr-defined]
         missing = [x for x in map(str, info.get("missing_keys") or ()) if headless or x.startswith(prefix)]
         unexpected = [x for x in map(str, info.get("unexpected_keys") or ()) if x.startswith(prefix)]
-        verify_loading({**info, "missing_keys": missing, "unexpected_keys": unexpected}, path)
+        wrong = [x for x in info.get("mismatched_keys") or () if headless or not any_head or x[0].startswith(prefix)]
+        found = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": wrong}
+        verify_loading({**info, **found}, path)
 
 
 class LinearizedConfig:
@@ -210,6 +214,7 @@ def linearized_class(base: Any) -> Any:
     _register_tasks(base, model_class)
     _keep_conversions(base, name)
     _list(base, name)
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{MODEL_TYPE}:{name}"] = name
     _publish(model_class)
     return model_class
 
@@ -221,6 +226,7 @@ def other_task_class(base: Any) -> Any:
     members = {"config_class": _config_class_for(base), "_keep_in_fp32_modules_strict": fp32}
     model_class = Made(f"Lolcats{base.__name__}", (OtherTask, base), members | _common(base, other_task_class))
     _keep_conversions(base, model_class.__name__)
+    _list(base, model_class.__name__)
     return model_class
 
 
@@ -249,22 +255,27 @@ def _config_class_for(base: Any) -> Any:
 
 
 def _common(base: Any, function: Any, *more: Any) -> dict[str, Any]:
-    # For custom code, transformers would rename layer types and not initialize buffers that are in no file. It would
-    # also save the file of our class as the model's own code, if it took the class to be that (_auto_class).
-    own = {"is_custom_code": base.is_custom_code} if hasattr(base, "is_custom_code") else {}
-    return {"__module__": __name__, "_made_by": (function, (base, *more)), "_auto_class": None, **own}
+    """Members of every class made here. What transformers decides by the module of a class is as for ``base``.
+
+    For custom code, it would rename layer types and not initialize buffers that are in no file. It reads the module's
+    text to see whether there is a choice of how to compute experts. It would also save the file of our class as the
+    model's own code, if it took the class to be that (_auto_class).
+    """
+    questions = ("is_custom_code", "_can_set_experts_implementation")
+    answers = {question: getattr(base, question) for question in questions if hasattr(base, question)}
+    return {"__module__": __name__, "_made_by": (function, (base, *more)), "_auto_class": None, **answers}
 
 
 def _list(base: Any, name: str) -> None:
-    """List the class ``name`` wherever transformers lists the names of ``base``, and among causal language models.
+    """List the class ``name`` wherever transformers lists the name of ``base``.
 
     Trainer (which must shift labels), pipelines, model cards and ``transformers serve`` look for class names there.
     The keys are model types; ours is none, so that the auto classes, which go by configuration, do not see the entry.
     """
     tables: dict[str, Any] = {k: v for k, v in vars(modeling_auto).items() if k.endswith("_MAPPING_NAMES")}
-    for title, table in tables.items():
+    for table in tables.values():
         names = {n for entry in table.values() for n in (entry if isinstance(entry, tuple) else (entry,))}
-        if base.__name__ in names or title == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES":
+        if base.__name__ in names:
             table[f"{MODEL_TYPE}:{name}"] = name
 
 
