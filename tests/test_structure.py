@@ -11,8 +11,8 @@ OLD_PLACES = ("data_stats",)
 """Modules that only hand on what has moved, for one release."""
 ORDER = (
     "errors", "version", "files", "tensors", "memory", "ranks", "config", "attention", "weights", "modeling",
-    "compared", "run", "data", "stages", "inference", "selection", "reference_import", "evaluation", "report", "pipeline",
-    "plan", "lab", "cli", *OLD_PLACES,
+    "compared", "run", "data", "stages", "inference", "selection", "reference_import", "evaluation", "report",
+    "pipeline", "plan", "lab", "cli", *OLD_PLACES,
 )  # fmt: skip
 """Each part may import only what stands before it."""
 
