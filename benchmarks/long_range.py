@@ -31,7 +31,6 @@ from lolcats.attention import attention
 from lolcats.config import AttentionConfig
 from lolcats.evaluation.positions import buckets
 from lolcats.evaluation.text import encode, read_documents
-from lolcats.files import read_tensors, write_tensors
 from lolcats.modeling.convert import convert
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import (
@@ -43,6 +42,7 @@ from lolcats.modeling.layer import (
 )
 from lolcats.modeling.observe import watch_layers
 from lolcats.report.table import markdown
+from lolcats.tensors import read_tensors, write_tensors
 from lolcats.weights.base import find_base, load_model, load_tokenizer
 
 ATTENTION = AttentionConfig(feature_inputs="unrotated")  # so that a call has both; what maps see is put together here

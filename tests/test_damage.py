@@ -27,7 +27,6 @@ from transformers import AutoConfig
 import lolcats
 from lolcats.config import AttentionConfig, FinetuneConfig, load_config
 from lolcats.errors import LolcatsError
-from lolcats.files import read_tensors
 from lolcats.modeling.checkpoint import (
     FEATURE_MAPS,
     LORA,
@@ -40,6 +39,7 @@ from lolcats.plan import read_config, size_of
 from lolcats.report.figures import read_metrics
 from lolcats.stages.finetune.stage import add_lora
 from lolcats.stages.metrics import replace_metrics
+from lolcats.tensors import read_tensors
 from lolcats.weights.base import find_base, load_model
 from lolcats.weights.gguf_header import check_gguf
 

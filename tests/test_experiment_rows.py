@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import lolcats
 from lolcats.config import load_config
-from lolcats.files import read_tensors
 from lolcats.lab.sweep.execute import run_sweep
 from lolcats.lab.sweep.plan import read_sweep
 from lolcats.modeling.layer import linearized_layers, override
 from lolcats.pipeline import linearize
+from lolcats.tensors import read_tensors
 
 NO_TRANSFER = ["transfer.max_steps=0", "finetune.feature_map_learning_rate=1e-2"]
 HEDGEHOG = ["attention.kind=linear", "transfer.mse_weight=0", "transfer.xent_weight=1"]

@@ -4,18 +4,29 @@
     model = lolcats.convert(model, lolcats.load_config("default"))
 
 Importing this package registers ``model_type: lolcats`` with transformers, so
-``AutoModelForCausalLM.from_pretrained(DIR)`` loads linearized models. Everything else is imported on first use.
+``AutoModelForCausalLM.from_pretrained(DIR)`` loads linearized models. It imports neither transformers nor torch: the
+registration waits until the program imports AutoConfig, and everything else is imported on first use.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from wrapt import register_post_import_hook
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling import auto as _auto  # noqa: F401  registers the model type
+from lolcats.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from lolcats.attention import use_backend
+    from lolcats.config import Config, load_config
+    from lolcats.evaluation.perplexity import perplexity
+    from lolcats.modeling.checkpoint import load
+    from lolcats.modeling.convert import convert
+    from lolcats.modeling.layer import override
+    from lolcats.stages.finetune.stage import finetune
+    from lolcats.stages.transfer.stage import transfer
 
 _LAZY = {
     "Config": "lolcats.config",
@@ -28,10 +39,24 @@ _LAZY = {
     "finetune": "lolcats.stages.finetune.stage",
     "perplexity": "lolcats.evaluation.perplexity",
 }
-__all__ = ["LolcatsError", "__version__", *_LAZY]
+__all__ = [
+    "Config", "LolcatsError", "__version__", "convert", "finetune", "load", "load_config", "override", "perplexity",
+    "transfer", "use_backend",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'lolcats' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register(_auto_config: object) -> None:
+    importlib.import_module("lolcats.modeling.auto")  # registers the model type
+
+
+register_post_import_hook(_register, "transformers.models.auto.configuration_auto")  # now, if it is imported already

@@ -25,11 +25,12 @@ from transformers import PreTrainedModel
 
 from lolcats.config import Config, to_yaml
 from lolcats.errors import LolcatsError
-from lolcats.files import compare_keys, is_empty, whole_directory, write_tensors, write_text
+from lolcats.files import is_empty, whole_directory, write_text
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, feature_map_state, save_adapter_config, seal_lora
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.parts import find_parts
+from lolcats.tensors import compare_keys, write_tensors
 from lolcats.weights.base import empty_model, find_base, load_tokenizer
 
 NAME = re.compile(r"(?:base_model\.model\.)?(?:model\.)?layers\.(\d+)\.self_attn\.(.+)")

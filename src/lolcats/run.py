@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lolcats
 from lolcats.config import PLACEMENT, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
 from lolcats.files import is_empty, write_text
@@ -30,6 +29,7 @@ from lolcats.modeling.code import needs_code
 from lolcats.modeling.parts import CONFIG, list_parts
 from lolcats.modeling.record import read_record
 from lolcats.ranks import is_first
+from lolcats.version import __version__
 from lolcats.weights.base import UNKNOWN, Base
 
 RECORD = "run.json"
@@ -69,7 +69,7 @@ class Run:
         if directory.is_dir() and not is_empty(directory):
             raise LolcatsError(f"{directory} is not empty and does not hold a lolcats run: choose another --out.")
         _check_writable(directory)
-        versions = {"python": platform.python_version(), "lolcats": lolcats.__version__}
+        versions = {"python": platform.python_version(), "lolcats": __version__}
         versions |= {name: version(name) for name in PACKAGES}
         record = {**identity, "date": str(date.today()), "versions": versions, "stages": {}, "results": {}}
         return cls(directory, record)

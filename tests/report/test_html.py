@@ -19,12 +19,12 @@ from lolcats.config import AttentionConfig, load_config
 from lolcats.evaluation.attention_maps import FILE, measure_attention
 from lolcats.evaluation.scores import mean_score
 from lolcats.evaluation.suite import Options
-from lolcats.files import read_tensors
 from lolcats.modeling.layer import linearized_layers
 from lolcats.pipeline import linearize
 from lolcats.report import html
 from lolcats.report.comparison import write_comparison
 from lolcats.report.table import attention_of
+from lolcats.tensors import read_tensors
 
 SECTIONS = [
     "Perplexity", "State per sequence", "Samples", "Training", "Error by layer", "Attention maps",

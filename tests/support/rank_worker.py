@@ -15,12 +15,12 @@ import lolcats
 from lolcats.config import load_config
 from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
-from lolcats.files import write_tensors
 from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.skeleton import build_skeleton
 from lolcats.ranks import ranks
 from lolcats.stages.transfer.loop import LayerTrainer
 from lolcats.stages.transfer.stage import transfer, transfer_in_turn
+from lolcats.tensors import write_tensors
 from lolcats.weights.base import find_base, load_model
 from support.ranks import as_torchrun
 

@@ -21,7 +21,6 @@ from lolcats.config import Config, load_config
 from lolcats.data.inputs import Inputs
 from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
-from lolcats.files import read_tensors
 from lolcats.modeling.checkpoint import load, save_lora
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import decoder_layers, linearized_layers
@@ -32,6 +31,7 @@ from lolcats.stages.distributed import all_reduce_gradients, is_sharded, own_dev
 from lolcats.stages.finetune.fits import shards
 from lolcats.stages.finetune.stage import finetune, load_over_ranks
 from lolcats.stages.finetune.trainer import BestKeeper, newest_checkpoint
+from lolcats.tensors import read_tensors
 from lolcats.weights.base import Base, find_base
 
 STOP = 2  # steps after which runs are interrupted

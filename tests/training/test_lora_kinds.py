@@ -16,8 +16,8 @@ import lolcats
 from lolcats import pipeline
 from lolcats.config import AttentionConfig, FinetuneConfig, load_config
 from lolcats.errors import LolcatsError
-from lolcats.files import read_tensors
 from lolcats.stages.finetune.stage import add_lora, lora_targets
+from lolcats.tensors import read_tensors
 from lolcats.weights import base as bases
 
 IDS = torch.randint(6, 300, (2, 40), generator=torch.Generator().manual_seed(0))

@@ -14,13 +14,13 @@ import lolcats
 from lolcats.config import Config, load_config
 from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
-from lolcats.files import read_tensors
 from lolcats.stages.finetune.stage import finetune
 from lolcats.stages.finetune.trainer import newest_checkpoint
 from lolcats.stages.transfer import loop
 from lolcats.stages.transfer.stage import transfer
 from lolcats.stages.transfer.units import read_progress
 from lolcats.stages.watch import LossWatch, first_bad_weight
+from lolcats.tensors import read_tensors
 
 
 @pytest.fixture

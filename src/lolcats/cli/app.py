@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
+from wrapt import register_post_import_hook
 
-import lolcats
 from lolcats.errors import Interrupted, LolcatsError, out_of_memory
+from lolcats.version import __version__
 
 app = typer.Typer(
     name="lolcats", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -37,7 +38,7 @@ out, err = Console(), Console(stderr=True)
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"lolcats {lolcats.__version__}")
+        typer.echo(f"lolcats {__version__}")
         raise typer.Exit
 
 
@@ -79,7 +80,10 @@ NO_MEMORY = (
 
 
 def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
-    """Register a command that reports user errors in one sentence, without a traceback."""
+    """Register a command that reports user errors in one sentence, without a traceback.
+
+    A command checks its options first and then imports what it needs: importing torch takes seconds.
+    """
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -111,10 +115,12 @@ def _check_finite(options: dict[str, Any]) -> None:
 
 def _quiet() -> None:
     """Silence the progress bars and notes of transformers: lolcats reports its own progress."""
-    from transformers.utils import logging
-
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     getLogger("bitsandbytes").setLevel("ERROR")  # warns about a package that nothing here needs
+    register_post_import_hook(_silence, "transformers.utils.logging")  # not every command needs transformers
+
+
+def _silence(logging: Any) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -180,7 +186,8 @@ def numbers(text: str, option: str = "--lengths") -> tuple[int, ...]:
 
 def load_any(model: str, config: Any, moved: str = "") -> tuple[Any, Any]:
     """Load a linearized model or any base model, and its tokenizer. ``moved``: where an adapter's base is now."""
-    from lolcats.modeling.checkpoint import is_linearized, load
+    from lolcats.modeling.checkpoint import load
+    from lolcats.modeling.record import is_linearized
     from lolcats.pipeline import device_and_dtype
     from lolcats.weights.base import find_base, load_model, load_tokenizer
 

@@ -31,12 +31,6 @@ def select(
     The other heads see window and sinks of the recipe. Takes a minute or more on a GPU and hours on a CPU. Without
     --budget and --heads, an eighth of the heads is kept.
     """
-    from lolcats.data.inputs import Inputs
-    from lolcats.pipeline import device_and_dtype
-    from lolcats.report.curve import draw_curve
-    from lolcats.selection import Settings
-    from lolcats.selection import select as choose
-
     config = settings(recipe, set_, trust)
     if unit not in ("head", "layer"):
         raise LolcatsError(f"--unit {unit}: expected head or layer.")
@@ -44,6 +38,13 @@ def select(
         raise LolcatsError("--budget and --heads both say how many heads to keep: give one of them.")
     if config.attention.softmax_heads:
         raise LolcatsError("attention.softmax_heads lists heads already: leave it out to choose them.")
+
+    from lolcats.data.inputs import Inputs
+    from lolcats.pipeline import device_and_dtype
+    from lolcats.report.curve import draw_curve
+    from lolcats.selection import Settings
+    from lolcats.selection import select as choose
+
     share = budget or config.attention.softmax_budget or 0.125
     attention = replace(config.attention, softmax_budget=share)
     inputs = Inputs(model, trust=trust)

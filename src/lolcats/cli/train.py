@@ -43,13 +43,15 @@ def linearize(model: Model, out_: Out, data: DataPath = "", recipe: Recipe = "de
               selection: ChosenHeads = None, controls: Controls = False, trust: Trust = False) -> None:  # fmt: skip
     """Linearize a model: attention transfer, LoRA, results table, adapter and merged model."""
     from lolcats.config import Control
-    from lolcats.pipeline import linearize as run_pipeline
 
     asked = [f"controls=[{', '.join(get_args(Control))}]"] if controls else []
     config = _with_heads(settings(recipe, [*set_, *asked], trust), selection, model)
     if train != bool(data):
         missing = "Training needs --data; without training, add --no-train." if train else "--no-train reads no --data."
         raise LolcatsError(missing)
+
+    from lolcats.pipeline import linearize as run_pipeline
+
     with writing(out_):
         if not train:
             return _without_training(model, out_, config, merge, selection)
@@ -60,11 +62,12 @@ def linearize(model: Model, out_: Out, data: DataPath = "", recipe: Recipe = "de
 
 def _with_heads(config: Any, selection: Path | None, model: str) -> Any:
     """The configuration with the heads of a selection file, if one is given."""
+    if selection is None:
+        return config
+
     from lolcats.selection import with_selection
     from lolcats.weights.base import find_base
 
-    if selection is None:
-        return config
     return with_selection(config, selection, find_base(model, config.trust_remote_code))
 
 
@@ -99,15 +102,16 @@ def transfer(
     selection: ChosenHeads = None, trust: Trust = False,
 ) -> None:  # fmt: skip
     """Run only stage 1, attention transfer. Also runs under torchrun."""
+    order = [f"transfer.order={schedule}"] if schedule else []
+    order += ["transfer.coupling=per_layer"] if schedule in ("stream", "blocks") else []
+    order += [f"transfer.block_size={block_size}"] if block_size else []
+    config = _with_heads(settings(recipe, [*order, *set_], trust), selection, model)
+
     from lolcats.data.inputs import Inputs
     from lolcats.pipeline import check_block, judge, start, train_maps
     from lolcats.ranks import is_first, ranks
     from lolcats.stages.transfer.orders import join_units
 
-    order = [f"transfer.order={schedule}"] if schedule else []
-    order += ["transfer.coupling=per_layer"] if schedule in ("stream", "blocks") else []
-    order += [f"transfer.block_size={block_size}"] if block_size else []
-    config = _with_heads(settings(recipe, [*order, *set_], trust), selection, model)
     check_block(config, block)
     with writing(out_):
         job = start(Inputs(model, trust=config.trust_remote_code), data, out_, config)
@@ -204,10 +208,12 @@ def import_(
 
     The checkpoints do not record every setting (window, α): pass those with --set attention...=.
     """
+    config = settings(recipe, set_, trust)
+
     from lolcats.reference_import import import_reference
 
     with writing(out_):
-        import_reference(base, transfer, lora, out_, settings(recipe, set_, trust))
+        import_reference(base, transfer, lora, out_, config)
     out.print(f"Adapter: {out_}", soft_wrap=True)
 
 
@@ -269,12 +275,13 @@ def stats(
     recipe: Recipe = "default", trust: Trust = False, set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Show data sizes, document lengths, and how far back MODEL's attention looks on DATA."""
-    from lolcats.lab.data_stats import data_statistics
-    from lolcats.pipeline import device_and_dtype
-
     if not picture.parent.is_dir():
         raise LolcatsError(f"--picture {picture}: {picture.parent} is not a directory.")
     config = settings(recipe, set_, trust)
+
+    from lolcats.lab.data_stats import data_statistics
+    from lolcats.pipeline import device_and_dtype
+
     found = data_statistics(model, data, config, *device_and_dtype(config), rows)
     facts = Table("", "", show_header=False)
     for name, value in found.facts.items():

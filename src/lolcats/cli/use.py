@@ -68,12 +68,13 @@ def evaluate(
 
     If the run was trained on --data, only its test rows are used.
     """
-    from lolcats.evaluation.suite import Options
-    from lolcats.pipeline import device_and_dtype
-
     own = Path(model) / "config.yaml"
     changes = [f"{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
     config = settings(recipe or (str(own) if own.is_file() else "default"), [*changes, *set_], trust)
+
+    from lolcats.evaluation.suite import Options
+    from lolcats.pipeline import device_and_dtype
+
     place, batch_size = device_and_dtype(config), batch_size or config.transfer.micro_batch_size
     if tasks:
         options = Options(data_dir, data, numbers(lengths), limit or None, batch_size, seed)
@@ -97,9 +98,11 @@ def generate(
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Answer one prompt and stream the answer."""
+    config = settings("default", set_, trust)
+
     from lolcats.inference.generate import generate as run_generate
 
-    loaded, tokenizer = load_any(model, settings("default", set_, trust), base)
+    loaded, tokenizer = load_any(model, config, base)
     run_generate(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, stream=True, raw=raw, seed=seed)
 
 
@@ -110,10 +113,12 @@ def chat(model: Model, max_new_tokens: NewTokens = 512, temperature: Temperature
          system: Annotated[str, typer.Option(help="System prompt.")] = "", base: MovedBase = "", trust: Trust = False,
          set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
     """Chat with a model in the terminal. An empty line, /exit or Ctrl-D quits; /new starts a new conversation."""
+    config = settings("default", set_, trust)
+
     from lolcats.inference.generate import encode
     from lolcats.inference.generate import generate as run_generate
 
-    loaded, tokenizer = load_any(model, settings("default", set_, trust), base)
+    loaded, tokenizer = load_any(model, config, base)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     while True:
@@ -254,14 +259,15 @@ def export(directory: Directory,
            base: MovedBase = "", trust: Trust = False,
            ) -> None:  # fmt: skip
     """Export an adapter as a self-contained model directory."""
-    from lolcats.files import is_empty
-    from lolcats.modeling.checkpoint import load
-    from lolcats.pipeline import export_merged
-
     if not merge:
         raise LolcatsError("The run directory already is the adapter: copy it, or pass --merge for a full model.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise LolcatsError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}.")
+
+    from lolcats.files import is_empty
+    from lolcats.modeling.checkpoint import load
+    from lolcats.pipeline import export_merged
+
     with writing(out_):
         if out_.is_dir() and not is_empty(out_):
             raise LolcatsError(f"{out_} is not empty; choose another --out.")
@@ -273,12 +279,20 @@ def export(directory: Directory,
 @command
 def info(model: Model, trust: Trust = False) -> None:
     """Describe a linearized model, or how a base model would be linearized."""
-    from lolcats.modeling.info import describe
+    from lolcats.modeling.record import is_linearized
+    from lolcats.modeling.saved import describe_saved
 
+    facts = describe_saved(Path(model)) if is_linearized(model) else _describe_base(model, trust)
     table = Table("", Column(overflow="fold"), show_header=False)
-    for name, value in describe(model, trust).items():
+    for name, value in facts.items():
         table.add_row(name, escape(str(value)))
     out.print(table)
+
+
+def _describe_base(model: str, trust: bool) -> dict[str, Any]:
+    from lolcats.modeling.info import describe
+
+    return describe(model, trust)
 
 
 def _perplexity(

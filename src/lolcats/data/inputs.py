@@ -16,8 +16,8 @@ from lolcats.config import DataConfig
 from lolcats.data.rows import Corpus, Data, split, tokenize_source
 from lolcats.data.store import tokenizer_hash
 from lolcats.errors import LolcatsError
-from lolcats.modeling.checkpoint import is_linearized
 from lolcats.modeling.parts import CONFIG, RUN
+from lolcats.modeling.record import is_linearized
 from lolcats.weights.base import Base, find_base, load_model, load_tokenizer
 
 COPIES = 16  # keep a model on a GPU if more than this many copies fit there

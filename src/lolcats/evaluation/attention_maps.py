@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from lolcats.attention.reference import softmax_weights
 from lolcats.evaluation.effective_length import QUANTILES, lengths_of_call
 from lolcats.evaluation.layers import head_errors
-from lolcats.files import write_tensors
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers
 from lolcats.modeling.observe import watch_layers
+from lolcats.tensors import write_tensors
 
 FILE = "attention.safetensors"
 TOKENS = 512  # maximum length: weights grow with its square

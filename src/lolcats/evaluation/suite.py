@@ -23,9 +23,8 @@ from lolcats.evaluation.scores import Score, average, mean_score
 from lolcats.evaluation.systems import check_baselines, systems
 from lolcats.evaluation.text import encode, read_documents
 from lolcats.modeling.auto import LolcatsConfig
-from lolcats.modeling.checkpoint import is_linearized
 from lolcats.modeling.code import may_run_code
-from lolcats.modeling.record import read_record
+from lolcats.modeling.record import is_linearized, read_record
 from lolcats.weights.base import find_base, load_tokenizer, read_config
 
 RECALL = {"recall": tuple(KINDS), **{f"recall-{kind}": (kind,) for kind in KINDS}}  # kinds of prompts by task

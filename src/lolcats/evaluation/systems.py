@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from lolcats.compared import BASELINES, BRANCHES, CONTROLS, STUDENT, TEACHER, WINDOWS, Compared
 from lolcats.errors import LolcatsError
-from lolcats.modeling.checkpoint import is_linearized, load
+from lolcats.modeling.checkpoint import load
 from lolcats.modeling.classes import convert_as
 from lolcats.modeling.code import may_run_code
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.parts import check_parts, lost_controls
-from lolcats.modeling.record import read_record
+from lolcats.modeling.record import is_linearized, read_record
 from lolcats.stages.finetune.controls import control, control_directory
 from lolcats.weights.base import Base, find_again, find_base, load_model
 

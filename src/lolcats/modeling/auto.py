@@ -1,4 +1,4 @@
-"""Register ``model_type: lolcats`` with transformers' AutoConfig. Imported by ``import lolcats``, so kept light.
+"""Register ``model_type: lolcats`` with transformers' AutoConfig. Imported as soon as AutoConfig is, so kept light.
 
 A saved config.json holds the base family's own fields, ``base_model_type``, and a ``lolcats`` section. Reading it
 creates the family's subclasses (:mod:`lolcats.modeling.classes`), so AutoModelForCausalLM finds them.

@@ -21,16 +21,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lolcats.errors import LolcatsError, first_line, out_of_memory
-from lolcats.files import (
-    compare_keys,
-    hash_file,
-    load_strictly,
-    read_checksums,
-    read_tensors,
-    whole_directory,
-    write_tensors,
-    write_text,
-)
+from lolcats.files import hash_file, whole_directory, write_text
 from lolcats.modeling.code import may_run_code
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.parallel import settle
@@ -38,7 +29,9 @@ from lolcats.modeling.parts import FEATURE_MAPS as FEATURE_MAPS
 from lolcats.modeling.parts import LORA as LORA
 from lolcats.modeling.parts import LORA_CONFIG, check_parts
 from lolcats.modeling.parts import LORA_WEIGHTS as LORA_WEIGHTS
-from lolcats.modeling.record import MODEL_TYPE, MODEL_TYPES, sealed
+from lolcats.modeling.record import MODEL_TYPE, sealed
+from lolcats.modeling.record import is_linearized as is_linearized
+from lolcats.tensors import compare_keys, load_strictly, read_checksums, read_tensors, write_tensors
 from lolcats.weights.base import Base, find_again, load_model, with_content
 
 ConvertAs = Callable[[PreTrainedModel, dict[str, Any]], PreTrainedModel]
@@ -70,13 +63,6 @@ def load(
         if isinstance(error, LolcatsError) or out_of_memory(error):
             raise
         raise LolcatsError(f"Cannot load {directory}: it is damaged or incomplete ({first_line(error)}).") from error
-
-
-def is_linearized(path: str | Path) -> bool:
-    """Whether ``path`` is a directory with a linearized model in either form."""
-    file = Path(path) / "config.json"
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    return any(f'"model_type": "{kind}"' in text for kind in MODEL_TYPES)
 
 
 def feature_map_state(model: nn.Module) -> dict[str, Tensor]:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+
+from wrapt import register_post_import_hook
 
 from lolcats.modeling.record import MODEL_TYPES
 
@@ -66,31 +65,10 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 }
 
 
-class _Changing(MetaPathFinder):
-    """Finds the modules of ``CHANGES`` as other finders do, and changes them once they have run."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in CHANGES:
-            return None
-        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((spec for spec in found if spec is not None), None)
-        if spec is not None and spec.loader is not None:
-            run: Any = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                run(module)
-                CHANGES[name](module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 def register() -> None:
     """Change the libraries, now or when they are imported: importing PEFT takes a second, liger-kernel more."""
     for name, change in CHANGES.items():
-        if name in sys.modules:
-            change(sys.modules[name])
-    sys.meta_path.insert(0, _Changing())
+        register_post_import_hook(change, name)
 
 
 register()

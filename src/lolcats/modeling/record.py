@@ -16,6 +16,13 @@ MODEL_TYPES = (MODEL_TYPE, REMOTE_TYPE)
 SEAL = "sha256"
 
 
+def is_linearized(path: str | Path) -> bool:
+    """Whether ``path`` is a directory with a linearized model in either form."""
+    file = Path(path) / "config.json"
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return any(f'"model_type": "{kind}"' in text for kind in MODEL_TYPES)
+
+
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
     """``record`` with a checksum of its contents."""
     plain = {key: value for key, value in record.items() if key != SEAL}

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lolcats
 from lolcats.config import AttentionConfig, to_yaml
 from lolcats.evaluation.memory import cache_bytes, readable
 from lolcats.files import write_text
@@ -14,6 +13,7 @@ from lolcats.report.curve import HEADER, curve_rows, curve_title, run_selection
 from lolcats.report.table import attention_of, markdown, memory_rows, model_table, remarks
 from lolcats.run import Run
 from lolcats.selection import Selection
+from lolcats.version import __version__
 from lolcats.weights.base import Base
 
 CARD = """---
@@ -132,7 +132,7 @@ def write_untrained_card(
         directory / "README.md",
         UNTRAINED.format(
             base=base.path if base.form == "hub" else name, name=name, kept=sum(map(len, kept.values())), heads=heads,
-            attention=attention_of(attention), version=lolcats.__version__, curve=curve_of(selection),
+            attention=attention_of(attention), version=__version__, curve=curve_of(selection),
             memory=markdown(("tokens", "teacher", "this model"), table), selected=json.dumps(kept),
             fingerprint=base.fingerprint,
         ),

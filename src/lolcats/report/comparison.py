@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-import lolcats
 from lolcats.compared import STUDENT, TEACHER
 from lolcats.evaluation.scores import Estimate, Score, difference, share_closed
 from lolcats.evaluation.suite import Options
 from lolcats.files import write_text
+from lolcats.version import __version__
 
 Scores = dict[str, list[Score]]
 """Scores by model name; every list has the same tasks in the same order."""
@@ -82,7 +82,7 @@ def write_comparison(path: Path, scores: Scores, model: str, tasks: list[str], b
     versions = {package.name: package.version for package in packages}
     record = {
         "model": model, "tasks": tasks, "baselines": baselines, "date": str(date.today()),
-        "versions": {"lolcats": lolcats.__version__, **versions}, "device": str(place[0]),
+        "versions": {"lolcats": __version__, **versions}, "device": str(place[0]),
         "dtype": str(place[1]).removeprefix("torch."), "options": asdict(options), "scores": comparison(scores),
     }  # fmt: skip
     write_text(path, json.dumps(record, default=str) + "\n")

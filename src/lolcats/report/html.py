@@ -17,7 +17,7 @@ from lolcats.compared import CONTROLS
 from lolcats.config import to_yaml
 from lolcats.evaluation.attention_maps import FILE
 from lolcats.evaluation.suite import LONG
-from lolcats.files import read_tensors, write_text
+from lolcats.files import write_text
 from lolcats.modeling.parts import lost_controls
 from lolcats.report import figures
 from lolcats.report.comparison import entry_rows
@@ -26,6 +26,7 @@ from lolcats.report.picture import has_matplotlib
 from lolcats.report.table import attention_of, memory_rows, model_table, remarks
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
 from lolcats.stages.finetune.controls import control_directory
+from lolcats.tensors import read_tensors
 
 PAGE = """<!doctype html>
 <html lang="en">

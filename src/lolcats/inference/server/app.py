@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lolcats import __version__
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Engine
 from lolcats.inference.engine.grammar import GrammarError
@@ -34,6 +33,7 @@ from lolcats.inference.server.replies import Reply
 from lolcats.inference.server.schema import ChatRequest, CompletionRequest, Generation
 from lolcats.inference.server.stream import LEFT, SHUT_DOWN, EventStream, Streams, while_connected, whole
 from lolcats.inference.server.tokenizing import Tokenizing
+from lolcats.version import __version__
 
 log = logging.getLogger(__name__)
 READ = ["GET", "HEAD"]

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-import lolcats
 from lolcats.compared import STUDENT, TEACHER, WINDOW_SINKS
 from lolcats.data.inputs import Inputs
 from lolcats.errors import Interrupted, LolcatsError
@@ -31,6 +30,7 @@ from lolcats.lab.sweep.measure import Measurement, short_hash
 from lolcats.lab.sweep.plan import Row, Sweep, plan
 from lolcats.lab.sweep.row import LOCKS, Setup, release, row_result, run_key, source, untrained_key, untrained_result
 from lolcats.lab.sweep.table import CONTROL, ROW, UNTRAINED, render
+from lolcats.version import __version__
 
 RESULTS, TABLE = "results.jsonl", "table.md"
 Result = dict[str, Any]
@@ -247,10 +247,10 @@ def _check_paths(sweep: Sweep, rows: list[Row]) -> None:
 
 def _provenance(command: str) -> Result:
     describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    git = subprocess.run(describe, cwd=Path(lolcats.__file__).parent, capture_output=True, text=True, check=False)
+    git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return {
         "commit": git.stdout.strip(), "date": str(date.today()), "hardware": hardware(), "command": command,
-        "versions": {"lolcats": lolcats.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"lolcats": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 from lolcats.config import Config, FinetuneConfig
 from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
-from lolcats.files import load_strictly, read_tensors
 from lolcats.modeling.checkpoint import LORA_WEIGHTS
 from lolcats.modeling.convert import convert
 from lolcats.modeling.families import FUSED, PROJECTIONS
@@ -33,6 +32,7 @@ from lolcats.stages.finetune.trainer import StageTrainer
 from lolcats.stages.result import StageResult
 from lolcats.stages.trained import train_only, trainable
 from lolcats.stages.watch import first_bad_layer, first_bad_weight
+from lolcats.tensors import load_strictly, read_tensors
 from lolcats.weights.base import Base, load_model
 from lolcats.weights.shards import OtherNames, shards_of
 

@@ -24,7 +24,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from lolcats.config import StageConfig
 from lolcats.data.rows import Item
 from lolcats.errors import Interrupted, LolcatsError
-from lolcats.files import load_strictly, read_json_lines, read_tensors, write_tensors, write_text
+from lolcats.files import read_json_lines, write_text
 from lolcats.ranks import is_first, ranks
 from lolcats.stages.arguments import training_arguments
 from lolcats.stages.distributed import all_reduce_gradients, any_rank, is_sharded
@@ -34,6 +34,7 @@ from lolcats.stages.result import StageResult
 from lolcats.stages.trackers import name_directory
 from lolcats.stages.trained import trainable
 from lolcats.stages.watch import ADVICE, LossWatch
+from lolcats.tensors import load_strictly, read_tensors, write_tensors
 
 COMPLETE = "complete"
 TRAINABLE = "trainable.safetensors"

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-import lolcats
 from lolcats.config import PLACEMENT, Config, identity_of, to_dict
 from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
@@ -40,6 +39,7 @@ from lolcats.stages.transfer.loss import attention_loss, attention_losses
 from lolcats.stages.transfer.units import Unit
 from lolcats.stages.transfer.visits import VALIDATION, Batch, Visits, validation_batches
 from lolcats.stages.watch import LossWatch
+from lolcats.version import __version__
 
 STAGE, JOB = "transfer", "job.json"
 HARMLESS = (*PLACEMENT["transfer"], "save_steps", "log_steps")  # settings that do not change the result
@@ -114,7 +114,7 @@ class LayerTrainer:
     def _check_job(self, job: dict[str, Any]) -> None:
         """Check that all ranks do the same job, and that files in the directory belong to it."""
         versions = {name: version(name) for name in ("torch", "transformers")}
-        self.ranks.agree({**job, **versions, "lolcats": lolcats.__version__})
+        self.ranks.agree({**job, **versions, "lolcats": __version__})
         known = self.ranks.shared(read_job(self.directory) if self.ranks.is_first else None)
         if known is not None:
             compare_jobs(known, job, self.directory)

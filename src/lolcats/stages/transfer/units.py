@@ -21,9 +21,9 @@ from transformers import get_scheduler
 
 from lolcats.config import TransferConfig
 from lolcats.errors import LolcatsError
-from lolcats.files import load_strictly, read_metadata, read_tensors, write_tensors
 from lolcats.modeling.layer import LinearizedAttention
 from lolcats.stages.schedules import SCHEDULES, plateau_arguments
+from lolcats.tensors import load_strictly, read_metadata, read_tensors, write_tensors
 
 MAPS, BEST, FIRST, SECOND = "maps.", "best.", "exp_avg.", "exp_avg_sq."
 
