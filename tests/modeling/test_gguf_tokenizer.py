@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -238,3 +240,22 @@ def test_a_run_without_a_whole_tokenizer_gets_its_base_s(tmp_path: Path, setting
     (out / "config.json").unlink()
     resume(out, lambda _: None)
     assert (out / "tokenizer.json").read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer"])
+def test_a_run_of_a_directory_has_its_tokenizer(
+    kind: str, model_dirs: Any, chat_file: Path, tmp_path: Path, settings: list[str]
+) -> None:
+    shutil.copytree(model_dirs["qwen2"], tmp_path / "base")
+    known = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    (tmp_path / "base" / "tokenizer_config.json").write_text(
+        json.dumps({**known, "tokenizer_class": kind, "unk_token": "<pad>"})
+    )
+    config, said, inputs = load_config("default", settings), list[str](), Inputs(str(tmp_path / "base"))
+    for _ in range(2):
+        job = start(inputs, str(chat_file), tmp_path / "out", config, said.append)
+        assert job.inputs is inputs  # with what it has read before
+    assert not [line for line in said if "keeps the tokenizer" in line]
+    (tmp_path / "out" / "tokenizer.json").write_text("{")
+    with pytest.raises(LolcatsError, match="tokenizer files are damaged"):
+        start(inputs, str(chat_file), tmp_path / "out", config, said.append)

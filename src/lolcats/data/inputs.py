@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from lolcats.config import DataConfig
@@ -18,7 +17,7 @@ from lolcats.data.store import tokenizer_hash
 from lolcats.errors import LolcatsError
 from lolcats.modeling.parts import CONFIG, RUN
 from lolcats.modeling.record import is_linearized
-from lolcats.weights.base import Base, find_base, load_model, load_tokenizer
+from lolcats.weights.base import Base, find_base, load_model, load_tokenizer, saved_tokenizer
 
 COPIES = 16  # keep a model on a GPU if more than this many copies fit there
 
@@ -47,9 +46,7 @@ class Inputs:
         another version of lolcats or transformers."""
         if not has_tokenizer(directory):
             return self
-        saved = load_tokenizer(Base(str(directory), "directory", ""), self.trust)
-        core, file = saved.backend_tokenizer, Tokenizer.from_file(str(directory / "tokenizer.json"))
-        core.normalizer, core.pre_tokenizer = file.normalizer, file.pre_tokenizer  # some classes replace these
+        saved = saved_tokenizer(directory, self.trust)
         if tokenizer_hash(saved) == tokenizer_hash(self.tokenizer):
             return self
         inputs = copy.copy(self)

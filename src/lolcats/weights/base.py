@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download, try_to_load_from_cache
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -239,6 +240,16 @@ def load_tokenizer(base: Base, trust: bool = False) -> Any:
         if header:
             tokenizer = mend_tokenizer(tokenizer, Path(base.path), header)
     _check_words(tokenizer, base)
+    return tokenizer
+
+
+def saved_tokenizer(directory: Path, trust: bool = False) -> Any:
+    """The tokenizer that a run saved, as its tokenizer.json says. Its class would replace some of that, and reading the
+    configuration beside it may need the base model's code."""
+    with _readable(Base(str(directory), "directory", ""), "Its tokenizer files are damaged: restore them from a copy."):
+        tokenizer = AutoTokenizer.from_pretrained(directory, config=PreTrainedConfig(), trust_remote_code=trust)
+        core, file = tokenizer.backend_tokenizer, Tokenizer.from_file(str(directory / "tokenizer.json"))
+        core.normalizer, core.pre_tokenizer = file.normalizer, file.pre_tokenizer
     return tokenizer
 
 
