@@ -174,6 +174,17 @@ def test_own_code_for_a_type_that_transformers_knows(trust: bool, model_dirs, ch
     assert invoke("evaluate", out, "--data", chat_file, "--rows", 4, TRUST).count("student") == 1
 
 
+def test_models_that_nothing_was_trained_for(trained: Path, tmp_path: Path) -> None:
+    out, heads = tmp_path / "out", ("--set", 'attention.softmax_heads={"0": [0]}')
+    command = ("linearize", trained / "base", "--out", out, "--no-train", *sets(SETTINGS[:3]), *heads)
+    assert TRUST in invoke(*command, code=2)
+    invoke(*command, TRUST)
+    assert 'from_pretrained("DIR", trust_remote_code=True)' in (out / "README.md").read_text()
+    with torch.no_grad():
+        adapter, merged = (lolcats.load(place, trust=True)(IDS).logits for place in (out, out / "merged"))
+    assert torch.equal(adapter, merged)
+
+
 def test_skeletons_of_loaded_and_sharded_models(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 1 of models whose files have other tensor names, and stage 2 over several GPUs."""
     base, config = find_base(str(trained / "base")), load_config("default", SETTINGS)

@@ -65,7 +65,7 @@ def write_card(run: Run) -> None:
         run.directory / "README.md",
         CARD.format(
             base=run.base.path.rsplit("/", 1)[-1] if run.base.form != "hub" else run.base.path,
-            trust=", trust_remote_code=True" if run.needs_code else "",
+            trust=CONSENT if run.needs_code else "",
             name=run.base.path.rsplit("/", 1)[-1], attention=attention_of(config.attention),
             version=record["versions"]["lolcats"], date=record["date"], test_rows=data["test_rows"],
             length=config.data.sequence_length, remarks="\n\n".join(remarks(run)),
@@ -104,7 +104,7 @@ trained. Made with lolcats {version}.
 ```python
 import lolcats  # registers the model type
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("DIR")
+model = AutoModelForCausalLM.from_pretrained("DIR"{trust})
 ```
 
 {curve}
@@ -115,6 +115,7 @@ model = AutoModelForCausalLM.from_pretrained("DIR")
 Kept heads by layer: `{selected}`. Base weights: {fingerprint}.
 """
 TOKENS = (1024, 8192, 65536)
+CONSENT = ", trust_remote_code=True"  # for a base model that comes with code of its own
 
 
 def write_untrained_card(
@@ -131,7 +132,8 @@ def write_untrained_card(
     write_text(
         directory / "README.md",
         UNTRAINED.format(
-            base=base.path if base.form == "hub" else name, name=name, kept=sum(map(len, kept.values())), heads=heads,
+            base=base.path if base.form == "hub" else name, trust=CONSENT if model.config.own_model else "",
+            name=name, kept=sum(map(len, kept.values())), heads=heads,
             attention=attention_of(attention), version=__version__, curve=curve_of(selection),
             memory=markdown(("tokens", "teacher", "this model"), table), selected=json.dumps(kept),
             fingerprint=base.fingerprint,
