@@ -170,7 +170,7 @@ def test_deadline_lets_no_row_begin_that_would_not_end(file: Path, place: list[s
     results, said = run(sweep, out, deadline=-1.0)
     assert results == []
     assert said.count("Deadline: ") == said.count("s are left") == 5
-    assert "5 results are missing; run the same command again to continue" in said
+    assert "Missing results: 5. Run the same command again to continue" in said
 
     first, second = plan(sweep)
 
@@ -247,7 +247,7 @@ def test_processes_share_the_rows(file: Path, place: list[str], tmp_path: Path) 
         assert ours
         results, said = run(sweep, tmp_path / "out")
         assert [r["kind"] for r in results] == ["untrained", "untrained", "row", "control"]
-        assert "1 results are missing" in said
+        assert "Missing results: 1" in said
     assert len(run(sweep, tmp_path / "out")[0]) == 5
 
 

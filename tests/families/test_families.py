@@ -60,7 +60,7 @@ def built(family: Family) -> Any:
 def test_feature_maps_in_front_of_rope(name: str) -> None:
     config, model = replace(HYBRID, feature_inputs="unrotated"), built(FAMILIES[name])
     if name in NOT_UNROTATED:
-        with pytest.raises(LolcatsError, match="does not rotate its queries and keys by RoPE"):
+        with pytest.raises(LolcatsError, match="does not apply RoPE the way"):
             converted(model, config)
         return
     student = converted(model, config)

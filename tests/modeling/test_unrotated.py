@@ -190,7 +190,7 @@ NO_ROPE: dict[str, Any] = {  # the first layer that is refused
 def test_layers_without_rope_are_refused(layer: str, weights: bool) -> None:
     config = NO_ROPE[layer]()
     model = AutoModelForCausalLM.from_config(config) if weights else empty_model(config, torch.float32)
-    with pytest.raises(LolcatsError, match=f"^Layer {layer} does not rotate its queries and keys"):
+    with pytest.raises(LolcatsError, match=f"^Layer {layer} does not apply RoPE the way"):
         (lolcats.convert if weights else convert_empty)(model, UNROTATED)
 
 

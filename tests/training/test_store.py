@@ -258,7 +258,7 @@ def test_identity_of_a_mixture_depends_on_the_content_of_its_sources(tmp_path: P
         ("sources: [{weight: 1}]", "path"),
         ("sources: [{path: ./none.jsonl}]", "does not exist"),
         ("sources: [{path: a.jsonl, wieght: 1}]", "Did you mean"),
-        ("sources: [{path: mix.yaml}]", "a mixture itself"),
+        ("sources: [{path: mix.yaml}]", "itself a mixture"),
         ("sources: {", "not valid YAML"),
         ("- a", "expected a mapping"),
     ],

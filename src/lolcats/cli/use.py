@@ -214,7 +214,8 @@ def bench(
     new: Annotated[int, typer.Option(min=3, help="Tokens to generate per prompt.")] = 4096,
     peers: Annotated[str, typer.Option(help="Comma-separated variants of Hugging Face's generate to compare with: "
                                             "sdpa, static (static cache, compiled); may be empty.")] = "sdpa",
-    peer_new: Annotated[int, typer.Option(min=3, help="Like --new, for the variants in --peers.")] = 64,
+    peer_new: Annotated[int, typer.Option(min=3, help="Tokens to generate per prompt for the variants in "
+                                                         "--peers.")] = 64,
     state_dtype: Annotated[str, typer.Option(help="Precision of the sums in the states: float32 or bfloat16.")]
         = "float32",
     runs: Annotated[int, typer.Option(min=1, help="Runs of each system, in turns; the median is reported.")] = 1,

@@ -74,6 +74,6 @@ def read_mixture(source: str, config: DataConfig) -> list[Share]:
         beside = path.parent / Path(entry.path).expanduser()
         name = str(beside) if beside.exists() else entry.path
         if is_mixture(name):
-            raise LolcatsError(f"{source}: {entry.path} is a mixture itself: list its sources here instead.")
+            raise LolcatsError(f"{source}: {entry.path} is itself a mixture: list its sources here instead.")
         shares.append(Share(name, replace(config, **own), entry.weight / total))
     return shares

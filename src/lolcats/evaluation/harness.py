@@ -216,7 +216,8 @@ def _group_scores(results: dict[str, Any], group: Any) -> Iterator[Score]:
             strata = tuple(_items(results, name, wanted.metric, filtered) for name in names)
             if not all(strata):
                 raise LolcatsError(
-                    f"Group {group.name}: {wanted.metric} is not a mean over items; name its tasks instead."
+                    f"Group {group.name}: {wanted.metric} is not a mean over items; pass the group's tasks to --tasks "
+                    "instead."
                 )
             if wanted.weight_by_size:
                 strata = (tuple(x for stratum in strata for x in stratum),)

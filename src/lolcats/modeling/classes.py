@@ -312,9 +312,9 @@ def classes_for(base_model_type: str) -> tuple[Any, type[PreTrainedModel]]:
     """Config and model class for a family by its Hugging Face model type, e.g. ``llama``."""
     if not isinstance(base_model_type, str) or base_model_type not in CONFIG_MAPPING:
         raise LolcatsError(
-            f"This model was linearized from model type {base_model_type!r}, unknown to transformers. If code that "
-            "comes with its base model defines it, allow that code: --trust-remote-code, or lolcats.load(DIR, "
-            "trust=True) in Python."
+            f"transformers does not know model type {base_model_type!r}, which this model was linearized from. Upgrade "
+            "transformers or, if the base model comes with its own code, allow that code: --trust-remote-code, or "
+            "lolcats.load(DIR, trust=True) in Python."
         )
     model_class = linearized_class(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_model_type]])
     return model_class.config_class, model_class

@@ -41,8 +41,8 @@ def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = No
         raise LolcatsError(f"{type(model).__name__} is not a decoder-only language model, so it cannot be linearized.")
     if attention.softmax_budget:
         raise LolcatsError(
-            "attention.softmax_budget leaves the choice of heads to a search, which convert does not make: choose them "
-            "first (lolcats select, or lolcats.selection.select) and set attention.softmax_heads."
+            "convert() does not search for heads (attention.softmax_budget). Run lolcats select or "
+            "lolcats.selection.select first, then set attention.softmax_heads."
         )
     layers = probe(model)
     kinds = layer_kinds(attention, layers)

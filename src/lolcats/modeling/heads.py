@@ -114,7 +114,8 @@ def kept_heads(chosen: Mapping[str, Sequence[int]], geometries: Mapping[int, Geo
         count = geometries[int(text)].kv_heads
         if wrong := [head for head in heads if not 0 <= head < count]:
             raise LolcatsError(
-                f"attention.softmax_heads: layer {text} has no key/value head {wrong[0]} (it has {count}, from 0 on)."
+                f"attention.softmax_heads: layer {text} has no key/value head {wrong[0]} (it has {count}, numbered "
+                "from 0)."
             )
         if heads:
             found[int(text)] = tuple(sorted(set(heads)))

@@ -92,7 +92,10 @@ class SlicedMask(MaskRequest):
         return super().build(implementation)[self.index]
 
     def verify(self) -> None:
-        raise LolcatsError("This model drops queries before a linearized layer, whose state needs all of them.")
+        raise LolcatsError(
+            "This model skips some tokens before a linearized layer, but linear attention needs every token. Keep that "
+            "layer as softmax attention (attention.layers)."
+        )
 
 
 def mask_function(**arguments: Any) -> MaskRequest:

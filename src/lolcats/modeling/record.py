@@ -45,7 +45,9 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     try:
         record = json.loads(path.read_text())["lolcats"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LolcatsError(f"{path} is damaged ({error}).") from None
+    except ValueError as error:
+        raise LolcatsError(f"{path} is damaged: it is not valid JSON ({error}).") from None
+    except (KeyError, TypeError):
+        raise LolcatsError(f"{path} has no lolcats section: it is not a linearized model.") from None
     check_record(record)
     return dict(record)

@@ -129,7 +129,7 @@ def check_rotation(model: Any) -> None:
 def no_rotation(owner: Any, layer: int) -> LolcatsError:
     """The error for ``owner``, which is the model or one of its attention modules."""
     return LolcatsError(
-        f"Layer {layer} of {type(owner).__name__.removeprefix('Lolcats')} does not rotate its queries and keys by RoPE "
-        "as transformers' families do, so feature maps cannot see them unrotated. Use "
-        "attention.feature_inputs=rotated, or keep such layers as softmax (attention.layers)."
+        f"Layer {layer} of {type(owner).__name__.removeprefix('Lolcats')} does not apply RoPE the way transformers' "
+        "models do, so lolcats cannot get its queries and keys before RoPE. Set attention.feature_inputs=rotated, or "
+        "keep such layers as softmax (attention.layers)."
     )

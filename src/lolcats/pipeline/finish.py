@@ -30,7 +30,10 @@ def finish(job: Job, merge: bool = True, pictures: bool = True) -> None:
     if merge and not (out / "merged").is_dir():
         model = job.models.student()
         if is_sharded(model):
-            job.say(f"No merged model: the weights are sharded. To write it: lolcats export {out} --merge --out MERGED")
+            job.say(
+                "No merged model, because the weights are sharded. To write one: "
+                f"lolcats export {out} --merge --out MERGED"
+            )
         elif is_first():
             job.say(f"Writing {out / 'merged'}")
             export_merged(model, job.inputs.tokenizer, out / "merged")

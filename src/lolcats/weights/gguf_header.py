@@ -87,7 +87,7 @@ class _Cursor:
                 self._skip(inner, count)
                 continue
             if count > (self.size - self.place) // 12:
-                raise LolcatsError(f"its header has a list of {count} arrays")
+                raise LolcatsError(f"its header claims a list of {count} arrays, more than the file can hold")
             left.append(count)
             depth = max(depth, len(left))
             if depth > DEEPEST:
@@ -99,7 +99,7 @@ class _Cursor:
             self.take(count * struct.calcsize(SCALARS[kind]))
         elif kind == STRING:
             if count > self.size:
-                raise LolcatsError(f"its header has a list of {count} strings")
+                raise LolcatsError(f"its header claims a list of {count} strings, more than the file can hold")
             for _ in range(count):
                 self.take(self.number("Q"))
         else:
@@ -183,7 +183,7 @@ def _read(cursor: _Cursor) -> tuple[Header, Tensors, int]:
         header.shapes[name] = shape
     alignment = header.pairs.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment > 1 << 20:
-        raise LolcatsError(f"its alignment is {alignment}")
+        raise LolcatsError(f"general.alignment is {alignment}, expected 1 to 1,048,576")
     return header, found, -(-cursor.place // alignment) * alignment
 
 

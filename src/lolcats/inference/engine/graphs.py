@@ -79,5 +79,5 @@ def capture(forward: Forward, sizes: Sequence[int], device: torch.device) -> Dec
         return DecodeGraphs(forward, sizes, device)
     except RuntimeError as error:
         torch.cuda.synchronize(device)
-        log.warning("Decoding without CUDA graphs, which this model's forward pass does not allow: %s", error)
+        log.warning("Cannot capture this model in CUDA graphs, so it decodes without them: %s", error)
         return None

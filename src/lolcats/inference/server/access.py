@@ -43,7 +43,7 @@ class Access:
             if not HOST.fullmatch(host):
                 raise LolcatsError(f"--allowed-host {host}: expected a name without scheme or port, such as a.lan.")
         if "*" in self.origins and not self.api_key:
-            raise LolcatsError("--allow-origin '*' needs an API key: any web page could use this server.")
+            raise LolcatsError("--allow-origin '*' needs an API key; without one, any web page could use this server.")
         for origin in self.origins:
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise LolcatsError(f"--allow-origin {origin}: expected an origin such as https://chat.example.org.")
@@ -106,8 +106,8 @@ def access_for(host: str, api_key: str | None, origins: Sequence[str], hosts: Se
     local = is_loopback(host)
     if api_key == "" and not local:
         raise LolcatsError(
-            f"The API key is empty, and {host} can be reached by others. Set LOLCATS_API_KEY, or unset it to serve "
-            "without a key."
+            f"The API key is empty, but {host} can be reached by others. Set LOLCATS_API_KEY to a key, or unset the "
+            "variable to serve without one."
         )
     own = (*LOCAL_NAMES, f"[{host}]" if ":" in host else host) if local and not api_key else ()
     return Access(api_key or "", tuple(origins), (*own, *hosts))

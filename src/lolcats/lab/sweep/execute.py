@@ -107,7 +107,7 @@ def run_sweeps(
             tables.append(table)
         missing = len(jobs) - len(_of_sweep(_results(out), jobs))
         if missing > 0:
-            say(f"{missing} results are missing; run the same command again to continue.")
+            say(f"Missing results: {missing}. Run the same command again to continue.")
     if failed:
         raise LolcatsError(f"{len(failed)} rows failed ({'; '.join(failed)}). The results of the others are in {out}.")
     return tables

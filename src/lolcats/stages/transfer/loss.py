@@ -53,7 +53,7 @@ def weight_cross_entropy(
         weights: maximum number of elements in a tensor of weights; a single row may exceed it.
     """
     if call.padding is not None:
-        raise LolcatsError("The cross-entropy of attention weights (transfer.xent_weight) needs rows without padding.")
+        raise LolcatsError("transfer.xent_weight does not support padded rows: pack the rows, or set it to 0.")
 
     def of_rows(q: Tensor, k: Tensor) -> Tensor:
         fq, fk, gamma = layer.phi_q(q), layer.phi_k(k), layer.gamma

@@ -176,7 +176,7 @@ class LayerByLayer:
         total = sum(len(self.steps) for n in wanted for i in blocks[n] if i in self.units)
         with self._fused(), _progress(self.trainer, total, 0) as bar:
             for number in range(start, wanted[-1] + 1):
-                bar.set_description(f"transfer, block {number} (last: {len(blocks) - 1})")
+                bar.set_description(f"transfer, block {number} (of 0 to {len(blocks) - 1})")
                 target: Target = boundaries[number + 1] if number < last else Nowhere()
                 with ExitStack() as stack:
                     source: Source = boundaries[number] if number else self._embeddings(stack)
@@ -185,7 +185,7 @@ class LayerByLayer:
                 if number and (only is None or number > start):
                     boundaries[number].remove()
                 self.trainer.write_metrics()
-                self.say(f"  block {number} (last: {len(blocks) - 1}): {self._state()}")
+                self.say(f"  block {number} (of 0 to {len(blocks) - 1}): {self._state()}")
 
     def _embeddings(self, stack: ExitStack) -> Embeddings:
         stack.enter_context(self.skeleton.brought([-1]))
