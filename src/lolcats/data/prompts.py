@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from lolcats.data.tokens import encode, special_prefix
+from lolcats.data.tokens import encode, encode_with_spans, special_prefix
 from lolcats.errors import LolcatsError
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the answer lies: share of the text before it
@@ -153,15 +153,11 @@ def tail(
     for question, answer, _ in questions:
         text += f"{question} {answer}"
         places.append((len(text) - len(answer), len(text)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans = []
-    for first, last in places:
-        inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < last and b > first]
-        spans.append((inside[0], inside[-1] + 1))
+    ids, spans = encode_with_spans(tokenizer, text, places)
     cut = spans[0][0]
     depths = [depth for _, _, depth in questions]
     answers = [Answer(a - cut, b - cut, depth) for (a, b), depth in zip(spans, depths, strict=True)]
-    return encoded["input_ids"][:cut], encoded["input_ids"][cut:], answers
+    return ids[:cut], ids[cut:], answers
 
 
 def filler(haystack: Sequence[int], count: int, rng: random.Random) -> list[int]:

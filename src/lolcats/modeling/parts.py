@@ -71,7 +71,7 @@ def check_parts(directory: Path, parts: Any) -> None:
 def lost_controls(directory: Path) -> str:
     """Which controls of a run are not in ``directory``, although run.json says that they were trained; empty if none.
 
-    A model is complete without its controls, so this is no error unless one is asked for.
+    A model is complete without its controls, so this is an error only where one is asked for.
     """
     if not (directory / RUN).is_file():
         return ""

@@ -16,23 +16,29 @@ from lolcats.selection import Selection
 from lolcats.version import __version__
 from lolcats.weights.base import Base
 
-CARD = """---
+FRONT = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [lolcats, linear-attention]
 base_model: {base}
 ---
-# {name}, linearized
-
-`{base}` with its softmax attention replaced by {attention}. Made with lolcats
-{version} on {date}: constant memory and time per generated token.
-
-```python
+"""
+LOADING = """```python
 import lolcats  # registers the model type
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("DIR"{trust})
 ```
+"""
+CARD = (
+    FRONT
+    + """# {name}, linearized
 
+`{base}` with its softmax attention replaced by {attention}. Made with lolcats
+{version} on {date}: constant memory and time per generated token.
+
+"""
+    + LOADING
+    + """
 ## Perplexity on {test_rows} held-out rows of {length} tokens
 {perplexity}
 
@@ -54,6 +60,7 @@ Base weights: {base_fingerprint}. Stages: `{stages}`. Versions: `{versions}`.
 ```yaml
 {config}```
 """
+)
 
 
 def write_card(run: Run) -> None:
@@ -90,23 +97,16 @@ def _what_stays(layers: list[dict[str, Any]]) -> str:
     return " ".join(told) or "Every layer is linearized."
 
 
-UNTRAINED = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [lolcats, linear-attention]
-base_model: {base}
----
-# {name} with {kept} of {heads} key/value heads kept
+UNTRAINED = (
+    FRONT
+    + """# {name} with {kept} of {heads} key/value heads kept
 
 `{base}`, in which {kept} key/value heads stay softmax attention and all others are replaced by {attention}. Nothing was
 trained. Made with lolcats {version}.
 
-```python
-import lolcats  # registers the model type
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("DIR"{trust})
-```
-
+"""
+    + LOADING
+    + """
 {curve}
 
 ## Bytes of state per sequence
@@ -114,6 +114,7 @@ model = AutoModelForCausalLM.from_pretrained("DIR"{trust})
 
 Kept heads by layer: `{selected}`. Base weights: {fingerprint}.
 """
+)
 TOKENS = (1024, 8192, 65536)
 CONSENT = ", trust_remote_code=True"  # for a base model that comes with code of its own
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from lolcats.data.tokens import encode, special_prefix
+from lolcats.data.tokens import encode, encode_with_spans, special_prefix
 from lolcats.errors import LolcatsError
 from lolcats.selection.text import PEOPLE, PLACES, THINGS, sentences
 
@@ -55,7 +55,7 @@ class Writer:
         """The next ``tokens`` of the text.
 
         Raises:
-            LolcatsError: there is no room for any.
+            LolcatsError: there is no room for text.
         """
         if tokens <= 0:
             raise LolcatsError(f"{self.length} tokens are too few for a recall prompt: use longer ones (--lengths).")
@@ -84,12 +84,7 @@ class Writer:
         for question, answer in questions:
             text += f"{question} {answer}\n"
             places.append((len(text) - len(answer) - 1, len(text) - 1))
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        spans = []
-        for first, last in places:
-            inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < last and b > first]
-            spans.append((inside[0], inside[-1] + 1))
-        return encoded["input_ids"], spans
+        return encode_with_spans(self.tokenizer, text, places)
 
 
 def codes(writer: Writer) -> Scored:
