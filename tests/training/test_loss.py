@@ -158,7 +158,7 @@ def test_cross_entropy_of_weights_equals_the_naive_one(kind: Any, key_maps: Any,
             assert (gradient is None) == (right is None)
             if right is not None:
                 torch.testing.assert_close(gradient, right)
-    with pytest.raises(LolcatsError, match="without padding"):
+    with pytest.raises(LolcatsError, match="pack the rows"):
         weight_cross_entropy(layer, replace(call, padding=torch.ones(3, 45, dtype=torch.bool)))
 
 
