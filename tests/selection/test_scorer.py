@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -118,3 +119,45 @@ def test_search_finds_what_trying_all_sets_of_one_finds() -> None:
     last = shrink(scorer, units, 7, len(units), lambda _: None)[-1]
     without = {unit: scorer.loss([head for other in units if other != unit for head in other]) for unit in units}
     assert set(units) - set(last.units) == {min(units, key=without.__getitem__)}
+
+
+class Table:
+    """A scorer whose losses are made up: a set that is not listed has a high one."""
+
+    def __init__(self, losses: dict[frozenset[Any], float]) -> None:
+        self.losses = losses
+        self.heads = sorted({head for heads in losses for head in heads})
+
+    def move_to(self, heads: Any) -> None:
+        pass
+
+    def loss(self, heads: Any) -> float:
+        return self.losses.get(frozenset(heads), 10 - len(heads))
+
+
+def test_what_was_the_best_beginning_is_dropped_when_it_is_worth_little() -> None:
+    """0 is the best single head and 0, 1 the best pair with it, but 1 and 2 are better without 0."""
+    a, b, c, d = [(0, head) for head in range(4)]
+    table: Any = Table({
+        frozenset({a}): 5.0, frozenset({b}): 6.0, frozenset({c}): 7.0, frozenset({d}): 8.0,
+        frozenset({a, b}): 4.0, frozenset({a, c}): 4.5, frozenset({a, d}): 4.6, frozenset({b, c}): 1.0,
+        frozenset({a, b, c}): 0.9, frozenset({a, b, d}): 3.5, frozenset({b, c, d}): 0.5,
+    })  # fmt: skip
+    units = units_of(table, by_layer=False)
+    said: list[str] = []
+    found = grow(table, [], units, 3, len(units), said.append)
+    assert [(set(each.heads), each.loss) for each in found] == [({a}, 5.0), ({b, c}, 1.0), ({b, c, d}, 0.5)]
+    assert [line.split(", loss")[0] for line in said] == [
+        "1 head: layer 0 head 0 added", "2 heads: layer 0 head 1 added", "3 heads: layer 0 head 2 added",
+        "2 heads: layer 0 head 0 dropped again", "3 heads: layer 0 head 3 added",
+    ]  # fmt: skip
+
+
+def test_no_set_of_the_curve_is_better_without_one_than_a_smaller_one() -> None:
+    scorer = scorer_of(base_of())
+    found = grow(scorer, [], units_of(scorer, by_layer=False), 5, 8, lambda _: None)
+    for fewer, more in itertools.pairwise(found):
+        assert len(more.units) == len(fewer.units) + 1
+        for gone in more.units:
+            left = [head for unit in more.units if unit != gone for head in unit]
+            assert scorer.loss(left) > 0.99 * fewer.loss - 1e-6

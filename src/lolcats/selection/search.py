@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lolcats.selection.scorer import Scorer
 
 ONE_BY_ONE = 8  # units that are added singly
+GAIN = 0.99  # a set that replaces another one of its size has at most this share of its loss
 Head = tuple[int, int]
 Unit = tuple[Head, ...]
 Say = Callable[[str], None]
@@ -38,28 +39,50 @@ def units_of(scorer: Scorer, by_layer: bool) -> list[Unit]:
 
 
 def grow(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: int, width: int, say: Say) -> list[Found]:
-    """Add the unit that lowers the loss most, until ``count`` are kept.
+    """Add the unit that lowers the loss most, until ``count`` are kept: a floating forward search (Pudil et al. 1994).
 
     In each round the slopes of all units are computed at once, and only the ``width`` most promising ones are scored.
     The first ``ONE_BY_ONE`` units are added singly, since much depends on them; of many more, a 16th of ``count`` is
-    added in a round, those with the lowest scores.
+    added in a round, those with the lowest scores. After every round, units go again as long as what is left is better
+    by ``GAIN`` than the best set of that size: what was the best beginning may be worth little later.
 
     Returns:
-        The sets of all rounds, the last of which has ``count`` units.
+        The best set of every size that was reached, the last of which has ``count`` units.
     """
-    found, kept, others = [], list(kept), list(others)
-    while len(kept) < count and others:
+    units, kept = [*kept, *others], list(kept)
+    best: dict[int, Found] = {}
+    while True:
         scorer.move_to(_heads(kept))
-        tried = _steepest(scorer, kept, others, width, sign=1)
-        losses = {unit: scorer.loss(_heads([*kept, unit])) for unit in tried}
-        several = 1 if len(kept) < ONE_BY_ONE else min(max(1, count // 16), count - len(kept))
-        best = sorted(tried, key=losses.__getitem__)[:several]
-        kept += best
-        others = [unit for unit in others if unit not in best]
-        loss = losses[best[0]] if len(best) == 1 else scorer.loss(_heads(kept))
-        found.append(Found(tuple(kept), loss))
-        say(f"{len(_heads(kept))} heads: {', '.join(map(_named, best))} added, loss {loss:.4f}")
-    return found
+        others = [unit for unit in units if unit not in kept]
+        known = best.get(len(kept) - 1)
+        if known and (fewer := _without_one(scorer, kept, width)).loss < GAIN * known.loss:
+            (gone,) = set(kept) - set(fewer.units)
+            say(f"{_counted(fewer)}: {_named(gone)} dropped again, loss {fewer.loss:.4f}")
+            kept, best[len(fewer.units)] = list(fewer.units), fewer
+        elif len(kept) < count and others:
+            more = _with_more(scorer, kept, others, count, width)
+            added = ", ".join(map(_named, more.units[len(kept) :]))
+            say(f"{_counted(more)}: {added} added, loss {more.loss:.4f}")
+            better = min(best.get(len(more.units), more), more, key=lambda found: found.loss)
+            kept, best[len(more.units)] = list(better.units), better
+        else:
+            return [best[size] for size in sorted(best)]
+
+
+def _with_more(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: int, width: int) -> Found:
+    """``kept`` and the next unit or units."""
+    tried = _steepest(scorer, kept, others, width, sign=1)
+    losses = {unit: scorer.loss(_heads([*kept, unit])) for unit in tried}
+    several = 1 if len(kept) < ONE_BY_ONE else min(max(1, count // 16), count - len(kept))
+    added = sorted(tried, key=losses.__getitem__)[:several]
+    more = (*kept, *added)
+    return Found(more, losses[added[0]] if len(added) == 1 else scorer.loss(_heads(more)))
+
+
+def _without_one(scorer: Scorer, kept: Sequence[Unit], width: int) -> Found:
+    """``kept`` less the unit that is missed least."""
+    sets = [tuple(unit for unit in kept if unit != gone) for gone in _steepest(scorer, kept, kept, width, sign=-1)]
+    return min((Found(units, scorer.loss(_heads(units))) for units in sets), key=lambda found: found.loss)
 
 
 def shrink(scorer: Scorer, kept: Sequence[Unit], count: int, width: int, say: Say, share: float = 0.0) -> list[Found]:
@@ -78,7 +101,7 @@ def shrink(scorer: Scorer, kept: Sequence[Unit], count: int, width: int, say: Sa
         kept = [unit for unit in kept if unit not in gone]
         loss = losses[gone[0]] if drop == 1 else scorer.loss(_heads(kept))
         found.append(Found(tuple(kept), loss))
-        say(f"{len(_heads(kept))} heads: {', '.join(map(_named, gone))} dropped, loss {loss:.4f}")
+        say(f"{_counted(found[-1])}: {', '.join(map(_named, gone))} dropped, loss {loss:.4f}")
     return found
 
 
@@ -92,6 +115,10 @@ def _steepest(scorer: Scorer, kept: Sequence[Unit], units: Sequence[Unit], width
 
 def _heads(units: Sequence[Unit]) -> list[Head]:
     return [head for unit in units for head in unit]
+
+
+def _counted(found: Found) -> str:
+    return f"{len(found.heads)} head{'s' if len(found.heads) != 1 else ''}"
 
 
 def _named(unit: Unit) -> str:
