@@ -227,3 +227,24 @@ def test_kept_heads(tmp_path: Path) -> None:
     assert "| all | 2 |" in table
     with pytest.raises(SystemExit):
         module.main(["--help"])
+
+
+def test_selection(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    draw = random.Random(0)
+    text.write_text(" ".join(sentence(draw, 8) for _ in range(400)))
+    results = script("selection").main([
+        str(model_dirs["llama"]), "--text", str(text), "--heads", "2,3", "--lengths", "512", "--search-lengths", "1024",
+        "--answers", "5", "--tasks", "needle", "--random", "1", "--name", "tiny", "--out", str(tmp_path),
+    ])  # fmt: skip
+    rows = {(row["how"], row["count"]): row for row in results["rows"]}
+    assert list(rows) == [
+        ("all: the teacher", 4), ("one by one", 3), ("one by one", 2), ("none", 0), ("whole layers", 2),
+        ("steepest slopes", 2), ("single drop", 2), ("random 0", 2),
+    ]  # fmt: skip
+    assert rows["all: the teacher", 4]["loss"] == pytest.approx(0, abs=1e-6)
+    assert all(sum(map(len, row["heads"].values())) == row["count"] for row in rows.values())
+    losses = [rows[row]["loss"] for row in [("one by one", 3), ("one by one", 2), ("none", 0)]]
+    assert losses == sorted(losses)
+    assert json.loads((tmp_path / "selection-tiny.json").read_text())["rows"] == results["rows"]
+    assert (tmp_path / "selection-tiny.md").read_text().count("\n| ") == len(rows) + 1
