@@ -234,7 +234,7 @@ def test_selection(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     draw = random.Random(0)
     text.write_text(" ".join(sentence(draw, 8) for _ in range(400)))
     results = script("selection").main([
-        str(model_dirs["llama"]), "--text", str(text), "--heads", "2,3", "--lengths", "512", "--search-lengths", "1024",
+        str(model_dirs["llama"]), "--text", str(text), "--heads", "2,3", "--lengths", "512", "--search-lengths", "1536",
         "--answers", "5", "--tasks", "needle", "--random", "1", "--name", "tiny", "--out", str(tmp_path),
     ])  # fmt: skip
     rows = {(row["how"], row["count"]): row for row in results["rows"]}
