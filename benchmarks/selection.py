@@ -3,6 +3,7 @@
     python benchmarks/selection.py MODEL --text BOOK.txt [--heads 7,8,14] [--lengths 1024,4096,8192] [--answers 200]
         [--tasks passkey,needle,multi-query] [--random 5] [--gsm8k 320 --data-dir DIR] [--minutes 9]
         [--name NAME] [--out results]
+    python benchmarks/selection.py --shape llama3-8b --heads 32   # only the time of a search, with random weights
 
 Searches once, up to the largest number of heads, and measures the set of every number that is asked for. At the first
 number also these controls: whole layers chosen alike, the heads with the steepest slopes when none is kept, the heads
@@ -33,9 +34,10 @@ from lolcats.data.inputs import Inputs
 from lolcats.evaluation.recall import BEYOND, sight
 from lolcats.evaluation.scores import Score
 from lolcats.evaluation.suite import Options, prepare
+from lolcats.lab.bench import SHAPES, random_model
 from lolcats.modeling.layer import linearized_layers
 from lolcats.pipeline import device_and_dtype
-from lolcats.selection.prompts import prompts
+from lolcats.selection.prompts import Scored, prompts
 from lolcats.selection.result import by_layer
 from lolcats.selection.scorer import Scorer
 from lolcats.selection.search import Head, grow, units_of
@@ -43,6 +45,8 @@ from lolcats.selection.select import PASS, Settings, check_lengths, prompt_plan,
 
 LIMIT = 50
 """Answers in a cell of a random set."""
+ANSWER = 40
+"""Answer tokens of a random prompt."""
 
 
 @dataclass
@@ -96,6 +100,25 @@ def start(arguments: argparse.Namespace) -> tuple[Bench, dict[str, float]]:
                   Settings().width)  # fmt: skip
     seconds = {"loading": loaded - began, "prompts": written - loaded, "teacher": time.time() - written}
     return bench, seconds
+
+
+def timed(shape: str, count: int, lengths: Sequence[int]) -> dict[str, Any]:
+    """How long it takes to choose ``count`` heads with random weights and random prompts of the usual sizes."""
+    config = load_config("default", ["attention.sinks=4"])
+    device, dtype = device_and_dtype(config)
+    model = random_model(shape, trial_attention(config.attention), device, dtype)
+    draw, plan = random.Random(0), prompt_plan(lengths)
+    asked = [Scored(kind, [draw.randrange(SHAPES[shape]["vocab_size"]) for _ in range(n)], [(n - ANSWER, n)])
+             for kind, n in plan]  # fmt: skip
+    began = time.time()
+    scorer = Scorer(model, asked, PASS.get(device.type, PASS["cpu"]))
+    prepared = time.time()
+    search(scorer, count, Settings(), lambda line: print(f"{time.time() - prepared:.1f} s: {line}", flush=True))
+    return {
+        "shape": shape, "heads": f"{count} of {len(scorer.heads)}", "tokens": scorer.tokens, "passes": scorer.passes,
+        "teacher_seconds": prepared - began, "search_seconds": time.time() - prepared,
+        "peak_gib": common.peak_gib(device), "device": common.hardware(device), "torch": torch.__version__,
+    }  # fmt: skip
 
 
 def found(bench: Bench, counts: Sequence[int]) -> Iterator[Row]:
@@ -191,8 +214,9 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
         return tuple(int(part) for part in text.split(","))
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--text", type=Path, required=True, help="long text to hide answers in")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--text", type=Path, help="long text to hide answers in")
+    parser.add_argument("--shape", choices=list(SHAPES), help="only time a search, with random weights of this shape")
     parser.add_argument("--heads", type=numbers, default=(7, 8, 14), help="numbers of heads (default: 7,8,14)")
     parser.add_argument("--lengths", type=numbers, default=(1024, 4096, 8192), help="of the prompts that are measured")
     parser.add_argument("--search-lengths", type=numbers, default=Settings().lengths, help="of the search's prompts")
@@ -204,16 +228,23 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60, help="begin no row after that time (default: 60)")
     parser.add_argument("--name", help="of the model, in the table (default: MODEL)")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder (default: results)")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if not arguments.shape and not (arguments.model and arguments.text):
+        parser.error("give MODEL and --text, or --shape")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
     arguments = arguments_of(argv)
+    if arguments.shape:
+        results = timed(arguments.shape, max(arguments.heads), arguments.search_lengths)
+        print(results)
+        return results
     end = time.time() + 60 * arguments.minutes
     name = arguments.name or Path(arguments.model).stem
     bench, seconds = start(arguments)
-    results: dict[str, Any] = {
+    results = {
         "name": name, "command": shlex.join(["python", "benchmarks/selection.py", *(Path(x).name for x in argv)]),
         "device": common.hardware(bench.device), "torch": torch.__version__, "tokens": bench.scorer.tokens,
         "lengths": list(arguments.lengths), "tasks": arguments.tasks, "seconds": seconds, "rows": [], "missing": [],
