@@ -303,6 +303,19 @@ class Job:
         return any(e["stage"] == stage and e["step"] >= step and "loss" in e for e in lines)
 
 
+def test_only_commands_that_continue_speak_of_finished_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lolcats.weights.base.find_base", stop)
+    monkeypatch.setattr("lolcats.data.inputs.find_base", stop)
+    saved = "Finished work is saved; run the same command again to continue."
+    assert saved in invoke("linearize", "model", "--data", "data", "--out", tmp_path / "out", code=130)
+    stopped = invoke("info", "model", code=130)
+    assert "Stopped." in stopped
+    assert "Finished" not in stopped
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_gives_the_same_weights(
     model_dirs, chat_file: Path, settings, tmp_path: Path, finished: Path

@@ -98,6 +98,16 @@ def test_roles_are_passed_on_or_become_the_closest_one(tokenizer: Any) -> None:
         assert rendered({"messages": [{"role": role, "content": "x"}]}, tokenizer, template) == f"<{shown}>x"
 
 
+def test_a_system_column_is_the_first_message(tokenizer: Any) -> None:
+    asked = [{"from": "human", "value": "a"}]
+    assert rendered({"conversations": asked, "system": "be kind"}, tokenizer) == "<system>be kind<user>a"
+    assert rendered({"conversations": asked, "system": ""}, tokenizer) == "<user>a"
+    own = [{"from": "system", "value": "own"}, *asked]
+    assert rendered({"conversations": own, "system": "be kind"}, tokenizer) == "<system>own<user>a"
+    with pytest.raises(Misfit, match="its system column: its content has type int"):
+        rendered({"conversations": asked, "system": 3}, tokenizer)
+
+
 def test_fields_of_a_message_reach_the_template(tokenizer: Any) -> None:
     template = "{% for m in messages %}{{ m.reasoning_content }}|{{ m.content }}{% endfor %}"
     record = {"messages": [{"role": "assistant", "content": "b", "reasoning_content": "why", "from": None}]}

@@ -75,8 +75,10 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python cod
 NO_MEMORY = (
     "Out of memory. To train, lower transfer.micro_batch_size and finetune.micro_batch_size (the batch size stays the "
     "same), shorten rows (data.sequence_length), or use --set finetune.gradient_checkpointing=true. To evaluate, lower "
-    "--batch-size; to serve, lower --slots. Finished work is saved."
+    "--batch-size; to serve, lower --slots."
 )
+CONTINUED = ("linearize", "transfer", "finetune", "sweep")
+"""Commands that keep what they have finished, and go on from it when they are run again."""
 
 
 def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
@@ -84,6 +86,9 @@ def command(function: Callable[..., None], group: typer.Typer = app) -> Callable
 
     A command checks its options first and then imports what it needs: importing torch takes seconds.
     """
+
+    name = function.__name__.removesuffix("_")
+    kept = " Finished work is saved" if name in CONTINUED else ""
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -94,17 +99,18 @@ def command(function: Callable[..., None], group: typer.Typer = app) -> Callable
         except Interrupted as error:
             _fail(f"{error} Run the same command again to continue.", 130)
         except KeyboardInterrupt:
-            _fail("Stopped. Finished work is saved; run the same command again to continue.", 130)
+            _fail(f"Stopped.{kept and kept + '; run the same command again to continue.'}", 130)
         except LolcatsError as error:
             _fail(str(error), 2)
         except Exception as error:
             if out_of_memory(error):
-                _fail(NO_MEMORY, 2)
+                _fail(NO_MEMORY + (kept and kept + "."), 2)
             if not _disk_full(error, [path for path in kwargs.values() if isinstance(path, Path)]):
                 raise
-            _fail("The disk is full. Free some space and run the same command again to continue where it stopped.", 2)
+            again = " to continue where it stopped" if kept else ""
+            _fail(f"The disk is full. Free some space and run the same command again{again}.", 2)
 
-    return group.command(function.__name__.removesuffix("_"))(guarded)
+    return group.command(name)(guarded)
 
 
 def _check_finite(options: dict[str, Any]) -> None:

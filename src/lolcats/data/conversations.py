@@ -46,7 +46,17 @@ def messages_of(record: Record, template: ChatTemplate) -> list[Message]:
     messages: list[Message] = []
     for number, turn in enumerate(turns, 1):
         messages.append(_message(turn, number, messages, template))
-    return messages
+    return _with_system(messages, record.get("system"))
+
+
+def _with_system(messages: list[Message], system: Any) -> list[Message]:
+    """Messages after that of a ShareGPT record's ``system`` column, unless they begin with one of their own."""
+    if not (messages and system) or messages[0]["role"] == "system":
+        return messages
+    try:
+        return [{"role": "system", "content": _text(system, empty=False)}, *messages]
+    except Misfit as error:
+        raise Misfit(f"its system column: {error}") from None
 
 
 def tools_of(record: Record, template: ChatTemplate) -> list[Message] | None:
