@@ -73,10 +73,13 @@ def _with_heads(config: Any, selection: Path | None, model: str) -> Any:
 
 def _without_training(model: str, directory: Path, config: Any, merge: bool, file: Path | None) -> None:
     from lolcats.pipeline import linearize_untrained
+    from lolcats.ranks import is_first
     from lolcats.selection import Selection
 
     given = Selection.read(file) if file else None
     selection = linearize_untrained(model, directory, config, merge, selection=given)
+    if not is_first():
+        return
     if selection is not None:
         print_rows(*curve_table(selection))
     _show_written(directory)

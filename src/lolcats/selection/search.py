@@ -51,7 +51,7 @@ def grow(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: in
     while len(kept) < count and others:
         scorer.move_to(_heads(kept))
         tried = _steepest(scorer, kept, others, width, sign=1)
-        losses = {unit: scorer.loss(_heads([*kept, unit])) for unit in tried}
+        losses = dict(zip(tried, scorer.losses([_heads([*kept, unit]) for unit in tried]), strict=True))
         several = 1 if len(kept) < ONE_BY_ONE else min(max(1, count // 16), count - len(kept))
         best = sorted(tried, key=losses.__getitem__)[:several]
         kept += best
@@ -73,7 +73,8 @@ def shrink(scorer: Scorer, kept: Sequence[Unit], count: int, width: int, say: Sa
         scorer.move_to(_heads(kept))
         drop = max(1, min(len(kept) - count, int(share * len(kept))))
         tried = _steepest(scorer, kept, kept, max(width, 2 * drop), sign=-1)
-        losses = {unit: scorer.loss(_heads([other for other in kept if other != unit])) for unit in tried}
+        left = [_heads([other for other in kept if other != unit]) for unit in tried]
+        losses = dict(zip(tried, scorer.losses(left), strict=True))
         gone = sorted(tried, key=losses.__getitem__)[:drop]
         kept = [unit for unit in kept if unit not in gone]
         loss = losses[gone[0]] if drop == 1 else scorer.loss(_heads(kept))
