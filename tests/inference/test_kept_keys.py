@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +400,35 @@ def test_steps_launched_ahead_find_blocks_or_pause_a_request(tokenizer: Any) -> 
     for prompt, deltas in zip(many, asked, strict=True):
         assert tokens(deltas) == generated(engine.model, prompt, 60)
     assert_all_free(engine)
+
+
+def test_a_step_without_kept_heads_runs_none_of_their_code(tokenizer: Any) -> None:
+    """And computes as many tensors as before there were kept heads, which was compared by hand."""
+    engine = Engine(lolcats.convert(tiny_model(), AttentionConfig(**WINDOW)), tokenizer, 2, stop_tokens=())
+    for prompt in prompts(8)[5:7]:
+        queue(engine, prompt, max_tokens=20)
+    while len(engine.running) < 2:
+        engine.step()
+    files = [sys.modules[f"lolcats.{name}"].__file__ for name in (
+        "inference.engine.kept", "inference.engine.blocks", "inference.engine.room", "attention.paged",
+        "modeling.heads")]  # fmt: skip
+    ran = list[str]()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename in files:
+            ran.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        engine.step()
+        without, ran = ran, list[str]()
+        kept = engine_for(tokenizer)
+        queue(kept, prompts(8)[5], max_tokens=2)
+        kept.step()
+    finally:
+        sys.setprofile(None)
+    assert not without
+    assert ran
 
 
 @pytest.mark.parametrize("name", ["chunks", "chunks and a head", "learned sinks", "compressed keys"])

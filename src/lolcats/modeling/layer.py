@@ -238,6 +238,8 @@ def attached(module: Any) -> KeptAttention | LinearizedAttention | None:
     """What a conversion attached to an attention module, if anything: PEFT's trained copy of it in use, with
     ``modules_to_save=["lolcats"]``."""
     layer: Any = getattr(module, "lolcats", None)
+    if layer is None or isinstance(layer, KeptAttention | LinearizedAttention):  # in every layer of every call
+        return layer
     if hasattr(layer, "modules_to_save"):
         off = layer.disable_adapters or not layer.active_adapters
         layer = layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]
