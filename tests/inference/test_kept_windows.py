@@ -189,7 +189,7 @@ def test_the_server_tells_what_grows_and_what_does_not(tokenizer: Any) -> None:
 
 
 def test_windows_come_first_if_memory_is_scarce() -> None:
-    whole, local = Share(101, 101, 101, 10), Share(6, 101, 12, 10)
+    whole, local = Share(101, 101, 10), Share(12, 101, 10)
     assert split([local], 600, 4) == [60]
     assert split([whole, local], 4 * (101 + 12) * 10, 4) == [404, 48]
     assert split([whole, local], 1200, 4) == [72, 48]
@@ -235,3 +235,15 @@ def test_no_block_of_windows_is_lost_or_given_twice() -> None:
         held = [block for table in tables for block in table.blocks]
         assert pool.free == 40 - len(set(held))
         assert pool.holders == [held.count(block) for block in range(40)]
+
+
+def test_a_prefix_that_ends_in_a_block_starts_with_the_least_memory(tokenizer: Any) -> None:
+    """A copy of the partly filled block is needed besides those of the prompt."""
+    roomy = engine_for(tokenizer, LOCAL, block=32)
+    assert roomy.kept is not None
+    least = windows(roomy).most(256) * roomy.kept.groups[0].block_bytes
+    engine = engine_for(tokenizer, LOCAL, slots=1, block=32, kept_bytes=least, prefix_bytes=1 << 20)
+    first = long_prompt()[:20]
+    for prompt in (first, [*first[:16], *long_prompt(1)]):
+        assert tokens(queue_and_run(engine, prompt, max_tokens=20)) == generated(engine.model, prompt, 20)
+    assert engine.prefixes.hits == 1

@@ -58,6 +58,12 @@ class Blocks:
         added = self.needed(before + tokens) - self.needed(before)
         return min(added, self.needed(self.window - 1 + self.piece) + 1) if self.window else added
 
+    def most(self, tokens: int) -> int:
+        """Blocks that a sequence of up to ``tokens`` tokens holds at a time, and one for the copy that a fork makes.
+        With a window, these are its own and those of the state that it goes on from."""
+        whole = self.needed(tokens) + 1
+        return min(whole, self.added(0, tokens) + self.needed(self.window - 1) + 2) if self.window else whole
+
     def take(self, count: int) -> list[int]:
         """Hold ``count`` free blocks.
 

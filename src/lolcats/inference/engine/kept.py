@@ -257,7 +257,10 @@ class KeptKeys:
 
         def count(pool: Blocks) -> int:
             own = before % pool.size > 0 if shared else pool.needed(before) - pool.passed(before)
-            return own + pool.added(before, tokens)
+            copy = (
+                pool.window > 0
+            )  # of a cached prefix's last block, which the blocks of the window may not make up for
+            return own + pool.added(before, tokens) + copy
 
         return [count(group.blocks) for group in self.groups]
 

@@ -134,24 +134,21 @@ class Share:
     """What a sequence takes of a group's memory.
 
     wanted: maximum number of its blocks at a time, and one more, since a sequence that forks copies a block; whole: the
-    blocks for all its tokens, and one more; usual: blocks for each slot; block_bytes: of one block.
+    blocks for all its tokens, and one more; block_bytes: of one block.
     """
 
     wanted: int
     whole: int
-    usual: int
     block_bytes: int
 
     @classmethod
     def of(cls, layers: list[KeptLayer], dtype: torch.dtype, context: int, block: int, piece: int) -> Share:
         pool = Blocks(0, block, layers[0].window, piece)
-        wanted, whole = pool.added(0, context) + 1, pool.needed(context) + 1
-        usual = min(whole, 2 * wanted)  # for a window as many again: prompts that have begun, saved states
-        return cls(wanted, whole, usual, token_bytes(layers, dtype) * block)
+        return cls(pool.most(context), pool.needed(context) + 1, token_bytes(layers, dtype) * block)
 
     @property
     def nbytes(self) -> int:
-        return self.usual * self.block_bytes
+        return self.wanted * self.block_bytes
 
 
 def sequence_bytes(layers: list[KeptLayer], dtype: torch.dtype, context: int, block: int, piece: int) -> int:
@@ -167,8 +164,8 @@ def split(shares: Sequence[Share], memory: int, slots: int) -> list[int]:
     """
     one, counts = sum(share.nbytes for share in shares), list[int]()
     for share in shares[1:]:
-        equal = share.usual * memory // one
-        counts.append(max(equal, min(slots * share.usual, memory // 2 // len(shares[1:]) // share.block_bytes)))
+        equal = share.wanted * memory // one
+        counts.append(max(equal, min(slots * share.wanted, memory // 2 // len(shares[1:]) // share.block_bytes)))
     left = memory - sum(count * share.block_bytes for count, share in zip(counts, shares[1:], strict=True))
     return [left // shares[0].block_bytes, *counts]
 
