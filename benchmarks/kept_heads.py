@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 
 from lolcats.config import AttentionConfig
 from lolcats.inference.engine import Delta, Engine, Request
-from lolcats.inference.engine.blocks import Table
 from lolcats.inference.engine.sampling import SamplingParams
 from lolcats.lab import bench
 
@@ -92,19 +91,20 @@ def first_difference(a: list[int], b: list[int]) -> int | None:
 def fill(engine: Engine, context: int, most: int) -> None:
     """Requests in all slots, as if prompts of ``context`` tokens had been prefilled."""
     if engine.kept is not None:
-        for pair in engine.kept.tensors.values():
-            for x in pair:
-                x.normal_()
+        for group in engine.kept.groups:
+            for pair in group.tensors.values():
+                for x in pair:
+                    x.normal_()
     for state in engine.table.states:
         state.seen.rows.fill_(context)
     for slot in range(engine.table.slots):
         request = Request([1] * context, SamplingParams(max_tokens=most), ignore, text=False)
         request.begin(None)
         if engine.kept is not None:
-            table = Table(engine.kept.blocks)
-            engine.kept.reserve(table, context)
-            table.length = context
-            engine.table.tables[slot] = table
+            tables = engine.kept.empty()
+            engine.kept.reserve(tables, context)
+            tables.advance(context)
+            engine.table.tables[slot] = tables
         engine.running.append(request)
         engine.inputs[:, slot] = torch.tensor([1, context])
 

@@ -238,7 +238,7 @@ def test_graphs_with_kept_heads_give_the_tokens_of_generate(family: str, kept: d
     model = lolcats.convert(tiny_model(family, **sizes).cuda(), config)
     room = Engine(model, None, slots=4, stop_tokens=(), context=256, graphs=False)
     assert room.kept is not None
-    few = 9 * room.kept.block_bytes if paused else None
+    few = 9 * sum(group.block_bytes for group in room.kept.groups) if paused else None
     engine = Engine(model, None, slots=4, piece=32, stop_tokens=(), context=256, kept_bytes=few, prefix_bytes=0)
     assert engine.graphs is not None
     assert engine.kept is not None
@@ -258,7 +258,7 @@ def test_graphs_with_kept_heads_give_the_tokens_of_generate(family: str, kept: d
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         assert request.generated == expected[0, ids.shape[1] :].tolist()
-    assert engine.kept.blocks.free == engine.kept.blocks.count
+    assert engine.kept.free == [group.blocks.count for group in engine.kept.groups]
 
 
 def test_scores_of_a_prompt_are_those_of_one_forward_pass() -> None:

@@ -62,6 +62,16 @@ def test_a_sequence_takes_a_state_and_the_keys_of_kept_heads() -> None:
     assert line.endswith("the base model's cache 4 MiB.")
 
 
+def test_layers_that_slide_a_window_take_no_more_than_it() -> None:
+    config = load_config("default", [*SMALL, "attention.softmax_heads={1: [0]}"])
+    size = size_of(FAMILIES["gemma3"](vocab_size=320), config)  # a window of 24 keys in one layer of three
+    one = 2 * 16 * 2  # bytes of a head's key and value
+    assert (size.token, size.window) == (one, 24 * 2 * one)
+    assert (size.teacher_token, size.teacher_window) == (4 * one, 24 * 2 * one)
+    line = report.generation_line(size)
+    assert ", up to 3 KiB for the windows of layers that slide one and 64 B a token for the keys of kept" in line
+
+
 def test_experts_that_a_token_skips_cost_nothing() -> None:
     config = MixtralConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -21,6 +21,8 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import perplexity
 from lolcats.modeling.layer import linearized_layers
 from lolcats.reference_import import import_reference
+from lolcats.selection import Selection
+from lolcats.weights.base import find_base
 
 HEADS, KV_HEADS, DIM, HIDDEN, LAYERS, FEATURES, WINDOW, RANK = 4, 2, 8, 32, 2, 6, 8, 4
 PREFIX = "base_model.model.model."
@@ -160,6 +162,63 @@ def test_t2r_and_pure_linear_attention(bias: int, model_dirs, tmp_path: Path) ->
     theirs = state["model.layers.0.self_attn.feature_map_k.mlp.bias"].float()[0, :, 0]
     assert torch.equal(linearized_layers(model)[0].phi_k.bias, theirs.expand(HEADS, DIM))
     assert model(torch.randint(6, 300, (1, 20))).logits.isfinite().all()
+
+
+def test_heads_that_stay_softmax_have_no_maps(model_dirs, tmp_path: Path) -> None:
+    """A head of one layer and the whole other layer: their maps are left out, LoRA is that of all layers."""
+    state, lora = transfer_state(), lora_state()
+    files = save(state, tmp_path / "a.pt"), save(lora, tmp_path / "b.pt")
+    heads = "attention.softmax_heads={0: [0], 1: [0, 1]}"
+    invoke(
+        "import", "--base", model_dirs["llama"], "--transfer", files[0], "--lora", files[1], "--out", tmp_path / "out",
+        *(word for s in (*SETTINGS, heads) for word in ("--set", s)),
+    )  # fmt: skip
+    model = lolcats.load(tmp_path / "out")
+    [layer] = linearized_layers(model)
+    place = "model.layers.0.self_attn."
+    assert torch.equal(layer.phi_q.weight, state[f"{place}feature_map_q.mlp.layer"].float()[2:])
+    assert torch.equal(layer.phi_k.weight, state[f"{place}feature_map_k.mlp.layer"].float()[2:])
+    assert torch.equal(layer.gate, state[f"{place}window_factors"].float().flatten()[2:])
+    assert "3 of 4" in invoke("info", tmp_path / "out")
+    import_reference(str(model_dirs["llama"]), *files, tmp_path / "all", load_config("paper", [
+        *SETTINGS, "attention.softmax_heads={0: [0, 1]}", "attention.layers={'1': softmax}"]))  # fmt: skip
+    kept, base = lolcats.load(tmp_path / "all"), tiny_model()
+    with torch.no_grad():
+        for number, block in enumerate(base.model.layers):
+            for name in PROJECTIONS:
+                a, b = (lora[f"{PREFIX}layers.{number}.self_attn.{name}.lora_{m}.default.weight"].float() for m in "AB")
+                getattr(block.self_attn, name).weight += load_config("paper").finetune.alpha / RANK * b @ a
+        ids = torch.randint(6, 300, (1, 40))
+        torch.testing.assert_close(kept(ids).logits, base(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_biases_and_a_selection_file(model_dirs, tmp_path: Path) -> None:
+    file = save(transfer_state(window=False, bias=1, columns=DIM), tmp_path / "a.pt")
+    base = find_base(str(model_dirs["llama"]))
+    Selection(base.record, {}, {"1": [1]}, [], {}).write(tmp_path / "heads.yaml")
+    settings = [*SETTINGS, "attention.kind=linear", "attention.feature_map=t2r"]
+    words = [word for s in settings for word in ("--set", s)]
+    invoke("import", "--base", base.path, "--transfer", file, "--out", tmp_path / "out", *words, "--selection",
+           tmp_path / "heads.yaml")  # fmt: skip
+    biases = [layer.phi_k.bias for layer in linearized_layers(lolcats.load(tmp_path / "out"))]
+    assert [len(bias) for bias in biases] == [4, 2]
+    theirs = transfer_state(window=False, bias=1, columns=DIM)["model.layers.1.self_attn.feature_map_k.mlp.bias"]
+    assert torch.equal(biases[1], theirs.float()[0, :2, 0].expand(2, DIM))
+
+
+@pytest.mark.parametrize(
+    ("setting", "heads", "message"),
+    [
+        ("attention.softmax_budget=0.5", HEADS, "lolcats import does not search for heads"),
+        ("attention.softmax_heads={0: [1]}", HEADS - 2, r"has shape \(2, 8, 6\); .* need \(4, 8, 6\)"),
+        ("attention.softmax_heads={5: [1]}", HEADS, "no attention layer 5"),
+    ],
+)
+def test_kept_heads_that_do_not_fit(setting: str, heads: int, message: str, model_dirs, tmp_path: Path) -> None:
+    state = {n: x[:heads] if "mlp.layer" in n else x for n, x in transfer_state().items()}
+    config = load_config("paper", [*SETTINGS, setting])
+    with pytest.raises(LolcatsError, match=message):
+        import_reference(str(model_dirs["llama"]), save(state, tmp_path / "a.pt"), None, tmp_path / "out", config)
 
 
 def spoiled(what: str) -> tuple[dict, dict]:

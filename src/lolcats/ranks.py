@@ -6,16 +6,19 @@ The model is not wrapped: sums over ranks are explicit.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lolcats.errors import LolcatsError, first_line
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,17 @@ class Ranks:
         with _together():
             dist.broadcast_object_list(values)
         return values[0]
+
+    def spread(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """``function`` of every item, on every rank: each rank computes every ``size``-th, and the results, which must
+        be plain values, are exchanged."""
+        own = [function(item) for item in items[self.rank :: self.size]]
+        if self.size == 1:
+            return own
+        everyone: list[list[Result]] = [[] for _ in range(self.size)]
+        with _together():
+            dist.all_gather_object(everyone, own)
+        return [everyone[i % self.size][i // self.size] for i in range(len(items))]
 
     def agree(self, identity: dict[str, Any]) -> None:
         """Raise LolcatsError on every rank if their ``identity`` differs."""

@@ -9,6 +9,9 @@ configuration, by default the paper's. What its tensors mean, from reading the c
     window_factors           (1, H, 1, 1)  γ = sigmoid of it, against a linear term of weight 1: our gate
     q_proj.lora_A.default.weight           PEFT's own names, scaled by α / r as in PEFT
 
+Its models keep no heads. If the configuration does (``attention.softmax_heads``, ``attention.layers``), the feature
+maps and window factors of those heads are left out; LoRA is of all layers.
+
 Its ``affine_attention_factors`` (linear term weighted 1 − γ) is off in every configuration it ships, and not supported.
 """
 
@@ -23,11 +26,12 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lolcats.config import Config, to_yaml
+from lolcats.config import AttentionConfig, Config, to_yaml
 from lolcats.errors import LolcatsError
 from lolcats.files import is_empty, whole_directory, write_text
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, feature_map_state, save_adapter_config, seal_lora
-from lolcats.modeling.convert import convert
+from lolcats.modeling.convert import convert, named_layers
+from lolcats.modeling.heads import KeptHeads
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.parts import find_parts
 from lolcats.tensors import compare_keys, write_tensors
@@ -56,6 +60,11 @@ def import_reference(base: str, transfer: Path, lora: Path | None, out: Path, co
     """
     if out.is_dir() and not is_empty(out):
         raise LolcatsError(f"{out} is not empty; choose another --out.")
+    if config.attention.softmax_budget:
+        raise LolcatsError(
+            "attention.softmax_budget: lolcats import does not search for heads. Run lolcats select on the base model, "
+            "and pass its file with --selection."
+        )
     trust = config.trust_remote_code
     known = find_base(base, trust)
     tokenizer = load_tokenizer(known, trust)
@@ -72,6 +81,8 @@ def import_reference(base: str, transfer: Path, lora: Path | None, out: Path, co
         config = replace(config, attention=replace(config.attention, feature_dim=columns.pop()))
     model = convert(empty_model(known, trust), config)
     names = {entry["layer"]: entry["name"] for entry in model.config.lolcats["layers"]}
+    stay = _kept_by_choice(model, config.attention)
+    maps = {place: tensor for place, tensor in maps.items() if place[0] not in stay}
     tensors = _feature_maps(model, names, maps, transfer)
     with whole_directory(out) as unfinished:
         unfinished.mkdir(parents=True)
@@ -115,6 +126,13 @@ def _sorted(state: dict[str, Tensor], path: Path) -> tuple[Keyed, Keyed]:
     return maps, lora
 
 
+def _kept_by_choice(model: PreTrainedModel, attention: AttentionConfig) -> set[int]:
+    """The layers that stay softmax attention because the configuration says so."""
+    named = {i for text, kind in attention.layers.items() if kind == "softmax" for i in named_layers(text)}
+    named |= {int(text) for text in attention.softmax_heads}
+    return {x["layer"] for x in model.config.lolcats["layers"] if x["kind"] == "softmax" and x["layer"] in named}
+
+
 def _feature_maps(model: PreTrainedModel, names: dict[int, str], maps: Keyed, path: Path) -> dict[str, Tensor]:
     """Our tensors by name: exactly those that the converted model has."""
     state = feature_map_state(model)
@@ -126,7 +144,21 @@ def _feature_maps(model: PreTrainedModel, names: dict[int, str], maps: Keyed, pa
     ours = {place: name for place, name in ours.items() if name in state}
     _compare(set(ours), set(maps), path)
     unread = {name: torch.zeros(x.shape) for name, x in state.items() if name not in ours.values()}  # gates of linear
-    return {name: _fitting(maps[place], state[name].shape, place, path) for place, name in ours.items()} | unread
+    kept = {layer.geometry.layer: layer.kept for layer in linearized_layers(model)}
+    return {
+        name: _linearized(maps[place], state[name].shape, kept[place[0]], place, path) for place, name in ours.items()
+    } | unread
+
+
+def _linearized(
+    tensor: Tensor, shape: torch.Size, kept: KeptHeads | None, place: tuple[int, str], path: Path
+) -> Tensor:
+    """Their tensor of all heads in our shape, which is that of the linearized heads."""
+    if kept is None:
+        return _fitting(tensor, shape, place, path)
+    heads, group = kept.linearized, shape[0] // len(kept.linearized)  # 1 for key maps of key/value heads
+    whole = _fitting(tensor, torch.Size((kept.geometry.kv_heads * group, *shape[1:])), place, path)
+    return whole.unflatten(0, (-1, group))[list(heads)].flatten(0, 1).contiguous()
 
 
 def _fitting(tensor: Tensor, shape: torch.Size, place: tuple[int, str], path: Path) -> Tensor:

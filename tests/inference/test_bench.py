@@ -70,6 +70,18 @@ def test_kept_heads_count_with_every_token() -> None:
     assert line == f"{short / 1e6:.1f} + 0.1875 KiB a token"
 
 
+def test_windows_of_kept_layers_count_up_to_their_size() -> None:
+    config = AttentionConfig(window_size=8, feature_dim=8, softmax_heads={"1": [0]})
+    model, head = convert(tiny_model("gemma3"), config), 2 * 16 * 4
+    assert (bench.token_bytes(model), bench.window_bytes(model)) == (head, 24 * 2 * head)
+    fixed, short, long = (bench.state_bytes(model, torch.float32, tokens) for tokens in (0, 10, 100))
+    assert (short - fixed, long - fixed) == (10 * 3 * head, 24 * 2 * head + 100 * head)
+    [row] = bench.benchmark(model, Options(batches=(3,), prompt=40, new=12, bandwidth=1e9))
+    assert (row["new"], row["state_bytes"], row["window_bytes"]) == (12, fixed, 24 * 2 * head)
+    line = generation.cells({**row, "peak_bytes": 0})[-1]
+    assert line == f"{(fixed + 24 * 2 * head) / 1e6:.1f} + 0.125 KiB a token"
+
+
 def test_the_teacher_is_the_base_model_in_the_same_memory() -> None:
     base = tiny_model()
     ids = torch.randint(6, 300, (1, 30))

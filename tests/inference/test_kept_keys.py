@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,15 @@ def generated(model: Any, prompt: list[int], count: int) -> list[int]:
     return said
 
 
+def held(engine: Engine) -> int:
+    """Blocks in use of the layers that see all keys."""
+    assert engine.kept is not None
+    return engine.kept.groups[0].blocks.held
+
+
 def assert_all_free(engine: Engine) -> None:
     assert engine.kept is not None
-    assert engine.kept.blocks.free == engine.kept.blocks.count
+    assert engine.kept.free == [group.blocks.count for group in engine.kept.groups]
     assert set(engine.table.tables) == {None}
 
 
@@ -125,7 +132,7 @@ def test_a_saved_state_goes_on_forks_and_survives_a_file(name: str, tokenizer: A
     snapshot, said = deltas[-1].snapshot, tokens(deltas)
     assert snapshot is not None
     assert snapshot.nbytes >= engine.state_bytes + len(snapshot.tokens) * engine.kept.token_bytes
-    assert engine.kept.blocks.held == 6  # 42 tokens
+    assert held(engine) == 6  # 42 tokens
     snapshot.save(tmp_path / "state.safetensors")
     loaded = Snapshot.load(tmp_path / "state.safetensors")
     assert loaded.tokens == snapshot.tokens
@@ -169,7 +176,7 @@ def test_shared_prefixes_share_blocks(block: int, tokenizer: Any) -> None:
     assert engine.prefixes.nbytes == sum(entry.nbytes for entry in entries)
     lengths = [len(entry.tokens) for entry in entries]
     if block == 8:
-        assert engine.kept.blocks.held < sum(length // block for length in lengths)
+        assert held(engine) < sum(length // block for length in lengths)
     while engine.prefixes.evict():
         pass
     assert engine.prefixes.nbytes == 0
@@ -181,9 +188,9 @@ def small(tokenizer: Any, blocks: int, **options: Any) -> Engine:
     """An engine with room for so many blocks of 8 tokens."""
     engine = engine_for(tokenizer, **options)
     assert engine.kept is not None
-    made = engine_for(tokenizer, kept_bytes=blocks * engine.kept.block_bytes, **{"context": 0, **options})
+    made = engine_for(tokenizer, kept_bytes=blocks * engine.kept.groups[0].block_bytes, **{"context": 0, **options})
     assert made.kept is not None
-    assert made.kept.blocks.count == blocks
+    assert [group.blocks.count for group in made.kept.groups] == [blocks]
     return made
 
 
@@ -291,7 +298,7 @@ def test_cached_prefixes_make_room(tokenizer: Any) -> None:
         engine.submit(request)
         engine.run()
         assert request.generated == generated(engine.model, request.prompt, 3)
-    assert 8 <= engine.kept.blocks.held <= 24
+    assert 8 <= held(engine) <= 24
     assert len(engine.prefixes.entries) >= 3
     request = Request(prompts(8, 3)[7] + [9], SamplingParams(max_tokens=3), lambda _: None)
     engine.submit(request)
@@ -393,6 +400,35 @@ def test_steps_launched_ahead_find_blocks_or_pause_a_request(tokenizer: Any) -> 
     for prompt, deltas in zip(many, asked, strict=True):
         assert tokens(deltas) == generated(engine.model, prompt, 60)
     assert_all_free(engine)
+
+
+def test_a_step_without_kept_heads_runs_none_of_their_code(tokenizer: Any) -> None:
+    """And computes as many tensors as before there were kept heads, which was compared by hand."""
+    engine = Engine(lolcats.convert(tiny_model(), AttentionConfig(**WINDOW)), tokenizer, 2, stop_tokens=())
+    for prompt in prompts(8)[5:7]:
+        queue(engine, prompt, max_tokens=20)
+    while len(engine.running) < 2:
+        engine.step()
+    files = [sys.modules[f"lolcats.{name}"].__file__ for name in (
+        "inference.engine.kept", "inference.engine.blocks", "inference.engine.room", "attention.paged",
+        "modeling.heads")]  # fmt: skip
+    ran = list[str]()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename in files:
+            ran.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        engine.step()
+        without, ran = ran, list[str]()
+        kept = engine_for(tokenizer)
+        queue(kept, prompts(8)[5], max_tokens=2)
+        kept.step()
+    finally:
+        sys.setprofile(None)
+    assert not without
+    assert ran
 
 
 @pytest.mark.parametrize("name", ["chunks", "chunks and a head", "learned sinks", "compressed keys"])

@@ -54,4 +54,4 @@ def test_a_request_without_blocks_waits_and_one_more_is_429(tokenizer: Any) -> N
         wait_until(lambda: len(engine.running) == 1 and not engine.waiting)
         waiting.close()
         wait_until(lambda: engine.idle and service.worker.open == 0)
-    assert engine.kept.blocks.free == 14
+    assert engine.kept.free == [14]

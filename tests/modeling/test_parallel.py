@@ -25,6 +25,14 @@ from lolcats.modeling.parallel import tensor_parallel
 
 MAPS = {"query": [], "kv": ["attention.key_maps=per_kv_head"], "t2r": ["attention.feature_map=t2r"],
         "elu": ["attention.feature_map=elu"]}  # fmt: skip
+# Of 4 heads: both ranks keep one; only the first does; the first has only kept ones; of 2, one rank has the kept one.
+KEPT: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "each": (["attention.softmax_heads={0: [0, 3], 1: [2]}"], {"num_key_value_heads": 4}),
+    "first": (["attention.softmax_heads={0: [0, 1], 1: [1]}", "attention.key_maps=per_kv_head"],
+              {"num_key_value_heads": 4}),
+    "one of two": (["attention.softmax_heads={0: [1], 1: [0]}", "attention.feature_map=t2r"], {}),
+    "layer": (["attention.softmax_heads={0: [0, 1], 1: [0]}"], {}),
+}  # fmt: skip
 
 
 def student(family: str = "llama", settings: list[str] | None = None, **changes: Any) -> Any:
@@ -82,6 +90,16 @@ def on_two_ranks(root: Path) -> None:
     for name in ("query", "kv"):  # a model in memory
         model = tensor_parallel(student(settings=MAPS[name]), init_device_mesh("cpu", (2,)))
         assert_same(answers(model), torch.load(root / f"{name}.pt"))
+    for name, (settings, changes) in KEPT.items():
+        model = AutoModelForCausalLM.from_pretrained(root / name, tp_plan="auto")
+        assert_same(answers(model), torch.load(root / f"{name}.pt"))
+        model = tensor_parallel(student(settings=settings, **changes), init_device_mesh("cpu", (2,)))
+        assert_same(answers(model), torch.load(root / f"{name}.pt"))
+    linearized = [layer.gate.shape[0] for layer in linearized_layers(model)]
+    assert linearized == [2 * dist.get_rank()]  # the first rank has the kept head of the layer that is not kept whole
+    with pytest.raises(LolcatsError, match="Layer 0 has 3 key/value heads, which 2 ranks cannot share"):
+        tensor_parallel(student(settings=["attention.softmax_heads={0: [1]}"], hidden_size=48, num_attention_heads=6,
+                                num_key_value_heads=3), init_device_mesh("cpu", (2,)))  # fmt: skip
     assert_wrappers_are_for_gradients()
     with pytest.raises(LolcatsError, match="1 key/value heads, which 2 ranks cannot share"):
         tensor_parallel(student(num_key_value_heads=1), init_device_mesh("cpu", (2,)))
@@ -122,6 +140,7 @@ def assert_wrappers_are_for_gradients() -> None:
 
 def test_two_ranks_give_the_same_logits(tmp_path: Path) -> None:
     students = {name: student(settings=settings) for name, settings in MAPS.items()}
+    students |= {name: student(settings=settings, **changes) for name, (settings, changes) in KEPT.items()}
     for name, model in {**students, **{f: student(f) for f in ("mistral", "qwen2", "gemma3")}}.items():
         model.save_pretrained(tmp_path / name)
         torch.save(answers(model), tmp_path / f"{name}.pt")

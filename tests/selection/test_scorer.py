@@ -125,14 +125,17 @@ class Table:
     """A scorer whose losses are made up: a set that is not listed has a high one."""
 
     def __init__(self, losses: dict[frozenset[Any], float]) -> None:
-        self.losses = losses
+        self.known = losses
         self.heads = sorted({head for heads in losses for head in heads})
 
     def move_to(self, heads: Any) -> None:
         pass
 
     def loss(self, heads: Any) -> float:
-        return self.losses.get(frozenset(heads), 10 - len(heads))
+        return self.known.get(frozenset(heads), 10 - len(heads))
+
+    def losses(self, sets: Any) -> list[float]:
+        return [self.loss(heads) for heads in sets]
 
 
 def test_what_was_the_best_beginning_is_dropped_when_it_is_worth_little() -> None:

@@ -29,7 +29,7 @@ def select(
     """Choose the heads that stay softmax attention, by what recall prompts need. Nothing is trained.
 
     The other heads see window and sinks of the recipe. Takes a minute or more on a GPU and hours on a CPU. Without
-    --budget and --heads, an eighth of the heads is kept.
+    --budget and --heads, an eighth of the heads is kept. Under torchrun the ranks share the work.
     """
     config = settings(recipe, set_, trust)
     if unit not in ("head", "layer"):
@@ -41,17 +41,21 @@ def select(
 
     from lolcats.data.inputs import Inputs
     from lolcats.pipeline import device_and_dtype
+    from lolcats.ranks import is_first
     from lolcats.report.curve import draw_curve
     from lolcats.selection import Settings
     from lolcats.selection import select as choose
 
     share = budget or config.attention.softmax_budget or 0.125
     attention = replace(config.attention, softmax_budget=share)
+    say = out.print if is_first() else lambda _: None
     inputs = Inputs(model, trust=trust)
     text = _tokens(data, inputs.tokenizer)
     asked: Any = Settings(unit=unit, lengths=numbers(lengths), seed=seed, beyond=2.0)  # type: ignore[arg-type]
     device, dtype = device_and_dtype(config)
-    found = choose(inputs.model(dtype, device), inputs.tokenizer, inputs.base, attention, heads, asked, text, out.print)
+    found = choose(inputs.model(dtype, device), inputs.tokenizer, inputs.base, attention, heads, asked, text, say)
+    if not is_first():
+        return
     found.write(out_)
     print_rows(*curve_table(found))
     drawn = f"   curve: {picture}" if picture is not None and draw_curve(found, picture) else ""

@@ -73,10 +73,13 @@ def _with_heads(config: Any, selection: Path | None, model: str) -> Any:
 
 def _without_training(model: str, directory: Path, config: Any, merge: bool, file: Path | None) -> None:
     from lolcats.pipeline import linearize_untrained
+    from lolcats.ranks import is_first
     from lolcats.selection import Selection
 
     given = Selection.read(file) if file else None
     selection = linearize_untrained(model, directory, config, merge, selection=given)
+    if not is_first():
+        return
     if selection is not None:
         print_rows(*curve_table(selection))
     _show_written(directory)
@@ -202,13 +205,14 @@ def import_(
     transfer: Annotated[Path, typer.Option(help=".pt file with feature maps and window factors.")],
     out_: Annotated[Path, typer.Option("--out", help="Output directory.")],
     lora: Annotated[Path | None, typer.Option(help=".pt file with LoRA matrices.")] = None,
-    recipe: Recipe = "paper", trust: Trust = False, set_: Sets = [],  # noqa: B006
+    recipe: Recipe = "paper", selection: ChosenHeads = None, trust: Trust = False, set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Convert checkpoints of the paper's own code to an adapter.
 
-    The checkpoints do not record every setting (window, α): pass those with --set attention...=.
+    The checkpoints do not record every setting (window, α): pass those with --set attention...=. The feature maps of
+    heads that are to stay softmax attention (--selection, attention.softmax_heads) are left out.
     """
-    config = settings(recipe, set_, trust)
+    config = _with_heads(settings(recipe, set_, trust), selection, base)
 
     from lolcats.reference_import import import_reference
 

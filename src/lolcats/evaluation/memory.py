@@ -7,25 +7,27 @@ from typing import Any
 
 import torch
 
+from lolcats.modeling.cache import sliding_windows
 from lolcats.modeling.layer import linearized_layers
 
 
 def cache_bytes(model: Any, tokens: int) -> tuple[int, int]:
     """(teacher, student) bytes for one sequence of ``tokens`` tokens, in the model's dtype (S and z are fp32).
 
-    Layers and heads that stay softmax count with a full cache for both, even if they slide a window.
+    Layers that slide a window count with at most that window in the teacher, and in the student if they stay softmax.
     """
-    record, width = model.config.lolcats, model.dtype.itemsize
+    record, width, windows = model.config.lolcats, model.dtype.itemsize, sliding_windows(model.config)
     layers = {layer.geometry.layer: layer for layer in linearized_layers(model)}
     teacher = student = 0
     for entry in record["layers"]:
-        kv = tokens * entry["kv_heads"] * (entry["head_dim"] + entry["value_dim"]) * width
-        teacher += kv
+        one = entry["kv_heads"] * (entry["head_dim"] + entry["value_dim"]) * width
+        in_window = min(tokens, windows.get(entry["layer"], tokens)) * one
+        teacher += in_window
         if entry["kind"] == "softmax":
-            student += kv
+            student += in_window
             continue
         layer, kept = layers[entry["layer"]], len(entry.get("softmax_heads", ()))
-        student += kv * kept // entry["kv_heads"]
+        student += tokens * one * kept // entry["kv_heads"]
         channels = layer.spec.channels(entry["head_dim"])
         k = torch.empty(1, entry["kv_heads"] - kept, 0, channels, dtype=model.dtype, device="meta")
         student += layer.empty_state(k, k[..., : entry["value_dim"]]).nbytes

@@ -28,9 +28,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Delta, Engine, Request
-from lolcats.inference.engine.kept import BLOCK
+from lolcats.inference.engine.kept import BLOCK, keeps_keys, kept_layers
+from lolcats.inference.engine.room import sequence_bytes
 from lolcats.inference.engine.room import state_bytes as fixed_bytes
 from lolcats.inference.engine.sampling import SamplingParams
+from lolcats.modeling.cache import sliding_windows
 from lolcats.modeling.classes import base_class
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
@@ -169,11 +171,10 @@ def slots(student: PreTrainedModel, batch: int, options: Options) -> Iterator[En
     _collect(student.device)
     try:
         count = batch or most_slots(student, options)
-        piece = max(256, options.prompt)
         engine = Engine(
-            student, None, count, piece, prefix_bytes=0, batch_sizes=[count], stop_tokens=(),
+            student, None, count, piece(options), prefix_bytes=0, batch_sizes=[count], stop_tokens=(),
             state_dtype=options.state_dtype, prefill_rows=options.prefill_rows, context=longest(count, options),
-            kept_bytes=count * (longest(count, options) + 2 * BLOCK) * token_bytes(student),
+            kept_bytes=count * slot_bytes(student, count, options),
         )  # fmt: skip
     except torch.OutOfMemoryError:
         engine = "out of memory"
@@ -209,6 +210,16 @@ def longest(count: int, options: Options) -> int:
     return options.prompt + options.new + count + 1
 
 
+def piece(options: Options) -> int:
+    return max(256, options.prompt)
+
+
+def slot_bytes(student: PreTrainedModel, count: int, options: Options) -> int:
+    """Bytes of kept keys for each of ``count`` sequences."""
+    layers = kept_layers(student) if keeps_keys(student) else []
+    return sequence_bytes(layers, student.dtype, longest(count, options) + 1, BLOCK, piece(options))
+
+
 def most_slots(student: PreTrainedModel, options: Options) -> int:
     """The number of sequences that fit next to the weights, a multiple of 8."""
     if student.device.type != "cuda":
@@ -218,26 +229,37 @@ def most_slots(student: PreTrainedModel, options: Options) -> int:
     logits = 2 * config.vocab_size * student.dtype.itemsize
     activations = options.prompt * 64 * config.hidden_size
     room = free - SPARE - options.prefill_rows * (2 * state_bytes(student, torch.float32) + activations)
-    tokens = longest(0, options) + 2 * BLOCK
+    one, count = state_bytes(student, options.state_dtype) + logits, 0
     while True:  # the more sequences, the longer is the first
-        count = max(1, room // (state_bytes(student, options.state_dtype, tokens) + logits) // 8 * 8)
-        if tokens >= longest(count, options) + 2 * BLOCK or not token_bytes(student):
-            return count
-        tokens = longest(count, options) + 2 * BLOCK
+        fitting = max(1, room // (one + slot_bytes(student, count, options)) // 8 * 8)
+        if fitting <= count or not keeps_keys(student):
+            return fitting
+        count = fitting
 
 
 def token_bytes(student: PreTrainedModel) -> int:
-    """Bytes that each token of a sequence adds: its keys and values in kept heads and layers."""
-    total = 0
+    """Bytes that each token of a sequence adds: its keys and values in kept heads and layers that see all keys."""
+    return sum(size for window, size in _kept_bytes(student) if not window)
+
+
+def window_bytes(student: PreTrainedModel, tokens: int | None = None) -> int:
+    """Bytes of a sequence's keys and values in layers that slide a window: of ``tokens`` tokens, or of any number."""
+    return sum((window if tokens is None else min(window, tokens)) * size for window, size in _kept_bytes(student))
+
+
+def _kept_bytes(student: PreTrainedModel) -> Iterator[tuple[int, int]]:
+    """Of every layer the window (0 for none), and the bytes of a token's kept keys and values."""
+    windows = sliding_windows(student.config)
     for entry in student.config.lolcats["layers"]:
-        heads = entry["kv_heads"] if entry["kind"] == "softmax" else len(entry.get("softmax_heads", ()))
-        total += heads * (entry["head_dim"] + entry["value_dim"])
-    return total * student.dtype.itemsize
+        whole = entry["kind"] == "softmax"
+        heads = entry["kv_heads"] if whole else len(entry.get("softmax_heads", ()))
+        size = heads * (entry["head_dim"] + entry["value_dim"]) * student.dtype.itemsize
+        yield windows.get(entry["layer"], 0) if whole else 0, size
 
 
 def state_bytes(student: PreTrainedModel, dtype: torch.dtype, tokens: int = 0) -> int:
     """Bytes of state of one sequence: of any length, and the kept keys of ``tokens`` tokens."""
-    return fixed_bytes(student, dtype) + tokens * token_bytes(student)
+    return fixed_bytes(student, dtype) + window_bytes(student, tokens) + tokens * token_bytes(student)
 
 
 def prompts(student: PreTrainedModel, batch: int, length: int) -> list[list[int]]:
@@ -340,6 +362,7 @@ def row(
         bound = bound_seconds(about, batch, state, options)
         line |= {
             "state_bytes": state_bytes(student, options.state_dtype), "token_bytes": token_bytes(student),
+            "window_bytes": window_bytes(student),
             "bound_ms": 1e3 * bound, "share_of_bound": bound / seconds,
             "memory": result[-1].memory, "graphs": isinstance(engine, Engine) and engine.graphs is not None,
         }  # fmt: skip

@@ -62,9 +62,9 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def _memory(row: Row) -> str:
-    """MB of a sequence's state, and what each token adds to it if heads are kept."""
-    added = row.get("token_bytes", 0)  # not in older rows
-    return f"{row['state_bytes'] / 1e6:.1f}" + (f" + {added / 1024:.4g} KiB a token" if added else "")
+    """MB of a sequence's state and full windows, and what each token adds to it if heads are kept."""
+    fixed, added = row["state_bytes"] + row.get("window_bytes", 0), row.get("token_bytes", 0)  # not in older rows
+    return f"{fixed / 1e6:.1f}" + (f" + {added / 1024:.4g} KiB a token" if added else "")
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
@@ -180,6 +181,12 @@ def _cache_layer(layer: LinearizedAttention, states: int) -> LinearizedCacheLaye
             "attention, so it cannot keep single heads. Keep the whole layer: attention.layers."
         )
     return SplitCacheLayer()
+
+
+def sliding_windows(config: Any) -> dict[int, int]:
+    """By layer of the base model, how many of the last keys it attends to, where these are not all."""
+    layers = enumerate(DynamicCache(config=config).layers)
+    return {i: layer.sliding_window for i, layer in layers if isinstance(layer, DynamicSlidingWindowLayer)}
 
 
 def pending(cache: Any, index: int) -> LinearizedCacheLayer | None:

@@ -71,16 +71,21 @@ def _entry(layer: ProbedLayer, kind: str, kept: tuple[int, ...]) -> dict[str, An
     return entry | {"softmax_heads": list(kept)} if kept and kind != "softmax" else entry
 
 
+def named_layers(text: str) -> range:
+    """The layers that a key of ``attention.layers`` names."""
+    first, _, last = text.partition("-")
+    try:
+        return range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise LolcatsError(f"attention.layers: {text!r} is not a layer index or range such as 7 or 0-3.") from None
+
+
 def layer_kinds(config: AttentionConfig, layers: list[ProbedLayer]) -> dict[int, str]:
     """Kind of every layer. Layers with a sliding window stay as they are, unless all have one (Mistral 7B v0.1)."""
     chosen: dict[int, str] = {}
     indices = [layer.geometry.layer for layer in layers]
     for text, kind in config.layers.items():
-        first, _, last = text.partition("-")
-        try:
-            wanted = range(int(first), int(last or first) + 1)
-        except ValueError:
-            raise LolcatsError(f"attention.layers: {text!r} is not a layer index or range such as 7 or 0-3.") from None
+        wanted = named_layers(text)
         if missing := [i for i in wanted if i not in indices]:
             raise LolcatsError(f"attention.layers: the model has no attention layer {missing[0]} (it has {indices}).")
         chosen.update(dict.fromkeys(wanted, kind))

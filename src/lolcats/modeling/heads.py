@@ -44,6 +44,12 @@ class KeptHeads:
         """The query heads of ``kv_heads``, in their order."""
         return [head * self.group + i for head in kv_heads for i in range(self.group)]
 
+    def on_rank(self, rank: int, ranks: int) -> KeptHeads:
+        """Of one of ``ranks`` that each hold as many heads, side by side."""
+        count = self.geometry.kv_heads // ranks
+        local = replace(self.geometry, heads=self.geometry.heads // ranks, kv_heads=count)
+        return KeptHeads(local, tuple(head - rank * count for head in self.kept if head // count == rank))
+
     def part(self, kv_heads: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, D) and k, v (B, G, T, D) of only these key/value heads."""
         return take(q, 1, self.queries(kv_heads)), take(k, 1, kv_heads), take(v, 1, kv_heads)

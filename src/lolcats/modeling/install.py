@@ -33,6 +33,9 @@ def install(model: PreTrainedModel, record: dict[str, Any]) -> None:
         kept = KeptHeads(geometry, tuple(entry["softmax_heads"])) if entry.get("softmax_heads") else None
         of_maps = geometry if kept is None else kept.of_linearized
         layer = LinearizedAttention(of_maps, attention, spec, base_implementation, kept)
+        if kept is not None:
+            for each in layer.modules():  # ranks hold as many heads each, but not as many linearized ones
+                each.__dict__["is_uneven"] = True
         device = next(module.parameters()).device
         module.lolcats = layer if device.type == "meta" else layer.to(device)  # in a skeleton, only they are real
         if spec.unrotated:

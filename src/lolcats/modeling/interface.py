@@ -67,6 +67,10 @@ def attention_function(
         soft = _own_attention(own, q, k, v, attention_mask, kwargs)
     else:
         soft = _kept_attention(module, q, k, v, attention_mask, request, kwargs)
+    if not kept.linearized:  # on this rank
+        if cache is not None:
+            cache.pending = False
+        return soft, None
     q, k, v = kept.part(kept.linearized, query, key, value)
     return kept.joined(soft, _linearized(layer, module, q, k, v, request, kwargs)), None
 

@@ -141,22 +141,23 @@ class LinearizedAttention(nn.Module):
                 parameter.requires_grad_(False)
 
     def split_heads(self, ranks: int) -> None:
-        """Become one of ``ranks`` that each hold some of the heads; the caller splits the parameters."""
-        if self.kept is not None:
+        """Become one of ``ranks`` that each hold some of the heads; the caller splits the parameters, and with kept
+        heads the numbers of maps as well."""
+        count = self.geometry.kv_heads if self.kept is None else self.kept.geometry.kv_heads
+        if count % ranks:
             raise LolcatsError(
-                f"Tensor parallelism does not support attention.softmax_heads (layer {self.geometry.layer})."
-            )
-        if self.geometry.kv_heads % ranks:
-            raise LolcatsError(
-                f"Layer {self.geometry.layer} has {self.geometry.kv_heads} key/value heads, which {ranks} ranks cannot "
-                "share equally: use a number of ranks that divides it."
+                f"Layer {self.geometry.layer} has {count} key/value heads, which {ranks} ranks cannot share equally: "
+                "use a number of ranks that divides it."
             )
         if self.spec.decays:
             raise LolcatsError(
                 "Tensor parallelism does not support attention.decay: a head's decay follows from its number in the "
                 "whole layer. Load the model without tensor parallelism."
             )
-        self.ranks, self.maps = ranks, self.maps // ranks
+        self.ranks = ranks
+        if self.kept is not None:
+            return
+        self.maps //= ranks
         self.phi_q.heads //= ranks
         self.phi_k.heads //= ranks
 
@@ -237,6 +238,8 @@ def attached(module: Any) -> KeptAttention | LinearizedAttention | None:
     """What a conversion attached to an attention module, if anything: PEFT's trained copy of it in use, with
     ``modules_to_save=["lolcats"]``."""
     layer: Any = getattr(module, "lolcats", None)
+    if layer is None or isinstance(layer, KeptAttention | LinearizedAttention):  # in every layer of every call
+        return layer
     if hasattr(layer, "modules_to_save"):
         off = layer.disable_adapters or not layer.active_adapters
         layer = layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]

@@ -2,6 +2,9 @@
 
 Feature maps and gates are per head, so tensor parallelism splits them with the heads, along their first dimension. They
 are only 0.2 % of the parameters: if layers are offloaded to host memory or disk, they stay on the compute device.
+
+Ranks hold as many key/value heads each, but of a layer with kept heads not as many linearized ones. Its maps and gates
+are loaded whole, and each rank then keeps those of its heads.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ class HeadsParallel(styles.TensorParallelLayer):  # type: ignore[misc]
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         whole = module._parameters[param]
-        if whole is not None:
+        if whole is not None and not hasattr(module, "is_uneven"):
             part = distribute_tensor(whole.data, mesh, [Shard(0)], src_data_rank=None)
             module._parameters[param] = nn.Parameter(part, whole.requires_grad)
 
@@ -77,6 +80,11 @@ def settle(model: PreTrainedModel) -> PreTrainedModel:
     With tensor parallelism these are this rank's parts. With accelerate's hooks they are whole, since the hooks would
     fetch them only for a module's ``forward``, which the kernels do not call.
     """
+    for attention in model.modules():
+        layer, split = getattr(attention, "lolcats", None), getattr(attention, "k_proj", None)
+        weight = getattr(split, "weight", None)
+        if isinstance(layer, LinearizedAttention) and layer.kept and isinstance(weight, DTensor):
+            _take_own_heads(layer, weight.device_mesh)
     for layer in linearized_layers(model):
         for module in layer.modules():
             hook = getattr(module, "_hf_hook", None)
@@ -92,6 +100,22 @@ def settle(model: PreTrainedModel) -> PreTrainedModel:
                 remove_hook_from_module(module)
     _plain_inference(model)
     return model
+
+
+def _take_own_heads(layer: LinearizedAttention, mesh: DeviceMesh) -> None:
+    """Keep only what belongs to this rank's linearized heads of a layer that has kept ones."""
+    whole = layer.kept
+    own = whole.on_rank(mesh.get_local_rank(), mesh.size())
+    before = sum(len(whole.on_rank(rank, mesh.size()).linearized) for rank in range(mesh.get_local_rank()))
+    share = slice(before, before + len(own.linearized))
+    for module in layer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                part = parameter.data.unflatten(0, (len(whole.linearized), -1))[share].flatten(0, 1).clone()
+                module._parameters[name] = nn.Parameter(part, parameter.requires_grad)
+    layer.maps = layer.phi_k.heads = layer.maps // len(whole.linearized) * len(own.linearized)
+    layer.phi_q.heads = whole.group * len(own.linearized)
+    layer.kept = own if own.kept else None
 
 
 def _plain_inference(model: PreTrainedModel) -> None:

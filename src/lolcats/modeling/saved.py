@@ -20,6 +20,7 @@ def describe_saved(directory: Path) -> dict[str, Any]:
         "form": record.get("form", "merged"),
         "family": config["base_model_type"],
         "layers": ", ".join(f"{n} {kind}" for kind, n in Counter(e["kind"] for e in record["layers"]).items()),
+        **_kept_heads(record["layers"]),
         **record["attention"],
     }
     if "base" in record:
@@ -32,3 +33,12 @@ def describe_saved(directory: Path) -> dict[str, Any]:
             facts["missing"] = lost
         facts |= {k: f"{v:.3f}" for k, v in run["results"].items() if k.startswith("ppl_")}
     return facts
+
+
+def _kept_heads(layers: list[dict[str, Any]]) -> dict[str, str]:
+    """How many key/value heads stay softmax attention, if some do in layers that are linearized."""
+    if not any(entry.get("softmax_heads") for entry in layers):
+        return {}
+    whole = sum(entry["kv_heads"] for entry in layers if entry["kind"] == "softmax")
+    count = whole + sum(len(entry.get("softmax_heads", ())) for entry in layers)
+    return {"softmax key/value heads": f"{count} of {sum(entry['kv_heads'] for entry in layers)}"}

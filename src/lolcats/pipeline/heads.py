@@ -28,21 +28,23 @@ def choose_heads(
             "attention.softmax_budget needs the whole model in memory, and stage 1 loads one layer after another. Run "
             "lolcats select where the model fits, and pass its file with --selection."
         )
-    if is_first() and not (run.directory / FILE).exists():
-        run.save()  # so that a search that was interrupted can be repeated here
+    if not ranks().shared((run.directory / FILE).exists()):
+        if is_first():
+            run.save()  # so that a search that was interrupted can be repeated here
         found_heads(run.directory / FILE, run.config, inputs, device, dtype, say)
-    ranks().wait()
     Selection.read(run.directory / FILE).check(inputs.base, run.directory / FILE)
 
 
 def found_heads(
     path: Path, config: Config, inputs: Inputs, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
 ) -> Selection:
-    """Search for heads within the budget, and write them to ``path``."""
+    """Search for heads within the budget, on all ranks together, and write them to ``path``."""
     model = inputs.model(dtype, device)
     settings = Settings(seed=config.seed)
     selection = select(model, inputs.tokenizer, inputs.base, config.attention, settings=settings, say=say)
-    selection.write(path)
+    if is_first():
+        selection.write(path)
+    ranks().wait()
     return selection
 
 

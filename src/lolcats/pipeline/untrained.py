@@ -15,6 +15,7 @@ from lolcats.pipeline.finish import export_merged
 from lolcats.pipeline.heads import FILE, found_heads
 from lolcats.pipeline.job import log
 from lolcats.pipeline.models import Say, device_and_dtype
+from lolcats.ranks import is_first, ranks
 from lolcats.report.card import write_untrained_card
 from lolcats.selection import Selection, with_heads
 
@@ -38,16 +39,20 @@ def linearize_untrained(
     path = out / FILE
     if out.is_dir() and {file.name for file in out.iterdir()} - {FILE, ".lock"}:
         raise LolcatsError(f"{out} is not empty: choose another --out.")
+    known = ranks().shared(path.exists())  # every rank has checked the directory before one of them writes
+    ranks().wait()
     device, dtype = device_and_dtype(config)
     inputs = Inputs(model, keep=device.type == "cuda", trust=config.trust_remote_code)
     config = replace(config, attention=replace(config.attention, kind="window"))
     out.mkdir(parents=True, exist_ok=True)
     if config.attention.softmax_budget:
-        selection = Selection.read(path) if path.exists() else found_heads(path, config, inputs, device, dtype, say)
+        selection = Selection.read(path) if known else found_heads(path, config, inputs, device, dtype, say)
         selection.check(inputs.base, path)
         config = with_heads(config, selection)
-    elif selection is not None:
+    elif selection is not None and is_first():
         selection.write(path)
+    if not is_first():
+        return selection
     linearized = convert(inputs.model(dtype, device), config)
     inputs.tokenizer.save_pretrained(out)
     write_text(out / "config.yaml", to_yaml(config))

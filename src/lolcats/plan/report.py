@@ -111,8 +111,10 @@ def paper_line(size: Size, work: Work, plans: Sequence[Plan]) -> str:
 
 def generation_line(size: Size, tokens: int = 32768) -> str:
     """What a sequence takes while text is generated."""
-    kept = f" and {readable(size.token)} a token for the keys of kept heads and layers" if size.token else ""
-    whole, teacher = size.state + tokens * size.token, tokens * size.teacher_token
+    kept = f", up to {readable(size.window)} for the windows of layers that slide one" if size.window else ""
+    kept += f" and {readable(size.token)} a token for the keys of kept heads and layers" if size.token else ""
+    whole = size.state + size.window + tokens * size.token
+    teacher = size.teacher_window + tokens * size.teacher_token
     return (
         f"Generation in bf16: a sequence takes {readable(size.state)}{kept}; at {tokens:,} tokens {readable(whole)}, "
         f"the base model's cache {readable(teacher)}."

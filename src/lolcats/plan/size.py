@@ -65,7 +65,10 @@ class Size:
     """Bytes of one sequence's state, whatever its length, in bf16 with sums in fp32."""
     token: int = 0
     """Bytes that each token adds: its keys and values in kept heads and layers, in bf16."""
+    window: int = 0
+    """Bytes of the keys and values in kept layers that slide a window, once it is full, in bf16."""
     teacher_token: int = 0
+    teacher_window: int = 0
     """The same of the teacher."""
 
     @property
@@ -127,8 +130,7 @@ def size_of(model_config: Any, config: Config, trust: bool = False) -> Size:
     largest = max(found, key=lambda layer: layer.geometry.heads * layer.geometry.head_dim)
     active = sum(_active(layer, share) for layer in layers)
     maps = sum(p.numel() for layer in found for p in layer.parameters())
-    (_, state), (teacher, one) = cache_bytes(model, 0), cache_bytes(model, 1)
-    memory = {"state": state, "token": one - state, "teacher_token": teacher}
+    memory = {"state": cache_bytes(model, 0)[1]} | _growing(model)
     with torch.device("meta"):
         wrapped = add_lora(model, config.finetune)
     return Size(
@@ -151,6 +153,17 @@ def chosen_share(config: Any) -> float:
     total = next((n for name in EXPERTS if (n := getattr(text, name, None))), None)
     chosen = next((n for name in CHOSEN if (n := getattr(text, name, None))), None)
     return chosen / total if total and chosen else 1.0
+
+
+def _growing(model: Any) -> dict[str, int]:
+    """Bytes of a sequence that each token adds, and those that stop growing with a window."""
+    many = 1 << 30  # more than any window
+    (_, state), *longer = (cache_bytes(model, tokens) for tokens in (0, many, many + 1))
+    (teacher, student), (teacher_token, token) = longer[0], (b - a for a, b in zip(*longer, strict=True))
+    return {
+        "token": token, "window": student - state - many * token,
+        "teacher_token": teacher_token, "teacher_window": teacher - many * teacher_token,
+    }  # fmt: skip
 
 
 def _base_parameters(layer: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

@@ -20,6 +20,7 @@ from lolcats.modeling.heads import Trial
 from lolcats.modeling.install import decoder, inputs_of
 from lolcats.modeling.layer import LinearizedAttention, decoder_layers, linearized_layers, override
 from lolcats.modeling.loss import Head, find_head
+from lolcats.ranks import Ranks
 from lolcats.selection.prompts import Scored
 
 Heads = frozenset[tuple[int, int]]
@@ -63,7 +64,9 @@ class Scorer:
         self.depth = {i: self._block_of(layer) for i, layer in self.layers.items()}
         self.at: Heads = frozenset()
         self.passes = 0.0
-        """Forward passes so far: 1.0 is one through all layers with all prompts."""
+        """Forward passes of this process so far: 1.0 is one through all layers with all prompts."""
+        self.ranks = Ranks()
+        """The processes that share the work of :meth:`losses` and :meth:`slopes`, each with a scorer like this one."""
         self.batches = [self._batch(part) for part in _alike(prompts, batch_tokens)]
         for batch in self.batches:
             batch.weights = _weights(batch, prompts).to(batch.ids.device)
@@ -87,6 +90,10 @@ class Scorer:
         first = min(first, len(self.blocks) - 1) if self._recorded else 0
         with self._trying(chosen):
             return sum(self._loss(batch, first).item() for batch in self.batches)
+
+    def losses(self, sets: Sequence[Collection[tuple[int, int]]]) -> list[float]:
+        """The loss of each set of heads."""
+        return self.ranks.spread(self.loss, sets)
 
     @torch.no_grad()
     def move_to(self, heads: Collection[tuple[int, int]]) -> float:
@@ -116,15 +123,21 @@ class Scorer:
         }
         for leaf in leaves.values():
             leaf.requires_grad_()
-        total = 0.0
+
+        def of_batch(number: int) -> tuple[float, list[float]]:
+            batch = self.batches[number]
+            loss = self._loss(batch)
+            slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            self.passes += 2 * len(batch.ids) * batch.ids.shape[1] / self.tokens
+            return loss.item(), torch.cat(slopes).tolist()
+
         with self._using({i: Trial(shares=leaf) for i, leaf in leaves.items()}), _checkpointed(self.blocks):
-            for batch in [self.batches[i] for i in batches or range(len(self.batches))]:
-                loss = self._loss(batch)
-                loss.backward()
-                total += loss.item()
-                self.passes += 2 * len(batch.ids) * batch.ids.shape[1] / self.tokens
-        found = {i: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for i, leaf in leaves.items()}
-        return total, {(i, g): value for i, slopes in found.items() for g, value in enumerate(slopes.tolist())}
+            each = self.ranks.spread(of_batch, list(batches or range(len(self.batches))))
+        total, slopes = (
+            sum(parts) for parts in zip(*((loss, torch.tensor(found)) for loss, found in each), strict=True)
+        )
+        heads = [(i, g) for i, leaf in leaves.items() for g in range(len(leaf))]
+        return total, dict(zip(heads, slopes.tolist(), strict=True))
 
     @torch.no_grad()
     def exact(self, heads: Collection[tuple[int, int]] | None) -> dict[str, float]:

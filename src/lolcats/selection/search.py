@@ -72,17 +72,18 @@ def grow(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: in
 def _with_more(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: int, width: int) -> Found:
     """``kept`` and the next unit or units."""
     tried = _steepest(scorer, kept, others, width, sign=1)
-    losses = {unit: scorer.loss(_heads([*kept, unit])) for unit in tried}
+    losses = dict(zip(tried, scorer.losses([_heads([*kept, unit]) for unit in tried]), strict=True))
     several = 1 if len(kept) < ONE_BY_ONE else min(max(1, count // 16), count - len(kept))
     added = sorted(tried, key=losses.__getitem__)[:several]
     more = (*kept, *added)
-    return Found(more, losses[added[0]] if len(added) == 1 else scorer.loss(_heads(more)))
+    return Found(more, losses[added[0]] if len(added) == 1 else scorer.losses([_heads(more)])[0])
 
 
 def _without_one(scorer: Scorer, kept: Sequence[Unit], width: int) -> Found:
     """``kept`` less the unit that is missed least."""
     sets = [tuple(unit for unit in kept if unit != gone) for gone in _steepest(scorer, kept, kept, width, sign=-1)]
-    return min((Found(units, scorer.loss(_heads(units))) for units in sets), key=lambda found: found.loss)
+    losses = scorer.losses([_heads(units) for units in sets])
+    return min(map(Found, sets, losses), key=lambda found: found.loss)
 
 
 def shrink(scorer: Scorer, kept: Sequence[Unit], count: int, width: int, say: Say, share: float = 0.0) -> list[Found]:
@@ -96,7 +97,8 @@ def shrink(scorer: Scorer, kept: Sequence[Unit], count: int, width: int, say: Sa
         scorer.move_to(_heads(kept))
         drop = max(1, min(len(kept) - count, int(share * len(kept))))
         tried = _steepest(scorer, kept, kept, max(width, 2 * drop), sign=-1)
-        losses = {unit: scorer.loss(_heads([other for other in kept if other != unit])) for unit in tried}
+        left = [_heads([other for other in kept if other != unit]) for unit in tried]
+        losses = dict(zip(tried, scorer.losses(left), strict=True))
         gone = sorted(tried, key=losses.__getitem__)[:drop]
         kept = [unit for unit in kept if unit not in gone]
         loss = losses[gone[0]] if drop == 1 else scorer.loss(_heads(kept))

@@ -15,6 +15,7 @@ from lolcats.errors import LolcatsError, out_of_memory
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.probe import text_config
+from lolcats.ranks import ranks
 from lolcats.selection.prompts import prompts
 from lolcats.selection.result import Point, Selection, by_layer
 from lolcats.selection.scorer import Scorer
@@ -49,6 +50,7 @@ def select(
     """Choose ``heads`` key/value heads of a base model that stay softmax attention; nothing is trained.
 
     The other heads have the window and sinks of ``attention`` while heads are tried. The model is converted in place.
+    Under torchrun every rank calls this, and each scores some of the candidates; all get the same selection.
 
     Args:
         heads: how many; 0: as many as ``attention.softmax_budget`` allows.
@@ -65,15 +67,15 @@ def select(
         raise LolcatsError(f"{count} heads are to be kept, and the model has only {units} that could be linearized.")
     plan, started = prompt_plan(check_lengths(settings.lengths, model)), time.time()
     asked = [prompts(tokenizer, plan, f"{settings.seed}/{part}", text) for part in ("search", "check")]
-    scorer = _fitting(model, asked[0])
+    scorer = _shared(_fitting(model, asked[0]), model, asked[0])
     say(f"Choosing {count} of {units} key/value heads by {len(plan)} prompts, {scorer.tokens:,} tokens a score")
     prepared = time.time()
     trail = search(scorer, count, settings, say)
     searched = time.time()
     checker = Scorer(model, asked[1], scorer.batch_tokens)
     further = [] if settings.beyond <= 1 else _further(scorer, trail[-1], int(settings.beyond * count), settings, say)
-    curve = [_point(found, model, checker) for found in [Found((), scorer.loss(())), *trail, *further]]
-    curve.append(_point(None, model, checker))
+    found: list[Found | None] = [Found((), scorer.loss(())), *trail, *further, None]
+    curve = scorer.ranks.spread(lambda each: _point(each, model, checker), found)
     info: dict[str, Any] = asdict(settings) | {
         "lengths": list(settings.lengths), "tokens_per_score": scorer.tokens,
         "seconds": {"prompts": round(prepared - started, 1), "search": round(searched - prepared, 1),
@@ -150,6 +152,17 @@ def _fitting(model: PreTrainedModel, asked: Sequence[Any]) -> Scorer:
                 raise
         tokens //= 2
         torch.cuda.empty_cache()
+
+
+def _shared(scorer: Scorer, model: PreTrainedModel, asked: Sequence[Any]) -> Scorer:
+    """The scorer, which shares its work with those of the other ranks: all with as many tokens at once as the one with
+    the least memory."""
+    together = ranks()
+    tokens = min(together.spread(lambda _: scorer.batch_tokens, range(together.size)))
+    if tokens < scorer.batch_tokens:
+        scorer = Scorer(model, asked, tokens)
+    scorer.ranks = together
+    return scorer
 
 
 def _further(scorer: Scorer, found: Found, count: int, settings: Settings, say: Say) -> list[Found]:

@@ -1,9 +1,10 @@
 """Keys and values of kept heads and kept layers, in blocks that sequences take as they grow.
 
 One memory for the whole engine, allocated once: for each layer keys and values (places, G, D), where a place is a
-token of a block. A call of the model sees it through :class:`PagedCache`, which has a cache layer on this memory
-wherever the model keeps keys. The base model's own attention then gets what it would get from transformers' cache:
-all keys of each row, padded on the left, so masks, windows, scales and caps are the family's.
+token of a block. Layers that see all keys have a pool of blocks, and layers that see the same window have another, from
+which keys go back once no later token sees them. A call of the model sees the memory through :class:`PagedCache`, which
+has a cache layer on it wherever the model keeps keys. The base model's own attention then gets keys for all tokens of
+each row, padded on the left, with zeros for those that are gone, so masks, windows, scales and caps are the family's.
 
 Shapes: B rows, G kept key/value heads of a layer, T new tokens, L keys of the longest row, D head dim.
 """
@@ -17,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lolcats.attention.paged import paged_attention
 from lolcats.attention.state import KeyValues
-from lolcats.inference.engine.blocks import Blocks, Table
+from lolcats.inference.engine.blocks import Blocks, Table, Tables
 from lolcats.modeling.cache import AttendingLayer, SplitCacheLayer
 
 BLOCK = 64
@@ -29,12 +30,16 @@ BLOCK = 64
 
 
 class KeptLayer(NamedTuple):
-    """A layer that keeps keys, and of how many key/value heads; head_dim is D of keys, value_dim that of values."""
+    """A layer that keeps keys, and of how many key/value heads; head_dim is D of keys, value_dim that of values.
+
+    window: how many of the last keys a token sees, its own among them; 0 for all.
+    """
 
     layer: int
     kv_heads: int
     head_dim: int
     value_dim: int
+    window: int = 0
 
 
 def keeps_keys(model: PreTrainedModel) -> bool:
@@ -52,8 +57,14 @@ def kept_layers(model: PreTrainedModel) -> list[KeptLayer]:
         if isinstance(own, DynamicLayer) and own.is_initialized:
             assert own.keys is not None
             assert own.values is not None
-            found.append(KeptLayer(index, own.keys.shape[1], own.keys.shape[3], own.values.shape[3]))
+            window = own.sliding_window if isinstance(own, DynamicSlidingWindowLayer) else 0
+            found.append(KeptLayer(index, own.keys.shape[1], own.keys.shape[3], own.values.shape[3], window))
     return found
+
+
+def by_window(layers: Sequence[KeptLayer]) -> dict[int, list[KeptLayer]]:
+    """The layers that share blocks, those that see all keys first."""
+    return {window: [x for x in layers if x.window == window] for window in sorted({x.window for x in layers})}
 
 
 def token_bytes(layers: Sequence[KeptLayer], dtype: torch.dtype) -> int:
@@ -63,13 +74,16 @@ def token_bytes(layers: Sequence[KeptLayer], dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Copied:
-    """A sequence's kept keys and values by layer, (tokens, G, D), apart from any engine."""
+    """A sequence's kept keys and values by layer, (tokens, G, D), apart from any engine.
+
+    Layers with a window have at least those of the last tokens that later ones see.
+    """
 
     layers: dict[int, KeyValues]
 
     @property
-    def shapes(self) -> list[KeptLayer]:
-        return [KeptLayer(i, x.k.shape[1], x.k.shape[2], x.v.shape[2]) for i, x in sorted(self.layers.items())]
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [(i, x.k.shape[1], x.k.shape[2], x.v.shape[2]) for i, x in sorted(self.layers.items())]
 
     @property
     def nbytes(self) -> int:
@@ -84,40 +98,42 @@ class Held:
     """The same in blocks of an engine's memory, which stay as they are as long as this lives."""
 
     memory: KeptKeys
-    table: Table
+    tables: Tables
 
     @property
-    def shapes(self) -> list[KeptLayer]:
-        return self.memory.layers
+    def shapes(self) -> list[tuple[int, ...]]:
+        return self.memory.shapes
 
     @property
     def nbytes(self) -> int:
-        return len(self.table.blocks) * self.memory.block_bytes
+        each = zip(self.tables.each, self.memory.groups, strict=True)
+        return sum(len(table.blocks) * group.block_bytes for table, group in each)
 
     def copied(self, device: Any = None) -> Copied:
         """A copy of the keys; ``device``: where to, by default where they are."""
-        places = self.memory.places_of(self.table)
-
-        def copy(x: Tensor) -> Tensor:
-            return x.index_select(0, places).to(device)
-
-        return Copied({i: KeyValues(*map(copy, pair)) for i, pair in self.memory.tensors.items()})
+        layers: dict[int, KeyValues] = {}
+        for table, group in zip(self.tables.each, self.memory.groups, strict=True):
+            places = group.places_of(table)
+            for i, pair in group.tensors.items():
+                layers[i] = KeyValues(*(x.index_select(0, places).to(device) for x in pair))
+        return Copied(dict(sorted(layers.items())))
 
 
 Kept = Held | Copied
 
 
-class KeptKeys:
-    """The memory of ``count`` blocks, of which a sequence takes at most ``width``.
+class Group:
+    """The memory of layers that share blocks: ``count`` blocks, of which a sequence has up to ``width`` in all.
 
     Two more belong to nobody: one holds zeros, the other what is thrown away.
     """
 
     def __init__(
-        self, layers: list[KeptLayer], count: int, dtype: torch.dtype, device: torch.device, size: int = BLOCK,
-        width: int = 0,
+        self, layers: list[KeptLayer], count: int, dtype: torch.dtype, device: torch.device, size: int, piece: int,
+        width: int,
     ) -> None:  # fmt: skip
-        self.layers, self.blocks, self.device, self.width = layers, Blocks(count, size), device, width
+        self.layers, self.device, self.width = layers, device, width
+        self.blocks = Blocks(count, size, layers[0].window, piece)
         self.zeros, self.waste = count, count + 1
         self.token_bytes = token_bytes(layers, dtype)
         self.block_bytes = self.token_bytes * size
@@ -131,16 +147,6 @@ class KeptKeys:
                         for x in layers}  # fmt: skip
         self.offsets = torch.arange(size)
 
-    @property
-    def nbytes(self) -> int:
-        """Of all blocks, free or not."""
-        return self.block_bytes * self.blocks.count
-
-    @property
-    def held_bytes(self) -> int:
-        """Of the blocks in use."""
-        return self.block_bytes * self.blocks.held
-
     def reserve(self, table: Table, tokens: int) -> None:
         """Make room for ``tokens`` more."""
         if copy := table.reserve(tokens):
@@ -149,26 +155,34 @@ class KeptKeys:
                 for x in pair:
                     x[target] = x[source]
 
-    def table_of(self, kept: Kept) -> Table:
-        """A table of its own for a sequence that goes on from ``kept``.
+    def copy_of(self, table: Table) -> Table:
+        """A table with the same keys in blocks of its own.
 
         Raises:
-            OutOfBlocks: too few are free for a copy.
+            OutOfBlocks: too few are free.
         """
-        if isinstance(kept, Held) and kept.memory is self:
-            return kept.table.fork()
-        copied, table = kept.copied(self.device), Table(self.blocks)
-        table.reserve(length := len(next(iter(copied.layers.values())).k))
-        table.length = length
+        return self.filled({i: KeyValues(*(x[self.places_of(table)] for x in pair))
+                            for i, pair in self.tensors.items()}, table.length)  # fmt: skip
+
+    def filled(self, keys: dict[int, KeyValues], length: int) -> Table:
+        """A table of a sequence of ``length`` tokens with these keys of the last ones.
+
+        Raises:
+            OutOfBlocks: too few are free.
+        """
+        passed = self.blocks.passed(length)
+        table = Table(self.blocks, self.blocks.take(self.blocks.needed(length) - passed), length, passed)
         places = self.places_of(table)
-        for i, pair in copied.layers.items():
+        for i, pair in keys.items():
             for x, new in zip(self.tensors[i], pair, strict=True):
-                x.index_copy_(0, places, new.to(x.dtype))
+                count = min(len(new), len(places))  # an engine with blocks of another size has kept more or fewer
+                x.index_fill_(0, places[: len(places) - count], 0)
+                x.index_copy_(0, places[len(places) - count :], new[len(new) - count :].to(self.device, x.dtype))
         return table
 
     def places_of(self, table: Table) -> Tensor:
-        """(tokens,) places of all tokens of a sequence."""
-        return self._places(table, table.length).to(self.device)
+        """(tokens,) places of all tokens of a sequence whose keys are there."""
+        return self._places(table, table.length)[table.passed * self.blocks.size :].to(self.device)
 
     def places(self, tables: Sequence[Table | None], tokens: int) -> Places:
         """Where ``tokens`` new ones of each row go, for which room was made. A row without a table is thrown away."""
@@ -188,8 +202,106 @@ class KeptKeys:
         return Places(keys, keys[:, total - tokens :].flatten(), mask)
 
     def _places(self, table: Table, tokens: int) -> Tensor:
-        blocks = torch.tensor(table.blocks[: self.blocks.needed(tokens)], dtype=torch.long)
-        return (blocks[:, None] * self.blocks.size + self.offsets).flatten()[:tokens]
+        """(tokens,) places of a sequence's first tokens, zeros for what has gone back."""
+        blocks = torch.tensor(([self.zeros] * table.passed + table.blocks)[: self.blocks.needed(tokens)])
+        return (blocks.long()[:, None] * self.blocks.size + self.offsets).flatten()[:tokens]
+
+
+class KeptKeys:
+    """The memory of all layers that keep keys.
+
+    Args:
+        counts: blocks of each group of layers, as :func:`by_window` gives them.
+        width: maximum number of blocks for the tokens of a sequence.
+    """
+
+    def __init__(
+        self, layers: list[KeptLayer], counts: Sequence[int], dtype: torch.dtype, device: torch.device,
+        size: int = BLOCK, piece: int = 1, width: int = 0,
+    ) -> None:  # fmt: skip
+        self.layers, self.size, self.width, self.device = layers, size, width, device
+        self.groups = [Group(of, count, dtype, device, size, piece, width)
+                       for of, count in zip(by_window(layers).values(), counts, strict=True)]  # fmt: skip
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [layer[:4] for layer in self.layers]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that each token adds."""
+        return sum(group.token_bytes for group in self.groups if not group.blocks.window)
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of a sequence's keys in layers that see a window, once it is full."""
+        return sum(group.token_bytes * group.blocks.window for group in self.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all blocks, free or not."""
+        return sum(group.block_bytes * group.blocks.count for group in self.groups)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the blocks in use."""
+        return sum(group.block_bytes * group.blocks.held for group in self.groups)
+
+    @property
+    def free(self) -> list[int]:
+        """Free blocks of each group."""
+        return [group.blocks.free for group in self.groups]
+
+    def lacking(self, before: int, shared: bool, tokens: int) -> list[int]:
+        """Blocks of each group for a sequence of ``before`` tokens, perhaps in shared blocks, and ``tokens`` more."""
+
+        def count(pool: Blocks) -> int:
+            own = before % pool.size > 0 if shared else pool.needed(before) - pool.passed(before)
+            copy = (
+                pool.window > 0
+            )  # of a cached prefix's last block, which the blocks of the window may not make up for
+            return own + pool.added(before, tokens) + copy
+
+        return [count(group.blocks) for group in self.groups]
+
+    def takes(self, kept: Kept | None, length: int) -> bool:
+        """Whether a sequence of ``length`` tokens can go on from ``kept``."""
+        if kept is None or kept.shapes != self.shapes:
+            return False
+        if isinstance(kept, Held):
+            return kept.memory.layers == self.layers
+        return all(
+            len(kept.layers[x.layer].k) >= min(length, x.window - 1 if x.window else length) for x in self.layers
+        )
+
+    def empty(self) -> Tables:
+        return Tables(Table(group.blocks) for group in self.groups)
+
+    def reserve(self, tables: Tables, tokens: int) -> None:
+        """Make room for ``tokens`` more."""
+        for group, table in zip(self.groups, tables.each, strict=True):
+            group.reserve(table, tokens)
+
+    def tables_of(self, kept: Kept, length: int) -> Tables:
+        """Tables of its own for a sequence that goes on from ``kept``, which has ``length`` tokens.
+
+        Raises:
+            OutOfBlocks: too few are free for a copy.
+        """
+        if isinstance(kept, Held) and kept.memory is self:
+            return kept.tables.fork()
+        keys = kept.copied(self.device).layers
+        return Tables(group.filled({i: keys[i] for i in group.tensors}, length) for group in self.groups)
+
+    def held(self, tables: Tables) -> Held:
+        """The keys so far of a sequence that goes on. Where the window will pass them, they are copied: the sequence
+        counts on using its blocks again.
+
+        Raises:
+            OutOfBlocks: too few are free for the copy.
+        """
+        return Held(self, Tables(group.copy_of(table) if group.blocks.window else table.fork()
+                                 for group, table in zip(self.groups, tables.each, strict=True)))  # fmt: skip
 
 
 class Places(NamedTuple):
@@ -215,36 +327,44 @@ class PagedCache(DynamicCache):
     def __init__(self, memory: KeptKeys) -> None:
         super().__init__()
         self.memory = memory
-        self.places: Places | None = None
-        self.blocks: tuple[Tensor, Tensor] | None = None
+        self.places: list[Places] = []
+        """Of each group of layers."""
+        self.blocks: tuple[Sequence[Tensor], Tensor] | None = None
 
     @property
     def padding(self) -> dict[str, Tensor]:
         """What the model has to be told of padding among the keys."""
-        return {} if self.places is None or self.places.mask is None else {"attention_mask": self.places.mask}
+        return {"attention_mask": self.places[0].mask} if self.places and self.places[0].mask is not None else {}
 
     def install(self) -> None:
         """Put a layer on the memory wherever the model keeps keys, once the others are there."""
-        for layer in self.memory.layers:
-            while len(self.layers) <= layer.layer:
-                self.layers.append(DynamicLayer())
-            paged, own = PagedLayer(self, self.memory.tensors[layer.layer]), self.layers[layer.layer]
-            if isinstance(own, SplitCacheLayer):
-                own.kept = paged
-            else:
-                self.layers[layer.layer] = paged
+        for number, group in enumerate(self.memory.groups):
+            for layer, keys in group.tensors.items():
+                while len(self.layers) <= layer:
+                    self.layers.append(DynamicLayer())
+                paged, own = PagedLayer(self, number, keys), self.layers[layer]
+                if isinstance(own, SplitCacheLayer):
+                    own.kept = paged
+                else:
+                    self.layers[layer] = paged
 
-    def see_blocks(self, tables: Tensor, positions: Tensor) -> None:
-        """Prepare for a call with one new token in each row, about which only the device knows: tables (B, W) and
-        positions (B,) are read there, so the call can be a CUDA graph."""
-        self.places, self.blocks = None, (tables, positions)
+    def see_blocks(self, tables: Sequence[Tensor], positions: Tensor) -> None:
+        """Prepare for a call with one new token in each row, about which only the device knows: tables (B, W) of each
+        group and positions (B,) are read there, so the call can be a CUDA graph."""
+        self.places, self.blocks = [], (tables, positions)
 
-    def see(self, tables: Sequence[Table | None], tokens: int) -> int:
+    def see(self, tables: Sequence[Tables | None], tokens: int) -> int:
         """Prepare for a call with ``tokens`` new ones in each row; returns how many keys the longest has already."""
-        self.places, self.blocks = self.memory.places(tables, tokens), None
-        for table in filter(None, tables):
-            table.length += tokens
-        return self.places.before
+        self.places, self.blocks = (
+            [
+                group.places([each.each[i] if each else None for each in tables], tokens)
+                for i, group in enumerate(self.memory.groups)
+            ],
+            None,
+        )
+        for each in filter(None, tables):
+            each.advance(tokens)
+        return self.places[0].before
 
 
 class PagedLayer(AttendingLayer):
@@ -255,9 +375,9 @@ class PagedLayer(AttendingLayer):
 
     is_sliding = False
 
-    def __init__(self, cache: PagedCache, memory: KeyValues) -> None:
+    def __init__(self, cache: PagedCache, group: int, memory: KeyValues) -> None:
         super().__init__()
-        self.cache, self.memory, self.is_initialized = cache, memory, True
+        self.cache, self.group, self.memory, self.is_initialized = cache, group, memory, True
 
     @property
     def attends(self) -> bool:  # type: ignore[override]
@@ -272,14 +392,13 @@ class PagedLayer(AttendingLayer):
         if q.dtype != self.memory.k.dtype:
             raise RuntimeError(f"Attention to keys in blocks does not support {q.dtype} queries of this model.")
         tables, positions = self.cache.blocks
-        size = self.cache.memory.blocks.size
-        y = paged_attention(q, k, v, self.memory, tables, positions, size, scale, softcap, window or 0)
+        size = self.cache.memory.size
+        y = paged_attention(q, k, v, self.memory, tables[self.group], positions, size, scale, softcap, window or 0)
         return y.transpose(1, 2)
 
     @property
     def places(self) -> Places:
-        assert self.cache.places is not None
-        return self.cache.places
+        return self.cache.places[self.group]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The memory is there."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
-from lolcats.inference.engine.blocks import OutOfBlocks, Table
-from lolcats.inference.engine.kept import Held, KeptKeys, kept_layers
+from lolcats.inference.engine.blocks import Blocks, OutOfBlocks, Tables
+from lolcats.inference.engine.kept import Held, KeptKeys, KeptLayer, by_window, kept_layers, token_bytes
 from lolcats.inference.engine.request import Request
 from lolcats.inference.engine.states import PrefixCache, Snapshot
 from lolcats.memory import free_host_memory
@@ -40,18 +41,23 @@ class Room:
     ) -> None:
         layers = kept_layers(model)
         own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
-        wanted = -(-(context or own) // block) + 1  # one more, since a sequence that forks copies a block
-        one = KeptKeys(layers, 0, model.dtype, torch.device("meta"), block).block_bytes
-        most = (_free(model, slots) if memory is None else memory) // one
-        count = min(most, slots * wanted + prefixes.limit // one) if memory is None else most
-        if count < (wanted if context else 2):
+        shares = [Share.of(x, model.dtype, context or own, block, prefixes.piece) for x in by_window(layers).values()]
+        most = _free(model, slots) if memory is None else memory
+        one = sum(share.nbytes for share in shares)
+        if memory is None:
+            most = min(most, slots * one + prefixes.limit)
+        counts = split(shares, most, slots)
+        least = [share.wanted if context else min(2, share.wanted) for share in shares]
+        if any(count < few for count, few in zip(counts, least, strict=True)):
+            needed = sum(few * share.block_bytes for few, share in zip(least, shares, strict=True)) >> 20
             raise LolcatsError(
-                f"A sequence of {context or block} tokens takes {max(wanted if context else 2, 2) * one >> 20} MiB for "
-                f"the keys of kept heads, and there is room for {count * one >> 20} MiB. Allow fewer tokens "
-                "(--max-context) or more memory."
+                f"A sequence of {context or block} tokens takes {needed} MiB for the keys of kept heads, and there "
+                f"is room for {most >> 20} MiB. Allow fewer tokens (--max-context) or more memory."
             )
-        self.context = context or min(own, (count - 1) * block)
-        self.kept = KeptKeys(layers, count, model.dtype, model.device, block, -(-self.context // block))
+        fits = (count if count < share.wanted else share.whole for count, share in zip(counts, shares, strict=True))
+        self.context = context or min(own, (min(fits) - 1) * block)
+        width = -(-self.context // block)
+        self.kept = KeptKeys(layers, counts, model.dtype, model.device, block, prefixes.piece, width)
         self.prefixes, self.short = prefixes, False
         """``short``: whether the last request that asked found too few blocks."""
 
@@ -65,48 +71,103 @@ class Room:
                 "tokens that this model's keys have room for."
             )
 
-    def has(self, count: int) -> bool:
-        """Whether ``count`` blocks are free, if need be after cached prefixes were dropped."""
-        free = self.kept.blocks.free
-        if count > free and count > free + self._cached():
+    def has(self, counts: Sequence[int]) -> bool:
+        """Whether so many blocks of each group are free, if need be after cached prefixes were dropped."""
+        if not self._lack(counts):
+            return True
+        after = [free + cached for free, cached in zip(self.kept.free, self._cached(), strict=True)]
+        if any(count > most for count, most in zip(counts, after, strict=True)):
             return False
-        while count > self.kept.blocks.free:
+        while self._lack(counts):
             self.prefixes.evict()
         return True
 
+    def _lack(self, counts: Sequence[int]) -> bool:
+        return any(count > group.blocks.free for count, group in zip(counts, self.kept.groups, strict=False))
+
     def fits(self, request: Request, running: int) -> bool:
         """Whether there are blocks for all tokens that a request has so far, and one for each running one."""
-        self.short = not self.has(self._lacking(request) + running)
+        self.short = not self.has([count + running for count in self._lacking(request)])
         return not self.short
 
-    def _lacking(self, request: Request) -> int:
+    def _lacking(self, request: Request) -> list[int]:
         """Blocks for the tokens so far and one more, without those that it shares with the state it goes on from."""
-        start, shared = request.start.kept if request.start else None, 0
-        if isinstance(start, Held) and start.memory is self.kept and request.paused is None:
-            shared = start.table.length // self.kept.blocks.size
-        return self.kept.blocks.needed(len(request.history) + 1) - shared
+        start = request.paused or request.start
+        before = len(start.tokens) if start else 0
+        shared = start is not None and isinstance(start.kept, Held) and start.kept.memory is self.kept
+        return self.kept.lacking(before, shared, len(request.history) + 1 - before)
 
     def alike(self, request: Request, most: int) -> int:
         """How many prompts of this one's length, at most ``most``, may begin together."""
-        return max(1, min(most, self.kept.blocks.free // self.kept.blocks.needed(len(request.prompt))))
+        each = zip(self.kept.free, self.kept.lacking(0, False, len(request.prompt)), strict=True)
+        return max(1, min(most, *(free // count for free, count in each)))
 
-    def begin(self, start: Snapshot | None, tokens: int) -> Table:
+    def begin(self, start: Snapshot | None, tokens: int) -> Tables:
         """Blocks for a prompt of ``tokens`` tokens that goes on from ``start``."""
-        table = Table(self.kept.blocks) if start is None or start.kept is None else self.kept.table_of(start.kept)
-        self.kept.reserve(table, tokens)
-        return table
+        if start is None or start.kept is None:
+            tables = self.kept.empty()
+        else:
+            tables = self.kept.tables_of(start.kept, len(start.tokens))
+        self.kept.reserve(tables, tokens)
+        return tables
 
     def taken(self) -> OutOfBlocks:
         """The error of a request that found too few blocks, although nothing else runs."""
-        return OutOfBlocks(TAKEN.format(held=self.kept.blocks.held, count=self.kept.blocks.count))
+        pools = [group.blocks for group in self.kept.groups]
+        return OutOfBlocks(TAKEN.format(held=sum(x.held for x in pools), count=sum(x.count for x in pools)))
 
-    def _cached(self) -> int:
-        """Blocks that nothing but cached prefixes hold."""
-        held: Counter[int] = Counter()
+    def _cached(self) -> list[int]:
+        """Blocks of each group that nothing but cached prefixes hold."""
+        held = [Counter[int]() for _ in self.kept.groups]
         for entry in self.prefixes.entries.values():
             if isinstance(entry.kept, Held):
-                held.update(entry.kept.table.blocks)
-        return sum(self.kept.blocks.holders[block] == count for block, count in held.items())
+                for counter, table in zip(held, entry.kept.tables.each, strict=True):
+                    counter.update(table.blocks)
+        return [
+            sum(group.blocks.holders[block] == count for block, count in counter.items())
+            for group, counter in zip(self.kept.groups, held, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a sequence takes of a group's memory.
+
+    wanted: maximum number of its blocks at a time, and one more, since a sequence that forks copies a block; whole: the
+    blocks for all its tokens, and one more; block_bytes: of one block.
+    """
+
+    wanted: int
+    whole: int
+    block_bytes: int
+
+    @classmethod
+    def of(cls, layers: list[KeptLayer], dtype: torch.dtype, context: int, block: int, piece: int) -> Share:
+        pool = Blocks(0, block, layers[0].window, piece)
+        return cls(pool.most(context), pool.needed(context) + 1, token_bytes(layers, dtype) * block)
+
+    @property
+    def nbytes(self) -> int:
+        return self.wanted * self.block_bytes
+
+
+def sequence_bytes(layers: list[KeptLayer], dtype: torch.dtype, context: int, block: int, piece: int) -> int:
+    """Bytes of kept keys for each slot, if a sequence may have ``context`` tokens."""
+    return sum(Share.of(x, dtype, context, block, piece).nbytes for x in by_window(layers).values())
+
+
+def split(shares: Sequence[Share], memory: int, slots: int) -> list[int]:
+    """Blocks of each group in ``memory`` bytes.
+
+    If there is memory for several sequences, those of windows, which do not grow, come first: enough for all slots, if
+    they take at most half. The first group, which may be of layers that see all keys, gets what is left.
+    """
+    one, counts = sum(share.nbytes for share in shares), list[int]()
+    for share in shares[1:]:
+        equal = share.wanted * memory // one
+        counts.append(max(equal, min(slots * share.wanted, memory // 2 // len(shares[1:]) // share.block_bytes)))
+    left = memory - sum(count * share.block_bytes for count, share in zip(counts, shares[1:], strict=True))
+    return [left // shares[0].block_bytes, *counts]
 
 
 def newest(requests: Sequence[Request]) -> Request:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lolcats.inference.engine.blocks import Table
+from lolcats.inference.engine.blocks import Tables
 from lolcats.inference.engine.request import Request
 from lolcats.inference.engine.states import PrefillCache, SlotTable
 
@@ -56,12 +56,12 @@ class Slots:
         self.free(slot)
         self.paused = sorted([*self.paused, request], key=lambda request: request.number)
 
-    def resume(self, table: Table) -> None:
-        """Let the oldest paused request go on, with its keys in the blocks of ``table``."""
+    def resume(self, tables: Tables) -> None:
+        """Let the oldest paused request go on, with its keys in the blocks of ``tables``."""
         request, slot = self.paused.pop(0), len(self.running)
         assert request.paused is not None
         self.table.put(slot, request.paused.layers)
-        self.table.tables[slot] = table
+        self.table.tables[slot] = tables
         self.running.append(request)
         self.inputs[:, slot] = torch.tensor([request.history[-1], len(request.history) - 1])
         request.paused = None

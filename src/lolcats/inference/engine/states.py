@@ -23,8 +23,8 @@ from lolcats.attention import AttentionState, SlotState
 from lolcats.attention.state import KeyValues
 from lolcats.errors import LolcatsError
 from lolcats.files import give_usual_mode
-from lolcats.inference.engine.blocks import Table
-from lolcats.inference.engine.kept import Copied, Held, Kept, KeptKeys, PagedCache
+from lolcats.inference.engine.blocks import OutOfBlocks, Tables
+from lolcats.inference.engine.kept import Copied, Group, Held, Kept, KeptKeys, PagedCache
 from lolcats.modeling.cache import LinearizedCacheLayer, install_cache
 from lolcats.modeling.layer import LinearizedAttention
 
@@ -89,7 +89,7 @@ class PrefillCache:
 
     def __init__(
         self, layers: dict[int, LinearizedAttention], start: Snapshot | None = None, kept: KeptKeys | None = None,
-        tables: Sequence[Table] = (),
+        tables: Sequence[Tables] = (),
     ) -> None:  # fmt: skip
         self.cache, self.layers = _cache(layers, kept)
         self.tables = tables
@@ -106,8 +106,12 @@ class PrefillCache:
         return self.cache
 
     def held(self) -> Held | None:
-        """The kept keys of the first sequence, shared with it."""
-        return Held(self.cache.memory, self.tables[0].fork()) if isinstance(self.cache, PagedCache) else None
+        """The kept keys of the first sequence so far.
+
+        Raises:
+            OutOfBlocks: too few blocks are free for those that it cannot share.
+        """
+        return self.cache.memory.held(self.tables[0]) if isinstance(self.cache, PagedCache) else None
 
     def states(self) -> tuple[AttentionState, ...]:
         """The layers' states. Moving a state forward makes a new one, so these stay as they are."""
@@ -148,10 +152,10 @@ class SlotTable:
             v = torch.empty(slots, g.kv_heads, 0, g.value_dim, dtype=dtype, device=device)
             self.states.append(SlotState.of(layer.empty_state(k, v, state_dtype)))
         self.cache, self.layers = _cache(layers, kept)
-        self.kept, self.tables = kept, list[Table | None]([None] * slots)
-        if kept is not None:
-            self.shown = torch.full((slots, kept.width), kept.waste, dtype=torch.int32, device=device)
-            self.versions = [0] * slots
+        self.kept, self.tables = kept, list[Tables | None]([None] * slots)
+        self.shown = [torch.full((slots, group.width), group.waste, dtype=torch.int32, device=device)
+                      for group in (kept.groups if kept else ())]  # fmt: skip
+        self.versions = [[0] * slots for _ in self.shown]
 
     @property
     def nbytes(self) -> int:
@@ -167,7 +171,7 @@ class SlotTable:
         if isinstance(self.cache, PagedCache) and counts is not None:
             before = self.cache.see(self.tables[:rows], 1)
         elif isinstance(self.cache, PagedCache):
-            self.cache.see_blocks(self.shown[:rows], positions)
+            self.cache.see_blocks([shown[:rows] for shown in self.shown], positions)
         if rows not in self.views:
             self.views[rows] = [state.map(lambda x: x[:rows]) for state in self.states]
         for layer, state in zip(self.layers, self.views[rows], strict=True):
@@ -180,39 +184,42 @@ class SlotTable:
             for table, x in zip(state.tensors().values(), new.tensors().values(), strict=True):
                 table[slot : slot + len(x)].copy_(x)
 
-    def lacking(self, rows: int) -> int:
-        """Blocks that have to be free for one more token in each of the first ``rows`` slots."""
-        return sum(table.lacking(1) for table in self.tables[:rows] if table)
+    def lacking(self, rows: int) -> list[int]:
+        """Blocks of each group that have to be free for one more token in each of the first ``rows`` slots."""
+        return [sum(each) for each in zip(*(tables.lacking(1) for tables in self.tables[:rows] if tables), strict=True)]
 
     def reserve(self, rows: int) -> None:
         """Make room for that token."""
-        for table in filter(None, self.tables[:rows]):
+        for tables in filter(None, self.tables[:rows]):
             assert self.kept is not None
-            self.kept.reserve(table, 1)
+            self.kept.reserve(tables, 1)
 
     def launch(self, rows: int) -> None:
         """Before a step that the device does by itself, with a token more in each of the first ``rows`` slots."""
         if self.kept is not None:
-            self._show(self.kept)
-            for table in filter(None, self.tables[:rows]):
-                table.length += 1
+            for number, group in enumerate(self.kept.groups):
+                self._show(number, group)
+            for tables in filter(None, self.tables[:rows]):
+                tables.advance(1)
 
-    def _show(self, kept: KeptKeys) -> None:
-        """Tell the device which blocks the slots have, where that has changed."""
-        versions = [table.version if table else 0 for table in self.tables]
-        changed = [slot for slot, version in enumerate(versions) if version != self.versions[slot]]
+    def _show(self, number: int, group: Group) -> None:
+        """Tell the device which blocks of a group the slots have, where that has changed. Blocks that have gone back
+        are not read any more."""
+        tables = [tables and tables.each[number] for tables in self.tables]
+        versions, shown = [table.version if table else 0 for table in tables], self.shown[number]
+        changed = [slot for slot, version in enumerate(versions) if version != self.versions[number][slot]]
         if not changed:
             return
-        rows = torch.full((len(changed), kept.width), kept.waste, dtype=torch.int32)
+        rows = torch.full((len(changed), group.width), group.waste, dtype=torch.int32)
         for row, slot in zip(rows, changed, strict=True):
-            blocks = table.blocks if (table := self.tables[slot]) else []
-            row[: len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+            if table := tables[slot]:
+                row[table.passed : table.passed + len(table.blocks)] = torch.tensor(table.blocks, dtype=torch.int32)
         where = torch.tensor(changed)
-        if self.shown.is_cuda:
+        if shown.is_cuda:
             rows, where = rows.pin_memory(), where.pin_memory()
-        where, rows = (x.to(self.shown.device, non_blocking=True) for x in (where, rows))
-        self.shown.index_copy_(0, where, rows)
-        self.versions = versions
+        where, rows = (x.to(shown.device, non_blocking=True) for x in (where, rows))
+        shown.index_copy_(0, where, rows)
+        self.versions[number] = versions
 
     def clear(self) -> None:
         """Forget everything, also what an interrupted step left half written."""
@@ -240,16 +247,16 @@ class SlotTable:
         def shapes(states: Sequence[AttentionState]) -> list[Any]:
             return [[x.shape[1:] for x in state.tensors().values()] for state in states]
 
-        own = self.kept.layers if self.kept else None
-        if shapes(start.layers) != shapes(self.states) or (start.kept.shapes if start.kept else None) != own:
+        fits = self.kept.takes(start.kept, len(start.tokens)) if self.kept else start.kept is None
+        if shapes(start.layers) != shapes(self.states) or not fits:
             raise LolcatsError("This saved state is of another model: its layers have other shapes.")
 
     def take(self, slot: int, tokens: Sequence[int]) -> Snapshot:
         """A copy of what a slot remembers, which must be ``tokens``."""
-        table, kept = self.tables[slot], None
-        if table is not None and self.kept is not None:
-            assert table.length == len(tokens)
-            kept = Held(self.kept, table.fork())
+        tables, kept = self.tables[slot], None
+        if tables is not None and self.kept is not None:
+            assert tables.length == len(tokens)
+            kept = Held(self.kept, tables.fork())
         return Snapshot(tuple(tokens), tuple(state.row(slot, len(tokens)) for state in self.states), kept)
 
 
@@ -280,9 +287,18 @@ class PrefixCache:
         last = done + self.piece > len(tokens)
         if remainder or not pieces or (pieces & (pieces - 1) and not last):
             return
-        key, states, kept = self._keys(tokens[:done])[-1], cache.states(), cache.held()
+        key, states = self._keys(tokens[:done])[-1], cache.states()
+        if key in self.entries:
+            return
+        while True:
+            try:
+                kept = cache.held()
+                break
+            except OutOfBlocks:
+                if not self.evict():
+                    return
         nbytes = Snapshot((), states, kept).nbytes
-        if key in self.entries or nbytes > self.limit:
+        if nbytes > self.limit:
             return
         self.entries[key] = Snapshot(tuple(tokens[:done]), tuple(state.map(torch.clone) for state in states), kept)
         self.nbytes += nbytes

@@ -187,6 +187,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
             "status": "failed" if failure else "ok", "model": service.name, "slots": engine.table.slots,
             "running": len(engine.running), "waiting": service.worker.waiting, "state_bytes": engine.state_bytes,
             "token_bytes": engine.kept.token_bytes if engine.kept else 0,
+            "window_bytes": engine.kept.window_bytes if engine.kept else 0,
             "context": service.limits.context, "max_tokens": service.limits.max_tokens,
         }  # fmt: skip
         return JSONResponse(state, 503 if failure else 200)

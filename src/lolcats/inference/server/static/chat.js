@@ -13,7 +13,7 @@ async function health() {
     $("max_tokens").max = info.max_tokens;
     $("max_tokens").value = Math.min($("max_tokens").value, info.max_tokens);
     const grows = info.token_bytes > 0;
-    $("state").textContent = "state " + mebibytes(info.state_bytes)
+    $("state").textContent = "state " + mebibytes(info.state_bytes + info.window_bytes)
       + (grows ? " + " + mebibytes(info.token_bytes) + " a token" : ", fixed");
     if ($("hint")) $("hint").lastElementChild.hidden = grows;
   } catch { $("state").textContent = "server not reached"; }
