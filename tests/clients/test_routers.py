@@ -59,8 +59,7 @@ def recorder(servers: list[Server]) -> Recorder:
 def routers(
     servers: list[Server], recorder: Recorder, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Server]]:
-    """By policy, in front of both replicas; ``connections`` in front of the third server, ``recorded`` of the recorder.
-    """
+    """By policy, in front of both replicas; ``connections``: of the third server, ``recorded``: of the recorder."""
     workers = {
         **{policy: [server.address for server in servers[:2]] for policy in POLICIES},
         "connections": [servers[2].address], "recorded": [recorder.address],

@@ -104,7 +104,7 @@ def command(function: Callable[..., None], group: typer.Typer = app) -> Callable
                 raise
             _fail("The disk is full. Free some space and run the same command again to continue where it stopped.", 2)
 
-    return group.command(function.__name__.removesuffix("_"))(guarded)
+    return group.command(function.__name__.removesuffix("_").replace("_", "-"))(guarded)
 
 
 def _check_finite(options: dict[str, Any]) -> None:
