@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import CHAT_TEMPLATE, sentence
 from support.serving import serving
+from support.tiny import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -184,6 +185,8 @@ def test_the_file_is_training_data(
     picture = ["--picture", str(tmp_path / "stats.png"), "--rows", "4"]
     stats = CliRunner().invoke(app, ["data", "stats", str(model), *data, *picture, *sets])
     assert stats.exit_code == 0, stats.output
+    if not template:
+        return
     trained = CliRunner().invoke(app, ["linearize", str(model), *data, "--out", str(tmp_path / "run"), *sets])
     assert trained.exit_code == 0, trained.output
 
@@ -206,6 +209,15 @@ def test_a_linearized_model_answers_in_its_own_words(model_dirs: dict[str, Path]
     AutoTokenizer.from_pretrained(model_dirs["llama"]).save_pretrained(kept)
     ours = made(kept, prompts, prompts.with_name("kept.jsonl"), "--keep-cut")
     assert ours == made(model_dirs["llama"], prompts, prompts.with_name("base.jsonl"), "--keep-cut")
+
+
+def test_a_model_that_the_engine_cannot_run(prompts: Path, tokenizer: Any) -> None:
+    mamba = prompts.with_name("mamba")
+    tiny("mamba").save_pretrained(mamba)
+    tokenizer.save_pretrained(mamba)
+    result = distill(mamba, prompts, prompts.with_name("out.jsonl"))
+    assert result.exit_code == 2
+    assert "serve it with another engine and pass --server" in " ".join(result.output.split())
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from lolcats.config import AttentionConfig
 from lolcats.data.conversations import Misfit
 from lolcats.data.tokens import encode, special_prefix
 from lolcats.errors import LolcatsError
-from lolcats.inference.engine import Delta, Engine, Request, SamplingParams
+from lolcats.inference.engine import Delta, Engine, Request, SamplingParams, check_model
 from lolcats.lab.distill.prompts import Prompt, text_of
 from lolcats.lab.distill.teacher import Answer, Numbered, Sampling
 from lolcats.modeling.chat import ChatTemplate
@@ -29,8 +29,7 @@ class LocalTeacher:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, sampling: Sampling, slots: int) -> None:
-        whole = AttentionConfig(kind="softmax")
-        self.model = model if hasattr(model.config, "lolcats") else convert(model, whole)
+        self.model = _runnable(model)
         self.tokenizer, self.sampling, self.slots = tokenizer, sampling, slots
         self.template, self.prefix = ChatTemplate(tokenizer), special_prefix(tokenizer)
         own = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -85,6 +84,20 @@ class LocalTeacher:
         params = SamplingParams(asked.max_tokens, asked.temperature, top_p=asked.top_p, seed=asked.seed_of(number))
         engine.submit(Request(tokens, params, running.deltas.append))
         return running
+
+
+def _runnable(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as the engine runs it: a base model with all of its attention kept.
+
+    Raises:
+        LolcatsError: the engine cannot run it.
+    """
+    try:
+        model = model if hasattr(model.config, "lolcats") else convert(model, AttentionConfig(kind="softmax"))
+        check_model(model)
+    except LolcatsError as error:
+        raise LolcatsError(f"{error} To use it as a teacher, serve it with another engine and pass --server.") from None
+    return model
 
 
 @dataclass
