@@ -293,6 +293,16 @@ def test_what_cannot_be_used(model_dirs: dict[str, Path], plain_dir: Path, tmp_p
         assert "is being written by another lolcats process" in said([{"prompt": "cat"}], out="c.jsonl")
 
 
+def test_many_prompts_that_are_too_long(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """They do not stop the run if any other can be answered."""
+    long = [{"prompt": "cat " * 3000}] * (run.ALL_SKIPPED + 1)
+    prompts = written(tmp_path / "p.jsonl", [*long, {"prompt": "cat"}])
+    assert len(made(model_dirs["llama"], prompts, tmp_path / "a.jsonl", "--keep-cut")) == 1
+    assert meta(tmp_path / "a.jsonl")["counts"]["skipped"] == len(long)
+    alone = distill(model_dirs["llama"], written(prompts, long), tmp_path / "b.jsonl")
+    assert f"The first {run.ALL_SKIPPED} prompts could not be answered: prompt and --max-tokens" in alone.output
+
+
 def test_parquet(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     given = [{"prompt": "the cat"}, {"prompt": "dogs like"}]

@@ -41,11 +41,12 @@ class LocalTeacher:
             LolcatsError: the engine cannot run the model, or failed.
         """
         requests: list[tuple[int, list[int]]] = []
+        unusable: list[tuple[int, Answer]] = []
         for number, prompt in prompts:
             try:
                 requests.append((number, self._tokens(prompt)))
             except Misfit as error:
-                yield number, Answer(reason=str(error))
+                unusable.append((number, Answer(reason=str(error))))
         if requests:
             longest = max(len(tokens) for _, tokens in requests) + self.sampling.max_tokens
             engine = Engine(
@@ -56,6 +57,7 @@ class LocalTeacher:
                 yield from self._generate(engine, iter(requests))
             finally:
                 engine.close()
+        yield from unusable
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if prompt.text is None:

@@ -202,7 +202,7 @@ def _metadata(
     written = [entry for entry in entries if task.keep_cut or not entry["cut"]]
     return {
         "teacher": task.teacher,
-        "prompts": {"source": task.prompts, "license": task.license or "unknown", "sha256": _hash(records)},
+        "prompts": {"source": task.prompts, "license": task.license or "unknown", "records_sha256": _hash(records)},
         "sampling": asdict(task.sampling),
         "form": "chat" if task.template else "text",
         "counts": {
