@@ -24,11 +24,11 @@ test-all: .venv/done test-oldest
 test-oldest: .venv-oldest/done
 	.venv-oldest/bin/python $(QUICK)
 
-# The clients that docs/compatibility.md lists, against a real server; the page must be what they show.
-test-clients: .venv/done .venv-clients/done
+# The clients and routers that docs/compatibility.md lists, with a real server; the page must be what they show.
+test-clients: .venv/done .venv-clients/done .venv-routers/done
 	.venv-clients/bin/python -m pytest tests/clients --check-compatibility=docs/compatibility.md
 
-compatibility: .venv/done .venv-clients/done
+compatibility: .venv/done .venv-clients/done .venv-routers/done
 	.venv-clients/bin/python -m pytest tests/clients --write-compatibility=docs/compatibility.md
 
 lint: .venv/done
@@ -63,5 +63,11 @@ docs: .venv/done
 	.venv-clients/bin/pip install -q --no-deps -r tests/clients/constraints.txt
 	touch $@
 
+# Programs that the tests of the clients start; where they cannot be installed, pytest tests/clients skips their tests.
+.venv-routers/done: tests/clients/routers.txt
+	$(PYTHON) -m venv .venv-routers
+	.venv-routers/bin/pip install -q --no-deps -r tests/clients/routers.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-clients .venv-demo .venv-oldest demo-data demo-output site
+	rm -rf .venv .venv-clients .venv-routers .venv-demo .venv-oldest demo-data demo-output site

@@ -21,6 +21,7 @@ try:
 except ImportError:  # missing on Windows, where two processes cannot share a sweep
     fcntl = None  # type: ignore[assignment]
 
+TAIL = 1 << 16  # bytes of a file's end that are read at a time
 LOCK = ".lock"  # in a directory while a command writes to it
 
 
@@ -136,14 +137,23 @@ def append_line(path: Path, line: str) -> None:
     """Append a line, dropping an unfinished one left by a killed process. Several processes may append at once."""
     with path.open("ab+") as file:
         _lock(file)
-        file.seek(0)
-        rest = file.read().rpartition(b"\n")[2]
+        rest = _last_line(file)
         if rest and _object(rest) is None:
-            file.truncate(file.tell() - len(rest))
+            file.truncate(file.seek(0, os.SEEK_END) - len(rest))
             rest = b""
         file.write((b"\n" if rest else b"") + line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _last_line(file: IO[bytes]) -> bytes:
+    """What follows the last line break, read from the end: the file may be long."""
+    place, rest = file.seek(0, os.SEEK_END), b""
+    while place and b"\n" not in rest:
+        size = min(place, TAIL)
+        place = file.seek(place - size)
+        rest = file.read(size) + rest
+    return rest.rpartition(b"\n")[2]
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 
 from packaging.version import Version
+from programs import ROUTERS
 
 DISTRIBUTIONS = {
     "openai": "openai",
@@ -18,15 +19,29 @@ DISTRIBUTIONS = {
     "LlamaIndex OpenAILike": "llama-index-llms-openai-like",
     "lm-eval local-completions": "lm-eval",
     "lm-eval local-chat-completions": "lm-eval",
+    "vllm-router round_robin": "vllm-router",
+    "vllm-router cache_aware": "vllm-router",
+    "litellm[proxy] openai/": "litellm",
+    "litellm[proxy] hosted_vllm/": "litellm",
 }
 BLOCK = re.compile(r"(<!-- clients -->\n).*?(<!-- /clients -->)", re.S)
+
+APART = ("vllm-router", "litellm[proxy]")
+"""Clients that are programs of an environment of their own: LiteLLM's proxy wants older packages than the others."""
 
 Row = tuple[str, str, str]
 """Client, its version, what works."""
 
 
 def row(client: str, feature: str) -> Row:
-    return client, version(DISTRIBUTIONS[client]), feature
+    name = DISTRIBUTIONS[client]
+    return client, router_version(name) if client.startswith(APART) else version(name), feature
+
+
+def router_version(name: str) -> str:
+    """The version of a distribution in the routers' environment; "" if it is not there."""
+    places = [str(path) for path in ROUTERS.glob("lib/python*/site-packages")]
+    return next((found.version for found in distributions(name=name, path=places)), "")
 
 
 def table(rows: Iterable[Row]) -> str:

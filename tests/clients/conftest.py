@@ -9,10 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import re
 import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -29,11 +26,10 @@ os.environ.update(
 import pytest
 from compatibility import DISTRIBUTIONS, Row, page, row
 from plain import Server
+from programs import PYTHON, address_of, lolcats_serve
 from recording import Recorder
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-PYTHON = os.environ.get("LOLCATS_PYTHON", str(ROOT / ".venv/bin/python"))
 ROWS = pytest.StashKey[list[Row]]()
 UNKNOWN = pytest.StashKey[list[str]]()
 RECORDER = pytest.StashKey[Recorder]()
@@ -101,42 +97,12 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         yield Server(address)
         return
     directory: Path = request.getfixturevalue("directory")
-    command = [PYTHON, "-u", "-m", "lolcats.cli", "serve", str(directory), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        yield Server(_address(request.config, process), directory)
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
-
-
-def _address(config: pytest.Config, process: subprocess.Popen[str]) -> str:
-    """Where the server listens: what it says first, or a recorder in between."""
-    assert process.stdout is not None
-    said: list[str] = []
-    for line in process.stdout:
-        said.append(line)
-        if found := re.search(r"http://127\.0\.0\.1:[1-9]\d+", line):
-            break
-    else:
-        raise AssertionError("the server did not start: " + "".join(said)[-4000:])
-    address = found[0]
-    end = time.monotonic() + 60
-    while not _ready(address):
-        assert time.monotonic() < end, "the server was not ready within a minute"
-        time.sleep(0.05)
-    if config.getoption("--write-sent-fields"):
-        config.stash[RECORDER] = Recorder(address)
-        return config.stash[RECORDER].address
-    return address
-
-
-def _ready(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
+    with lolcats_serve(directory) as process:
+        address = address_of(process)
+        if request.config.getoption("--write-sent-fields"):
+            recorder = request.config.stash[RECORDER] = Recorder(address)
+            address = recorder.address
+        yield Server(address, directory)
 
 
 @pytest.fixture(autouse=True)

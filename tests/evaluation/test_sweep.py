@@ -359,6 +359,16 @@ def test_lines_are_whole(tmp_path: Path) -> None:
     assert path.read_text() == "a\nb\n"
 
 
+def test_the_end_of_a_long_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lolcats.files.TAIL", 4)
+    path = tmp_path / "lines"
+    for begun, kept in (("", ""), ('{"row": "half', ""), ('{"row": "b"}', '{"row": "b"}\n')):
+        for before in ("", '{"row": "a"}\n'):
+            path.write_text(before + begun)
+            append_line(path, '{"row": "c"}')
+            assert path.read_text() == f'{before}{kept}{{"row": "c"}}\n'
+
+
 def test_only_whole_results_are_read_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "results.jsonl"
     whole, other = {"row": "a"}, {"row": "b"}

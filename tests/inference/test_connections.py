@@ -103,6 +103,39 @@ def test_more_connections_than_allowed_are_refused_with_429(engine: Engine) -> N
         assert httpx.get(f"{address}/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("limits", "path", "status"),
+    [
+        (Limits(connections=1), "chat/completions", 429),
+        (Limits(body_bytes=1000), "chat/completions", 413),
+        (Limits(), "models", 405),
+    ],
+    ids=["too many connections", "too large", "no such method"],
+)
+def test_a_client_that_is_still_sending_gets_its_answer(engine: Engine, limits: Limits, path: str, status: int) -> None:
+    """And not a broken connection, which routers count as a failure of the server."""
+    size = 8 << 20  # more than fits into the buffers of both sides
+    head = HEAD.replace("chat/completions", path) + f"Content-Length: {size}\r\n\r\n"
+    with serving(engine, limits) as (address, _), connection(address), connection(address) as client:
+        client.sendall(head.encode() + b"x" * size)
+        said = b"".join(iter(lambda: client.recv(65536), b""))
+    answer, _, body = said.partition(b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert json.loads(body)["error"]["message"]
+
+
+def test_many_more_connections_than_allowed_are_not_held(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lolcats.inference.server.http.SPARE", 2)
+    with serving(engine, Limits(connections=2)) as (address, _), contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(connection(address))
+        time.sleep(0.1)
+        with connection(address) as one_more:
+            started = time.monotonic()
+            assert rest(one_more).startswith(b"HTTP/1.1 429 ")
+            assert time.monotonic() - started < 0.5
+
+
 def test_a_client_that_leaves_while_its_body_is_read_is_no_error(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:

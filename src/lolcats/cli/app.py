@@ -77,7 +77,7 @@ NO_MEMORY = (
     "same), shorten rows (data.sequence_length), or use --set finetune.gradient_checkpointing=true. To evaluate, lower "
     "--batch-size; to serve, lower --slots."
 )
-CONTINUED = ("linearize", "transfer", "finetune", "sweep")
+CONTINUED = ("linearize", "transfer", "finetune", "sweep", "distill-data")
 """Commands that keep what they have finished, and go on from it when they are run again."""
 
 
@@ -87,7 +87,7 @@ def command(function: Callable[..., None], group: typer.Typer = app) -> Callable
     A command checks its options first and then imports what it needs: importing torch takes seconds.
     """
 
-    name = function.__name__.removesuffix("_")
+    name = function.__name__.removesuffix("_").replace("_", "-")
     kept = " Finished work is saved" if name in CONTINUED else ""
 
     @wraps(function)

@@ -55,19 +55,29 @@ def renderer(form: str, config: DataConfig, tokenizer: Any) -> Callable[[Record]
         return _conversation(messages, tools, own) if messages else ""
 
     def alpaca(record: Record) -> str:
-        columns = {name: _column(record, name) for name in ("instruction", "output")}
-        columns["input"] = _column(record, "input") if "input" in record else ""
+        names = ("instruction", "output", *(["input"] if "input" in record else []))
+        columns = {name: column(record, name) for name in names}
         if columns["output"].strip().lower() in NO_OUTPUT:
             return ""
-        if record["instruction"] is None:
-            raise Misfit("its instruction is null")
-        has_input = columns["input"].strip().lower() not in NO_INPUT
-        return (ALPACA_INPUT if has_input else ALPACA).format_map(columns) + columns["output"]
+        return alpaca_prompt(*instruction_of(record)) + columns["output"]
 
     def text(record: Record) -> str:
-        return _column(record, config.text_column)
+        return column(record, config.text_column)
 
     return _guarded({"chat": chat, "alpaca": alpaca, "text": text}[form])
+
+
+def instruction_of(record: Record) -> tuple[str, str]:
+    """Instruction and input of a record, the input "" if it has none."""
+    instruction, more = column(record, "instruction"), column(record, "input") if "input" in record else ""
+    if record["instruction"] is None:
+        raise Misfit("its instruction is null")
+    return instruction, "" if more.strip().lower() in NO_INPUT else more
+
+
+def alpaca_prompt(instruction: str, more: str) -> str:
+    """Alpaca's text up to where the output begins; ``more``: the input."""
+    return (ALPACA_INPUT if more else ALPACA).format(instruction=instruction, input=more)
 
 
 def _conversation(messages: list[Message], tools: list[Message] | None, template: ChatTemplate) -> str:
@@ -92,7 +102,7 @@ def _first_refused(messages: list[Message], tools: list[Message] | None, templat
     return len(messages)
 
 
-def _column(record: Record, name: str) -> str:
+def column(record: Record, name: str) -> str:
     """A column's text; "" if it is null."""
     if name not in record:
         raise NoColumn(f"it has no column {name!r}")

@@ -8,7 +8,9 @@ import gc
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from functools import partial
+from http import HTTPStatus
 from logging import CRITICAL, getLogger
 from types import FrameType
 from typing import Any
@@ -19,9 +21,14 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lolcats.errors import LolcatsError
+from lolcats.inference.server.errors import ApiError
 from lolcats.inference.server.limits import Limits
 
 GRACE = 2  # seconds between cutting the open streams and cancelling what is left
+LINGER = 2  # seconds in which the rest of a request is read and thrown away, so that its client sees the answer
+SPARE = 256  # connections over the limit that may send their request before they are refused
+REFUSED = 1  # seconds that they have for it
+TOO_MANY = ApiError(429, "Too many connections are open; try again soon.", code="too_many_connections")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -44,21 +51,59 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+class Lingering:
+    """A transport that is closed in two steps while its client may still be sending.
+
+    A socket that is closed with unread data is reset, and the client may lose the answer: a router then counts a
+    failure of the server (500) where it should have read a 429.
+    """
+
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, sending: Callable[[], bool]
+    ) -> None:
+        self.transport, self.loop, self.sending, self.closing = transport, loop, sending, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self.closing:
+            self.transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self.closing or self.transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        self.closing = True
+        if not self.sending():
+            return self.transport.close()
+        self.transport.write_eof()
+        self.transport.resume_reading()
+        self.loop.call_later(LINGER, self.transport.close)
+
+
 class Protocol(H11Protocol):
     """A connection that is closed when its client takes too long, or when there are too many."""
 
     def __init__(self, limits: Limits, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.limits = limits
+        self.limits, self.refused = limits, False
         self.reading: asyncio.TimerHandle | None = None
         self.writing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > self.limits.connections:
-            self._refuse("429 Too Many Requests")
-        else:
+        lingering = Lingering(transport, self.loop, self._sending)
+        super().connection_made(lingering)  # type: ignore[arg-type] # has all methods of one
+        most = self.limits.connections
+        self.refused = sum(not getattr(other, "refused", False) for other in self.connections) > most
+        if not self.refused:
             self._expect_head()
+        elif len(self.connections) > most + SPARE:
+            self._refuse(TOO_MANY)
+        else:  # routers and clients take an answer that comes before their request for a failure
+            self.reading = self.loop.call_later(REFUSED, self._refuse, TOO_MANY)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop(self.reading, self.writing)
@@ -67,12 +112,15 @@ class Protocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        if self.refused:
+            return self._refuse(TOO_MANY)
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
             self._expect_head()
         else:
             self._stop(self.reading)
             self.reading = None
+        return None
 
     def on_response_complete(self) -> None:
         unread = self.conn.their_state is h11.SEND_BODY
@@ -93,10 +141,18 @@ class Protocol(H11Protocol):
 
     def _expect_head(self) -> None:
         if self.reading is None:
-            self.reading = self.loop.call_later(self.limits.read_seconds, self._refuse, "408 Request Timeout")
+            late = ApiError(408, f"The request did not arrive within {self.limits.read_seconds:g} seconds.")
+            self.reading = self.loop.call_later(self.limits.read_seconds, self._refuse, late)
 
-    def _refuse(self, status: str) -> None:
-        self.transport.write(f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n".encode())
+    def _sending(self) -> bool:
+        """Whether the client may be sending what nobody is going to read."""
+        return self.refused or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
+    def _refuse(self, error: ApiError) -> None:
+        response, self.refused = error.response(), True
+        head = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode(), b"connection: close"]
+        head += [b"%s: %s" % header for header in response.raw_headers if header[0] != b"connection"]
+        self.transport.write(b"\r\n".join(head) + b"\r\n\r\n" + response.body)
         self.transport.close()
 
     @staticmethod

@@ -1,0 +1,123 @@
+"""A teacher in this process: a model in our engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lolcats.config import AttentionConfig
+from lolcats.data.conversations import Misfit
+from lolcats.data.tokens import encode, special_prefix
+from lolcats.errors import LolcatsError
+from lolcats.inference.engine import Delta, Engine, Request, SamplingParams, check_model
+from lolcats.lab.distill.prompts import Prompt, text_of
+from lolcats.lab.distill.teacher import Answer, Numbered, Sampling
+from lolcats.modeling.chat import ChatTemplate
+from lolcats.modeling.convert import convert
+
+AHEAD = 4
+"""Requests given to the engine for each slot, so that none is empty between two steps."""
+
+
+class LocalTeacher:
+    """A model in this process. A base model keeps all of its softmax attention.
+
+    Decode steps have one batch size, so an answer is the same whatever is generated beside it, bit for bit.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, sampling: Sampling, slots: int) -> None:
+        self.model = _runnable(model)
+        self.tokenizer, self.sampling, self.slots = tokenizer, sampling, slots
+        self.template, self.prefix = ChatTemplate(tokenizer), special_prefix(tokenizer)
+        own = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.context: int = own or 8192
+
+    def answers(self, prompts: Sequence[Numbered]) -> Iterator[tuple[int, Answer]]:
+        """
+        Raises:
+            LolcatsError: the engine cannot run the model, or failed.
+        """
+        requests: list[tuple[int, list[int]]] = []
+        unusable: list[tuple[int, Answer]] = []
+        for number, prompt in prompts:
+            try:
+                requests.append((number, self._tokens(prompt)))
+            except Misfit as error:
+                unusable.append((number, Answer(reason=str(error))))
+        if requests:
+            longest = max(len(tokens) for _, tokens in requests) + self.sampling.max_tokens
+            engine = Engine(
+                self.model, self.tokenizer, self.slots, batch_sizes=[self.slots], prefix_bytes=0,
+                context=min(longest, self.context),
+            )  # fmt: skip
+            try:
+                yield from self._generate(engine, iter(requests))
+            finally:
+                engine.close()
+        yield from unusable
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if prompt.text is None:
+            tokens = encode(self.tokenizer, text_of(prompt, self.template))
+        else:
+            tokens = self.prefix + encode(self.tokenizer, prompt.text)
+        if not tokens:
+            raise Misfit("it has no tokens")
+        if len(tokens) + self.sampling.max_tokens > self.context:
+            raise Misfit(f"prompt and --max-tokens are more than the model's {self.context} tokens")
+        return tokens
+
+    def _generate(self, engine: Engine, requests: Iterator[tuple[int, list[int]]]) -> Iterator[tuple[int, Answer]]:
+        running: list[Running] = []
+        while True:
+            while len(running) < AHEAD * self.slots and (request := next(requests, None)) is not None:
+                running.append(self._submit(engine, *request))
+            if not running:
+                return
+            engine.step()
+            yield from [(one.number, one.answer) for one in running if one.ended]
+            running = [one for one in running if not one.ended]
+
+    def _submit(self, engine: Engine, number: int, tokens: list[int]) -> Running:
+        asked, running = self.sampling, Running(number, len(tokens))
+        params = SamplingParams(asked.max_tokens, asked.temperature, top_p=asked.top_p, seed=asked.seed_of(number))
+        engine.submit(Request(tokens, params, running.deltas.append))
+        return running
+
+
+def _runnable(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as the engine runs it: a base model with all of its attention kept.
+
+    Raises:
+        LolcatsError: the engine cannot run it.
+    """
+    try:
+        model = model if hasattr(model.config, "lolcats") else convert(model, AttentionConfig(kind="softmax"))
+        check_model(model)
+    except LolcatsError as error:
+        raise LolcatsError(f"{error} To use it as a teacher, serve it with another engine and pass --server.") from None
+    return model
+
+
+@dataclass
+class Running:
+    """A prompt in the engine, and what it has said so far."""
+
+    number: int
+    prompt_tokens: int
+    deltas: list[Delta] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.deltas) and self.deltas[-1].finish_reason is not None
+
+    @property
+    def answer(self) -> Answer:
+        reason = self.deltas[-1].finish_reason
+        if reason not in ("stop", "length"):
+            raise LolcatsError(f"Prompt {self.number + 1} could not be answered: {self.deltas[-1].error}")
+        text, tokens = "".join(delta.text for delta in self.deltas), sum(len(delta.tokens) for delta in self.deltas)
+        return Answer(text, reason == "length", self.prompt_tokens, tokens)
