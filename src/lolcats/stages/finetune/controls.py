@@ -38,9 +38,11 @@ def train_control(
     """
     directory = control_directory(run, name)
     directory.mkdir(parents=True, exist_ok=True)
-    frozen_maps = replace(config, finetune=replace(config.finetune, feature_map_learning_rate=0.0))
+    settings = replace(config.finetune, feature_map_learning_rate=0.0)
+    if name == "teacher_lora" and settings.loss == "kl":  # it would be its own teacher, and learn nothing
+        settings = replace(settings, loss="cross_entropy")
     with CONTROLS[name].on(model):
-        wrapped, result = finetune(model, data, frozen_maps, directory)
+        wrapped, result = finetune(model, data, replace(config, finetune=settings), directory)
     save_lora(wrapped, base, directory / LORA)
     wrapped.unload()
     kind = CONTROLS[name].change.get("kind", "softmax")
