@@ -41,7 +41,7 @@ def with_lora(model: Any, attention: AttentionConfig = SMALL, **settings: Any) -
     return wrapped.eval()
 
 
-def naive(wrapped: Any, ids: Tensor, kind: Distillation, positions: Tensor | None = None, labels: Any = None) -> Tensor:
+def naive(wrapped: Any, ids: Tensor, kind: Distillation, positions: Any = None, labels: Any = None) -> Tensor:
     """In fp32, from all logits of both models, with a teacher that is called as a user would."""
     call = {"input_ids": ids, "use_cache": False} | ({} if positions is None else {"position_ids": positions})
     with torch.no_grad(), override(wrapped, mode="teacher"), wrapped.disable_adapter():
@@ -241,7 +241,7 @@ def test_controls(name: str, settings: list[str], tmp_path: Path) -> None:
     lora = read_tensors(tmp_path / "controls" / name / "lora" / "adapter_model.safetensors")
     assert all(tensor.any() for tensor in lora.values())
     lines = [json.loads(x) for x in (tmp_path / "controls" / name / "metrics.jsonl").read_text().splitlines()]
-    loss = [e["eval_loss"] for e in lines if "eval_loss" in e][0]
+    loss = next(e["eval_loss"] for e in lines if "eval_loss" in e)
     assert loss > 4 if name == "teacher_lora" else 0 < loss < 4
 
 
