@@ -20,6 +20,7 @@ from lolcats.data import store
 from lolcats.data.answers import hide_prompts
 from lolcats.data.rows import Data, PackedRows, load_data, load_rows
 from lolcats.errors import Interrupted, LolcatsError
+from lolcats.report.table import loss_of
 from lolcats.stages.finetune.distillation import Distillation
 from lolcats.stages.finetune.stage import finetune
 from lolcats.tensors import read_tensors
@@ -241,3 +242,11 @@ def test_through_the_pipeline(model_dirs, chat_file: Path, settings: list[str], 
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["data"]["loss"] == "completion"
     assert record["stages"]["finetune"]["loss"] == "kl"
+    words = "the KL divergence from the teacher, on completions only"
+    assert any(f"Stage 2: low-rank linearizing on {words}: " in line for line in said)
+    assert f"LoRA was trained on {words}." in (tmp_path / "README.md").read_text()
+    mix = load_config("default", ["finetune.loss=mix", "finetune.kl_weight=0.3", "finetune.kl_temperature=2"])
+    assert loss_of(mix) == (
+        "0.7 × the next-token loss + 0.3 × the KL divergence from the teacher at temperature 2, times its square"
+    )
+    assert loss_of(load_config("default")) == "the next-token loss"
