@@ -2,6 +2,7 @@
 
     python benchmarks/training.py           # writes benchmarks/results/training.json, training.md and training.png
     python benchmarks/training.py --only "in front|linear attention$"    # parts whose name matches; the others stay
+    python benchmarks/training.py --loss kl # stage 2 on this loss and on the cross-entropy; the other parts stay
     python benchmarks/training.py --plot    # table and picture again, from the JSON
 
 Every part goes through the trainers' own code and is the median of a few optimizer steps behind a warm-up, data loading
@@ -44,6 +45,8 @@ from lolcats.stages.transfer.orders import layers_by_name
 from lolcats.stages.transfer.visits import Batch
 
 TARGETS = {"stage 1": (28_000, 22), "stage 2": (13_000, 40)}  # tokens/s and GiB on an H100 80GB
+CROSS_ENTROPY = "stage 2, linear attention"
+TAUGHT = {"kl": "loss kl", "mix": "loss mix"}  # what learns from the teacher
 MARGIN = 30  # seconds before the deadline in which no part begins
 
 
@@ -229,8 +232,12 @@ def parts(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
         "stage 1, a key map per query head": bench.transfer,
         "stage 1, a key map per kv head": lambda: bench.transfer("per_kv_head"),
         "stage 1, maps in front of RoPE": lambda: bench.transfer(inputs="unrotated"),
-        "stage 2, linear attention": bench.finetune,
+        CROSS_ENTROPY: bench.finetune,
         "stage 2, maps in front of RoPE": lambda: bench.finetune(inputs="unrotated"),
+        **{
+            f"{CROSS_ENTROPY}, {words}": lambda loss=loss: bench.finetune(loss=loss)  # type: ignore[misc]
+            for loss, words in TAUGHT.items()
+        },
         "stage 2, softmax attention": lambda: bench.finetune("teacher"),
         "stage 2, linear attention, recomputed layers": lambda: bench.finetune(gradient_checkpointing=True),
         "stage 2, linear attention, no liger-kernel": lambda: bench.finetune(liger=False),
@@ -303,6 +310,10 @@ def report(results: dict[str, Any]) -> str:
 
 RATIOS = (
     ("Stage 1 against the teacher's forward alone", "stage 1, a key map per query head", "teacher, forward alone"),
+    *(
+        (f"Stage 2 with {words} against cross-entropy", f"{CROSS_ENTROPY}, {words}", CROSS_ENTROPY)
+        for words in TAUGHT.values()
+    ),
     ("Stage 2 against the same on softmax attention", "stage 2, linear attention", "stage 2, softmax attention"),
     (
         "Stage 1 with maps in front of RoPE against maps behind it",
@@ -340,6 +351,9 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=540, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
     parser.add_argument("--only", default="", help="measure parts whose name has a match of this regular expression")
+    parser.add_argument(
+        "--loss", choices=list(TAUGHT), help="measure only stage 2 on this loss, and on the cross-entropy beside it"
+    )
     parser.add_argument("--plot", action="store_true", help="only write table and picture again from the JSON")
     parser.add_argument(
         "--tiny", action="store_true", help="a model of two small layers, on a CPU too: tries the script"
@@ -351,7 +365,8 @@ def main() -> None:
     else:
         device = common.chosen_device(arguments, "80 GB")
         geometry = TINY if arguments.tiny else Geometry()
-        results = run(geometry, device, arguments.deadline, arguments.out, arguments.only)
+        beside = f"^{CROSS_ENTROPY}(, {TAUGHT[arguments.loss]})?$" if arguments.loss else ""
+        results = run(geometry, device, arguments.deadline, arguments.out, arguments.only or beside)
     draw(results, arguments.out)
     print((arguments.out / "training.md").read_text())
 

@@ -130,6 +130,17 @@ def test_maps_before_rope_keep_their_inputs(maps: str) -> None:
     assert stage2["unrotated"].seconds == stage2["rotated"].seconds
 
 
+@pytest.mark.parametrize("loss", ["kl", "mix"])
+def test_learning_from_the_teacher_takes_its_forward_pass(loss: Any, measured_geometry: tuple[Size, Config]) -> None:
+    """Half as long again, or a little less or more, and the logits of a part; nothing for the weights."""
+    size, config = measured_geometry
+    taught = replace(config, finetune=replace(config.finetune, loss=loss))
+    plain, longer = (plan_finetune(size, c, Machine(), Work(finetune_tokens=10**9))[0] for c in (config, taught))
+    assert 1.3 < longer.seconds["computing"] / plain.seconds["computing"] < 1.6
+    assert 0 <= sum(longer.gpu.values()) - sum(plain.gpu.values()) < 2**31
+    assert longer.gpu["weights"] == plain.gpu["weights"]
+
+
 def test_what_the_kernels_leave_to_the_chunked_path_takes_its_time() -> None:
     plain, kind = load_config("default", SMALL), ["attention.kind=linear", "attention.decay=retnet"]
     decays = load_config("default", [*SMALL, *kind])

@@ -127,6 +127,9 @@ class DataConfig:
     reset_at_documents: bool = False
     """Treat the documents packed into a row as separate sequences: neither softmax nor linear attention reaches from
     one into the next. Off in the paper."""
+    loss: Literal["all", "completion"] = "all"
+    """The tokens that stage 2 learns to predict: ``all``, or only those of a ``completion``: the output of an
+    instruction, the answers of a conversation."""
     keep_longest_effective: float = 1.0
     """Train only on this fraction of the training rows, those with the longest effective sequence length in the base
     model's attention (Eq. 9 and Table 15 of the paper)."""
@@ -223,10 +226,18 @@ class TransferConfig(StageConfig):
 
 @dataclass(frozen=True)
 class FinetuneConfig(StageConfig):
-    """Stage 2, low-rank linearizing: train LoRA on the next-token loss."""
+    """Stage 2, low-rank linearizing: train LoRA on the next-token loss, or to predict as the teacher does."""
 
     learning_rate: float = 1e-4
     early_stopping_patience: int = 10
+    loss: Literal["cross_entropy", "kl", "mix"] = "cross_entropy"
+    """``cross_entropy``: of the next token (the paper); ``kl``: knowledge distillation, the KL divergence of the
+    student's distribution over the vocabulary from the teacher's; ``mix``: both, weighted by ``kl_weight``. The teacher
+    is the base model, which computes every batch once more."""
+    kl_weight: float = 0.5
+    """Weight w of the KL divergence with ``loss: mix``; the cross-entropy has 1 - w."""
+    kl_temperature: float = 1.0
+    """Temperature T of both distributions in the KL divergence, which is multiplied by T²."""
     rank: int = 8
     """Rank of the LoRA matrices."""
     alpha: float = 16.0
@@ -235,8 +246,11 @@ class FinetuneConfig(StageConfig):
     """Dropout on the input of the LoRA matrices."""
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     """Linear layers to add LoRA to. These four names mean the attention's query, key, value and output projections,
-    whatever the family calls them (``qkv_proj``, ``dense`` and so on). Other names are module names, e.g.
-    ``gate_proj``."""
+    whatever the family calls them (``qkv_proj``, ``dense`` and so on), and ``mlp`` means all linear layers of the MLPs.
+    Other names are module names, e.g. ``gate_proj``."""
+    protect_kept: bool = False
+    """Train no LoRA for the queries and keys of layers and heads that stay softmax attention, so that they attend as
+    in the base model: in these rows of the projections, the merged weights are the base model's."""
     use_dora: bool = False
     """DoRA: apply LoRA to the direction of each weight and train its magnitude separately (Liu et al. 2024, arXiv
     2402.09353)."""
@@ -256,6 +270,18 @@ class FinetuneConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, "finetune", rank=1)
+        if not 0 < self.kl_weight < 1:
+            raise LolcatsError(
+                f"finetune.kl_weight must be between 0 and 1, not {self.kl_weight:g}. For one loss only, set "
+                "finetune.loss to cross_entropy or kl."
+            )
+        if self.kl_temperature <= 0:
+            raise LolcatsError(f"finetune.kl_temperature must be positive, not {self.kl_temperature:g}.")
+        if self.protect_kept and self.use_dora:
+            raise LolcatsError(
+                "finetune.protect_kept does not work with finetune.use_dora: DoRA's magnitudes change every row of a "
+                "weight. Leave out one of the two."
+            )
 
 
 @dataclass(frozen=True)
@@ -268,7 +294,8 @@ class Config:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     controls: list[Control] = field(default_factory=list)
     """Control models to train with the student's data, steps, seed and LoRA settings: ``window_lora`` (window and
-    sinks, no linear term) and ``teacher_lora`` (softmax attention). They can be added to a finished run."""
+    sinks, no linear term) and ``teacher_lora`` (softmax attention; on the cross-entropy if ``finetune.loss`` is ``kl``,
+    since it would be its own teacher). They can be added to a finished run."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """``auto``: CUDA if it is available, else CPU."""

@@ -54,6 +54,27 @@ def test_logits_equal_those_of_separate_rows(family: str) -> None:
         )
 
 
+@pytest.mark.parametrize("kept", ["teacher", "layers"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_softmax_attention_does_not_reach_into_other_documents(family: str, kept: str) -> None:
+    """In teacher mode and in a model whose layers all stay softmax, whether or not the caller thinks of the cache. In
+    train mode with labels, too, where transformers fills one."""
+    layers = {"0-2" if family == "gemma3" else "0-1": "softmax"} if kept == "layers" else {}
+    model = converted(family, layers=layers)
+    with override(model, mode="teacher" if kept == "teacher" else None):
+        expected = separate(model)
+        torch.testing.assert_close(model(IDS, position_ids=POSITIONS).logits, expected, atol=1e-4, rtol=1e-4)
+        model.train()
+        out = model(IDS, position_ids=POSITIONS, labels=IDS)
+        torch.testing.assert_close(out.logits, expected, atol=1e-4, rtol=1e-4)
+        assert out.past_key_values is None
+        with pytest.raises(LolcatsError, match="do not support a cache"):
+            model(IDS, position_ids=POSITIONS, use_cache=True)
+        with pytest.raises(LolcatsError, match="do not support an attention_mask"):
+            model(IDS, position_ids=POSITIONS, attention_mask=torch.ones_like(IDS))
+
+
 @pytest.mark.parametrize("changes", [{"window": "sliding"}, {"kind": "linear"}, {"kind": "window"},
                                      {"kind": "linear", "decay": "retnet", "normalizer": "group_norm"},
                                      {"layers": {"0": "softmax"}}, {"key_maps": "per_kv_head"}])  # fmt: skip
@@ -155,6 +176,8 @@ def test_what_cannot_be_packed_is_refused_with_a_sentence(monkeypatch: pytest.Mo
     monkeypatch.setattr(masks.MaskRequest, "_check_documents", lambda self, documents: self.arguments.update(
         mask_function=lambda batch, head, query, key: key <= query) or checked(self, documents))  # fmt: skip
     with pytest.raises(LolcatsError, match="does not separate documents"):
+        model(IDS, position_ids=POSITIONS)
+    with override(model, mode="teacher"), pytest.raises(LolcatsError, match="does not separate documents"):
         model(IDS, position_ids=POSITIONS)
 
 

@@ -39,16 +39,23 @@ PLAIN = [*SETTINGS, "attention.key_maps=per_kv_head"]
 TRAINED_MAPS = [*PLAIN, "finetune.feature_map_learning_rate=1e-2", "finetune.gradient_checkpointing=true",
                 "finetune.schedule=reduce_on_plateau"]  # fmt: skip
 KEPT = [*SETTINGS, "attention.softmax_heads={0: [1]}"]
+TAUGHT = [*KEPT, "finetune.loss=mix", "finetune.kl_temperature=2", "finetune.protect_kept=true",
+          "finetune.micro_batch_size=1"]  # fmt: skip
 SHARDED, WHOLE = "finetune.sharding=always", "finetune.sharding=never"
 FORMS = {"": SHARDED, "_whole": WHOLE}
 
 
-def data() -> Data:
+def data(answers: bool = False) -> Data:
+    """``answers``: only some tokens are to be predicted, in some rows none."""
     rows = torch.randint(6, 300, (40, 32), generator=torch.Generator().manual_seed(0))
-    return Data(rows[7:], rows[:3], rows[3:7], "", {})  # three validation rows: not a multiple of the number of ranks
+    labels = rows.where(torch.arange(32) < torch.arange(40)[:, None] % 4 * 8, -100)
+    parts = {"train": labels[7:], "validation": labels[:3]} if answers else {}
+    return Data(rows[7:], rows[:3], rows[3:7], "", {}, labels=parts)  # three validation rows: not a multiple of ranks
 
 
-def tune(directory: Path, settings: list[str], stop: bool = False, tied: bool = False) -> Any:
+def tune(
+    directory: Path, settings: list[str], stop: bool = False, tied: bool = False, answers: bool = False
+) -> Any:  # fmt: skip
     """Stage 2 of a tiny model, saved as LoRA; ``stop``: interrupted on the last rank after ``STOP`` steps."""
     directory.mkdir(exist_ok=True)
     config = load_config("default", settings)
@@ -58,7 +65,7 @@ def tune(directory: Path, settings: list[str], stop: bool = False, tied: bool = 
     with pytest.MonkeyPatch.context() as patch:
         if stop:
             patch.setattr(BestKeeper, "on_step_end", interrupt(BestKeeper.on_step_end))
-        wrapped, result = finetune(model, data(), config, directory)
+        wrapped, result = finetune(model, data(answers), config, directory)
     save_lora(wrapped, Base("base", "hub", ""), directory / "lora")
     return wrapped, result
 
@@ -109,6 +116,8 @@ def on_two_ranks(root: Path) -> None:
         tune(root / f"two_maps{form}", [*TRAINED_MAPS, setting])
         tune(root / f"two_tied{form}", [*PLAIN, setting], tied=True)
         tune(root / f"two_kept{form}", [*KEPT, setting])
+        tune(root / f"two_taught{form}", [*TAUGHT, setting], answers=True)
+        tune(root / f"two_taught_tied{form}", [*TAUGHT, setting], tied=True)
         with pytest.raises(Interrupted):
             tune(root / f"two_then_one{form}", [*PLAIN, setting], stop=True)
         tune(root / f"one_then_two{form}", [*PLAIN, setting])  # started by one process
@@ -216,6 +225,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path], 
     tune(root / "one_maps", TRAINED_MAPS)
     tune(root / "one_tied", PLAIN, tied=True)
     tune(root / "one_kept", KEPT)
+    tune(root / "one_taught", TAUGHT, answers=True)
+    tune(root / "one_taught_tied", TAUGHT, tied=True)
     for form in FORMS:
         with pytest.raises(Interrupted):
             tune(root / f"one_then_two{form}", PLAIN, stop=True)
@@ -224,7 +235,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path], 
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["", "_maps", "_tied", "_kept"])
+@pytest.mark.parametrize("kind", ["", "_maps", "_tied", "_kept", "_taught", "_taught_tied"])
 def test_two_ranks_equal_one_process(kind: str, form: str, root: Path) -> None:
     assert_same_run(root / f"one{kind}", root / f"two{kind}{form}")
 

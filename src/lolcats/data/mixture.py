@@ -29,6 +29,7 @@ class MixtureSource:
     subset: str | None = None
     streaming: bool | None = None
     max_tokens: int | None = None
+    loss: Literal["all", "completion"] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):

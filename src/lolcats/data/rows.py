@@ -47,8 +47,13 @@ class Corpus:
     def in_memory(self) -> bool:
         return all(isinstance(store.ids, np.ndarray) for store in self.stores)
 
+    @property
+    def only_answers(self) -> bool:
+        """Whether only some tokens are to be predicted: those of prompts have ~id instead of id."""
+        return any(store.only_answers for store in self.stores)
+
     def read(self, number: int, start: int, stop: int) -> Array:
-        """Token ids [start, stop) of a document."""
+        """Token ids [start, stop) of a document, ~id for tokens that are not to be predicted."""
         store = self.stores[self.which[number]]
         return store.read(int(self.begin[number]) + start, stop - start)
 
@@ -75,10 +80,12 @@ class PackedRows(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         ids, positions = self.row(int(self.rows[index]))
         item = {"input_ids": ids, "labels": ids}
+        if self.documents.only_answers:
+            item = {"input_ids": _ids(ids), "labels": _labels(ids, positions if self.positions else None)}
         return item | {"position_ids": positions} if self.positions else item
 
     def row(self, number: int) -> tuple[Tensor, Tensor]:
-        """Token ids and positions of a row, (L,) int64 each."""
+        """Token ids as :meth:`Corpus.read` has them and positions of a row, (L,) int64 each."""
         place, end = number * self.length, (number + 1) * self.length
         parts, positions = [], []
         at = int(np.searchsorted(self.ends, place, side="right"))
@@ -93,7 +100,7 @@ class PackedRows(Dataset[Item]):
         return ids, places
 
     def whole(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Load the first ``count`` rows (default: all) and their positions into memory, (N, L) int64 each."""
+        """Load the first ``count`` rows (default: all) as :meth:`row` has them into memory, (N, L) int64 each."""
         rows = self.rows[:count]
         tokens = (int(rows.max()) + 1) * self.length if len(rows) else 0
         order = self.order[: int(np.searchsorted(self.ends, tokens)) + 1]
@@ -117,16 +124,20 @@ class PackedRows(Dataset[Item]):
 
 
 class Rows(Dataset[Item]):
-    """Packed rows in memory, (N, L) int64, as a data set for transformers.Trainer; ``positions`` as in PackedRows."""
+    """Packed rows in memory, (N, L) int64, as a data set for transformers.Trainer; ``positions`` as in PackedRows.
 
-    def __init__(self, rows: Tensor, positions: Tensor | None = None) -> None:
-        self.rows, self.positions = rows, positions
+    labels: the ids, −100 where a token is not to be predicted; None: all are.
+    """
+
+    def __init__(self, rows: Tensor, positions: Tensor | None = None, labels: Tensor | None = None) -> None:
+        self.rows, self.positions, self.labels = rows, positions, labels
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Item:
-        item = {"input_ids": self.rows[index], "labels": self.rows[index]}
+        labels = self.rows if self.labels is None else self.labels
+        item = {"input_ids": self.rows[index], "labels": labels[index]}
         return item if self.positions is None else item | {"position_ids": self.positions[index]}
 
 
@@ -135,7 +146,8 @@ class Data:
     """Three splits of (N, L) int64 token ids, and a summary of where they come from.
 
     The ``train`` split of a large source is read from its file during training. With ``data.reset_at_documents``,
-    ``positions`` holds (N, L) position ids for each split that is in memory.
+    ``positions`` holds (N, L) position ids for each split that is in memory, and with ``data.loss: completion``,
+    ``labels`` the (N, L) ids to predict, −100 for others.
     """
 
     train: Tensor | PackedRows
@@ -144,18 +156,22 @@ class Data:
     fingerprint: str
     summary: dict[str, Any]
     positions: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
 
     def dataset(self, split: str) -> Dataset[Item]:
         """A split as a data set for transformers.Trainer."""
         rows = getattr(self, split)
-        return rows if isinstance(rows, PackedRows) else Rows(rows, self.positions.get(split))
+        return rows if isinstance(rows, PackedRows) else Rows(rows, self.positions.get(split), self.labels.get(split))
 
     def select(self, kept: Tensor) -> Data:
         """The same data with only the training rows at indices ``kept``."""
         if isinstance(self.train, PackedRows):
             return replace(self, train=self.train.select(kept.numpy()))
-        positions = {name: x[kept] if name == "train" else x for name, x in self.positions.items()}
-        return replace(self, train=self.train[kept], positions=positions)
+        positions, labels = (
+            {name: x[kept] if name == "train" else x for name, x in known.items()}
+            for known in (self.positions, self.labels)
+        )
+        return replace(self, train=self.train[kept], positions=positions, labels=labels)
 
     def share_before(self, position: int) -> float:
         """Share of the training tokens before ``position`` in their sequence: their row, or their document if documents
@@ -245,7 +261,35 @@ def split(documents: Corpus, config: DataConfig, seed: int) -> Data:
         f"{name}_rows": len(rows) for name, rows in (("train", train), ("validation", validation), ("test", test))
     }
     summary = {**asdict(config), **documents.counts, **counted}
-    return Data(train, validation, test, "sha256 " + digest.hexdigest(), summary, positions if reset else {})
+    positions = positions if reset else {}
+    labels = {}
+    if documents.only_answers:
+        raw = {"train": train, "validation": validation, "test": test}
+        labels = {name: _labels(x, positions.get(name)) for name, x in raw.items() if isinstance(x, Tensor)}
+        _check_labels(labels, str(documents.counts["source"]))
+        train = _ids(train) if isinstance(train, Tensor) else train
+        validation, test = _ids(validation), _ids(test)
+    return Data(train, validation, test, "sha256 " + digest.hexdigest(), summary, positions, labels)
+
+
+def _ids(raw: Tensor) -> Tensor:
+    return torch.where(raw < 0, ~raw, raw)
+
+
+def _labels(raw: Tensor, positions: Tensor | None) -> Tensor:
+    """The ids to predict; −100 for those of prompts, and where a document begins if documents are kept apart."""
+    hidden = raw < 0 if positions is None else (raw < 0) | (positions == 0)
+    return raw.masked_fill(hidden, -100)
+
+
+def _check_labels(labels: Mapping[str, Tensor], source: str) -> None:
+    """Refuse splits in which nothing is to be predicted."""
+    for name in ("train", "validation"):
+        if name in labels and not (labels[name][:, 1:] >= 0).any():
+            raise LolcatsError(
+                f"{source}: no {name} row holds a token of an answer, which data.loss=completion learns to predict. "
+                "Use more data, or more validation rows (data.validation_rows)."
+            )
 
 
 def _held_out(documents: Corpus, order: Array, config: DataConfig) -> list[tuple[int, int]]:
@@ -308,8 +352,9 @@ def _within_shares(documents: Corpus, order: Array) -> Array:
 def load_rows(source: str, tokenizer: Any, config: DataConfig) -> tuple[Tensor, Tensor | None]:
     """Load all of ``source``, in order, as (N, L) rows for evaluation, with position ids if
     ``config.reset_at_documents`` is set."""
-    documents = tokenize_source(source, tokenizer, config, unique=False)
-    rows, positions = PackedRows(documents, np.arange(len(documents)), config.sequence_length).whole()
+    documents = tokenize_source(source, tokenizer, replace(config, loss="all"), unique=False)
+    raw, positions = PackedRows(documents, np.arange(len(documents)), config.sequence_length).whole()
+    rows = _ids(raw)
     if not len(rows):
         raise LolcatsError(f"{source} has fewer tokens than one row of {config.sequence_length}: use more data.")
     return rows, positions if config.reset_at_documents else None

@@ -3,7 +3,7 @@
 A large source is tokenized on all cores, a piece at a time, and kept in a cache directory under a hash of its content,
 the tokenizer and the reader's settings; later runs open it there. ``LOLCATS_CACHE`` sets the directory.
 
-    ids.bin      int32, all documents concatenated
+    ids.bin      int32, all documents concatenated; with data.loss=completion, prompts have ~id instead of id
     starts.npy, lengths.npy, hashes.npy   one entry per document
     first.npy    indices of the documents that did not occur before
     store.json   counts; written last
@@ -36,6 +36,7 @@ import transformers
 from numpy.typing import NDArray
 
 from lolcats.config import DataConfig
+from lolcats.data.answers import Spans, answer_finder, check_answers, hide_prompts
 from lolcats.data.conversations import Misfit, NoColumn
 from lolcats.data.sources import Broken, Piece, Record, hub_dataset, hub_records, local_file, pieces
 from lolcats.data.templates import record_format, renderer
@@ -89,44 +90,55 @@ class Reading:
     def chunk(self, records: Iterator[Record], broken: Broken) -> Chunk:
         """Render and tokenize ``records``; reading them fills ``broken``."""
         render = renderer(self.form, self.config, self.tokenizer)
+        find = answer_finder(self.form, self.config, self.tokenizer)
         ids: list[Array] = []
         lengths: list[Array] = []
         hashes = bytearray()
         texts: list[str] = []
+        answers: list[Spans] = []
         number = empty = characters = misfits = 0
         misfit = None
         for record in records:
             number += 1
             try:
                 text = render(record)
+                spans = find(record, text) if find and text else []
             except Misfit as error:
                 if isinstance(error, NoColumn) or not self.config.skip_broken:
                     misfit = number, error
                     break
                 misfits += 1
                 continue
-            if not text:
+            if not text or (find and not spans):
                 empty += 1
                 continue
             texts.append(text)
+            answers.append(spans)
             hashes += hashlib.blake2b(text.encode(), digest_size=HASH).digest()
             characters += len(text)
             if len(texts) == BATCH or characters >= CHARACTERS:
-                self._tokenize(texts, ids, lengths)
-                texts, characters = [], 0
-        self._tokenize(texts, ids, lengths)
+                self._tokenize(texts, answers, ids, lengths)
+                texts, answers, characters = [], [], 0
+        self._tokenize(texts, answers, ids, lengths)
         joined = _joined(ids), _joined(lengths)
         return Chunk(*joined, np.frombuffer(hashes, np.uint64).reshape(-1, 2), broken, number, empty, misfits, misfit)
 
-    def _tokenize(self, texts: list[str], ids: list[Array], lengths: list[Array]) -> None:
-        """Chat templates add their own special tokens; other text ends with EOS."""
+    def _tokenize(self, texts: list[str], answers: list[Spans], ids: list[Array], lengths: list[Array]) -> None:
+        """Chat templates add their own special tokens; other text ends with EOS, which belongs to the answer."""
         if not texts:
             return
         chat = self.form == "chat"
         end = [] if chat or self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        encoded = self.tokenizer(texts, add_special_tokens=not chat, verbose=False, return_attention_mask=False)
-        lengths.append(np.array([len(x) + len(end) for x in encoded["input_ids"]], np.int32))
-        flat = chain.from_iterable(chain(x, end) for x in encoded["input_ids"])
+        only_answers = self.config.loss == "completion"
+        encoded = self.tokenizer(
+            texts, add_special_tokens=not chat, verbose=False, return_attention_mask=False,
+            return_offsets_mapping=only_answers,
+        )  # fmt: skip
+        documents = encoded["input_ids"]
+        if only_answers:
+            documents = list(map(hide_prompts, documents, encoded["offset_mapping"], answers))
+        lengths.append(np.array([len(x) + len(end) for x in documents], np.int32))
+        flat = chain.from_iterable(chain(x, end) for x in documents)
         ids.append(np.fromiter(flat, np.int32, int(lengths[-1].sum())))
 
 
@@ -147,6 +159,8 @@ class TokenStore:
     identity: str = ""
     """Hash of everything the content depends on; empty if it is not in the cache."""
     temporary: TemporaryDirectory[str] | None = None
+    only_answers: bool = False
+    """Whether tokens of prompts have ~id instead of id (``data.loss: completion``)."""
 
     def read(self, start: int, count: int) -> Array:
         """Token ids [start, start + count) of all documents concatenated."""
@@ -220,6 +234,8 @@ def _build(
     """
     record = next(probe(), None)
     form = "text" if record is None else record_format(record, config, tokenizer, source)
+    if record is not None:
+        check_answers(form, config, tokenizer, source)
     sinks: dict[str, Any] = {name: io.BytesIO() for name in ("ids", "lengths", "hashes")}
     if folder is not None:
         sinks["ids"] = (folder / "ids.bin").open("wb")
@@ -240,11 +256,13 @@ def _build(
         "misfit_records_skipped": total.misfits, "documents": len(unique),
         "duplicate_records": len(lengths) - len(unique),
     }  # fmt: skip
-    store = TokenStore(ids, np.cumsum(lengths, dtype=np.int64) - lengths, lengths, hashes, unique, counts)
+    only = config.loss == "completion"
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    store = TokenStore(ids, starts, lengths, hashes, unique, counts, only_answers=only)
     if folder is not None:
         for name in ARRAYS:
             np.save(folder / f"{name}.npy", getattr(store, name))
-        (folder / "store.json").write_text(json.dumps({**counts, "tokens": total.tokens}))
+        (folder / "store.json").write_text(json.dumps({**counts, "tokens": total.tokens, "only_answers": only}))
     return store
 
 
@@ -298,7 +316,10 @@ def _load(folder: Path, source: str, identity: str = "", temporary: Any = None) 
     except (OSError, ValueError, KeyError) as error:
         raise LolcatsError(f"The cached data in {folder} is damaged ({error}): delete that folder.") from None
     counts = {"misfit_records_skipped": 0, **counts, "source": source}
-    return TokenStore(folder / "ids.bin", **arrays, counts=counts, identity=identity, temporary=temporary)
+    only = counts.pop("only_answers", False)
+    return TokenStore(
+        folder / "ids.bin", **arrays, counts=counts, identity=identity, temporary=temporary, only_answers=only
+    )  # fmt: skip
 
 
 def cache_directory() -> Path:
@@ -338,6 +359,7 @@ def _alive(process: int) -> bool:
 def _key(content: list[str], tokenizer: Any, config: DataConfig) -> str:
     """Hash of everything that a store's content depends on."""
     asked = [config.format, config.text_column, config.split, config.subset, config.skip_broken, config.max_tokens]
+    asked += [] if config.loss == "all" else [config.loss]
     parts = [VERSION, transformers.__version__, *content, tokenizer_hash(tokenizer), *asked]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -30,3 +30,13 @@ PROJECTIONS = {
 
 FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 """Layers that compute q, k and v at once."""
+
+GROUPED = ("query_key_value",)
+"""Those that compute queries, key and value of one key/value head after another. The others compute all queries, then
+all keys, then all values."""
+
+MLP = (
+    "gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out", "c_fc", "c_proj", "w1", "w2",
+    "w3", "dense_h_to_4h", "dense_4h_to_h", "input_linear", "output_linear",
+)  # fmt: skip
+"""Names in families of the linear layers of an MLP."""

@@ -37,11 +37,11 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
     names = _parameters(kind)
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     changes: dict[str, Any] = {}
-    documents = _documents(call) if any(layer.mode != "teacher" for layer in linearized) else None
+    documents = _documents(call)
     own = Call(decoder, documents, outer=current())
     begin(own)
-    if documents is not None:
-        _check_packed(call, {layer.base_implementation for layer in linearized})
+    if documents is not None:  # in teacher mode, too: with a cache, transformers' masks do not separate documents
+        _check_packed(call, {layer.base_implementation for layer in linearized if layer.mode != "teacher"})
         call["use_cache"] = changes["use_cache"] = False
     if not layers:
         own.cache = call.get("past_key_values")

@@ -21,7 +21,7 @@ from lolcats.modeling.call import Call, Padding, current
 from lolcats.modeling.families import HARMLESS
 from lolcats.modeling.heads import KeptHeads, Trial
 from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention, attached
-from lolcats.modeling.masks import MaskRequest, mask_function, request_of
+from lolcats.modeling.masks import MaskRequest, check_apart, mask_function, request_of
 from lolcats.modeling.rotary import as_attended
 
 IMPLEMENTATION = "lolcats"
@@ -43,6 +43,7 @@ def attention_function(
         if own is not None and own.attends:
             return _own_attention(own, query, key, value, attention_mask, kwargs), None
     if isinstance(layer, KeptAttention) or layer.mode == "teacher":
+        check_apart(attention_mask)
         return softmax_attention(module, query, key, value, attention_mask, **kwargs)
     request, kept = request_of(attention_mask), layer.kept
     if layer.mode == "transfer":

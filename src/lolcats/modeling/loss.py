@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,17 +29,21 @@ def next_token_loss(logits: Tensor, ids: Tensor, positions: Tensor | None = None
 
     positions: (B, T), 0 where another document begins; its first token is not predicted.
     """
-    targets = _targets(ids, positions)
-    parts = zip(logits.flatten(0, 1).split(TOKENS), targets.split(TOKENS), strict=True)
-    total = sum(checkpoint(_summed, part, target, use_reentrant=False) for part, target in parts)
-    return torch.as_tensor(total) / (targets >= 0).sum()
+    targets = next_tokens(ids, positions)
+    return in_parts(_summed, logits.flatten(0, 1), targets) / (targets >= 0).sum()
+
+
+def in_parts(loss: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """The sum of ``loss`` over parts of ``TOKENS`` tokens of all ``tensors`` (B · T, ...), recomputed in backward."""
+    parts = zip(*(x.split(TOKENS) for x in tensors), strict=True)
+    return torch.as_tensor(sum(checkpoint(loss, *part, use_reentrant=False) for part in parts))
 
 
 def _summed(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def _targets(ids: Tensor, positions: Tensor | None = None) -> Tensor:
+def next_tokens(ids: Tensor, positions: Tensor | None = None) -> Tensor:
     """(B, T) -> (B · T,): the next token of each, −100 after the last of a row or document."""
     if positions is not None:
         ids = ids.masked_fill(positions == 0, -100)
@@ -53,6 +57,12 @@ class Head:
     module: nn.Module
     scale: float
     softcap: float | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the module is nothing but a product with its weight."""
+        module = self.module
+        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module.bias is None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(..., E) -> (..., V) fp32."""
@@ -103,31 +113,37 @@ def find_head(model: PreTrainedModel) -> Head | None:
 
 
 def language_model_loss(
-    model: PreTrainedModel, head: Head | None, ids: Tensor, liger: bool = True, positions: Tensor | None = None
-) -> Tensor:
+    model: PreTrainedModel, head: Head | None, ids: Tensor, liger: bool = True, positions: Tensor | None = None,
+    labels: Tensor | None = None, count: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """:func:`next_token_loss` of the model on ids (B, T) without the logits of the whole batch.
 
     Args:
         head: from :func:`find_head`; None: use the family's own forward, which computes all logits at once.
         liger: on CUDA, use liger-kernel's fused head and loss if it is installed (the extra ``gpu``).
         positions: (B, T), which restart at 0 with each document; None: each row is one sequence.
+        labels: (B, T), the ids, −100 where a token is not to be predicted; None: all are.
+        count: what the sum over tokens is divided by; None: the number of predicted tokens, for their mean.
     """
     call = inputs_of(ids, positions)
+    targets = next_tokens(ids if labels is None else labels, positions)
     if head is None:
-        return next_token_loss(model(**call).logits, ids, positions)
+        return in_parts(_summed, model(**call).logits.flatten(0, 1), targets) / counted(targets, count)
     hidden = decoder(model)(**call)[0].flatten(0, 1)
-    targets = _targets(ids, positions)
-    plain = isinstance(head.module, nn.Linear) and type(head.module).forward is nn.Linear.forward
-    plain = plain and head.module.bias is None
-    if liger and plain and hidden.is_cuda and has_liger():
+    if liger and head.plain and hidden.is_cuda and has_liger():
         with gathered(head.module):
-            return _liger_loss(head, hidden, targets)
+            return _liger_loss(head, hidden, targets, count)
     parts = zip(hidden.split(PIECE), targets.split(PIECE), strict=True)
     total = sum(
-        checkpoint(_head_and_loss, head, part, target, use_reentrant=False, preserve_rng_state=not plain)
+        checkpoint(_head_and_loss, head, part, target, use_reentrant=False, preserve_rng_state=not head.plain)
         for part, target in parts
     )
-    return torch.as_tensor(total) / (targets >= 0).sum()
+    return torch.as_tensor(total) / counted(targets, count)
+
+
+def counted(targets: Tensor, count: Tensor | None) -> Tensor:
+    """``count``, by default the number of predicted tokens."""
+    return (targets >= 0).sum() if count is None else count
 
 
 @contextmanager
@@ -144,8 +160,9 @@ def _head_and_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(head(hidden), targets, reduction="sum")
 
 
-def _liger_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss by liger-kernel, which computes the gradients in forward, ``PIECE`` tokens at a time."""
+def _liger_loss(head: Head, hidden: Tensor, targets: Tensor, count: Tensor | None) -> Tensor:
+    """Loss, summed and divided by ``count`` (None: mean), by liger-kernel, which computes the gradients in forward,
+    ``PIECE`` tokens at a time."""
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
 
     weight: Any = head.module.weight
@@ -153,10 +170,11 @@ def _liger_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     budget = -(-PIECE * weight.shape[0] // (hidden.shape[0] * weight.shape[1]))
     accumulate = torch.float32 if weight.requires_grad else None
     bias = class_weight = implementation = mode = None
-    return LigerFusedLinearCrossEntropyFunction.apply(
-        hidden, weight, targets, bias, class_weight, -100, 0.0, 0.0, "mean", head.softcap, False, accumulate, False,
-        False, False, implementation, mode, max(1, budget),
+    loss: Tensor = LigerFusedLinearCrossEntropyFunction.apply(
+        hidden, weight, targets, bias, class_weight, -100, 0.0, 0.0, "mean" if count is None else "sum", head.softcap,
+        False, accumulate, False, False, False, implementation, mode, max(1, budget),
     )[0]  # fmt: skip
+    return loss if count is None else loss / count
 
 
 @functools.cache

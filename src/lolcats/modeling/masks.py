@@ -102,6 +102,13 @@ def mask_function(**arguments: Any) -> MaskRequest:
     return MaskRequest(arguments, current() or Call())
 
 
+def check_apart(mask: Any) -> None:
+    """Raise LolcatsError if rows hold several documents and the family asked for no mask that separates them."""
+    call = current()
+    if mask is None and call is not None and call.documents is not None:
+        raise LolcatsError(NOT_APART)
+
+
 def request_of(mask: Any) -> MaskRequest | None:
     """The request that a layer was given as its mask; None if the family asks for no mask.
 
@@ -109,9 +116,7 @@ def request_of(mask: Any) -> MaskRequest | None:
         LolcatsError: for any other mask.
     """
     if mask is None:
-        call = current()
-        if call is not None and call.documents is not None:
-            raise LolcatsError(NOT_APART)
+        check_apart(mask)
         return None
     if isinstance(mask, MaskRequest):
         mask.verify()

@@ -28,7 +28,7 @@ from lolcats.pipeline.rows import check_documents, check_rows, empty_share, note
 from lolcats.ranks import is_first, ranks
 from lolcats.report.table import EMPTY
 from lolcats.run import RECORD, Run
-from lolcats.stages.finetune.stage import lora_targets
+from lolcats.stages.finetune.stage import trained_layers
 from lolcats.weights.base import check_quantized, find_again, with_content
 
 
@@ -115,7 +115,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
         )
     model = job.models.skeleton().model if job.in_turn else job.models.converted()
     if config.finetune.max_steps:
-        lora_targets(model, config.finetune.targets)  # reject bad targets before stage 1, not after it
+        trained_layers(model, models.config.finetune)  # reject bad targets before stage 1, not after it
     _check_classes(out, model)
     if is_first():
         base = with_content(run.base)  # its weights are on disk by now

@@ -58,5 +58,8 @@ def notes(data: Data, config: Config, empty: float | None) -> Iterator[str]:
             f"little data: {validation} validation and {test} test rows are held out instead of "
             f"{config.data.validation_rows} and {config.data.test_rows}, and {train} are left to train on"
         )
+    if data.labels:
+        share = (data.labels["validation"] >= 0).double().mean().item()
+        yield f"data.loss=completion: {share:.0%} of the tokens of the validation rows are answers"
     if empty is not None:
         yield empty_term(empty)

@@ -17,7 +17,8 @@ from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, save_feature_maps, s
 from lolcats.modeling.parts import lost_controls
 from lolcats.pipeline.job import Job
 from lolcats.ranks import is_first, ranks
-from lolcats.stages.finetune.controls import control_directory, train_control
+from lolcats.report.table import loss_of
+from lolcats.stages.finetune.controls import control_config, control_directory, train_control
 from lolcats.stages.finetune.stage import finetune
 from lolcats.stages.result import StageResult
 from lolcats.stages.transfer.stage import transfer, transfer_in_turn
@@ -107,7 +108,8 @@ def run_controls(job: Job) -> None:
         job.say(_headline(job, f"Control {CONTROLS[name].in_words}", "finetune"))
         started = time.time()
         result = train_control(model, name, job.data, config, run.base, run.directory)
-        run.finish_stage(name, _summary(result, started))
+        loss = control_config(config, name).finetune.loss
+        run.finish_stage(name, {"loss": loss, **_summary(result, started)})
         shutil.rmtree(control_directory(run.directory, name) / "checkpoints", ignore_errors=True)
 
 
@@ -124,7 +126,8 @@ def run_finetune(job: Job) -> None:
     if config.finetune.quantize_base != "none" and ranks().size > 1:
         raise LolcatsError("finetune.quantize_base works on one GPU only: run this without torchrun.")
     model, to_shard = job.models.for_finetuning()
-    job.say(_headline(job, "Stage 2: low-rank linearizing", "finetune"))
+    what = "" if config.finetune.loss == "cross_entropy" else f" on {loss_of(config)}"
+    job.say(_headline(job, f"Stage 2: low-rank linearizing{what}", "finetune"))
     started = time.time()
     if to_shard:
         config = replace(config, finetune=replace(config.finetune, sharding="always"))
@@ -132,7 +135,7 @@ def run_finetune(job: Job) -> None:
     save_lora(wrapped, run.base, out / LORA)
     if config.finetune.feature_map_learning_rate > 0:
         save_feature_maps(wrapped, out / FEATURE_MAPS)
-    run.finish_stage("finetune", _summary(result, started))
+    run.finish_stage("finetune", {"loss": config.finetune.loss, **_summary(result, started)})
     ranks().wait()
     if is_first():
         shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -19,6 +19,7 @@ CONTEXT = 1.5 * GIB  # CUDA context and NCCL, outside PyTorch's allocator
 SLACK = 1.05  # fragmentation: the allocator reserves more than is allocated
 PROCESS = 4 * GIB  # host memory of one process with torch and CUDA loaded
 PIECE = 1024  # tokens whose logits are in memory at a time (modeling/loss.py)
+TOKENS = 512  # the same where stage 2 learns from the teacher (stages/finetune/distillation.py)
 CHUNK = 1e6  # tokens per chunk of stream (hidden states in host memory), unless reading weights that often is too slow
 GATHERED = 3  # decoder layers that FSDP2 holds unsharded: the current one, the next, and a receive buffer
 
@@ -168,6 +169,9 @@ def finetune_token(size: Size, config: Config, speeds: Speeds) -> float:
     seconds += kept * 3.5 * attention / speeds.softmax / speeds.matmul
     slower = 1.0 if size.kernels else speeds.chunked_ns / speeds.transfer_ns
     seconds += linear_attention(size, slower * speeds.finetune_ns)
+    if config.finetune.loss != "cross_entropy":  # the teacher's forward pass, through the head, too
+        seconds += (products / speeds.forward + attention / speeds.softmax) / speeds.matmul
+        seconds += head / 2 / speeds.forward / speeds.matmul
     if config.finetune.gradient_checkpointing:
         seconds += products / speeds.forward / speeds.matmul + linear_attention(size, slower * speeds.recompute_ns)
     return seconds
@@ -201,8 +205,11 @@ def finetune_activations(size: Size, rows: int, length: int) -> float:
     return 2.0 * rows * length * (3 * size.hidden + channels + size.unrotated + size.mlp)
 
 
-def head_memory(size: Size, rows: int, length: int) -> float:
-    """Logits of one piece, their gradient in place (liger-kernel), and the gradient of the hidden states."""
+def head_memory(size: Size, rows: int, length: int, config: Config) -> float:
+    """Logits of one piece, their gradient in place (liger-kernel), and the gradient of the hidden states. To learn from
+    the teacher, its hidden states, too, and five times the logits of a piece in fp32."""
+    if config.finetune.loss != "cross_entropy":
+        return 5 * 4.0 * min(TOKENS, rows * length) * size.vocabulary + 4.0 * rows * length * size.hidden
     return 2.0 * min(PIECE, rows * length) * size.vocabulary + 2.0 * rows * length * size.hidden
 
 
@@ -361,7 +368,7 @@ def lora(
     kept = 2.0 * rows * length * size.hidden if stage.gradient_checkpointing else layer
     gathered = GATHERED * 2.0 * size.layer if sharded else 0.0
     in_backward = gathered + (layer if stage.gradient_checkpointing else 0) + 2.0 * rows * length * size.mlp
-    in_head = head_memory(size, rows, length) + (2.0 * (size.head + size.layer) if sharded else 0)
+    in_head = head_memory(size, rows, length, config) + (2.0 * (size.head + size.layer) if sharded else 0)
     gpu = {
         "weights": held, "feature maps": adam(size.maps) if trains_maps else 4.0 * size.maps,
         "LoRA, gradients, Adam": adam(size.lora), "activations kept for backward": kept * size.layers,
@@ -375,9 +382,10 @@ def lora(
         trained = size.lora + (size.maps if trains_maps else 0)
         steps = work.finetune_tokens / (stage.batch_size * length)
         seconds["computing"] += steps * 2 * 4.0 * trained * (ranks - 1) / ranks / machine.gather_speed(speeds)
-    if sharded:  # every micro-batch gathers the weights in forward and again in backward
+    if sharded:  # every micro-batch gathers the weights in each forward pass and again in backward
         micro_batches = work.finetune_tokens / (rows * length * ranks)
-        gathers = 2 * weights * (ranks - 1) / ranks
+        passes = 2 if stage.loss == "cross_entropy" else 3
+        gathers = passes * weights * (ranks - 1) / ranks
         seconds["gathering"] = micro_batches * gathers / machine.gather_speed(speeds)
         seconds["handling shards"] = micro_batches * size.layers * speeds.sharded_layer
     seconds["reading"] = weights / machine.read_speed

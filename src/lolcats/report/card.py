@@ -10,7 +10,7 @@ from lolcats.config import AttentionConfig, to_yaml
 from lolcats.evaluation.memory import cache_bytes, readable
 from lolcats.files import write_text
 from lolcats.report.curve import HEADER, curve_rows, curve_title, run_selection
-from lolcats.report.table import attention_of, markdown, memory_rows, model_table, remarks
+from lolcats.report.table import attention_of, has_lora, loss_of, markdown, memory_rows, model_table, remarks
 from lolcats.run import Run
 from lolcats.selection import Selection
 from lolcats.version import __version__
@@ -55,7 +55,7 @@ CARD = (
 
 ## Provenance
 Data: `{source}`, {documents} documents, {train_rows} training rows; fingerprint {fingerprint}.
-Base weights: {base_fingerprint}. Stages: `{stages}`. Versions: `{versions}`.
+{trained}Base weights: {base_fingerprint}. Stages: `{stages}`. Versions: `{versions}`.
 
 ```yaml
 {config}```
@@ -83,6 +83,7 @@ def write_card(run: Run) -> None:
             student=json.dumps(results["sample_student"], ensure_ascii=False),
             source=data["source"].rsplit("/", 1)[-1], documents=data["documents"], train_rows=data["train_rows"],
             fingerprint=data["fingerprint"], base_fingerprint=run.base.fingerprint,
+            trained=f"LoRA was trained on {loss_of(config)}.\n" if has_lora(run) else "",
             stages=json.dumps(record["stages"]), versions=json.dumps(record["versions"]), config=to_yaml(config),
         ),
     )  # fmt: skip

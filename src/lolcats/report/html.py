@@ -23,9 +23,9 @@ from lolcats.report import figures
 from lolcats.report.comparison import entry_rows
 from lolcats.report.curve import HEADER, curve_rows, curve_title, run_selection
 from lolcats.report.picture import has_matplotlib
-from lolcats.report.table import attention_of, memory_rows, model_table, remarks
+from lolcats.report.table import attention_of, loss_of, memory_rows, model_table, remarks
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, Run
-from lolcats.stages.finetune.controls import control_directory
+from lolcats.stages.finetune.controls import control_config, control_directory
 from lolcats.tensors import read_tensors
 
 PAGE = """<!doctype html>
@@ -165,7 +165,7 @@ def _training(run: Run) -> Iterator[str]:
     history, transfer = figures.read_metrics(run.directory), run.config.transfer
     loss = f"Attention transfer: {transfer.mse_weight:g} × squared error"
     loss += f" + {transfer.xent_weight:g} × cross-entropy" if transfer.xent_weight else ""
-    for stage, title in (("transfer", loss), ("finetune", "LoRA: next-token loss, nats")):
+    for stage, title in (("transfer", loss), ("finetune", f"LoRA: {loss_of(run.config)}, nats")):
         entries = [entry for entry in history if entry["stage"] == stage]
         if not entries:
             continue
@@ -175,6 +175,8 @@ def _training(run: Run) -> Iterator[str]:
                 axis.set_yscale("log")
             else:
                 for key, name in CONTROL_NAMES.items():
+                    if control_config(run.config, key).finetune.loss != run.config.finetune.loss:
+                        continue
                     if own := figures.read_metrics(control_directory(run.directory, key)):
                         figures.draw_validation(axis, own, f"{name}, validation")
             yield embed(f"Losses by step. {title}")

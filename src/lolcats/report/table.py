@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats.compared import COMPARED, STUDENT, TEACHER, TEACHER_LORA, WINDOW_LORA, Compared
-from lolcats.config import AttentionConfig
+from lolcats.config import AttentionConfig, Config
 from lolcats.evaluation.memory import readable
 from lolcats.evaluation.recall import BEYOND
 from lolcats.report.advice import verdict
@@ -42,6 +42,18 @@ def attention_of(config: AttentionConfig) -> str:
         parts.append(f"{config.feature_map} feature maps {place} RoPE")
     parts += [f"in layers {layers} {kind}" for layers, kind in config.layers.items()]
     return ", ".join(parts)
+
+
+def loss_of(config: Config) -> str:
+    """What stage 2 makes small, in words."""
+    tuned = config.finetune
+    heat = "" if tuned.kl_temperature == 1 else f" at temperature {tuned.kl_temperature:g}, times its square"
+    distance = f"the KL divergence from the teacher{heat}"
+    kinds = {
+        "cross_entropy": "the next-token loss", "kl": distance,
+        "mix": f"{1 - tuned.kl_weight:g} × the next-token loss + {tuned.kl_weight:g} × {distance}",
+    }  # fmt: skip
+    return kinds[tuned.loss] + (", on completions only" if config.data.loss == "completion" else "")
 
 
 def perplexity_rows(run: Run) -> list[tuple[str, str, str]]:
@@ -117,7 +129,7 @@ def remarks(run: Run) -> list[str]:
 def _of_lora(run: Run) -> list[str]:
     """What the perplexity of a student with LoRA does and does not show."""
     results, student, texts = run.results, run.results.get(STUDENT.result), list[str]()
-    if student is None or not _has_lora(run):
+    if student is None or not has_lora(run):
         return texts
     for control, text in AGAINST_CONTROLS.items():
         if control.result in results:
@@ -152,13 +164,14 @@ def _percent(value: float, other: float) -> str:
     return f"{_number(100 * (value / other - 1), 1, '+')} %"
 
 
-def _has_lora(run: Run) -> bool:
+def has_lora(run: Run) -> bool:
+    """Whether stage 2 has trained LoRA."""
     return "steps" in run.record["stages"].get("finetune", {})
 
 
 def _lacks_control(run: Run) -> bool:
     """Whether a run with LoRA and a linear term lacks the control that would show what the linear term adds."""
-    return _has_lora(run) and run.config.attention.has_linear and WINDOW_LORA.result not in run.results
+    return has_lora(run) and run.config.attention.has_linear and WINDOW_LORA.result not in run.results
 
 
 def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

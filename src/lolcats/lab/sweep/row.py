@@ -43,6 +43,8 @@ LATER: dict[tuple[str, str], list[Any]] = {
     ("attention", "feature_inputs"): ["rotated"], ("attention", "softmax_heads"): [{}],
     ("attention", "softmax_budget"): [0.0],
     ("finetune", "sharding"): ["auto", "always", "never"],
+    ("data", "loss"): ["all"], ("finetune", "loss"): ["cross_entropy"], ("finetune", "kl_weight"): [0.5],
+    ("finetune", "kl_temperature"): [1.0], ("finetune", "protect_kept"): [False],
 }  # fmt: skip
 """Settings newer than committed results; keys leave them out at these values, which change nothing."""
 OF_TRANSFER = ("layer_errors_before", "layer_errors_after", TRANSFERRED.result)

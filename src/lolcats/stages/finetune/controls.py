@@ -29,6 +29,14 @@ def control_directory(run: Path, name: str) -> Path:
     return run / CONTROLS_FOLDER / name
 
 
+def control_config(config: Config, name: str) -> Config:
+    """The settings that control ``name`` of a run is trained with."""
+    settings = replace(config.finetune, feature_map_learning_rate=0.0)
+    if name == "teacher_lora" and settings.loss == "kl":  # it would be its own teacher, and learn nothing
+        settings = replace(settings, loss="cross_entropy")
+    return replace(config, finetune=settings)
+
+
 def train_control(
     model: PreTrainedModel, name: str, data: Data, config: Config, base: Base, run: Path
 ) -> StageResult:  # fmt: skip
@@ -38,9 +46,8 @@ def train_control(
     """
     directory = control_directory(run, name)
     directory.mkdir(parents=True, exist_ok=True)
-    frozen_maps = replace(config, finetune=replace(config.finetune, feature_map_learning_rate=0.0))
     with CONTROLS[name].on(model):
-        wrapped, result = finetune(model, data, frozen_maps, directory)
+        wrapped, result = finetune(model, data, control_config(config, name), directory)
     save_lora(wrapped, base, directory / LORA)
     wrapped.unload()
     kind = CONTROLS[name].change.get("kind", "softmax")

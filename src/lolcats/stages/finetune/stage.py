@@ -1,4 +1,5 @@
-"""Stage 2, low-rank linearizing: train LoRA on the next-token loss of the linearized model; feature maps are frozen."""
+"""Stage 2, low-rank linearizing: train LoRA on the next-token loss of the linearized model, or on its distance from the
+teacher; feature maps are frozen."""
 
 from __future__ import annotations
 
@@ -21,13 +22,15 @@ from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import LORA_WEIGHTS
 from lolcats.modeling.convert import convert
-from lolcats.modeling.families import FUSED, PROJECTIONS
+from lolcats.modeling.families import FUSED, MLP, PROJECTIONS
 from lolcats.modeling.install import inputs_of
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.modeling.skeleton import convert_empty, empty_model, own_tensors, replaced
 from lolcats.ranks import ranks
 from lolcats.stages.distributed import fill_part, is_sharded, materialize, own_device, shard
+from lolcats.stages.finetune.distillation import Distillation, distillation_loss
+from lolcats.stages.finetune.protection import kept_rows, protected
 from lolcats.stages.finetune.trainer import StageTrainer
 from lolcats.stages.result import StageResult
 from lolcats.stages.trained import train_only, trainable
@@ -64,13 +67,13 @@ def finetune(
         wrapped, config.finetune, data.dataset("train"), data.dataset("validation"), "finetune",
         directory / "checkpoints" / "finetune", directory / "metrics.jsonl", config.seed, config.report_to,
     )  # fmt: skip
-    with fused_layers(model, config.finetune.liger):
+    with fused_layers(model, config.finetune.liger), protected(wrapped, config.finetune.protect_kept):
         return wrapped, trainer.run()
 
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
     """Add LoRA to ``config.targets``, and freeze all parameters that are not trained."""
-    targets = lora_targets(model, config.targets)
+    targets = trained_layers(model, config)
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none",
         task_type="CAUSAL_LM", use_dora=config.use_dora, use_rslora=config.use_rslora,
@@ -85,12 +88,25 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
     return wrapped
 
 
+def trained_layers(model: PreTrainedModel, config: FinetuneConfig) -> list[str]:
+    """Full names of the layers that get LoRA: the targets, except those that ``protect_kept`` keeps as they are."""
+    targets = lora_targets(model, config.targets)
+    rows = kept_rows(model, model.config.lolcats["layers"], targets) if config.protect_kept else {}
+    trained = [name for name in targets if name not in rows or not rows[name].all()]
+    if not trained:
+        raise LolcatsError(
+            f"finetune.protect_kept leaves nothing of finetune.targets {config.targets} to train, since all layers "
+            "stay softmax attention. Set it to false, or add other targets."
+        )
+    return trained
+
+
 def lora_targets(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
     """Full names of the layers that ``targets`` select.
 
     ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` select the attention layers with these roles, whatever the family
-    calls them; a layer that computes q, k and v together has three roles. Any other name selects the modules whose full
-    name ends with it.
+    calls them; a layer that computes q, k and v together has three roles. ``mlp`` selects the linear layers of
+    the MLPs. Any other name selects the modules whose full name ends with it.
     """
     attentions = [name for name, module in model.named_modules() if hasattr(module, "lolcats")]
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -100,7 +116,10 @@ def lora_targets(model: PreTrainedModel, targets: Iterable[str]) -> list[str]:
     for target in targets:
         called = {*PROJECTIONS.get(target, ()), *(FUSED if target in ("q_proj", "k_proj", "v_proj") else ())}
         layers = [name for name, parts in inside.items() if parts & called]
-        if not called:
+        if target == "mlp":
+            stacks = tuple(f"{a.rsplit('.', 2)[0]}." for a in attentions)
+            layers = [n for n in linear if n.startswith(stacks) and n not in inside and n.rpartition(".")[2] in MLP]
+        elif not called:
             layers = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{target}")]
         if not layers:
             known = sorted({name.rpartition(".")[2] for name in inside})
@@ -183,7 +202,11 @@ def _compute_in_input_dtype(model: nn.Module) -> None:
 
 
 class FinetuneTrainer(StageTrainer):
-    """Loss: next-token cross-entropy, mean over all tokens."""
+    """Loss: ``finetune.loss``, mean over all predicted tokens.
+
+    If only some tokens are predicted (``data.loss``), batches hold different numbers of them: then the mean is over all
+    of an optimizer step's, on all ranks, and in validation over those of all rows.
+    """
 
     stage_config: FinetuneConfig
 
@@ -197,10 +220,44 @@ class FinetuneTrainer(StageTrainer):
         wrapped: Any = self.model
         return wrapped.get_base_model()
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        ids, positions = inputs["input_ids"], inputs.get("position_ids")
-        self.call = inputs_of(ids, positions)
-        loss = language_model_loss(self.base, self.head, ids, self.stage_config.liger, positions)
+    @property
+    def distillation(self) -> Distillation | None:
+        """What is learned from the teacher, if anything."""
+        config = self.stage_config
+        if config.loss == "cross_entropy":
+            return None
+        return Distillation(1.0 if config.loss == "kl" else config.kl_weight, config.kl_temperature)
+
+    @cached_property
+    def predicted(self) -> float | None:
+        """Mean number of predicted tokens of a validation row; None if all tokens are predicted."""
+        labels = getattr(self.eval_dataset, "labels", None)
+        return None if labels is None else _predicted(labels).item() / len(labels)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of an optimizer step, and how many tokens are predicted in them, on all ranks."""
+        samples, count = super().get_batch_samples(*args, **kwargs)
+        if self.predicted is not None:
+            count = sum((_predicted(batch["labels"]) for batch in samples), torch.zeros(())).to(self.args.device)
+            ranks().sum([count])
+        return samples, count
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], *_: Any, num_items_in_batch: Tensor | None = None, **__: Any
+    ) -> Tensor:
+        ids, positions, labels = inputs["input_ids"], inputs.get("position_ids"), inputs["labels"]
+        self.call, count = inputs_of(ids, positions), None
+        if self.predicted is not None:
+            whole = torch.tensor(self.predicted * len(ids), device=ids.device)
+            shares = ranks().size * self.current_gradient_accumulation_steps  # over which means are taken later
+            count = whole if num_items_in_batch is None else num_items_in_batch.clamp_min(1) / shares
+        if self.distillation is not None:
+            wrapped: Any = self.model
+            loss = distillation_loss(wrapped, self.head, ids, self.distillation, positions, labels, count)
+        else:
+            loss = language_model_loss(
+                self.base, self.head, ids, self.stage_config.liger, positions, labels, count
+            )  # fmt: skip
         if torch.is_grad_enabled():
             self.watch.add(loss, self.where)
         return loss
@@ -229,3 +286,8 @@ class FinetuneTrainer(StageTrainer):
                 [lora, maps], lr=self.args.learning_rate, weight_decay=self.args.weight_decay
             )
         return super().create_optimizer() if self.optimizer is None else self.optimizer
+
+
+def _predicted(labels: Tensor) -> Tensor:
+    """The number of tokens that rows (N, L) of labels let a model predict."""
+    return (labels[:, 1:] >= 0).sum().float()
