@@ -101,7 +101,7 @@ class AttentionConfig:
 class DataConfig:
     """How records become packed rows of token ids."""
 
-    format: Literal["auto", "alpaca", "chat", "text"] = "auto"
+    format: Literal["auto", "alpaca", "chat", "completion", "text"] = "auto"
     """How a record becomes text; ``auto`` chooses by the columns of the first record."""
     text_column: str = "text"
     """Column that holds the text of a record with ``format: text``."""

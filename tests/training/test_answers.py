@@ -94,6 +94,12 @@ def test_the_output_of_an_instruction(extra: str, tokenizer, tmp_path: Path) -> 
     assert answer.replace(" ", "") == "greenmilk<eos>"
 
 
+def test_a_completion_after_its_prompt(tokenizer, tmp_path: Path) -> None:
+    ids, labels = document(tokenizer, {"prompt": "dogs like", "completion": " green milk"}, tmp_path)
+    (answer,) = answers_of(tokenizer, ids, labels)
+    assert answer.replace(" ", "") == "greenmilk<eos>"
+
+
 def test_tokens_over_the_border_and_without_characters() -> None:
     offsets = [(0, 0), (0, 3), (3, 6), (6, 8), (8, 8), (8, 9), (9, 9)]
     assert hide_prompts(range(1, 8), offsets, [(4, 8)]) == [~1, ~2, 3, 4, 5, ~6, ~7]

@@ -86,6 +86,21 @@ def test_seed_changes_the_split_and_nothing_else_does(tmp_path: Path, tokenizer)
     assert torch.equal(first.train, again.train)
 
 
+def test_completions_follow_their_prompts(tmp_path: Path, tokenizer) -> None:
+    """Also where the record has a text of its own."""
+    records = [{"prompt": f"Q {t}\nA", "completion": f" is {t}.", "text": "unused"} for t in texts()]
+    records += [{"prompt": "x", "completion": " "}, {"prompt": "x", "completion": None}]
+    data = load_data(write_jsonl(tmp_path / "a.jsonl", records), tokenizer, SMALL)
+    assert data.summary["format"] == "completion"
+    assert data.summary["empty_records"] == 2
+    text = tokenizer.decode(data.train.flatten())
+    assert "\nA is " in text
+    assert "unused" not in text
+    one = write_jsonl(tmp_path / "b.jsonl", [{"prompt": [{"role": "user", "content": "x"}], "completion": "y"}])
+    with pytest.raises(LolcatsError, match="its prompt has type list, expected text"):
+        load_data(one, tokenizer, SMALL)
+
+
 def test_alpaca_prompt(tmp_path: Path, tokenizer) -> None:
     records = [{"instruction": f"Say {t}", "input": "" if i % 2 else "now", "output": t} for i, t in enumerate(texts())]
     records += [{"instruction": "x", "input": "", "output": "<nooutput>"}, {"instruction": "y", "output": ""}]

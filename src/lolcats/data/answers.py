@@ -23,8 +23,8 @@ def check_answers(form: str, config: DataConfig, tokenizer: Any, source: str) ->
         return
     if form == "text":
         raise LolcatsError(
-            f"data.loss=completion needs prompts, but {source} is read as plain text. Use conversations or "
-            "instructions, or data.loss=all (in a file that mixes sources, loss: all for this one)."
+            f"data.loss=completion needs prompts, but {source} is read as plain text. Use conversations, "
+            "instructions or prompts with completions, or data.loss=all (in a file that mixes sources, loss: all for this one)."
         )
     if not tokenizer.is_fast:
         raise LolcatsError("data.loss=completion needs a fast tokenizer (tokenizer.json), which says where tokens lie.")
@@ -44,7 +44,10 @@ def answer_finder(form: str, config: DataConfig, tokenizer: Any) -> Callable[[Re
     def alpaca(record: Record, text: str) -> Spans:
         return [(len(text) - len(str(record["output"])), len(text))]
 
-    return {"chat": chat, "alpaca": alpaca}[form]
+    def completion(record: Record, text: str) -> Spans:
+        return [(len(text) - len(str(record["completion"])), len(text))]
+
+    return {"chat": chat, "alpaca": alpaca, "completion": completion}[form]
 
 
 def _in_conversation(

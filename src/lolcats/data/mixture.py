@@ -23,7 +23,7 @@ class MixtureSource:
     """A local file, relative to the mixture file, or a hub data set id."""
     weight: float = 1.0
     """This source provides a fraction weight / (sum of all weights) of the tokens."""
-    format: Literal["auto", "alpaca", "chat", "text"] | None = None
+    format: Literal["auto", "alpaca", "chat", "completion", "text"] | None = None
     text_column: str | None = None
     split: str | None = None
     subset: str | None = None

@@ -1,4 +1,4 @@
-"""Turn a record into the text of a document: with the chat template, Alpaca's prompt, or one column as it is."""
+"""Turn a record into the text of a document: with the chat template, Alpaca's prompt, or columns as they are."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ NO_OUTPUT = {"", "nooutput", "<nooutput>", "no output"}
 
 
 def record_format(record: Record, config: DataConfig, tokenizer: Any, source: str) -> str:
-    """``chat``, ``alpaca`` or ``text``; ``auto`` chooses by the columns of the source's first record."""
+    """``chat``, ``alpaca``, ``completion`` or ``text``; ``auto`` chooses by the columns of the source's first record."""
     fits = {
         "chat": "messages" in record or "conversations" in record,
         "alpaca": "instruction" in record and "output" in record,
+        "completion": "prompt" in record and "completion" in record,
         "text": config.text_column in record,
     }
     name = config.format if config.format != "auto" else next((n for n, fit in fits.items() if fit), None)
     if name is None or not fits[name]:
         raise LolcatsError(
             f"{source} has no {name or 'text'} column. Its columns are {', '.join(map(str, record))}. Expected "
-            f"messages or conversations (chat), instruction and output (alpaca), or {config.text_column!r} (text; "
-            "choose another with --set data.text_column=NAME)."
+            "messages or conversations (chat), instruction and output (alpaca), prompt and completion (completion), or "
+            f"{config.text_column!r} (text; choose another with --set data.text_column=NAME)."
         )
     if name == "chat" and not tokenizer.chat_template:
         raise LolcatsError(f"{source} holds conversations, but this model's tokenizer has no chat template.")
@@ -61,10 +62,14 @@ def renderer(form: str, config: DataConfig, tokenizer: Any) -> Callable[[Record]
             return ""
         return alpaca_prompt(*instruction_of(record)) + columns["output"]
 
+    def completion(record: Record) -> str:
+        answer = column(record, "completion")
+        return column(record, "prompt") + answer if answer.strip() else ""
+
     def text(record: Record) -> str:
         return column(record, config.text_column)
 
-    return _guarded({"chat": chat, "alpaca": alpaca, "text": text}[form])
+    return _guarded({"chat": chat, "alpaca": alpaca, "completion": completion, "text": text}[form])
 
 
 def instruction_of(record: Record) -> tuple[str, str]:
