@@ -237,13 +237,12 @@ def test_no_block_of_windows_is_lost_or_given_twice() -> None:
         assert pool.holders == [held.count(block) for block in range(40)]
 
 
-def test_a_prefix_that_ends_in_a_block_starts_with_the_least_memory(tokenizer: Any) -> None:
-    """A copy of the partly filled block is needed besides those of the prompt."""
-    roomy = engine_for(tokenizer, LOCAL, block=32)
-    assert roomy.kept is not None
-    least = windows(roomy).most(256) * roomy.kept.groups[0].block_bytes
-    engine = engine_for(tokenizer, LOCAL, slots=1, block=32, kept_bytes=least, prefix_bytes=1 << 20)
-    first = long_prompt()[:20]
-    for prompt in (first, [*first[:16], *long_prompt(1)]):
-        assert tokens(queue_and_run(engine, prompt, max_tokens=20)) == generated(engine.model, prompt, 20)
-    assert engine.prefixes.hits == 1
+def test_a_prefix_that_ends_in_a_block_goes_if_no_block_is_free_for_its_copy(tokenizer: Any) -> None:
+    engine = engine_for(tokenizer, LOCAL, block=32, prefix_bytes=1 << 20)
+    pool, first = windows(engine), long_prompt()[:20]
+    queue_and_run(engine, first, max_tokens=2)
+    assert [len(entry.tokens) for entry in engine.prefixes.entries.values()] == [16]
+    held = Table(pool, pool.take(pool.free - pool.added(0, 167)))
+    prompt = [*first[:16], *long_prompt(1)]
+    assert tokens(queue_and_run(engine, prompt, max_tokens=20)) == generated(engine.model, prompt, 20)
+    del held

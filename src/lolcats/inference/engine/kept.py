@@ -257,9 +257,8 @@ class KeptKeys:
 
         def count(pool: Blocks) -> int:
             own = before % pool.size > 0 if shared else pool.needed(before) - pool.passed(before)
-            copy = (
-                pool.window > 0
-            )  # of a cached prefix's last block, which the blocks of the window may not make up for
+            # A cached prefix's last block may have to be copied; its others make up for that only without a window.
+            copy = pool.window > 0
             return own + pool.added(before, tokens) + copy
 
         return [count(group.blocks) for group in self.groups]
