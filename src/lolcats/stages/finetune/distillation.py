@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, N = B · T, V vocabulary, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, log_softmax
 
 from lolcats.modeling.install import decoder, inputs_of
-from lolcats.modeling.layer import override
+from lolcats.modeling.layer import LinearizedAttention, override
 from lolcats.modeling.loss import TOKENS, Head, counted, gathered, in_parts, next_tokens
 
 LOWEST = torch.finfo(torch.float32).min / 2  # in place of −inf, whose differences are NaN
@@ -73,10 +73,13 @@ class Distillation:
 def as_teacher(wrapped: PeftModel) -> Iterator[None]:
     """For the block's duration, ``wrapped`` computes as its base model does: softmax attention, no adapter, no dropout,
     no gradients."""
-    training = [module for module in wrapped.modules() if module.training]
-    wrapped.eval()
+    modules = list(wrapped.modules())
+    training = [module for module in modules if module.training]
+    linearized = [module for module in modules if isinstance(module, LinearizedAttention)]
+    for module in training:
+        module.training = False
     try:
-        with torch.no_grad(), override(wrapped, mode="teacher"), without_adapter(wrapped):
+        with torch.no_grad(), override(linearized, mode="teacher"), without_adapter(modules):
             yield
     finally:
         for module in training:
@@ -84,9 +87,9 @@ def as_teacher(wrapped: PeftModel) -> Iterator[None]:
 
 
 @contextmanager
-def without_adapter(model: nn.Module) -> Iterator[None]:
-    """Switch the adapters of PEFT in ``model`` off for the block's duration."""
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+def without_adapter(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Switch the adapters of PEFT among ``modules`` off for the block's duration."""
+    layers = [m for m in modules if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -126,7 +129,7 @@ def distillation_loss(
 
 
 def _through_head(head: Head, kind: Distillation, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-    with torch.no_grad(), without_adapter(head.module):
+    with torch.no_grad(), without_adapter(head.module.modules()):
         known = head(teacher)
     return kind.summed(head(student), known, targets)
 
