@@ -1,8 +1,9 @@
-"""The Triton kernels against the fp32 reference, SDPA's FlashAttention and flash-linear-attention, on one GPU.
+"""The Triton kernels against the fp32 reference, the fastest softmax attention and flash-linear-attention, on one GPU.
 
     python benchmarks/attention.py                          # writes results/attention.json, attention.md, attention.png
     python benchmarks/attention.py --activations FILE ...   # errors on real activations, too (see activations.py)
     python benchmarks/attention.py --only errors            # sections whose name has the word; the others stay
+    python benchmarks/attention.py --variants               # ways to run the forward pass, and the best for each shape
     python benchmarks/attention.py --plot                   # table and picture again, from the JSON
 
 Geometry of one Llama-3-8B layer: 32 query heads, 8 kv heads, head dim 128, f = 64, window 64, 4 sinks; random data.
@@ -14,160 +15,97 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attention_variants
 import common
 import torch
 import triton
+from attention_problem import (
+    F_COLUMNS,
+    HYBRID,
+    D,
+    G,
+    H,
+    Problem,
+    Unrotated,
+    both,
+    eager,
+    fastest,
+    flash,
+    relative,
+    replayed,
+    softmax_peers,
+)
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from lolcats.attention import AttentionSpec, FeatureMap, Mixer, attention, chunked_attention, parallel_attention
+from lolcats.attention import AttentionSpec, Mixer
 from lolcats.attention.kernels import triton_attention
 
-H, G, D, F_COLUMNS = 32, 8, 128, 64
-HYBRID = AttentionSpec("hybrid", "terraced", window_size=64, sinks=4)
-LENGTHS = {2048: 1.2, 8192: 4, 32768: 16, 131072: 70}  # tokens: how many times SDPA's speed is the target
+FORWARD = {(1, 2048): None, (8, 1024): 1.0, (1, 8192): 6.0, (1, 32768): 26.0, (1, 131072): 110.0}
+BACKWARD = {(8, 1024): 1.0, (1, 8192): 4.0, (1, 32768): 16.0}  # batch, tokens: target against the fastest softmax
+QUERY_SHARE = 0.7  # share of a target that is asked for with key maps per query head
 SHARES = {8192: 25, 131072: 40}  # tokens: percent of the bound that are the target
-BATCHES = {(8, 1024): 1, (1, 8192): 3}  # forward and backward: the same
-BYTES, OPERATIONS = 3.0e12, 782e12  # a second: measured copy and bf16 product of an H100
+RATES = {"H100": (3.0e12, 782e12), "H200": (4.3e12, 790e12)}  # bytes and operations a second: copy, bf16 product
 NAMES = ("q", "k", "v", "γ", "φ_q", "φ_k")
 PEER = "flash-linear-attention"
+VARIANTS = "Variants of the "  # sections of --variants begin with it
 
 
-@dataclass
-class Problem:
-    """q, k, v laid out as a model's projections leave them, feature maps and γ."""
-
-    qkv: list[Tensor]
-    phi_q: FeatureMap
-    phi_k: FeatureMap
-    gamma: Tensor
-    spec: AttentionSpec = HYBRID
-
-    @classmethod
-    def random(cls, batch: int, length: int, maps: int = H, dtype: torch.dtype = torch.bfloat16) -> "Problem":
-        torch.manual_seed(0)
-        shapes = ((batch, length, heads, D) for heads in (H, G, G))
-        return cls.of([torch.randn(s, device="cuda", dtype=dtype).transpose(1, 2) for s in shapes], maps)
-
-    @classmethod
-    def of(cls, qkv: list[Tensor], maps: int) -> "Problem":
-        heads, dim = qkv[0].shape[1], qkv[0].shape[3]
-        phi_q, phi_k = (FeatureMap("hedgehog", n, dim, F_COLUMNS).cuda() for n in (heads, maps))
-        gamma = torch.full((heads,), 0.1, device="cuda", requires_grad=True)
-        return cls([x.detach().requires_grad_() for x in qkv], phi_q, phi_k, gamma)
-
-    def mixer(self, spec: AttentionSpec) -> Mixer:
-        return Mixer(self.phi_q, self.phi_k, self.gamma, spec, self.scale)
-
-    def kernels(self) -> Tensor:
-        return triton_attention(*self.qkv, self.mixer(self.spec))[0]
-
-    def group(self, g: int) -> "Problem":
-        """One kv head and the query heads that share it, alone, in fp32."""
-        q, k, v = (x.detach().float() for x in self.qkv)
-        size, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
-        heads = slice(g * size, (g + 1) * size)
-        each = self.phi_k.weight.shape[0] // kv_heads
-        part = Problem.of([q[:, heads], k[:, g : g + 1], v[:, g : g + 1]], each)
-        with torch.no_grad():
-            part.phi_q.weight.copy_(self.phi_q.weight[heads])
-            part.phi_k.weight.copy_(self.phi_k.weight[g * each : (g + 1) * each])
-        return replace(part, spec=self.spec)
-
-    def reference(self) -> Tensor:
-        """By the quadratic reference up to 8,192 tokens, beyond by the chunked path in fp32, tested against it."""
-        q, k, v = self.qkv
-        if q.shape[2] > 8192:
-            return chunked_attention(q, k, v, self.mixer(self.spec))[0]
-        return parallel_attention(q, k, v, self.phi_q(q), self.phi_k(k), self.gamma, self.spec, self.scale)
-
-    @property
-    def scale(self) -> float:
-        return self.qkv[0].shape[3] ** -0.5
-
-    def leaves(self) -> list[Tensor]:
-        return [*self.qkv, self.gamma, *self.phi_q.parameters(), *self.phi_k.parameters()]
+def rates(device: str) -> tuple[float, float]:
+    """Bytes and operations a second that were measured on such a GPU; an H100's for one that is not known."""
+    return next((known for name, known in RATES.items() if name in device), RATES["H100"])
 
 
-class Unrotated(Problem):
-    """q and k are twice as wide: feature maps see what lies after the first D channels."""
-
-    def kernels(self) -> Tensor:
-        return attention(*self.qkv, replace(self.mixer(replace(self.spec, unrotated=True)), scale=D**-0.5))[0]
-
-
-def softmax_peers(problem: Problem) -> dict[str, Callable[[], Tensor]]:
-    """SDPA's FlashAttention on three layouts of the same tensors."""
-    q, k, v = (x.detach() for x in problem.qkv)
-    plain = [x.contiguous() for x in (q, k, v)]
-    wide = [plain[0], *(x.repeat_interleave(H // G, 1) for x in plain[1:])]
-    layouts = {"as projected": [q, k, v], "contiguous": plain, "k, v repeated": wide}
-    return {name: partial(flash, *(x.requires_grad_() for x in tensors)) for name, tensors in layouts.items()}
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
-
-
-def eager(function: Callable[[], object]) -> float:
-    """Median milliseconds, launched one by one, L2 cleared in between."""
-    return triton.testing.do_bench(function, warmup=30, rep=120, return_mode="median")
-
-
-def replayed(function: Callable[[], object]) -> float:
-    """Median milliseconds as a CUDA graph: what the launches cost the host is left out."""
-    with torch.cuda.stream(torch.cuda.Stream()):
-        return triton.testing.do_bench_cudagraph(function, rep=60, return_mode="median")
-
-
-def both(function: Callable[[], Tensor], leaves: list[Tensor], direction: Tensor) -> Callable[[], object]:
-    """Forward and backward."""
-    return lambda: torch.autograd.grad(function(), leaves, direction)
-
-
-def fastest(timed: dict[str, float]) -> tuple[str, float]:
-    return min(timed.items(), key=lambda item: item[1])
-
-
-def bound(maps: int) -> tuple[float, float]:
+def bound(maps: int, device: str) -> tuple[float, float]:
     """Nanoseconds a token that moving q, k, v and o takes, and that the products take (window: 1.5 chunks + sinks)."""
     moved = 2 * D * (2 * H + 2 * G)
     features, near, state = 2 * D * F_COLUMNS, 4 * D * (1.5 * 64 + 4), 4 * D * F_COLUMNS
     operations = H * (features + near + state) + maps * (features + state)
-    return moved / BYTES * 1e9, operations / OPERATIONS * 1e9
+    moving, computing = rates(device)
+    return moved / moving * 1e9, operations / computing * 1e9
+
+
+def target(asked: float | None, maps: int) -> str:
+    return "" if asked is None else f"{asked * (QUERY_SHARE if maps == H else 1):g}"
 
 
 def forward_rows() -> Iterator[list[Any]]:
+    device = common.hardware(torch.device("cuda"))
     with torch.no_grad():
-        for length, target in LENGTHS.items():
-            peers = softmax_peers(Problem.random(1, length))
+        for (batch, length), asked in FORWARD.items():
+            tokens, peers = batch * length, softmax_peers(Problem.random(batch, length))
             name, softmax = fastest({name: replayed(peer) for name, peer in peers.items()})
             launched = eager(peers[name])
             for maps in (H, G):
-                problem = Problem.random(1, length, maps)
+                problem = Problem.random(batch, length, maps)
                 ours, slow = replayed(problem.kernels), eager(problem.kernels)
-                share = 100 * max(bound(maps)) * length / (ours * 1e6)
+                share = 100 * max(bound(maps, device)) * tokens / (ours * 1e6)
                 yield [
-                    f"{length}", "query" if maps == H else "kv", name, f"{softmax:.3f}", f"{ours:.3f}",
-                    f"{softmax / ours:.2f}", f"{target}", f"{ours * 1e6 / length:.1f}", f"{share:.0f}",
-                    f"{SHARES.get(length, '')}", f"{launched:.3f}", f"{slow:.3f}", f"{launched / slow:.2f}",
+                    shape(batch, length), "query" if maps == H else "kv", name, f"{softmax:.3f}", f"{ours:.3f}",
+                    f"{softmax / ours:.2f}", target(asked, maps), f"{ours * 1e6 / tokens:.1f}", f"{share:.0f}",
+                    f"{SHARES.get(tokens, '') if batch == 1 else ''}", f"{launched:.3f}", f"{slow:.3f}",
+                    f"{launched / slow:.2f}",
                 ]  # fmt: skip
 
 
+def shape(batch: int, length: int) -> str:
+    return f"{batch} × {length}"
+
+
 def backward_rows() -> Iterator[list[Any]]:
-    """SDPA gives the gradients of q, k and v, as stage 2 needs them; ours are also timed with those of the maps."""
-    for (batch, length), target in BATCHES.items():
+    """Softmax attentions give the gradients of q, k and v, as stage 2 needs them; ours are also timed with those of the
+    maps."""
+    for (batch, length), asked in BACKWARD.items():
         peers = softmax_peers(Problem.random(batch, length))
         direction = torch.randn_like(Problem.random(batch, length).qkv[0])
-        steps = {n: both(peer, list(peer.args), direction) for n, peer in peers.items()}  # type: ignore[attr-defined]
+        steps = {n: both(peer, list(peer.args), direction) for n, peer in peers.items()}
         name, softmax = fastest({n: replayed(step) for n, step in steps.items()})
         launched = eager(steps[name])
         for maps in (H, G):
@@ -178,8 +116,8 @@ def backward_rows() -> Iterator[list[Any]]:
             timed, slow = replayed(inputs), eager(inputs)
             alone = replayed(both(frozen(problem, problem.qkv).kernels, weights, direction))
             yield [
-                f"{batch} × {length}", "query" if maps == H else "kv", name, f"{softmax:.2f}", f"{timed:.2f}",
-                f"{softmax / timed:.2f}", f"{target}", f"{every:.2f}", f"{softmax / every:.2f}", f"{alone:.2f}",
+                shape(batch, length), "query" if maps == H else "kv", name, f"{softmax:.2f}", f"{timed:.2f}",
+                f"{softmax / timed:.2f}", target(asked, maps), f"{every:.2f}", f"{softmax / every:.2f}", f"{alone:.2f}",
                 f"{launched:.2f}", f"{slow:.2f}", f"{launched / slow:.2f}",
             ]  # fmt: skip
 
@@ -197,8 +135,7 @@ def unrotated_rows() -> Iterator[list[Any]]:
     for length in (1024, 4096, 16384):
         for maps in (H, G):
             rotated = Problem.random(1, length, maps)
-            wide = [torch.cat([x.detach(), torch.randn_like(x)], 3).requires_grad_() for x in rotated.qkv[:2]]
-            unrotated = Unrotated(**vars(rotated) | {"qkv": [*wide, rotated.qkv[2]]})
+            unrotated = Unrotated.beside(rotated)
             direction, row = torch.randn_like(rotated.qkv[0]), [f"{length}", "query" if maps == H else "kv"]
             weights = [*rotated.phi_q.parameters(), *rotated.phi_k.parameters()]
             times: list[list[float]] = []
@@ -256,7 +193,7 @@ def poisoned() -> Iterator[None]:
 
 def error_rows() -> Iterator[list[Any]]:
     """‖actual − reference‖ / ‖reference‖ of outputs and every gradient, of the first and the last kv head."""
-    for batch, length in dict.fromkeys([*((1, n) for n in LENGTHS), *BATCHES]):
+    for batch, length in FORWARD:
         for maps in (H, G):
             yield compare(f"random, {batch} × {length}, maps per {'query' if maps == H else 'kv'} head",
                           Problem.random(batch, length, maps))  # fmt: skip
@@ -326,10 +263,6 @@ def exact_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
 
 
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
-
-
 def error(actual: Tensor, expected: Tensor) -> str:
     return f"{relative(actual, expected):.1e}"
 
@@ -355,19 +288,23 @@ def kernel_rows(length: int = 32768) -> Iterator[list[Any]]:
 def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Iterator[list[Any]]]]]:
     return {
         "Forward": (
-            "tokens | key maps per head of | fastest SDPA layout | SDPA ms | kernels ms | ratio | target | "
-            "ns a token | % of the bound | target | SDPA ms, eager | kernels ms, eager | ratio, eager",
+            "tokens | key maps per head of | fastest softmax | softmax ms | kernels ms | ratio | target | "
+            "ns a token | % of the bound | target | softmax ms, eager | kernels ms, eager | ratio, eager",
             forward_rows,
         ),
         "Forward and backward": (
-            "tokens | key maps per head of | fastest SDPA layout | SDPA ms | kernels ms, gradients of q, k, v | "
-            "ratio | target | with those of maps and γ, ms | ratio | maps alone (stage 1), ms | SDPA ms, eager | "
+            "tokens | key maps per head of | fastest softmax | softmax ms | kernels ms, gradients of q, k, v | "
+            "ratio | target | with those of maps and γ, ms | ratio | maps alone (stage 1), ms | softmax ms, eager | "
             "kernels ms, eager | ratio, eager", backward_rows,
         ),
         "Feature maps of unrotated queries and keys": (
             "tokens | key maps per head of | forward, ms | unrotated | ratio | forward and all gradients, ms | "
             "unrotated | ratio | gradients of q, k, v | unrotated | ratio | maps alone (stage 1) | unrotated | ratio",
             unrotated_rows,
+        ),
+        f"{VARIANTS}forward pass": (attention_variants.COLUMNS, attention_variants.rows),
+        f"{VARIANTS}backward pass, key maps per kv head": (
+            attention_variants.BACKWARD_COLUMNS, attention_variants.backward_rows,
         ),
         f"Plain linear attention against {PEER}": (
             "tokens | fla ms | kernels ms | ratio | fla ms, with backward | kernels ms | ratio | difference",
@@ -405,7 +342,8 @@ def run(directory: Path, activations: list[Path], only: str) -> dict[str, Any]:
 
 
 def report(results: dict[str, Any]) -> str:
-    moved, computed = bound(H)
+    moved, computed = bound(H, results["device"])
+    moving, computing = rates(results["device"])
     lines = [
         "# Attention kernels",
         "",
@@ -413,8 +351,8 @@ def report(results: dict[str, Any]) -> str:
         f"{results['triton']}, bf16 where nothing else is said, {H} query heads, {G} kv heads, D {D}, f {F_COLUMNS}, "
         "window 64 (terraced), 4 sinks, random data. Medians; ratios above 1: the kernels are faster.",
         "",
-        f"Bound: {moved:.1f} ns a token to move q, k, v and o at {BYTES / 1e12:.1f} TB/s, {computed:.1f} ns for the "
-        f"products at {OPERATIONS / 1e12:.0f} TFLOP/s (key maps per query head); the larger counts. Timed as CUDA "
+        f"Bound: {moved:.1f} ns a token to move q, k, v and o at {moving / 1e12:.1f} TB/s, {computed:.1f} ns for the "
+        f"products at {computing / 1e12:.0f} TFLOP/s (key maps per query head); the larger counts. Timed as CUDA "
         "graphs; eager: launched one by one, L2 cleared in between. "
         f"Against {common.listed({PEER: results[PEER]})} (`chunk_linear_attn`, normalised): {H} kv heads, "
         f"{2 * F_COLUMNS} given features, eager.",
@@ -440,14 +378,15 @@ def draw(results: dict[str, Any], directory: Path) -> None:
         return
     rows = results["sections"]["Forward"]["rows"]
     figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    query, kv = ([row for row in rows if row[1] == name] for name in ("query", "kv"))
-    for points, column, label in ((query, 3, "SDPA FlashAttention"), (query, 4, "kernels, key maps per query head"),
+    single = [row for row in rows if "×" not in row[0] or row[0].startswith("1 ×")]
+    query, kv = ([row for row in single if row[1] == name] for name in ("query", "kv"))
+    for points, column, label in ((query, 3, "fastest softmax"), (query, 4, "kernels, key maps per query head"),
                                   (kv, 4, "kernels, key maps per kv head")):  # fmt: skip
-        lengths = [int(row[0]) for row in points]
+        lengths = [int(row[0].split()[-1]) for row in points]
         axis.plot(
             lengths, [1e6 * float(row[column]) / n for row, n in zip(points, lengths, strict=True)], "o-", label=label
         )
-    axis.axhline(max(bound(H)), color="gray", linestyle="--", label="bound")
+    axis.axhline(max(bound(H, results["device"])), color="gray", linestyle="--", label="bound")
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ns a token, forward", title=results["device"])
     axis.grid(alpha=0.3)
     axis.legend()
@@ -461,6 +400,7 @@ def main() -> None:
         "--activations", type=Path, nargs="+", default=[], help="q, k, v of real layers, written by activations.py"
     )
     parser.add_argument("--only", default="", help="measure sections with this in their name")
+    parser.add_argument("--variants", action="store_true", help=f'the same as --only "{VARIANTS}"')
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
     parser.add_argument("--plot", action="store_true", help="only write table and picture again from the JSON")
     arguments = parser.parse_args()
@@ -468,7 +408,7 @@ def main() -> None:
         results = common.read(arguments.out, "attention")
         common.write(results, report(results), arguments.out, "attention")
     elif torch.cuda.is_available():
-        results = run(arguments.out, arguments.activations, arguments.only)
+        results = run(arguments.out, arguments.activations, VARIANTS if arguments.variants else arguments.only)
     else:
         sys.exit("This benchmark needs a CUDA (or ROCm) GPU; torch finds none.")
     draw(results, arguments.out)

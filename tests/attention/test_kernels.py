@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -30,7 +31,8 @@ from lolcats.attention import (
 )
 from lolcats.attention.chunked import Context
 from lolcats.attention.kernels import triton_attention
-from lolcats.attention.kernels.layout import Tiling
+from lolcats.attention.kernels.launcher import Launcher
+from lolcats.attention.kernels.layout import Tiling, choose_blocks, choose_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.4
@@ -179,6 +181,27 @@ def test_lengths_of_projected(length: int) -> None:
 def test_features_of_maps_that_the_kernels_do_not_know() -> None:
     problem = Problem(50, batch=1, heads=2, kv_heads=1, feature_map="exp")
     compare(problem, AttentionSpec("hybrid", "sliding", 16, 4))
+
+
+@pytest.mark.parametrize(("maps", "kinds"), [("per_kv_head", ["state", "query_state"]), ("per_query_head", ["state"])])
+def test_warps_and_stages_can_be_forced(maps: str, kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the states of queries apart from those of keys, if several heads enter one."""
+    given: dict[str, tuple[int, int]] = {}
+    run = Launcher.run
+
+    def recording(self: Launcher, kernel: object, kind: str, *arguments: object, **constants: object) -> None:
+        if "state" in kind:
+            given[kind] = tuple(self.constants(kind)[name] for name in ("num_warps", "num_stages"))
+        run(self, kernel, kind, *arguments, **constants)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Launcher, "run", recording)
+    tiling = dataclasses.replace(SMALL, launches=(("query_state", 8, 1),))
+    compare(
+        Problem(40, maps=maps, batch=1, heads=2, kv_heads=1), AttentionSpec("hybrid", "terraced", 16, 4), tiling=tiling
+    )
+    ordinary = choose_launch("state", 16, choose_blocks(16, 16, 4), 16, 4, True)
+    forced = {"state": (ordinary.num_warps, ordinary.num_stages), "query_state": (8, 1)}
+    assert given == {kind: forced[kind] for kind in kinds}
 
 
 def test_results_repeat() -> None:

@@ -20,30 +20,14 @@ from torch import Tensor
 from lolcats.attention.chunked import Context
 from lolcats.attention.feature_maps import FeatureMap
 from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_kernel, sink_kernel, weight_kernel
+from lolcats.attention.kernels.call import Call
 from lolcats.attention.kernels.forward import output_kernel
 from lolcats.attention.kernels.launcher import Launcher, find_launcher
-from lolcats.attention.kernels.layout import Layout, Phi, Rows, Tiling, dense_rows, fits_inside, packed_rows
+from lolcats.attention.kernels.layout import Layout, Tiling, dense_rows, fits_inside, packed_rows
 from lolcats.attention.kernels.projection import project, project_back
 from lolcats.attention.kernels.states import pack, scan_kernel, state_kernel, unpack
+from lolcats.attention.kernels.walk import WalkArguments, run_walk
 from lolcats.attention.mixer import KeyMap, Mixer
-from lolcats.attention.spec import AttentionSpec
-
-
-@dataclass(frozen=True)
-class Call:
-    """Everything about a call except the tensors to differentiate. train: gradients may be wanted; learned: also those
-    of the maps' weights."""
-
-    spec: AttentionSpec
-    scale: float
-    softcap: float | None
-    rows: Rows
-    context: Context | None = None
-    final: bool = False
-    tiling: Tiling | None = None
-    train: bool = True
-    phi: Phi = "inside"
-    learned: bool = False
 
 
 def triton_attention(
@@ -165,7 +149,13 @@ class Problem:
         if context is not None:
             named |= {"sink_k": _ready(context.sink_k), "sink_v": _ready(context.sink_v)}
         launcher = find_launcher(call.spec, call.phi, call.softcap is not None, call.tiling, context is not None, named)
-        return cls(call, launcher, launcher.layout(call.rows), *tensors).projected()
+        problem = cls(call, launcher, launcher.layout(call.rows), *tensors)
+        return problem if problem.walks and launcher.walk_phi == "seen" else problem.projected()
+
+    @property
+    def walks(self) -> bool:
+        """Whether the forward pass carries states from tile to tile."""
+        return self.launcher.walk is not None and not self.call.final
 
     def projected(self) -> Problem:
         """Add x·W if the kernels need it. It is recomputed for the backward pass, since keeping it would double the
@@ -180,7 +170,6 @@ class Problem:
         """Outputs; their lost bits and each query's softmax values, as backward needs them (``save``, ``peaks``); final
         S and z."""
         launcher, peaks = self.launcher, peaks and self.call.spec.has_softmax
-        pieces = launcher.launch("output").pieces
         rounded = launcher.dtype == torch.bfloat16
         o = self.new_output(launcher.heads, launcher.value_dim, launcher.dtype if rounded else torch.float32)
         lost = self.new_output(launcher.heads, launcher.value_dim, torch.int8) if save and rounded else None
@@ -189,6 +178,13 @@ class Problem:
             self.per_query() if peaks else None,
             self.per_query(dtype=torch.int32) if peaks else None,
         )
+        if self.walks:
+            walk = WalkArguments(
+                launcher, self.layout, self.initial(center=False), self.inputs(), self.features(),
+                (self.wq, self.wk, self.gamma), self.sinks(), self.tables(), self.sizes(), self.sink_constants(),
+            )  # fmt: skip
+            run_walk(walk, o, lost, softmax)
+            return o, lost, softmax, None, None
         states, sums, S, z = self.forward_states()
         args = (
             *self.inputs(), *launcher.strided("o", o), lost, *self.features(), self.wq, self.wk, self.gamma,
@@ -196,8 +192,8 @@ class Problem:
             *self.sizes(),
         )  # fmt: skip
         launcher.run(
-            output_kernel, "output", (self.layout.walks.shape[0], launcher.heads, pieces), args, SAVE=save,
-            LOST=lost is not None, PEAKS=peaks, **self.sink_constants(),
+            output_kernel, "output", (self.layout.walks.shape[0], launcher.heads, launcher.launch("output").pieces),
+            args, SAVE=save, LOST=lost is not None, PEAKS=peaks, **self.sink_constants(),
         )  # fmt: skip
         return o, lost, softmax, S, z
 
@@ -218,10 +214,9 @@ class Problem:
 
         center: of centered features, for gradients; nothing at the end of sequences.
         """
-        launcher, context = self.launcher, self.call.context
+        launcher, initial = self.launcher, self.initial(center)
         if not launcher.spec.has_linear:
             return self.q, self.q, None, None
-        initial = None if context is None else pack(context.S, context.z, launcher.width, center)
         k, v = launcher.strided("k", self.k), launcher.strided("v", self.v)
         arguments = *k, *v, *self.features()[2:], self.wk, self.gamma, self.gamma  # forward sums are not weighted
         final = self.call.final and not center
@@ -235,6 +230,11 @@ class Problem:
         end = torch.where(present[:, None, None], totals[(ends - 1).clamp_min(0)], end) if len(totals) else end
         return states, sums, *unpack(end, launcher.width, launcher.value_dim)
 
+    def initial(self, center: bool) -> Tensor | None:
+        """The packed state of the context, if there is one with a linear term."""
+        context = self.call.context if self.call.spec.has_linear else None
+        return None if context is None else pack(context.S, context.z, self.launcher.width, center)
+
     def states(
         self, arguments: tuple[Any, ...], group: int, initial: Tensor | None, center: bool, variant: Any = None,
         final: bool = False,
@@ -244,13 +244,9 @@ class Problem:
         center: sums are (entries, maps, 2f + Dv + 1), see :mod:`.states`. variant: None in the forward pass; in the
         backward pass the strides of dy.
         """
-        launcher, layout, backward = self.launcher, self.layout, variant is not None
-        pieces, maps, width, value_dim = (
-            launcher.launch("state").pieces,
-            launcher.maps,
-            launcher.width,
-            launcher.value_dim,
-        )
+        launcher, layout, maps, backward = self.launcher, self.layout, self.launcher.maps, variant is not None
+        kind = "query_state" if backward and maps < launcher.heads else "state"
+        width, value_dim = launcher.width, launcher.value_dim
         rest = value_dim + 1 if center else 0
         size, segments = 2 * width * (value_dim + 1) + rest, layout.segments.shape[0]
         low = torch.float32 if launcher.wide else torch.bfloat16
@@ -263,7 +259,7 @@ class Problem:
                 launcher.tokens,
             )  # fmt: skip
             launcher.run(
-                state_kernel, "state", (segments, maps, pieces), args, variant,
+                state_kernel, kind, (segments, maps, launcher.launch(kind).pieces), args, variant,
                 HEADS=launcher.heads // maps if backward else 1, BACKWARD=backward, STORE=store, CENTER=center,
                 HAS_STARTS=starts is not None, HAS_TOTALS=totals is not None,
             )  # fmt: skip
@@ -286,10 +282,12 @@ class Problem:
         return *strided("q", self.q), *strided("k", self.k), *strided("v", self.v)
 
     def features(self) -> tuple[Any, ...]:
+        """What φ(q) and φ(k) are computed from."""
         strided = self.launcher.strided
-        if self.fq is None or self.fk is None:
-            return *strided("q", self.q), *strided("k", self.k)
-        return *strided("fq", self.fq), *strided("fk", self.fk)
+        for a, b in (("fq", "fk"), ("x_q", "x_k")):
+            if getattr(self, a) is not None:
+                return *strided(a, getattr(self, a)), *strided(b, getattr(self, b))
+        return *strided("q", self.q), *strided("k", self.k)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         context = self.call.context

@@ -1,0 +1,117 @@
+"""What each attention kernel moves and computes per token, by its tiles: the table of docs/theory/kernels.md.
+
+    python benchmarks/attention_counts.py
+
+Geometry of one Llama-3-8B layer: 32 query and 8 kv heads of 128, f = 64, a terraced window of 64, sinks, bf16. Products
+are counted as they are executed, masked keys and padded sinks included.
+"""
+
+from dataclasses import dataclass
+
+H, G, D, F = 32, 8, 128, 64
+KEYS, SINKS, TILE = 128, 16, 64  # keys that a tile of queries reads; sinks are padded to 16
+BYTES, OPERATIONS = 4.3e12, 790e12  # a second: an H200's copy and bf16 product
+HEAD = 2 * D  # bytes of one head's vector
+STATE = 2 * F * HEAD // TILE  # bytes per token of a state, both halves in bf16, of every tile
+STRETCH, PARTS = 4096, 4  # tokens of a walk's stretch in a sequence of 32,768, parts of its sums
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one kernel, per token: bytes of device memory, bytes that multiprocessors read, operations."""
+
+    name: str
+    memory: float
+    read: float
+    operations: float
+
+    def cells(self) -> str:
+        moved, computed = self.memory / BYTES * 1e9, self.operations / OPERATIONS * 1e9
+        sizes = f"{self.memory / 1024:.1f} | {self.read / 1024:.1f} | {self.operations / 1e6:.2f}"
+        return f"| {self.name} | {sizes} | {moved:.1f} | {computed:.1f} |"
+
+
+def total(name: str, counts: list[Count]) -> Count:
+    return Count(name, sum(c.memory for c in counts), sum(c.read for c in counts), sum(c.operations for c in counts))
+
+
+def states(maps: int, stored: bool) -> Count:
+    """Sums over keys: of whole segments, or before every tile."""
+    operations = maps * (2 * D * F + 4 * F * D)
+    name = "state kernel, every tile" if stored else "state kernel, sums of segments"
+    return Count(name, 2 * G * HEAD + stored * maps * STATE, maps * 2 * HEAD, operations)
+
+
+def outputs(maps: int) -> Count:
+    memory = 2 * H * HEAD + 2 * G * HEAD + maps * STATE
+    read = H * (HEAD + 2 * HEAD * KEYS // TILE + STATE)
+    return Count("output kernel", memory, read, H * (2 * D * F + 4 * D * (KEYS + SINKS) + 4 * F * D))
+
+
+def walk(maps: int) -> Count:
+    """Two heads and 64 tokens a tile with shared maps, otherwise one head and 128 tokens. Both halves of eight warps
+    compute the features of a block of 64 keys."""
+    fold = 4 * D * F + 4 * F * D
+    memory = 2 * H * HEAD + 2 * G * HEAD
+    if maps == G:
+        read, query = H * HEAD + H // 2 * 4 * HEAD, 4 * D * F + 4 * D * (KEYS + SINKS) + 4 * F * D
+        return Count("walk kernel", memory, read, H * query + H // 2 * fold)
+    near = 4 * F * TILE + 2 * TILE * D  # keys that are softmax for one half of the tile and linear for the other
+    query = 2 * D * F + 4 * D * (KEYS + TILE + SINKS) + 4 * F * D + near
+    return Count("walk kernel", memory, H * (HEAD + 3 * HEAD), H * (query + fold))
+
+
+def starts(maps: int) -> Count:
+    """What stretches start from, in fp32: written, scanned (read and written), and read once per program."""
+    size = maps * 8 * F * (D + 1) / STRETCH
+    return Count("sums of stretches, scan", size * (3 * PARTS + 1), size * (PARTS + (2 if maps == G else 1)), 0)
+
+
+def query_gradients(maps: int) -> Count:
+    memory = 4 * H * HEAD + H * D + 2 * G * HEAD + maps * STATE
+    read = H * (3 * HEAD + D + 2 * HEAD * KEYS // TILE + STATE)
+    return Count("query kernel", memory, read, H * (4 * D * F + 4 * F * D + 6 * D * (KEYS + SINKS)))
+
+
+def key_gradients(maps: int) -> Count:
+    memory = 2 * H * HEAD + 4 * G * HEAD + maps * STATE
+    read = G * 2 * HEAD + maps * STATE + H * 2 * HEAD * KEYS // TILE
+    return Count("key kernel", memory, read, maps * (4 * D * F + 8 * F * D) + H * 8 * D * KEYS)
+
+
+def query_states(maps: int, stored: bool) -> Count:
+    """Sums over queries, for the gradients of keys."""
+    name = "state kernel of queries, every tile" if stored else "state kernel of queries, sums of segments"
+    read = H * 2 * HEAD
+    return Count(name, 2 * H * HEAD + stored * maps * STATE, read, H * (2 * D * F + 4 * F * D))
+
+
+def sink_gradients() -> Count:
+    return Count("sink kernel", 2 * H * HEAD, H * 2 * HEAD, H * 8 * D * SINKS)
+
+
+def tables() -> dict[str, list[Count]]:
+    found = {}
+    for maps, name in ((G, "key maps per kv head"), (H, "key maps per query head")):
+        stored = [states(maps, stored=False), states(maps, stored=True)]
+        found[f"Forward, today, {name}"] = [*stored, outputs(maps)]
+        found[f"Forward, walk, {name}"] = [states(maps, stored=False), starts(maps), walk(maps)]
+        found[f"Backward, today, {name}"] = [
+            *stored, query_gradients(maps), query_states(maps, stored=False), query_states(maps, stored=True),
+            sink_gradients(), key_gradients(maps),
+        ]  # fmt: skip
+    return found
+
+
+def report() -> str:
+    lines = [
+        "| | memory, KB | read by processors, KB | MFLOP | ns by memory | ns by products |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, counts in tables().items():
+        lines += [total(f"**{name}**", counts).cells(), *(count.cells() for count in counts)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(report(), end="")
