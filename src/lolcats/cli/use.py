@@ -259,21 +259,22 @@ def export(directory: Directory,
            dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as trained.")] = "auto",
            base: MovedBase = "", trust: Trust = False,
            ) -> None:  # fmt: skip
-    """Export an adapter as a self-contained model directory."""
+    """Export an adapter as a self-contained model directory.
+
+    Weights are read and written file by file. If it is interrupted, the same command continues.
+    """
     if not merge:
         raise LolcatsError("The run directory already is the adapter: copy it, or pass --merge for a full model.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise LolcatsError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}.")
 
     from lolcats.files import is_empty
-    from lolcats.modeling.checkpoint import load
-    from lolcats.pipeline import export_merged
+    from lolcats.modeling.merge import merge_adapter
 
     with writing(out_):
         if out_.is_dir() and not is_empty(out_):
             raise LolcatsError(f"{out_} is not empty; choose another --out.")
-        model = load(directory, dtype, trust=trust, base=base)
-        export_merged(model, tokenizer_of(str(directory), trust), out_)
+        merge_adapter(directory, out_, tokenizer_of(str(directory), trust), dtype, base, trust)
     out.print(f"Merged model: {out_}", soft_wrap=True)
 
 
