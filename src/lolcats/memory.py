@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import torch
 
 
 def free_host_memory() -> int:
@@ -16,3 +17,12 @@ def free_host_memory() -> int:
     except (OSError, ValueError):  # no such container, or no limit
         return int(free)
     return int(min(free, limit - used))
+
+
+def weights_room(device: torch.device) -> int:
+    """Bytes of weights that can be loaded to ``device``: as many as are free in host memory, where they are read first,
+    and on a GPU at most 90 % of its memory."""
+    host = free_host_memory()
+    if device.type != "cuda":
+        return host
+    return min(host, int(0.9 * torch.cuda.get_device_properties(device).total_memory))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +14,26 @@ import torch
 from conftest import tiny_model
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.adapters import SMALL, adapter, peak
 from support.families import FAMILIES, Family
 from support.tiny import tiny
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 import lolcats
-from lolcats.config import AttentionConfig, FinetuneConfig
 from lolcats.errors import LolcatsError
 from lolcats.modeling import merge
-from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, load, save_adapter_config, save_feature_maps, save_lora
+from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, load, save_adapter_config, save_feature_maps
 from lolcats.modeling.merge import merge_adapter, save_whole
 from lolcats.modeling.parts import find_parts
-from lolcats.stages.finetune.stage import add_lora
 from lolcats.weights import shards
 from lolcats.weights.base import find_base, load_model
 from lolcats.weights.shards import INDEX
-
-SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
 
 
 class Tokenizer:
     def save_pretrained(self, directory: Path) -> None:
         (directory / "tokenizer.json").write_text("{}")
-
-
-def adapter(
-    directory: Path, model: Any, dtype: torch.dtype = torch.bfloat16, attention: AttentionConfig = SMALL, **lora: Any
-) -> Path:
-    """An adapter of ``model`` with LoRA far from its initial values, in ``directory``, its base beside it."""
-    model.save_pretrained(directory / "base")
-    base, out = find_base(str(directory / "base")), directory / "adapter"
-    out.mkdir()
-    wrapped = add_lora(lolcats.convert(load_model(base, dtype), attention), FinetuneConfig(rank=4, **lora))
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.2)
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
-    student = wrapped.get_base_model()
-    save_feature_maps(student, out / FEATURE_MAPS)
-    save_lora(wrapped, base, out / LORA)
-    save_adapter_config(student, base, out, parts=find_parts(out))
-    return out
 
 
 def files(directory: Path) -> dict[str, Any]:
@@ -259,13 +231,3 @@ def test_host_memory_holds_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     out = tmp_path / "merged"
     assert peak(lambda: merge_adapter(directory, out, Tokenizer(), file_bytes=file_bytes), mapped) < allowed
     assert peak(lambda: merge_adapter(directory, out, Tokenizer(), file_bytes=10 * total), mapped) > total
-
-
-def peak(function: Callable[[], Any], mapped: set[int]) -> int:
-    """The most bytes that PyTorch held on the CPU at once for ``function``. Files of these sizes are mapped, which
-    counts as allocated, but takes no memory."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        function()
-    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())]
-    return max(accumulate(size for size in sizes if abs(size) not in mapped))
