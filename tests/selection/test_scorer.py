@@ -118,3 +118,13 @@ def test_search_finds_what_trying_all_sets_of_one_finds() -> None:
     last = shrink(scorer, units, 7, len(units), lambda _: None)[-1]
     without = {unit: scorer.loss([head for other in units if other != unit for head in other]) for unit in units}
     assert set(units) - set(last.units) == {min(units, key=without.__getitem__)}
+
+
+def test_what_layers_put_out_is_kept_where_there_is_room() -> None:
+    """Only one layer's hidden states come back for a score; a device without values shows where they lie."""
+    scorer = scorer_of(base_of())
+    scorer.record_on = torch.device("meta")
+    scorer.move_to([(0, 2)])
+    kept = [output if isinstance(output, torch.Tensor) else output[0] for b in scorer.batches for output in b.passed]
+    assert len(kept) == len(scorer.blocks) * len(scorer.batches)
+    assert all(tensor.is_meta for tensor in kept)

@@ -191,7 +191,7 @@ def test_a_base_model_that_does_not_fit_is_only_in_4_bits(
     from bitsandbytes.nn import Linear4bit
 
     monkeypatch.setattr(pipeline.job, "check_quantized", lambda *_, **__: None)  # training needs a GPU
-    monkeypatch.setattr(pipeline.models, "weights_room", lambda _: 100_000)
+    monkeypatch.setattr(pipeline.heads, "weights_room", lambda _: 100_000)
     monkeypatch.setattr(inputs, "load_model", lambda *_, **__: pytest.fail("loaded as a whole"))
     tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

@@ -88,7 +88,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     if inputs is not given:
         say(f"{out} keeps the tokenizer that it began with: the base model's tokenizer is read differently now.")
     if config.finetune.quantize_base != "none":
-        check_quantized(base, device, inputs.trust, training=True)
+        check_quantized(base, device, inputs.trust, "finetune.quantize_base", gradients=True)
     data = str(Path(data).resolve()) if Path(data).exists() else data
     say(f"Reading {data}")
     rows = inputs.data(data, config.data, config.seed)

@@ -13,19 +13,18 @@ from transformers import PreTrainedModel
 from lolcats.config import Config
 from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
-from lolcats.memory import weights_room
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, attach_lora, load_feature_maps, merge_lora
 from lolcats.modeling.classes import convert_as
 from lolcats.modeling.convert import convert
 from lolcats.modeling.record import read_record
 from lolcats.modeling.skeleton import Skeleton, build_skeleton
-from lolcats.pipeline.heads import with_run_heads
+from lolcats.pipeline.heads import only_in_4_bits, with_run_heads
 from lolcats.ranks import ranks
 from lolcats.run import Run
 from lolcats.stages.distributed import is_sharded
 from lolcats.stages.finetune.fits import shards
 from lolcats.stages.finetune.stage import load_lora, load_over_ranks
-from lolcats.weights.base import empty_model, load_quantized
+from lolcats.weights.base import load_quantized
 
 Say = Callable[[str], None]
 
@@ -64,14 +63,8 @@ class Models:
 
     @cached_property
     def in_4_bits(self) -> bool:
-        """Whether the base model is in 4 bits wherever all of it is needed: it is for stage 2, and its own weights do
-        not fit into this machine's memory."""
-        if self.config.finetune.quantize_base == "none":
-            return False
-        size = self.dtype.itemsize * sum(
-            p.numel() for p in empty_model(self.inputs.base, self.inputs.trust).parameters()
-        )
-        return size > weights_room(self.device)
+        """Whether the base model is in 4 bits not only for stage 2."""
+        return only_in_4_bits(self.config, self.inputs, self.device, self.dtype)
 
     def skeleton(self) -> Skeleton:
         """The converted model without weights, for a stage 1 that loads one layer after another."""

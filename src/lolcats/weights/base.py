@@ -219,10 +219,14 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def check_quantized(base: Base, device: torch.device, trust: bool = False, training: bool = False) -> None:
-    """Raise LolcatsError unless ``base`` can be loaded in 4 bits here, and trained on if ``training``."""
-    option = "finetune.quantize_base" if training else "--quantize"
-    if device.type != "cuda" and (training or device.type != "cpu"):
+def check_quantized(
+    base: Base, device: torch.device, trust: bool = False, option: str = "--quantize", gradients: bool = False
+) -> None:  # fmt: skip
+    """Raise LolcatsError unless ``base`` can be loaded in 4 bits here. ``option``: what asks for it.
+
+    ``gradients``: gradients flow through its layers. On CPUs, bitsandbytes packs weights again and gives them none.
+    """
+    if device.type != "cuda" and (gradients or device.type != "cpu"):
         raise LolcatsError(f"{option}: 4-bit weights need a CUDA GPU, but this runs on {device.type}.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise LolcatsError(f"{option} needs bitsandbytes: pip install 'lolcats[quantize]'.")
