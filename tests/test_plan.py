@@ -368,7 +368,7 @@ def test_weights_in_4_bits_take_what_bitsandbytes_takes(layers: int) -> None:
     quantized = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
     state = quantized.to("cpu").quant_state
     taken = quantized.data.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-    assert taken == pytest.approx(quantized_plan.NF4 * weight.numel(), rel=1e-3)
+    assert taken == pytest.approx(quantized_plan.NF4_BYTES * weight.numel(), rel=1e-3)
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 80, 81])

@@ -19,10 +19,13 @@ def free_host_memory() -> int:
     return int(min(free, limit - used))
 
 
-def weights_room(device: torch.device) -> int:
-    """Bytes of weights that can be loaded to ``device``: as many as are free in host memory, where they are read first,
-    and on a GPU at most 90 % of its memory."""
-    host = free_host_memory()
+def device_room(device: torch.device) -> int:
+    """Bytes of weights that ``device`` has room for: 90 % of a GPU's memory, or what is free on the host."""
     if device.type != "cuda":
-        return host
-    return min(host, int(0.9 * torch.cuda.get_device_properties(device).total_memory))
+        return free_host_memory()
+    return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
+
+
+def weights_room(device: torch.device) -> int:
+    """Bytes of weights that can be loaded to ``device`` through host memory."""
+    return min(free_host_memory(), device_room(device))

@@ -26,6 +26,7 @@ from lolcats.modeling import merge
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, load, save_adapter_config, save_feature_maps
 from lolcats.modeling.merge import merge_adapter, save_whole
 from lolcats.modeling.parts import find_parts
+from lolcats.modeling.record import sealed
 from lolcats.weights import shards
 from lolcats.weights.base import find_base, load_model
 from lolcats.weights.shards import INDEX
@@ -137,6 +138,19 @@ def test_tied_weights_with_lora_are_merged_in_memory(tmp_path: Path) -> None:
     tied = adapter(tmp_path / "tied", tiny_model(tie_word_embeddings=True), targets=["lm_head"])
     expected = in_memory(tied, tmp_path / "expected", 1 << 30)
     merge_adapter(tied, tmp_path / "merged", Tokenizer())
+    assert_same(files(tmp_path / "merged"), expected)
+
+
+def test_weights_that_are_not_in_safetensors_are_merged_in_memory(tmp_path: Path) -> None:
+    model, place = tiny_model(), tmp_path / "base"
+    directory = adapter(tmp_path, model)
+    (place / "model.safetensors").unlink()
+    torch.save(model.state_dict(), place / "pytorch_model.bin")
+    config = json.loads((directory / "config.json").read_text())
+    config["lolcats"] = sealed({**config["lolcats"], "base": find_base(str(place)).record})
+    (directory / "config.json").write_text(json.dumps(config))
+    expected = in_memory(directory, tmp_path / "expected", 1 << 30)
+    merge_adapter(directory, tmp_path / "merged", Tokenizer())
     assert_same(files(tmp_path / "merged"), expected)
 
 

@@ -164,6 +164,13 @@ def test_what_cannot_be_quantized_is_a_sentence(tmp_path: Path, monkeypatch: pyt
         check_quantized(find_base(str(tmp_path / "fp8")), CPU)
     with pytest.raises(LolcatsError, match="need a CUDA GPU, but this runs on mps"):
         check_quantized(experts, torch.device("mps"))
+    tiny_model(**BLOCKS).save_pretrained(tmp_path / "plain")
+    plain = find_base(str(tmp_path / "plain"))
+    check_quantized(plain, CPU)
+    with monkeypatch.context() as small:
+        small.setattr("lolcats.weights.base.device_room", lambda device: 50_000)
+        with pytest.raises(LolcatsError, match=r"takes about 0.0 GiB in 4 bits, .* lolcats plan says what fits"):
+            check_quantized(plain, CPU)
     monkeypatch.setattr("lolcats.weights.base.importlib.util.find_spec", lambda name: None)
     with pytest.raises(LolcatsError, match="--quantize needs bitsandbytes"):
         check_quantized(experts, CPU)

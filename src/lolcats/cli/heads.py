@@ -23,7 +23,7 @@ from lolcats.cli.app import (
 )
 from lolcats.errors import LolcatsError
 
-NF4_BYTES = 0.6  # for each parameter: 4 bits, their scales, and embeddings in 16 bits
+IN_4_BITS = 0.6  # bytes of each parameter: 4 bits, their scales, and embeddings in 16 bits
 
 
 @command
@@ -90,7 +90,7 @@ def _model(inputs: Any, dtype: Any, device: Any, quantize: Any) -> Any:
             raise LolcatsError(
                 f"{inputs.base.path} takes {size / 2**30:.1f} GiB, and there is room for {room / 2**30:.1f} GiB of "
                 f"weights on {device.type} (they are read into host memory first). In 4 bits it takes about "
-                f"{size / 2**30 / dtype.itemsize * NF4_BYTES:.1f} GiB: --quantize nf4."
+                f"{size / 2**30 / dtype.itemsize * IN_4_BITS:.1f} GiB: --quantize nf4."
             )
     return inputs.model(dtype, device, quantize)
 

@@ -25,9 +25,8 @@ from lolcats.plan.size import Size
 from lolcats.selection.result import by_layer
 from lolcats.selection.search import ONE_BY_ONE
 from lolcats.selection.select import Settings, prompt_plan
+from lolcats.weights.base import NF4_BYTES
 
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight in 4 bits: itself, a scale of 8 bits for each 64, and one of 32 bits for each 256 scales."""
 LENGTHS = ((2048, 4096, 8192), (1024, 2048, 4096), (1024, 2048))
 """Prompts of a search: what ``lolcats select`` takes by default, and shorter ones for models that leave less room."""
 MOST_ROWS = 16
@@ -52,12 +51,12 @@ class Guesses:
 
 def nf4_bytes(size: Size) -> float:
     """Weights of a model whose decoder layers are in 4 bits; embedding and output layer stay in bf16."""
-    return NF4 * size.decoder + 2.0 * (size.embedding + size.head)
+    return NF4_BYTES * size.decoder + 2.0 * (size.embedding + size.head)
 
 
 def dequantizing(size: Size, passes: int, guesses: Guesses) -> float:
     """Seconds of turning all weights in 4 bits into bf16, ``passes`` times."""
-    return passes * (NF4 + 2.0) * size.decoder / guesses.dequantize
+    return passes * (NF4_BYTES + 2.0) * size.decoder / guesses.dequantize
 
 
 def plan_quantized(size: Size, config: Config, machine: Machine, work: Work) -> list[Plan]:

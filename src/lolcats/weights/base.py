@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lolcats.errors import LolcatsError, first_line, out_of_memory
 from lolcats.files import hash_file
+from lolcats.memory import device_room
 from lolcats.weights.gguf_header import Header, check_gguf
 from lolcats.weights.gguf_nested import nested_arrays_left_out
 from lolcats.weights.gguf_tokenizer import mend_tokenizer
@@ -37,6 +38,8 @@ HINT = "Is it a complete decoder-only language model that transformers knows?"
 NEEDS_CODE = "{} comes with its own Python code, which runs only if you allow it: --trust-remote-code."
 COMMIT = "commit "
 UNKNOWN = f"{COMMIT}None"  # what was recorded of a hub model while transformers did not tell its commit
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight in 4 bits: itself, a scale of 8 bits for each 64, and one of 32 bits for each 256 scales."""
 QUANTIZED = 0.5  # of the weights in layers, the least share to be in 4 bits
 STRIDE, SAMPLE = 1 << 20, 4096  # bytes: 4 KiB of each MiB of a weight file are hashed
 
@@ -235,20 +238,27 @@ def check_quantized(
     if method := getattr(read_config(base, trust), "quantization_config", None):
         name = method.get("quant_method") if isinstance(method, dict) else method.quant_method
         raise LolcatsError(f"{option}: {base.path} is quantized already ({name}): give the original weights.")
-    if (share := _in_linear_layers(base, trust)) < QUANTIZED:
+    model = empty_model(base, trust)
+    linear, inside = _in_linear_layers(model)
+    if linear < QUANTIZED * inside:
         raise LolcatsError(
-            f"{option}: bitsandbytes quantizes linear layers, which hold only {share:.0%} of the weights in the layers "
-            f"of {base.path}. Most of the others are those of experts, so it would save little memory."
+            f"{option}: bitsandbytes quantizes linear layers, which hold only {linear / inside:.0%} of the weights in "
+            f"the layers of {base.path}. Most of the others are those of experts, so it would save little memory."
+        )
+    size = NF4_BYTES * linear + 2 * (sum(p.numel() for p in model.parameters()) - linear)
+    if size > (room := device_room(device)):
+        raise LolcatsError(
+            f"{option}: {base.path} takes about {size / 2**30:.1f} GiB in 4 bits, and there is room for "
+            f"{room / 2**30:.1f} GiB on {device.type}. lolcats plan says what fits on which GPU."
         )
 
 
-def _in_linear_layers(base: Base, trust: bool) -> float:
-    """Share of the parameters outside embeddings and output layer that are weights of linear layers."""
-    model = empty_model(base, trust)
+def _in_linear_layers(model: PreTrainedModel) -> tuple[int, int]:
+    """Weights of linear layers, and all parameters, outside embeddings and output layer."""
     apart = {model.get_input_embeddings(), model.get_output_embeddings()}
     inside = [module for module in model.modules() if module not in apart]
     linear = sum(m.weight.numel() for m in inside if isinstance(m, nn.Linear | Conv1D))
-    return linear / max(1, sum(p.numel() for module in inside for p in module.parameters(recurse=False)))
+    return linear, sum(p.numel() for module in inside for p in module.parameters(recurse=False))
 
 
 def read_config(base: Base, trust: bool = False) -> PreTrainedConfig:
