@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from support.adapters import adapter, peak
+from support.local_data import write_files
 from support.tiny import tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -183,3 +184,17 @@ def test_quantized_adapters_go_to_one_device_in_nf4(directory: Path) -> None:
     other.bnb_4bit_quant_type = "fp4"
     with pytest.raises(LolcatsError, match="in NF4"):
         AutoModelForCausalLM.from_pretrained(directory, quantization_config=other, device_map={"": "cpu"})
+
+
+@pytest.mark.slow
+def test_benchmarks_run_in_4_bits(directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'lolcats[eval]'")
+    text, output = tmp_path / "text.txt", tmp_path / "scores.json"
+    text.write_text("the cat sat on a mat and saw that dogs like warm milk while birds sing\n" * 200)
+    options = ["--lengths", "512", "--limit", "2", "--device", "cpu", "--dtype", "float32", "--output", str(output)]
+    local = ["--data-dir", str(write_files(tmp_path / "parquet")), "--data", str(text)]
+    asked = ["evaluate", str(directory), "--tasks", "piqa,recall-passkey", *local, *options, "--quantize", "nf4"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    assert json.loads(output.read_text())["quantize"] == "nf4"
+    assert all(word in result.output for word in ("teacher", "student", "piqa", "recall-passkey"))
