@@ -24,7 +24,10 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import linearized_layers
 from lolcats.plan import Machine, Size, Speeds, Work, plan_finetune, plan_transfer, read_config, report, size_of
+from lolcats.plan import quantized as quantized_plan
 from lolcats.plan.costs import GIB, checked, finetune_token, gpu_need, lora, transfer_token
+from lolcats.selection import Settings
+from lolcats.selection.search import grow
 from lolcats.stages.finetune import fits
 from lolcats.stages.finetune.stage import add_lora
 from lolcats.weights.base import Base
@@ -170,8 +173,8 @@ def test_the_table_of_speeds_is_what_was_measured() -> None:
         assert getattr(Speeds(), name) == pytest.approx(value, rel=0.05), name
 
 
-def llama(name: str, *settings: str) -> tuple[Size, Config]:
-    config = load_config("default", settings)
+def llama(name: str, *settings: str, recipe: str = "default") -> tuple[Size, Config]:
+    config = load_config(recipe, settings)
     return size_of(read_config(name), config), config
 
 
@@ -361,7 +364,8 @@ def test_command_line(model_dirs: dict[str, Path], capsys: pytest.CaptureFixture
     (["llama-3-8b", "--gpus", "3"], "3 GPUs cannot share equally. Use 1, 2, 4, 8 GPUs"),
     (["llama-3-8b", "--gpus", "0"], "gpus must be above 0"),
     (["llama-3-8b", "--tokens", "many"], "--tokens many: expected a quantity"),
-    (["llama-3.1-70b"], "It would fit on 2 such GPUs"),
+    (["llama-3.1-70b", "--gpu-memory", "30GiB"], "In 4 bits, stage 2 fits on one GPU with"),
+    (["llama-3.1-405b", "--host-memory", "1TiB"], "It would fit on 16 such GPUs"),
     (["llama-3-8b", "--disk", "1GB"], "disk: needs"),
 ])  # fmt: skip
 def test_bad_input_is_a_sentence(arguments: list[str], sentence: str) -> None:
@@ -376,3 +380,76 @@ def test_models_that_are_not_decoders_are_refused() -> None:
 
     with pytest.raises(LolcatsError):
         size_of(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32), Config())
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_weights_in_4_bits_take_what_bitsandbytes_takes(layers: int) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(1024, layers * 512)
+    quantized = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    state = quantized.to("cpu").quant_state
+    taken = quantized.data.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    assert taken == pytest.approx(quantized_plan.NF4_BYTES * weight.numel(), rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 80, 81])
+def test_rounds_of_a_search_are_those_that_are_counted(count: int) -> None:
+    class Counting:
+        """Scores nothing, and counts what each call costs, in passes through all layers."""
+
+        passes = 0.0
+
+        def move_to(self, heads: Any) -> None:
+            self.passes += 1
+
+        def slopes(self, shares: Any) -> Any:
+            self.passes += 3
+            return 0.0, dict.fromkeys(units, 0.0)
+
+        def loss(self, heads: Any) -> float:
+            self.passes += 0.5
+            return 0.0
+
+    units: Any = [(layer, head) for layer in range(80) for head in range(8)]
+    scorer: Any = Counting()
+    found = grow(scorer, [], [(unit,) for unit in units], count, Settings().width, lambda _: None)
+    expected = scorer.passes + len(found) + 6  # right answers of each point, and what comes before the search
+    assert quantized_plan.passes_of_search(count) == expected
+
+
+def test_70b_on_one_gpu_has_a_path() -> None:
+    """Select, stage 1 layer by layer, stage 2 in 4 bits, export: for the GPU sizes there are."""
+    none, config = llama("llama-3.1-70b", recipe="paper-70b")
+    assert quantized_plan.nf4_bytes(none) == pytest.approx(39.5e9, rel=0.01)
+    (export,) = quantized_plan.plan_export(none, Machine())
+    assert sum(export.host.values()) < 24 * GIB
+    for gib, enough in ((24, False), (48, True), (80, True), (141, True)):
+        machine = Machine(gpu_memory=gib * GIB)
+        plans = quantized_plan.plan_quantized(none, config, machine, Work(8e6, 8e6))
+        assert [not plan.problems for plan in plans] == [enough, enough]
+        assert bool(quantized_plan.what_would_fit(plans)) != enough
+        assert plans[1].time > plans[0].time
+        searches = quantized_plan.plan_select(none, config, machine)
+        assert all("4 bits" in plan.schedule for plan in searches)
+        assert bool(quantized_plan.chosen_search(searches)) == enough
+    rows = [plan.settings[-1] for plan in plans]
+    assert rows == ["finetune.micro_batch_size=8"] * 2
+    (search,) = quantized_plan.chosen_search(searches)
+    assert search.time <= quantized_plan.PATIENCE
+    assert not quantized_plan.plan_quantized(none, config, Machine(gpus=2), Work())
+    eight, other = llama("llama-3-8b")
+    assert not any("4 bits" in plan.schedule for plan in quantized_plan.plan_select(eight, other, Machine()))
+
+
+def test_a_budget_of_heads_is_planned_with_its_search() -> None:
+    done = run("llama-3-8b", "--set", "attention.softmax_budget=0.125", "--set", "finetune.rank=4")
+    assert done.exit_code == 0, done.output
+    assert "lolcats select llama-3-8b --out selection.yaml --budget 0.125 --beyond 1 --lengths" in done.output
+    (transfer,) = [line for line in done.output.splitlines() if line.startswith("lolcats transfer")]
+    assert "--selection selection.yaml" in transfer
+    assert "--set finetune.rank=4" in transfer
+    assert "softmax_budget" not in transfer
+    assert "they were never measured" in done.output
+    assert "for the keys of kept heads" in done.output
+    plain = run("llama-3-8b").output
+    assert "lolcats select" not in plain

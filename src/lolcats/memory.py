@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import torch
 
 
 def free_host_memory() -> int:
@@ -16,3 +17,15 @@ def free_host_memory() -> int:
     except (OSError, ValueError):  # no such container, or no limit
         return int(free)
     return int(min(free, limit - used))
+
+
+def device_room(device: torch.device) -> int:
+    """Bytes of weights that ``device`` has room for: 90 % of a GPU's memory, or what is free on the host."""
+    if device.type != "cuda":
+        return free_host_memory()
+    return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
+
+
+def weights_room(device: torch.device) -> int:
+    """Bytes of weights that can be loaded to ``device`` through host memory."""
+    return min(free_host_memory(), device_room(device))

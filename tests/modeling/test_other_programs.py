@@ -19,7 +19,7 @@ from conftest import tiny_model
 
 import lolcats
 from lolcats.config import AttentionConfig
-from lolcats.pipeline import export_merged
+from lolcats.modeling.merge import save_whole
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 PROMPT = "the cat sat on a mat and saw that dogs like warm milk"
@@ -29,7 +29,7 @@ PROMPT = "the cat sat on a mat and saw that dogs like warm milk"
 def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     model = lolcats.convert(tiny_model("llama"), AttentionConfig(window_size=8, sinks=2, feature_dim=8))
     directory = tmp_path_factory.mktemp("exported") / "merged"
-    export_merged(model, tokenizer, directory)
+    save_whole(model, tokenizer, directory)
     return directory
 
 

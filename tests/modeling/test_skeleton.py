@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import COMMON, FAMILIES, tiny_model
+from support.tiny import tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -216,3 +217,14 @@ def test_parameters_kept_in_fp32_stay_so(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {p.dtype for n, p in model.named_parameters() if "o_proj" in n} == {torch.float32}
     assert {p.dtype for n, p in model.named_parameters() if "o_proj" not in n} == {torch.bfloat16}
     assert isinstance(model.model.layers, nn.ModuleList)
+
+
+def test_buffers_that_files_hold_are_read(tmp_path: Path) -> None:
+    """A mixture's bias of the choice of experts is a buffer, and fp32 in a model in bf16."""
+    model = tiny("dots1")
+    name = "mlp.gate.e_score_correction_bias"
+    model.model.layers[1].get_buffer(name).copy_(torch.arange(1.0, 5.0) / 3)
+    model.save_pretrained(tmp_path)
+    skeleton = build_skeleton(find_base(str(tmp_path)), SMALL, torch.bfloat16, CPU, 0)
+    with skeleton.brought([1]):
+        assert torch.equal(skeleton.layers[1].get_buffer(name), torch.arange(1.0, 5.0) / 3)

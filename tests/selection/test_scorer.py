@@ -164,3 +164,13 @@ def test_no_set_of_the_curve_is_better_without_one_than_a_smaller_one() -> None:
         for gone in more.units:
             left = [head for unit in more.units if unit != gone for head in unit]
             assert scorer.loss(left) > 0.99 * fewer.loss - 1e-6
+
+
+def test_what_layers_put_out_is_kept_where_there_is_room() -> None:
+    """Only one layer's hidden states come back for a score; a device without values shows where they lie."""
+    scorer = scorer_of(base_of())
+    scorer.record_on = torch.device("meta")
+    scorer.move_to([(0, 2)])
+    kept = [output if isinstance(output, torch.Tensor) else output[0] for b in scorer.batches for output in b.passed]
+    assert len(kept) == len(scorer.blocks) * len(scorer.batches)
+    assert all(tensor.is_meta for tensor in kept)

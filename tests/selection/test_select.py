@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 from pathlib import Path
@@ -23,8 +24,10 @@ from lolcats.run import Run
 from lolcats.selection import Selection, Settings, select, with_selection
 from lolcats.selection.prompts import KINDS, prompts
 from lolcats.selection.select import heads_in_budget, prompt_plan
-from lolcats.weights.base import Base, find_base
+from lolcats.weights import base as bases
+from lolcats.weights.base import Base, find_base, load_model
 
+MODULE = importlib.import_module("lolcats.selection.select")
 WINDOW = ["attention.window_size=8", "attention.sinks=2"]
 BASE = Base("model", "directory", "sha256-of-it")
 
@@ -226,3 +229,80 @@ def find_model(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.fixture
+def quantized_search(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base model large enough for bitsandbytes, on a CPU that gives its weights gradients."""
+    modules = pytest.importorskip("bitsandbytes").nn.modules
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # else weights are packed in a form without gradients
+    monkeypatch.setattr(MODULE, "prompt_plan", lambda lengths: [("codes", length) for length in lengths])
+    real = bases.check_quantized
+    for place in ("lolcats.weights.base", "lolcats.pipeline.job"):
+        monkeypatch.setattr(f"{place}.check_quantized", lambda *args, **how: real(*args, **{**how, "gradients": False}))
+    tiny_model(hidden_size=64, intermediate_size=128, num_hidden_layers=3).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_search_in_4_bits_finds_the_heads_of_the_same_weights(
+    quantized_search: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    options = ["--heads", 2, "--lengths", 2048, "--beyond", 1, "--set", WINDOW[0], "--set", WINDOW[1]]
+    path = tmp_path / "heads.yaml"
+    done = command("select", quantized_search, "--out", path, "--quantize", "nf4", "--set", "device=cpu", *options)
+    assert done.exit_code == 0, done.output
+    found = Selection.read(path)
+    assert found.search["weights"] == "nf4"
+    assert [point.count for point in found.curve] == [0, 1, 2, 6]
+    base = find_base(str(quantized_search))
+    whole = load_model(base, torch.float32, quantize="nf4").dequantize()
+    assert type(whole.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    attention = AttentionConfig(window_size=8, sinks=2)
+    expected = select(whole, tokenizer, base, attention, 2, Settings(lengths=(2048,), beyond=1.0))
+    assert found.heads == expected.heads
+    for point, other in zip(found.curve, expected.curve, strict=True):
+        assert point.heads == other.heads
+        assert point.loss == pytest.approx(other.loss, abs=1e-3)
+
+
+def test_a_run_in_4_bits_chooses_its_heads_in_4_bits(
+    quantized_search: Path, chat_file: Path, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Budget, stage 1 layer by layer, stage 2: the commands of a model that fits."""
+    monkeypatch.setattr("lolcats.pipeline.heads.weights_room", lambda _: 1000)
+    changes = [*settings, "transfer.order=stream", "transfer.coupling=per_layer", "attention.softmax_budget=0.4"]
+    said = list[str]()
+    with pytest.raises(LolcatsError, match="in 4 bits if need be"):
+        linearize(
+            str(quantized_search), str(chat_file), tmp_path / "out", load_config("default", [*changes, "device=cpu"])
+        )
+    monkeypatch.setattr(
+        "lolcats.pipeline.heads.Settings", lambda seed: Settings(lengths=(2048,), seed=seed, beyond=1.0)
+    )
+    config = load_config("default", [*changes, "finetune.quantize_base=nf4", "device=cpu"])
+    run = linearize(str(quantized_search), str(chat_file), tmp_path / "out", config, merge=False, say=said.append)
+    assert any("in 4 bits to choose heads" in line for line in said)
+    selection = Selection.read(tmp_path / "out" / "selection.yaml")
+    assert (selection.search["weights"], sum(map(len, selection.heads.values()))) == ("nf4", 2)
+    assert run.stage_done("finetune")
+
+
+def test_a_model_that_does_not_fit_is_a_sentence(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lolcats.memory.weights_room", lambda _: 1000)
+    done = command("select", model_dir, "--out", tmp_path / "heads.yaml", "--heads", 2)
+    assert done.exit_code == 2
+    assert "In 4 bits it takes about" in done.output.replace("\n", " ")
+    done = command("select", model_dir, "--out", tmp_path / "heads.yaml", "--quantize", "nf4", "--set", "device=cpu")
+    assert "4-bit weights need a CUDA GPU" in done.output
+
+
+def test_hidden_states_that_do_not_fit_are_a_sentence(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MODULE, "free_host_memory", lambda: 1000)
+    done = command("select", model_dir, "--out", tmp_path / "heads.yaml", "--heads", 2, "--lengths", 2048)
+    assert done.exit_code == 2
+    assert "use shorter prompts (--lengths)" in done.output.replace("\n", " ")

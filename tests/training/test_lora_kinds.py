@@ -15,7 +15,10 @@ from torch import Tensor, nn
 import lolcats
 from lolcats import pipeline
 from lolcats.config import AttentionConfig, FinetuneConfig, load_config
+from lolcats.data import inputs
 from lolcats.errors import LolcatsError
+from lolcats.evaluation.perplexity import perplexity
+from lolcats.report.table import remarks
 from lolcats.stages.finetune.stage import add_lora, lora_targets
 from lolcats.tensors import read_tensors
 from lolcats.weights import base as bases
@@ -145,8 +148,8 @@ def test_quantized_base(
     from bitsandbytes.nn import Linear4bit
 
     if device == "cpu":
-        monkeypatch.setattr(pipeline.job, "check_quantized", lambda *_: None)
-        monkeypatch.setattr(bases, "check_quantized", lambda *_: None)
+        monkeypatch.setattr(pipeline.job, "check_quantized", lambda *_, **__: None)
+        monkeypatch.setattr(bases, "check_quantized", lambda *_, **__: None)
     untouched = tiny_model("llama", hidden_size=64, intermediate_size=128)  # its blocks of weights hold 64
     untouched.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -177,3 +180,36 @@ def test_quantized_base(
         assert torch.equal(logits(adapter), logits(merged))
     weight = adapter.model.layers[1].mlp.up_proj.weight
     assert torch.equal(weight, untouched.model.layers[1].mlp.up_proj.weight.to(weight.dtype))
+
+
+def test_a_base_model_that_does_not_fit_is_only_in_4_bits(
+    tokenizer, chat_file: Path, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 1 layer by layer, the rest on weights in 4 bits, the merged model from the original ones, file by file."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    from bitsandbytes.nn import Linear4bit
+
+    monkeypatch.setattr(pipeline.job, "check_quantized", lambda *_, **__: None)  # training needs a GPU
+    monkeypatch.setattr(pipeline.heads, "weights_room", lambda _: 100_000)
+    monkeypatch.setattr(inputs, "load_model", lambda *_, **__: pytest.fail("loaded as a whole"))
+    tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base, out, said = str(tmp_path / "base"), tmp_path / "out", list[str]()
+    config = load_config("default", [*settings, "finetune.quantize_base=nf4", "device=cpu"])
+    with pytest.raises(LolcatsError, match="use --schedule stream"):
+        pipeline.linearize(base, str(chat_file), out, config, say=said.append)
+    streamed = ["transfer.order=stream", "transfer.coupling=per_layer"]
+    config = load_config("default", [*settings, *streamed, "finetune.quantize_base=nf4", "device=cpu"])
+    run = pipeline.linearize(base, str(chat_file), tmp_path / "stream", config, say=said.append)
+    assert any("in 4 bits" in line for line in said)
+    assert run.results["ppl_teacher"] > 0
+    assert "in 4 bits" in remarks(run)[0]
+    job = pipeline.resume(tmp_path / "stream", said.append)
+    model = job.models.student()
+    assert isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), Linear4bit)
+    found = perplexity(model, job.data.test, job.batch)
+    assert found == pytest.approx(run.results["ppl_student"], rel=1e-3), "as when it was trained"
+    merged = lolcats.load(tmp_path / "stream" / "merged")
+    with torch.no_grad():
+        assert torch.equal(logits(merged), logits(lolcats.load(tmp_path / "stream")))

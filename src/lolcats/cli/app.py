@@ -68,6 +68,8 @@ Controls = Annotated[bool, typer.Option("--controls", help="Also train two contr
                                         "softmax teacher.")]  # fmt: skip
 MovedBase = Annotated[str, typer.Option("--base", help="Where the base model of an adapter is now, if it has moved: "
                                         "hub id, directory or .gguf file.")]  # fmt: skip
+Quantized = Annotated[str, typer.Option("--quantize", help="nf4: load the weights of linear layers in 4 bits "
+                                        "(bitsandbytes). LoRA stays beside them.", metavar="nf4")]  # fmt: skip
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model. "
                                      "Not remembered: each command needs it.")]  # fmt: skip
 
@@ -190,7 +192,14 @@ def numbers(text: str, option: str = "--lengths") -> tuple[int, ...]:
     return numbers
 
 
-def load_any(model: str, config: Any, moved: str = "") -> tuple[Any, Any]:
+def quantization(option: str) -> Any:
+    """What --quantize asks for."""
+    if option not in ("", "none", "nf4"):
+        raise LolcatsError(f"--quantize {option}: expected nf4.")
+    return option or "none"
+
+
+def load_any(model: str, config: Any, moved: str = "", quantize: Any = "none") -> tuple[Any, Any]:
     """Load a linearized model or any base model, and its tokenizer. ``moved``: where an adapter's base is now."""
     from lolcats.modeling.checkpoint import load
     from lolcats.modeling.record import is_linearized
@@ -200,11 +209,11 @@ def load_any(model: str, config: Any, moved: str = "") -> tuple[Any, Any]:
     device, dtype = device_and_dtype(config)
     trust = config.trust_remote_code
     if is_linearized(model):
-        return load(model, dtype, device, trust, moved), tokenizer_of(model, trust)
+        return load(model, dtype, device, trust, moved, quantize), tokenizer_of(model, trust)
     if moved:
         raise LolcatsError(f"{model} is not an adapter: it needs no --base.")
     base = find_base(model, trust)
-    return load_model(base, dtype, device, trust), load_tokenizer(base, trust)
+    return load_model(base, dtype, device, trust, quantize), load_tokenizer(base, trust)
 
 
 def tokenizer_of(model: str, trust: bool = False) -> Any:

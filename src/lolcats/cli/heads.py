@@ -8,8 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
-from lolcats.cli.app import Model, Recipe, Sets, Trust, command, curve_table, numbers, out, print_rows, settings
+from lolcats.cli.app import (
+    Model,
+    Recipe,
+    Sets,
+    Trust,
+    command,
+    curve_table,
+    numbers,
+    out,
+    print_rows,
+    quantization,
+    settings,
+)
 from lolcats.errors import LolcatsError
+
+IN_4_BITS = 0.6  # bytes of each parameter: 4 bits, their scales, and embeddings in 16 bits
 
 
 @command
@@ -24,6 +38,10 @@ def select(
     lengths: Annotated[str, typer.Option(help="Lengths of the prompts in tokens.")] = "2048,4096,8192",
     picture: Annotated[Path | None, typer.Option(help="PNG file for the curve.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    beyond: Annotated[float, typer.Option(min=1, help="How far the curve goes on after the chosen heads, as a multiple "
+                                                      "of their number (1 = it ends there).")] = 2.0,
+    quantize: Annotated[str, typer.Option(help="nf4: load the weights of linear layers in 4 bits (bitsandbytes), for a "
+                                               "model that does not fit otherwise.", metavar="nf4")] = "",
     recipe: Recipe = "default", trust: Trust = False, set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Choose the heads that stay softmax attention, by what recall prompts need. Nothing is trained.
@@ -31,7 +49,7 @@ def select(
     The other heads see window and sinks of the recipe. Takes a minute or more on a GPU and hours on a CPU. Without
     --budget and --heads, an eighth of the heads is kept. Under torchrun the ranks share the work.
     """
-    config = settings(recipe, set_, trust)
+    config, how = settings(recipe, set_, trust), quantization(quantize)
     if unit not in ("head", "layer"):
         raise LolcatsError(f"--unit {unit}: expected head or layer.")
     if budget and heads:
@@ -51,15 +69,34 @@ def select(
     say = out.print if is_first() else lambda _: None
     inputs = Inputs(model, trust=trust)
     text = _tokens(data, inputs.tokenizer)
-    asked: Any = Settings(unit=unit, lengths=numbers(lengths), seed=seed, beyond=2.0)  # type: ignore[arg-type]
+    asked: Any = Settings(unit=unit, lengths=numbers(lengths), seed=seed, beyond=beyond)  # type: ignore[arg-type]
     device, dtype = device_and_dtype(config)
-    found = choose(inputs.model(dtype, device), inputs.tokenizer, inputs.base, attention, heads, asked, text, say)
+    loaded = _model(inputs, dtype, device, how)
+    found = choose(loaded, inputs.tokenizer, inputs.base, attention, heads, asked, text, say)
     if not is_first():
         return
     found.write(out_)
     print_rows(*curve_table(found))
     drawn = f"   curve: {picture}" if picture is not None and draw_curve(found, picture) else ""
     out.print(f"\nHeads: {out_}{drawn}. Next: lolcats linearize {model} --selection {out_} ...", soft_wrap=True)
+
+
+def _model(inputs: Any, dtype: Any, device: Any, quantize: Any) -> Any:
+    """The base model; if there is not enough memory for it, an error that says what would fit."""
+    from lolcats.memory import weights_room
+    from lolcats.weights.base import check_quantized, empty_model
+
+    if quantize != "none":
+        check_quantized(inputs.base, device, inputs.trust, gradients=True)
+    elif inputs.base.form != "gguf":
+        size = dtype.itemsize * sum(p.numel() for p in empty_model(inputs.base, inputs.trust).parameters())
+        if size > (room := weights_room(device)):
+            raise LolcatsError(
+                f"{inputs.base.path} takes {size / 2**30:.1f} GiB, and there is room for {room / 2**30:.1f} GiB of "
+                f"weights on {device.type} (they are read into host memory first). In 4 bits it takes about "
+                f"{size / 2**30 / dtype.itemsize * IN_4_BITS:.1f} GiB: --quantize nf4."
+            )
+    return inputs.model(dtype, device, quantize)
 
 
 def _tokens(source: str, tokenizer: Any) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -236,9 +237,12 @@ def plan(
     block_size: Annotated[int, typer.Option(help="Layers per block (0 = as many as fit).")] = 0,
     recipe: Recipe = "default", trust: Trust = False, set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
-    """Estimate memory, disk and time of both stages from the model's configuration, and print the commands to run."""
+    """Estimate memory, disk and time from the model's configuration, and print the commands to run.
+
+    Covers both stages and, on one GPU, the search for heads, a base model in 4 bits, and export.
+    """
     from lolcats.pipeline.rows import check_rows
-    from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_config, report, size_of
+    from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, quantized, read_config, report, size_of
 
     read = report.parse_quantity
     machine = Machine(
@@ -248,11 +252,17 @@ def plan(
     work = Work(read(tokens, "--tokens"), read(finetune_tokens, "--finetune-tokens"), block_size)
     config = settings(recipe, set_, trust)
     check_rows(config)
-    size = size_of(read_config(model, trust), config, trust)
+    budget, plain = config.attention.softmax_budget, replace(config.attention, softmax_budget=0.0)
+    size = size_of(read_config(model, trust), replace(config, attention=plain), trust)
+    if budget:
+        size = size_of(read_config(model, trust), quantized.kept_evenly(config, size), trust)
     stages = [plans(size, config, machine, work) for plans in (plan_transfer, plan_finetune)]
-    print_rows(
-        report.HEADER, report.plan_rows([*stages[0], *stages[1]]), title=report.title(model, size, machine, work)
-    )
+    in_4_bits = [] if Path(model).suffix == ".gguf" else quantized.plan_quantized(size, config, machine, work)
+    stages[1] += in_4_bits
+    searches = [] if config.attention.softmax_heads else quantized.plan_select(size, config, machine)
+    exports = quantized.plan_export(size, machine)
+    rows = report.plan_rows([*searches, *stages[0], *stages[1], *exports])
+    print_rows(report.HEADER, rows, title=report.title(model, size, machine, work))
     for line in filter(
         None, (report.paper_line(size, work, stages[0]), report.generation_line(size), report.time_line(size))
     ):
@@ -265,9 +275,15 @@ def plan(
     chosen = [plan for plans in stages for plan in report.recommended(plans)]
     for best in chosen:
         print_rows(("where", "part", "amount"), report.part_rows(best), f"{best.stage}, {best.schedule}")
-    for line in report.commands(chosen, model, recipe, set_, machine, trust):
+    search = quantized.chosen_search(searches) if budget else []
+    steps = [report.search_command(plan, model, budget, recipe, trust) for plan in search]
+    steps += report.commands(chosen, model, recipe, set_, machine, trust, bool(search))
+    for line in steps:
         out.print(f"\n{line}", soft_wrap=True, markup=False, highlight=False)
-    if refused := " ".join(filter(None, (report.refusal(p, size, config, machine, work) for p in stages))):
+    if machine.gpus == 1 and len(chosen) == 2:
+        out.print(f"\n{quantized.path_line([*search, *chosen, *exports])}", soft_wrap=True)
+    refusals = (report.refusal(plans, size, config, machine, work) for plans in stages)
+    if refused := " ".join(filter(None, (*refusals, quantized.what_would_fit(in_4_bits)))):
         raise LolcatsError(refused)
 
 

@@ -16,6 +16,7 @@ from lolcats.cli.app import (
     Directory,
     Model,
     MovedBase,
+    Quantized,
     Sets,
     Trust,
     command,
@@ -24,6 +25,7 @@ from lolcats.cli.app import (
     numbers,
     out,
     print_rows,
+    quantization,
     settings,
     tokenizer_of,
     words,
@@ -59,7 +61,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed for recall prompts and few-shot examples.")] = 1234,
     recipe: Annotated[str, typer.Option(help="Recipe or YAML file. Default: the run's own configuration.")] = "",
     rows: Annotated[int, typer.Option(help="Maximum number of rows of data.sequence_length tokens (0 = all).")] = 0,
-    base: MovedBase = "", trust: Trust = False,
+    base: MovedBase = "", quantize: Quantized = "", trust: Trust = False,
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Measure perplexity on --data, or run the benchmarks in --tasks, for teacher and student.
@@ -75,14 +77,15 @@ def evaluate(
     from lolcats.evaluation.suite import Options
     from lolcats.pipeline import device_and_dtype
 
-    place, batch_size = device_and_dtype(config), batch_size or config.transfer.micro_batch_size
+    how, place = quantization(quantize), device_and_dtype(config)
+    batch_size = batch_size or config.transfer.micro_batch_size
     if tasks:
         options = Options(data_dir, data, numbers(lengths), limit or None, batch_size, seed)
         if output and not output.parent.is_dir():
             raise LolcatsError(f"--output {output}: {output.parent} is not a directory.")
-        _benchmarks(model, words(tasks), words(baseline), place, options, output, base, trust)
+        _benchmarks(model, words(tasks), words(baseline), place, options, output, base, trust, how)
     elif data:
-        _perplexity(model, data, config, rows, place, batch_size, base)
+        _perplexity(model, data, config, rows, place, batch_size, base, how)
     else:
         raise LolcatsError("Nothing to evaluate: give --data (perplexity) or --tasks (benchmarks).")
 
@@ -94,15 +97,15 @@ def generate(
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed for sampling. Default: a random "
                                                                         "one.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as is, without the chat template.")] = False,
-    base: MovedBase = "", trust: Trust = False,
+    base: MovedBase = "", quantize: Quantized = "", trust: Trust = False,
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Answer one prompt and stream the answer."""
-    config = settings("default", set_, trust)
+    config, how = settings("default", set_, trust), quantization(quantize)
 
     from lolcats.inference.generate import generate as run_generate
 
-    loaded, tokenizer = load_any(model, config, base)
+    loaded, tokenizer = load_any(model, config, base, how)
     run_generate(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, stream=True, raw=raw, seed=seed)
 
 
@@ -110,15 +113,15 @@ def generate(
 def chat(model: Model, max_new_tokens: NewTokens = 512, temperature: Temperature = 0.7, top_p: TopP = 0.9,
          max_context: Annotated[int, typer.Option(min=0, help="Maximum number of tokens of a conversation and its next "
                                                               "answer together (0 = no limit).")] = 0,
-         system: Annotated[str, typer.Option(help="System prompt.")] = "", base: MovedBase = "", trust: Trust = False,
-         set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
+         system: Annotated[str, typer.Option(help="System prompt.")] = "", base: MovedBase = "",
+         quantize: Quantized = "", trust: Trust = False, set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
     """Chat with a model in the terminal. An empty line, /exit or Ctrl-D quits; /new starts a new conversation."""
-    config = settings("default", set_, trust)
+    config, how = settings("default", set_, trust), quantization(quantize)
 
     from lolcats.inference.generate import encode
     from lolcats.inference.generate import generate as run_generate
 
-    loaded, tokenizer = load_any(model, config, base)
+    loaded, tokenizer = load_any(model, config, base, how)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     while True:
@@ -172,7 +175,7 @@ def serve(
     allowed_host: Annotated[list[str], typer.Option(help="Accept this name in the Host header. Repeatable. Default: "
                                                          "any name; on a loopback address without a key, only "
                                                          "loopback names.")] = [],  # noqa: B006
-    base: MovedBase = "", trust: Trust = False,
+    base: MovedBase = "", quantize: Quantized = "", trust: Trust = False,
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Serve a linearized model with an OpenAI-compatible API, and a chat page at /."""
@@ -184,10 +187,10 @@ def serve(
 
     key = api_key if api_key is not None else os.environ.get("LOLCATS_API_KEY")  # typer takes an empty one as unset
     access = server.access_for(host, key, allow_origin, allowed_host)
-    listening = server.listen(host, port)
+    how, listening = quantization(quantize), server.listen(host, port)
     if not access.api_key and not server.is_loopback(host):
         err.print(f"No API key: anyone who reaches {host} can use this server. Set LOLCATS_API_KEY.", soft_wrap=True)
-    model, tokenizer = load_any(str(directory), settings("default", set_, trust), base)
+    model, tokenizer = load_any(str(directory), settings("default", set_, trust), base, how)
     engine = Engine(
         model, tokenizer, slots, prefix_bytes=prefix_mb << 20, state_dtype=_state_dtype(state_dtype),
         context=max_context, kept_bytes=kept_mb << 20 or None,
@@ -259,21 +262,22 @@ def export(directory: Directory,
            dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as trained.")] = "auto",
            base: MovedBase = "", trust: Trust = False,
            ) -> None:  # fmt: skip
-    """Export an adapter as a self-contained model directory."""
+    """Export an adapter as a self-contained model directory.
+
+    Weights are read and written file by file. If it is interrupted, the same command continues.
+    """
     if not merge:
         raise LolcatsError("The run directory already is the adapter: copy it, or pass --merge for a full model.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise LolcatsError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}.")
 
     from lolcats.files import is_empty
-    from lolcats.modeling.checkpoint import load
-    from lolcats.pipeline import export_merged
+    from lolcats.modeling.merge import merge_adapter
 
     with writing(out_):
         if out_.is_dir() and not is_empty(out_):
             raise LolcatsError(f"{out_} is not empty; choose another --out.")
-        model = load(directory, dtype, trust=trust, base=base)
-        export_merged(model, tokenizer_of(str(directory), trust), out_)
+        merge_adapter(directory, out_, tokenizer_of(str(directory), trust), dtype, base, trust)
     out.print(f"Merged model: {out_}", soft_wrap=True)
 
 
@@ -297,7 +301,14 @@ def _describe_base(model: str, trust: bool) -> dict[str, Any]:
 
 
 def _perplexity(
-    model: str, data: str, config: Any, rows: int, place: tuple[Any, Any], batch_size: int, base: str
+    model: str,
+    data: str,
+    config: Any,
+    rows: int,
+    place: tuple[Any, Any],
+    batch_size: int,
+    base: str,
+    quantize: Any,
 ) -> None:
     """Print the table of ``evaluate --data``."""
     from lolcats.evaluation.compare import compare, evaluation_rows
@@ -312,7 +323,7 @@ def _perplexity(
     assert ids is not None
     table = Table("model", title=f"{ids.numel():,} tokens of {Path(data).name}")
     table.add_column("perplexity", justify="right", no_wrap=True)
-    found = compare(model, ids, *place, batch_size, positions, base, config.trust_remote_code)
+    found = compare(model, ids, *place, batch_size, positions, base, config.trust_remote_code, quantize)
     for name, value in found.items():
         table.add_row(name, f"{value:.3f}")
     out.print(table)
@@ -323,7 +334,7 @@ def _perplexity(
 
 def _benchmarks(
     model: str, tasks: list[str], baselines: list[str], place: tuple[Any, Any], options: Any, output: Path | None,
-    base: str, trust: bool,
+    base: str, trust: bool, quantize: Any,
 ) -> None:  # fmt: skip
     """Print the tables of ``evaluate --tasks`` and write its JSON file."""
     from lolcats.evaluation.suite import evaluate as run_suite
@@ -332,13 +343,15 @@ def _benchmarks(
     from lolcats.report.comparison import comparison_rows, depth_rows, write_comparison
     from lolcats.report.table import controls_hint
 
-    scores = run_suite(model, tasks, baselines, *place, options, log, base, trust)
+    scores = run_suite(model, tasks, baselines, *place, options, log, base, trust, quantize)
     print_rows(*comparison_rows(scores), title=f"{Path(model).name}: score ± standard error")
     for metric in ("exact", "generated", "argmax"):
         print_rows(*depth_rows(scores, metric), title=f"Recall by depth: {metric}")
     out.print(controls_hint(model))
     if output:
-        write_comparison(output, scores, model, tasks, baselines, place, fill_in(options, model, tasks, base, trust))
+        write_comparison(
+            output, scores, model, tasks, baselines, place, fill_in(options, model, tasks, base, trust), quantize
+        )
         out.print(f"Results: {output}", soft_wrap=True)
 
 

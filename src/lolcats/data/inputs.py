@@ -17,7 +17,7 @@ from lolcats.data.store import tokenizer_hash
 from lolcats.errors import LolcatsError
 from lolcats.modeling.parts import CONFIG, RUN
 from lolcats.modeling.record import is_linearized
-from lolcats.weights.base import Base, find_base, load_model, load_tokenizer, saved_tokenizer
+from lolcats.weights.base import Base, Quantize, find_base, load_model, load_tokenizer, saved_tokenizer
 
 COPIES = 16  # keep a model on a GPU if more than this many copies fit there
 
@@ -67,10 +67,10 @@ class Inputs:
             self._documents[source, reading] = tokenize_source(source, self.tokenizer, config)
         return self._documents[source, reading]
 
-    def model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """The unchanged base model, for the caller to modify."""
-        if not self.keep:
-            return load_model(self.base, dtype, device, self.trust)
+    def model(self, dtype: torch.dtype, device: torch.device, quantize: Quantize = "none") -> PreTrainedModel:
+        """The unchanged base model, for the caller to modify. One in 4 bits is not kept."""
+        if not self.keep or quantize != "none":
+            return load_model(self.base, dtype, device, self.trust, quantize)
         if dtype not in self._models:
             model = load_model(self.base, dtype, trust=self.trust)
             self._models[dtype] = model.to(device) if _has_room(device, model) else model

@@ -14,18 +14,19 @@ from lolcats.data.rows import load_data, load_rows
 from lolcats.evaluation.perplexity import perplexity
 from lolcats.evaluation.systems import available, systems
 from lolcats.run import RECORD
+from lolcats.weights.base import Quantize
 
 
 def compare(
     model: str, rows: Tensor, device: torch.device, dtype: torch.dtype, batch_size: int = 4,
-    positions: Tensor | None = None, base: str = "", trust: bool = False,
+    positions: Tensor | None = None, base: str = "", trust: bool = False, quantize: Quantize = "none",
 ) -> dict[str, float]:  # fmt: skip
     """Perplexity by model name on rows (N, L), with ``positions`` (N, L) if documents are kept apart.
 
     Teacher and baselines are measured only if ``model`` is an adapter, which knows its base model. ``base``: where
-    that is now, if it has moved.
+    that is now, if it has moved. ``quantize``: of all models.
     """
-    compared = systems(model, available(model), device, dtype, base, trust)
+    compared = systems(model, available(model, quantize), device, dtype, base, trust, quantize)
     return {name: perplexity(loaded, rows, batch_size, positions) for name, loaded in compared}
 
 

@@ -25,7 +25,7 @@ from lolcats.evaluation.text import encode, read_documents
 from lolcats.modeling.auto import LolcatsConfig
 from lolcats.modeling.code import may_run_code
 from lolcats.modeling.record import is_linearized, read_record
-from lolcats.weights.base import find_base, load_tokenizer, read_config
+from lolcats.weights.base import Quantize, find_base, load_tokenizer, read_config
 
 RECALL = {"recall": tuple(KINDS), **{f"recall-{kind}": (kind,) for kind in KINDS}}  # kinds of prompts by task
 LONG = {*RECALL, "positions"}  # tasks over long text, at given lengths
@@ -58,21 +58,21 @@ class Options:
 
 def evaluate(model: str, names: list[str], baselines: list[str], device: torch.device, dtype: torch.dtype,
              options: Options, say: Callable[[str], None], base: str = "",
-             trust: bool = False) -> dict[str, list[Score]]:  # fmt: skip
+             trust: bool = False, quantize: Quantize = "none") -> dict[str, list[Score]]:  # fmt: skip
     """Scores by model: teacher, baselines and student for an adapter, otherwise the model itself.
 
-    ``base``: where the base model of an adapter is now, if it has moved.
+    ``base``: where the base model of an adapter is now, if it has moved. ``quantize``: of all models.
 
     Raises:
         LolcatsError: an unknown task or baseline, or data that cannot be loaded. Raised before any model is loaded.
     """
-    check_baselines(model, baselines)
+    check_baselines(model, baselines, quantize)
     options = fill_in(options, model, names, base, trust)
     if LONG & set(names) and (warning := beyond_training(model, options.lengths)):
         say(warning)
     prepared = prepare(names, options, load_tokenizer(find_base(model, trust), trust))
     scores: dict[str, list[Score]] = {}
-    for system, loaded in systems(model, baselines, device, dtype, base, trust):
+    for system, loaded in systems(model, baselines, device, dtype, base, trust, quantize):
         scores[system] = []
         for name, task in prepared.items():
             started = time.time()

@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,22 @@ from lolcats.modeling.parts import LORA_WEIGHTS as LORA_WEIGHTS
 from lolcats.modeling.record import MODEL_TYPE, sealed
 from lolcats.modeling.record import is_linearized as is_linearized
 from lolcats.tensors import compare_keys, load_strictly, read_checksums, read_tensors, write_tensors
-from lolcats.weights.base import Base, find_again, load_model, with_content
+from lolcats.weights.base import (
+    Base,
+    Quantize,
+    check_quantized,
+    find_again,
+    load_model,
+    nf4,
+    with_content,
+)
 
 ConvertAs = Callable[[PreTrainedModel, dict[str, Any]], PreTrainedModel]
 
 
 def load(
     directory: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu", trust: bool = False,
-    base: str | Path = "",
+    base: str | Path = "", quantize: Quantize = "none",
 ) -> PreTrainedModel:  # fmt: skip
     """Load a linearized model (adapter or merged form) in evaluation mode.
 
@@ -47,22 +56,45 @@ def load(
         dtype: dtype of the weights; ``auto``: as saved. Feature maps and gates are always fp32.
         trust: run Python code that comes with the base model.
         base: where the base model of an adapter is now, if it has moved: hub id, directory or .gguf file.
+        quantize: ``nf4``: the weights of linear layers in 4 bits (bitsandbytes), each quantized as it is read. LoRA
+            then stays beside them, in ``dtype``.
 
     Raises:
         LolcatsError: if there is no linearized model, files are damaged, or the base model has changed since.
     """
-    if not is_linearized(directory):
-        raise LolcatsError(f"{directory} is not a linearized model (no config.json with model_type lolcats).")
-    try:
+    check_linearized(directory)
+    with readable(directory):
         kwargs: dict[str, Any] = {"base": str(base)} if base else {}
         if may_run_code(directory, trust):
-            ours: Any = CONFIG_MAPPING[MODEL_TYPE]
-            kwargs |= {"trust_remote_code": True, "config": ours.with_code(str(directory), **kwargs)}
-        return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, **kwargs).to(device).eval()
+            kwargs |= {"trust_remote_code": True, "config": _config_with_code(directory, base)}
+        if quantize != "none":
+            config = kwargs.get("config") or AutoConfig.from_pretrained(str(directory))
+            if "base" not in config.lolcats:  # else the base model is checked
+                check_quantized(Base(str(directory), "directory", ""), torch.device(device), trust)
+            kwargs |= {"quantization_config": nf4(_dtype(config, dtype)), "device_map": {"": torch.device(device)}}
+        model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, **kwargs)
+        return (model.to(device) if quantize == "none" else model).eval()
+
+
+def check_linearized(directory: str | Path) -> None:
+    if not is_linearized(directory):
+        raise LolcatsError(f"{directory} is not a linearized model (no config.json with model_type lolcats).")
+
+
+@contextmanager
+def readable(directory: str | Path) -> Iterator[None]:
+    """Turn errors of loading a linearized model into a LolcatsError that names it."""
+    try:
+        yield
     except Exception as error:  # damaged files cause any error of transformers or safetensors
         if isinstance(error, LolcatsError) or out_of_memory(error):
             raise
         raise LolcatsError(f"Cannot load {directory}: it is damaged or incomplete ({first_line(error)}).") from error
+
+
+def _config_with_code(directory: str | Path, base: str | Path) -> Any:
+    ours: Any = CONFIG_MAPPING[MODEL_TYPE]
+    return ours.with_code(str(directory), **({"base": str(base)} if base else {}))
 
 
 def feature_map_state(model: nn.Module) -> dict[str, Tensor]:
@@ -106,6 +138,7 @@ def save_adapter_config(
 def load_adapter(
     directory: str | Path, config: Any = None, dtype: torch.dtype | str = "auto", device_map: Any = None,
     trust: bool = False, convert_as: ConvertAs | None = None, moved: str = "", revision: str | None = None,
+    quantization: Any = None,
 ) -> PreTrainedModel:  # fmt: skip
     """Base model + feature maps + LoRA (merged in memory).
 
@@ -113,6 +146,7 @@ def load_adapter(
         moved: where the base model is now, if it is not where the adapter found it.
         revision: of an adapter on the hub.
         convert_as: linearizes a model as a record says; given by the linearized classes, which use this function.
+        quantization: transformers' configuration of a base model in 4 bits; LoRA then stays beside its weights.
 
     Raises:
         LolcatsError: a part of the adapter is missing or damaged, or the base has changed since.
@@ -122,27 +156,80 @@ def load_adapter(
             str(directory), config=config, dtype=dtype, device_map=device_map, trust_remote_code=trust,
             **{name: value for name, value in (("base", moved), ("revision", revision)) if value},
         )  # fmt: skip
+    adapter = open_adapter(directory, config, dtype, trust, moved, revision)
+    device = device_map.get("") if isinstance(device_map, dict) else device_map
+    several = isinstance(device_map, (str, dict)) and device in (None, "auto", "balanced", "sequential")
+    place = "cpu" if several or device is None else device
+    if quantization is not None and several:
+        raise LolcatsError(f'{directory}: an adapter in 4 bits is loaded to one device, such as device_map={{"": 0}}.')
+    quantize: Quantize = "none" if quantization is None else _known(quantization)
+    model = load_model(adapter.base, adapter.dtype, place, adapter.trust, quantize)
+    convert_as(model, adapter.config.lolcats)
+    adapter.load_maps(model)
+    if adapter.lora is not None:
+        model = (merge_lora if quantization is None else attach_lora)(model, adapter.lora)
+    _name(model, str(directory))
+    return spread(model, device_map) if several else model
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk whose parts and base model have been checked. known: the base model when it was trained;
+    base: where it is now."""
+
+    directory: Path
+    config: Any
+    known: Base
+    base: Base
+    dtype: torch.dtype
+    trust: bool
+
+    @property
+    def lora(self) -> Path | None:
+        return self.directory / LORA if (self.directory / LORA).is_dir() else None
+
+    def load_maps(self, model: PreTrainedModel) -> None:
+        """Load feature maps and gates into the base model, linearized as the adapter says."""
+        model.config.lolcats["base"] = self.known.record
+        path = self.directory / FEATURE_MAPS
+        if any(layer.spec.has_linear for layer in linearized_layers(model)) or path.exists():
+            load_feature_maps(model, path)
+
+
+def open_adapter(
+    directory: str | Path, config: Any = None, dtype: torch.dtype | str = "auto", trust: bool = False, moved: str = "",
+    revision: str | None = None,
+) -> Adapter:  # fmt: skip
+    """The adapter in ``directory``, or on the hub; arguments and errors as of :func:`load_adapter`."""
     given, directory = (
         directory,
         Path(directory if Path(directory).is_dir() else snapshot_download(str(directory), revision=revision)),
     )
-    config = config if config is not None else AutoConfig.from_pretrained(str(directory))
+    if config is None:
+        with_code = may_run_code(directory, trust)
+        config = _config_with_code(directory, moved) if with_code else AutoConfig.from_pretrained(str(directory))
     check_parts(directory, config.lolcats.get("parts"))
     trust = trust and getattr(config, "own_model", None) is not None  # else it was trained on transformers' own classes
     known = Base(**config.lolcats["base"])
     base = find_again(known, given, moved, trust)
+    return Adapter(directory, config, known, base, _dtype(config, dtype), trust)
+
+
+def _dtype(config: Any, dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype that ``dtype`` stands for when a model with this configuration is loaded."""
     dtype = config.dtype or torch.float32 if dtype in ("auto", None) else dtype
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    device = device_map.get("") if isinstance(device_map, dict) else device_map
-    several = isinstance(device_map, (str, dict)) and device in (None, "auto", "balanced", "sequential")
-    model = load_model(base, dtype, "cpu" if several or device is None else device, trust)
-    convert_as(model, config.lolcats)
-    model.config.lolcats["base"] = known.record
-    if any(layer.spec.has_linear for layer in linearized_layers(model)) or (directory / FEATURE_MAPS).exists():
-        load_feature_maps(model, directory / FEATURE_MAPS)
-    model = merge_lora(model, directory / LORA) if (directory / LORA).is_dir() else model
-    _name(model, str(given))
-    return spread(model, device_map) if several else model
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _known(quantization: Any) -> Quantize:
+    """The name of transformers' configuration of quantized weights.
+
+    Raises:
+        LolcatsError: adapters are not loaded with it.
+    """
+    if getattr(quantization, "load_in_4bit", False) and quantization.bnb_4bit_quant_type == "nf4":
+        return "nf4"
+    raise LolcatsError("An adapter's base model is quantized to 4 bits in NF4 (bitsandbytes) or not at all.")
 
 
 def _name(model: PreTrainedModel, given: str) -> None:
@@ -194,7 +281,20 @@ def seal_lora(directory: Path, tensors: dict[str, Tensor]) -> None:
 
 def merge_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     """Fold the LoRA saved in ``directory`` (PEFT format) into the weights of ``model``."""
-    return _with_lora(model, directory).merge_and_unload().eval()
+    return with_lora(model, directory).merge_and_unload().eval()
+
+
+def attach_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """Put the LoRA saved in ``directory`` beside the weights of ``model``, in its dtype."""
+    from peft.tuners.lora import LoraLayer
+
+    wrapped = with_lora(model, directory)
+    for layer in wrapped.modules():
+        if isinstance(layer, LoraLayer):
+            for part in (*layer.lora_A.values(), *layer.lora_B.values()):
+                part.to(model.dtype)
+    adapted: PreTrainedModel = wrapped.get_base_model().requires_grad_(False).eval()
+    return adapted
 
 
 @contextmanager
@@ -202,7 +302,7 @@ def merged_lora(model: PreTrainedModel, directory: Path) -> Iterator[PreTrainedM
     """Like :func:`merge_lora`, but the weights of ``model`` are restored bit for bit after the block."""
     from peft.tuners.lora import LoraLayer
 
-    wrapped = _with_lora(model, directory)
+    wrapped = with_lora(model, directory)
     changed = [m.get_base_layer().weight for m in wrapped.modules() if isinstance(m, LoraLayer)]
     before = [weight.detach().clone() for weight in changed]
     try:
@@ -212,7 +312,8 @@ def merged_lora(model: PreTrainedModel, directory: Path) -> Iterator[PreTrainedM
             weight.data.copy_(old)
 
 
-def _with_lora(model: PreTrainedModel, directory: Path) -> Any:
+def with_lora(model: PreTrainedModel, directory: Path) -> Any:
+    """``model`` with the LoRA saved in ``directory`` beside its weights, as a PEFT model."""
     from peft import PeftModel, get_peft_model_state_dict
 
     saved = read_tensors(directory / LORA_WEIGHTS)

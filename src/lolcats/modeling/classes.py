@@ -99,7 +99,10 @@ class LinearizedModel:
                 )
             trust = bool(kwargs.get("trust_remote_code"))
             dtype, device_map = kwargs.get("dtype", "auto"), kwargs.get("device_map")
-            return load_adapter(path, config, dtype, device_map, trust, convert_as, base, kwargs.get("revision"))
+            quantization = kwargs.get("quantization_config")
+            return load_adapter(
+                path, config, dtype, device_map, trust, convert_as, base, kwargs.get("revision"), quantization
+            )
         if base:
             raise LolcatsError(f"{path} is a merged model, which needs no base model: leave out base={base}.")
         try:

@@ -58,7 +58,7 @@ class Skeleton:
         return found[0] if found else None
 
     def bytes(self, index: int) -> int:
-        """Size of a layer's base parameters; for index −1, of everything else in the decoder."""
+        """Size of a layer's base weights; for index −1, of everything else in the decoder."""
         return sum(p.numel() * p.element_size() for p in self._wanted(index).values())
 
     def read_ahead(self, index: int) -> None:
@@ -176,7 +176,7 @@ class Skeleton:
         return reached[0], calls, reached
 
     def _modules(self, index: int) -> Iterator[tuple[str, nn.Module]]:
-        """Modules whose own parameters belong to layer ``index`` (−1: to no layer, output head excluded), by name."""
+        """Modules whose own tensors belong to layer ``index`` (−1: to no layer, output head excluded), by name."""
         root = f"{self.path}.{index}" if index >= 0 else _name(self.model, decoder(self.model))
         for name, module in self.model.get_submodule(root).named_modules(prefix=root):
             inside = f"{name}.".startswith(f"{self.path}.")
@@ -188,8 +188,13 @@ class Skeleton:
         return nn.Parameter(zeros, requires_grad=False)
 
     def _wanted(self, index: int) -> dict[str, Tensor]:
-        modules = self._modules(index)
-        return {name: p for path, module in modules for name, p in module.named_parameters(path, recurse=False)}
+        """What files hold of a layer: its parameters, and buffers that are not computed."""
+        return {
+            f"{path}.{name}": tensor
+            for path, module in self._modules(index)
+            for _, name, tensor in own_tensors(module)
+            if name not in module._non_persistent_buffers_set
+        }
 
 
 class _Stub(nn.Module):
@@ -233,6 +238,19 @@ def replaced(tensors: Sequence[Placed]) -> Iterator[None]:
             place[name] = tensor
 
 
+def light_weights(model: nn.Module) -> AbstractContextManager[None]:
+    """For the block's duration, replace each base weight on the meta device by one expanded element in host memory.
+
+    PEFT creates LoRA matrices on the device of the base weights, and they must be initialized with real values.
+    """
+    return replaced([
+        (place, name, nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), requires_grad=False))
+        for module in model.modules()
+        for place, name, p in own_tensors(module)
+        if p.is_meta
+    ])  # fmt: skip
+
+
 def build_skeleton(
     base: Base, attention: AttentionConfig, dtype: torch.dtype, device: torch.device, seed: int, trust: bool = False
 ) -> Skeleton:  # fmt: skip
@@ -262,7 +280,8 @@ def _of_loaded(
     model = empty_model(whole.config, dtype, trust)
     torch.manual_seed(seed)
     convert_empty(model, attention)
-    return Skeleton(model, Loaded({name: p.detach() for name, p in whole.named_parameters()}), device)
+    tensors = {name: t.detach() for name, t in (*whole.named_parameters(), *whole.named_buffers())}
+    return Skeleton(model, Loaded(tensors), device)
 
 
 def empty_model(config: Any, dtype: torch.dtype, trust: bool = False) -> PreTrainedModel:
@@ -274,9 +293,9 @@ def empty_model(config: Any, dtype: torch.dtype, trust: bool = False) -> PreTrai
         keep |= set(model._keep_in_fp32_modules or ())
     if keep:
         wide = re.compile("|".join(rf"(^|\.){re.escape(name)}(\.|$)" for name in sorted(keep)))
-        for name, parameter in model.named_parameters():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if wide.search(name):
-                parameter.data = parameter.data.float()
+                tensor.data = tensor.data.float()
     return model.eval().requires_grad_(False)
 
 

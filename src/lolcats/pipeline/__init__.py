@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lolcats.config import Config
 from lolcats.data.inputs import Inputs
-from lolcats.pipeline.finish import export_merged, finish, report
+from lolcats.pipeline.finish import finish, report
 from lolcats.pipeline.job import Job, log, resume, start
 from lolcats.pipeline.measure import judge, measure, measure_heads
 from lolcats.pipeline.models import Models, Say, device_and_dtype
@@ -57,7 +57,7 @@ def train_lora(job: Job, merge: bool = True) -> None:
 
 
 __all__ = [
-    "Job", "Models", "check_block", "device_and_dtype", "export_merged", "finish", "judge", "keep_longest", "linearize",
+    "Job", "Models", "check_block", "device_and_dtype", "finish", "judge", "keep_longest", "linearize",
     "linearize_untrained", "log", "measure", "measure_heads", "report", "resume", "run_controls", "run_finetune",
     "run_transfer", "start",
     "train_lora", "train_maps",

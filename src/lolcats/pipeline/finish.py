@@ -5,19 +5,15 @@ from __future__ import annotations
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
-from lolcats.files import whole_directory
+from lolcats.modeling.merge import merge_adapter
 from lolcats.modeling.parts import lost_controls
 from lolcats.pipeline.job import Job, log, resume
 from lolcats.pipeline.measure import measure
 from lolcats.pipeline.models import Say
 from lolcats.ranks import is_first
 from lolcats.run import Run
-from lolcats.stages.distributed import is_sharded
 
 
 def finish(job: Job, merge: bool = True, pictures: bool = True) -> None:
@@ -27,18 +23,12 @@ def finish(job: Job, merge: bool = True, pictures: bool = True) -> None:
     from lolcats.report.picture import draw_report
 
     run, out = job.run, job.run.directory
-    if merge and not (out / "merged").is_dir():
-        model = job.models.student()
-        if is_sharded(model):
-            job.say(
-                "No merged model, because the weights are sharded. To write one: "
-                f"lolcats export {out} --merge --out MERGED"
-            )
-        elif is_first():
-            job.say(f"Writing {out / 'merged'}")
-            export_merged(model, job.inputs.tokenizer, out / "merged")
     if not is_first():
         return
+    if merge and not (out / "merged").is_dir():
+        job.say(f"Writing {out / 'merged'}")
+        inputs = job.inputs
+        merge_adapter(out, out / "merged", inputs.tokenizer, base=inputs.base.path, trust=inputs.trust)
     if pictures:
         draw_report(run)
         write_html(run)
@@ -65,10 +55,3 @@ def report(directory: Path, say: Say = log, base: str = "", trust: bool = False)
         run = job.run
     write_html(run)
     return directory / "report.html"
-
-
-def export_merged(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
-    """Write a self-contained model directory, completely or not at all."""
-    with whole_directory(directory) as unfinished:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)

@@ -10,9 +10,11 @@ import torch
 from lolcats.config import Config
 from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
+from lolcats.memory import weights_room
 from lolcats.ranks import is_first, ranks
 from lolcats.run import Run
 from lolcats.selection import Selection, Settings, select, with_heads
+from lolcats.weights.base import Quantize, empty_model
 
 FILE = "selection.yaml"
 
@@ -23,29 +25,48 @@ def choose_heads(
     """Search for the run's heads and leave them in DIR/selection.yaml, if its budget asks for it and none are there."""
     if not run.config.attention.softmax_budget:
         return
-    if run.config.transfer.order != "joint" and not run.stage_done("transfer"):
+    in_turn, quantized = run.config.transfer.order != "joint", run.config.finetune.quantize_base != "none"
+    if in_turn and not quantized and not run.stage_done("transfer"):
         raise LolcatsError(
             "attention.softmax_budget needs the whole model in memory, and stage 1 loads one layer after another. Run "
-            "lolcats select where the model fits, and pass its file with --selection."
+            "lolcats select where the model fits, in 4 bits if need be (--quantize nf4), and pass its file with "
+            "--selection."
         )
     if not ranks().shared((run.directory / FILE).exists()):
         if is_first():
             run.save()  # so that a search that was interrupted can be repeated here
-        found_heads(run.directory / FILE, run.config, inputs, device, dtype, say)
+        in_4_bits = ranks().shared(only_in_4_bits(run.config, inputs, device, dtype))
+        quantize: Quantize = "nf4" if in_4_bits else "none"
+        found_heads(run.directory / FILE, run.config, inputs, device, dtype, say, quantize)
     Selection.read(run.directory / FILE).check(inputs.base, run.directory / FILE)
 
 
 def found_heads(
-    path: Path, config: Config, inputs: Inputs, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
-) -> Selection:
-    """Search for heads within the budget, on all ranks together, and write them to ``path``."""
-    model = inputs.model(dtype, device)
+    path: Path, config: Config, inputs: Inputs, device: torch.device, dtype: torch.dtype, say: Callable[[str], None],
+    quantize: Quantize = "none",
+) -> Selection:  # fmt: skip
+    """Search for heads within the budget, on all ranks together, and write them to ``path``.
+
+    quantize: of the model that is searched.
+    """
+    if quantize != "none":
+        say(f"Loading {inputs.base.path} in 4 bits to choose heads")
+    model = inputs.model(dtype, device, quantize)
     settings = Settings(seed=config.seed)
     selection = select(model, inputs.tokenizer, inputs.base, config.attention, settings=settings, say=say)
     if is_first():
         selection.write(path)
     ranks().wait()
     return selection
+
+
+def only_in_4_bits(config: Config, inputs: Inputs, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the base model is in 4 bits wherever all of it is needed: it is for stage 2, and its own weights do not
+    fit into this machine's memory."""
+    if config.finetune.quantize_base == "none":
+        return False
+    model = empty_model(inputs.base, inputs.trust)
+    return dtype.itemsize * sum(p.numel() for p in model.parameters()) > weights_room(device)
 
 
 def with_run_heads(run: Run) -> Config:

@@ -88,7 +88,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     if inputs is not given:
         say(f"{out} keeps the tokenizer that it began with: the base model's tokenizer is read differently now.")
     if config.finetune.quantize_base != "none":
-        check_quantized(base, device)
+        check_quantized(base, device, inputs.trust, "finetune.quantize_base", gradients=True)
     data = str(Path(data).resolve()) if Path(data).exists() else data
     say(f"Reading {data}")
     rows = inputs.data(data, config.data, config.seed)
@@ -108,6 +108,11 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     choose_heads(run, inputs, *device_and_dtype(config), say)
     models = Models(run, inputs, say)
     job = Job(run, models.config, inputs, rows, models, say, lean)
+    if models.in_4_bits and not run.stage_done("transfer") and not job.in_turn:
+        raise LolcatsError(
+            f"{base.path} does not fit into memory, and stage 1 needs its own weights, not those in 4 bits of stage 2 "
+            "(finetune.quantize_base): use --schedule stream, which loads one layer after another."
+        )
     if job.in_turn and config.data.keep_longest_effective < 1:
         raise LolcatsError(
             "data.keep_longest_effective needs the whole model in memory to measure its attention: use "

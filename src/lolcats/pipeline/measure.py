@@ -30,6 +30,7 @@ from lolcats.evaluation.recall import measure as measure_recall
 from lolcats.inference.generate import generate
 from lolcats.modeling.layer import linearized_layers
 from lolcats.pipeline.job import Job
+from lolcats.report.table import IN_4_BITS
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, STATE_TOKENS
 from lolcats.stages.distributed import is_sharded
 from lolcats.stages.finetune.controls import control
@@ -45,6 +46,8 @@ BESIDE = (TEACHER, WINDOW_SINKS, STUDENT)  # whose recall and bytes stand beside
 def measure(job: Job) -> None:
     """Measure everything that the run's directory holds the parts for, and that no earlier attempt measured."""
     run = job.run
+    if job.models.in_4_bits:
+        run.measure(IN_4_BITS, lambda: True)
     measure_untrained(job)
     if run.stage_done("transfer"):
         measure_transfer(job)

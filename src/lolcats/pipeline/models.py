@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
 import torch
 from peft import PeftModel
@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from lolcats.config import Config
 from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
-from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, load_feature_maps, merge_lora
+from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, attach_lora, load_feature_maps, merge_lora
 from lolcats.modeling.classes import convert_as
 from lolcats.modeling.convert import convert
+from lolcats.modeling.record import read_record
 from lolcats.modeling.skeleton import Skeleton, build_skeleton
-from lolcats.pipeline.heads import with_run_heads
+from lolcats.pipeline.heads import only_in_4_bits, with_run_heads
 from lolcats.ranks import ranks
 from lolcats.run import Run
 from lolcats.stages.distributed import is_sharded
@@ -43,8 +44,9 @@ def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
 class Models:
     """Asking for one model replaces another, unless it is the same one.
 
-    Under torchrun, a base model that does not fit on each rank is sharded for stage 2; LoRA then stays beside its
-    weights.
+    With ``finetune.quantize_base``, a base model that does not fit otherwise is in 4 bits not only in stage 2, and LoRA
+    stays beside its weights. Under torchrun, a base model that does not fit on each rank is sharded for stage 2, and
+    LoRA stays beside its weights, too.
     """
 
     run: Run
@@ -58,6 +60,11 @@ class Models:
     def __post_init__(self) -> None:
         self.config = with_run_heads(self.run)
         self.device, self.dtype = device_and_dtype(self.config)
+
+    @cached_property
+    def in_4_bits(self) -> bool:
+        """Whether the base model is in 4 bits not only for stage 2."""
+        return only_in_4_bits(self.config, self.inputs, self.device, self.dtype)
 
     def skeleton(self) -> Skeleton:
         """The converted model without weights, for a stage 1 that loads one layer after another."""
@@ -74,18 +81,24 @@ class Models:
         if self._model is None or self._has_lora:
             self.drop()
             done = self.run.stage_done("transfer")
-            if done and shards(self.inputs.base, self.config, self.device, self.dtype):
+            if self.in_4_bits:
+                self._announce("Loading", " in 4 bits")
+                self._converted(load_quantized(self.inputs.base, self.dtype, self.device, self.inputs.trust))
+            elif done and shards(self.inputs.base, self.config, self.device, self.dtype):
                 self._announce("Loading", f" over {ranks().size} ranks")
                 self._wrapped = load_over_ranks(self.inputs.base, self.config, self.dtype, self.device)
                 self._model = self._wrapped.get_base_model()
             else:
                 self._announce("Loading")
-                base_model = self.inputs.model(self.dtype, self.device)
-                torch.manual_seed(self.config.seed)
-                self._model = convert(base_model, self.config)
+                self._converted(self.inputs.model(self.dtype, self.device))
+            assert self._model is not None
             if done:
                 load_feature_maps(self._model, self.run.directory / FEATURE_MAPS)
         return self._model
+
+    def _converted(self, base_model: PreTrainedModel) -> None:
+        torch.manual_seed(self.config.seed)
+        self._model = convert(base_model, self.config)
 
     def student(self) -> PreTrainedModel:
         """The trained model, once stage 2 is done: with its LoRA merged, or beside sharded weights."""
@@ -94,7 +107,7 @@ class Models:
             if lora.is_dir() and self._wrapped is not None:
                 load_lora(self._wrapped, lora)
             elif lora.is_dir():
-                self._model = merge_lora(model, lora)
+                self._model = (attach_lora if self.in_4_bits else merge_lora)(model, lora)
             self._has_lora = True
         assert self._model is not None
         return self._model
@@ -112,6 +125,8 @@ class Models:
         """Take over the model that stage 2 trained."""
         if is_sharded(wrapped):  # LoRA is not merged into sharded weights
             self._model, self._wrapped, self._has_lora = wrapped.get_base_model().eval(), wrapped, True
+        elif self.in_4_bits:
+            self._model, self._has_lora = wrapped.get_base_model().eval(), True
         elif self.config.finetune.quantize_base != "none":
             self.drop()
         else:
@@ -124,10 +139,11 @@ class Models:
 
     def _quantized(self) -> PreTrainedModel:
         """The converted model on a base in 4 bits. A second model in memory would undo the saving."""
-        record: dict[str, Any] = self.converted().config.lolcats
+        if self.in_4_bits:
+            return self.converted()
         self.drop()
         base_model = load_quantized(self.inputs.base, self.dtype, self.device, self.inputs.trust)
-        self._model = convert_as(base_model, record)
+        self._model = convert_as(base_model, read_record(self.run.directory))
         load_feature_maps(self._model, self.run.directory / FEATURE_MAPS)
         return self._model
 

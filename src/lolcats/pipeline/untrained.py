@@ -11,7 +11,7 @@ from lolcats.errors import LolcatsError
 from lolcats.files import write_text
 from lolcats.modeling.checkpoint import save_adapter_config
 from lolcats.modeling.convert import convert
-from lolcats.pipeline.finish import export_merged
+from lolcats.modeling.merge import save_whole
 from lolcats.pipeline.heads import FILE, found_heads
 from lolcats.pipeline.job import log
 from lolcats.pipeline.models import Say, device_and_dtype
@@ -59,6 +59,6 @@ def linearize_untrained(
     write_untrained_card(out, linearized, inputs.base, config.attention, selection)
     if merge:
         say(f"Writing {out / 'merged'}")
-        export_merged(linearized, inputs.tokenizer, out / "merged")
+        save_whole(linearized, inputs.tokenizer, out / "merged")
     save_adapter_config(linearized, inputs.base, out, parts={})  # last: with it, the adapter counts
     return selection

@@ -16,6 +16,7 @@ from lolcats.plan.size import Size
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
 HEADER = ("stage", "schedule", "GPU GiB", "host GiB", "disk GB", "read GB", "hours", "tokens/s", "limited by", "fits")
 PAPER_BLOCK = 9  # layers per block of the paper's 405B run: 126 layers in 14 blocks
+SELECTION = "selection.yaml"
 HEADROOM = 1.1  # factor on the host memory that a plan counts
 
 
@@ -55,7 +56,7 @@ def plan_rows(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
         (
             plan.stage, plan.schedule, f"{plan.peak / GIB:.1f}", f"{sum(plan.host.values()) / GIB:.0f}",
             f"{sum(plan.disk.values()) / 1e9:,.0f}", f"{plan.read / 1e9:,.0f}", f"{plan.time / 3600:.2f}",
-            f"{plan.tokens / plan.time:,.0f}", plan.limit, "; ".join(plan.problems) or "yes",
+            f"{plan.tokens / plan.time:,.0f}" if plan.tokens else "", plan.limit, "; ".join(plan.problems) or "yes",
         )
         for plan in plans
     ]  # fmt: skip
@@ -73,11 +74,18 @@ def part_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def commands(
-    plans: Sequence[Plan], model: str, recipe: str, sets: Sequence[str], machine: Machine, trust: bool = False
+    plans: Sequence[Plan], model: str, recipe: str, sets: Sequence[str], machine: Machine, trust: bool = False,
+    selection: bool = False,
 ) -> list[str]:  # fmt: skip
-    """Commands that run the plans of both stages. A run has one configuration, so stage 1 gets all settings."""
+    """Commands that run the plans of both stages. A run has one configuration, so stage 1 gets all settings.
+
+    ``selection``: a search before stage 1 has left its heads in a file.
+    """
     consent = ["--trust-remote-code"] * trust
     words = ["lolcats", "transfer", model, "--data", "DATA", "--out", "DIR", "--recipe", recipe]
+    if selection:
+        words += ["--selection", SELECTION]
+        sets = [text for text in sets if not text.startswith("attention.softmax_budget=")]
     settings = [word for text in (*sets, *(s for plan in plans for s in plan.settings)) for word in ("--set", text)]
     lines = []
     for plan in plans:
@@ -86,6 +94,13 @@ def commands(
         else:
             lines.append(["lolcats", "finetune", "DIR", *consent])
     return [shlex.join([*launcher(machine), *line]) for line in lines]
+
+
+def search_command(plan: Plan, model: str, budget: float, recipe: str, trust: bool = False) -> str:
+    """The command that chooses heads."""
+    words = ["lolcats", "select", model, "--out", SELECTION, "--budget", f"{budget:g}", "--beyond", "1"]
+    options = [word for setting in plan.settings for word in setting.split()]
+    return shlex.join([*words, *options, "--recipe", recipe, *["--trust-remote-code"] * trust])
 
 
 def launcher(machine: Machine) -> list[str]:

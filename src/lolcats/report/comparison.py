@@ -76,14 +76,16 @@ def comparison(scores: Scores) -> list[dict[str, Any]]:
 
 
 def write_comparison(path: Path, scores: Scores, model: str, tasks: list[str], baselines: list[str],
-                     place: tuple[torch.device, torch.dtype], options: Options) -> None:  # fmt: skip
+                     place: tuple[torch.device, torch.dtype], options: Options,
+                     quantize: str = "none") -> None:  # fmt: skip
     """Write all scores, including the result of each item, and how they were measured to one JSON file."""
     packages = (p for name in ("torch", "transformers", "lm-eval") for p in metadata.distributions(name=name))
     versions = {package.name: package.version for package in packages}
     record = {
         "model": model, "tasks": tasks, "baselines": baselines, "date": str(date.today()),
         "versions": {"lolcats": __version__, **versions}, "device": str(place[0]),
-        "dtype": str(place[1]).removeprefix("torch."), "options": asdict(options), "scores": comparison(scores),
+        "dtype": str(place[1]).removeprefix("torch."), "quantize": quantize, "options": asdict(options),
+        "scores": comparison(scores),
     }  # fmt: skip
     write_text(path, json.dumps(record, default=str) + "\n")
 

@@ -22,6 +22,12 @@ NO_CONTROLS = (
     "has not trained that control: use lolcats finetune DIR --controls."
 )
 
+IN_4_BITS = "measured_in_4_bits"
+"""In run.json: true if the base model was in 4 bits for everything measured."""
+QUANTIZED = (
+    "All of this is measured on the base model in 4 bits (finetune.quantize_base), whose own weights do not fit into "
+    "memory."
+)
 EMPTY = "empty_linear_term"
 """In run.json: of documents that are kept apart, the share of the training tokens whose query has no key for the linear
 term."""
@@ -122,7 +128,11 @@ def memory_rows(run: Run) -> list[tuple[str, str, str]]:
 def remarks(run: Run) -> list[str]:
     """Notes on how to read the table. The last one says it if the model is worse than with nothing trained."""
     share = run.record.get("data", {}).get(EMPTY)
-    texts = [recall_note(run), "" if share is None else empty_term(share)]
+    texts = [
+        QUANTIZED if run.results.get(IN_4_BITS) else "",
+        recall_note(run),
+        "" if share is None else empty_term(share),
+    ]
     return [*filter(None, texts), *_of_lora(run), *filter(None, [verdict(run)])]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -52,9 +53,14 @@ class Scorer:
     Args:
         model: a converted model whose linearized layers have kind ``window`` and all their heads.
         batch_tokens: maximum number of tokens per forward pass.
+        record_on: where :meth:`move_to` keeps what decoder layers put out; default: where the model is.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Scored], batch_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Scored], batch_tokens: int,
+        record_on: torch.device | None = None,
+    ) -> None:  # fmt: skip
+        self.record_on = record_on or model.device
         self.model, self.batch_tokens, head = model.eval(), batch_tokens, find_head(model)
         if head is None:
             raise LolcatsError(f"{type(model).__name__} has an output layer of a form that selection cannot use.")
@@ -103,7 +109,7 @@ class Scorer:
         with self._trying(self.at):
             for batch in self.batches:
                 batch.passed.clear()  # before the new ones, since both may not fit
-                with _recording(self.blocks, batch.passed):
+                with _recording(self.blocks, batch.passed, self.record_on):
                     total += self._loss(batch).item()
         return total
 
@@ -191,7 +197,8 @@ class Scorer:
     def _hidden(self, batch: Batch, first: int = 0) -> Tensor:
         """(N, E) hidden states that predict the answer tokens; decoder layers before ``first`` as recorded."""
         self.passes += (1 - first / len(self.blocks)) * batch.ids.numel() / self.tokens
-        with _replaced(self.blocks[:first], [lambda *_, known=known, **__: known for known in batch.passed[:first]]):
+        known = _moved(batch.passed[first - 1], batch.ids.device) if first else None  # the last one is all that matters
+        with _replaced(self.blocks[:first], [lambda *_, **__: known] * first):
             return decoder(self.model)(**inputs_of(batch.ids))[0][batch.rows, batch.columns]
 
     def _block_of(self, layer: LinearizedAttention) -> int:
@@ -253,10 +260,15 @@ def _checkpointed(blocks: Sequence[nn.Module]) -> Any:
     return _replaced(blocks, [again(block.forward) for block in blocks])
 
 
+def _moved(output: Any, place: torch.device) -> Any:
+    """What a decoder layer put out, a tensor or a tuple with tensors, on a device."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(place), output)
+
+
 @contextmanager
-def _recording(blocks: Sequence[nn.Module], into: list[Any]) -> Iterator[None]:
-    """Append what each decoder layer puts out."""
-    hooks = [block.register_forward_hook(lambda _, __, output: into.append(output)) for block in blocks]
+def _recording(blocks: Sequence[nn.Module], into: list[Any], place: torch.device) -> Iterator[None]:
+    """Append what each decoder layer puts out, moved to ``place``."""
+    hooks = [block.register_forward_hook(lambda _, __, output: into.append(_moved(output, place))) for block in blocks]
     try:
         yield
     finally:

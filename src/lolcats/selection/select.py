@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lolcats.config import AttentionConfig, Kind
 from lolcats.errors import LolcatsError, out_of_memory
+from lolcats.memory import free_host_memory
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.probe import text_config
@@ -76,7 +77,9 @@ def select(
     further = [] if settings.beyond <= 1 else _further(scorer, trail[-1], int(settings.beyond * count), settings, say)
     found: list[Found | None] = [Found((), scorer.loss(())), *trail, *further, None]
     curve = scorer.ranks.spread(lambda each: _point(each, model, checker), found)
+    in_4_bits = getattr(model, "is_loaded_in_4bit", False)
     info: dict[str, Any] = asdict(settings) | {
+        "weights": "nf4" if in_4_bits else str(model.dtype).removeprefix("torch."),
         "lengths": list(settings.lengths), "tokens_per_score": scorer.tokens,
         "seconds": {"prompts": round(prepared - started, 1), "search": round(searched - prepared, 1),
                     "curve": round(time.time() - searched, 1)},
@@ -146,6 +149,7 @@ def _fitting(model: PreTrainedModel, asked: Sequence[Any]) -> Scorer:
         try:
             scorer = Scorer(model, asked, tokens)
             scorer.slopes({}, [len(scorer.batches) - 1])  # needs the most memory
+            scorer.record_on = _record_on(scorer)
             return scorer
         except Exception as error:
             if not out_of_memory(error) or tokens <= max(len(prompt.ids) for prompt in asked):
@@ -160,9 +164,30 @@ def _shared(scorer: Scorer, model: PreTrainedModel, asked: Sequence[Any]) -> Sco
     together = ranks()
     tokens = min(together.spread(lambda _: scorer.batch_tokens, range(together.size)))
     if tokens < scorer.batch_tokens:
-        scorer = Scorer(model, asked, tokens)
+        scorer = Scorer(model, asked, tokens, scorer.record_on)
     scorer.ranks = together
     return scorer
+
+
+def _record_on(scorer: Scorer) -> torch.device:
+    """Where there is room for what all decoder layers put out for all prompts: the GPU or the host.
+
+    Raises:
+        LolcatsError: neither.
+    """
+    device, model = scorer.model.device, scorer.model
+    width = model.get_input_embeddings().weight.shape[1]
+    size = len(scorer.blocks) * scorer.tokens * width * model.dtype.itemsize
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        if 2 * size <= torch.cuda.mem_get_info(device)[0]:
+            return device
+    if size > (free := free_host_memory()):
+        raise LolcatsError(
+            f"The search keeps {size / 2**30:.1f} GiB of hidden states, and {free / 2**30:.1f} GiB of host memory are "
+            "free: use shorter prompts (--lengths)."
+        )
+    return torch.device("cpu")
 
 
 def _further(scorer: Scorer, found: Found, count: int, settings: Settings, say: Say) -> list[Found]:

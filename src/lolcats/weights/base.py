@@ -16,6 +16,7 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,9 +25,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from lolcats.errors import LolcatsError, first_line, out_of_memory
 from lolcats.files import hash_file
+from lolcats.memory import device_room
 from lolcats.weights.gguf_header import Header, check_gguf
 from lolcats.weights.gguf_nested import nested_arrays_left_out
 from lolcats.weights.gguf_tokenizer import mend_tokenizer
@@ -35,7 +38,14 @@ HINT = "Is it a complete decoder-only language model that transformers knows?"
 NEEDS_CODE = "{} comes with its own Python code, which runs only if you allow it: --trust-remote-code."
 COMMIT = "commit "
 UNKNOWN = f"{COMMIT}None"  # what was recorded of a hub model while transformers did not tell its commit
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight in 4 bits: itself, a scale of 8 bits for each 64, and one of 32 bits for each 256 scales."""
+QUANTIZED = 0.5  # of the weights in layers, the least share to be in 4 bits
 STRIDE, SAMPLE = 1 << 20, 4096  # bytes: 4 KiB of each MiB of a weight file are hashed
+
+
+Quantize = Literal["none", "nf4"]
+"""What the weights of linear layers are loaded in: the model's dtype, or 4 bits (bitsandbytes)."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +182,11 @@ def is_gguf(file: Path) -> bool:
 
 
 def load_model(
-    base: Base, dtype: torch.dtype, device: torch.device | str = "cpu", trust: bool = False
+    base: Base, dtype: torch.dtype, device: torch.device | str = "cpu", trust: bool = False, quantize: Quantize = "none"
 ) -> PreTrainedModel:
     """The base model in evaluation mode; raise LolcatsError with a reason if it cannot be loaded."""
+    if quantize != "none":
+        return load_quantized(base, dtype, torch.device(device), trust)
     path, kwargs = base.arguments
     with _reading(base, HINT):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -192,27 +204,61 @@ def load_model(
 def load_quantized(base: Base, dtype: torch.dtype, device: torch.device, trust: bool = False) -> PreTrainedModel:
     """The base model with the weights of its linear layers in NF4 (bitsandbytes), computing in ``dtype``.
 
-    Embeddings, norms and the output layer stay as they are.
+    Embeddings, norms and the output layer stay as they are. Each weight is quantized as it is read, so the model in
+    ``dtype`` is nowhere as a whole.
     """
-    check_quantized(base, device)
-    compute = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+    check_quantized(base, device, trust)
     with _readable(base, HINT):
         model = AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=dtype, quantization_config=compute, device_map={"": device}, trust_remote_code=trust
+            base.path, dtype=dtype, quantization_config=nf4(dtype), device_map={"": device}, trust_remote_code=trust
         )
     return model.eval()
 
 
-def check_quantized(base: Base, device: torch.device) -> None:
-    """Raise LolcatsError unless ``base`` can be loaded in 4 bits here. Checked before stage 1, not after it."""
-    if device.type != "cuda":
-        raise LolcatsError(f"finetune.quantize_base: 4-bit weights need a CUDA GPU, but this runs on {device.type}.")
+def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Weights in NF4 with their scales in 8 bits, computing in ``dtype``."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def check_quantized(
+    base: Base, device: torch.device, trust: bool = False, option: str = "--quantize", gradients: bool = False
+) -> None:  # fmt: skip
+    """Raise LolcatsError unless ``base`` can be loaded in 4 bits here. ``option``: what asks for it.
+
+    ``gradients``: gradients flow through its layers. On CPUs, bitsandbytes packs weights again and gives them none.
+    """
+    if device.type != "cuda" and (gradients or device.type != "cpu"):
+        raise LolcatsError(f"{option}: 4-bit weights need a CUDA GPU, but this runs on {device.type}.")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise LolcatsError("finetune.quantize_base needs bitsandbytes: pip install 'lolcats[quantize]'.")
+        raise LolcatsError(f"{option} needs bitsandbytes: pip install 'lolcats[quantize]'.")
     if base.form == "gguf":
-        raise LolcatsError("finetune.quantize_base: a GGUF file is quantized already; give a hub id or a directory.")
+        raise LolcatsError(f"{option}: a GGUF file is quantized already; give a hub id or a directory.")
+    if method := getattr(read_config(base, trust), "quantization_config", None):
+        name = method.get("quant_method") if isinstance(method, dict) else method.quant_method
+        raise LolcatsError(f"{option}: {base.path} is quantized already ({name}): give the original weights.")
+    model = empty_model(base, trust)
+    linear, inside = _in_linear_layers(model)
+    if linear < QUANTIZED * inside:
+        raise LolcatsError(
+            f"{option}: bitsandbytes quantizes linear layers, which hold only {linear / inside:.0%} of the weights in "
+            f"the layers of {base.path}. Most of the others are those of experts, so it would save little memory."
+        )
+    size = NF4_BYTES * linear + 2 * (sum(p.numel() for p in model.parameters()) - linear)
+    if size > (room := device_room(device)):
+        raise LolcatsError(
+            f"{option}: {base.path} takes about {size / 2**30:.1f} GiB in 4 bits, and there is room for "
+            f"{room / 2**30:.1f} GiB on {device.type}. lolcats plan says what fits on which GPU."
+        )
+
+
+def _in_linear_layers(model: PreTrainedModel) -> tuple[int, int]:
+    """Weights of linear layers, and all parameters, outside embeddings and output layer."""
+    apart = {model.get_input_embeddings(), model.get_output_embeddings()}
+    inside = [module for module in model.modules() if module not in apart]
+    linear = sum(m.weight.numel() for m in inside if isinstance(m, nn.Linear | Conv1D))
+    return linear, sum(p.numel() for module in inside for p in module.parameters(recurse=False))
 
 
 def read_config(base: Base, trust: bool = False) -> PreTrainedConfig:

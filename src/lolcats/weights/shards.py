@@ -22,7 +22,7 @@ READERS = 4  # threads that read tensors of one layer
 
 
 class OtherNames(LolcatsError):
-    """A checkpoint that names its tensors differently from the model."""
+    """A checkpoint that names its tensors differently from the model, or is not in safetensors."""
 
 
 class WeightSource(Protocol):
@@ -144,7 +144,7 @@ def _index(directory: Path) -> dict[str, str]:
                 raise LolcatsError(f"{directory / file} is missing: {INDEX} lists it. Download the model again.")
         return files
     if not (directory / SINGLE).exists():
-        raise LolcatsError(
+        raise OtherNames(
             f"{directory} has neither {INDEX} nor {SINGLE}: layers can be read one by one only from safetensors files."
         )
     with _readable(directory / SINGLE), safe_open(directory / SINGLE, framework="pt") as opened:

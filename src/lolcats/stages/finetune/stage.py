@@ -4,7 +4,6 @@ teacher; feature maps are frozen."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from lolcats.modeling.families import FUSED, MLP, PROJECTIONS
 from lolcats.modeling.install import inputs_of
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import Head, find_head, language_model_loss
-from lolcats.modeling.skeleton import convert_empty, empty_model, own_tensors, replaced
+from lolcats.modeling.skeleton import convert_empty, empty_model, light_weights
 from lolcats.ranks import ranks
 from lolcats.stages.distributed import fill_part, is_sharded, materialize, own_device, shard
 from lolcats.stages.finetune.distillation import Distillation, distillation_loss
@@ -154,24 +153,11 @@ def load_over_ranks(base: Base, config: Config, dtype: torch.dtype, device: torc
         return wrapped.to(device) if device.type == "cpu" else wrapped
     convert_empty(model, config.attention)
     torch.manual_seed(config.seed)
-    with _light_weights(model):
+    with light_weights(model):
         wrapped = add_lora(model, config.finetune)
     shard(model, device)
     materialize(model, device, lambda name, p: fill_part(p, source, name.replace(".base_layer", "")))
     return wrapped.eval()
-
-
-def _light_weights(model: nn.Module) -> AbstractContextManager[None]:
-    """For the block's duration, replace each base weight on the meta device by one expanded element in host memory.
-
-    PEFT creates LoRA matrices on the device of the base weights, and they must be initialized with real values.
-    """
-    return replaced([
-        (place, name, nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), requires_grad=False))
-        for module in model.modules()
-        for place, name, p in own_tensors(module)
-        if p.is_meta
-    ])  # fmt: skip
 
 
 def load_lora(wrapped: PeftModel, directory: Path) -> None:

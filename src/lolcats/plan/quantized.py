@@ -1,0 +1,212 @@
+"""What a model costs whose linear layers are in 4 bits, and the search for heads. Estimates: see :class:`Guesses`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lolcats.config import Config
+from lolcats.modeling.merge import FILE_BYTES
+from lolcats.plan.costs import (
+    GIB,
+    PROCESS,
+    WORKSPACE,
+    Machine,
+    Plan,
+    Speeds,
+    Work,
+    checked,
+    forward_operations,
+    gpu_need,
+    lora,
+)
+from lolcats.plan.size import Size
+from lolcats.selection.result import by_layer
+from lolcats.selection.search import ONE_BY_ONE
+from lolcats.selection.select import Settings, prompt_plan
+from lolcats.weights.base import NF4_BYTES
+
+LENGTHS = ((2048, 4096, 8192), (1024, 2048, 4096), (1024, 2048))
+"""Prompts of a search: what ``lolcats select`` takes by default, and shorter ones for models that leave less room."""
+MOST_ROWS = 16
+"""Rows at a time; more save hardly any time."""
+SHARE = 0.125
+"""Of the key/value heads, what ``lolcats select`` keeps by default."""
+PATIENCE = 45 * 60
+"""Seconds that a search should take at most."""
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """Speeds that were never measured."""
+
+    dequantize: float = 1.5e12
+    """Bytes per second that bitsandbytes reads and writes while it turns weights of 4 bits into bf16."""
+    search: float = 0.5
+    """Share of ``Speeds.matmul`` that the passes of a search reach."""
+    merge: float = 1e9
+    """Bytes of weights per second into which a CPU merges LoRA."""
+
+
+def nf4_bytes(size: Size) -> float:
+    """Weights of a model whose decoder layers are in 4 bits; embedding and output layer stay in bf16."""
+    return NF4_BYTES * size.decoder + 2.0 * (size.embedding + size.head)
+
+
+def dequantizing(size: Size, passes: int, guesses: Guesses) -> float:
+    """Seconds of turning all weights in 4 bits into bf16, ``passes`` times."""
+    return passes * (NF4_BYTES + 2.0) * size.decoder / guesses.dequantize
+
+
+def plan_quantized(size: Size, config: Config, machine: Machine, work: Work) -> list[Plan]:
+    """Plans for stage 2 on a base model in 4 bits, which works on one GPU: with cross-entropy, and with the KL
+    divergence from the teacher, which computes every batch once more."""
+    if machine.gpus > 1:
+        return []
+    return [_with_most_rows(size, config, machine, work, with_teacher) for with_teacher in (False, True)]
+
+
+def _with_most_rows(size: Size, config: Config, machine: Machine, work: Work, with_teacher: bool) -> Plan:
+    """The plan with as many rows at a time as fit, since weights are dequantized once for all of them."""
+    stage, plans = config.finetune, list[Plan]()
+    for rows in (n for n in range(min(stage.batch_size, MOST_ROWS), 0, -1) if stage.batch_size % n == 0):
+        changed = replace(config, finetune=replace(stage, micro_batch_size=rows))
+        plan = checked(lora_in_4_bits(size, changed, machine, work, with_teacher), machine)
+        more = [f"finetune.micro_batch_size={rows}"] if rows != stage.micro_batch_size else []
+        plans.append(replace(plan, settings=[*plan.settings, *more]))
+        if not plan.problems:
+            break
+    return plans[-1]
+
+
+def lora_in_4_bits(size: Size, config: Config, machine: Machine, work: Work, with_teacher: bool = False) -> Plan:
+    """LoRA with gradient checkpointing on a base model in 4 bits. ``with_teacher``: and a forward pass without LoRA."""
+    speeds, guesses = Speeds(), Guesses()
+    whole = lora(size, checkpointed(config), machine, work, speeds)
+    rows, length = min(config.finetune.micro_batch_size, config.finetune.batch_size), config.data.sequence_length
+    products, attention = forward_operations(size, length)
+    seconds = {"computing (estimated)": whole.seconds["computing"]}
+    seconds["computing (estimated)"] += (
+        work.finetune_tokens / (rows * length) * dequantizing(size, 4 if with_teacher else 3, guesses)
+    )
+    gpu = {**whole.gpu, "weights": nf4_bytes(size), "matrices in bf16": 2 * 2.0 * size.hidden * size.mlp / 2}
+    if with_teacher:
+        head = 2.0 * (size.head or size.embedding)
+        forward = ((products + head) / speeds.forward + attention / speeds.softmax) / speeds.matmul
+        seconds["computing (estimated)"] += work.finetune_tokens * forward
+        gpu["teacher's hidden states"] = 2 * 2.0 * rows * length * size.hidden
+    seconds["reading"] = 2.0 * size.total / machine.read_speed
+    host = {"processes": PROCESS, "a tensor, read and quantized": 4.0 * largest_tensor(size)}
+    settings = ["finetune.quantize_base=nf4", "finetune.gradient_checkpointing=true"]
+    form = "4 bits, KL loss" if with_teacher else "4 bits"
+    return Plan("stage 2", form, work.finetune_tokens, gpu, host, whole.disk, 2.0 * size.total, seconds, settings)
+
+
+def checkpointed(config: Config) -> Config:
+    return replace(config, finetune=replace(config.finetune, gradient_checkpointing=True))
+
+
+def plan_select(size: Size, config: Config, machine: Machine) -> list[Plan]:
+    """Plans for the search for heads on one GPU, from long prompts to short ones: on the model as it is if it fits,
+    otherwise in 4 bits."""
+    for in_4_bits in (False, True):
+        plans = [checked(search(size, config, machine, lengths, in_4_bits), machine) for lengths in LENGTHS]
+        if any(not plan.problems for plan in plans):
+            break
+    return plans
+
+
+def search(size: Size, config: Config, machine: Machine, lengths: Sequence[int], in_4_bits: bool) -> Plan:
+    """The search for an eighth of the heads, or as many as ``attention.softmax_budget`` allows."""
+    speeds, guesses, longest = Speeds(), Guesses(), max(lengths)
+    tokens = sum(length for _, length in prompt_plan(lengths))
+    passes = passes_of_search(max(1, int((config.attention.softmax_budget or SHARE) * size.kv_heads * size.linearized)))
+    products, attention = forward_operations(size, longest)
+    seconds = passes * tokens * (products + attention) / guesses.search / speeds.matmul
+    if in_4_bits:  # prompts of the longest length may go through one by one
+        seconds += dequantizing(size, math.ceil(passes * tokens / longest), guesses)
+    weights = nf4_bytes(size) if in_4_bits else 2.0 * size.total
+    gpu = {
+        "weights": weights, "inputs of layers, for slopes": 2.0 * size.layers * longest * size.hidden,
+        "activations": 2.0 * longest * (8 * size.hidden + 2 * size.mlp), "answers": 0.5 * GIB, "workspace": WORKSPACE,
+    }  # fmt: skip
+    host = {
+        "processes": PROCESS, "hidden states": 2.0 * size.layers * tokens * size.hidden,
+        "weights while loading": 4.0 * largest_tensor(size) if in_4_bits else weights,
+    }  # fmt: skip
+    settings = [f"--lengths {','.join(map(str, lengths))}", *(["--quantize nf4"] if in_4_bits else [])]
+    form = f"prompts of {longest:,}" + (", 4 bits" if in_4_bits else "")
+    parts = {"computing (estimated)": seconds, "reading": 2.0 * size.total / machine.read_speed}
+    disk = {"model": 2.0 * size.total}
+    return Plan("select", form, passes * tokens, gpu, host, disk, 2.0 * size.total, parts, settings)
+
+
+def kept_evenly(config: Config, size: Size) -> Config:
+    """The configuration with as many kept heads as its budget allows, over all layers, since the search has not been
+    made: for counting. ``size``: with none kept."""
+    budget, plain = config.attention.softmax_budget, replace(config.attention, softmax_budget=0.0)
+    count = int(budget * size.kv_heads * size.linearized) if size.linearized == size.layers else 0
+    heads = by_layer((i % size.layers, i // size.layers) for i in range(count))
+    return replace(config, attention=replace(plain, softmax_heads=heads))
+
+
+def passes_of_search(count: int) -> float:
+    """Forward passes through all layers until ``count`` heads are chosen, and those of the curve up to there."""
+    kept, passes = 0, 0.0
+    while kept < count:
+        added = 1 if kept < ONE_BY_ONE else min(max(1, count // 16), count - kept)
+        kept += added
+        passes += 1 + 3 + (Settings().width + (added > 1)) / 2 + 1  # hidden states, slopes, candidates, right answers
+    return passes + 6  # the teacher's answers, the first slopes, a model without heads
+
+
+def chosen_search(plans: Sequence[Plan]) -> list[Plan]:
+    """The longest prompts that fit and take at most ``PATIENCE``, otherwise the shortest that fit."""
+    fitting = [plan for plan in plans if not plan.problems]
+    return [next((plan for plan in fitting if plan.time <= PATIENCE), fitting[-1])] if fitting else []
+
+
+def plan_export(size: Size, machine: Machine) -> list[Plan]:
+    """The merged model, written file by file on the CPU."""
+    weights = 2.0 * size.total
+    steps = 2 * weights / machine.read_speed + weights / Guesses().merge
+    host = {"processes": PROCESS, "a file and its copies": merging_memory(size)}
+    disk = {"model": weights, "merged model": weights}
+    plan = Plan(
+        "export", "file by file", 0.0, {}, host, disk, weights, {"reading, merging, writing (estimated)": steps}
+    )
+    return [checked(plan, machine)]
+
+
+def merging_memory(size: Size) -> float:
+    """The tensors of a file, twice while it is written, a matrix of LoRA in fp32, feature maps and LoRA."""
+    return (
+        2.0 * max(FILE_BYTES, 2.0 * largest_tensor(size)) + 4.0 * largest_tensor(size) + 4.0 * (size.maps + size.lora)
+    )
+
+
+def largest_tensor(size: Size) -> float:
+    """Parameters of the largest tensor."""
+    return float(max(size.embedding, size.head, size.hidden * size.mlp / 2))
+
+
+def path_line(plans: Sequence[Plan]) -> str:
+    """The time of all steps together; what was never measured is said."""
+    parts = ", ".join(f"{plan.stage} {plan.time / 3600:.1f}" for plan in plans)
+    hours = sum(plan.time for plan in plans) / 3600
+    return (
+        f"All of it takes about {hours:.1f} hours ({parts}). Times of select, of stage 2 in 4 bits and of export are "
+        "estimates: they were never measured."
+    )
+
+
+def what_would_fit(plans: Sequence[Plan]) -> str:
+    """The GPU that stage 2 in 4 bits would fit on; empty if it fits here or was not planned."""
+    if not plans or any(not plan.problems for plan in plans):
+        return ""
+    least = min(plans, key=lambda plan: plan.peak)
+    return (
+        f"In 4 bits, stage 2 fits on one GPU with {math.ceil(gpu_need(least.peak) / GIB)} GiB and "
+        f"{math.ceil(sum(least.host.values()) * 1.1 / GIB)} GiB of host memory."
+    )
