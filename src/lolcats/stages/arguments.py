@@ -56,6 +56,7 @@ def training_arguments(
         seed=seed,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": device.type == "cuda"},  # else the host waits for every copy of a batch
         report_to=report_to or "none",
     )
     if arguments.n_gpu > 1:  # one GPU per process: several need torchrun, never DataParallel
