@@ -28,6 +28,7 @@ from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.modeling.skeleton import convert_empty, empty_model, own_tensors, replaced
 from lolcats.ranks import ranks
 from lolcats.stages.distributed import fill_part, is_sharded, materialize, own_device, shard
+from lolcats.stages.finetune.lora import LeanLora
 from lolcats.stages.finetune.trainer import StageTrainer
 from lolcats.stages.result import StageResult
 from lolcats.stages.trained import train_only, trainable
@@ -186,6 +187,13 @@ class FinetuneTrainer(StageTrainer):
     """Loss: next-token cross-entropy, mean over all tokens."""
 
     stage_config: FinetuneConfig
+
+    @cached_property
+    def lora(self) -> LeanLora:
+        return LeanLora(self.base, self.base.dtype)
+
+    def passing(self) -> AbstractContextManager[None]:
+        return self.lora.cast()
 
     @cached_property
     def head(self) -> Head | None:

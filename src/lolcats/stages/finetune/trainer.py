@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -125,10 +125,15 @@ class StageTrainer(Trainer):
         if not model.training:
             model.train()
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs) / self.current_gradient_accumulation_steps
-        self.accelerator.backward(loss)
+        with self.passing():
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs) / self.current_gradient_accumulation_steps
+            self.accelerator.backward(loss)
         return loss.detach()
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Around each forward pass and its backward pass; subclasses may prepare the model for it."""
+        return nullcontext()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return int(inputs["input_ids"].numel() * self._operations_per_token)
@@ -149,7 +154,7 @@ class StageTrainer(Trainer):
         replace_metrics(self.metrics, self.stage, [*history, last])
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), self.passing():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
