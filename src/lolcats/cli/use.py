@@ -75,7 +75,7 @@ def evaluate(
     from lolcats.evaluation.suite import Options
     from lolcats.pipeline import device_and_dtype
 
-    place, batch_size = device_and_dtype(config), batch_size or config.transfer.micro_batch_size
+    place, batch_size = device_and_dtype(config), batch_size or config.transfer.rows_at_once
     if tasks:
         options = Options(data_dir, data, numbers(lengths), limit or None, batch_size, seed)
         if output and not output.parent.is_dir():

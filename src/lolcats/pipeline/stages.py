@@ -19,6 +19,7 @@ from lolcats.pipeline.job import Job
 from lolcats.ranks import is_first, ranks
 from lolcats.stages.finetune.controls import control_directory, train_control
 from lolcats.stages.finetune.stage import finetune
+from lolcats.stages.micro_batch import settled_rows
 from lolcats.stages.result import StageResult
 from lolcats.stages.transfer.stage import transfer, transfer_in_turn
 
@@ -70,7 +71,7 @@ def run_transfer(job: Job, block: int | None = None) -> None:
         return
     if is_first():
         save_feature_maps(model, run.directory / FEATURE_MAPS)
-    run.finish_stage("transfer", summary)
+    run.finish_stage("transfer", summary | settled_rows(run.directory / "checkpoints" / "transfer"))
     ranks().wait()
     if is_first():
         shutil.rmtree(run.directory / "checkpoints" / "transfer", ignore_errors=True)
@@ -132,7 +133,7 @@ def run_finetune(job: Job) -> None:
     save_lora(wrapped, run.base, out / LORA)
     if config.finetune.feature_map_learning_rate > 0:
         save_feature_maps(wrapped, out / FEATURE_MAPS)
-    run.finish_stage("finetune", _summary(result, started))
+    run.finish_stage("finetune", _summary(result, started) | settled_rows(out / "checkpoints" / "finetune"))
     ranks().wait()
     if is_first():
         shutil.rmtree(out / "checkpoints", ignore_errors=True)

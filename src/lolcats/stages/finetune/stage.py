@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from lolcats.ranks import ranks
 from lolcats.stages.distributed import fill_part, is_sharded, materialize, own_device, shard
 from lolcats.stages.finetune.lora import LeanLora
 from lolcats.stages.finetune.trainer import StageTrainer
+from lolcats.stages.micro_batch import settled
 from lolcats.stages.result import StageResult
 from lolcats.stages.trained import train_only, trainable
 from lolcats.stages.watch import first_bad_layer, first_bad_weight
@@ -61,12 +63,20 @@ def finetune(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if ranks().size > 1 and config.finetune.sharding == "always" and not is_sharded(model):
         shard(model, own_device(model.device))
-    trainer = FinetuneTrainer(
-        wrapped, config.finetune, data.dataset("train"), data.dataset("validation"), "finetune",
-        directory / "checkpoints" / "finetune", directory / "metrics.jsonl", config.seed, config.report_to,
-    )  # fmt: skip
+    working = directory / "checkpoints" / "finetune"
+
+    def trainer(stage: FinetuneConfig, report_to: list[str]) -> FinetuneTrainer:
+        return FinetuneTrainer(
+            wrapped, stage, data.dataset("train"), data.dataset("validation"), "finetune", working,
+            directory / "metrics.jsonl", config.seed, report_to,
+        )  # fmt: skip
+
+    def trial(rows: int) -> None:
+        trainer(replace(config.finetune, micro_batch_size=rows), []).try_step()
+
     with fused_layers(model, config.finetune.liger):
-        return wrapped, trainer.run()
+        stage = settled(config.finetune, working, model.device, None if is_sharded(model) else trial)
+        return wrapped, trainer(stage, config.report_to).run()
 
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:

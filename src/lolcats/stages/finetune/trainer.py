@@ -135,6 +135,17 @@ class StageTrainer(Trainer):
         """Around each forward pass and its backward pass; subclasses may prepare the model for it."""
         return nullcontext()
 
+    def try_step(self) -> None:
+        """Pass a micro-batch forwards and backwards twice, the second time beside the gradients of the first, and leave
+        nothing of it."""
+        count, rows, training = len(self.train_dataset), self.args.per_device_train_batch_size, self.model.training
+        batch = self.data_collator([self.train_dataset[n % count] for n in range(rows)])
+        self.current_gradient_accumulation_steps = 1
+        for _ in range(2):
+            self.training_step(self.model, batch)
+        self.model.zero_grad()
+        self.model.train(training)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return int(inputs["input_ids"].numel() * self._operations_per_token)
 
