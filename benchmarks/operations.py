@@ -3,8 +3,8 @@
     python benchmarks/operations.py
 
 Stage 2 with LoRA, of a tiny Llama and Qwen2 in bf16, without liger-kernel. An operation is a call of a torch kernel
-that touches memory; views are not counted. Attention runs another path on a GPU and is left out: here it is one operation
-forwards and none backwards. Layers are counted by the difference between models of two and of four layers.
+that touches memory; views are not counted. Attention runs another path on a GPU and is left out: here it is one
+operation forwards and none backwards. Layers are counted by the difference between models of two and of four layers.
 """
 
 import argparse

@@ -263,6 +263,11 @@ class FinetuneConfig(StageConfig):
     """Learning rate of feature maps and γ in stage 2 (0 = frozen, as in the paper). Set it if stage 1 is skipped."""
     gradient_checkpointing: bool = False
     """Keep only the input of each decoder layer and recompute the layer in the backward pass: less memory, slower."""
+    compile: bool | Literal["auto"] = False
+    """Compile the decoder layers with torch.compile for training: fewer operations, which makes small models faster,
+    after a minute or more of compiling. ``auto``: on a GPU, for at least 500 steps, if nothing prevents it. Not with
+    ``data.reset_at_documents``, a sharded or quantized base model, trained feature maps, or maps other than
+    ``hedgehog``."""
     sharding: Literal["auto", "always", "never"] = "auto"
     """How to place the base model on several GPUs. ``always``: shard it across them (FSDP2); ``never``: keep all of it
     on each, which is faster; ``auto``: shard it only if it does not fit on each."""
@@ -413,7 +418,7 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
 
 
 def _coerce_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
-    """One of several words or None as it is, anything else as the type that is none of these."""
+    """One of several words or None as it is, anything else as the remaining type."""
     words = [word for hint in hints if get_origin(hint) is Literal for word in get_args(hint)]
     if value in words or (value is None and type(None) in hints):
         return value

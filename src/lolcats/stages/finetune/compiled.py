@@ -1,0 +1,69 @@
+"""``finetune.compile``: decoder layers compiled by torch.compile while stage 2 trains; evaluation stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from transformers import PreTrainedModel
+
+from lolcats.config import Config
+from lolcats.data.rows import Data
+from lolcats.errors import LolcatsError
+from lolcats.modeling.layer import decoder_layers, linearized_layers
+from lolcats.stages.distributed import is_sharded
+
+BACKEND = "inductor"
+LONG = 500  # optimizer steps of a run that compiling is worth its time for
+
+
+def compiles(model: PreTrainedModel, config: Config, data: Data) -> bool:
+    """Whether stage 2 compiles the model's layers.
+
+    Raises:
+        LolcatsError: ``finetune.compile=true`` with something that does not support it.
+    """
+    stage = config.finetune
+    if stage.compile is False:
+        return False
+    obstacle = _obstacle(model, config, data)
+    if stage.compile == "auto":
+        steps = stage.max_steps if stage.max_steps > 0 else int(stage.epochs * len(data.train) / stage.batch_size)
+        return not obstacle and model.device.type == "cuda" and steps >= LONG
+    if obstacle:
+        raise LolcatsError(f"finetune.compile does not support {obstacle}: set finetune.compile=false.")
+    return True
+
+
+def _obstacle(model: PreTrainedModel, config: Config, data: Data) -> str:
+    if data.positions:
+        return "data.reset_at_documents=true, where each batch has documents of other lengths"
+    if is_sharded(model):
+        return "a sharded base model"
+    if config.finetune.quantize_base != "none":
+        return f"finetune.quantize_base={config.finetune.quantize_base}"
+    if config.finetune.feature_map_learning_rate > 0:
+        return "finetune.feature_map_learning_rate above 0"
+    maps = {layer.phi_q.name for layer in linearized_layers(model) if layer.spec.has_linear}
+    return "" if maps <= {"hedgehog"} else f"attention.feature_map={', '.join(sorted(maps))}"
+
+
+@contextmanager
+def compiled_layers(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Inside the block, each decoder layer of ``model`` is compiled when it is first called, for the shapes it gets."""
+    layers = list(decoder_layers(model)) if wanted else []
+    for layer in layers:
+        layer.compile(dynamic=False, backend=BACKEND)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+def uncompiled(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Inside the block, compiled layers run as if they were not: what is called once or rarely need not be compiled."""
+    if decoder_layers(model)[0]._compiled_call_impl is None:
+        return nullcontext()  # without the import of torch's compiler
+    return torch.compiler.set_stance("force_eager")  # type: ignore[return-value]
