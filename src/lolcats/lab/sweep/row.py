@@ -42,7 +42,7 @@ LOCKS = "locks"
 LATER: dict[tuple[str, str], list[Any]] = {
     ("attention", "feature_inputs"): ["rotated"], ("attention", "softmax_heads"): [{}],
     ("attention", "softmax_budget"): [0.0],
-    ("finetune", "sharding"): ["auto", "always", "never"],
+    ("finetune", "sharding"): ["auto", "always", "never"], ("finetune", "compile"): [False],
 }  # fmt: skip
 """Settings newer than committed results; keys leave them out at these values, which change nothing."""
 OF_TRANSFER = ("layer_errors_before", "layer_errors_after", TRANSFERRED.result)
