@@ -70,7 +70,8 @@ def test_losses_are_those_of_layers_that_are_not_compiled(
     (["data.reset_at_documents=true"], {}, "reset_at_documents"),
     (["attention.feature_map=elu"], {}, "feature_map=elu"),
     ([], {"feature_map_learning_rate": 1e-3}, "feature_map_learning_rate"),
-], ids=["documents", "maps", "trained_maps"])  # fmt: skip
+    (["attention.kind=softmax"], {}, "without linearized layers"),
+], ids=["documents", "maps", "trained_maps", "softmax"])  # fmt: skip
 def test_what_is_not_supported(settings: list[str], changes: dict[str, Any], message: str) -> None:
     asked = config(*settings, compile=True, **changes)
     model = lolcats.convert(tiny_model(), asked.attention)
@@ -89,6 +90,12 @@ def test_auto_is_for_long_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert compiles(model, config(compile="auto", max_steps=compiled.LONG), DATA)
     assert not compiles(model, config(compile="auto", max_steps=compiled.LONG - 1), DATA)
     assert not compiles(model, config(compile="auto", max_steps=-1, epochs=2.0), DATA)
+
+
+def test_a_model_without_linearized_layers_trains(tmp_path: Path) -> None:
+    settings = config("attention.kind=softmax", compile="auto")
+    _, result = finetune(lolcats.convert(tiny_model(), settings.attention), DATA, settings, tmp_path)
+    assert result.steps == 1
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from transformers import PreTrainedModel
 
-from lolcats.config import Config
+from lolcats.config import Config, FinetuneConfig
 from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import decoder_layers, linearized_layers
@@ -45,7 +45,10 @@ def _obstacle(model: PreTrainedModel, config: Config, data: Data) -> str:
         return f"finetune.quantize_base={config.finetune.quantize_base}"
     if config.finetune.feature_map_learning_rate > 0:
         return "finetune.feature_map_learning_rate above 0"
-    maps = {layer.phi_q.name for layer in linearized_layers(model) if layer.spec.has_linear}
+    layers = linearized_layers(model)
+    if not layers:
+        return "a model without linearized layers"
+    maps = {layer.phi_q.name for layer in layers if layer.spec.has_linear}
     return "" if maps <= {"hedgehog"} else f"attention.feature_map={', '.join(sorted(maps))}"
 
 
@@ -62,8 +65,8 @@ def compiled_layers(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
             layer._compiled_call_impl = None
 
 
-def uncompiled(model: PreTrainedModel) -> AbstractContextManager[None]:
+def uncompiled(stage: FinetuneConfig) -> AbstractContextManager[None]:
     """Inside the block, compiled layers run as if they were not: what is called once or rarely need not be compiled."""
-    if decoder_layers(model)[0]._compiled_call_impl is None:
+    if stage.compile is False:
         return nullcontext()  # without the import of torch's compiler
     return torch.compiler.set_stance("force_eager")  # type: ignore[return-value]

@@ -209,7 +209,7 @@ class FinetuneTrainer(StageTrainer):
 
     @cached_property
     def head(self) -> Head | None:
-        with uncompiled(self.base):
+        with uncompiled(self.stage_config):
             return find_head(self.base)
 
     @property
@@ -227,7 +227,7 @@ class FinetuneTrainer(StageTrainer):
         return loss
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        with uncompiled(self.base):
+        with uncompiled(self.stage_config):
             return super().prediction_step(*args, **kwargs)
 
     def where(self, bad: Tensor) -> str:
@@ -236,7 +236,7 @@ class FinetuneTrainer(StageTrainer):
         layers = self.base.config.lolcats["layers"]
         modules = [self.base.get_submodule(entry["name"]) for entry in layers]
         wrapped: Any = self.model
-        with uncompiled(self.base), wrapped.disable_adapter():
+        with uncompiled(self.stage_config), wrapped.disable_adapter():
             number = first_bad_layer(self.base, modules, self.call)
         if number is None and (name := first_bad_weight(trainable(self.model))):
             return f", and so did {name}"
