@@ -10,11 +10,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from conftest import sentence
 from support.scripts import FOLDER, script
+
+from lolcats.config import load_config
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +309,51 @@ def test_kept_training(tmp_path: Path) -> None:
     assert set(results["ratios"]) == {"transfer", "finetune"}
     assert {len(times) for times in results["ms"].values()} == {1}
     assert len(results["ms"]) == 4
+
+
+def test_training_steps_of_two_builds(tmp_path: Path) -> None:
+    """Medians of all steps and of each process, and the ratio of the builds; what is missing says why."""
+    module = script("training_steps")
+
+    def process(*milliseconds: float) -> dict[str, Any]:
+        return {
+            "seconds": [x / 1e3 for x in milliseconds], "tokens": 8192, "peak_gib": 10.0, "busy_ms": 7.0,
+            "total_seconds": 30.0, "losses": [], "device": "a GPU", "versions": {"torch": "2.11"},
+        }  # fmt: skip
+
+    found = {"against": "abc", "rows": {
+        "a": {"date": "", "this": [process(10, 12), process(11, 11)], "other": [process(33, 33), process(30, 36)]},
+        "b": {"date": "", "this": [{"missing": "out of memory"}], "other": []},
+        "c": {"date": "", "this": [{**process(20), "losses": [1.5, 1.25]}], "other": []},
+    }}  # fmt: skip
+    table = module.report(found)
+    assert "| a | 11.0 (11.0 to 11.0) | 33.0 (33.0 to 33.0) | 3.00 | 744,727 | 7 | 10.0 / 10.0 | 30 |" in table
+    assert "| b | out of memory |" in table
+    assert "| c | this | 1.5000, 1.2500 |" in table
+    for name, row in {**module.rows(), **module.tiny_rows()}.items():
+        assert row.size in module.SIZES, name
+        load_config(
+            "default", [f"{row.stage}.batch_size={row.batch}" for _ in range(row.stage != "peft")] + list(row.settings)
+        )
+        assert (row.then is None) == (row.stage == "peft")
+    assert sum("compiled" in name for name in module.rows()) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny, stage 1", "tiny, stage 2", "tiny, PEFT and Trainer"])
+def test_a_process_of_training_steps(name: str) -> None:
+    module = script("training_steps")
+    found = module.measured(module.tiny_rows()[name], module.ROOT, steps=2, losses=True)
+    assert len(found["seconds"]) == 2
+    assert len(found["losses"]) == module.WARM + 3
+    assert found["total_seconds"] > sum(found["seconds"]) > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_operations_of_a_layer(family: str) -> None:
+    """LoRA costs products and nothing else: four casts for each of four layers are gone, and so are their sums."""
+    module = script("operations")
+    found = module.per_layer(family)
+    assert found["addmm_"] == 8
+    assert found["_to_copy"] == 8, "those of the norms"
+    assert sum(found.values()) <= 122

@@ -78,7 +78,7 @@ def test_overrides_and_types(tmp_path: Path) -> None:
         ("attention.window_size=big", "attention.window_size: expected int"),
         ("attention.window_size=0", "at least 1"),
         ("attention.sinks=65", "must not exceed"),
-        ("transfer.batch_size=7", "multiple"),
+        ("transfer.micro_batch_size=3", "multiple"),
         ("transfer.learning_rate=0", "must be positive"),
         ("data.sequence_length=100", "below two windows"),
         ("finetune.targets=q_proj", "expected list"),

@@ -25,7 +25,7 @@ from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import linearized_layers
 from lolcats.plan import Machine, Size, Speeds, Work, plan_finetune, plan_transfer, read_config, report, size_of
 from lolcats.plan import quantized as quantized_plan
-from lolcats.plan.costs import GIB, checked, finetune_token, gpu_need, lora, transfer_token
+from lolcats.plan.costs import GIB, finetune_token, gpu_need, transfer_token
 from lolcats.selection import Settings
 from lolcats.selection.search import grow
 from lolcats.stages.finetune import fits
@@ -124,7 +124,10 @@ def test_memory_and_time_are_those_measured(part: str, measured_geometry: tuple[
 def test_maps_before_rope_keep_their_inputs(maps: str) -> None:
     stage2 = {}
     for inputs in ("rotated", "unrotated"):
-        size, config = llama("llama-3-8b", f"attention.feature_inputs={inputs}", f"attention.key_maps={maps}")
+        size, config = llama(
+            "llama-3-8b", f"attention.feature_inputs={inputs}", f"attention.key_maps={maps}",
+            "finetune.micro_batch_size=4",
+        )  # fmt: skip
         stage2[inputs] = plan_finetune(size, config, Machine(), Work())[0]
         assert bool(report.time_line(size)) == (inputs == "unrotated")
     H, G, D = 32, 8, 128
@@ -142,6 +145,23 @@ def test_learning_from_the_teacher_takes_its_forward_pass(loss: Any, measured_ge
     assert 1.3 < longer.seconds["computing"] / plain.seconds["computing"] < 1.6
     assert 0 <= sum(longer.gpu.values()) - sum(plain.gpu.values()) < 2**31
     assert longer.gpu["weights"] == plain.gpu["weights"]
+
+
+def test_as_many_rows_as_fit() -> None:
+    """``micro_batch_size: auto``, as it does by a trial when it trains."""
+    size, config = llama("llama-3-8b")
+    assert config.finetune.micro_batch_size == "auto"
+
+    def rows(gib: int, *settings: str) -> tuple[float, list[str]]:
+        _, chosen = llama("llama-3-8b", *settings)
+        plan = plan_finetune(size, chosen, Machine(gpu_memory=gib * GIB), Work())[0]
+        return plan.gpu["activations kept for backward"], plan.settings + plan.problems
+
+    one, eight = (rows(141, f"finetune.micro_batch_size={n}")[0] for n in (1, 8))
+    assert rows(141) == (eight, [])
+    assert rows(24) == (one, [])
+    assert rows(8)[1]
+    assert one < rows(40)[0] < eight
 
 
 def test_what_the_kernels_leave_to_the_chunked_path_takes_its_time() -> None:
@@ -241,7 +261,8 @@ def test_whole_models_where_they_fit_and_shards_where_not() -> None:
 
 
 @pytest.mark.parametrize(("recipe", "gib", "whole"), [
-    ("default", 24, False), ("default", 40, True), ("paper", 16, False), ("paper", 24, True), ("paper-70b", 24, True)
+    ("default", 16, False), ("default", 24, True), ("default", 40, True), ("paper", 16, False), ("paper", 24, True),
+    ("paper-70b", 24, True),
 ])  # fmt: skip
 def test_stage_2_shards_what_the_plan_says_does_not_fit(recipe: str, gib: int, whole: bool, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -256,7 +277,8 @@ def test_stage_2_shards_what_the_plan_says_does_not_fit(recipe: str, gib: int, w
     properties = SimpleNamespace(total_memory=gib * GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     machine = Machine(2, gib * GIB, 64 * GIB)
-    plan = checked(lora(size_of(read_config("llama-3-8b"), config), config, machine, Work()), machine)
+    plan = plan_finetune(size_of(read_config("llama-3-8b"), config), config, machine, Work())[0]
+    assert plan.schedule.startswith("whole on each GPU")
     assert holds(64) == (not plan.problems) == whole
     assert not holds(16)  # cannot be loaded
 

@@ -24,6 +24,9 @@ T = TypeVar("T")
 PLACEMENT = {"transfer": ("order", "block_size", "chunk_tokens"), "finetune": ("sharding",)}
 """Settings that decide where and in which order a stage is computed; they do not change its result."""
 
+UNTRIED = 4
+"""Maximum rows of ``micro_batch_size: auto`` where it is not tried how many fit."""
+
 REMOVED: dict[tuple[str, str], Any] = {("transfer", "window_dropout"): 0.0}
 """Settings that only older versions have, each with the value at which it changes nothing. That value is still read and
 still part of what identifies a run; any other value is refused."""
@@ -150,8 +153,10 @@ class StageConfig:
     weight_decay: float = 0.0
     batch_size: int = 8
     """Rows per optimizer step."""
-    micro_batch_size: int = 8
-    """Rows per forward and backward pass; gradients are accumulated until ``batch_size`` rows are done."""
+    micro_batch_size: int | Literal["auto"] = 8
+    """Rows per forward and backward pass; gradients are accumulated until ``batch_size`` rows are done. ``auto``: on a
+    GPU, as many as fit into its memory, tried before the first step; at most 4 on a CPU, with a sharded base model, and
+    in stage 1 with ``transfer.order`` other than ``joint``. A run keeps the number that it began with."""
     epochs: float = 2.0
     max_steps: int = -1
     """Number of optimizer steps (-1 = as many as ``epochs`` takes, 0 = skip the stage)."""
@@ -180,15 +185,24 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         name = "transfer" if isinstance(self, TransferConfig) else "finetune"
-        _at_least(self, name, batch_size=1, micro_batch_size=1, eval_steps=1, save_steps=1, log_steps=1, max_steps=-1,
+        _at_least(self, name, batch_size=1, eval_steps=1, save_steps=1, log_steps=1, max_steps=-1,
                   early_stopping_patience=0, warmup_steps=0, plateau_patience=0)  # fmt: skip
-        if self.batch_size % self.micro_batch_size:
+        if self.micro_batch_size != "auto":
+            _at_least(self, name, micro_batch_size=1)
+        if self.batch_size % self.rows_at_once:
             raise LolcatsError(
                 f"{name}.batch_size ({self.batch_size}) must be a multiple of "
                 f"{name}.micro_batch_size ({self.micro_batch_size})."
             )
         if self.learning_rate <= 0:
             raise LolcatsError(f"{name}.learning_rate must be positive, not {self.learning_rate}.")
+
+    @property
+    def rows_at_once(self) -> int:
+        """``micro_batch_size``; for ``auto``, the number of rows where it is not tried how many fit."""
+        if self.micro_batch_size != "auto":
+            return self.micro_batch_size
+        return max(rows for rows in range(1, min(UNTRIED, self.batch_size) + 1) if self.batch_size % rows == 0)
 
 
 @dataclass(frozen=True)
@@ -263,6 +277,11 @@ class FinetuneConfig(StageConfig):
     """Learning rate of feature maps and γ in stage 2 (0 = frozen, as in the paper). Set it if stage 1 is skipped."""
     gradient_checkpointing: bool = False
     """Keep only the input of each decoder layer and recompute the layer in the backward pass: less memory, slower."""
+    compile: bool | Literal["auto"] = False
+    """Compile the decoder layers with torch.compile for training: fewer operations, which makes small models faster,
+    after a minute or more of compiling. ``auto``: on a GPU, for at least 500 steps, if nothing prevents it. Not with
+    ``data.reset_at_documents``, a sharded or quantized base model, trained feature maps, or maps other than
+    ``hedgehog``."""
     sharding: Literal["auto", "always", "never"] = "auto"
     """How to place the base model on several GPUs. ``always``: shard it across them (FSDP2); ``never``: keep all of it
     on each, which is faster; ``auto``: shard it only if it does not fit on each."""
@@ -403,9 +422,7 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
             return value
         raise LolcatsError(f"{path}: expected one of {', '.join(map(str, options))}, got {value!r}.")
     if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        return _coerce(next(a for a in get_args(hint) if a is not type(None)), value, path)
+        return _coerce_union(get_args(hint), value, path)
     if origin is list and isinstance(value, list):
         return [_coerce(get_args(hint)[0], v, f"{path}[{i}]") for i, v in enumerate(value)]
     if origin is dict and isinstance(value, Mapping):
@@ -425,6 +442,17 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
     ):
         return value
     raise LolcatsError(f"{path}: expected {getattr(hint, '__name__', hint)}, got {value!r}.")
+
+
+def _coerce_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
+    """One of several words or None as it is, anything else as the remaining type."""
+    words = [word for hint in hints if get_origin(hint) is Literal for word in get_args(hint)]
+    if value in words or (value is None and type(None) in hints):
+        return value
+    plain = next(hint for hint in hints if hint is not type(None) and get_origin(hint) is not Literal)
+    if words and not isinstance(value, int):
+        raise LolcatsError(f"{path}: expected {plain.__name__} or {', '.join(words)}, got {value!r}.")
+    return _coerce(plain, value, path)
 
 
 def _at_least(config: Any, section: str, **minimum: int) -> None:

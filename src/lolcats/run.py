@@ -58,6 +58,9 @@ class Run:
             known = {**run.record, "config": {**to_dict(run.config), **asked}}  # new settings have their defaults
             for stage, keys in PLACEMENT.items():
                 known["config"][stage] |= {key: identity["config"][stage][key] for key in keys}
+            for stage in PLACEMENT:  # a run keeps the number that it began with, recipes that are newer say auto
+                if identity["config"][stage]["micro_batch_size"] == "auto":
+                    identity["config"][stage]["micro_batch_size"] = known["config"][stage]["micro_batch_size"]
             identity["config"] |= asked
             if changed := _difference(known, identity):
                 raise LolcatsError(

@@ -78,7 +78,7 @@ def evaluate(
     from lolcats.pipeline import device_and_dtype
 
     how, place = quantization(quantize), device_and_dtype(config)
-    batch_size = batch_size or config.transfer.micro_batch_size
+    batch_size = batch_size or config.transfer.rows_at_once
     if tasks:
         options = Options(data_dir, data, numbers(lengths), limit or None, batch_size, seed)
         if output and not output.parent.is_dir():

@@ -24,7 +24,8 @@ def check_answers(form: str, config: DataConfig, tokenizer: Any, source: str) ->
     if form == "text":
         raise LolcatsError(
             f"data.loss=completion needs prompts, but {source} is read as plain text. Use conversations, "
-            "instructions or prompts with completions, or data.loss=all (in a file that mixes sources, loss: all for this one)."
+            "instructions or prompts with completions, or data.loss=all (in a file that mixes sources, loss: all for "
+            "this one)."
         )
     if not tokenizer.is_fast:
         raise LolcatsError("data.loss=completion needs a fast tokenizer (tokenizer.json), which says where tokens lie.")

@@ -26,7 +26,7 @@ NO_OUTPUT = {"", "nooutput", "<nooutput>", "no output"}
 
 
 def record_format(record: Record, config: DataConfig, tokenizer: Any, source: str) -> str:
-    """``chat``, ``alpaca``, ``completion`` or ``text``; ``auto`` chooses by the columns of the source's first record."""
+    """``chat``, ``alpaca``, ``completion`` or ``text``; ``auto`` chooses by the columns of the first record."""
     fits = {
         "chat": "messages" in record or "conversations" in record,
         "alpaca": "instruction" in record and "output" in record,

@@ -65,7 +65,7 @@ def data_statistics(model: str, source: str, config: Config, device: torch.devic
     data, documents = inputs.data(source, config.data, config.seed), inputs.documents(source, config.data)
     converted = convert(inputs.model(dtype, device), config)
     chosen = torch.linspace(0, len(data.train) - 1, min(count, len(data.train))).long().tolist()
-    found = effective_lengths(converted, data.batches(chosen, config.transfer.micro_batch_size))
+    found = effective_lengths(converted, data.batches(chosen, config.transfer.rows_at_once))
     facts = {
         "documents": f"{len(documents):,}", "tokens": f"{int(documents.length.sum()):,}",
         "duplicate records dropped": f"{documents.counts['duplicate_records']:,}",

@@ -68,7 +68,7 @@ class Job:
 
     @property
     def batch(self) -> int:
-        return self.config.transfer.micro_batch_size
+        return self.config.transfer.rows_at_once
 
     def validation(self, rows: int | None = None) -> tuple[Iterable[Tensor], Iterable[Tensor | None]]:
         """Batches of the first ``rows`` validation rows (default: all), and their positions, if they hold documents."""

@@ -20,6 +20,7 @@ from lolcats.ranks import is_first, ranks
 from lolcats.report.table import loss_of
 from lolcats.stages.finetune.controls import control_config, control_directory, train_control
 from lolcats.stages.finetune.stage import finetune
+from lolcats.stages.micro_batch import settled_rows
 from lolcats.stages.result import StageResult
 from lolcats.stages.transfer.stage import transfer, transfer_in_turn
 
@@ -71,7 +72,7 @@ def run_transfer(job: Job, block: int | None = None) -> None:
         return
     if is_first():
         save_feature_maps(model, run.directory / FEATURE_MAPS)
-    run.finish_stage("transfer", summary)
+    run.finish_stage("transfer", summary | settled_rows(run.directory / "checkpoints" / "transfer"))
     ranks().wait()
     if is_first():
         shutil.rmtree(run.directory / "checkpoints" / "transfer", ignore_errors=True)
@@ -135,7 +136,8 @@ def run_finetune(job: Job) -> None:
     save_lora(wrapped, run.base, out / LORA)
     if config.finetune.feature_map_learning_rate > 0:
         save_feature_maps(wrapped, out / FEATURE_MAPS)
-    run.finish_stage("finetune", {"loss": config.finetune.loss, **_summary(result, started)})
+    settings = {"loss": config.finetune.loss, **settled_rows(out / "checkpoints" / "finetune")}
+    run.finish_stage("finetune", settings | _summary(result, started))
     ranks().wait()
     if is_first():
         shutil.rmtree(out / "checkpoints", ignore_errors=True)

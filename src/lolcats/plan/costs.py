@@ -7,9 +7,11 @@ Units of the formulas: E hidden size, H query heads, G key/value heads, D head d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from lolcats.config import Config, StageConfig
+from lolcats.config import UNTRIED, Config, StageConfig
 from lolcats.errors import LolcatsError
 from lolcats.plan.size import Size
 
@@ -213,8 +215,9 @@ def head_memory(size: Size, rows: int, length: int, config: Config) -> float:
     return 2.0 * min(PIECE, rows * length) * size.vocabulary + 2.0 * rows * length * size.hidden
 
 
-def rows_each(name: str, stage: StageConfig, ranks: int) -> int:
-    """Rows per micro-batch on each rank: at most micro_batch_size, and a divisor of the rank's share of a batch."""
+def rows_each(name: str, stage: StageConfig, ranks: int) -> list[int]:
+    """Rows per micro-batch on each rank, divisors of the rank's share of a batch: the largest that ``micro_batch_size``
+    allows; for ``auto`` all of them, largest first."""
     if stage.batch_size % ranks:
         options = [n for n in range(1, stage.batch_size + 1) if stage.batch_size % n == 0]
         raise LolcatsError(
@@ -222,7 +225,18 @@ def rows_each(name: str, stage: StageConfig, ranks: int) -> int:
             f"{', '.join(map(str, options))} GPUs, or --set {name}.batch_size={-(-stage.batch_size // ranks) * ranks}."
         )
     each = stage.batch_size // ranks
-    return max(n for n in range(1, min(each, stage.micro_batch_size) + 1) if each % n == 0)
+    most = each if stage.micro_batch_size == "auto" else min(each, stage.micro_batch_size)
+    options = [n for n in range(most, 0, -1) if each % n == 0]
+    return options if stage.micro_batch_size == "auto" else options[:1]
+
+
+def first_that_fits(plan_of: Callable[[int], Plan], options: Iterable[int], machine: Machine) -> Plan:
+    """The plan with the first of these numbers of rows that fits into the GPU's memory; else the last."""
+    for rows in options:
+        plan = checked(plan_of(rows), machine)
+        if gpu_need(plan.peak) <= machine.gpu_memory:
+            break
+    return plan
 
 
 def share(stage: StageConfig, machine: Machine) -> int:
@@ -233,10 +247,14 @@ def share(stage: StageConfig, machine: Machine) -> int:
 def plan_transfer(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds | None = None) -> list[Plan]:
     """Plans for the three schedules of stage 1, each with the problems that prevent it on this machine, if any."""
     speeds = speeds or Speeds()
-    rows = min(config.transfer.micro_batch_size, share(config.transfer, machine))
-    plans = [schedule(size, config, machine, work, speeds, rows) for schedule in (joint, stream, blocks)]
-    smaller = [f"transfer.micro_batch_size={rows}"] if rows != config.transfer.micro_batch_size else []
-    return [checked(replace(plan, settings=plan.settings + smaller), machine) for plan in plans]
+    stage, each = config.transfer, share(config.transfer, machine)
+    rows = min(stage.rows_at_once, each)
+    plans = [checked(schedule(size, config, machine, work, speeds, rows), machine) for schedule in (stream, blocks)]
+    whole = partial(joint, size, config, machine, work, speeds)
+    if stage.micro_batch_size == "auto":
+        return [first_that_fits(whole, [n for n in range(each, 0, -1) if each % n == 0], machine), *plans]
+    smaller = [f"transfer.micro_batch_size={rows}"] if rows != stage.micro_batch_size else []
+    return [replace(plan, settings=plan.settings + smaller) for plan in (checked(whole(rows), machine), *plans)]
 
 
 def joint(size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds, rows: int) -> Plan:
@@ -350,16 +368,27 @@ def plan_finetune(size: Size, config: Config, machine: Machine, work: Work, spee
         variants.append(replace(config, finetune=replace(config.finetune, gradient_checkpointing=True)))
     forms = {"always": [True], "never": [False], "auto": [False, True]}[config.finetune.sharding]
     forms = forms if machine.gpus > 1 else [False]
-    plans = [lora(size, variant, machine, work, speeds, sharded) for sharded in forms for variant in variants]
-    return [checked(plan, machine) for plan in plans]
+    options = rows_each("finetune", config.finetune, machine.gpus)
+    few = [rows for rows in options if rows <= UNTRIED] or options
+    return [
+        first_that_fits(
+            partial(lora, size, variant, machine, work, speeds, sharded), few if sharded else options, machine
+        )
+        for sharded in forms
+        for variant in variants
+    ]
 
 
 def lora(
-    size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds | None = None, sharded: bool = False
+    size: Size, config: Config, machine: Machine, work: Work, speeds: Speeds | None = None, sharded: bool = False,
+    rows: int = 0,
 ) -> Plan:  # fmt: skip
-    """LoRA with the whole base model on every GPU, or with it sharded over all of them."""
+    """LoRA with the whole base model on every GPU, or with it sharded over all of them.
+
+    rows: per micro-batch on each GPU; 0: the most that ``finetune.micro_batch_size`` allows.
+    """
     speeds, stage, length, ranks = speeds or Speeds(), config.finetune, config.data.sequence_length, machine.gpus
-    rows = rows_each("finetune", stage, ranks)
+    rows = rows or rows_each("finetune", stage, ranks)[0]
     weights = 2.0 * size.total
     held = weights
     if sharded:
@@ -391,7 +420,7 @@ def lora(
     seconds["reading"] = weights / machine.read_speed
     disk = {"model": weights, "checkpoints": checkpoints(size.lora), "merged model": weights}
     settings = ["finetune.gradient_checkpointing=true"] if stage.gradient_checkpointing else []
-    settings += [f"finetune.micro_batch_size={rows}"] if rows != stage.micro_batch_size else []
+    settings += [f"finetune.micro_batch_size={rows}"] if rows != stage.micro_batch_size != "auto" else []
     settings += [f"finetune.sharding={'always' if sharded else 'never'}"] if ranks > 1 else []
     form = "sharded (FSDP2)" if sharded else "whole on each GPU" if ranks > 1 else "one GPU"
     form += ", recomputed" if stage.gradient_checkpointing else ""

@@ -73,7 +73,7 @@ def _with_most_rows(size: Size, config: Config, machine: Machine, work: Work, wi
     for rows in (n for n in range(min(stage.batch_size, MOST_ROWS), 0, -1) if stage.batch_size % n == 0):
         changed = replace(config, finetune=replace(stage, micro_batch_size=rows))
         plan = checked(lora_in_4_bits(size, changed, machine, work, with_teacher), machine)
-        more = [f"finetune.micro_batch_size={rows}"] if rows != stage.micro_batch_size else []
+        more = [f"finetune.micro_batch_size={rows}"] if stage.micro_batch_size not in ("auto", rows) else []
         plans.append(replace(plan, settings=[*plan.settings, *more]))
         if not plan.problems:
             break
@@ -84,7 +84,7 @@ def lora_in_4_bits(size: Size, config: Config, machine: Machine, work: Work, wit
     """LoRA with gradient checkpointing on a base model in 4 bits. ``with_teacher``: and a forward pass without LoRA."""
     speeds, guesses = Speeds(), Guesses()
     whole = lora(size, checkpointed(config), machine, work, speeds)
-    rows, length = min(config.finetune.micro_batch_size, config.finetune.batch_size), config.data.sequence_length
+    rows, length = min(config.finetune.rows_at_once, config.finetune.batch_size), config.data.sequence_length
     products, attention = forward_operations(size, length)
     seconds = {"computing (estimated)": whole.seconds["computing"]}
     seconds["computing (estimated)"] += (

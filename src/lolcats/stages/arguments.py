@@ -22,18 +22,18 @@ def training_arguments(
     validation_rows: int = 0,
 ) -> TrainingArguments:
     """Translate our settings for transformers. Under torchrun, the ranks share each batch equally."""
-    count = ranks().size
-    if config.batch_size % (config.micro_batch_size * count):
+    count, rows = ranks().size, config.rows_at_once
+    if config.batch_size % (rows * count):
         raise LolcatsError(
             f"A batch of {config.batch_size} rows cannot be shared by {count} ranks in micro-batches of "
-            f"{config.micro_batch_size}: set batch_size to a multiple of {config.micro_batch_size * count}, or "
+            f"{rows}: set batch_size to a multiple of {rows * count}, or "
             "lower micro_batch_size."
         )
     arguments = TrainingArguments(
         output_dir=str(directory),
-        per_device_train_batch_size=config.micro_batch_size,
-        per_device_eval_batch_size=evaluation_batch(config.micro_batch_size, validation_rows, count),
-        gradient_accumulation_steps=config.batch_size // (config.micro_batch_size * count),
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=evaluation_batch(rows, validation_rows, count),
+        gradient_accumulation_steps=config.batch_size // (rows * count),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         num_train_epochs=config.epochs,
@@ -56,6 +56,7 @@ def training_arguments(
         seed=seed,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": device.type == "cuda"},  # else the host waits for every copy of a batch
         report_to=report_to or "none",
     )
     if arguments.n_gpu > 1:  # one GPU per process: several need torchrun, never DataParallel

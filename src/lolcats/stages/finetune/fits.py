@@ -59,4 +59,5 @@ def _elements(base: Base, config: Config) -> tuple[int, int]:
     widths = [sum(max(p.shape[-2:]) for p in layer.parameters() if p.ndim > 1) for layer in layers]
     hidden = model.get_input_embeddings().weight.shape[1]
     kept = max(widths) + len(layers) * hidden if config.finetune.gradient_checkpointing else sum(widths)
-    return parameters, config.finetune.micro_batch_size * config.data.sequence_length * kept
+    rows = 1 if config.finetune.micro_batch_size == "auto" else config.finetune.micro_batch_size
+    return parameters, rows * config.data.sequence_length * kept

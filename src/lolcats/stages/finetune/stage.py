@@ -4,6 +4,8 @@ teacher; feature maps are frozen."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,12 @@ from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.modeling.skeleton import convert_empty, empty_model, light_weights
 from lolcats.ranks import ranks
 from lolcats.stages.distributed import fill_part, is_sharded, materialize, own_device, shard
+from lolcats.stages.finetune.compiled import compiled_layers, compiles, uncompiled
 from lolcats.stages.finetune.distillation import Distillation, distillation_loss
+from lolcats.stages.finetune.lora import LeanLora
 from lolcats.stages.finetune.protection import kept_rows, protected
 from lolcats.stages.finetune.trainer import StageTrainer
+from lolcats.stages.micro_batch import settled
 from lolcats.stages.result import StageResult
 from lolcats.stages.trained import train_only, trainable
 from lolcats.stages.watch import first_bad_layer, first_bad_weight
@@ -62,12 +67,22 @@ def finetune(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if ranks().size > 1 and config.finetune.sharding == "always" and not is_sharded(model):
         shard(model, own_device(model.device))
-    trainer = FinetuneTrainer(
-        wrapped, config.finetune, data.dataset("train"), data.dataset("validation"), "finetune",
-        directory / "checkpoints" / "finetune", directory / "metrics.jsonl", config.seed, config.report_to,
-    )  # fmt: skip
-    with fused_layers(model, config.finetune.liger), protected(wrapped, config.finetune.protect_kept):
-        return wrapped, trainer.run()
+    working = directory / "checkpoints" / "finetune"
+
+    def trainer(stage: FinetuneConfig, report_to: list[str]) -> FinetuneTrainer:
+        return FinetuneTrainer(
+            wrapped, stage, data.dataset("train"), data.dataset("validation"), "finetune", working,
+            directory / "metrics.jsonl", config.seed, report_to,
+        )  # fmt: skip
+
+    def trial(rows: int) -> None:
+        trainer(replace(config.finetune, micro_batch_size=rows), []).try_step()
+
+    compiled = compiles(model, config, data)
+    protection = protected(wrapped, config.finetune.protect_kept)
+    with fused_layers(model, config.finetune.liger and not compiled), compiled_layers(model, compiled), protection:
+        stage = settled(config.finetune, working, model.device, None if is_sharded(model) else trial)
+        return wrapped, trainer(stage, config.report_to).run()
 
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
@@ -197,8 +212,16 @@ class FinetuneTrainer(StageTrainer):
     stage_config: FinetuneConfig
 
     @cached_property
+    def lora(self) -> LeanLora:
+        return LeanLora(self.base, self.base.dtype)
+
+    def passing(self) -> AbstractContextManager[None]:
+        return self.lora.cast()
+
+    @cached_property
     def head(self) -> Head | None:
-        return find_head(self.base)
+        with uncompiled(self.stage_config):
+            return find_head(self.base)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -248,13 +271,17 @@ class FinetuneTrainer(StageTrainer):
             self.watch.add(loss, self.where)
         return loss
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with uncompiled(self.stage_config):
+            return super().prediction_step(*args, **kwargs)
+
     def where(self, bad: Tensor) -> str:
         """Name what became NaN or infinite on the last batch: the first layer without LoRA, else the first LoRA matrix,
         else the first layer with LoRA."""
         layers = self.base.config.lolcats["layers"]
         modules = [self.base.get_submodule(entry["name"]) for entry in layers]
         wrapped: Any = self.model
-        with wrapped.disable_adapter():
+        with uncompiled(self.stage_config), wrapped.disable_adapter():
             number = first_bad_layer(self.base, modules, self.call)
         if number is None and (name := first_bad_weight(trainable(self.model))):
             return f", and so did {name}"

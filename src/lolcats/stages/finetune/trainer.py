@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -99,7 +100,7 @@ class StageTrainer(Trainer):
             self.sums = progress.pop("sums", {})  # older versions wrote none
             self.keeper.__dict__.update(progress)
         if not state or not (self.keeper.exhausted or state["global_step"] >= state["max_steps"]):
-            with self.keeper.stop_on_interrupt():
+            with self.keeper.stop_on_interrupt(), quick_zero_grad(self.model, self.trained):
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             state = {"global_step": self.state.global_step, "log_history": self.state.log_history}
             self.accelerator.wait_for_everyone()  # rank 0 writes what all ranks read
@@ -109,6 +110,45 @@ class StageTrainer(Trainer):
             self._end_metrics(state)
         load_strictly(trainable(self.model), read_tensors(self.directory / BEST), self.directory / BEST)
         return StageResult(state["global_step"], self.keeper.step, self.keeper.loss, state["log_history"])
+
+    @cached_property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained. Listed once: to look at every module of a model in each step takes long."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @cached_property
+    def _operations_per_token(self) -> int:
+        return 6 * self.model.num_parameters(exclude_embeddings=True)  # type: ignore[operator]
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """transformers' step for what we use of it, without visiting every module (``model.train()``) each time."""
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.passing():
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+                loss = loss / self.current_gradient_accumulation_steps
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Around each forward pass and its backward pass; subclasses may prepare the model for it."""
+        return nullcontext()
+
+    def try_step(self) -> None:
+        """Pass a micro-batch forwards and backwards twice, the second time beside the gradients of the first, and leave
+        nothing of it."""
+        count, rows, training = len(self.train_dataset), self.args.per_device_train_batch_size, self.model.training
+        batch = self.data_collator([self.train_dataset[n % count] for n in range(rows)])
+        self.current_gradient_accumulation_steps = 1
+        for _ in range(2):
+            self.training_step(self.model, batch)
+        self.model.zero_grad()
+        self.model.train(training)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return int(inputs["input_ids"].numel() * self._operations_per_token)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log ``logs``; the mean loss of the whole training counts the steps before a resume."""
@@ -126,7 +166,7 @@ class StageTrainer(Trainer):
         replace_metrics(self.metrics, self.stage, [*history, last])
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), self.passing():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
@@ -166,9 +206,8 @@ class StageTrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        all_reduce_gradients(trained)
-        return clip_grad_norm_(trained, self.args.max_grad_norm or math.inf)
+        all_reduce_gradients(self.trained)
+        return clip_grad_norm_(self.trained, self.args.max_grad_norm or math.inf)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None and self.args.world_size > 1:  # without clipping, the gradients have not been summed yet
@@ -181,6 +220,21 @@ class UnwrappingAccelerator(Accelerator):  # type: ignore[misc]
 
     def prepare_model(self, model: Any, device_placement: Any = None, evaluation_mode: bool = False) -> Any:
         return super().prepare_model(model, False if is_sharded(model) else device_placement, evaluation_mode=True)
+
+
+@contextmanager
+def quick_zero_grad(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+    """For the block's duration, let ``model.zero_grad()`` only look at the parameters that are trained."""
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in trained:
+            parameter.grad = None
+
+    model.zero_grad = zero_grad  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.zero_grad
 
 
 def newest_checkpoint(directory: Path) -> Path | None:

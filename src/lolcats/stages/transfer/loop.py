@@ -84,7 +84,7 @@ class LayerTrainer:
             )
         self.run_directory, self.directory, self.seed = directory, directory / "checkpoints" / STAGE, config.seed
         self.visits = Visits.draw(len(data.train), self.config, config.seed)
-        self.validation = validation_batches(len(data.validation), self.config.micro_batch_size, ranks)
+        self.validation = validation_batches(len(data.validation), self.config.rows_at_once, ranks)
         self.positions = Positions(data)
         self.interrupted, self.started, self.reported = False, time.monotonic(), 0
         self.eval_seconds: dict[int, float] = {}  # of evaluations in this process, over all groups, by step
@@ -156,7 +156,7 @@ class LayerTrainer:
         self._save(units)
 
     def _batches(self, steps: range) -> Iterator[Batch]:
-        return self.visits.batches(steps, self.config.micro_batch_size, self.ranks)
+        return self.visits.batches(steps, self.config.rows_at_once, self.ranks)
 
     def _feed(self, source: Source, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Inputs | None]]:
         return feed(source, self.positions, batches, self.device)

@@ -133,7 +133,7 @@ class LayerByLayer:
         self.skeleton.read_ahead(0)
         with self.skeleton.brought([-1]), torch.no_grad():
             source = Embeddings(self.data, self.skeleton)
-            for batch in [*self.visits.batches(steps, self.config.micro_batch_size, self.ranks), *self._validation]:
+            for batch in [*self.visits.batches(steps, self.config.rows_at_once, self.ranks), *self._validation]:
                 if batch.visits and states.wants(batch.step):
                     states.write(batch, source.read(batch))
             states.done(VALIDATION)
@@ -223,7 +223,7 @@ class LayerByLayer:
     def _prepare(self) -> None:
         if self.data.positions:
             return self.skeleton.prepare_packed(self.length)
-        batches = self.visits.batches(self.steps, self.config.micro_batch_size, self.ranks)
+        batches = self.visits.batches(self.steps, self.config.rows_at_once, self.ranks)
         self.skeleton.prepare(sorted(batch_shapes(batches) | batch_shapes(self._validation)), self.length)
 
     def _fused(self) -> Any:

@@ -7,6 +7,7 @@ layer only depends on its own parameters: backward runs inside its forward, and 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from transformers import PreTrainedModel
 from lolcats.config import Config, TransferConfig
 from lolcats.data.rows import Data
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, linearized_layers
+from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.observe import watch_layers
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import ranks
+from lolcats.stages.micro_batch import Trial, settled
 from lolcats.stages.result import StageResult
 from lolcats.stages.trained import train_only
 from lolcats.stages.transfer.loop import LayerwiseResult
@@ -42,7 +45,20 @@ def transfer(
         The result of the stage. The model has the feature maps with the best validation loss.
     """
     train_only(model, lambda name: ".lolcats." in name)
+
+    def trial(rows: int) -> None:
+        ids, positions = next(data.batches([n % len(data.train) for n in range(rows)], rows))
+        with fused_layers(model, config.transfer.liger):
+            layer_losses(model, ids, config.transfer, 1.0, positions)
+        model.zero_grad()
+
+    config = _settled(config, directory, model.device, trial)
     return train_joint(model, data, config, directory, ranks(), base)
+
+
+def _settled(config: Config, directory: Path, device: torch.device, trial: Trial | None = None) -> Config:
+    stage = settled(config.transfer, directory / "checkpoints" / "transfer", device, trial)
+    return replace(config, transfer=stage)
 
 
 def transfer_in_turn(
@@ -57,6 +73,7 @@ def transfer_in_turn(
     Returns:
         None while other blocks are untrained.
     """
+    config = _settled(config, directory, skeleton.device)
     work = LayerByLayer(skeleton, data, config, directory, ranks(), base, say)
     return work.stream() if config.transfer.order == "stream" else work.blocks(only)
 
