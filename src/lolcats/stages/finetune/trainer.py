@@ -100,6 +100,7 @@ class StageTrainer(Trainer):
             self.sums = progress.pop("sums", {})  # older versions wrote none
             self.keeper.__dict__.update(progress)
         if not state or not (self.keeper.exhausted or state["global_step"] >= state["max_steps"]):
+            self.model.train()  # every module of it: steps only ask the outermost one
             with self.keeper.stop_on_interrupt(), quick_zero_grad(self.model, self.trained):
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             state = {"global_step": self.state.global_step, "log_history": self.state.log_history}
@@ -142,6 +143,7 @@ class StageTrainer(Trainer):
         count, rows, training = len(self.train_dataset), self.args.per_device_train_batch_size, self.model.training
         batch = self.data_collator([self.train_dataset[n % count] for n in range(rows)])
         self.current_gradient_accumulation_steps = 1
+        self.model.train()
         for _ in range(2):
             self.training_step(self.model, batch)
         self.model.zero_grad()
