@@ -1,4 +1,4 @@
-"""Greedy outputs of vLLM in processes of its own, as JSON: generate_once.py MODEL OPTIONS"""
+"""Greedy outputs of vLLM in processes of its own, as JSON in OUT: generate_once.py MODEL OPTIONS OUT"""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from conftest import engine, generate, references, tokens
 
 if __name__ == "__main__":  # vLLM's processes import this file
     with engine(Path(sys.argv[1]), **json.loads(sys.argv[2])) as llm:
-        print(json.dumps(tokens(generate(llm, references(Path(sys.argv[1]))))))
+        Path(sys.argv[3]).write_text(json.dumps(tokens(generate(llm, references(Path(sys.argv[1]))))))

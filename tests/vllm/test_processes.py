@@ -77,15 +77,15 @@ def test_the_server_answers_as_transformers_does(server: str, models: Path) -> N
         assert list(pool.map(lambda case: complete(server, case), cases)) == wanted(cases)
 
 
-def test_two_ranks_share_the_heads(models: Path) -> None:
-    options = {"tensor_parallel_size": 2}
-    done = run(ONCE, str(models / "qwen3"), json.dumps(options), VLLM_WORKER_MULTIPROC_METHOD="spawn")
+def test_two_ranks_share_the_heads(models: Path, tmp_path: Path) -> None:
+    options, out = json.dumps({"tensor_parallel_size": 2}), tmp_path / "tokens.json"
+    done = run(ONCE, str(models / "qwen3"), options, str(out), VLLM_WORKER_MULTIPROC_METHOD="spawn")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == wanted(references(models / "qwen3"))
+    assert json.loads(out.read_text()) == wanted(references(models / "qwen3"))
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, str], str]] = {
-    "without the plugin": ("llama", {}, {"VLLM_PLUGINS": ""}, "model type `lolcats`"),
+    "without the plugin": ("llama", {}, {"VLLM_PLUGINS": ""}, "trust_remote_code=True"),
     "without the plugin, with trust": (
         "llama", {"trust_remote_code": True}, {"VLLM_PLUGINS": ""}, "Transformers backend would compute softmax"
     ),
@@ -100,8 +100,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_compute_something_else_does_not_start(name: str, models: Path) -> None:
+def test_what_would_compute_something_else_does_not_start(name: str, models: Path, tmp_path: Path) -> None:
     model, options, environment, said = REFUSED[name]
-    done = run(ONCE, str(models / model), json.dumps(options), **environment)
+    done = run(ONCE, str(models / model), json.dumps(options), str(tmp_path / "tokens.json"), **environment)
     assert done.returncode != 0
     assert said in done.stderr + done.stdout
