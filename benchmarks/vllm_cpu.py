@@ -147,7 +147,7 @@ def main() -> None:
     written = {
         "date": date.today().isoformat(), "hardware": f"{os.cpu_count()} cores of {processor()} ({platform.machine()})",
         "model": model.name if arguments.model else "smollm2-135m with random weights", "load": load,
-        "command": " ".join(["python", "benchmarks/vllm_cpu.py", *sys.argv[1:]]), **settings, "servers": servers,
+        "command": f"python benchmarks/vllm_cpu.py --rounds {arguments.rounds}", **settings, "servers": servers,
     }  # fmt: skip
     write(written, report(written), arguments.out, "vllm_cpu")
 

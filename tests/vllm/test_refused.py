@@ -80,3 +80,39 @@ def test_another_version_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.33.1" if "vllm" in name else real(name))
     with pytest.raises(LolcatsError, match=r"vLLM 0\.32, but vllm 0\.33\.1"):
         check_version()
+
+
+def attention(layer: int, **changes: Any) -> Any:
+    """One of vLLM's attention layers, as far as we read it."""
+    from vllm.v1.attention.backend import AttentionType
+
+    values = {
+        "layer_name": f"model.layers.{layer}.self_attn.attn", "num_heads": 4, "num_kv_heads": 2, "head_size": 16,
+        "head_size_v": 16, "attn_type": AttentionType.DECODER, "has_sink": False, "impl": SimpleNamespace(),
+        "kv_sharing_target_layer_name": None, **changes,
+    }  # fmt: skip
+    return SimpleNamespace(**values)
+
+
+OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
+    "heads": ({"head_size": 32}, "heads of another shape"),
+    "encoder": ({"attn_type": "encoder"}, "not a decoder's attention"),
+    "sinks": ({"has_sink": True}, "learned sinks"),
+    "bias": ({"impl": SimpleNamespace(alibi_slopes=[1.0])}, "position bias"),
+    "shared": ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, "another layer's keys"),
+    "twice": ({"layer_name": "model.layers.1.cross_attn.attn"}, "second attention"),
+    "missing": ({"layer_name": "model.layers.9.self_attn.attn"}, "no plain attention in layer 2"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_attention_that_is_not_what_was_linearized(name: str, models: Path) -> None:
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm.record import check_attention, linearized_layers
+
+    config, (changes, said) = settings(models), OTHERWISE[name]
+    layers, whole = linearized_layers(config), {str(layer): attention(layer) for layer in range(3)}
+    assert list(check_attention(whole, layers, config)) == ["0", "1", "2"]
+    with pytest.raises(LolcatsError) as refused:
+        check_attention({**whole, "2": attention(2, **changes)}, layers, config)
+    assert said in str(refused.value)

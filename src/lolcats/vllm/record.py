@@ -127,11 +127,16 @@ def check_attention(
         LolcatsError: vLLM computes something else there than what was linearized.
     """
     ranks, placed, left = vllm_config.parallel_config.tensor_parallel_size, {}, {x.geometry.layer: x for x in layers}
+    linear = dict(left)
     for name, attention in attentions.items():
-        layer = left.pop(extract_layer_index(attention.layer_name), None)
+        index = extract_layer_index(attention.layer_name)
+        layer = linear.get(index)
         if layer is None:
             continue
-        if difference := _difference(attention, layer.geometry, ranks):
+        difference = _difference(attention, layer.geometry, ranks)
+        if left.pop(index, None) is None:
+            difference = "is a second attention in its layer"
+        if difference:
             raise LolcatsError(f"vLLM's {name} {difference}: this model cannot be served there. Use lolcats serve.")
         placed[name] = layer
     if left:
@@ -150,10 +155,10 @@ def _difference(attention: Attention, geometry: Geometry, ranks: int) -> str:
     saved = (geometry.heads, geometry.kv_heads, geometry.head_dim, geometry.value_dim)
     if here != saved:
         return f"has heads of another shape, {here} instead of {saved}"
-    others = {
+    reasons = {
         "is not a decoder's attention": attention.attn_type != AttentionType.DECODER,
         "has learned sinks": attention.has_sink,
         "adds a position bias": getattr(attention.impl, "alibi_slopes", None) is not None,
         "shares another layer's keys": attention.kv_sharing_target_layer_name is not None,
     }
-    return next((text for text, applies in others.items() if applies), "")
+    return next((text for text, applies in reasons.items() if applies), "")
