@@ -6,7 +6,7 @@ QUICK := -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-oldest test-clients compatibility lint docs clean
+.PHONY: demo test test-all test-oldest test-clients test-vllm compatibility lint docs clean
 
 demo: .venv-demo/done
 	.venv-demo/bin/python examples/demo.py
@@ -30,6 +30,10 @@ test-clients: .venv/done .venv-clients/done .venv-routers/done
 
 compatibility: .venv/done .venv-clients/done .venv-routers/done
 	.venv-clients/bin/python -m pytest tests/clients --write-compatibility=docs/compatibility.md
+
+# Linearized models on vLLM for CPUs. Where it cannot be installed, the tests are skipped and say why.
+test-vllm: .venv-vllm/done
+	cd tests/vllm && ../../.venv-vllm/bin/python -m pytest -rs
 
 lint: .venv/done
 	.venv/bin/ruff check .
@@ -69,5 +73,12 @@ docs: .venv/done
 	.venv-routers/bin/pip install -q --no-deps -r tests/clients/routers.txt
 	touch $@
 
+.venv-vllm/done: tests/vllm/constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q $$(grep -E "^(pytest|pluggy|iniconfig|packaging|Pygments)==" tests/vllm/constraints.txt)
+	.venv-vllm/bin/pip install -q --no-deps -r tests/vllm/constraints.txt 2>&1 | tee .venv-vllm/install.log
+	.venv-vllm/bin/pip install -q --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf .venv .venv-clients .venv-routers .venv-demo .venv-oldest demo-data demo-output site
+	rm -rf .venv .venv-vllm .venv-clients .venv-routers .venv-demo .venv-oldest demo-data demo-output site

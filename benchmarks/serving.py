@@ -41,14 +41,14 @@ ROWS = {
 }
 
 
-def make_model(path: Path, geometry: str) -> None:
+def make_model(path: Path, geometry: str, dtype: torch.dtype = torch.float32) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     from lolcats.config import AttentionConfig
     from lolcats.lab.bench import random_model
 
-    model = random_model(geometry, AttentionConfig(), torch.device("cpu"), torch.float32)
+    model = random_model(geometry, AttentionConfig(), torch.device("cpu"), dtype)
     model.save_pretrained(path)
     words = {f"w{i}": i for i in range(VOCABULARY)}
     core = Tokenizer(models.WordLevel(words, unk_token="w0"))

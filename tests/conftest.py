@@ -32,7 +32,7 @@ from transformers import (
 from lolcats.report import html
 from lolcats.run import Run
 
-collect_ignore = ["clients"]  # has an environment of its own: make test-clients
+collect_ignore = ["clients", "vllm"]  # have environments of their own: make test-clients, make test-vllm
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
 WORDS = [

@@ -12,7 +12,7 @@ OLD_PLACES = ("data_stats",)
 ORDER = (
     "errors", "version", "files", "tensors", "memory", "ranks", "config", "attention", "weights", "modeling",
     "compared", "run", "data", "stages", "inference", "selection", "reference_import", "evaluation", "report",
-    "pipeline", "plan", "lab", "cli", *OLD_PLACES,
+    "pipeline", "plan", "lab", "cli", "vllm", *OLD_PLACES,
 )  # fmt: skip
 """Each part may import only what stands before it."""
 
@@ -86,6 +86,12 @@ def test_no_file_imports_itself_through_others() -> None:
 def test_inference_stands_on_models_only() -> None:
     others = {part(other) for module, others in EDGES.items() if part(module) == "inference" for other in others}
     assert others <= {"errors", "version", "files", "memory", "config", "attention", "modeling", "inference"}
+
+
+def test_the_vllm_plugin_stands_on_models_only() -> None:
+    """It runs in an environment that has neither servers nor data. It stands last, so nothing imports it."""
+    others = {part(other) for module, others in EDGES.items() if part(module) == "vllm" for other in others}
+    assert others <= {"errors", "tensors", "config", "attention", "modeling", "vllm"}
 
 
 def test_no_file_imports_the_package_itself() -> None:

@@ -31,6 +31,7 @@ from lolcats.modeling.code import CODE, came_with_model, copy_code, reference_to
 from lolcats.modeling.install import install
 from lolcats.modeling.interface import IMPLEMENTATION
 from lolcats.modeling.layer import attached, linearized_layers
+from lolcats.modeling.layer_types import as_the_base_has_them, for_a_model, saved_layer_types, show_engines
 from lolcats.modeling.parallel import add_plan, is_split, settle
 from lolcats.modeling.record import MODEL_TYPE, REMOTE_TYPE, SEAL, sealed
 
@@ -54,12 +55,18 @@ IMPOSSIBLE = {
     "cache_implementation": "a linearized model has a state of fixed size and cannot use another cache. Leave it out.",
 }
 """Arguments of ``generate`` that a linearized model does not support, and why."""
+NOT_VLLM = (
+    "vLLM's Transformers backend would compute softmax attention instead of this model's linearized attention. Serve "
+    "it with lolcats' own plugin: pip install lolcats[vllm], leave out --model-impl, and let VLLM_PLUGINS, if it is "
+    "set, name lolcats."
+)
 
 
 class LinearizedModel:
     """Mixin placed before the family's class: builds the extra modules, loads strictly, saves under our model type."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        config = for_a_model(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         record = self._within(config.lolcats)
         if not any(map(attached, self.modules())):  # type: ignore[attr-defined]  # else a part of it is one of ours
@@ -141,6 +148,11 @@ class LinearizedModel:
                 "The attention implementation of a linearized model cannot be set: it would silently become softmax."
             )
 
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """Asked by vLLM's Transformers backend, and by nothing else."""
+        raise LolcatsError(NOT_VLLM)
+
     def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         if requested_attention == IMPLEMENTATION:
             return IMPLEMENTATION
@@ -175,6 +187,25 @@ class LinearizedConfig:
 
     own_model: type | None = None
     """The base model's class if it came with the base model."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        result = super().from_dict(as_the_base_has_them(config_dict), **kwargs)  # type: ignore[misc]
+        show_engines(result[0] if isinstance(result, tuple) else result)
+        return result
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return super().to_diff_dict() | saved_layer_types(self)  # type: ignore[misc,no-any-return]
+
+    @property
+    def _attn_implementation(self) -> Any:
+        return super()._attn_implementation  # type: ignore[misc]
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        if value == "vllm":
+            raise LolcatsError(NOT_VLLM)
+        super(LinearizedConfig, type(self))._attn_implementation.fset(self, value)  # type: ignore[misc]
 
     def to_json_file(self, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
         """Like transformers' own, plus the files that ``auto_map`` needs, if the configuration has one.

@@ -1,0 +1,88 @@
+"""What all layers need to know of one step's batch, worked out once: which rows compute together, and where they lie.
+
+vLLM puts the new tokens of all requests into one row of tokens: one for a request that decodes, some or all of its
+prompt for one that prefills. All decoding rows are one step. Prefilling rows of similar length are padded to one batch,
+which at most doubles the work.
+
+Shapes: B rows, T new tokens of the longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lolcats.attention.state import Seen
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Requests that compute together.
+
+    slots: (B,) where their states lie. seen: tokens before this step. fresh: slots of decoding rows that begin.
+    lengths: new tokens of each row. tokens: (B, T) their places in the step's tokens; a row's last one is repeated as
+    padding, where ``mask`` (B, T) is False (None: no padding).
+    """
+
+    slots: Tensor
+    seen: Seen
+    lengths: tuple[int, ...]
+    tokens: Tensor
+    mask: Tensor | None
+    fresh: Tensor | None = None
+
+    @property
+    def begin(self) -> bool:
+        """Whether none of them has seen a token."""
+        return self.seen.same == 0
+
+    def take(self, x: Tensor) -> Tensor:
+        """(tokens, heads, D) -> (B, heads, T, D)"""
+        return x[self.tokens].transpose(1, 2)
+
+    def put(self, y: Tensor, out: Tensor) -> None:
+        """(B, heads, T, D) into ``out`` (tokens, heads, D)."""
+        y = y.transpose(1, 2)
+        if self.mask is None:
+            out[self.tokens] = y.to(out.dtype)
+        else:
+            out[self.tokens[self.mask]] = y[self.mask].to(out.dtype)
+
+
+@dataclass(frozen=True)
+class Batch:
+    decodes: Rows | None
+    prefills: tuple[Rows, ...]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], seen: Sequence[int], slots: Tensor) -> Self:
+        """For requests with so many new tokens, after so many, with states in ``slots``; all in the order of tokens."""
+        starts, decodes, prefills = [0, *accumulate(lengths)], list[int](), dict[tuple[int, bool], list[int]]()
+        for row, length in enumerate(lengths):
+            if length == 1:
+                decodes.append(row)
+            elif length:
+                prefills.setdefault(((length - 1).bit_length(), seen[row] == 0), []).append(row)
+
+        def rows(of: list[int]) -> Rows:
+            return _rows([lengths[i] for i in of], [seen[i] for i in of], slots[of], [starts[i] for i in of])
+
+        return cls(rows(decodes) if decodes else None, tuple(map(rows, prefills.values())))
+
+
+def _rows(lengths: list[int], seen: list[int], slots: Tensor, starts: list[int]) -> Rows:
+    device, longest = slots.device, max(lengths)
+    counts = torch.tensor(lengths, device=device)[:, None]
+    place, mask = torch.arange(longest, device=device), None
+    if min(lengths) < longest:
+        mask = place < counts
+    tokens = torch.tensor(starts, device=device)[:, None] + torch.minimum(place, counts - 1)
+    known: int | tuple[int, ...] = seen[0] if len(set(seen)) == 1 else tuple(seen)
+    begin = [i for i, count in enumerate(seen) if not count] if longest == 1 else []
+    seen_rows = Seen(torch.tensor(seen, device=device), known)
+    return Rows(slots, seen_rows, tuple(lengths), tokens, mask, slots[begin] if begin else None)

@@ -1,0 +1,91 @@
+"""The layer that takes the place of vLLM's attention in each linearized layer of vLLM's own model.
+
+Shapes: H query heads and G key/value heads of this rank, D head dim.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.utils.torch_utils import _encode_layer_name
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+from lolcats.attention import Mixer
+from lolcats.modeling.layer import LinearizedAttention
+from lolcats.vllm.attend import attend
+from lolcats.vllm.backend import StateMetadata
+from lolcats.vllm.plugin import BACKEND
+from lolcats.vllm.pool import Layout, Pool
+
+
+class StateAttention(nn.Module, MambaBase):
+    """Linearized attention with states in vLLM's memory. It is called as vLLM's ``Attention`` is.
+
+    Args:
+        attention: the layer of vLLM that it replaces, which knows scale and cap of the logits.
+        layer: feature maps and gate, of this rank's heads.
+        layout: of one sequence's state.
+    """
+
+    def __init__(self, attention: Attention, layer: LinearizedAttention, layout: Layout) -> None:
+        super().__init__()
+        self.lolcats, self.layout, self.layer_name = layer, layout, attention.layer_name
+        self.heads, self.kv_heads = attention.num_heads, attention.num_kv_heads
+        self.head_dim, self.value_dim = attention.head_size, attention.head_size_v
+        self.scale: float = attention.impl.scale
+        self.softcap: float | None = getattr(attention.impl, "logits_soft_cap", None) or None
+        self.impl = Computation()
+        self.pool: Pool | None = None
+        self.kv_cache: tuple[Tensor, ...] = (torch.tensor([]),)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(tokens, H · D) and twice (tokens, G · D) -> (tokens, H · D).
+
+        vLLM's own operator for attention: compiled graphs are cut there, and it looks this layer up by name.
+        """
+        out = torch.empty(query.shape[0], self.heads, self.value_dim, dtype=query.dtype, device=query.device)
+        torch.ops.vllm.unified_attention_with_output(
+            query.view(-1, self.heads, self.head_dim), key.view(-1, self.kv_heads, self.head_dim),
+            value.view(-1, self.kv_heads, self.value_dim), out, _encode_layer_name(self.layer_name),
+        )  # fmt: skip
+        return out.view(-1, self.heads * self.value_dim)
+
+    @cached_property
+    def mixer(self) -> Mixer:
+        """Once the weights are loaded, they do not change."""
+        return self.lolcats.mixer(self.scale, self.softcap)
+
+    # What vLLM asks a layer with a state
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.layout.nbytes,),)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        return (torch.uint8,)
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        return MambaAttentionBackendEnum[BACKEND]
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        self.pool = Pool(self.layout, self.kv_cache[0])
+
+
+class Computation:
+    """What vLLM's operator calls: one step of one layer."""
+
+    def forward(
+        self, layer: StateAttention, query: Tensor, key: Tensor, value: Tensor, kv_cache: Any,
+        attn_metadata: StateMetadata | None, output: Tensor, output_scale: Any = None, output_block_scale: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """query (tokens, H, D), key and value (tokens, G, D) -> ``output`` (tokens, H, D), written in place."""
+        if attn_metadata is None or layer.pool is None:  # vLLM measures memory
+            return output.zero_()
+        attend(layer.pool, layer.lolcats, layer.mixer, attn_metadata.batch, query, key, value, output)
+        return output

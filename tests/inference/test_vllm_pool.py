@@ -1,0 +1,126 @@
+"""The part of the vLLM plugin that knows nothing of vLLM: mixed batches, with states in pages that vLLM hands out."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lolcats.attention import SlotState, step
+from lolcats.attention.state import Seen
+from lolcats.config import AttentionConfig
+from lolcats.modeling.layer import Geometry, LinearizedAttention, layer_spec
+from lolcats.vllm.attend import attend
+from lolcats.vllm.batch import Batch
+from lolcats.vllm.pool import Layout, Pool
+
+HEADS, KV_HEADS, DIM, SCALE = 4, 2, 8, 0.4
+SPECS = {
+    "terraced": {"window_size": 4, "sinks": 2, "feature_dim": 4},
+    "sliding": {"window": "sliding", "window_size": 5, "sinks": 0, "feature_dim": 4},
+    "only window": {"kind": "window", "window_size": 4, "feature_dim": 4},
+    "linear": {"kind": "linear", "feature_map": "t2r", "key_maps": "per_kv_head"},
+    "supra": {"kind": "linear", "feature_map": "elu", "decay": "retnet", "normalizer": "group_norm"},
+}
+
+
+def made(name: str) -> LinearizedAttention:
+    torch.manual_seed(0)
+    config = AttentionConfig(**SPECS[name])
+    layer = LinearizedAttention(
+        Geometry(0, HEADS, KV_HEADS, DIM, DIM), config, layer_spec(config, config.kind), "sdpa"
+    ).requires_grad_(False)  # fmt: skip
+    for parameter in layer.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.3)
+    return layer
+
+
+def pool_of(layer: LinearizedAttention, pages: int, sums: torch.dtype = torch.float32) -> Pool:
+    """A pool whose memory is NaN in every dtype, with pages that are longer than a state."""
+    empty = layer.empty_state(*torch.zeros(2, 1, KV_HEADS, 0, DIM), dtype=sums)
+    layout = Layout.of(empty)
+    return Pool(layout, torch.full((pages, layout.nbytes + 48), 255, dtype=torch.uint8))
+
+
+class Sequence:
+    """Queries, keys and values of one sequence, and how many tokens the pool has seen of it."""
+
+    def __init__(self, length: int, slot: int) -> None:
+        self.q, self.k, self.v = (torch.randn(length, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        self.length, self.slot, self.seen, self.outputs = length, slot, 0, list[Tensor]()
+
+    def whole(self, layer: LinearizedAttention) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (self.q, self.k, self.v))
+        return layer(q, k, v, SCALE)[0].transpose(0, 1)
+
+
+def one_step(layer: LinearizedAttention, pool: Pool, batch: list[tuple[Sequence, int]]) -> None:
+    """``batch``: sequences, and how many new tokens of each."""
+    lengths, seen = [count for _, count in batch], [x.seen for x, _ in batch]
+    plan = Batch.of(lengths, seen, torch.tensor([x.slot for x, _ in batch]))
+    q, k, v = (torch.cat([getattr(x, name)[x.seen : x.seen + n] for x, n in batch]) for name in "qkv")
+    out = torch.full_like(q, torch.nan)
+    attend(pool, layer, layer.mixer(SCALE), plan, q, k, v, out)
+    for (sequence, count), y in zip(batch, out.split(lengths), strict=True):
+        sequence.outputs.append(y)
+        sequence.seen += count
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_mixed_batches_are_whole_sequences(name: str) -> None:
+    """In any order: sequences that begin (one with a single token), that go on in pieces, and that decode."""
+    layer, choose = made(name), random.Random(3)
+    pool = pool_of(layer, 12)
+    sequences = [
+        Sequence(length, slot) for length, slot in zip((1, 3, 17, 40, 41, 5, 33), (7, 2, 9, 0, 4, 11, 5), strict=True)
+    ]
+    running = list(sequences)
+    while running:
+        chosen = choose.sample(running, choose.randint(1, len(running)))
+        counts = [choose.choice((1, 1, 2, 7, 13)) for _ in chosen]
+        one_step(layer, pool, [(x, min(n, x.length - x.seen)) for x, n in zip(chosen, counts, strict=True)])
+        running = [x for x in running if x.seen < x.length]
+    for sequence in sequences:
+        torch.testing.assert_close(torch.cat(sequence.outputs), sequence.whole(layer), atol=2e-5, rtol=1e-4)
+
+
+def test_rows_do_not_depend_on_others_or_on_what_was_in_a_slot() -> None:
+    layer = made("terraced")
+    pool, first, second = pool_of(layer, 3), Sequence(20, 1), Sequence(20, 1)
+    one_step(layer, pool, [(first, 20)])
+    for count in (1, 18, 1):  # the slot is used again, beginning with a single token
+        one_step(layer, pool, [(second, count)])
+    torch.testing.assert_close(torch.cat(second.outputs), second.whole(layer), atol=2e-5, rtol=1e-4)
+
+
+def test_lengths_alike_are_padded_together_and_others_are_not() -> None:
+    plan = Batch.of([1, 9, 16, 17, 0, 1, 12], [4, 0, 0, 0, 3, 0, 8], torch.arange(7))
+    assert plan.decodes is not None
+    assert plan.decodes.slots.tolist() == [0, 5]
+    assert plan.decodes.fresh is not None
+    assert plan.decodes.fresh.tolist() == [5]
+    assert [rows.slots.tolist() for rows in plan.prefills] == [[1, 2], [3], [6]]
+    assert [rows.begin for rows in plan.prefills] == [True, True, False]
+    assert [rows.mask is None for rows in plan.prefills] == [False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_in_the_pool_is_a_step_of_slots(dtype: torch.dtype) -> None:
+    """Bit for bit, with sums that are rounded stochastically, too."""
+    layer = made("terraced")
+    pool, sequence = pool_of(layer, 4, dtype), Sequence(60, 2)
+    one_step(layer, pool, [(sequence, 30)])
+    slots = torch.tensor([2])
+    state: Any = SlotState.of(pool.rows(slots, Seen(torch.tensor([30]), 30)))
+    for place in range(30, 60):
+        one_step(layer, pool, [(sequence, 1)])
+        q, k, v = (x[place][None, :, None] for x in (sequence.q, sequence.k, sequence.v))
+        y, state = step(state, q, k, v, layer.mixer(SCALE))
+        assert torch.equal(y[0, :, 0], sequence.outputs[-1][0])
+    stored = pool.rows(slots, Seen(torch.tensor([60]), 60)).tensors()
+    assert stored["S"].dtype == dtype
+    for name, x in state.tensors().items():
+        assert torch.equal(x, stored[name]), name

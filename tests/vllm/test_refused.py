@@ -1,0 +1,118 @@
+"""What is refused before a model is built, each with a sentence."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+
+def settings(models: Path, name: str = "llama", **changes: Any) -> Any:
+    """vLLM's configuration, as far as we read it."""
+    import torch
+    from transformers import AutoConfig
+
+    import lolcats  # noqa: F401
+
+    config = AutoConfig.from_pretrained(models / name)
+    for field, value in changes.pop("record", {}).items():
+        config.lolcats[field] = value
+    values = {
+        "pipeline_parallel_size": 1, "tensor_parallel_size": 1, "mamba_cache_dtype": "auto",
+        "mamba_ssm_cache_dtype": "auto", "speculative_config": None, "additional_config": {}, **changes,
+    }  # fmt: skip
+    part = SimpleNamespace(**values)
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=config, dtype=torch.float32), parallel_config=part, cache_config=part,
+        speculative_config=part.speculative_config, additional_config=part.additional_config,
+    )  # fmt: skip
+
+
+REFUSED = {
+    "adapter": ({"record": {"form": "adapter"}}, "lolcats export DIR --merge"),
+    "pipeline": ({"pipeline_parallel_size": 2}, "--tensor-parallel-size"),
+    "speculative": ({"speculative_config": object()}, "--speculative-config"),
+    "mamba dtype": ({"mamba_ssm_cache_dtype": "bfloat16"}, "state_dtype"),
+    "state dtype": ({"additional_config": {"lolcats": {"state_dtype": "float16"}}}, "float32, bfloat16"),
+    "unknown setting": ({"additional_config": {"lolcats": {"dtype": "float32"}}}, "lolcats.state_dtype"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings(name: str, models: Path) -> None:
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm.record import check_settings
+
+    changes, said = REFUSED[name]
+    check_settings(settings(models))
+    with pytest.raises(LolcatsError) as refused:
+        check_settings(settings(models, **changes))
+    assert said in str(refused.value)
+
+
+def test_layers_with_states_of_different_shapes(models: Path) -> None:
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm.record import state_layout
+
+    layers = json.loads((models / "llama/config.json").read_text())["lolcats"]["layers"]
+    with pytest.raises(LolcatsError, match="states of different shapes"):
+        state_layout(settings(models, record={"layers": [{**layers[0], "kind": "linear"}, *layers[1:]]}))
+
+
+def test_ranks_that_cannot_share_the_heads(models: Path) -> None:
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm.record import state_layout
+
+    with pytest.raises(LolcatsError, match="key/value heads"):
+        state_layout(settings(models, tensor_parallel_size=4))
+
+
+def test_another_version_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm.plugin import check_version
+
+    check_version()
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.33.1" if "vllm" in name else real(name))
+    with pytest.raises(LolcatsError, match=r"vLLM 0\.32, but vllm 0\.33\.1"):
+        check_version()
+
+
+def attention(layer: int, **changes: Any) -> Any:
+    """One of vLLM's attention layers, as far as we read it."""
+    from vllm.v1.attention.backend import AttentionType
+
+    values = {
+        "layer_name": f"model.layers.{layer}.self_attn.attn", "num_heads": 4, "num_kv_heads": 2, "head_size": 16,
+        "head_size_v": 16, "attn_type": AttentionType.DECODER, "has_sink": False, "impl": SimpleNamespace(),
+        "kv_sharing_target_layer_name": None, **changes,
+    }  # fmt: skip
+    return SimpleNamespace(**values)
+
+
+OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
+    "heads": ({"head_size": 32}, "heads of another shape"),
+    "encoder": ({"attn_type": "encoder"}, "not a decoder's attention"),
+    "sinks": ({"has_sink": True}, "learned sinks"),
+    "bias": ({"impl": SimpleNamespace(alibi_slopes=[1.0])}, "position bias"),
+    "shared": ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, "another layer's keys"),
+    "twice": ({"layer_name": "model.layers.1.cross_attn.attn"}, "second attention"),
+    "missing": ({"layer_name": "model.layers.9.self_attn.attn"}, "no plain attention in layer 2"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_attention_that_is_not_what_was_linearized(name: str, models: Path) -> None:
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm.record import check_attention, linearized_layers
+
+    config, (changes, said) = settings(models), OTHERWISE[name]
+    layers, whole = linearized_layers(config), {str(layer): attention(layer) for layer in range(3)}
+    assert list(check_attention(whole, layers, config)) == ["0", "1", "2"]
+    with pytest.raises(LolcatsError) as refused:
+        check_attention({**whole, "2": attention(2, **changes)}, layers, config)
+    assert said in str(refused.value)
