@@ -156,6 +156,15 @@ def test_what_was_the_best_beginning_is_dropped_when_it_is_worth_little() -> Non
     ]  # fmt: skip
 
 
+def test_losses_that_are_only_rounding_end_the_search() -> None:
+    """The same loss everywhere, a little below zero, as KL divergences may be; no set is better than another."""
+    heads = [(0, head) for head in range(4)]
+    sets = [frozenset(some) for n in range(5) for some in itertools.combinations(heads, n)]
+    table: Any = Table(dict.fromkeys(sets, -1e-9))
+    found = grow(table, [], units_of(table, by_layer=False), 4, 4, lambda _: None)
+    assert [len(each.units) for each in found] == [1, 2, 3, 4]
+
+
 def test_no_set_of_the_curve_is_better_without_one_than_a_smaller_one() -> None:
     scorer = scorer_of(base_of())
     found = grow(scorer, [], units_of(scorer, by_layer=False), 5, 8, lambda _: None)

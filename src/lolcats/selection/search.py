@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from lolcats.selection.scorer import Scorer
 
 ONE_BY_ONE = 8  # units that are added singly
-GAIN = 0.99  # a set that replaces another one of its size has at most this share of its loss
+GAIN, NOISE = 0.01, 1e-6
+"""A set that replaces another one of its size has a loss lower by this share, and by that many nats."""
 Head = tuple[int, int]
 Unit = tuple[Head, ...]
 Say = Callable[[str], None]
@@ -55,7 +56,7 @@ def grow(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: in
         scorer.move_to(_heads(kept))
         others = [unit for unit in units if unit not in kept]
         known = best.get(len(kept) - 1)
-        if known and (fewer := _without_one(scorer, kept, width)).loss < GAIN * known.loss:
+        if known and _better(fewer := _without_one(scorer, kept, width), known):
             (gone,) = set(kept) - set(fewer.units)
             say(f"{_counted(fewer)}: {_named(gone)} dropped again, loss {fewer.loss:.4f}")
             kept, best[len(fewer.units)] = list(fewer.units), fewer
@@ -67,6 +68,10 @@ def grow(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: in
             kept, best[len(more.units)] = list(better.units), better
         else:
             return [best[size] for size in sorted(best)]
+
+
+def _better(found: Found, known: Found) -> bool:
+    return known.loss - found.loss > max(GAIN * known.loss, NOISE)
 
 
 def _with_more(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: int, width: int) -> Found:
