@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import lolcats
 from lolcats.cli import app
+from lolcats.cli.app import command
 from lolcats.files import LOCK, locked, only_writer
 
 
@@ -303,17 +304,19 @@ class Job:
         return any(e["stage"] == stage and e["step"] >= step and "loss" in e for e in lines)
 
 
-def test_only_commands_that_continue_speak_of_finished_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def stop(*_: Any, **__: Any) -> None:
+@pytest.mark.parametrize("name", ["linearize", "distill_data", "info", "chat"])
+def test_only_commands_that_continue_speak_of_finished_work(name: str) -> None:
+    def stop() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lolcats.weights.base.find_base", stop)
-    monkeypatch.setattr("lolcats.data.inputs.find_base", stop)
-    saved = "Finished work is saved; run the same command again to continue."
-    assert saved in invoke("linearize", "model", "--data", "data", "--out", tmp_path / "out", code=130)
-    stopped = invoke("info", "model", code=130)
-    assert "Stopped." in stopped
-    assert "Finished" not in stopped
+    stop.__name__ = name
+    group = typer.Typer()
+    command(stop, group)
+    stopped = CliRunner().invoke(group, [])
+    assert stopped.exit_code == 130
+    assert "Stopped." in stopped.output
+    saved = "Finished work is saved; run the same command again to continue." in stopped.output
+    assert saved == (name in ("linearize", "distill_data"))
 
 
 @pytest.mark.slow

@@ -280,8 +280,8 @@ class FinetuneConfig(StageConfig):
     compile: bool | Literal["auto"] = False
     """Compile the decoder layers with torch.compile for training: fewer operations, which makes small models faster,
     after a minute or more of compiling. ``auto``: on a GPU, for at least 500 steps, if nothing prevents it. Not with
-    ``data.reset_at_documents``, a sharded or quantized base model, trained feature maps, or maps other than
-    ``hedgehog``."""
+    ``data.reset_at_documents``, ``finetune.gradient_checkpointing``, a sharded or quantized base model, trained
+    feature maps, or maps other than ``hedgehog``."""
     sharding: Literal["auto", "always", "never"] = "auto"
     """How to place the base model on several GPUs. ``always``: shard it across them (FSDP2); ``never``: keep all of it
     on each, which is faster; ``auto``: shard it only if it does not fit on each."""

@@ -199,7 +199,7 @@ class LinearizedConfig:
 
     @property
     def _attn_implementation(self) -> Any:
-        return super()._attn_implementation  # type: ignore[misc]
+        return self._attn_implementation_internal  # type: ignore[attr-defined]
 
     @_attn_implementation.setter
     def _attn_implementation(self, value: Any) -> None:

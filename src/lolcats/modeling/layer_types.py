@@ -21,7 +21,8 @@ def saved_layer_types(config: Any) -> dict[str, Any]:
     record = getattr(config, "lolcats", None)
     if BASE in vars(config) or not record or config.get_text_config(decoder=True) is not config:
         return {}
-    if isinstance(getattr(type(config), "layer_types", None), property):
+    name = type(config).attribute_map.get("layer_types", "layer_types")
+    if isinstance(getattr(type(config), name, None), property):
         return {}
     base = getattr(config, "layer_types", None)
     types = list(base or [FULL] * config.num_hidden_layers)

@@ -104,8 +104,10 @@ def mask_function(**arguments: Any) -> MaskRequest:
 
 def check_apart(mask: Any) -> None:
     """Raise LolcatsError if rows hold several documents and the family asked for no mask that separates them."""
+    if mask is not None:
+        return
     call = current()
-    if mask is None and call is not None and call.documents is not None:
+    if call is not None and call.documents is not None:
         raise LolcatsError(NOT_APART)
 
 

@@ -158,7 +158,9 @@ def passes_of_search(count: int) -> float:
         added = 1 if kept < ONE_BY_ONE else min(max(1, count // 16), count - kept)
         kept += added
         passes += 1 + 3 + (Settings().width + (added > 1)) / 2 + 1  # hidden states, slopes, candidates, right answers
-    return passes + 6  # the teacher's answers, the first slopes, a model without heads
+        if kept > 1 and added == 1:  # each kept head, or the least steep ones, is left out once
+            passes += min(kept, Settings().width) / 2 + 3 * (kept > Settings().width)
+    return passes + 7  # the teacher's answers, the first slopes, a model without heads, the last hidden states
 
 
 def chosen_search(plans: Sequence[Plan]) -> list[Plan]:

@@ -42,6 +42,8 @@ def _obstacle(model: PreTrainedModel, config: Config, data: Data) -> str:
         return "data.reset_at_documents=true, where each batch has documents of other lengths"
     if is_sharded(model):
         return "a sharded base model"
+    if config.finetune.gradient_checkpointing:
+        return "finetune.gradient_checkpointing=true"
     if config.finetune.quantize_base != "none":
         return f"finetune.quantize_base={config.finetune.quantize_base}"
     if config.finetune.feature_map_learning_rate > 0:
