@@ -194,6 +194,9 @@ class LinearizedConfig:
         show_engines(result[0] if isinstance(result, tuple) else result)
         return result
 
+    def to_dict(self) -> dict[str, Any]:
+        return as_the_base_has_them(super().to_dict())  # type: ignore[misc]
+
     def to_diff_dict(self) -> dict[str, Any]:
         return super().to_diff_dict() | saved_layer_types(self)  # type: ignore[misc,no-any-return]
 

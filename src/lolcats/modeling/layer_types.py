@@ -18,8 +18,10 @@ def saved_layer_types(config: Any) -> dict[str, Any]:
 
     They do not fit a configuration in parts (text and images), nor one that computes its layer types.
     """
+    if BASE in vars(config):  # it was read
+        return {"layer_types": config.layer_types, BASE: vars(config)[BASE]}
     record = getattr(config, "lolcats", None)
-    if BASE in vars(config) or not record or config.get_text_config(decoder=True) is not config:
+    if not record or config.get_text_config(decoder=True) is not config:
         return {}
     name = type(config).attribute_map.get("layer_types", "layer_types")
     if isinstance(getattr(type(config), name, None), property):
