@@ -114,11 +114,11 @@ def backward_rows() -> Iterator[list[Any]]:
             every = replayed(both(problem.kernels, problem.leaves(), direction))
             inputs = both(frozen(problem, weights).kernels, problem.qkv, direction)
             timed, slow = replayed(inputs), eager(inputs)
-            alone = replayed(both(frozen(problem, problem.qkv).kernels, weights, direction))
+            maps_only = replayed(both(frozen(problem, problem.qkv).kernels, weights, direction))
             yield [
                 shape(batch, length), "query" if maps == H else "kv", name, f"{softmax:.2f}", f"{timed:.2f}",
-                f"{softmax / timed:.2f}", target(asked, maps), f"{every:.2f}", f"{softmax / every:.2f}", f"{alone:.2f}",
-                f"{launched:.2f}", f"{slow:.2f}", f"{launched / slow:.2f}",
+                f"{softmax / timed:.2f}", target(asked, maps), f"{every:.2f}", f"{softmax / every:.2f}",
+                f"{maps_only:.2f}", f"{launched:.2f}", f"{slow:.2f}", f"{launched / slow:.2f}",
             ]  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def frozen(problem: Problem, tensors: list[Any]) -> Problem:
 
 
 def unrotated_rows() -> Iterator[list[Any]]:
-    """As ``backward_rows``; where maps see other queries and keys, these lie behind the rotated ones, as in models."""
+    """As ``backward_rows``; where maps see other queries and keys, these follow the rotated ones, as in models."""
     for length in (1024, 4096, 16384):
         for maps in (H, G):
             rotated = Problem.random(1, length, maps)
@@ -294,12 +294,12 @@ def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Itera
         ),
         "Forward and backward": (
             "tokens | key maps per head of | fastest softmax | softmax ms | kernels ms, gradients of q, k, v | "
-            "ratio | target | with those of maps and γ, ms | ratio | maps alone (stage 1), ms | softmax ms, eager | "
+            "ratio | target | with those of maps and γ, ms | ratio | maps only (stage 1), ms | softmax ms, eager | "
             "kernels ms, eager | ratio, eager", backward_rows,
         ),
         "Feature maps of unrotated queries and keys": (
             "tokens | key maps per head of | forward, ms | unrotated | ratio | forward and all gradients, ms | "
-            "unrotated | ratio | gradients of q, k, v | unrotated | ratio | maps alone (stage 1) | unrotated | ratio",
+            "unrotated | ratio | gradients of q, k, v | unrotated | ratio | maps only (stage 1) | unrotated | ratio",
             unrotated_rows,
         ),
         f"{VARIANTS}forward pass": (attention_variants.COLUMNS, attention_variants.rows),

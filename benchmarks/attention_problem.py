@@ -56,7 +56,7 @@ class Problem:
         return triton_attention(*self.qkv, self.mixer(self.spec), tiling=self.tiling)[0]
 
     def group(self, g: int) -> "Problem":
-        """One kv head and the query heads that share it, alone, in fp32."""
+        """Only one kv head and the query heads that share it, in fp32."""
         q, k, v = (x.detach().float() for x in self.qkv)
         size, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
         heads = slice(g * size, (g + 1) * size)
@@ -93,7 +93,7 @@ class Unrotated(Problem):
 
     @classmethod
     def beside(cls, rotated: Problem) -> "Unrotated":
-        """The same with random vectors for the maps, behind the rotated ones."""
+        """The same with random vectors for the maps, after the rotated ones."""
         wide = [torch.cat([x.detach(), torch.randn_like(x)], 3).requires_grad_() for x in rotated.qkv[:2]]
         return cls(**vars(rotated) | {"qkv": [*wide, rotated.qkv[2]]})
 

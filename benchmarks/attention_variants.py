@@ -22,7 +22,8 @@ WALKS = {
 }
 STRETCHES = (0.5, 2.0)  # times the length of stretch that was chosen, tried for the fastest walk
 BACKWARD_SHAPES = ((8, 1024), (1, 8192), (1, 32768))
-LAUNCHES = {  # of the states of queries, if their heads share a key map: today they spill and take a processor alone
+# Of the states of queries, if their heads share a key map: today they spill, and only one fits on a processor.
+LAUNCHES = {
     "stored": (),
     "4 warps, 1 stage": (("query_state", 4, 1),),
     "8 warps, 1 stage": (("query_state", 8, 1),),

@@ -44,7 +44,7 @@ MARGIN = 60
 
 @dataclass(frozen=True)
 class Row:
-    """What a process trains. stage: ``transfer``, ``finetune`` or ``peft`` (PEFT and transformers' Trainer alone).
+    """What a process trains. stage: ``transfer``, ``finetune`` or ``peft`` (PEFT and transformers' Trainer without us).
 
     settings: of this build; ``then``: of the other one, None if it has no such row. The default recipe has the rest.
     """

@@ -21,6 +21,17 @@ from lolcats.weights.base import find_base, load_model
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
 
 
+def stir(wrapped: Any) -> None:
+    """Move LoRA far from its initial values, which change nothing."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.2)
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+
+
 def adapter(
     directory: Path, model: Any, dtype: torch.dtype = torch.bfloat16, attention: AttentionConfig = SMALL, **lora: Any
 ) -> Path:
@@ -29,13 +40,7 @@ def adapter(
     base, out = find_base(str(directory / "base")), directory / "adapter"
     out.mkdir()
     wrapped = add_lora(lolcats.convert(load_model(base, dtype), attention), FinetuneConfig(rank=4, **lora))
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.2)
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+    stir(wrapped)
     student = wrapped.get_base_model()
     save_feature_maps(student, out / FEATURE_MAPS)
     save_lora(wrapped, base, out / LORA)

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from support.adapters import SMALL, stir
 from torch import Tensor, nn
 
 import lolcats
 from lolcats import pipeline
-from lolcats.config import AttentionConfig, FinetuneConfig, load_config
+from lolcats.config import FinetuneConfig, load_config
 from lolcats.data import inputs
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import perplexity
@@ -24,20 +25,13 @@ from lolcats.tensors import read_tensors
 from lolcats.weights import base as bases
 
 IDS = torch.randint(6, 300, (2, 40), generator=torch.Generator().manual_seed(0))
-SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
 
 def with_lora(dtype: torch.dtype, **kind: bool) -> Any:
     """A model with LoRA far from its initial values, which change nothing."""
     wrapped = add_lora(lolcats.convert(tiny_model().to(dtype), SMALL), FinetuneConfig(rank=4, **kind))
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.2)
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+    stir(wrapped)
     return wrapped.eval()
 
 

@@ -42,7 +42,7 @@ class Prompt:
 
 
 class AnyTemplate(ChatTemplate):
-    """The template of a model behind a server, which nobody here has seen: it is taken to know tools."""
+    """The template of a model on a server. It cannot be seen from here, so it is assumed to know tools."""
 
     knows_tools = knows_tool_calls = knows_tool_messages = True  # type: ignore[assignment]
 

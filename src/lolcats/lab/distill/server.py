@@ -1,4 +1,4 @@
-"""A teacher behind a server with OpenAI's API, such as vLLM or lolcats serve."""
+"""A teacher on a server with OpenAI's API, such as vLLM or lolcats serve."""
 
 from __future__ import annotations
 
