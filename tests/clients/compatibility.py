@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from importlib.metadata import distributions, version
 
 from packaging.version import Version
-from programs import ROUTERS
+from support.programs import ROUTERS
 
 DISTRIBUTIONS = {
     "openai": "openai",

@@ -26,8 +26,8 @@ os.environ.update(
 import pytest
 from compatibility import DISTRIBUTIONS, Row, page, row
 from plain import Server
-from programs import PYTHON, address_of, lolcats_serve
 from recording import Recorder
+from support.programs import PYTHON, address_of, lolcats_serve
 
 HERE = Path(__file__).parent
 ROWS = pytest.StashKey[list[Row]]()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -17,10 +16,8 @@ import openai
 import pytest
 from compatibility import router_version
 from plain import GREEDY, MESSAGES, PROMPT, TOKENS, USER, Server
-from programs import ROUTERS, address_of, free_port, lolcats_serve, router
 from recording import Recorder
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.programs import ROUTERS, address_of, free_port, lolcats_serve, router
 from support.vllm_fields import ROUTER_CHAT, ROUTER_COMPLETION
 
 KEY = "sk-test"  # the proxy's own

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import HERE, references, run, wanted
+from support.programs import answers, free_port
 
 ONCE = str(HERE / "generate_once.py")
 
@@ -23,19 +23,9 @@ ONCE = str(HERE / "generate_once.py")
 @pytest.fixture
 def server(models: Path) -> Iterator[str]:
     """OpenAI's API. The engine is a process of its own, which gets the configuration pickled."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = [
-        "--model",
-        str(models / "llama"),
-        "--served-model-name",
-        "tiny",
-        "--port",
-        str(port),
-        "--host",
-        "127.0.0.1",
-    ]
+    port = free_port()
+    options = ["--model", str(models / "llama"), "--served-model-name", "tiny", "--port", str(port)]
+    options += ["--host", "127.0.0.1"]
     options += ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--gpu-memory-utilization", "0.05"]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -50,14 +40,6 @@ def server(models: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.communicate(timeout=60)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 def complete(address: str, case: dict[str, list[int]]) -> list[int]:
