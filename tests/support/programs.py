@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 PYTHON = os.environ.get("LOLCATS_PYTHON", str(ROOT / ".venv/bin/python"))
 ROUTERS = Path(os.environ.get("LOLCATS_ROUTERS", ROOT / ".venv-routers"))
 """The environment that has the routers, if it is there."""
