@@ -2,14 +2,15 @@
 
     python benchmarks/selection.py MODEL --text BOOK.txt [--heads 7,8,14] [--lengths 1024,4096,8192] [--answers 200]
         [--tasks passkey,needle,multi-query] [--random 5] [--gsm8k 320 --data-dir DIR] [--minutes 9]
-        [--name NAME] [--out results]
+        [--set attention.window_size=256] [--name NAME] [--out results]
     python benchmarks/selection.py --shape llama3-8b --heads 32   # only the time of a search, with random weights
 
 Searches once, up to the largest number of heads, and measures the set of every number that is asked for. At the first
 number also these controls: whole layers chosen alike, the heads with the steepest slopes when none is kept, the heads
 whose loss in the teacher costs most (*single drop*), and random sets. *Loss* is the search's own objective on its own
-prompts, *held out* the same on others. All heads that are not kept have the default window and 4 sinks. MODEL is as
-``lolcats select`` takes it. Rows that do not fit into --minutes are left out, and the table says so.
+prompts, *held out* the same on others. Heads that are not kept have 4 sinks and the default window, unless --set says
+otherwise. MODEL is as ``lolcats select`` takes it. Rows that do not fit into --minutes are left out, and the table says
+so.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ from lolcats.selection.scorer import Scorer
 from lolcats.selection.search import Head, grow, units_of
 from lolcats.selection.select import PASS, Settings, check_lengths, prompt_plan, search, trial_attention
 
+ROWS = {"cuda": 64, "cpu": 8}
+"""Rows of 1,024 tokens in a batch of an evaluation."""
 LIMIT = 50
 """Answers in a cell of a random set."""
 ANSWER = 40
@@ -79,14 +82,14 @@ class Bench:
     def kept(self, heads: list[Head] | None) -> PreTrainedModel:
         """A copy of the model in which only these heads are softmax attention."""
         model = self.inputs.model(self.dtype, self.device).eval()
-        if heads is None:
-            return model
+        if heads is None:  # in a form that the engine generates with
+            return lolcats.convert(model, AttentionConfig(kind="softmax")).eval()
         changes = {**vars(trial_attention(self.attention)), "softmax_heads": by_layer(heads)}
         return lolcats.convert(model, AttentionConfig(**changes)).eval()
 
 
 def start(arguments: argparse.Namespace) -> tuple[Bench, dict[str, float]]:
-    config = load_config("default", ["attention.sinks=4"])
+    config = load_config("default", ["attention.sinks=4", *arguments.set])
     device, dtype = device_and_dtype(config)
     began = time.time()
     inputs = Inputs(arguments.model, keep=True)
@@ -157,7 +160,8 @@ def controls(bench: Bench, count: int, sets: int) -> Iterator[Row]:
 def tasks(arguments: argparse.Namespace, bench: Bench, answers: int, gsm8k: int) -> list[Any]:
     """Functions from a model to its scores."""
     seen = sight(trial_attention(bench.attention))
-    options = Options(arguments.data_dir, str(arguments.text), arguments.lengths, answers, seen=seen)
+    rows = ROWS.get(bench.device.type, ROWS["cpu"])
+    options = Options(arguments.data_dir, str(arguments.text), arguments.lengths, answers, rows, seen=seen)
     prepared = list(prepare([f"recall-{kind}" for kind in arguments.tasks], options, bench.inputs.tokenizer).values())
     if gsm8k:
         generate = Options(arguments.data_dir, limit=gsm8k)
@@ -224,6 +228,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=["passkey", "needle", "multi-query"])
     parser.add_argument("--random", type=int, default=5, help="random sets (default: 5)")
     parser.add_argument("--gsm8k", type=int, default=0, help="questions of GSM8K, 5 shots (default: none)")
+    parser.add_argument("--set", action="append", default=[], help="a setting, as lolcats takes it")
     parser.add_argument("--data-dir", type=Path, help="folder with gsm8k_train.parquet and gsm8k_test.parquet")
     parser.add_argument("--minutes", type=float, default=60, help="begin no row after that time (default: 60)")
     parser.add_argument("--name", help="of the model, in the table (default: MODEL)")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lolcats.config import REMOVED, Config, from_dict, identity_of, load_config, recipe_names, to_dict, to_yaml
+from lolcats.config import REMOVED, AttentionConfig, Config, from_dict, identity_of, load_config, recipe_names, to_dict, to_yaml
 from lolcats.errors import LolcatsError
 
 
@@ -96,6 +96,11 @@ def test_overrides_and_types(tmp_path: Path) -> None:
 def test_bad_overrides_name_the_key(override: str, message: str) -> None:
     with pytest.raises(LolcatsError, match=message):
         load_config("default", [override])
+
+
+def test_layers_may_be_numbers() -> None:
+    named = AttentionConfig(softmax_heads={"3": [0]}, layers={"1": "softmax"})
+    assert AttentionConfig(softmax_heads={3: [0]}, layers={1: "softmax"}) == named  # type: ignore[dict-item]
 
 
 def test_unknown_recipe() -> None:

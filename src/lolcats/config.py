@@ -77,6 +77,8 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, "attention", feature_dim=1, window_size=1, sinks=0)
+        for name in ("layers", "softmax_heads"):  # numbers of layers may be given as such
+            object.__setattr__(self, name, {str(key): value for key, value in getattr(self, name).items()})
         if self.sinks > self.window_size:
             raise LolcatsError(
                 f"attention.sinks ({self.sinks}) must not exceed attention.window_size ({self.window_size})."

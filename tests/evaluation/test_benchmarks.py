@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 import lolcats
 from lolcats.cli import app
-from lolcats.config import load_config
+from lolcats.config import AttentionConfig, load_config
 from lolcats.errors import LolcatsError
 from lolcats.evaluation import harness, tasks
 from lolcats.evaluation.kinds import KINDS
@@ -217,6 +218,37 @@ def test_batches_change_nothing(model_dirs, data_dir: Path, tokenizer, monkeypat
     assert answers[0] == answers[1]
     assert all(answers[0])
     assert model.config.use_cache is True, "left as it was"
+
+
+@pytest.mark.usefixtures("lm_eval")
+@pytest.mark.parametrize("kept", [{}, {0: [1]}])
+def test_the_engine_answers_as_lm_eval_does(
+    kept: dict[int, list[int]], model_dirs, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lolcats.evaluation import bridge
+
+    base = load_model(find_base(str(model_dirs["llama"])), torch.float32)
+    with torch.no_grad():  # attention far from uniform, so that answers differ
+        for name, parameter in base.named_parameters():
+            parameter.mul_(6 if "q_proj" in name or "k_proj" in name else 1)
+    model = lolcats.convert(base, AttentionConfig(window_size=16, softmax_heads=kept))
+    judge = bridge.Bridge(model, tokenizer, 2, {})
+    contexts = ["One", "Two and some more words to read before the answer comes.", "Three " * 40, "Four, five?"]
+
+    def both(settings: dict[str, Any]) -> list[str]:
+        requests = [SimpleNamespace(args=(context, settings)) for context in contexts]
+        theirs = judge.generate_until(requests, disable_tqdm=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(bridge, "uses_engine", lambda _: True)
+            patch.setattr(bridge.HFLM, "generate_until", None)
+            assert judge.generate_until(requests) == theirs
+        return theirs
+
+    whole = both({"until": [], "max_gen_toks": 24, "do_sample": False})
+    assert len(set(whole)) == len(contexts)
+    ends = [text[len(text) // 2 :][:2] for text in whole[:2]]
+    cut = both({"until": ends, "max_gen_toks": 24})
+    assert all(len(short) < len(text) for short, text in zip(cut[:2], whole, strict=False))
 
 
 def test_recall_and_positions_on_the_command_line(trained: Path, data_dir: Path, tmp_path: Path) -> None:

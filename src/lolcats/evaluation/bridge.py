@@ -1,4 +1,5 @@
-"""lm-eval's Hugging Face class with our own likelihoods: requests are batched once and reused for every model.
+"""lm-eval's Hugging Face class with our own likelihoods: requests are batched once and reused for every model. On a GPU
+the engine generates.
 
 A batch is filled up to a fixed number of tokens. Requests that differ only in their last token (the letters of a
 question's answers) share a row, and logits are computed only for the tokens of continuations.
@@ -8,20 +9,24 @@ Shapes: B rows of a batch, T tokens, N continuation tokens, E hidden size, V voc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lolcats.evaluation.generation import generate, uses_engine
 from lolcats.evaluation.text import ROW
+from lolcats.inference.engine import SamplingParams
 from lolcats.modeling.install import decoder
 from lolcats.modeling.loss import find_head
 
 MULTIPLE = 16  # rows are padded to a multiple of this, so kernels compile for few lengths
+GREEDY = {"do_sample", "temperature", "until", "max_gen_toks"}  # settings that the engine understands as lm-eval does
 PIECE = 1024  # tokens whose logits are in memory at a time
 
 Encoded = tuple[list[int], list[int]]
@@ -63,6 +68,29 @@ class Bridge(HFLM):
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[Answer]:
         """The same for requests that are already tokenized: windows of whole texts."""
         return answers(self.model, self._batches([pair for _, *pair in requests]), len(requests))
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The answer to each request, up to the string that ends it: by the engine where it runs the model and all
+        answers are greedy, otherwise as lm-eval does."""
+        found = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
+        if uses_engine(self.model) and not any(one["do_sample"] or set(one) - GREEDY for one in found):
+            contexts = [request.args[0] for request in requests]
+            return self._generated([self._asked(*one) for one in zip(contexts, found, strict=True)])
+        return super().generate_until(requests, disable_tqdm)  # type: ignore[no-any-return]
+
+    def _asked(self, context: str, settings: Mapping[str, Any]) -> tuple[list[int], SamplingParams]:
+        """A request as lm-eval understands it: the prompt is truncated on the left to leave room for the answer."""
+        end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        most, stop = settings["max_gen_toks"], handle_stop_sequences(settings["until"], end)
+        prompt = self.tok_encode(context)[-(self.max_length - most) :]
+        return prompt, SamplingParams(most, stop=tuple(filter(None, stop)))
+
+    def _generated(self, asked: Sequence[tuple[list[int], SamplingParams]]) -> list[str]:
+        answers = generate(self.model, self.tokenizer, asked)
+        return [
+            postprocess_generated_text(self.tok_decode(tokens), list(params.stop), None)
+            for tokens, (_, params) in zip(answers, asked, strict=True)
+        ]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, *args: Any, **kwargs: Any) -> list[int]:
         if add_special_tokens is None and string in self.encodings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,14 +11,11 @@ from lolcats.config import AttentionConfig
 from lolcats.data.conversations import Misfit
 from lolcats.data.tokens import encode, special_prefix
 from lolcats.errors import LolcatsError
-from lolcats.inference.engine import Delta, Engine, Request, SamplingParams, check_model
+from lolcats.inference.engine import Engine, SamplingParams, answer_all, check_model
 from lolcats.lab.distill.prompts import Prompt, text_of
 from lolcats.lab.distill.teacher import Answer, Numbered, Sampling
 from lolcats.modeling.chat import ChatTemplate
 from lolcats.modeling.convert import convert
-
-AHEAD = 4
-"""Requests given to the engine for each slot, so that none is empty between two steps."""
 
 
 class LocalTeacher:
@@ -54,7 +50,8 @@ class LocalTeacher:
                 context=min(longest, self.context),
             )  # fmt: skip
             try:
-                yield from self._generate(engine, iter(requests))
+                for found in answer_all(engine, [(*request, self._params(request[0])) for request in requests]):
+                    yield found.number, Answer(found.text, found.cut, found.prompt_tokens, len(found.tokens))
             finally:
                 engine.close()
         yield from unusable
@@ -70,22 +67,9 @@ class LocalTeacher:
             raise Misfit(f"prompt and --max-tokens are more than the model's {self.context} tokens")
         return tokens
 
-    def _generate(self, engine: Engine, requests: Iterator[tuple[int, list[int]]]) -> Iterator[tuple[int, Answer]]:
-        running: list[Running] = []
-        while True:
-            while len(running) < AHEAD * self.slots and (request := next(requests, None)) is not None:
-                running.append(self._submit(engine, *request))
-            if not running:
-                return
-            engine.step()
-            yield from [(one.number, one.answer) for one in running if one.ended]
-            running = [one for one in running if not one.ended]
-
-    def _submit(self, engine: Engine, number: int, tokens: list[int]) -> Running:
-        asked, running = self.sampling, Running(number, len(tokens))
-        params = SamplingParams(asked.max_tokens, asked.temperature, top_p=asked.top_p, seed=asked.seed_of(number))
-        engine.submit(Request(tokens, params, running.deltas.append))
-        return running
+    def _params(self, number: int) -> SamplingParams:
+        asked = self.sampling
+        return SamplingParams(asked.max_tokens, asked.temperature, top_p=asked.top_p, seed=asked.seed_of(number))
 
 
 def _runnable(model: PreTrainedModel) -> PreTrainedModel:
@@ -100,24 +84,3 @@ def _runnable(model: PreTrainedModel) -> PreTrainedModel:
     except LolcatsError as error:
         raise LolcatsError(f"{error} To use it as a teacher, serve it with another engine and pass --server.") from None
     return model
-
-
-@dataclass
-class Running:
-    """A prompt in the engine, and what it has said so far."""
-
-    number: int
-    prompt_tokens: int
-    deltas: list[Delta] = field(default_factory=list)
-
-    @property
-    def ended(self) -> bool:
-        return bool(self.deltas) and self.deltas[-1].finish_reason is not None
-
-    @property
-    def answer(self) -> Answer:
-        reason = self.deltas[-1].finish_reason
-        if reason not in ("stop", "length"):
-            raise LolcatsError(f"Prompt {self.number + 1} could not be answered: {self.deltas[-1].error}")
-        text, tokens = "".join(delta.text for delta in self.deltas), sum(len(delta.tokens) for delta in self.deltas)
-        return Answer(text, reason == "length", self.prompt_tokens, tokens)

@@ -1,0 +1,49 @@
+"""Answers to many prompts by the engine: with continuous batching and CUDA graphs instead of padded batches in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lolcats.errors import LolcatsError
+from lolcats.inference.engine import Engine, SamplingParams, answer_all, check_model
+from lolcats.modeling.layer import linearized_layers
+
+SLOTS = 64
+PIECE = 2048  # prompt tokens between two decode steps: nobody waits for a single answer
+
+
+def uses_engine(model: PreTrainedModel) -> bool:
+    """Whether a model is on a GPU and the engine gives its own answers: it knows nothing of the teacher mode."""
+    if model.device.type != "cuda":
+        return False
+    try:
+        check_model(model)
+    except LolcatsError:
+        return False
+    return all(layer.mode == "student" for layer in linearized_layers(model))
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: Any, asked: Sequence[tuple[list[int], SamplingParams]], slots: int = SLOTS
+) -> list[list[int]]:
+    """The answer to each prompt, as tokens; what ended it may be among them.
+
+    Decode steps have one batch size, so an answer does not depend on what is generated beside it.
+
+    Raises:
+        LolcatsError: a prompt has no room, or the engine failed.
+    """
+    slots = max(1, min(slots, len(asked)))
+    longest = max((len(prompt) + params.max_tokens for prompt, params in asked), default=1)
+    engine = Engine(model, tokenizer, slots, PIECE, prefix_bytes=0, batch_sizes=[slots], context=longest)
+    numbered = [(number, *one) for number, one in enumerate(asked)]
+    found: list[list[int]] = [[] for _ in asked]
+    try:
+        for answered in answer_all(engine, numbered):
+            found[answered.number] = answered.tokens
+    finally:
+        engine.close()
+    return found
