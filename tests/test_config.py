@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lolcats.config import REMOVED, AttentionConfig, Config, from_dict, identity_of, load_config, recipe_names, to_dict, to_yaml
+from lolcats.config import (
+    REMOVED,
+    AttentionConfig,
+    Config,
+    from_dict,
+    identity_of,
+    load_config,
+    recipe_names,
+    to_dict,
+    to_yaml,
+)
 from lolcats.errors import LolcatsError
 
 
