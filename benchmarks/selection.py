@@ -178,7 +178,8 @@ def measure(bench: Bench, row: Row, run: Sequence[Callable[[PreTrainedModel], li
     common.free(bench.device)
     return {
         "how": row.how, "count": len(heads), "heads": by_layer(heads), "seconds": row.seconds, **losses,
-        "bytes_per_token": len(heads) * bench.bytes_per_head, "measuring": time.time() - began,
+        "held_exact": bench.held.exact(row.heads), "bytes_per_token": len(heads) * bench.bytes_per_head,
+        "measuring": time.time() - began,
         "scores": {f"{s.task} {s.metric}": [s.value, s.stderr, sum(map(len, s.items))] for s in scores},
     }  # fmt: skip
 
@@ -227,6 +228,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--answers", type=int, default=200, help="in a cell (default: 200)")
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=["passkey", "needle", "multi-query"])
     parser.add_argument("--random", type=int, default=5, help="random sets (default: 5)")
+    parser.add_argument("--found-only", action="store_true", help="leave out the teacher and the controls")
     parser.add_argument("--gsm8k", type=int, default=0, help="questions of GSM8K, 5 shots (default: none)")
     parser.add_argument("--set", action="append", default=[], help="a setting, as lolcats takes it")
     parser.add_argument("--data-dir", type=Path, help="folder with gsm8k_train.parquet and gsm8k_test.parquet")
@@ -256,9 +258,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }  # fmt: skip
     full = tasks(arguments, bench, arguments.answers, arguments.gsm8k)
     few = tasks(arguments, bench, min(LIMIT, arguments.answers), 0)
+    print("Searching", flush=True)
     chosen = list(found(bench, arguments.heads))
-    rest = list(controls(bench, arguments.heads[0], arguments.random))
-    for row in [Row("all: the teacher", None), *reversed(chosen), Row("none", []), *rest]:
+    print("The search has ended.", flush=True)
+    rest = [] if arguments.found_only else list(controls(bench, arguments.heads[0], arguments.random))
+    others = [] if arguments.found_only else [Row("all: the teacher", None), Row("none", []), *rest]
+    for row in [*others[:1], *reversed(chosen), *others[1:]]:
         if time.time() > end:
             results["missing"].append(row.how)
             continue
