@@ -70,7 +70,7 @@ docs: .venv/done
 # Programs that the tests of the clients start; where they cannot be installed, pytest tests/clients skips their tests.
 .venv-routers/done: tests/clients/routers.txt
 	$(PYTHON) -m venv .venv-routers
-	.venv-routers/bin/pip install -q --no-deps -r tests/clients/routers.txt
+	.venv-routers/bin/pip install -q --no-deps -r tests/clients/routers.txt 2>&1 | tee .venv-routers/install.log
 	touch $@
 
 .venv-vllm/done: tests/vllm/constraints.txt pyproject.toml
