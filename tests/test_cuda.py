@@ -22,12 +22,16 @@ from lolcats.attention import (
     use_backend,
 )
 from lolcats.config import AttentionConfig, load_config
+from lolcats.data.rows import Data
 from lolcats.inference.engine import Engine, Request
 from lolcats.inference.engine.sampling import SamplingParams
+from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.layer import Geometry, LinearizedAttention
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import find_head, language_model_loss
 from lolcats.pipeline import linearize
+from lolcats.stages.transfer import graph
+from lolcats.stages.transfer.stage import transfer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -307,3 +311,32 @@ def test_whole_job_finds_the_gpu_and_uses_bfloat16(model_dirs, chat_file: Path, 
     adapter, merged = (lolcats.load(tmp_path / d, device="cuda") for d in ("out", "out/merged"))
     with torch.no_grad():
         assert torch.equal(adapter(ids).logits, merged(ids).logits)
+
+
+def test_stage_1_replays_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses and feature maps as kernel by kernel, with an uneven last batch in each epoch."""
+    rows = torch.randint(6, 300, (45, 256), generator=torch.Generator().manual_seed(0))
+    data = Data(rows[5:], rows[:4], rows[:4], "fingerprint", {})
+    settings = [
+        "transfer.max_steps=12", "transfer.batch_size=16", "transfer.micro_batch_size=4", "transfer.log_steps=1",
+        "transfer.eval_steps=6", "attention.window_size=16", "attention.feature_dim=16",
+    ]  # fmt: skip
+    monkeypatch.setattr(graph, "WORTH", 2)
+    captured: list[graph.MicroStepGraph] = []
+    own = graph.MicroStepGraph.__init__
+    monkeypatch.setattr(
+        graph.MicroStepGraph, "__init__", lambda self, *given: captured.append(self) or own(self, *given)
+    )
+    found = []
+    for wanted in ("false", "true"):
+        assert not captured
+        config = load_config("default", [*settings, f"transfer.cuda_graph={wanted}"])
+        torch.manual_seed(0)
+        model = lolcats.convert(tiny_model(num_hidden_layers=3).to("cuda", torch.bfloat16), config.attention)
+        found.append((transfer(model, data, config, tmp_path / wanted), feature_map_state(model)))
+    assert len(captured) == 1
+    (plain, maps), (replayed, others) = found
+    for before, after in zip(plain.history, replayed.history, strict=True):
+        assert after == pytest.approx(before, rel=1e-4)
+    for name, tensor in maps.items():
+        torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=1e-4)

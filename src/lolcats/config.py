@@ -21,7 +21,7 @@ from lolcats.errors import LolcatsError
 
 T = TypeVar("T")
 
-PLACEMENT = {"transfer": ("order", "block_size", "chunk_tokens"), "finetune": ("sharding",)}
+PLACEMENT = {"transfer": ("order", "block_size", "chunk_tokens", "cuda_graph"), "finetune": ("sharding",)}
 """Settings that decide where and in which order a stage is computed; they do not change its result."""
 
 UNTRIED = 4
@@ -229,6 +229,8 @@ class TransferConfig(StageConfig):
     """Layers per block with ``order: blocks``."""
     chunk_tokens: int = 1_000_000
     """Tokens per chunk with ``order: stream``. Host memory holds their hidden states."""
+    cuda_graph: bool = True
+    """On CUDA, replay a CUDA graph for rows of one shape, with ``order: joint`` and without ``reset_at_documents``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from lolcats.config import PLACEMENT, Config, identity_of, to_dict
+from lolcats.config import PLACEMENT, Config, TransferConfig, identity_of, to_dict
 from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.files import write_text
@@ -34,6 +34,7 @@ from lolcats.stages.interrupt import noting_interrupt
 from lolcats.stages.metrics import replace_metrics
 from lolcats.stages.result import StageResult
 from lolcats.stages.trackers import Trackers, name_directory
+from lolcats.stages.transfer.graph import Graphs, Learned
 from lolcats.stages.transfer.hidden import Inputs, Positions, Source, Target, feed
 from lolcats.stages.transfer.loss import attention_loss, attention_losses
 from lolcats.stages.transfer.units import Unit
@@ -88,7 +89,7 @@ class LayerTrainer:
         self.positions = Positions(data)
         self.interrupted, self.started, self.reported = False, time.monotonic(), 0
         self.eval_seconds: dict[int, float] = {}  # of evaluations in this process, over all groups, by step
-        self.watch = LossWatch(STAGE)
+        self.watch, self.graphs = LossWatch(STAGE), Graphs(wanted=False)
         self.trackers: Trackers | None = None
         self.reported_of: dict[Unit, int] = {}  # for units that are also reported one by one
         self.report_to = config.report_to
@@ -141,7 +142,7 @@ class LayerTrainer:
                 if not (learning or keep):
                     continue
                 if inputs is not None:
-                    hidden = self._learn(group, learning, batch, inputs)
+                    hidden = self._learn(group, learning, batch, inputs, keep)
                     if keep:
                         target.write(batch, hidden)
                 if batch.last:
@@ -151,7 +152,7 @@ class LayerTrainer:
             if target.wants(VALIDATION):
                 for batch, inputs in self._feed(source, self.validation):
                     if inputs is not None:
-                        target.write(batch, self._learn(group, [], batch, inputs))
+                        target.write(batch, self._learn(group, [], batch, inputs, keep=True))
             target.done(VALIDATION)
         self._save(units)
 
@@ -161,26 +162,21 @@ class LayerTrainer:
     def _feed(self, source: Source, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Inputs | None]]:
         return feed(source, self.positions, batches, self.device)
 
-    def _learn(self, group: Group, units: list[Unit], batch: Batch, inputs: Inputs) -> Tensor:
-        """Pass one batch through the group, and accumulate the gradients of its share of the mean loss in the units."""
-        owner, losses = _owners(units), dict[LinearizedAttention, Tensor]()
+    def _learn(self, group: Group, units: list[Unit], batch: Batch, inputs: Inputs, keep: bool) -> Tensor:
+        """Pass one batch through the group, and accumulate the gradients of its share of the mean loss in the units.
 
-        def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
-            unit = owner[layer]
-            share = batch.weight / len(unit.layers)
-            with torch.enable_grad():
-                loss = attention_loss(layer, call, self.config)
-                if loss.requires_grad:  # not if the layer has nothing to train, as one with only a window
-                    (loss * share).backward()
-            losses[layer] = loss.detach()
-            unit.add(losses[layer] * share)
-
-        with override(group.layers, "teacher"), override(owner, "transfer", observe):
-            output = group.run(*inputs)
-        if losses:
+        Returns:
+            The group's output; valid until the next batch, unless it is to be kept.
+        """
+        learn, shares = partial(learn_from, group, units, self.config), [batch.weight / len(u.layers) for u in units]
+        graph = None if keep else self.graphs.find(learn, units, inputs)
+        found = learn(inputs, shares) if graph is None else graph(inputs, shares)
+        for unit, part in zip(units, found.parts, strict=True):
+            unit.add(part.clone())
+        if units:
             self.watch.step = batch.step + 1
-            self.watch.add(torch.stack(list(losses.values())), partial(_place, list(losses)))
-        return output
+            self.watch.add(found.losses, partial(_place, [layer for unit in units for layer in unit.layers]))
+        return found.hidden
 
     def _end_step(self, group: Group, units: list[Unit], source: Source, step: int) -> None:
         self.ranks.sum([tensor for unit in units for tensor in unit.gradients()])
@@ -340,6 +336,29 @@ class LayerTrainer:
         }  # fmt: skip
 
 
+def learn_from(
+    group: Group, units: Sequence[Unit], config: TransferConfig, inputs: Inputs, shares: Sequence[float | Tensor]
+) -> Learned:  # fmt: skip
+    """Pass inputs through a group, and add the gradients of each unit's share of its layers' losses."""
+    owner, losses = _owners(units), dict[LinearizedAttention, Tensor]()
+    share, parts = dict(zip(units, shares, strict=True)), dict[Unit, Tensor]()
+
+    def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
+        unit = owner[layer]
+        with torch.enable_grad():
+            loss = attention_loss(layer, call, config)
+            if loss.requires_grad:  # not if the layer has nothing to train, as one with only a window
+                (loss * share[unit]).backward()
+        losses[layer] = loss.detach()
+        part = losses[layer] * share[unit]
+        parts[unit] = parts[unit] + part if unit in parts else part.float()
+
+    with override(group.layers, "teacher"), override(owner, "transfer", observe):
+        hidden = group.run(*inputs)
+    each = torch.stack([losses[layer] for layer in owner]) if owner else hidden.new_zeros(0)
+    return Learned(hidden, each, [parts[unit] for unit in units])
+
+
 def _speed(stage: str, seconds: float, rows: int, steps: int) -> dict[str, float]:
     """Time and speed as transformers' Trainer logs them."""
     seconds = max(seconds, 1e-9)
@@ -399,7 +418,7 @@ def _learning(units: list[Unit], step: int) -> list[Unit]:
     return [unit for unit in units if unit.learns_from(step)]
 
 
-def _owners(units: list[Unit]) -> dict[LinearizedAttention, Unit]:
+def _owners(units: Sequence[Unit]) -> dict[LinearizedAttention, Unit]:
     return {layer: unit for unit in units for layer in unit.layers}
 
 

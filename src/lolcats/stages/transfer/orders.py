@@ -25,6 +25,7 @@ from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import Ranks
+from lolcats.stages.transfer.graph import can_capture
 from lolcats.stages.transfer.hidden import (
     Boundary,
     Embeddings,
@@ -65,6 +66,7 @@ def train_joint(
         return decoder(model)(**inputs_of(ids, positions))[0]
 
     model.eval()
+    trainer.graphs.wanted = config.transfer.cuda_graph and can_capture(model.device)
     trainer.track(model)
     source = Tokens(data.train, data.validation)
     group = Group(list(layers.values()), run, trainer.units)

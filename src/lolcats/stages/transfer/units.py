@@ -72,6 +72,7 @@ class Unit:
         self._losses: Tensor | None = None  # since the last entry of the history
         self._touched = torch.zeros(0)  # which parameters have gradients
         self._idle: list[nn.Parameter] | None = None  # those that never have one, once that is known
+        self._keeps_gradients = False
         undecayed = {name for name in self.parameters if "bias" in name or ".norm." in name}
         decay = [p for name, p in self.parameters.items() if name not in undecayed]
         rest = [p for name, p in self.parameters.items() if name in undecayed]
@@ -82,6 +83,19 @@ class Unit:
     def learns_from(self, step: int) -> bool:
         """Whether the unit still has to do optimizer step ``step``."""
         return not self.progress.stopped and self.progress.step <= step < self.steps
+
+    @property
+    def knows_gradients(self) -> bool:
+        """Whether it is known which parameters have gradients."""
+        return self._idle is not None
+
+    def keep_gradients(self) -> None:
+        """Give every parameter that has gradients a tensor for them that stays where it is."""
+        self._keeps_gradients = True
+        idle = {id(parameter) for parameter in self._idle or ()}
+        for parameter in self.parameters.values():
+            if parameter.grad is None and id(parameter) not in idle:
+                parameter.grad = torch.zeros_like(parameter)
 
     def add(self, loss: Tensor) -> None:
         """Add a part of the mean loss of the current step."""
@@ -116,7 +130,7 @@ class Unit:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self._keeps_gradients)
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
         progress.step += 1

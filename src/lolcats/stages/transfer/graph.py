@@ -1,0 +1,108 @@
+"""A micro-step of attention transfer as a CUDA graph: one launch instead of the thousands that small models wait for.
+
+A micro-step reads rows and shares of the loss, adds to the gradients of the units and puts out losses, all of it in
+memory that stays in place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lolcats.errors import first_line
+from lolcats.stages.transfer.hidden import Inputs
+from lolcats.stages.transfer.units import Unit
+
+log = logging.getLogger(__name__)
+
+
+class Learned(NamedTuple):
+    """What came of a batch. hidden: (N, T, E) after the last layer; losses: (L,) of the layers that learn from it;
+    parts: of each unit's mean loss."""
+
+    hidden: Tensor
+    losses: Tensor
+    parts: list[Tensor]
+
+
+Learn = Callable[[Inputs, Sequence[float | Tensor]], Learned]
+"""From a batch and each unit's share of the mean loss to what came of it; adds to the units' gradients."""
+WORTH = 20
+"""Optimizer steps from which on a graph pays off."""
+
+
+class MicroStepGraph:
+    """Replays ``learn`` for rows of one shape, without documents, and always the same units."""
+
+    def __init__(self, learn: Learn, units: Sequence[Unit], rows: Tensor) -> None:
+        self.units, self.rows = list(units), rows.clone()
+        self.shares = [torch.zeros((), device=rows.device) for _ in units]  # so a run adds nothing to gradients
+        self.found: Learned
+        for unit in units:
+            unit.keep_gradients()
+
+        def run() -> None:
+            self.found = learn((self.rows, None), self.shares)
+
+        self.replay = capture(run)
+
+    def takes(self, units: Sequence[Unit], inputs: Inputs) -> bool:
+        return self.units == list(units) and self.rows.shape == inputs[0].shape and inputs[1] is None
+
+    def __call__(self, inputs: Inputs, shares: Sequence[float]) -> Learned:
+        """As ``learn``; the results are valid until the next call."""
+        self.rows.copy_(inputs[0], non_blocking=True)
+        for tensor, share in zip(self.shares, shares, strict=True):
+            tensor.fill_(share)
+        self.replay()
+        return self.found
+
+
+def can_capture(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def capture(run: Callable[[], None]) -> Callable[[], None]:
+    """Record ``run`` as a CUDA graph, and return what replays it. It runs once before that, and other threads may go on
+    copying batches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
+
+
+class Graphs:
+    """The graph of a run, made once it is known which parameters have gradients.
+
+    Args:
+        wanted: whether there may be one.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted
+        self.graph: MicroStepGraph | None = None
+
+    def find(self, learn: Learn, units: Sequence[Unit], inputs: Inputs) -> MicroStepGraph | None:
+        """The graph for this batch; None if it is to be computed kernel by kernel."""
+        if not (self.wanted and units and inputs[1] is None and all(unit.knows_gradients for unit in units)):
+            return None
+        if self.graph is None or self.graph.units != list(units):
+            self.graph = None
+            if min(unit.steps - unit.progress.step for unit in units) < WORTH:
+                return None
+            try:
+                self.graph = MicroStepGraph(learn, units, inputs[0])
+            except RuntimeError as error:
+                self.wanted = False
+                log.warning("Stage 1 goes on without a CUDA graph: %s.", first_line(error))
+                return None
+        return self.graph if self.graph.takes(units, inputs) else None
