@@ -138,7 +138,7 @@ class Bench:
 
             def step() -> None:
                 with torch.no_grad():
-                    trainer._learn(group, trainer.units, batch, (ids, None))
+                    trainer._learn(group, trainer.units, batch, (ids, None), keep=False)
                     trainer._end_step(group, trainer.units, Tokens(data.train, data.validation), 0)
 
             yield step

@@ -1,7 +1,7 @@
 """Optimizer steps of both stages, this build against another commit and against PEFT, on small and larger Llamas.
 
     python benchmarks/training_steps.py --against COMMIT --only "1.5B"     # rows whose name matches; the others stay
-    python benchmarks/training_steps.py --only compiled                    # without another build
+    python benchmarks/training_steps.py --only "stage 1"                   # without another build
     python benchmarks/training_steps.py --against COMMIT --losses          # the losses of 50 steps instead of times
 
 Every measurement is a process of its own that trains through the public functions of its build; builds take turns.
@@ -65,14 +65,12 @@ def of_both(size: str, stage: str, *settings: str, **more: Any) -> Row:
 def rows() -> dict[str, Row]:
     found: dict[str, Row] = {}
     for size in ("1.5B", "0.5B", "8B"):
-        every, compiled = f"finetune.micro_batch_size={8 if size != '8B' else 4}", "finetune.compile=true"
+        every = f"finetune.micro_batch_size={8 if size != '8B' else 4}"
         at_once = every.rpartition("=")[2]
         found |= {
             f"{size}, stage 1": Row(size, "transfer"),
             f"{size}, stage 2": Row(size, "finetune"),
             f"{size}, stage 2, {at_once} rows at once": of_both(size, "finetune", every),
-            f"{size}, stage 2, compiled": Row(size, "finetune", (compiled,)),
-            f"{size}, stage 2, {at_once} rows at once, compiled": Row(size, "finetune", (every, compiled), (every,)),
             f"{size}, stage 2, softmax attention": of_both(size, "finetune", every, softmax=True),
             f"{size}, PEFT and Trainer, {at_once} rows at once": Row(size, "peft", (every,), None),
             f"{size}, PEFT and Trainer, 4 rows at once": Row(size, "peft", ("finetune.micro_batch_size=4",), None),
@@ -343,7 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", default="", help="commit, or directory, of another build")
     parser.add_argument("--only", default="", help="rows whose name has a match of this regular expression")
-    parser.add_argument("--steps", type=int, default=10, help="steps that each process measures (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="steps that each process measures (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=2, help="processes of each build (default: %(default)s)")
     parser.add_argument("--losses", action="store_true", help=f"losses of {LOSSES} steps instead of times")
     parser.add_argument("--deadline", type=float, default=470, help="seconds for everything (default: %(default)s)")

@@ -336,7 +336,6 @@ def test_training_steps_of_two_builds(tmp_path: Path) -> None:
             "default", [f"{row.stage}.batch_size={row.batch}" for _ in range(row.stage != "peft")] + list(row.settings)
         )
         assert (row.then is None) == (row.stage == "peft")
-    assert sum("compiled" in name for name in module.rows()) == 6
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ PLACEMENT = {"transfer": ("order", "block_size", "chunk_tokens", "cuda_graph"), 
 UNTRIED = 4
 """Maximum rows of ``micro_batch_size: auto`` where it is not tried how many fit."""
 
-REMOVED: dict[tuple[str, str], Any] = {("transfer", "window_dropout"): 0.0}
+REMOVED: dict[tuple[str, str], Any] = {("transfer", "window_dropout"): 0.0, ("finetune", "compile"): False}
 """Settings that only older versions have, each with the value at which it changes nothing. That value is still read and
 still part of what identifies a run; any other value is refused."""
 
@@ -281,11 +281,6 @@ class FinetuneConfig(StageConfig):
     """Learning rate of feature maps and γ in stage 2 (0 = frozen, as in the paper). Set it if stage 1 is skipped."""
     gradient_checkpointing: bool = False
     """Keep only the input of each decoder layer and recompute the layer in the backward pass: less memory, slower."""
-    compile: bool | Literal["auto"] = False
-    """Compile the decoder layers with torch.compile for training: fewer operations, which makes small models faster,
-    after a minute or more of compiling. ``auto``: on a GPU, for at least 500 steps, if nothing prevents it. Not with
-    ``data.reset_at_documents``, ``finetune.gradient_checkpointing``, a sharded or quantized base model, trained
-    feature maps, or maps other than ``hedgehog``."""
     sharding: Literal["auto", "always", "never"] = "auto"
     """How to place the base model on several GPUs. ``always``: shard it across them (FSDP2); ``never``: keep all of it
     on each, which is faster; ``auto``: shard it only if it does not fit on each."""

@@ -69,10 +69,6 @@ def _kernels(
         seen = plain_q, plain_k
         if context is not None:
             context = context._replace(sink_k=spec.rotated(context.sink_k))
-    if torch.compiler.is_compiling() and context is None and lengths is None and cu_seqlens is None and not final:
-        from lolcats.attention.kernels.compiled import compiled_attention
-
-        return compiled_attention(q, k, v, mixer, seen).to(dtype), None, None
     y, S, z = triton_attention(
         q, k, v, mixer, seen=seen, context=context, lengths=host, cu_seqlens=cu_seqlens, final=final
     )

@@ -94,7 +94,7 @@ def take(x: Tensor, dim: int, heads: Sequence[int]) -> Tensor:
 
 def _index(values: tuple[int, ...], like: Tensor) -> Tensor:
     """The values on the device of ``like``. On a GPU they stay there: a CUDA graph cannot copy them from the host."""
-    if like.is_cuda and type(like) is Tensor and not torch.compiler.is_compiling():
+    if like.is_cuda and type(like) is Tensor:
         return _stored_index(values, like.device)
     return torch.tensor(values, device=like.device)
 

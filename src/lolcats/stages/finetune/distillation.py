@@ -20,7 +20,6 @@ from torch.nn.functional import cross_entropy, linear, log_softmax
 from lolcats.modeling.install import decoder, inputs_of
 from lolcats.modeling.layer import LinearizedAttention, override
 from lolcats.modeling.loss import TOKENS, Head, counted, gathered, in_parts, next_tokens
-from lolcats.stages.finetune.compiled import eagerly
 
 LOWEST = torch.finfo(torch.float32).min / 2  # in place of −inf, whose differences are NaN
 
@@ -80,7 +79,7 @@ def as_teacher(wrapped: PeftModel) -> Iterator[None]:
     for module in training:
         module.training = False
     try:
-        with torch.no_grad(), override(linearized, mode="teacher"), without_adapter(modules), eagerly(modules):
+        with torch.no_grad(), override(linearized, mode="teacher"), without_adapter(modules):
             yield
     finally:
         for module in training:

@@ -30,7 +30,6 @@ from lolcats.modeling.loss import Head, find_head, language_model_loss
 from lolcats.modeling.skeleton import convert_empty, empty_model, light_weights
 from lolcats.ranks import ranks
 from lolcats.stages.distributed import fill_part, is_sharded, materialize, own_device, shard
-from lolcats.stages.finetune.compiled import compiled_layers, compiles, uncompiled
 from lolcats.stages.finetune.distillation import Distillation, distillation_loss
 from lolcats.stages.finetune.lora import LeanLora
 from lolcats.stages.finetune.protection import kept_rows, protected
@@ -78,9 +77,7 @@ def finetune(
     def trial(rows: int) -> None:
         trainer(replace(config.finetune, micro_batch_size=rows), []).try_step()
 
-    compiled = compiles(model, config, data)
-    protection = protected(wrapped, config.finetune.protect_kept)
-    with fused_layers(model, config.finetune.liger and not compiled), compiled_layers(model, compiled), protection:
+    with fused_layers(model, config.finetune.liger), protected(wrapped, config.finetune.protect_kept):
         stage = settled(config.finetune, working, model.device, None if is_sharded(model) else trial)
         return wrapped, trainer(stage, config.report_to).run()
 
@@ -220,8 +217,7 @@ class FinetuneTrainer(StageTrainer):
 
     @cached_property
     def head(self) -> Head | None:
-        with uncompiled(self.stage_config):
-            return find_head(self.base)
+        return find_head(self.base)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -271,17 +267,13 @@ class FinetuneTrainer(StageTrainer):
             self.watch.add(loss, self.where)
         return loss
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        with uncompiled(self.stage_config):
-            return super().prediction_step(*args, **kwargs)
-
     def where(self, bad: Tensor) -> str:
         """Name what became NaN or infinite on the last batch: the first layer without LoRA, else the first LoRA matrix,
         else the first layer with LoRA."""
         layers = self.base.config.lolcats["layers"]
         modules = [self.base.get_submodule(entry["name"]) for entry in layers]
         wrapped: Any = self.model
-        with uncompiled(self.stage_config), wrapped.disable_adapter():
+        with wrapped.disable_adapter():
             number = first_bad_layer(self.base, modules, self.call)
         if number is None and (name := first_bad_weight(trainable(self.model))):
             return f", and so did {name}"
