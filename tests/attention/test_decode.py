@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from support.interpreted import add_bf16_products
 
 import lolcats.attention.advance as advance
+import lolcats.attention.kernels.decode as kernel
 from lolcats.attention import (
     AttentionSpec,
     AttentionState,
@@ -28,6 +29,7 @@ from lolcats.attention import (
 from lolcats.attention.path import backend as asked
 from lolcats.attention.path import choose_decode_path
 from lolcats.attention.rounding import stochastic
+from lolcats.attention.subset import HeadSubset
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.4
@@ -101,6 +103,13 @@ class Decoding:
             close(y[row], self.reference(row), tolerance, f"reference of row {row}")
 
 
+def spread(x: Tensor, heads: list[int], count: int) -> Tensor:
+    """x (B, heads, ...) as these of ``count`` heads; the others are NaN."""
+    whole = x.new_full((len(x), count, *x.shape[2:]), torch.nan)
+    whole[:, heads] = x
+    return whole
+
+
 def close(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
     error = (actual.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-6)
     assert error < tolerance, f"{name}: relative error {error:.2e}"
@@ -164,6 +173,57 @@ def test_states_in_bf16_round_alike(window: Any, shared: bool) -> None:
     assert (state.sums.S == other.sums.S).float().mean() > 0.99
     close(y, expected, 1e-4, "step")
     close(y[0], decoding.reference(0), 1e-2, "reference")
+
+
+@pytest.mark.parametrize(("kind", "window"), [("hybrid", "terraced"), ("hybrid", "sliding"), ("linear", "terraced"),
+                                              ("window", "terraced"), ("window", "sliding")])  # fmt: skip
+@pytest.mark.parametrize(("splits", "unrotated"), [(1, False), (2, True), (4, False)])
+def test_programs_that_share_a_head(
+    kind: Any, window: Any, splits: int, unrotated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window is read by several, over a chunk's end and the ring's, before one of them overwrites its oldest key."""
+    monkeypatch.setattr(kernel, "choose_splits", lambda *_: splits)
+    spec = AttentionSpec(kind, window, 4, 3, unrotated=unrotated)
+    Decoding(spec, [0, 7], 6, 16, 16, heads=12, kv_heads=3).check()
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_states_in_bf16_do_not_depend_on_the_programs(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "choose_splits", lambda *_: splits)
+    decoding = Decoding(AttentionSpec("hybrid", "terraced", 4, 1), [7], 6, state_dtype=torch.bfloat16)
+    state, other = decoding.run("triton")[1], decoding.run("chunked")[1]
+    assert (state.sums.S == other.sums.S).float().mean() > 0.99
+
+
+def test_how_many_programs_share_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as run at once; a batch that is large enough has one for each."""
+    monkeypatch.setattr(kernel, "multiprocessors", lambda device: 132)
+    device = torch.device("cpu")
+    assert [kernel.choose_splits(rows * 8, 4, device) for rows in (1, 16, 17, 33, 34, 500)] == [4, 4, 2, 2, 1, 1]
+    assert [kernel.choose_splits(rows, 6, device) for rows in (1, 100, 132, 200, 528)] == [6, 3, 3, 2, 1]
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("shared", [False, True])
+def test_heads_out_of_a_whole_layer(splits: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other heads hold is neither read nor written."""
+    if not shared:
+        monkeypatch.setattr(kernel, "choose_splits", lambda *_: splits)
+    decoding = Decoding(AttentionSpec("hybrid", "terraced", 8, 2), [4, 15], 3, shared=shared)
+    expected, other = decoding.run("triton")
+    state, kv, queries = decoding.prefilled(True), [0, 3], [0, 1, 6, 7]
+    for i in range(decoding.new):
+        at = torch.tensor(decoding.lengths, device=DEVICE) + i
+        q, k, v = (x[torch.arange(2), :, at][:, :, None] for x in (decoding.q, decoding.k, decoding.v))
+        out = torch.full((2, 10, 16), torch.nan, device=DEVICE)
+        with use_backend("triton"), torch.no_grad():
+            step(
+                state, spread(q, queries, 10), spread(k, kv, 5), spread(v, kv, 5), decoding.mixer,
+                subset=HeadSubset(torch.tensor(kv, device=DEVICE), out),
+            )  # fmt: skip
+        torch.testing.assert_close(out, spread(expected[:, :, i], queries, 10), atol=0, rtol=0, equal_nan=True)
+    for name, x in state.tensors().items():
+        torch.testing.assert_close(x, other.tensors()[name], atol=0, rtol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's own, with its missing products put in")

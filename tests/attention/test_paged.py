@@ -12,6 +12,7 @@ from torch import Tensor
 from lolcats.attention import use_backend
 from lolcats.attention.paged import paged_attention, reference
 from lolcats.attention.state import KeyValues
+from lolcats.attention.subset import HeadSubset
 
 SIZE, ROWS, LENGTHS = 16, 5, [0, 15, 16, 70, 127]
 SHAPES = [(4, 2, 16), (3, 3, 24), (6, 1, 64)]  # query heads, key/value heads, head dim
@@ -57,13 +58,21 @@ def test_the_kernel_is_the_reference(shape: tuple[int, int, int], asks: dict[str
     torch.testing.assert_close(own, memory, atol=0, rtol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 16])
 def test_the_number_of_parts_changes_nothing(parts: int) -> None:
-    """More parts than some rows have blocks among them."""
+    """More parts than some rows have blocks among them; also for heads out of a whole layer."""
     pytest.importorskip("triton")
     from lolcats.attention.kernels.paged import paged_decode
 
     (q, k, v), memory, tables, positions = case(4, 2, 16)
     expected = reference(q, k, v, memory, tables, positions, SIZE, 0.3, window=90)
+    whole = [torch.full((ROWS, n, 1, 16), torch.nan) for n in (10, 5, 5)]
+    for x, part, heads in zip(whole, (q, k, v), ([2, 3, 8, 9], [1, 4], [1, 4]), strict=True):
+        x[:, heads] = part
+    out = torch.full((ROWS, 10, 16), torch.nan)
+    subset = HeadSubset(torch.tensor([1, 4]), out)
+    paged_decode(*whole, memory, tables, positions, SIZE, 0.3, window=90, subset=subset, parts=parts)
+    torch.testing.assert_close(out[:, [2, 3, 8, 9], None], expected, atol=1e-5, rtol=1e-5)
+    assert out[:, [0, 1, 4, 5, 6, 7]].isnan().all()
     y = paged_decode(q, k, v, memory, tables, positions, SIZE, 0.3, window=90, parts=parts)
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)

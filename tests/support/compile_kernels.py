@@ -18,6 +18,7 @@ from lolcats.attention import AttentionSpec, FeatureMap, Mixer, SlotState
 from lolcats.attention.kernels import decode, function, launcher, paged, projection, walk
 from lolcats.attention.kernels.layout import Tiling, Walk
 from lolcats.attention.state import KeyValues
+from lolcats.attention.subset import HeadSubset
 
 
 class NoDevice:
@@ -92,7 +93,8 @@ def decode_kernels(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, phi_q: FeatureMap, gamma: torch.Tensor, spec: AttentionSpec,
     shared: dict[str, int],
 ) -> None:  # fmt: skip
-    """Decode kernels for key maps per query and per key/value head, with the state in fp32 and bf16."""
+    """Decode kernels for key maps per query and per key/value head, with the state in fp32 and bf16, with one program
+    and several for a head, of whole layers and of some heads."""
     decode.precision = launcher.precision
     kernel = decode.decode_kernel
     token = [x.detach()[:, :, :1] for x in (q, k, v)]
@@ -101,7 +103,12 @@ def decode_kernels(
         for dtype in (torch.float32, torch.bfloat16):
             decode.decode_kernel = Compiled(kernel, f"decode_kernel_{maps}_{dtype}", shared)
             state = SlotState.empty(k.detach(), v.detach(), maps, phi_k.num_features, spec, dtype)
-            decode.decode(state, *token, Mixer(phi_q, phi_k, gamma.detach(), spec, 0.1))
+            mixer = Mixer(phi_q, phi_k, gamma.detach(), spec, 0.1)
+            decode.decode(state, *token, mixer)
+            whole = [x.repeat(1, 2, 1, 1) for x in token]
+            decode.choose_splits = lambda *_: 2
+            decode.decode(state, *whole, mixer, HeadSubset(torch.tensor([0, 3]), whole[0].new_empty(1, 8, q.shape[3])))
+            decode.choose_splits = lambda *_: 1
 
 
 def paged_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: dict[str, int]) -> None:
@@ -112,7 +119,10 @@ def paged_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: dic
     memory = KeyValues(*(x.detach()[0].transpose(0, 1).contiguous() for x in (k, v)))
     token = [x.detach()[:, :, :1] for x in (q, k, v)]
     tables, positions = torch.zeros(1, 8, dtype=torch.int32), torch.zeros(1, dtype=torch.long)
-    paged.paged_decode(*token, memory, tables, positions, 64, 0.1, parts=8)
+    paged.paged_decode(*token, memory, tables, positions, 64, 0.1, parts=7)
+    whole = [x.repeat(1, 2, 1, 1) for x in token]
+    subset = HeadSubset(torch.tensor([0, 3]), whole[0].new_empty(1, 8, q.shape[3]))
+    paged.paged_decode(*whole, memory, tables, positions, 64, 0.1, subset=subset, parts=7)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from lolcats.attention.path import Path, choose_decode_path, choose_path
 from lolcats.attention.reference import expand_heads, softmax_logits
 from lolcats.attention.spec import AttentionSpec
 from lolcats.attention.state import AttentionState, KeyValues, SlotState, Sums
+from lolcats.attention.subset import HeadSubset
 from lolcats.attention.supra import decay_of_a_step, finished
 
 SEGMENT = 1024  # tokens laid out at a time by the chunked path
@@ -98,19 +99,25 @@ def compacted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, attend: Callable[..
 
 
 def step(
-    state: AttentionState, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, backend: str | None = None
-) -> tuple[Tensor, AttentionState]:
+    state: AttentionState, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, backend: str | None = None,
+    subset: HeadSubset | None = None,
+) -> tuple[Tensor, AttentionState]:  # fmt: skip
     """Output (B, H, 1, D) for one new token per row, and the state after it. Constant time and memory.
 
     Arguments as for :func:`extend`, with q (B, H, 1, D) and k, v (B, G, 1, D).
 
     A :class:`SlotState` is written in place, by the decode kernel if possible, with the output dtype of the other
     kernels; otherwise the output is fp32.
+
+    Args:
+        subset: the heads that the state is of, if q, k and v have more. Only for the kernel; the output is then
+            ``subset.out``.
     """
     if isinstance(state, SlotState) and choose_decode_path(q, mixer, backend) == "kernels":
         from lolcats.attention.kernels.decode import decode
 
-        return decode(state, q, k, v, mixer), state.at(None)
+        return decode(state, q, k, v, mixer, subset), state.at(None)
+    assert subset is None
     spec, arrival = mixer.spec, _arrival(state, mixer.spec)
     state = _fold(state, k, v, mixer.phi_k, spec, arrival).stored(k, v, arrival.slot, arrival.sink)
     linear = None

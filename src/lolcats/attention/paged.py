@@ -7,11 +7,12 @@ from torch import Tensor
 
 from lolcats.attention.path import choose_paged_path
 from lolcats.attention.state import KeyValues
+from lolcats.attention.subset import HeadSubset
 
 
 def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, memory: KeyValues, tables: Tensor, positions: Tensor, size: int, scale: float,
-    softcap: float | None = None, window: int = 0,
+    softcap: float | None = None, window: int = 0, subset: HeadSubset | None = None,
 ) -> Tensor:  # fmt: skip
     """Outputs (B, H, 1, D), and the new keys and values stored in the blocks.
 
@@ -21,11 +22,14 @@ def paged_attention(
         tables: (B, W) int32, the blocks of each row in order.
         positions: (B,) of the new tokens: how many keys each row has already.
         window: how many of the last keys a query sees, its own among them; 0 for all.
+        subset: the heads whose keys are in the memory, if q, k and v have more. Only for the kernels; what is returned
+            is then ``subset.out``.
     """
     if choose_paged_path(q) == "kernels":
         from lolcats.attention.kernels.paged import paged_decode
 
-        return paged_decode(q, k, v, memory, tables, positions, size, scale, softcap, window)
+        return paged_decode(q, k, v, memory, tables, positions, size, scale, softcap, window, subset)
+    assert subset is None
     return reference(q, k, v, memory, tables, positions, size, scale, softcap, window)
 
 

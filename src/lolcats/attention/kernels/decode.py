@@ -1,16 +1,21 @@
 """Decode kernel: one token for every row of a batch in one launch, updating the states in place.
 
-A program takes one row and one key/value head with the GROUP query heads that share it. It
+A program takes one row and one key/value head with the query heads that share it. If rows and heads are too few to
+keep a GPU busy and every query head has a key map of its own, several programs (SPLITS) share these query heads. It
 
 1. moves the keys that leave the window into S and z: a whole chunk every SIZE tokens (terraced), or one key per token
    (sliding, and the linear kind, which has no window);
 2. attends to sinks and window by softmax, with the new key in place of the oldest;
 3. adds the linear readout φ(q)ᵀ S, φ(q)ᵀ z;
-4. writes the new key and value into ring and sinks. The last program of a row to get here counts the token.
+4. writes the new key and value into ring and sinks. The last program of a row to get here counts the token. Where
+   several programs read a window, it also is the one that writes, once all have read what is overwritten.
 
 With terraced windows, most tokens only read S; it is written when a chunk leaves. Programs of a key/value head run side
 by side, so that its maps' weights stay in the caches; states and windows are read once and bypass the first-level
 cache.
+
+The layer's other key/value heads may be computed elsewhere: q, k, v and the outputs are then those of the whole layer,
+and a table says which of its heads the state is of.
 
 Shapes: B rows, H query heads, G key/value heads, M key maps (H or G), D head dim, f half of the features.
 """
@@ -35,20 +40,23 @@ from lolcats.attention.kernels.device import (
     softmax_logits,
     window_start,
 )
-from lolcats.attention.kernels.launcher import precision
+from lolcats.attention.kernels.launcher import multiprocessors, precision
 from lolcats.attention.kernels.layout import power_of_two
 from lolcats.attention.mixer import Mixer
 from lolcats.attention.spec import AttentionSpec
 from lolcats.attention.state import SlotState
+from lolcats.attention.subset import HeadSubset
 
 COUNT = tl.constexpr(0xFFFFFFFF)  # bits of ``seen`` that count tokens; those above count programs of a running launch
 ARRIVED = tl.constexpr(1 << 32)
+RESIDENT = 4  # programs that a multiprocessor runs at once
 
 
 @triton.jit
 def decode_kernel(
-    q, q_strides, k, k_strides, v, v_strides, o, ring_k, ring_v, sink_k, sink_v, S, z, seen, weight_q, weight_k, gamma,
-    scale, cap,
+    q, q_strides, k, k_strides, v, v_strides, o, o_stride, places, ring_k, ring_v, sink_k, sink_v, S, z, seen, weight_q,
+    weight_k, gamma, scale, cap,
+    SPLITS: tl.constexpr, PLACED: tl.constexpr, BLOCK_G: tl.constexpr,
     GROUP: tl.constexpr, MAPS: tl.constexpr, DIM: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr,
     SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr,
     SINKS: tl.constexpr, CAPPED: tl.constexpr, ROUNDED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
@@ -57,27 +65,33 @@ def decode_kernel(
 ):  # fmt: skip
     """q: (B, H, D) and k, v: (B, G, D), with strides; o: (B, H, D) and the state's tensors, contiguous.
 
-    MAPS: key maps per key/value head, 1 or GROUP. KEY_DIM: channels of queries and keys; softmax sees the first D,
-    feature maps the last D. SPAN: slots of the ring. ROUNDED: S is bf16.
+    PLACED: q, k, v and o have more heads than the state, and its head g is their head ``places[g]``. GROUP, MAPS: query
+    heads of a program, and their key maps (1 or GROUP). KEY_DIM: channels of queries and keys; softmax sees the first
+    D, feature maps the last D. SPAN: slots of the ring. ROUNDED: S is bf16.
     """
-    row, kv, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row, own, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    kv, kv_heads = own // SPLITS, programs // SPLITS
     d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     n = (tl.load(seen + row) & COUNT).to(tl.int32)
+    head = head_place(places, kv, kv >= 0, PLACED)
+    first = head * (GROUP * SPLITS) + own % SPLITS * GROUP
     unit = row.to(tl.int64) * kv_heads + kv
     ring_k, ring_v = ring_k + unit * (SPAN * KEY_DIM), ring_v + unit * (SPAN * DIM)
     sink_k, sink_v = sink_k + unit * (SINKS * KEY_DIM), sink_v + unit * (SINKS * DIM)
-    S, z = S + unit * (MAPS * 2 * WIDTH * DIM), z + unit * (MAPS * 2 * WIDTH)
-    o += unit * (GROUP * DIM)
-    q += row.to(tl.int64) * q_strides[0] + kv * GROUP * q_strides[1]
-    k += row.to(tl.int64) * k_strides[0] + kv * k_strides[1]
+    sums_of = (row.to(tl.int64) * programs + own) * (MAPS * 2 * WIDTH)
+    S, z = S + sums_of * DIM, z + sums_of
+    o += row.to(tl.int64) * o_stride + first * DIM
+    q += row.to(tl.int64) * q_strides[0] + first * q_strides[1]
+    k_row, v_row = k + row.to(tl.int64) * k_strides[0], v + row.to(tl.int64) * v_strides[0]
+    k, v = k_row + head * k_strides[1], v_row + head * v_strides[1]
     new_k = tl.load(k + d, mask=d < DIM, other=0.0)
-    new_v = tl.load(v + row.to(tl.int64) * v_strides[0] + kv * v_strides[1] + d, mask=d < DIM, other=0.0)
+    new_v = tl.load(v + d, mask=d < DIM, other=0.0)
     if LINEAR:
         if WINDOW == "terraced":
             if (n % SIZE == 0) & (n >= 2 * SIZE):
                 fold_chunk(
-                    ring_k, ring_v, S, z, weight_k, kv, n, d, j, MAPS, DIM, KEY_DIM, WIDTH, SIZE, SPAN, SINKS, ROUNDED,
-                    LOW, PRECISION, BLOCK_K, BLOCK_V,
+                    ring_k, ring_v, S, z, weight_k, own, n, d, j, MAPS, DIM, KEY_DIM, WIDTH, SIZE, SPAN, SINKS,
+                    ROUNDED, LOW, PRECISION, BLOCK_K, BLOCK_V,
                 )  # fmt: skip
                 tl.debug_barrier()  # S and z are read again by other threads
     heads = tl.arange(0, BLOCK_H)
@@ -103,7 +117,7 @@ def decode_kernel(
             peak, total, soft = attend(
                 q_tile, ring_k, ring_v, slot, stored, d, peak, total, soft, scale, cap, DIM, KEY_DIM, CAPPED, PRECISION
             )
-        weight = tl.load(gamma + kv * GROUP + heads, mask=heads < GROUP, other=0.0)
+        weight = tl.load(gamma + own * GROUP + heads, mask=heads < GROUP, other=0.0)
         numerator, denominator = soft * weight[:, None], total * weight
     if LINEAR:
         q += KEY_DIM - DIM
@@ -112,25 +126,61 @@ def decode_kernel(
         )
         if MAPS < GROUP and tl.bfloat16 == LOW:
             numerator, denominator = read_shared(
-                q, q_strides[1], S, z, weight_q, weight_k, numerator, denominator, kv, old_k, old_v, leaves, n, heads,
+                q, q_strides[1], S, z, weight_q, weight_k, numerator, denominator, own, old_k, old_v, leaves, n, heads,
                 d, j, GROUP, DIM, WIDTH, WINDOW, ROUNDED, BLOCK_H, BLOCK_F,
             )  # fmt: skip
         else:
             numerator, denominator = read_own(
-                q, q_strides[1], S, z, weight_q, weight_k, numerator, denominator, kv, old_k, old_v, leaves, n, heads,
+                q, q_strides[1], S, z, weight_q, weight_k, numerator, denominator, own, old_k, old_v, leaves, n, heads,
                 d, j, GROUP, MAPS, DIM, WIDTH, WINDOW, ROUNDED,
             )  # fmt: skip
     y = numerator / tl.where(denominator == 0, 1.0, denominator)[:, None]
     tl.store(o + place, y.to(o.dtype.element_ty), mask=real)
     tl.debug_barrier()  # every thread has read the slot that is overwritten now
-    if SPAN > 0:
-        store_key(ring_k + n % SPAN * KEY_DIM, k, new_k, d, d < DIM, DIM, KEY_DIM)
-        tl.store(ring_v + n % SPAN * DIM + d, new_v, mask=d < DIM)
-    if SINKS > 0:
-        store_key(sink_k + n * KEY_DIM, k, new_k, d, (d < DIM) & (n < SINKS), DIM, KEY_DIM)
-        tl.store(sink_v + n * DIM + d, new_v, mask=(d < DIM) & (n < SINKS))
-    if tl.atomic_add(seen + row, ARRIVED) >> 32 == kv_heads - 1:
+    if SPLITS == 1:
+        if SPAN > 0:
+            store_key(ring_k + n % SPAN * KEY_DIM, k, new_k, d, d < DIM, DIM, KEY_DIM)
+            tl.store(ring_v + n % SPAN * DIM + d, new_v, mask=d < DIM)
+        if SINKS > 0:
+            store_key(sink_k + n * KEY_DIM, k, new_k, d, (d < DIM) & (n < SINKS), DIM, KEY_DIM)
+            tl.store(sink_v + n * DIM + d, new_v, mask=(d < DIM) & (n < SINKS))
+    if tl.atomic_add(seen + row, ARRIVED) >> 32 == programs - 1:
+        if SPLITS > 1:  # now the other programs have read it, too
+            store_row(
+                k_row, k_strides[1], v_row, v_strides[1], places, ring_k - kv * (SPAN * KEY_DIM),
+                ring_v - kv * (SPAN * DIM), sink_k - kv * (SINKS * KEY_DIM), sink_v - kv * (SINKS * DIM), n, kv_heads,
+                d, PLACED, DIM, KEY_DIM, SPAN, SINKS, BLOCK_G,
+            )  # fmt: skip
         tl.store(seen + row, (n + 1).to(tl.int64))
+
+
+@triton.jit
+def head_place(places, kv, real, PLACED: tl.constexpr):
+    """Where key/value heads of the state are among those of the layer."""
+    return tl.load(places + kv, mask=real, other=0).to(tl.int32) if PLACED else kv
+
+
+@triton.jit
+def store_row(
+    k, k_stride, v, v_stride, places, ring_k, ring_v, sink_k, sink_v, n, kv_heads, d, PLACED: tl.constexpr,
+    DIM: tl.constexpr, KEY_DIM: tl.constexpr, SPAN: tl.constexpr, SINKS: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Write the new keys and values of all key/value heads of a row into its ring and sinks."""
+    kv = tl.arange(0, BLOCK_G)
+    head, real = head_place(places, kv, kv < kv_heads, PLACED)[:, None], (kv < kv_heads)[:, None] & (d < DIM)[None, :]
+    kv = kv[:, None]
+    values = tl.load(v + head * v_stride + d[None, :], mask=real, other=0.0)
+    if SPAN > 0:
+        tl.store(ring_v + (kv * SPAN + n % SPAN) * DIM + d[None, :], values, mask=real)
+    if SINKS > 0:
+        tl.store(sink_v + (kv * SINKS + n) * DIM + d[None, :], values, mask=real & (n < SINKS))
+    for half in tl.static_range(KEY_DIM // DIM):
+        channel = half * DIM + d[None, :]
+        keys = tl.load(k + head * k_stride + channel, mask=real, other=0.0)
+        if SPAN > 0:
+            tl.store(ring_k + (kv * SPAN + n % SPAN) * KEY_DIM + channel, keys, mask=real)
+        if SINKS > 0:
+            tl.store(sink_k + (kv * SINKS + n) * KEY_DIM + channel, keys, mask=real & (n < SINKS))
 
 
 @triton.jit
@@ -360,36 +410,47 @@ def capped(logits, scale, cap, CAPPED: tl.constexpr):
     return cap * (2 * tl.sigmoid(2 * logits * scale / cap) - 1) if CAPPED else logits
 
 
-def decode(state: SlotState, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer) -> Tensor:
+def decode(state: SlotState, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, subset: HeadSubset | None = None) -> Tensor:
     """Outputs (B, H, 1, D) for one new token per row, bf16 for bf16 inputs, else fp32; updates ``state`` in place.
 
     Args:
         state: with contiguous tensors.
         q: (B, H, 1, D); k, v: (B, G, 1, D); q and k (..., 2D) if feature maps and softmax see different ones.
         mixer: its maps must be Hedgehog; they are unused if the kind has no linear term.
+        subset: the heads that state and mixer are of, if q, k and v have more; returns ``subset.out``.
     """
     spec, gamma, softcap = mixer.spec, mixer.gamma, mixer.softcap
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, _, key_dim = q.shape
     dim = spec.rotated(q).shape[3]
-    kv_heads, linear = k.shape[1], spec.has_linear
+    group, kv_heads, linear = heads // k.shape[1], k.shape[1] if subset is None else len(subset.heads), spec.has_linear
     maps_of: Any = mixer.phi_q, mixer.phi_k
     weights = [phi.weight.detach() for phi in maps_of] if linear else [gamma, gamma]
     width = weights[0].shape[2] if linear else 16
-    group, maps = heads // kv_heads, state.sums.S.shape[1] // kv_heads
-    o = q.new_empty(batch, heads, dim, dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32)
-    wide, shared = q.dtype == torch.float32, linear and maps < group
-    decode_kernel[(batch, kv_heads)](
-        q, q.stride()[:2], k, k.stride()[:2], v, v.stride()[:2], o, *state.ring, *state.sinks, *state.sums,
-        state.seen.rows, *weights, gamma, mixer.scale, float(softcap or 0),
-        GROUP=group, MAPS=maps if linear else group, DIM=dim, KEY_DIM=key_dim, WIDTH=width,
+    maps = state.sums.S.shape[1] // kv_heads if linear else group
+    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    o = q.new_empty(batch, heads, dim, dtype=dtype) if subset is None else subset.out
+    wide, shared = q.dtype == torch.float32, maps < group
+    splits = 1 if shared else choose_splits(batch * kv_heads, group, q.device)
+    decode_kernel[(batch, kv_heads * splits)](
+        q, q.stride()[:2], k, k.stride()[:2], v, v.stride()[:2], o, o.stride(0), o if subset is None else subset.heads,
+        *state.ring, *state.sinks, *state.sums, state.seen.rows, *weights, gamma, mixer.scale, float(softcap or 0),
+        SPLITS=splits, PLACED=subset is not None, BLOCK_G=power_of_two(kv_heads), GROUP=group // splits,
+        MAPS=maps if shared else group // splits, DIM=dim, KEY_DIM=key_dim, WIDTH=width,
         SOFTMAX=spec.has_softmax, LINEAR=linear, WINDOW="none" if spec.kind == "linear" else spec.window,
         SIZE=spec.window_size, SPAN=spec.span, SINKS=spec.softmax_sinks, CAPPED=softcap is not None,
         ROUNDED=state.sums.S.dtype == torch.bfloat16, LOW=tl.float32 if wide else tl.bfloat16,
-        PRECISION=precision(), BLOCK_H=max(16, power_of_two(group)),
+        PRECISION=precision(), BLOCK_H=max(16, power_of_two(group // splits)),
         **choose_blocks(dim, width, spec, shared, wide),
     )  # fmt: skip
     return o[:, :, None]
+
+
+def choose_splits(units: int, group: int, device: torch.device) -> int:
+    """Programs that share the query heads of one row and key/value head, of which there are ``units``: as many as can
+    run at the same time."""
+    room = RESIDENT * multiprocessors(device) // units
+    return max(count for count in range(1, group + 1) if group % count == 0 and count <= max(1, room))
 
 
 @lru_cache(maxsize=64)

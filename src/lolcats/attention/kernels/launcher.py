@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -190,6 +190,12 @@ def find_launcher(
 def precision() -> str:
     """Precision of products of fp32 tiles: on NVIDIA's tensor cores, three tf32 products that add up to fp32."""
     return "tf32x3" if torch.cuda.is_available() and torch.version.hip is None else "ieee"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 for a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _kind(x: Tensor | None) -> Any:
