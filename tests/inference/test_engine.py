@@ -102,6 +102,26 @@ def test_the_decode_kernel_gives_the_same_tokens(tokenizer: Any) -> None:
     assert [tokens(deltas) for deltas in asked] == expected
 
 
+def test_gates_are_computed_once_until_they_change(tokenizer: Any) -> None:
+    engine = tiny_engine(tokenizer, slots=1, stop_tokens=(), prefix_bytes=0)
+    layer, prompt = next(iter(engine.layers.values())), prompts(3)[2]
+    with torch.no_grad():
+        assert layer.gamma is layer.gamma
+        torch.testing.assert_close(layer.gamma, layer.gate.sigmoid(), atol=0, rtol=0)
+    assert layer.gamma.requires_grad
+    before = alone(engine, prompt, max_tokens=20)
+    with torch.no_grad():
+        for each in engine.layers.values():
+            each.gate.fill_(8.0)
+        torch.testing.assert_close(layer.gamma, layer.gate.sigmoid(), atol=0, rtol=0)
+    after = alone(engine, prompt, max_tokens=20)
+    assert after != before
+    engine.close()
+    with torch.no_grad():
+        assert layer.gamma is not layer.gamma
+    assert alone(engine, prompt, max_tokens=20) == after
+
+
 class Ahead:
     """Stands in for CUDA graphs where there are none: runs what they would replay."""
 

@@ -16,11 +16,13 @@ from test_engine import Ahead, alone, ask, prompts, tokens
 
 import lolcats
 from lolcats.attention import use_backend
+from lolcats.attention.subset import side_by_side
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Delta, Engine, Request, Snapshot
 from lolcats.inference.engine.room import state_bytes
 from lolcats.inference.engine.sampling import SamplingParams
+from lolcats.modeling import interface
 
 WINDOW: dict[str, Any] = {"window_size": 8, "sinks": 2, "feature_dim": 8}
 HEADS = {"0": [1]}
@@ -386,6 +388,23 @@ def test_the_kernel_gives_the_same_tokens(tokenizer: Any) -> None:
         engine.run()
     for i, (prompt, deltas) in enumerate(zip(many, asked, strict=True)):
         assert tokens(deltas) == generated(engine.model, prompt, 3 + i)
+
+
+@pytest.mark.parametrize("name", ["a layer and a head", "unrotated maps", "no linear term"])
+def test_kernels_of_kept_and_other_heads_run_side_by_side(
+    name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step of a layer with both; in triton's interpreter."""
+    pytest.importorskip("triton")
+    engine, prompt, steps = engine_for(tokenizer, name, slots=1), prompts(7)[6], []
+    engine.graphs = ahead = Ahead(engine)  # type: ignore[assignment]
+    monkeypatch.setattr(interface, "side_by_side", lambda *args: (steps.append(args), side_by_side(*args)))
+    deltas = queue(engine, prompt, max_tokens=4)
+    with use_backend("triton"):
+        engine.run()
+    assert tokens(deltas) == generated(engine.model, prompt, 4)
+    assert ahead.runs
+    assert len(steps) == 4  # the first token comes from the prompt, and one is computed too many
 
 
 def test_steps_launched_ahead_find_blocks_or_pause_a_request(tokenizer: Any) -> None:

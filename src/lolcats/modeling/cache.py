@@ -15,6 +15,7 @@ from transformers.cache_utils import (
 )
 
 from lolcats.attention import AttentionState
+from lolcats.attention.subset import HeadSubset
 from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import LinearizedAttention
 
@@ -98,9 +99,13 @@ class AttendingLayer(CacheLayerMixin):
     """Whether it does so in this call; ``update`` then gives back the new keys and values as they are."""
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None
-    ) -> Tensor:
-        """Outputs (B, T, H, D) for new tokens, whose keys and values are stored on the way."""
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None,
+        subset: HeadSubset | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Outputs (B, T, H, D) for new tokens, whose keys and values are stored on the way.
+
+        subset: the heads that are kept, if q, k and v have more; only for the kernels.
+        """
         raise NotImplementedError
 
 

@@ -12,6 +12,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
+from lolcats.attention.subset import HeadSubset
 from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import Geometry
 
@@ -53,6 +54,10 @@ class KeptHeads:
     def part(self, kv_heads: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, D) and k, v (B, G, T, D) of only these key/value heads."""
         return take(q, 1, self.queries(kv_heads)), take(k, 1, kv_heads), take(v, 1, kv_heads)
+
+    def subsets(self, out: Tensor) -> tuple[HeadSubset, HeadSubset]:
+        """The kept and the linearized heads, whose outputs go into ``out`` (B, H, D)."""
+        return HeadSubset(_index(self.kept, out), out), HeadSubset(_index(self.linearized, out), out)
 
     def of_outputs(self, y: Tensor) -> Tensor:
         """The outputs (B, T, heads, D) of the linearized query heads, from those of all heads."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lolcats.attention.path import choose_paged_path
+from lolcats.attention.subset import HeadSubset, side_by_side
 from lolcats.errors import LolcatsError
 from lolcats.modeling.cache import AttendingLayer, SplitCacheLayer, of_kept_layer, pending
 from lolcats.modeling.call import Call, Padding, current
@@ -59,9 +61,13 @@ def attention_function(
         return _trial(layer, layer.trial, module, query, key, value, attention_mask, kwargs), None
     if kept is None:
         return _linearized(layer, module, query, key, value, request, kwargs), None
-    q, k, v = kept.part(kept.kept, query, key, value)
     cache = pending(_call(request).cache, layer.geometry.layer)
     own = cache.kept if isinstance(cache, SplitCacheLayer) else None
+    if isinstance(own, AttendingLayer) and own.attends:
+        y = _side_by_side(layer, own, module, query, key, value, attention_mask, request, kwargs)
+        if y is not None:
+            return y, None
+    q, k, v = kept.part(kept.kept, query, key, value)
     if own is not None:
         k, v = own.update(k, v)
     if isinstance(own, AttendingLayer) and own.attends:
@@ -122,6 +128,34 @@ def _linearized(
     return y.transpose(1, 2).to(dtype).contiguous()
 
 
+def _side_by_side(
+    layer: LinearizedAttention, own: AttendingLayer, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any,
+    request: MaskRequest | None, kwargs: dict[str, Any],
+) -> Tensor | None:  # fmt: skip
+    """Outputs (B, 1, H, D) of one new token a row, with kept and linearized heads each computed by a kernel; None if
+    one of them has to be computed otherwise."""
+    call, padding = _call(request), _padding(request, q.device).mask
+    cache = pending(call.cache, layer.geometry.layer)
+    if cache is None or not layer.kept.linearized or choose_paged_path(q) != "kernels":
+        return None
+    all_q, all_k = as_attended(module, q, k, request.rotation if request else None)
+    if not layer.steps_in_place(cache.state, all_q, padding, call.backend):
+        return None
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[3])
+    kept, linearized = layer.kept.subsets(out)
+
+    def attend() -> None:
+        _own_attention(own, q, k, v, mask, kwargs, kept)
+
+    def step() -> None:
+        scale, softcap = _logits(q, kwargs)
+        state = cache.take(layer, k, v)
+        cache.state = layer.advance(state, all_q, all_k, v, scale, softcap, backend=call.backend, subset=linearized)[1]
+
+    side_by_side(q.device, attend, step)
+    return out[:, None]
+
+
 def _kept_attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, request: MaskRequest | None, kwargs: dict[str, Any]
 ) -> Tensor:
@@ -156,8 +190,9 @@ def _trial(
 
 
 def _own_attention(
-    own: AttendingLayer, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
-) -> Tensor:
+    own: AttendingLayer, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any],
+    subset: HeadSubset | None = None,
+) -> Tensor:  # fmt: skip
     """Softmax attention to kept keys by the layer of the cache that holds them, (B, T, heads, D).
 
     Raises:
@@ -169,7 +204,7 @@ def _own_attention(
         unknown.append("local attention other than a sliding window")
     if unknown:
         raise RuntimeError(f"Attention to keys in blocks does not support {', '.join(unknown)}.")
-    return own.attend(query, key, value, *_logits(query, kwargs), window)
+    return own.attend(query, key, value, *_logits(query, kwargs), window, subset)
 
 
 def softmax_attention(

@@ -22,13 +22,16 @@ from lolcats.attention import (
     FeatureMap,
     HeadNorm,
     Mixer,
+    SlotState,
     attention,
     choose_path,
     extend,
     step,
 )
 from lolcats.attention.advance import SEGMENT, compacted
+from lolcats.attention.path import choose_decode_path
 from lolcats.attention.reference import attention_weights
+from lolcats.attention.subset import HeadSubset
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 
@@ -111,6 +114,8 @@ class LinearizedAttention(nn.Module):
         self.mode: Mode = "student"
         self.trial: Any = None
         """:class:`lolcats.modeling.heads.Trial`: heads that are softmax attention while a selection tries them."""
+        self.constant: tuple[Any, Tensor] | None = None
+        """γ and what it was computed from, while the model generates (:func:`constant_gates`)."""
         self.ranks = 1  # ranks that share the heads in tensor parallelism
         self.observer: Observer | None = None
         groups = geometry.heads // geometry.kv_heads
@@ -164,6 +169,8 @@ class LinearizedAttention(nn.Module):
     @property
     def gamma(self) -> Tensor:
         """(H,) weight of the window against the linear term, in (0, 1)."""
+        if self.constant is not None and not torch.is_grad_enabled() and self.constant[0] == _version(self.gate):
+            return self.constant[1]
         return torch.sigmoid(self.gate.float())
 
     def mixer(self, scale: float, softcap: float | None = None) -> Mixer:
@@ -217,13 +224,26 @@ class LinearizedAttention(nn.Module):
     def advance(
         self, state: AttentionState, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
         padding: Tensor | None = None, counts: Sequence[int] | None = None, backend: str | None = None,
+        subset: HeadSubset | None = None,
     ) -> tuple[Tensor, AttentionState]:  # fmt: skip
-        """Outputs (B, H, T, D) for T new tokens after ``state``, and the state after them (see :func:`extend`)."""
+        """Outputs (B, H, T, D) for T new tokens after ``state``, and the state after them (see :func:`extend`).
+
+        subset: this layer's heads, if q, k and v have more (:meth:`steps_in_place`).
+        """
         mixer = self.mixer(scale, softcap)
         if q.shape[2] == 1 and padding is None:
-            return step(state, q, k, v, mixer, backend)
+            return step(state, q, k, v, mixer, backend, subset)
+        assert subset is None
         path = choose_path(q, self.spec, final=True, backend=backend)
         return extend(state, q, k, v, mixer, padding, counts, path)
+
+    def steps_in_place(
+        self, state: AttentionState | None, q: Tensor, padding: Tensor | None, backend: str | None = None
+    ) -> bool:
+        """Whether the decode kernel moves this state by the tokens of queries like ``q``."""
+        if q.shape[2] > 1 or padding is not None or not isinstance(state, SlotState):
+            return False
+        return choose_decode_path(q, self.mixer(1.0), backend) == "kernels"
 
     def empty_state(self, k: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -> AttentionState:
         return AttentionState.empty(k, v, self.maps, self.phi_k.num_features, self.spec, dtype)
@@ -257,6 +277,28 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and linearized_layers(module):
             return module
     raise LolcatsError(f"{type(model).__name__} has no list of decoder layers.")
+
+
+@contextmanager
+def constant_gates(layers: Iterable[LinearizedAttention]) -> Iterator[None]:
+    """Inside the block, calls without gradients take γ as it is now, instead of computing it each time. A gate that
+    changes nevertheless is noticed."""
+    constants = []
+    with torch.inference_mode(False), torch.no_grad():
+        for layer in layers:
+            if not layer.gate.is_inference():  # whose changes leave no trace
+                layer.constant = _version(layer.gate), layer.gamma
+                constants.append((layer, layer.constant))
+    try:
+        yield
+    finally:  # until here CUDA graphs may read them
+        for layer, constant in constants:
+            if layer.constant is constant:
+                layer.constant = None
+
+
+def _version(x: Tensor) -> Any:
+    return x.data_ptr(), x._version
 
 
 @contextmanager

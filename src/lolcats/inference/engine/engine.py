@@ -38,7 +38,7 @@ from lolcats.inference.engine.model import (
     end_tokens,
     has_kernels,
     lay_out_for_vectors,
-    use_fused_layers,
+    prepare,
 )
 from lolcats.inference.engine.prompts import Prompts
 from lolcats.inference.engine.request import Delta, Request, failure
@@ -98,7 +98,7 @@ class Engine:
         self.sampler = BatchSampler()
         self.keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.resources = ExitStack()
-        use_fused_layers(model, self.resources)
+        prepare(model, self.layers.values(), self.resources)
         self.graphs: DecodeGraphs | None = None
         if graphs if graphs is not None else model.device.type == "cuda" and has_kernels(model, self.layers.values()):
             with torch.inference_mode():

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lolcats.attention.paged import paged_attention
 from lolcats.attention.state import KeyValues
+from lolcats.attention.subset import HeadSubset
 from lolcats.inference.engine.blocks import Blocks, Table, Tables
 from lolcats.modeling.cache import AttendingLayer, SplitCacheLayer
 
@@ -383,17 +384,19 @@ class PagedLayer(AttendingLayer):
         return self.cache.blocks is not None
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None,
+        subset: HeadSubset | None = None,
+    ) -> Tensor:  # fmt: skip
         assert self.cache.blocks is not None
-        if any(x.shape[1::2] != y.shape[1:] for x, y in zip((k, v), self.memory, strict=True)) or k.shape != v.shape:
+        heads = k.shape[1] if subset is None else len(subset.heads)
+        if any(x.shape[1:] != (heads, k.shape[3]) for x in self.memory) or k.shape != v.shape:
             raise RuntimeError("Attention to keys in blocks does not support a family that keeps compressed keys.")
         if q.dtype != self.memory.k.dtype:
             raise RuntimeError(f"Attention to keys in blocks does not support {q.dtype} queries of this model.")
         tables, positions = self.cache.blocks
         size = self.cache.memory.size
-        y = paged_attention(q, k, v, self.memory, tables[self.group], positions, size, scale, softcap, window or 0)
-        return y.transpose(1, 2)
+        asked = positions, size, scale, softcap, window or 0, subset
+        return paged_attention(q, k, v, self.memory, tables[self.group], *asked).transpose(1, 2)
 
     @property
     def places(self) -> Places:

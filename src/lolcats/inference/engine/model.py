@@ -14,7 +14,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from lolcats.attention.path import choose_decode_path
 from lolcats.errors import LolcatsError, out_of_memory
-from lolcats.modeling.layer import LinearizedAttention
+from lolcats.modeling.layer import LinearizedAttention, constant_gates
 from lolcats.modeling.liger import fused_layers
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,9 @@ def lay_out_for_vectors(model: PreTrainedModel) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def use_fused_layers(model: PreTrainedModel, resources: ExitStack) -> None:
-    """liger-kernel's layers, until ``resources`` is closed; a warning if they cannot be used."""
+def prepare(model: PreTrainedModel, layers: Iterable[LinearizedAttention], resources: ExitStack) -> None:
+    """Until ``resources`` is closed: constant gates, and liger-kernel's layers, or a warning if they cannot be used."""
+    resources.enter_context(constant_gates(layers))
     try:
         resources.enter_context(fused_layers(model, True))
     except LolcatsError as error:
