@@ -271,7 +271,11 @@ def test_who_computes_a_step() -> None:
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("window", ["terraced", "sliding"])
 @pytest.mark.parametrize(("dim", "f"), [(64, 32), (80, 64), (128, 64), (256, 64)])
-def test_half_precision(dim: int, f: int, window: Any, shared: bool) -> None:
+@pytest.mark.parametrize("splits", [1, 4])
+def test_half_precision(
+    splits: int, dim: int, f: int, window: Any, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "choose_splits", lambda *_: splits)
     spec, lengths = AttentionSpec("hybrid", window, 64, 4), [0, 127, 200, 300]
     for state_dtype in (torch.float32, torch.bfloat16):
         decoding = Decoding(spec, lengths, 140, dim, f, 8, 2, shared, None, state_dtype, torch.bfloat16)

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lolcats.attention import AttentionSpec, FeatureMap, Mixer, SlotState
-from lolcats.attention.kernels import decode, function, launcher, paged, projection, walk
+from lolcats.attention.kernels import columns, decode, function, launcher, paged, projection, walk
 from lolcats.attention.kernels.layout import Tiling, Walk
 from lolcats.attention.state import KeyValues
 from lolcats.attention.subset import HeadSubset
@@ -112,8 +112,10 @@ def decode_kernels(
 
 
 def paged_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: dict[str, int]) -> None:
-    """The kernels for keys in blocks of 64 tokens."""
+    """The kernels for keys in blocks of 64 tokens, and that which gives heads their queries, keys and values."""
     paged.precision = launcher.precision
+    columns.columns_kernel = Compiled(columns.columns_kernel, "columns_kernel", shared)
+    columns.columns(q.detach()[:, 0, :1], (q.shape[3] // 2, q.shape[3] // 4, q.shape[3] // 4))
     for name in ("paged_kernel", "join_kernel"):
         setattr(paged, name, Compiled(getattr(paged, name), name, shared))
     memory = KeyValues(*(x.detach()[0].transpose(0, 1).contiguous() for x in (k, v)))

@@ -26,23 +26,23 @@ class HeadSubset(NamedTuple):
     out: Tensor
 
 
-def side_by_side(device: torch.device, aside: Callable[[], Any], here: Callable[[], Any]) -> None:
-    """Call both. On a GPU, what ``aside`` launches may run at the same time as what ``here`` does; later work waits for
-    both. They must not write what the other reads."""
+def side_by_side(device: torch.device, short: Callable[[], Any], long: Callable[[], Any]) -> None:
+    """Call both. On a GPU, what they launch may run at the same time, and ``short`` gets free multiprocessors first, so
+    that ``long`` fills what it leaves. Later work waits for both. They must not write what the other reads."""
     if device.type != "cuda":
-        aside()
-        here()
+        short()
+        long()
         return
     stream, current = _side_stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     try:
         with torch.cuda.stream(stream):
-            aside()
-        here()
+            short()
+        long()
     finally:
         current.wait_stream(stream)
 
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=-1)

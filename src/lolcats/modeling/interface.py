@@ -152,7 +152,7 @@ def _side_by_side(
         state = cache.take(layer, k, v)
         cache.state = layer.advance(state, all_q, all_k, v, scale, softcap, backend=call.backend, subset=linearized)[1]
 
-    side_by_side(q.device, attend, step)
+    side_by_side(q.device, step, attend)
     return out[:, None]
 
 

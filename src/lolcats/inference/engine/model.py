@@ -14,6 +14,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from lolcats.attention.path import choose_decode_path
 from lolcats.errors import LolcatsError, out_of_memory
+from lolcats.inference.engine.projections import joint_projections
 from lolcats.modeling.layer import LinearizedAttention, constant_gates
 from lolcats.modeling.liger import fused_layers
 
@@ -46,8 +47,12 @@ def lay_out_for_vectors(model: PreTrainedModel) -> None:
 
 
 def prepare(model: PreTrainedModel, layers: Iterable[LinearizedAttention], resources: ExitStack) -> None:
-    """Until ``resources`` is closed: constant gates, and liger-kernel's layers, or a warning if they cannot be used."""
+    """Until ``resources`` is closed: constant gates and, on a GPU, joint projections and liger-kernel's layers, or a
+    warning if these cannot be used."""
     resources.enter_context(constant_gates(layers))
+    if model.device.type == "cuda":
+        resources.enter_context(joint_projections(model))
+        torch.cuda.empty_cache()  # where the weights were
     try:
         resources.enter_context(fused_layers(model, True))
     except LolcatsError as error:
