@@ -13,7 +13,6 @@ KEYS, SINKS, TILE = 128, 16, 64  # keys that a tile of queries reads; sinks are 
 BYTES, OPERATIONS = 4.3e12, 790e12  # a second: an H200's copy and bf16 product
 HEAD = 2 * D  # bytes of one head's vector
 STATE = 2 * F * HEAD // TILE  # bytes per token of a state, both halves in bf16, of every tile
-STRETCH, PARTS = 4096, 4  # tokens of a walk's stretch in a sequence of 32,768, parts of its sums
 
 
 @dataclass(frozen=True)
@@ -48,25 +47,6 @@ def outputs(maps: int) -> Count:
     return Count("output kernel", memory, read, H * (2 * D * F + 4 * D * (KEYS + SINKS) + 4 * F * D))
 
 
-def walk(maps: int) -> Count:
-    """Two heads and 64 tokens a tile with shared maps, otherwise one head and 128 tokens. Both halves of eight warps
-    compute the features of a block of 64 keys."""
-    fold = 4 * D * F + 4 * F * D
-    memory = 2 * H * HEAD + 2 * G * HEAD
-    if maps == G:
-        read, query = H * HEAD + H // 2 * 4 * HEAD, 4 * D * F + 4 * D * (KEYS + SINKS) + 4 * F * D
-        return Count("walk kernel", memory, read, H * query + H // 2 * fold)
-    near = 4 * F * TILE + 2 * TILE * D  # keys that are softmax for one half of the tile and linear for the other
-    query = 2 * D * F + 4 * D * (KEYS + TILE + SINKS) + 4 * F * D + near
-    return Count("walk kernel", memory, H * (HEAD + 3 * HEAD), H * (query + fold))
-
-
-def starts(maps: int) -> Count:
-    """What stretches start from, in fp32: written, scanned (read and written), and read once per program."""
-    size = maps * 8 * F * (D + 1) / STRETCH
-    return Count("sums of stretches, scan", size * (3 * PARTS + 1), size * (PARTS + (2 if maps == G else 1)), 0)
-
-
 def query_gradients(maps: int) -> Count:
     memory = 4 * H * HEAD + H * D + 2 * G * HEAD + maps * STATE
     read = H * (3 * HEAD + D + 2 * HEAD * KEYS // TILE + STATE)
@@ -95,7 +75,6 @@ def tables() -> dict[str, list[Count]]:
     for maps, name in ((G, "key maps per kv head"), (H, "key maps per query head")):
         stored = [states(maps, stored=False), states(maps, stored=True)]
         found[f"Forward, today, {name}"] = [*stored, outputs(maps)]
-        found[f"Forward, walk, {name}"] = [states(maps, stored=False), starts(maps), walk(maps)]
         found[f"Backward, today, {name}"] = [
             *stored, query_gradients(maps), query_states(maps, stored=False), query_states(maps, stored=True),
             sink_gradients(), key_gradients(maps),

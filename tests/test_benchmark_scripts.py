@@ -67,39 +67,22 @@ def test_committed_tables_are_those_of_their_results(name: str) -> None:
     assert module.report(results) == (FOLDER / "results" / f"{name}.md").read_text()
 
 
-def test_variants_of_the_forward_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A walk is timed where it fits and equals the stored states; each row ends in the fastest."""
+def test_launches_of_the_state_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row ends in the fastest."""
     pytest.importorskip("triton")
-    from lolcats.attention.kernels.layout import Walk
-
     variants = script("attention_variants")
     problem = sys.modules["attention_problem"]
     for name, value in {"DEVICE": torch.device("cpu"), "H": 4, "G": 2, "D": 16, "F_COLUMNS": 16}.items():
         monkeypatch.setattr(problem, name, value)
-    monkeypatch.setattr(variants, "H", 4)
-    monkeypatch.setattr(variants, "G", 2)
-    monkeypatch.setattr(variants, "WALKS", {"2 heads": Walk(heads=2), "1 head": Walk(stretch=1), "32 tokens": Walk(32)})
-    times = iter([9.0, 5.0, 7.0, 6.0, 8.0])
-    monkeypatch.setattr(variants, "replayed", lambda function: next(times))
-    rotated = variants.Problem.random(1, 70, 2, torch.float32)
-    with torch.no_grad():
-        row = variants.row(variants.Unrotated.beside(rotated), "1 × 70", 2, "cuDNN, contiguous", 10.0)
-    assert row == [
-        "1 × 70", "kv", "before RoPE", "cuDNN, contiguous", "10.000", "9.000", "5.000", "7.000", "–", "6.000", "8.000",
-        "2 heads", "5.000", "2.00", "1.80",
-    ]  # fmt: skip
-    assert len(row) == len(variants.COLUMNS.split(" | ")) - 3  # three walks are missing here
+    times = iter([9.0, 5.0, 7.0, 6.0])
     monkeypatch.setattr(variants, "replayed", lambda function: function() and next(times))
-    times = iter([9.0, 5.0, 7.0, 6.0, 4.0])
-    row = variants.backward_row(rotated, "1 × 70", torch.ones(1, 4, 70, 16), "cuDNN, contiguous", 10.0)
+    rotated = variants.Problem.random(1, 70, 2, torch.float32)
+    row = variants.row(rotated, "1 × 70", torch.ones(1, 4, 70, 16), "cuDNN, contiguous", 10.0)
     assert row == [
-        "1 × 70", "after RoPE", "cuDNN, contiguous", "10.000", "9.000", "5.000", "7.000", "6.000", "4.000",
-        "4 warps, 1 stage, walking forward", "2.50", "2.25",
+        "1 × 70", "after RoPE", "cuDNN, contiguous", "10.000", "9.000", "5.000", "7.000", "6.000", "4 warps, 1 stage",
+        "2.00", "1.80",
     ]  # fmt: skip
-    assert len(row) == len(variants.BACKWARD_COLUMNS.split(" | "))
-    monkeypatch.setattr(variants, "WRONG", 0.0)
-    with torch.no_grad():
-        assert variants.measured(rotated, Walk(heads=2), rotated.kernels() + 1).startswith("wrong: ")
+    assert len(row) == len(variants.COLUMNS.split(" | "))
 
 
 def test_counts_are_those_of_the_page() -> None:

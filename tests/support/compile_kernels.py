@@ -15,8 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lolcats.attention import AttentionSpec, FeatureMap, Mixer, SlotState
-from lolcats.attention.kernels import decode, function, launcher, paged, projection, walk
-from lolcats.attention.kernels.layout import Tiling, Walk
+from lolcats.attention.kernels import decode, function, launcher, paged, projection
 from lolcats.attention.state import KeyValues
 
 
@@ -57,35 +56,19 @@ def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str, phi: s
     driver.set_active(NoDevice())
     launcher.precision = lambda: "tf32x3"
     shared: dict[str, int] = {}
-    for module in (function, projection, walk):
+    for module in (function, projection):
         for name in dir(module):
             if name.endswith("_kernel"):
                 setattr(module, name, Compiled(getattr(module, name), name, shared))
     q, k, v = (torch.empty(1, heads, 512, dim, dtype=getattr(torch, dtype), requires_grad=True) for heads in (4, 2, 2))
     phi_q, phi_k = (FeatureMap("hedgehog", 4, dim, f) for _ in range(2))
     gamma, spec = torch.rand(4, requires_grad=True), AttentionSpec(kind, window, size, 4)
-    if phi == "walk":
-        walks(q, k, v, f, gamma, spec)
-        print(json.dumps(shared))
-        return
     seen = (q, k) if phi == "projected" else None
     y, _, _ = function.triton_attention(q, k, v, Mixer(phi_q, phi_k, gamma, spec, 0.1), seen=seen)
     y.backward(torch.empty_like(y))
     decode_kernels(q, k, v, phi_q, gamma, spec, shared)
     paged_kernels(q, k, v, shared)
     print(json.dumps(shared))
-
-
-def walks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, f: int, gamma: torch.Tensor, spec: AttentionSpec) -> None:
-    """Forward passes that carry states: of shared maps, of one map per query head, and of other queries and keys."""
-    for maps, carry, seen in (
-        (2, Walk(heads=2), None),
-        (4, Walk(tile=128, stretch=1), None),
-        (2, Walk(heads=2), (q, k)),
-    ):
-        phi_q, phi_k = (FeatureMap("hedgehog", heads, q.shape[3], f) for heads in (4, maps))
-        mixer = Mixer(phi_q, phi_k, gamma, spec, 0.1)
-        function.triton_attention(q, k, v, mixer, seen=seen, tiling=Tiling(carry=carry))
 
 
 def decode_kernels(

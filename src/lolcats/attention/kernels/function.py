@@ -26,7 +26,6 @@ from lolcats.attention.kernels.launcher import Launcher, find_launcher
 from lolcats.attention.kernels.layout import Layout, Tiling, dense_rows, fits_inside, packed_rows
 from lolcats.attention.kernels.projection import project, project_back
 from lolcats.attention.kernels.states import pack, scan_kernel, state_kernel, unpack
-from lolcats.attention.kernels.walk import WalkArguments, run_walk
 from lolcats.attention.mixer import KeyMap, Mixer
 
 
@@ -149,13 +148,7 @@ class Problem:
         if context is not None:
             named |= {"sink_k": _ready(context.sink_k), "sink_v": _ready(context.sink_v)}
         launcher = find_launcher(call.spec, call.phi, call.softcap is not None, call.tiling, context is not None, named)
-        problem = cls(call, launcher, launcher.layout(call.rows), *tensors)
-        return problem if problem.walks and launcher.walk_phi == "seen" else problem.projected()
-
-    @property
-    def walks(self) -> bool:
-        """Whether the forward pass carries states from tile to tile."""
-        return self.launcher.walk is not None and not self.call.final
+        return cls(call, launcher, launcher.layout(call.rows), *tensors).projected()
 
     def projected(self) -> Problem:
         """Add x·W if the kernels need it. It is recomputed for the backward pass, since keeping it would double the
@@ -178,13 +171,6 @@ class Problem:
             self.per_query() if peaks else None,
             self.per_query(dtype=torch.int32) if peaks else None,
         )
-        if self.walks:
-            walk = WalkArguments(
-                launcher, self.layout, self.initial(center=False), self.inputs(), self.features(),
-                (self.wq, self.wk, self.gamma), self.sinks(), self.tables(), self.sizes(), self.sink_constants(),
-            )  # fmt: skip
-            run_walk(walk, o, lost, softmax)
-            return o, lost, softmax, None, None
         states, sums, S, z = self.forward_states()
         args = (
             *self.inputs(), *launcher.strided("o", o), lost, *self.features(), self.wq, self.wk, self.gamma,
@@ -214,9 +200,10 @@ class Problem:
 
         center: of centered features, for gradients; nothing at the end of sequences.
         """
-        launcher, initial = self.launcher, self.initial(center)
+        launcher, context = self.launcher, self.call.context
         if not launcher.spec.has_linear:
             return self.q, self.q, None, None
+        initial = None if context is None else pack(context.S, context.z, launcher.width, center)
         k, v = launcher.strided("k", self.k), launcher.strided("v", self.v)
         arguments = *k, *v, *self.features()[2:], self.wk, self.gamma, self.gamma  # forward sums are not weighted
         final = self.call.final and not center
@@ -229,11 +216,6 @@ class Problem:
         present = ends > self.layout.ranges[:-1]
         end = torch.where(present[:, None, None], totals[(ends - 1).clamp_min(0)], end) if len(totals) else end
         return states, sums, *unpack(end, launcher.width, launcher.value_dim)
-
-    def initial(self, center: bool) -> Tensor | None:
-        """The packed state of the context, if there is one with a linear term."""
-        context = self.call.context if self.call.spec.has_linear else None
-        return None if context is None else pack(context.S, context.z, self.launcher.width, center)
 
     def states(
         self, arguments: tuple[Any, ...], group: int, initial: Tensor | None, center: bool, variant: Any = None,
@@ -284,10 +266,9 @@ class Problem:
     def features(self) -> tuple[Any, ...]:
         """What φ(q) and φ(k) are computed from."""
         strided = self.launcher.strided
-        for a, b in (("fq", "fk"), ("x_q", "x_k")):
-            if getattr(self, a) is not None:
-                return *strided(a, getattr(self, a)), *strided(b, getattr(self, b))
-        return *strided("q", self.q), *strided("k", self.k)
+        if self.fq is None or self.fk is None:
+            return *strided("q", self.q), *strided("k", self.k)
+        return *strided("fq", self.fq), *strided("fk", self.fk)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         context = self.call.context

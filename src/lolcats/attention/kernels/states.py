@@ -22,7 +22,6 @@ from lolcats.attention.kernels.device import (
     head_pointer,
     key_positions,
     load_matrix,
-    load_parts,
     load_rows,
     load_tile,
     load_weight,
@@ -82,10 +81,7 @@ def state_kernel(
     row, d, j, two = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F), tl.arange(0, 16)[:, None]
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
     last = window_start(position + length - 1, WINDOW, SIZE)  # keys from here on are still in a window at the end
-    if PHI == "seen":
-        w = load_parts(weight, head * HEADS, d, j, DIM, WIDTH, x.dtype.element_ty)
-    else:
-        w = load_weight(weight, head * HEADS, d, j, DIM, WIDTH) if PHI == "inside" else 0
+    w = load_weight(weight, head * HEADS, d, j, DIM, WIDTH) if PHI == "inside" else 0
     index = segment * tl.num_programs(1) + head
     S_up, z_up = load_total(starts, index, 0, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS, CENTER)
     S_down, z_down = load_total(starts, index, 1, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS, CENTER)
@@ -219,14 +215,11 @@ def store_total(
 
 
 @triton.jit
-def scan_kernel(
-    totals, initial, ranges, size,
-    HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr = 1,
-):  # fmt: skip
+def scan_kernel(totals, initial, ranges, size, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
     """Replace each segment's total by the sum of all segments before it (REVERSE: after it) in its sequence.
 
     totals: (segments, maps, size); ranges: (sequences + 1,) first segment of each sequence; initial: (sequences, maps,
-    size). BATCH: segments that are loaded at a time.
+    size).
     """
     sequence, head = tl.program_id(0), tl.program_id(1)
     heads = tl.num_programs(1)
@@ -235,19 +228,9 @@ def scan_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     if HAS_INITIAL:
         total += tl.load(initial + (sequence * heads + head).to(tl.int64) * size + column, mask=column < size, other=0)
-    if BATCH == 1:
-        for i in range(begin, end):
-            segment = begin + end - 1 - i if REVERSE else i
-            entry = totals + (segment * heads + head).to(tl.int64) * size + column
-            added = tl.load(entry, mask=column < size, other=0.0)
-            tl.store(entry, total, mask=column < size)
-            total += added
-    else:
-        for i in range(begin, end, BATCH):
-            place = i + tl.arange(0, BATCH)
-            segment = begin + end - 1 - place if REVERSE else place
-            entry = totals + (segment * heads + head).to(tl.int64)[:, None] * size + column[None, :]
-            mask = (place < end)[:, None] & (column < size)[None, :]
-            added = tl.load(entry, mask=mask, other=0.0)
-            tl.store(entry, total[None, :] + tl.cumsum(added, 0) - added, mask=mask)
-            total += tl.sum(added, 0)
+    for i in range(begin, end):
+        segment = begin + end - 1 - i if REVERSE else i
+        entry = totals + (segment * heads + head).to(tl.int64) * size + column
+        added = tl.load(entry, mask=column < size, other=0.0)
+        tl.store(entry, total, mask=column < size)
+        total += added
