@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lolcats.attention import AttentionSpec, FeatureMap, Mixer, SlotState
-from lolcats.attention.kernels import decode, function, launcher, paged, projection
+from lolcats.attention.kernels import decode, function, launcher, paged, projection, unrotate
 from lolcats.attention.state import KeyValues
 
 
@@ -56,7 +56,7 @@ def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str, phi: s
     driver.set_active(NoDevice())
     launcher.precision = lambda: "tf32x3"
     shared: dict[str, int] = {}
-    for module in (function, projection):
+    for module in (function, projection, unrotate):
         for name in dir(module):
             if name.endswith("_kernel"):
                 setattr(module, name, Compiled(getattr(module, name), name, shared))
@@ -68,6 +68,7 @@ def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str, phi: s
     y.backward(torch.empty_like(y))
     decode_kernels(q, k, v, phi_q, gamma, spec, shared)
     paged_kernels(q, k, v, shared)
+    rotary_kernels(q, k)
     print(json.dumps(shared))
 
 
@@ -96,6 +97,14 @@ def paged_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: dic
     token = [x.detach()[:, :, :1] for x in (q, k, v)]
     tables, positions = torch.zeros(1, 8, dtype=torch.int32), torch.zeros(1, dtype=torch.long)
     paged.paged_decode(*token, memory, tables, positions, 64, 0.1, parts=8)
+
+
+def rotary_kernels(q: torch.Tensor, k: torch.Tensor) -> None:
+    """RoPE undone, with backward: pairs of distant and of adjacent channels, of all channels and of half of them."""
+    for turned, form in ((q.shape[3], (False, False)), (q.shape[3] // 2, (True, True))):
+        tables = [torch.empty(1, q.shape[2], turned, dtype=q.dtype) for _ in range(2)]
+        wide = unrotate.append_unrotated(q, k, *tables, unrotate.RotaryForm(*form))
+        torch.autograd.backward(wide, [torch.empty_like(x) for x in wide])
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def find_launcher(
     tensors: Mapping[str, Tensor | None],
 ) -> Launcher:  # fmt: skip
     """The launcher of calls like this one."""
-    key = spec, phi, capped, tiling, context, *map(_kind, tensors.values())
+    key = spec, phi, capped, tiling, context, *map(kind_of, tensors.values())
     launcher = _launchers.get(key)
     if launcher is None:
         if len(_launchers) >= MOST:
@@ -161,7 +161,7 @@ def precision() -> str:
     return "tf32x3" if torch.cuda.is_available() and torch.version.hip is None else "ieee"
 
 
-def _kind(x: Tensor | None) -> Any:
+def kind_of(x: Tensor | None) -> Any:
     return x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
 
