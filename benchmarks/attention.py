@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attention_rotary
 import attention_variants
 import common
 import torch
@@ -302,8 +303,13 @@ def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Itera
             "unrotated | ratio | gradients of q, k, v | unrotated | ratio | maps only (stage 1) | unrotated | ratio",
             unrotated_rows,
         ),
+        "Maps before RoPE, RoPE undone included": (attention_rotary.COLUMNS, attention_rotary.rows),
+        "Maps before RoPE, only RoPE undone": (attention_rotary.ALONE_COLUMNS, attention_rotary.alone_rows),
         f"{VARIANTS}the state kernel of queries, with backward, key maps per kv head": (
             attention_variants.COLUMNS, attention_variants.rows,
+        ),
+        f"{VARIANTS}the state kernel of keys, forward, maps before RoPE": (
+            attention_variants.SEEN_COLUMNS, attention_variants.seen_rows,
         ),
         f"Plain linear attention against {PEER}": (
             "tokens | fla ms | kernels ms | ratio | fla ms, with backward | kernels ms | ratio | difference",

@@ -12,6 +12,8 @@ H, G, D, F = 32, 8, 128, 64
 KEYS, SINKS, TILE = 128, 16, 64  # keys that a tile of queries reads; sinks are padded to 16
 BYTES, OPERATIONS = 4.3e12, 790e12  # a second: an H200's copy and bf16 product
 HEAD = 2 * D  # bytes of one head's vector
+PRODUCT = 4 * F  # bytes of one head's x·W in fp32
+WEIGHT = 4 * D * F // TILE  # bytes per token of a map's weights in fp32, read for every tile
 STATE = 2 * F * HEAD // TILE  # bytes per token of a state, both halves in bf16, of every tile
 
 
@@ -47,6 +49,38 @@ def outputs(maps: int) -> Count:
     return Count("output kernel", memory, read, H * (2 * D * F + 4 * D * (KEYS + SINKS) + 4 * F * D))
 
 
+def projected(name: str, heads: int, maps: int) -> Count:
+    return Count(f"projection of {name}", heads * HEAD + maps * PRODUCT, maps * HEAD, maps * 4 * D * F)
+
+
+def seen(count: Count, memory: float, read: float, operations: float) -> Count:
+    """A kernel with what it moves and computes besides, as maps see other vectors."""
+    return Count(count.name, count.memory + memory, count.read + read, count.operations + operations)
+
+
+def forward_seen(maps: int) -> list[Count]:
+    """Maps before RoPE: W in two parts, inside."""
+    sums = [seen(states(maps, stored), 0, 0, maps * 2 * D * F) for stored in (False, True)]
+    return [*sums, seen(outputs(maps), H * HEAD, H * (HEAD + WEIGHT), H * 2 * D * F)]
+
+
+def forward_projected(maps: int) -> list[Count]:
+    """Maps before RoPE: x·W first."""
+    more = maps * PRODUCT - G * HEAD, maps * (PRODUCT - HEAD), -maps * 2 * D * F
+    sums = [seen(states(maps, stored), *more) for stored in (False, True)]
+    output = seen(outputs(maps), H * PRODUCT, H * PRODUCT, -H * 2 * D * F)
+    return [projected("queries", H, H), projected("keys", G, maps), *sums, output]
+
+
+def undone() -> list[Count]:
+    """RoPE undone: q and k, and twice as much; 16-bit cosines and sines."""
+    narrow = (H + G) * HEAD
+    return [
+        Count("forward", 3 * narrow + 4 * D, narrow + 4 * D, 6 * (H + G) * D),
+        Count("backward", 3 * narrow + 4 * D, 2 * narrow + 4 * D, 8 * (H + G) * D),
+    ]
+
+
 def query_gradients(maps: int) -> Count:
     memory = 4 * H * HEAD + H * D + 2 * G * HEAD + maps * STATE
     read = H * (3 * HEAD + D + 2 * HEAD * KEYS // TILE + STATE)
@@ -74,11 +108,14 @@ def tables() -> dict[str, list[Count]]:
     found = {}
     for maps, name in ((G, "key maps per kv head"), (H, "key maps per query head")):
         stored = [states(maps, stored=False), states(maps, stored=True)]
-        found[f"Forward, today, {name}"] = [*stored, outputs(maps)]
-        found[f"Backward, today, {name}"] = [
+        found[f"Forward, {name}"] = [*stored, outputs(maps)]
+        found[f"Forward, maps before RoPE, {name}"] = forward_seen(maps)
+        found[f"Forward, maps before RoPE, x·W first, {name}"] = forward_projected(maps)
+        found[f"Backward, {name}"] = [
             *stored, query_gradients(maps), query_states(maps, stored=False), query_states(maps, stored=True),
             sink_gradients(), key_gradients(maps),
         ]  # fmt: skip
+    found["RoPE undone"] = undone()
     return found
 
 

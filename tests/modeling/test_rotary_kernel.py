@@ -60,7 +60,7 @@ def with_gradients(function: Any, q: Tensor, k: Tensor) -> list[Tensor]:
 def test_is_what_the_family_gives(form: Any, family: str, channels: int, batches: int, scale: float) -> None:
     """Outputs and gradients: of whole and of partial RoPE, of scaled cos and sin, and of one rotation for all rows."""
     q, k, cos, sin = tensors(channels, RotaryForm(*form), batches, scale)
-    expected = with_gradients(lambda q, k: rotary._append(q, k, cos, sin, family_function(family)), q, k)
+    expected = with_gradients(lambda q, k: rotary.append_by_family(q, k, cos, sin, family_function(family)), q, k)
     actual = with_gradients(lambda q, k: append_unrotated(q, k, cos, sin, RotaryForm(*form)), q, k)
     assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
@@ -99,7 +99,7 @@ def test_functions_of_another_form_take_the_usual_path(monkeypatch: pytest.Monke
     monkeypatch.setattr(rotary, "attached", lambda _: SimpleNamespace(spec=SimpleNamespace(unrotated=True)))
     monkeypatch.setattr(rotary, "_rotate", lambda _: family)
     wide = rotary.as_attended(module, q, k, (cos, sin), "triton")
-    assert_close(wide, rotary._append(q, k, cos, sin, family), atol=0, rtol=0)
+    assert_close(wide, rotary.append_by_family(q, k, cos, sin, family), atol=0, rtol=0)
 
 
 def test_which_tensors_it_takes() -> None:

@@ -59,10 +59,10 @@ def as_attended(
         from lolcats.attention.kernels.unrotate import RotaryForm, append_unrotated
 
         return append_unrotated(q, k, cos, sin, RotaryForm(*form))
-    return _append(q, k, cos, sin, rotate)
+    return append_by_family(q, k, cos, sin, rotate)
 
 
-def _append(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
+def append_by_family(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
     """``append_unrotated`` by the family's own function."""
     cos, sin = cos.float(), sin.float()
     size = cos.square() + sin.square()  # not 1 where cos and sin are scaled (YaRN) or rounded

@@ -113,6 +113,18 @@ def load_weight(weight, head, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_parts(weight, head, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
+    """The weight as a tuple of parts whose products with x, of type DTYPE, add up: for 16-bit x an fp32 weight is its
+    rounding and the remainder, as in :mod:`.projection`."""
+    w = load_weight(weight, head, d, j, DIM, WIDTH)
+    if weight.dtype.element_ty == tl.float32 and tl.float32 != DTYPE:
+        high = w.to(DTYPE)
+        return high, (w - high.to(tl.float32)).to(DTYPE)
+    else:
+        return (w,)
+
+
+@triton.jit
 def load_sinks(
     base, strides, sequence, batch, first, length, head, sink, column,
     WIDTH: tl.constexpr, SINKS: tl.constexpr, CONTEXT: tl.constexpr,
@@ -159,9 +171,15 @@ def features(
     WIDTH: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both halves of φ times the row's ``weight``, (C, f) fp32 each; see ``layout.Phi``. w: (D, f), for maps computed
-    inside; ``base``: where x·W (projected) or φ (given) is stored."""
+    inside (seen: its ``load_parts``); ``base``: where x·W (projected) or φ (given) is stored."""
     if PHI == "inside":
         return hedgehog(tl.dot(x, w, input_precision=PRECISION), weight, column, WIDTH)
+    elif PHI == "seen":
+        if len(w) == 1:
+            y = tl.dot(x, w[0], input_precision=PRECISION)
+        else:
+            y = tl.dot(x, w[0], tl.dot(x, w[1]))
+        return hedgehog(y, weight, column, WIDTH)
     elif PHI == "projected":
         y = load_tile(base, stride, at, length, row, column, WIDTH).to(tl.float32)
         return hedgehog(y, weight, column, WIDTH)

@@ -27,6 +27,7 @@ from lolcats.attention.kernels.layout import (
     choose_blocks,
     choose_launch,
     choose_tiling,
+    fits_twice,
     make_layout,
     window_tiles,
 )
@@ -37,7 +38,7 @@ NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants th
 NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "PHI", "SPAN", "BLOCK_F")
 ONLY_PROJECTION = ("DIM", "WIDTH", "LOW", "PRECISION", "C", "BLOCK_F", "num_warps")
 ONLY_WEIGHTS = (*ONLY_PROJECTION, "BLOCK_D")
-LEFT_OUT = {"state": NOT_OF_STATES, "query_state": NOT_OF_STATES, "sink": NOT_OF_SINKS}
+LEFT_OUT = {**dict.fromkeys(("state", "seen_state", "query_state"), NOT_OF_STATES), "sink": NOT_OF_SINKS}
 SAME_LAUNCH = {"sink": "query", "projection": "weight"}
 
 _launchers: dict[Any, Launcher] = {}
@@ -75,6 +76,21 @@ class Launcher:
         grid = self.batch, self.tokens
         return make_layout(rows, grid, self.tiling, self.heads, self.kv_heads, self.maps, self.device)
 
+    @cached_property
+    def near(self) -> bool:
+        """Whether some keys older than a window may not yet be in the state of a step."""
+        # A step's state holds all of them if the windows of its tiles begin where steps do.
+        spec = self.spec
+        whole = spec.kind != "linear" and spec.window == "terraced" and spec.window_size % self.tiling.span == 0
+        return spec.has_linear and not whole
+
+    @cached_property
+    def seen(self) -> str:
+        """For which of q and k the forward pass multiplies inside what maps see: ``qk``, ``q`` or neither."""
+        if self.phi != "projected" or not self.tiling.see or not fits_twice(self.dim, self.width, self.dtype.itemsize):
+            return ""
+        return "q" if self.near else "qk"
+
     def launch(self, kernel: str) -> Launch:
         if kernel not in self._launches:
             self._launches[kernel] = self._choose_launch(kernel)
@@ -101,8 +117,9 @@ class Launcher:
         """Launch a kernel.
 
         Args:
-            kind: ``state``, ``query_state``, ``output``, ``query``, ``sink``, ``key``, ``weight`` or ``projection``;
-                selects the constants.
+            kind: ``state``, ``seen_state``, ``query_state``, ``output``, ``query``, ``sink``, ``key``, ``weight`` or
+                ``projection``; selects the constants.
+            constants: besides these, or instead of them.
             variant: what the compiled kernel depends on besides the launcher and ``constants``.
         """
         key = kind, variant, tuple(constants.values())
@@ -111,7 +128,7 @@ class Launcher:
             compiled, unused = known
             compiled[grid](*args, *unused)
             return
-        compiled = kernel[grid](*args, **constants, **self.constants(kind))
+        compiled = kernel[grid](*args, **self.constants(kind) | constants)
         if hasattr(compiled, "packed_metadata"):  # missing in the interpreter
             self._compiled[key] = compiled, (None,) * sum(parameter.is_constexpr for parameter in kernel.params)
 
@@ -128,11 +145,9 @@ class Launcher:
 
     def _every_constant(self, launch: Launch) -> dict[str, Any]:
         spec, blocks, tiling = self.spec, self.blocks, self.tiling
-        # A step's state holds all keys older than the window if the windows of its tiles begin where steps do.
-        whole = spec.kind != "linear" and spec.window == "terraced" and spec.window_size % tiling.span == 0
         return {
             "DIM": self.dim, "VALUE_DIM": self.value_dim, "WIDTH": self.width,
-            "SOFTMAX": spec.has_softmax, "LINEAR": spec.has_linear, "NEAR": spec.has_linear and not whole,
+            "SOFTMAX": spec.has_softmax, "LINEAR": spec.has_linear, "NEAR": self.near,
             "WINDOW": "none" if spec.kind == "linear" else spec.window, "SIZE": spec.window_size,
             "SINKS": spec.softmax_sinks, "CAPPED": self.capped, "PHI": self.phi,
             "LOW": tl.float32 if self.wide else tl.bfloat16, "PRECISION": precision(),

@@ -24,14 +24,15 @@ class Tiling:
 
     tile: tokens processed at a time, 64 being a warp group's share of a matrix product; span: tokens between stored
     states, a multiple of ``tile``; walk: tiles per program; segment: states computed in sequence. walk and segment are
-    chosen automatically if None. launches: (kernel, warps, stages) instead of what :func:`choose_launch` says; kernels
-    as it names them.
+    chosen automatically if None. see: multiply what maps see by W inside where that fits (:data:`Phi`). launches:
+    (kernel, warps, stages) instead of what :func:`choose_launch` says; kernels as it names them.
     """
 
     tile: int = 64
     span: int = 64
     walk: int | None = None
     segment: int | None = None
+    see: bool = True
     launches: tuple[tuple[str, int, int], ...] = ()
 
 
@@ -154,9 +155,10 @@ class Launch:
     num_stages: int
 
 
-Phi = Literal["inside", "projected", "given"]
+Phi = Literal["inside", "seen", "projected", "given"]
 """How the kernels get φ(x): ``inside``, from x and the map's weights W; ``projected``, from x·W in fp32, if softmax
-sees another x or W is large; ``given``, computed beforehand by any map."""
+sees another x or W is large; ``given``, computed beforehand by any map. ``seen``: from an x of its own and W in two
+parts; the forward pass does this instead of ``projected`` where W fits."""
 
 SHARED = 200 * 1024  # bytes of shared memory that the tiles of a program may take
 WEIGHTS = {2: 32 * 1024, 4: 16 * 1024}  # by itemsize: maximum bytes of a map's weights in it
@@ -167,6 +169,11 @@ def fits_inside(dim: int, width: int, itemsize: int) -> bool:
     return power_of_two(dim) * power_of_two(width) * itemsize <= WEIGHTS[itemsize]
 
 
+def fits_twice(dim: int, width: int, itemsize: int) -> bool:
+    """Whether the forward kernels have room for both parts of such weights."""
+    return fits_inside(dim, width, itemsize) and 2 * power_of_two(dim) * power_of_two(width) * 2 <= WEIGHTS[2]
+
+
 def choose_tiling(itemsize: int) -> Tiling:
     return Tiling(64, 64) if itemsize == 2 else Tiling(32, 64)
 
@@ -175,13 +182,14 @@ def choose_tiling(itemsize: int) -> Tiling:
 def choose_launch(kernel: str, value_dim: int, blocks: BlockSizes, tile: int, itemsize: int, inside: bool) -> Launch:
     """The widest slice of the value dim whose fp32 sums fit in registers and whose operands fit in shared memory.
 
-    kernel: ``state``, ``query_state`` (of queries, if their heads share a key map), ``output``, ``query``, ``key`` or
-    ``weight``. inside: whether a map's weights are among the operands.
+    kernel: ``state``, ``seen_state`` (of keys, from what their map sees), ``query_state`` (of queries, if their heads
+    share a key map), ``output``, ``query``, ``key`` or ``weight``. inside: whether a map's weights are among the
+    operands.
     """
-    sums = kernel in ("state", "query_state")
+    sums = kernel in ("state", "seen_state", "query_state")
     num_warps = 8 if blocks.dim > 128 else 4
     back = 1 if itemsize == 2 else 2  # the same for both kernels, which share slices
-    keys = {"state": 0, "query_state": 0, "weight": 0, "output": 2, "query": back, "key": back}[kernel] * tile
+    keys = {"output": 2, "query": back, "key": back}.get(kernel, 0) * tile
     least = least_block(itemsize)
     if itemsize == 4:
         itemsize = 6  # fp32 operands are split into parts
@@ -191,7 +199,7 @@ def choose_launch(kernel: str, value_dim: int, blocks: BlockSizes, tile: int, it
     value = max(least, power_of_two(value_dim))
     while value > least and (value > registers or (fixed + column * value) * itemsize > SHARED):
         value //= 2
-    num_stages = 2 if sums and itemsize == 2 and blocks.dim * blocks.feature <= 8192 else 1
+    num_stages = 2 if sums and kernel != "seen_state" and itemsize == 2 and blocks.dim * blocks.feature <= 8192 else 1
     return Launch(value, -(-value_dim // value), num_warps, num_stages)
 
 

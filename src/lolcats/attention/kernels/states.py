@@ -22,6 +22,7 @@ from lolcats.attention.kernels.device import (
     head_pointer,
     key_positions,
     load_matrix,
+    load_parts,
     load_rows,
     load_tile,
     load_weight,
@@ -81,7 +82,10 @@ def state_kernel(
     row, d, j, two = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F), tl.arange(0, 16)[:, None]
     vd = piece * BLOCK_V + tl.arange(0, BLOCK_V)
     last = window_start(position + length - 1, WINDOW, SIZE)  # keys from here on are still in a window at the end
-    w = load_weight(weight, head * HEADS, d, j, DIM, WIDTH) if PHI == "inside" else 0
+    if PHI == "seen":
+        w = load_parts(weight, head * HEADS, d, j, DIM, WIDTH, x.dtype.element_ty)
+    else:
+        w = load_weight(weight, head * HEADS, d, j, DIM, WIDTH) if PHI == "inside" else 0
     index = segment * tl.num_programs(1) + head
     S_up, z_up = load_total(starts, index, 0, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS, CENTER)
     S_down, z_down = load_total(starts, index, 1, j, vd, two, WIDTH, VALUE_DIM, HAS_STARTS, CENTER)
