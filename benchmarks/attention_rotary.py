@@ -21,12 +21,10 @@ WAYS: dict[str, Append] = {
     "kernel": partial(append_unrotated, form=RotaryForm(interleaved=False, first_half=False)),
     "family's function": partial(append_by_family, rotate=apply_rotary_pos_emb),
 }
-COLUMNS = " | ".join(
-    (
-        "tokens", "key maps per head of", "part", "after RoPE, ms", "before RoPE", "ratio",
-        *("RoPE undone by the family's function", "ratio", "maps project first", "ratio"),
-    )
-)  # fmt: skip
+COLUMNS = (
+    "tokens | key maps per head of | part | after RoPE, ms | before RoPE | ratio | by the family's function | "
+    "ratio | x·W first | ratio"
+)
 ALONE_COLUMNS = "tokens | kernel, forward, ms | with backward | family's function, forward | with backward"
 
 
