@@ -3,7 +3,7 @@
     python benchmarks/attention.py                          # writes results/attention.json, attention.md, attention.png
     python benchmarks/attention.py --activations FILE ...   # errors on real activations, too (see activations.py)
     python benchmarks/attention.py --only errors            # sections whose name has the word; the others stay
-    python benchmarks/attention.py --variants               # ways to run the forward pass, and the best for each shape
+    python benchmarks/attention.py --variants               # ways to run a kernel, and the best for each shape
     python benchmarks/attention.py --plot                   # table and picture again, from the JSON
 
 Geometry of one Llama-3-8B layer: 32 query heads, 8 kv heads, head dim 128, f = 64, window 64, 4 sinks; random data.
@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attention_rotary
 import attention_variants
 import common
 import torch
@@ -55,7 +56,7 @@ SHARES = {8192: 25, 131072: 40}  # tokens: percent of the bound that are the tar
 RATES = {"H100": (3.0e12, 782e12), "H200": (4.3e12, 790e12)}  # bytes and operations a second: copy, bf16 product
 NAMES = ("q", "k", "v", "γ", "φ_q", "φ_k")
 PEER = "flash-linear-attention"
-VARIANTS = "Variants of the "  # sections of --variants begin with it
+VARIANTS = "Variants of "  # sections of --variants begin with it
 
 
 def rates(device: str) -> tuple[float, float]:
@@ -302,9 +303,13 @@ def sections(activations: list[Path]) -> dict[str, tuple[str, Callable[[], Itera
             "unrotated | ratio | gradients of q, k, v | unrotated | ratio | maps only (stage 1) | unrotated | ratio",
             unrotated_rows,
         ),
-        f"{VARIANTS}forward pass": (attention_variants.COLUMNS, attention_variants.rows),
-        f"{VARIANTS}backward pass, key maps per kv head": (
-            attention_variants.BACKWARD_COLUMNS, attention_variants.backward_rows,
+        "Maps before RoPE, RoPE undone included": (attention_rotary.COLUMNS, attention_rotary.rows),
+        "Maps before RoPE, only RoPE undone": (attention_rotary.ALONE_COLUMNS, attention_rotary.alone_rows),
+        f"{VARIANTS}the state kernel of queries, with backward, key maps per kv head": (
+            attention_variants.COLUMNS, attention_variants.rows,
+        ),
+        f"{VARIANTS}the state kernel of keys, forward, maps before RoPE": (
+            attention_variants.SEEN_COLUMNS, attention_variants.seen_rows,
         ),
         f"Plain linear attention against {PEER}": (
             "tokens | fla ms | kernels ms | ratio | fla ms, with backward | kernels ms | ratio | difference",

@@ -12,8 +12,9 @@ H, G, D, F = 32, 8, 128, 64
 KEYS, SINKS, TILE = 128, 16, 64  # keys that a tile of queries reads; sinks are padded to 16
 BYTES, OPERATIONS = 4.3e12, 790e12  # a second: an H200's copy and bf16 product
 HEAD = 2 * D  # bytes of one head's vector
+PRODUCT = 4 * F  # bytes of one head's x·W in fp32
+WEIGHT = 4 * D * F // TILE  # bytes per token of a map's weights in fp32, read for every tile
 STATE = 2 * F * HEAD // TILE  # bytes per token of a state, both halves in bf16, of every tile
-STRETCH, PARTS = 4096, 4  # tokens of a walk's stretch in a sequence of 32,768, parts of its sums
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,36 @@ def outputs(maps: int) -> Count:
     return Count("output kernel", memory, read, H * (2 * D * F + 4 * D * (KEYS + SINKS) + 4 * F * D))
 
 
-def walk(maps: int) -> Count:
-    """Two heads and 64 tokens a tile with shared maps, otherwise one head and 128 tokens. Both halves of eight warps
-    compute the features of a block of 64 keys."""
-    fold = 4 * D * F + 4 * F * D
-    memory = 2 * H * HEAD + 2 * G * HEAD
-    if maps == G:
-        read, query = H * HEAD + H // 2 * 4 * HEAD, 4 * D * F + 4 * D * (KEYS + SINKS) + 4 * F * D
-        return Count("walk kernel", memory, read, H * query + H // 2 * fold)
-    near = 4 * F * TILE + 2 * TILE * D  # keys that are softmax for one half of the tile and linear for the other
-    query = 2 * D * F + 4 * D * (KEYS + TILE + SINKS) + 4 * F * D + near
-    return Count("walk kernel", memory, H * (HEAD + 3 * HEAD), H * (query + fold))
+def projected(name: str, heads: int, maps: int) -> Count:
+    return Count(f"projection of {name}", heads * HEAD + maps * PRODUCT, maps * HEAD, maps * 4 * D * F)
 
 
-def starts(maps: int) -> Count:
-    """What stretches start from, in fp32: written, scanned (read and written), and read once per program."""
-    size = maps * 8 * F * (D + 1) / STRETCH
-    return Count("sums of stretches, scan", size * (3 * PARTS + 1), size * (PARTS + (2 if maps == G else 1)), 0)
+def seen(count: Count, memory: float, read: float, operations: float) -> Count:
+    """A kernel with what it moves and computes besides, as maps see other vectors."""
+    return Count(count.name, count.memory + memory, count.read + read, count.operations + operations)
+
+
+def forward_seen(maps: int) -> list[Count]:
+    """Maps before RoPE: W in two parts, inside."""
+    sums = [seen(states(maps, stored), 0, 0, maps * 2 * D * F) for stored in (False, True)]
+    return [*sums, seen(outputs(maps), H * HEAD, H * (HEAD + WEIGHT), H * 2 * D * F)]
+
+
+def forward_projected(maps: int) -> list[Count]:
+    """Maps before RoPE: x·W first."""
+    more = maps * PRODUCT - G * HEAD, maps * (PRODUCT - HEAD), -maps * 2 * D * F
+    sums = [seen(states(maps, stored), *more) for stored in (False, True)]
+    output = seen(outputs(maps), H * PRODUCT, H * PRODUCT, -H * 2 * D * F)
+    return [projected("queries", H, H), projected("keys", G, maps), *sums, output]
+
+
+def undone() -> list[Count]:
+    """RoPE undone: q and k, and twice as much; 16-bit cosines and sines."""
+    narrow = (H + G) * HEAD
+    return [
+        Count("forward", 3 * narrow + 4 * D, narrow + 4 * D, 6 * (H + G) * D),
+        Count("backward", 3 * narrow + 4 * D, 2 * narrow + 4 * D, 8 * (H + G) * D),
+    ]
 
 
 def query_gradients(maps: int) -> Count:
@@ -94,12 +108,14 @@ def tables() -> dict[str, list[Count]]:
     found = {}
     for maps, name in ((G, "key maps per kv head"), (H, "key maps per query head")):
         stored = [states(maps, stored=False), states(maps, stored=True)]
-        found[f"Forward, today, {name}"] = [*stored, outputs(maps)]
-        found[f"Forward, walk, {name}"] = [states(maps, stored=False), starts(maps), walk(maps)]
-        found[f"Backward, today, {name}"] = [
+        found[f"Forward, {name}"] = [*stored, outputs(maps)]
+        found[f"Forward, maps before RoPE, {name}"] = forward_seen(maps)
+        found[f"Forward, maps before RoPE, x·W first, {name}"] = forward_projected(maps)
+        found[f"Backward, {name}"] = [
             *stored, query_gradients(maps), query_states(maps, stored=False), query_states(maps, stored=True),
             sink_gradients(), key_gradients(maps),
         ]  # fmt: skip
+    found["RoPE undone"] = undone()
     return found
 
 

@@ -151,7 +151,9 @@ def replayed(function: Callable[[], object]) -> float:
         return triton.testing.do_bench_cudagraph(function, rep=60, return_mode="median")
 
 
-def both(function: Callable[[], Tensor], leaves: list[Tensor], direction: Tensor) -> Callable[[], object]:
+def both(
+    function: Callable[[], Tensor | tuple[Tensor, ...]], leaves: list[Tensor], direction: Tensor | list[Tensor]
+) -> Callable[[], object]:
     """Forward and backward."""
     return lambda: torch.autograd.grad(function(), leaves, direction)
 

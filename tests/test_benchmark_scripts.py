@@ -17,6 +17,7 @@ import torch
 from conftest import sentence
 from support.scripts import FOLDER, script
 
+from lolcats.attention import use_backend
 from lolcats.config import load_config
 
 
@@ -67,39 +68,55 @@ def test_committed_tables_are_those_of_their_results(name: str) -> None:
     assert module.report(results) == (FOLDER / "results" / f"{name}.md").read_text()
 
 
-def test_variants_of_the_forward_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A walk is timed where it fits and equals the stored states; each row ends in the fastest."""
+def test_launches_of_the_state_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row ends in the fastest."""
     pytest.importorskip("triton")
-    from lolcats.attention.kernels.layout import Walk
-
     variants = script("attention_variants")
     problem = sys.modules["attention_problem"]
     for name, value in {"DEVICE": torch.device("cpu"), "H": 4, "G": 2, "D": 16, "F_COLUMNS": 16}.items():
         monkeypatch.setattr(problem, name, value)
+    times = iter([9.0, 5.0, 7.0, 6.0])
+    monkeypatch.setattr(variants, "replayed", lambda function: (function(), next(times))[1])
+    rotated = variants.Problem.random(1, 40, 2, torch.float32)
+    row = variants.row(rotated, "1 × 40", torch.ones(1, 4, 40, 16), "cuDNN, contiguous", 10.0)
+    assert row == [
+        "1 × 40", "after RoPE", "cuDNN, contiguous", "10.000", "9.000", "5.000", "7.000", "6.000", "4 warps, 1 stage",
+        "2.00", "1.80",
+    ]  # fmt: skip
+    assert len(row) == len(variants.COLUMNS.split(" | "))
+    monkeypatch.setattr(variants, "SHAPES", ((1, 20),))
     monkeypatch.setattr(variants, "H", 4)
     monkeypatch.setattr(variants, "G", 2)
-    monkeypatch.setattr(variants, "WALKS", {"2 heads": Walk(heads=2), "1 head": Walk(stretch=1), "32 tokens": Walk(32)})
-    times = iter([9.0, 5.0, 7.0, 6.0, 8.0])
-    monkeypatch.setattr(variants, "replayed", lambda function: next(times))
-    rotated = variants.Problem.random(1, 70, 2, torch.float32)
-    with torch.no_grad():
-        row = variants.row(variants.Unrotated.beside(rotated), "1 × 70", 2, "cuDNN, contiguous", 10.0)
-    assert row == [
-        "1 × 70", "kv", "before RoPE", "cuDNN, contiguous", "10.000", "9.000", "5.000", "7.000", "–", "6.000", "8.000",
-        "2 heads", "5.000", "2.00", "1.80",
-    ]  # fmt: skip
-    assert len(row) == len(variants.COLUMNS.split(" | ")) - 3  # three walks are missing here
-    monkeypatch.setattr(variants, "replayed", lambda function: function() and next(times))
-    times = iter([9.0, 5.0, 7.0, 6.0, 4.0])
-    row = variants.backward_row(rotated, "1 × 70", torch.ones(1, 4, 70, 16), "cuDNN, contiguous", 10.0)
-    assert row == [
-        "1 × 70", "after RoPE", "cuDNN, contiguous", "10.000", "9.000", "5.000", "7.000", "6.000", "4.000",
-        "4 warps, 1 stage, walking forward", "2.50", "2.25",
-    ]  # fmt: skip
-    assert len(row) == len(variants.BACKWARD_COLUMNS.split(" | "))
-    monkeypatch.setattr(variants, "WRONG", 0.0)
-    with torch.no_grad():
-        assert variants.measured(rotated, Walk(heads=2), rotated.kernels() + 1).startswith("wrong: ")
+    random = variants.Problem.random
+    monkeypatch.setattr(variants.Problem, "random", lambda *sizes: random(*sizes, dtype=torch.float32))
+    times = iter([9.0, 5.0, 6.0, 7.0] * 2)
+    kv, query = variants.seen_rows()
+    assert kv == ["1 × 20", "kv", "9.000", "5.000", "6.000", "7.000", "4 warps, 2 stages", "1.80"]
+    assert query[1] == "query"
+    assert len(query) == len(variants.SEEN_COLUMNS.split(" | "))
+
+
+def test_maps_before_rope(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way to undo RoPE gives the same, and what is timed gives the wanted gradients."""
+    pytest.importorskip("triton")
+    rotary = script("attention_rotary")
+    problem = sys.modules["attention_problem"]
+    for name, value in {"DEVICE": torch.device("cpu"), "H": 1, "G": 1, "D": 16, "F_COLUMNS": 16}.items():
+        monkeypatch.setattr(problem, name, value)
+        monkeypatch.setattr(rotary, name, value, raising=False)
+    random = rotary.Problem.random
+    monkeypatch.setattr(rotary.Problem, "random", lambda *sizes: random(*sizes, dtype=torch.float32))
+    monkeypatch.setattr(rotary, "SHAPES", ((1, 20),))
+    results: list[Any] = []
+    monkeypatch.setattr(rotary, "replayed", lambda function: results.append(function()) or 2.0)
+    with use_backend("triton"):
+        tables = [list(rotary.rows()), list(rotary.alone_rows())]
+    assert [len(row) for row in tables[0]] == [len(rotary.COLUMNS.split(" | "))] * 6
+    assert [len(row) for row in tables[1]] == [len(rotary.ALONE_COLUMNS.split(" | "))]
+    assert [row[2].split(":")[0] for row in tables[0][:3]] == ["forward", "stage 2", "stage 1"]
+    for kernel, others in ((1, (2, 3)), (5, (6, 7)), (9, (10, 11)), (24, (26,)), (25, (27,))):
+        for i in others:
+            torch.testing.assert_close(results[i], results[kernel], atol=1e-4, rtol=1e-3)
 
 
 def test_counts_are_those_of_the_page() -> None:

@@ -400,6 +400,7 @@ def test_compiles_and_fits_on_hopper(kind: str, window: str, size: int, dim: int
         "key_kernel",
         "paged_kernel",
         "join_kernel",
+        "unrotate_kernel",
     } <= shared.keys()
     assert ("projection_kernel" in shared) == ("back_kernel" in shared) == (phi == "projected")
     assert max(shared.values()) <= 232448  # bytes that a program may have

@@ -15,8 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lolcats.attention import AttentionSpec, FeatureMap, Mixer, SlotState
-from lolcats.attention.kernels import columns, decode, function, launcher, paged, projection, walk
-from lolcats.attention.kernels.layout import Tiling, Walk
+from lolcats.attention.kernels import columns, decode, function, launcher, paged, projection, unrotate
 from lolcats.attention.state import KeyValues
 from lolcats.attention.subset import HeadSubset
 
@@ -58,35 +57,20 @@ def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str, phi: s
     driver.set_active(NoDevice())
     launcher.precision = lambda: "tf32x3"
     shared: dict[str, int] = {}
-    for module in (function, projection, walk):
+    for module in (function, projection, unrotate):
         for name in dir(module):
             if name.endswith("_kernel"):
                 setattr(module, name, Compiled(getattr(module, name), name, shared))
     q, k, v = (torch.empty(1, heads, 512, dim, dtype=getattr(torch, dtype), requires_grad=True) for heads in (4, 2, 2))
     phi_q, phi_k = (FeatureMap("hedgehog", 4, dim, f) for _ in range(2))
     gamma, spec = torch.rand(4, requires_grad=True), AttentionSpec(kind, window, size, 4)
-    if phi == "walk":
-        walks(q, k, v, f, gamma, spec)
-        print(json.dumps(shared))
-        return
     seen = (q, k) if phi == "projected" else None
     y, _, _ = function.triton_attention(q, k, v, Mixer(phi_q, phi_k, gamma, spec, 0.1), seen=seen)
     y.backward(torch.empty_like(y))
     decode_kernels(q, k, v, phi_q, gamma, spec, shared)
     paged_kernels(q, k, v, shared)
+    rotary_kernels(q, k)
     print(json.dumps(shared))
-
-
-def walks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, f: int, gamma: torch.Tensor, spec: AttentionSpec) -> None:
-    """Forward passes that carry states: of shared maps, of one map per query head, and of other queries and keys."""
-    for maps, carry, seen in (
-        (2, Walk(heads=2), None),
-        (4, Walk(tile=128, stretch=1), None),
-        (2, Walk(heads=2), (q, k)),
-    ):
-        phi_q, phi_k = (FeatureMap("hedgehog", heads, q.shape[3], f) for heads in (4, maps))
-        mixer = Mixer(phi_q, phi_k, gamma, spec, 0.1)
-        function.triton_attention(q, k, v, mixer, seen=seen, tiling=Tiling(carry=carry))
 
 
 def decode_kernels(
@@ -125,6 +109,14 @@ def paged_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: dic
     whole = [x.repeat(1, 2, 1, 1) for x in token]
     subset = HeadSubset(torch.tensor([0, 3]), whole[0].new_empty(1, 8, q.shape[3]))
     paged.paged_decode(*whole, memory, tables, positions, 64, 0.1, subset=subset, parts=7)
+
+
+def rotary_kernels(q: torch.Tensor, k: torch.Tensor) -> None:
+    """RoPE undone, with backward: pairs of distant and of adjacent channels, of all channels and of half of them."""
+    for turned, form in ((q.shape[3], (False, False)), (q.shape[3] // 2, (True, True))):
+        tables = [torch.empty(1, q.shape[2], turned, dtype=q.dtype) for _ in range(2)]
+        wide = unrotate.append_unrotated(q, k, *tables, unrotate.RotaryForm(*form))
+        torch.autograd.backward(wide, [torch.empty_like(x) for x in wide])
 
 
 if __name__ == "__main__":

@@ -100,6 +100,17 @@ def choose_paged_path(q: Tensor) -> Path:
     return "kernels" if able and _has_triton() else "chunked"
 
 
+def choose_rotary_path(q: Tensor, backend: str | None = None) -> Path:
+    """The path that appends their values before RoPE to queries and keys. torch.compile fuses plain PyTorch by
+    itself."""
+    name = backend or _backend.get()
+    if name == "chunked" or torch.compiler.is_compiling() or not _has_triton():
+        return "chunked"
+    if q.is_cuda:
+        return "kernels" if q.dtype in (torch.float32, torch.bfloat16, torch.float16) else "chunked"
+    return "kernels" if name == "triton" and q.dtype == torch.float32 else "chunked"  # interpreted
+
+
 def _decodes(q: Tensor, mixer: Mixer, name: str) -> bool:
     spec = mixer.spec
     if name == "chunked" or torch.is_grad_enabled() or not _has_triton():

@@ -105,7 +105,7 @@ def _observed(
     """What stage 1 learns from: detached, with queries and keys as the layer takes them."""
     scale, softcap = _logits(q, kwargs)
     rotation = request.rotation if request else None
-    q, k, v = (x.detach() for x in (*as_attended(module, q, k, rotation), v))
+    q, k, v = (x.detach() for x in (*as_attended(module, q, k, rotation, _call(request).backend), v))
     padding, documents = _padding(request, q.device).mask, _call(request).documents
     return AttentionCall(q, k, v, target, scale, softcap, padding, documents)
 
@@ -117,7 +117,8 @@ def _linearized(
     """Outputs (B, T, H, D) of the linearized heads, and their state moved forward if there is a cache."""
     call, (padding, counts) = _call(request), _padding(request, q.device)
     scale, softcap = _logits(q, kwargs)
-    dtype, (q, k) = q.dtype, as_attended(module, q, k, request.rotation if request else None)
+    dtype = q.dtype
+    q, k = as_attended(module, q, k, request.rotation if request else None, call.backend)
     cache = pending(call.cache, layer.geometry.layer)
     if cache is None:
         y = layer(q, k, v, scale, softcap, padding, call.documents, call.backend)

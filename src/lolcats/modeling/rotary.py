@@ -7,18 +7,22 @@ Families rotate before they call the attention interface. Their attention module
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from lolcats.attention.path import choose_rotary_path
 from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, attached, linearized_layers, override
 from lolcats.modeling.masks import MaskRequest
 
+Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 SHIFT = 7  # positions by which the check moves its tokens
 SAME = 0.05  # relative difference of q and k without RoPE between positions that 16 bits may cause
 
@@ -33,11 +37,13 @@ def carry_rotation(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return tuple(map(carrying, args)), {name: carrying(x) for name, x in kwargs.items()}
 
 
-def as_attended(module: Any, q: Tensor, k: Tensor, rotation: Any) -> tuple[Tensor, Tensor]:
+def as_attended(
+    module: Any, q: Tensor, k: Tensor, rotation: Any, backend: str | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q (B, H, T, D) and k (B, G, T, D) as the layer of ``module`` takes them: unchanged, or (..., 2D) with their
     values before RoPE appended. Partial RoPE rotates the first channels.
 
-    rotation: RoPE's cos and sin (B or 1, T, channels) of this call.
+    rotation: RoPE's cos and sin (B or 1, T, channels) of this call. backend: the attention backend of this call.
 
     Raises:
         LolcatsError: if the family does not rotate by cosines and sines that its attention modules receive.
@@ -48,7 +54,17 @@ def as_attended(module: Any, q: Tensor, k: Tensor, rotation: Any) -> tuple[Tenso
     rotate = _rotate(sys.modules[type(module).__module__])
     if rotate is None or not isinstance(rotation, tuple):
         raise no_rotation(module, layer.geometry.layer)
-    cos, sin = (x.to(q.device).float() for x in rotation)
+    cos, sin = (x.to(q.device) for x in rotation)
+    if choose_rotary_path(q, backend) == "kernels" and (form := _form(rotate)) and _fits(q, k, cos, sin):
+        from lolcats.attention.kernels.unrotate import RotaryForm, append_unrotated
+
+        return append_unrotated(q, k, cos, sin, RotaryForm(*form))
+    return append_by_family(q, k, cos, sin, rotate)
+
+
+def append_by_family(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
+    """``append_unrotated`` by the family's own function."""
+    cos, sin = cos.float(), sin.float()
     size = cos.square() + sin.square()  # not 1 where cos and sin are scaled (YaRN) or rounded
     turned = cos.shape[-1]
     back = rotate(q[..., :turned].float(), k[..., :turned].float(), cos / size, -sin / size)
@@ -56,12 +72,60 @@ def as_attended(module: Any, q: Tensor, k: Tensor, rotation: Any) -> tuple[Tenso
     return beside[0], beside[1]
 
 
-def _rotate(family: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+def _rotate(family: Any) -> Rotate | None:
     """A family's own RoPE function of q and k (B, heads, T, D), cosines and sines (B, T, D); None if it has none."""
     rotate: Any = getattr(family, "apply_rotary_pos_emb", None)
-    if rotate is None or list(inspect.signature(rotate).parameters)[:2] == ["q", "k"]:
-        return rotate  # type: ignore[no-any-return]
+    return None if rotate is None else _of_both(rotate)
+
+
+@lru_cache(maxsize=64)
+def _of_both(rotate: Callable[..., Any]) -> Rotate:
+    """A function of q and k, from one that may take them one by one."""
+    if list(inspect.signature(rotate).parameters)[:2] == ["q", "k"]:
+        return rotate
     return lambda q, k, cos, sin: (rotate(q, cos, sin), rotate(k, cos, sin))
+
+
+@lru_cache(maxsize=64)
+@torch.no_grad()
+def _form(rotate: Rotate) -> tuple[bool, bool] | None:
+    """The fields of the :class:`RotaryForm` that gives the same as ``rotate`` for small random tensors; None if no form
+    does. All columns of cos and sin differ."""
+    generator, shapes = torch.Generator().manual_seed(0), ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8))
+    q, k, cos, sin = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
+    try:
+        results = rotate(q.clone(), k.clone(), cos, sin)
+    except Exception:  # whatever a family's function does not like about these tensors
+        return None
+    for interleaved, first_half in itertools.product((False, True), repeat=2):
+        expected = [_rotated(x, cos[:, None], sin[:, None], interleaved, first_half) for x in (q, k)]
+        if all(x.shape == y.shape and torch.allclose(x, y, atol=1e-5) for x, y in zip(expected, results, strict=True)):
+            return interleaved, first_half
+    return None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, first_half: bool) -> Tensor:
+    """x (..., R) after RoPE of this form."""
+    pairs = x.shape[-1] // 2
+    if first_half:
+        cos, sin = (
+            y[..., :pairs].repeat_interleave(2, -1) if interleaved else torch.cat([y[..., :pairs]] * 2, -1)
+            for y in (cos, sin)
+        )
+    if interleaved:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    else:
+        turned = torch.cat([-x[..., pairs:], x[..., :pairs]], -1)
+    return x * cos + turned * sin
+
+
+def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether the kernel takes these tensors."""
+    tables = cos.ndim == 3 and cos.shape == sin.shape and not (cos.requires_grad or sin.requires_grad)
+    return (
+        tables and q.dtype == k.dtype and q.shape[2:] == k.shape[2:] and cos.shape[0] in (1, q.shape[0])
+        and cos.shape[1] == q.shape[2] and cos.shape[2] % 2 == 0 and cos.shape[2] <= q.shape[3] and q.numel() > 0
+    )  # fmt: skip
 
 
 @torch.enable_grad()

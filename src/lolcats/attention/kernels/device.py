@@ -21,12 +21,6 @@ def divides(block, size):
 
 
 @triton.jit
-def append(items, x):
-    """The tuple ``items`` with ``x`` at its end."""
-    return items + (x,)  # noqa: RUF005
-
-
-@triton.jit
 def head_pointer(x, strides, batch, head, first):
     """Where the tokens of one head of one sequence begin in a (batch, head, token, dim) tensor."""
     return x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + first.to(tl.int64) * strides[2]
@@ -75,36 +69,6 @@ def store_tile(base, stride, at, length, row, column, WIDTH: tl.constexpr, x):
         mask = mask & (column < WIDTH)[None, :]
     x = x.to(base.dtype.element_ty)
     tl.store(base + at.to(tl.int64) * stride + (row[:, None] * stride + column[None, :]), x, mask=mask)
-
-
-@triton.jit
-def load_heads(base, strides, at, length, row, column, WIDTH: tl.constexpr, C: tl.constexpr):
-    """``load_tile`` of C tokens for each of several heads: row r is token ``at + r % C`` of head r // C."""
-    if row.shape[0] == C:
-        return load_tile(base, strides[2], at, length, row, column, WIDTH)
-    else:
-        places, mask = _places(strides, at, length, row, column, WIDTH, C)
-        return tl.load(base + at.to(tl.int64) * strides[2] + places, mask=mask, other=0.0)
-
-
-@triton.jit
-def store_heads(base, strides, at, length, row, column, WIDTH: tl.constexpr, C: tl.constexpr, x):
-    """The inverse of ``load_heads``."""
-    if row.shape[0] == C:
-        store_tile(base, strides[2], at, length, row, column, WIDTH, x)
-    else:
-        places, mask = _places(strides, at, length, row, column, WIDTH, C)
-        tl.store(base + at.to(tl.int64) * strides[2] + places, x.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _places(strides, at, length, row, column, WIDTH: tl.constexpr, C: tl.constexpr):
-    """Offsets from token ``at`` of the first head, and which of them exist."""
-    token = row % C
-    mask = ((at + token >= 0) & (at + token < length))[:, None]
-    if not divides(column.shape[0], WIDTH):
-        mask = mask & (column < WIDTH)[None, :]
-    return ((row // C) * strides[1] + token * strides[2])[:, None] + column[None, :], mask
 
 
 @triton.jit
@@ -161,15 +125,6 @@ def load_parts(weight, head, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr, DTYPE
 
 
 @triton.jit
-def parts_product(x, parts, PRECISION: tl.constexpr):
-    """x·W of ``load_parts``."""
-    if len(parts) == 1:
-        return tl.dot(x, parts[0], input_precision=PRECISION)
-    else:
-        return tl.dot(x, parts[0], tl.dot(x, parts[1]))
-
-
-@triton.jit
 def load_sinks(
     base, strides, sequence, batch, first, length, head, sink, column,
     WIDTH: tl.constexpr, SINKS: tl.constexpr, CONTEXT: tl.constexpr,
@@ -220,7 +175,11 @@ def features(
     if PHI == "inside":
         return hedgehog(tl.dot(x, w, input_precision=PRECISION), weight, column, WIDTH)
     elif PHI == "seen":
-        return hedgehog(parts_product(x, w, PRECISION), weight, column, WIDTH)
+        if len(w) == 1:
+            y = tl.dot(x, w[0], input_precision=PRECISION)
+        else:
+            y = tl.dot(x, w[0], tl.dot(x, w[1]))
+        return hedgehog(y, weight, column, WIDTH)
     elif PHI == "projected":
         y = load_tile(base, stride, at, length, row, column, WIDTH).to(tl.float32)
         return hedgehog(y, weight, column, WIDTH)

@@ -11,6 +11,7 @@ from lolcats.attention.kernels.device import (
     input_pointers,
     key_positions,
     linear_mask,
+    load_parts,
     load_sinks,
     load_tile,
     load_weight,
@@ -34,9 +35,10 @@ def output_kernel(
     positions, heads, group, map_group, tokens, scale, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, PHI: tl.constexpr,
-    SAVE: tl.constexpr, LOST: tl.constexpr, PEAKS: tl.constexpr, NEAR: tl.constexpr, LOW: tl.constexpr,
-    PRECISION: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr,
+    KEY_PHI: tl.constexpr, SAVE: tl.constexpr, LOST: tl.constexpr, PEAKS: tl.constexpr, NEAR: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
+    CONTEXT: tl.constexpr,
 ):  # fmt: skip
     """One walk over the tiles of a query head, for one slice of the value dim.
 
@@ -45,7 +47,7 @@ def output_kernel(
     lowest if there are several.
 
     TILES: number of tiles that a window reaches. NEAR: some keys older than the window may not yet be in the state of a
-    step; otherwise that code is compiled away.
+    step; otherwise that code is compiled away. PHI, KEY_PHI: how it gets φ(q), and φ(k) of such keys (never ``seen``).
     """
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
@@ -65,7 +67,7 @@ def output_kernel(
     one = tl.full((C,), 1.0, tl.float32)
     log_gamma = tl.log2(tl.load(gamma + head))
     wq = load_weight(weight_q, head, d, j, DIM, WIDTH) if PHI == "inside" and LINEAR else 0
-    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH) if PHI == "inside" and NEAR else 0
+    wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH) if KEY_PHI == "inside" and NEAR else 0
     if SOFTMAX and SINKS > 0:
         sink = tl.arange(0, BLOCK_SINKS)
         ks = load_sinks(sink_k, sink_k_strides, sequence, batch, first, length, kv_head, sink, d, DIM, SINKS, CONTEXT)
@@ -131,7 +133,12 @@ def output_kernel(
             S_down = load_state(states, index, 1, j, vd, WIDTH, VALUE_DIM)
             z_up, z_down = load_sum(sums, index, 0, j, WIDTH, 0), load_sum(sums, index, 1, j, WIDTH, 0)
         if LINEAR:
-            up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, PHI, PRECISION)
+            if PHI == "seen":  # W is loaded again for each tile: kept, it would leave no room for a second program
+                parts = load_parts(weight_q, head, d, j, DIM, WIDTH, fq.dtype.element_ty)
+                x_tile = load_tile(fq, fq_strides[2], at, length, row, d, DIM)
+                up, down = features(x_tile, parts, fq, fq_strides[2], at, length, row, one, j, WIDTH, PHI, PRECISION)
+            else:
+                up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, PHI, PRECISION)
             denominator += tl.sum(up * z_up[None, :], 1)
             denominator += tl.sum(down * z_down[None, :], 1)
             up, down = up.to(LOW), down.to(LOW)
@@ -145,7 +152,7 @@ def output_kernel(
                     k_near = load_tile(k, k_strides[2], s, length, row, d, DIM)
                     v_near = load_tile(v, v_strides[2], s, length, row, vd, VALUE_DIM).to(LOW)
                     k_up, k_down = features(
-                        k_near, wk, fk, fk_strides[2], s, length, row, one, j, WIDTH, PHI, PRECISION
+                        k_near, wk, fk, fk_strides[2], s, length, row, one, j, WIDTH, KEY_PHI, PRECISION
                     )  # fmt: skip
                     a = tl.dot(up, tl.trans(k_up.to(LOW)), input_precision=PRECISION)
                     a = tl.dot(down, tl.trans(k_down.to(LOW)), a, input_precision=PRECISION)

@@ -23,10 +23,9 @@ from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_k
 from lolcats.attention.kernels.call import Call
 from lolcats.attention.kernels.forward import output_kernel
 from lolcats.attention.kernels.launcher import Launcher, find_launcher
-from lolcats.attention.kernels.layout import Layout, Tiling, dense_rows, fits_inside, packed_rows
+from lolcats.attention.kernels.layout import Layout, Phi, Tiling, dense_rows, fits_inside, packed_rows
 from lolcats.attention.kernels.projection import project, project_back
 from lolcats.attention.kernels.states import pack, scan_kernel, state_kernel, unpack
-from lolcats.attention.kernels.walk import WalkArguments, run_walk
 from lolcats.attention.mixer import KeyMap, Mixer
 
 
@@ -101,7 +100,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         *tensors, o, lost, inverse, peaks, tops = ctx.saved_tensors
-        problem = dataclasses.replace(ctx.problem, **dict(zip(TENSORS, tensors, strict=True))).projected()
+        problem = dataclasses.replace(ctx.problem, **dict(zip(TENSORS, tensors, strict=True)))
         needs = ctx.needs_input_grad
         wanted = Wanted(any(needs[:3]), any(needs[3:9]), any(needs[3:5]), any(needs[7:9]), needs[9])
         return (*problem.backward(_ready(do), o, lost, (inverse, peaks, tops), wanted), None)
@@ -150,21 +149,23 @@ class Problem:
             named |= {"sink_k": _ready(context.sink_k), "sink_v": _ready(context.sink_v)}
         launcher = find_launcher(call.spec, call.phi, call.softcap is not None, call.tiling, context is not None, named)
         problem = cls(call, launcher, launcher.layout(call.rows), *tensors)
-        return problem if problem.walks and launcher.walk_phi == "seen" else problem.projected()
+        return problem.projected([side for side in "qk" if side not in launcher.seen])
 
-    @property
-    def walks(self) -> bool:
-        """Whether the forward pass carries states from tile to tile."""
-        return self.launcher.walk is not None and not self.call.final
+    def phi(self, side: str) -> Phi:
+        """How the kernels now get φ(q) or φ(k), ``side`` being q or k: from x itself while there is no x·W."""
+        return "seen" if self.call.phi == "projected" and getattr(self, f"f{side}") is None else self.call.phi
 
-    def projected(self) -> Problem:
-        """Add x·W if the kernels need it. It is recomputed for the backward pass, since keeping it would double the
-        memory of such maps."""
+    def projected(self, sides: Sequence[str] = "qk") -> Problem:
+        """Add x·W for q or k, or both, if the kernels need it. It is recomputed for the backward pass, since keeping it
+        would double the memory of such maps."""
         if self.call.phi != "projected":
             return self
-        assert self.x_q is not None and self.x_k is not None and self.wq is not None and self.wk is not None  # noqa: PT018
-        fq, fk = project(self.launcher, "x_q", self.x_q, self.wq), project(self.launcher, "x_k", self.x_k, self.wk)
-        return dataclasses.replace(self, fq=fq, fk=fk)
+        missing = [side for side in sides if getattr(self, f"f{side}") is None]
+        products: dict[str, Any] = {
+            f"f{side}": project(self.launcher, f"x_{side}", getattr(self, f"x_{side}"), getattr(self, f"w{side}"))
+            for side in missing
+        }
+        return dataclasses.replace(self, **products)
 
     def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Tensor | None, Softmax, Tensor | None, Tensor | None]:
         """Outputs; their lost bits and each query's softmax values, as backward needs them (``save``, ``peaks``); final
@@ -178,13 +179,6 @@ class Problem:
             self.per_query() if peaks else None,
             self.per_query(dtype=torch.int32) if peaks else None,
         )
-        if self.walks:
-            walk = WalkArguments(
-                launcher, self.layout, self.initial(center=False), self.inputs(), self.features(),
-                (self.wq, self.wk, self.gamma), self.sinks(), self.tables(), self.sizes(), self.sink_constants(),
-            )  # fmt: skip
-            run_walk(walk, o, lost, softmax)
-            return o, lost, softmax, None, None
         states, sums, S, z = self.forward_states()
         args = (
             *self.inputs(), *launcher.strided("o", o), lost, *self.features(), self.wq, self.wk, self.gamma,
@@ -193,7 +187,8 @@ class Problem:
         )  # fmt: skip
         launcher.run(
             output_kernel, "output", (self.layout.walks.shape[0], launcher.heads, launcher.launch("output").pieces),
-            args, SAVE=save, LOST=lost is not None, PEAKS=peaks, **self.sink_constants(),
+            args, SAVE=save, LOST=lost is not None, PEAKS=peaks, PHI=self.phi("q"),
+            KEY_PHI=self.phi("k"), **self.sink_constants(),
         )  # fmt: skip
         return o, lost, softmax, S, z
 
@@ -202,7 +197,7 @@ class Problem:
     ) -> tuple[Tensor | None, ...]:
         """Gradients of TENSORS, None for those not wanted."""
         inverse, peaks, tops = (do if x is None else x for x in softmax)
-        back = Backward(self, do, o, lost, inverse, peaks, tops, wanted)
+        back = Backward(self.projected(), do, o, lost, inverse, peaks, tops, wanted)
         grads = {**back.query_gradients(), **back.key_gradients()}
         for name in ("q", "k", "v", *(("fq", "fk") if self.call.phi == "given" else ())):
             if (x := grads.get(name)) is not None:
@@ -214,11 +209,14 @@ class Problem:
 
         center: of centered features, for gradients; nothing at the end of sequences.
         """
-        launcher, initial = self.launcher, self.initial(center)
+        launcher, context = self.launcher, self.call.context
         if not launcher.spec.has_linear:
             return self.q, self.q, None, None
-        k, v = launcher.strided("k", self.k), launcher.strided("v", self.v)
-        arguments = *k, *v, *self.features()[2:], self.wk, self.gamma, self.gamma  # forward sums are not weighted
+        initial = None if context is None else pack(context.S, context.z, launcher.width, center)
+        v, x = launcher.strided("v", self.v), launcher.strided("k", self.k)
+        if self.phi("k") == "seen":
+            x = self.features()[2:]
+        arguments = *x, *v, *self.features()[2:], self.wk, self.gamma, self.gamma  # forward sums are not weighted
         final = self.call.final and not center
         states, sums, totals = self.states(arguments, launcher.maps // launcher.kv_heads, initial, center, final=final)
         if totals is None:
@@ -230,11 +228,6 @@ class Problem:
         end = torch.where(present[:, None, None], totals[(ends - 1).clamp_min(0)], end) if len(totals) else end
         return states, sums, *unpack(end, launcher.width, launcher.value_dim)
 
-    def initial(self, center: bool) -> Tensor | None:
-        """The packed state of the context, if there is one with a linear term."""
-        context = self.call.context if self.call.spec.has_linear else None
-        return None if context is None else pack(context.S, context.z, self.launcher.width, center)
-
     def states(
         self, arguments: tuple[Any, ...], group: int, initial: Tensor | None, center: bool, variant: Any = None,
         final: bool = False,
@@ -245,7 +238,8 @@ class Problem:
         backward pass the strides of dy.
         """
         launcher, layout, maps, backward = self.launcher, self.layout, self.launcher.maps, variant is not None
-        kind = "query_state" if backward and maps < launcher.heads else "state"
+        seen = not backward and self.phi("k") == "seen"
+        kind = "query_state" if backward and maps < launcher.heads else "seen_state" if seen else "state"
         width, value_dim = launcher.width, launcher.value_dim
         rest = value_dim + 1 if center else 0
         size, segments = 2 * width * (value_dim + 1) + rest, layout.segments.shape[0]
@@ -261,7 +255,7 @@ class Problem:
             launcher.run(
                 state_kernel, kind, (segments, maps, launcher.launch(kind).pieces), args, variant,
                 HEADS=launcher.heads // maps if backward else 1, BACKWARD=backward, STORE=store, CENTER=center,
-                HAS_STARTS=starts is not None, HAS_TOTALS=totals is not None,
+                PHI=self.phi("q" if backward else "k"), HAS_STARTS=starts is not None, HAS_TOTALS=totals is not None,
             )  # fmt: skip
 
         starts = initial
@@ -284,10 +278,8 @@ class Problem:
     def features(self) -> tuple[Any, ...]:
         """What φ(q) and φ(k) are computed from."""
         strided = self.launcher.strided
-        for a, b in (("fq", "fk"), ("x_q", "x_k")):
-            if getattr(self, a) is not None:
-                return *strided(a, getattr(self, a)), *strided(b, getattr(self, b))
-        return *strided("q", self.q), *strided("k", self.k)
+        names = [next(n for n in (f"f{x}", f"x_{x}", x) if getattr(self, n) is not None) for x in "qk"]
+        return *strided(names[0], getattr(self, names[0])), *strided(names[1], getattr(self, names[1]))
 
     def tables(self) -> tuple[Tensor, Tensor]:
         context = self.call.context

@@ -27,12 +27,8 @@ from lolcats.attention.kernels.layout import (
     choose_blocks,
     choose_launch,
     choose_tiling,
-    fits_inside,
-    fitting_walk,
+    fits_twice,
     make_layout,
-    near_end,
-    walk_lag,
-    walk_launch,
     window_tiles,
 )
 from lolcats.attention.spec import AttentionSpec
@@ -42,11 +38,8 @@ NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants th
 NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "PHI", "SPAN", "BLOCK_F")
 ONLY_PROJECTION = ("DIM", "WIDTH", "LOW", "PRECISION", "C", "BLOCK_F", "num_warps")
 ONLY_WEIGHTS = (*ONLY_PROJECTION, "BLOCK_D")
-NOT_OF_WALKS = ("LINEAR", "NEAR", "TILES", "SPAN")
-LEFT_OUT = {
-    **dict.fromkeys(("state", "query_state", "totals"), NOT_OF_STATES), "sink": NOT_OF_SINKS, "walk": NOT_OF_WALKS,
-}  # fmt: skip
-SAME_LAUNCH = {"sink": "query", "projection": "weight", "totals": "state"}
+LEFT_OUT = {**dict.fromkeys(("state", "seen_state", "query_state"), NOT_OF_STATES), "sink": NOT_OF_SINKS}
+SAME_LAUNCH = {"sink": "query", "projection": "weight"}
 
 _launchers: dict[Any, Launcher] = {}
 
@@ -68,9 +61,7 @@ class Launcher:
         columns = 16 if fq is None else fq.shape[3] // 2 if phi == "given" else fq.shape[3]
         self.width = columns if wq is None else wq.shape[2]
         self.wide = q.dtype == torch.float32  # products are computed in fp32
-        shared, dim = self.maps < self.heads, max(self.dim, self.value_dim)
-        self.tiling = tiling or choose_tiling(q.dtype.itemsize, dim, self.width, shared)
-        self.walk = fitting_walk(spec, self.tiling, self.heads, self.maps)
+        self.tiling = tiling or choose_tiling(q.dtype.itemsize)
         self.strides = {name: _strides(x) for name, x in tensors.items() if x is not None and x.ndim == 4}
         self.strides["none"] = 0, 0, tl.constexpr(0), 0
         self._constants: dict[str, dict[str, Any]] = {}
@@ -82,15 +73,23 @@ class Launcher:
         return choose_blocks(self.dim, self.width, self.dtype.itemsize)
 
     def layout(self, rows: Rows) -> Layout:
-        grid, walk = (self.batch, self.tokens), self.walk
-        lag = walk_lag(self.spec, walk) or 0 if walk else 0
-        return make_layout(rows, grid, self.tiling, self.heads, self.kv_heads, self.maps, self.device, walk, lag)
+        grid = self.batch, self.tokens
+        return make_layout(rows, grid, self.tiling, self.heads, self.kv_heads, self.maps, self.device)
 
     @cached_property
-    def walk_phi(self) -> Phi:
-        """How a forward pass that carries states gets features."""
-        seen = self.phi == "projected" and fits_inside(self.dim, self.width, self.dtype.itemsize)
-        return "seen" if seen else self.phi
+    def near(self) -> bool:
+        """Whether some keys older than a window may not yet be in the state of a step."""
+        # A step's state holds all of them if the windows of its tiles begin where steps do.
+        spec = self.spec
+        whole = spec.kind != "linear" and spec.window == "terraced" and spec.window_size % self.tiling.span == 0
+        return spec.has_linear and not whole
+
+    @cached_property
+    def seen(self) -> str:
+        """For which of q and k the forward pass multiplies inside what maps see: ``qk``, ``q`` or neither."""
+        if self.phi != "projected" or not self.tiling.see or not fits_twice(self.dim, self.width, self.dtype.itemsize):
+            return ""
+        return "q" if self.near else "qk"
 
     def launch(self, kernel: str) -> Launch:
         if kernel not in self._launches:
@@ -99,8 +98,6 @@ class Launcher:
 
     def _choose_launch(self, kernel: str) -> Launch:
         tiling, itemsize = self.tiling, self.dtype.itemsize
-        if kernel == "walk" and self.walk is not None:
-            return walk_launch(self.walk, self.value_dim, itemsize)
         inside = self.phi == "inside" and self.spec.has_linear
         chosen = choose_launch(kernel, self.value_dim, self.blocks, tiling.tile, itemsize, inside)
         for name, warps, stages in tiling.launches:
@@ -120,8 +117,9 @@ class Launcher:
         """Launch a kernel.
 
         Args:
-            kind: ``state``, ``query_state``, ``totals`` (of stretches), ``output``, ``walk``, ``query``, ``sink``,
-                ``key``, ``weight`` or ``projection``; selects the constants.
+            kind: ``state``, ``seen_state``, ``query_state``, ``output``, ``query``, ``sink``, ``key``, ``weight`` or
+                ``projection``; selects the constants.
+            constants: besides these, or instead of them.
             variant: what the compiled kernel depends on besides the launcher and ``constants``.
         """
         key = kind, variant, tuple(constants.values())
@@ -130,40 +128,26 @@ class Launcher:
             compiled, unused = known
             compiled[grid](*args, *unused)
             return
-        compiled = kernel[grid](*args, **constants, **self.constants(kind))
+        compiled = kernel[grid](*args, **self.constants(kind) | constants)
         if hasattr(compiled, "packed_metadata"):  # missing in the interpreter
             self._compiled[key] = compiled, (None,) * sum(parameter.is_constexpr for parameter in kernel.params)
 
     def constants(self, kind: str) -> dict[str, Any]:
         if kind not in self._constants:
             every = self._every_constant(self.launch(SAME_LAUNCH.get(kind, kind)))
-            if kind in ("totals", "walk"):
-                every["PHI"] = self.walk_phi
             if kind in LEFT_OUT:
                 every = {name: value for name, value in every.items() if name not in LEFT_OUT[kind]}
             elif kind in ("weight", "projection"):
                 only = ONLY_WEIGHTS if kind == "weight" else ONLY_PROJECTION
                 every = {name: every[name] for name in only} | {"num_stages": 2}
-            if kind == "walk":
-                every |= self._walk_constants()
             self._constants[kind] = every
         return self._constants[kind]
 
-    def _walk_constants(self) -> dict[str, Any]:
-        walk = self.walk
-        assert walk is not None
-        return {
-            "C": walk.tile, "HEADS": walk.heads, "KEYS": walk.keys, "LAG": walk_lag(self.spec, walk),
-            "NEAR_END": near_end(self.spec, walk),
-        }  # fmt: skip
-
     def _every_constant(self, launch: Launch) -> dict[str, Any]:
         spec, blocks, tiling = self.spec, self.blocks, self.tiling
-        # A step's state holds all keys older than the window if the windows of its tiles begin where steps do.
-        whole = spec.kind != "linear" and spec.window == "terraced" and spec.window_size % tiling.span == 0
         return {
             "DIM": self.dim, "VALUE_DIM": self.value_dim, "WIDTH": self.width,
-            "SOFTMAX": spec.has_softmax, "LINEAR": spec.has_linear, "NEAR": spec.has_linear and not whole,
+            "SOFTMAX": spec.has_softmax, "LINEAR": spec.has_linear, "NEAR": self.near,
             "WINDOW": "none" if spec.kind == "linear" else spec.window, "SIZE": spec.window_size,
             "SINKS": spec.softmax_sinks, "CAPPED": self.capped, "PHI": self.phi,
             "LOW": tl.float32 if self.wide else tl.bfloat16, "PRECISION": precision(),
@@ -178,7 +162,7 @@ def find_launcher(
     tensors: Mapping[str, Tensor | None],
 ) -> Launcher:  # fmt: skip
     """The launcher of calls like this one."""
-    key = spec, phi, capped, tiling, context, *map(_kind, tensors.values())
+    key = spec, phi, capped, tiling, context, *map(kind_of, tensors.values())
     launcher = _launchers.get(key)
     if launcher is None:
         if len(_launchers) >= MOST:
@@ -198,7 +182,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _kind(x: Tensor | None) -> Any:
+def kind_of(x: Tensor | None) -> Any:
     return x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
 

@@ -219,14 +219,11 @@ def store_total(
 
 
 @triton.jit
-def scan_kernel(
-    totals, initial, ranges, size,
-    HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr = 1,
-):  # fmt: skip
+def scan_kernel(totals, initial, ranges, size, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
     """Replace each segment's total by the sum of all segments before it (REVERSE: after it) in its sequence.
 
     totals: (segments, maps, size); ranges: (sequences + 1,) first segment of each sequence; initial: (sequences, maps,
-    size). BATCH: segments that are loaded at a time.
+    size).
     """
     sequence, head = tl.program_id(0), tl.program_id(1)
     heads = tl.num_programs(1)
@@ -235,19 +232,9 @@ def scan_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     if HAS_INITIAL:
         total += tl.load(initial + (sequence * heads + head).to(tl.int64) * size + column, mask=column < size, other=0)
-    if BATCH == 1:
-        for i in range(begin, end):
-            segment = begin + end - 1 - i if REVERSE else i
-            entry = totals + (segment * heads + head).to(tl.int64) * size + column
-            added = tl.load(entry, mask=column < size, other=0.0)
-            tl.store(entry, total, mask=column < size)
-            total += added
-    else:
-        for i in range(begin, end, BATCH):
-            place = i + tl.arange(0, BATCH)
-            segment = begin + end - 1 - place if REVERSE else place
-            entry = totals + (segment * heads + head).to(tl.int64)[:, None] * size + column[None, :]
-            mask = (place < end)[:, None] & (column < size)[None, :]
-            added = tl.load(entry, mask=mask, other=0.0)
-            tl.store(entry, total[None, :] + tl.cumsum(added, 0) - added, mask=mask)
-            total += tl.sum(added, 0)
+    for i in range(begin, end):
+        segment = begin + end - 1 - i if REVERSE else i
+        entry = totals + (segment * heads + head).to(tl.int64) * size + column
+        added = tl.load(entry, mask=column < size, other=0.0)
+        tl.store(entry, total, mask=column < size)
+        total += added
