@@ -9,7 +9,6 @@ from attention_problem import DEVICE, D, G, H, Problem, both, replayed
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lolcats.attention import attention
 from lolcats.attention.kernels import triton_attention
 from lolcats.attention.kernels.layout import Tiling
 from lolcats.attention.kernels.unrotate import RotaryForm, append_unrotated
@@ -44,10 +43,8 @@ class Undone(Problem):
         q, k, v = self.qkv
         q, k = self.append(q, k, *self.tables)
         mixer = self.mixer(replace(self.spec, unrotated=True))
-        if self.see:
-            return attention(q, k, v, mixer)[0]
         (q, x_q), (k, x_k) = q.chunk(2, -1), k.chunk(2, -1)
-        return triton_attention(q, k, v, mixer, seen=(x_q, x_k), tiling=Tiling(see=False))[0]
+        return triton_attention(q, k, v, mixer, seen=(x_q, x_k), tiling=Tiling(see=self.see))[0]
 
 
 def tables(length: int) -> tuple[Tensor, ...]:

@@ -39,7 +39,6 @@ from lolcats.ranks import Ranks
 from lolcats.stages.finetune.stage import FinetuneTrainer, add_lora
 from lolcats.stages.finetune.trainer import StageTrainer
 from lolcats.stages.trained import train_only
-from lolcats.stages.transfer.graph import can_capture
 from lolcats.stages.transfer.hidden import Tokens
 from lolcats.stages.transfer.loop import Group, LayerTrainer
 from lolcats.stages.transfer.orders import layers_by_name
@@ -136,7 +135,6 @@ class Bench:
             config = replace(load_config("default"), transfer=stage)
             trainer = LayerTrainer(layers, data, config, Path(directory), Ranks(), self.device)
             group = Group(list(layers.values()), run, trainer.units)
-            trainer.graphs.wanted = can_capture(self.device)
 
             def step() -> None:
                 with torch.no_grad():

@@ -69,6 +69,7 @@ def rows() -> dict[str, Row]:
         at_once = every.rpartition("=")[2]
         found |= {
             f"{size}, stage 1": Row(size, "transfer"),
+            f"{size}, stage 1, CUDA graph": Row(size, "transfer", ("transfer.cuda_graph=true",)),
             f"{size}, stage 2": Row(size, "finetune"),
             f"{size}, stage 2, {at_once} rows at once": of_both(size, "finetune", every),
             f"{size}, stage 2, softmax attention": of_both(size, "finetune", every, softmax=True),

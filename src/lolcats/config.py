@@ -229,7 +229,7 @@ class TransferConfig(StageConfig):
     """Layers per block with ``order: blocks``."""
     chunk_tokens: int = 1_000_000
     """Tokens per chunk with ``order: stream``. Host memory holds their hidden states."""
-    cuda_graph: bool = True
+    cuda_graph: bool = False
     """On CUDA, replay a CUDA graph for rows of one shape, with ``order: joint`` and without ``reset_at_documents``."""
 
     def __post_init__(self) -> None:

@@ -114,11 +114,11 @@ def test_which_tensors_it_takes() -> None:
 
 
 def test_where_it_is_used() -> None:
-    """For GPU tensors of three dtypes; on a CPU if the kernels are asked for."""
+    """Where the kernels are asked for: for GPU tensors of three dtypes, on a CPU in fp32."""
     with FakeTensorMode():
         on_gpu = [torch.empty(1, device="cuda", dtype=x) for x in (torch.float32, torch.bfloat16, torch.float64)]
-        assert [choose_rotary_path(x) for x in on_gpu] == ["kernels", "kernels", "chunked"]
-        assert choose_rotary_path(on_gpu[0], "chunked") == "chunked"
+        assert [choose_rotary_path(x, "triton") for x in on_gpu] == ["kernels", "kernels", "chunked"]
+        assert choose_rotary_path(on_gpu[0]) == choose_rotary_path(on_gpu[0], "chunked") == "chunked"
     with use_backend("triton"):
         assert choose_rotary_path(torch.empty(1)) == "kernels"
     assert choose_rotary_path(torch.empty(1)) == choose_rotary_path(torch.empty(1).half(), "triton") == "chunked"

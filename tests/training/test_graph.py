@@ -16,6 +16,7 @@ from lolcats.errors import Interrupted
 from lolcats.stages.transfer import graph, orders
 from lolcats.stages.transfer.loop import LayerTrainer
 
+GRAPH = "transfer.cuda_graph=true"
 LONG = ["transfer.max_steps=8", "transfer.early_stopping_patience=0"]
 
 
@@ -53,9 +54,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 ])  # fmt: skip
 def test_replays_change_nothing(changes: list[str], job: Job, replays: list[str], tmp_path: Path) -> None:
     """An uneven last batch goes without the graph; with APART, the layers that still learn get a new graph twice."""
-    maps, result = job.train(tmp_path / "plain", job.config(*changes, "transfer.cuda_graph=false"))
+    maps, result = job.train(tmp_path / "plain", job.config(*changes))
     assert not replays
-    others, same = job.train(tmp_path / "graph", job.config(*changes))
+    others, same = job.train(tmp_path / "graph", job.config(*changes, GRAPH))
     assert replays.count("captured") == (1 if changes is not APART else 3)
     assert replays.count("replayed") > 4
     assert_same(maps, others)
@@ -64,14 +65,14 @@ def test_replays_change_nothing(changes: list[str], job: Job, replays: list[str]
 
 
 def test_rows_of_documents_go_without_a_graph(job: Job, replays: list[str], tmp_path: Path) -> None:
-    replace(job, data=packed(job.data)).train(tmp_path / "run", job.config(*LONG))
+    replace(job, data=packed(job.data)).train(tmp_path / "run", job.config(*LONG, GRAPH))
     assert not replays
 
 
 def test_a_run_is_continued_with_and_without_a_graph(
     job: Job, replays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, _ = job.train(tmp_path / "plain", job.config(*LONG, "transfer.cuda_graph=false"))
+    expected, _ = job.train(tmp_path / "plain", job.config(*LONG))
     own = LayerTrainer._end_step
 
     def stopping(self: LayerTrainer, *arguments: object) -> None:
@@ -81,8 +82,8 @@ def test_a_run_is_continued_with_and_without_a_graph(
     with monkeypatch.context() as patch:
         patch.setattr(LayerTrainer, "_end_step", stopping)
         with pytest.raises(Interrupted):
-            job.train(tmp_path / "run", job.config(*LONG, "transfer.cuda_graph=false"))
-    maps, _ = job.train(tmp_path / "run", job.config(*LONG))
+            job.train(tmp_path / "run", job.config(*LONG))
+    maps, _ = job.train(tmp_path / "run", job.config(*LONG, GRAPH))
     assert replays
     assert_same(expected, maps)
 
@@ -95,8 +96,8 @@ def test_what_cannot_be_captured_goes_on_without(
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nMore lines.")
 
     monkeypatch.setattr(graph, "capture", fails)
-    maps, result = job.train(tmp_path / "run", job.config(*LONG))
-    expected, same = job.train(tmp_path / "plain", job.config(*LONG, "transfer.cuda_graph=false"))
+    maps, result = job.train(tmp_path / "run", job.config(*LONG, GRAPH))
+    expected, same = job.train(tmp_path / "plain", job.config(*LONG))
     assert_same(expected, maps)
     assert same == result
     assert [r.message for r in caplog.records if "CUDA graph" in r.message] == [
@@ -108,5 +109,5 @@ def test_short_runs_have_no_graph(
     job: Job, replays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.setattr(graph, "WORTH", 20)
-    job.train(tmp_path / "run", job.config(*LONG))
+    job.train(tmp_path / "run", job.config(*LONG, GRAPH))
     assert not replays

@@ -101,14 +101,12 @@ def choose_paged_path(q: Tensor) -> Path:
 
 
 def choose_rotary_path(q: Tensor, backend: str | None = None) -> Path:
-    """The path that appends their values before RoPE to queries and keys. torch.compile fuses plain PyTorch by
-    itself."""
-    name = backend or _backend.get()
-    if name == "chunked" or torch.compiler.is_compiling() or not _has_triton():
+    """The path that appends their values before RoPE to queries and keys: the kernel if it is asked for, since it has
+    not been measured. torch.compile fuses plain PyTorch by itself."""
+    if (backend or _backend.get()) != "triton" or torch.compiler.is_compiling() or not _has_triton():
         return "chunked"
-    if q.is_cuda:
-        return "kernels" if q.dtype in (torch.float32, torch.bfloat16, torch.float16) else "chunked"
-    return "kernels" if name == "triton" and q.dtype == torch.float32 else "chunked"  # interpreted
+    able = (torch.float32, torch.bfloat16, torch.float16) if q.is_cuda else (torch.float32,)  # interpreted on a CPU
+    return "kernels" if q.dtype in able else "chunked"
 
 
 def _decodes(q: Tensor, mixer: Mixer, name: str) -> bool:

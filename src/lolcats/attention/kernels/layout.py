@@ -24,15 +24,16 @@ class Tiling:
 
     tile: tokens processed at a time, 64 being a warp group's share of a matrix product; span: tokens between stored
     states, a multiple of ``tile``; walk: tiles per program; segment: states computed in sequence. walk and segment are
-    chosen automatically if None. see: multiply what maps see by W inside where that fits (:data:`Phi`). launches:
-    (kernel, warps, stages) instead of what :func:`choose_launch` says; kernels as it names them.
+    chosen automatically if None. see: multiply what maps see by W inside where that fits (:data:`Phi`), which is off
+    until it is measured. launches: (kernel, warps, stages) instead of what :func:`choose_launch` says, which names the
+    kernels.
     """
 
     tile: int = 64
     span: int = 64
     walk: int | None = None
     segment: int | None = None
-    see: bool = True
+    see: bool = False
     launches: tuple[tuple[str, int, int], ...] = ()
 
 
