@@ -62,6 +62,11 @@ class Compared:
     def in_sweeps(self) -> str:
         return self.sweep or self.name
 
+    @property
+    def with_heads(self) -> str:
+        """In the results of a sweep's row with kept heads: an untrained window, which has them too."""
+        return f"{self.in_sweeps}, heads kept"
+
     def label(self, attention: AttentionConfig, skipped: Collection[str] = ()) -> str:
         """Its line in the table of a run that has skipped these stages."""
         if self.skipped and self.needs in skipped:

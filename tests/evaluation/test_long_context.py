@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -21,7 +22,7 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation import positions as by_position
 from lolcats.evaluation import recall as by_depth
 from lolcats.evaluation.kinds import KINDS
-from lolcats.evaluation.positions import buckets, positions, token_losses
+from lolcats.evaluation.positions import buckets, positions, token_divergences, token_losses
 from lolcats.evaluation.recall import Sight, measure, recall, sight
 from lolcats.evaluation.text import encode, read_documents, special_prefix
 from lolcats.modeling.layer import override
@@ -240,6 +241,32 @@ def test_losses_by_position(family: str, with_bos, haystack, monkeypatch: pytest
     assert scores[1].items[0][0] == pytest.approx(first[63:127].mean().item(), rel=1e-5)
     with pytest.raises(LolcatsError, match="No document has 5000 tokens"):
         positions(model, with_bos, [haystack], 5000, None)
+
+
+def test_divergences_by_position(with_bos, haystack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KL from the teacher's distribution to the model's, of the next token at each position; zero for the teacher."""
+    monkeypatch.setattr(by_position, "TOKENS", 16)
+    base, model = tiny_model("llama"), lolcats.convert(tiny_model("llama"), TINY)
+    ids = torch.randint(3, 300, (2, 50))
+    with torch.no_grad():
+        own, wanted = (m(input_ids=ids, use_cache=False).logits.log_softmax(-1)[:, :-1] for m in (model, base))
+    expected = (wanted.exp() * (wanted - own)).sum(-1)
+    torch.testing.assert_close(token_divergences(model, base, ids), expected)
+    scores = positions(model, with_bos, [haystack], 130, 2, lambda: base)
+    buckets_ = ("0-63", "64-127", "128-129")
+    assert [s.metric for s in scores] == [f"{metric} {name}" for metric in ("nll", "kl") for name in buckets_]
+    assert scores[:3] == positions(model, with_bos, [haystack], 130, 2)
+    first = token_divergences(model, base, torch.tensor([[1, *haystack[:129]]]))[0]
+    assert scores[4].items[0][0] == pytest.approx(first[63:127].mean().item(), rel=1e-5)
+    with override(model, mode="teacher"):
+        assert all(s.value < 1e-6 for s in positions(model, with_bos, [haystack], 130, 2, lambda: base)[3:])
+
+
+def test_words_that_a_teacher_rules_out_count_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = {"model": torch.zeros(1, 2, 3), "teacher": torch.tensor([[[0.0, 0.0, -torch.inf]] * 2])}
+    monkeypatch.setattr(by_position, "_logits", lambda model, _: [logits[model]])
+    found = token_divergences("model", "teacher", torch.zeros(1, 3, dtype=torch.long))  # type: ignore[arg-type]
+    torch.testing.assert_close(found, torch.full((1, 2), math.log(3 / 2)))
 
 
 def test_buckets_are_powers_of_two() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -223,6 +223,72 @@ def test_equal_runs_are_made_once(file: Path, place: list[str], tmp_path: Path, 
         for part in ("feature_maps.safetensors", "lora/adapter_model.safetensors"):
             ours, theirs = tmp_path / "out" / by_name[name]["directory"], tmp_path / name / alone[-1]["directory"]
             assert (ours / part).read_bytes() == (theirs / part).read_bytes()
+
+
+def test_a_stage_1_is_taken_also_where_stage_2_trains_its_maps_on(file: Path, place: list[str], tmp_path: Path) -> None:
+    late = "finetune.feature_map_learning_rate=1e-2"
+    rows = {"first": [late], "another rank": [late, "finetune.rank=2"], "frozen": []}
+    sweep = replace(read_sweep(file, [*place, "evaluate.tasks=[]", "evaluate.perplexity={}"]), rows=rows)
+    results, _ = run(sweep, tmp_path / "out")
+    first, *others = (r for r in results if r["kind"] == "row")
+    assert [r["transfer_of"] for r in others] == [first["directory"]] * 2
+    for other in others:
+        alone, _ = run(replace(sweep, rows={other["name"]: rows[other["name"]]}), tmp_path / other["name"])
+        assert alone[-1]["transfer_of"] == ""
+        assert alone[-1]["systems"] == other["systems"]
+        ours, theirs = tmp_path / "out" / other["directory"], tmp_path / other["name"] / alone[-1]["directory"]
+        assert (ours / "feature_maps.safetensors").read_bytes() == (theirs / "feature_maps.safetensors").read_bytes()
+
+
+def test_rows_with_kept_heads(file: Path, place: list[str], tmp_path: Path) -> None:
+    """A row's untrained windows and its control have its heads, its bytes count them; the untrained model has none."""
+    sweep = read_sweep(file, [*place, "evaluate.tasks=[]"])
+    kept = ["controls=[window_lora]", 'attention.softmax_heads={"0": [1], "1": [0, 1]}']
+    rows = {"kept": kept, "plain": ["controls=[window_lora]"]}
+    results, _ = run(replace(sweep, rows=rows), tmp_path / "out")
+    own, plain = (next(r for r in results if r.get("name") == name) for name in rows)
+    for name in ("window, nothing trained", "window + sinks, nothing trained"):
+        assert name not in own["systems"]
+        assert own["systems"][f"{name}, heads kept"]["chat"] != plain["systems"][name]["chat"]
+    name = "window + sinks, nothing trained"
+    assert results[1]["systems"][name]["chat"] == plain["systems"][name]["chat"], "whichever row is first"
+    assert f"| – {name}, heads kept |" in (tmp_path / "out" / "table.md").read_text()
+    assert own["bytes"]["8192"][1] > plain["bytes"]["8192"][1]
+    assert own["bytes"]["8192"][0] == plain["bytes"]["8192"][0]
+    alone, _ = run(replace(sweep, rows={"plain": rows["plain"]}), tmp_path / "plain")
+    assert alone[-1]["systems"] == plain["systems"], "whatever rows stand before it"
+    assert alone[1]["row"] == results[1]["row"]
+    config = plan(replace(sweep, rows=rows))[0].controls["window_lora"].config
+    assert config.attention.softmax_heads == {"0": [1], "1": [0, 1]}
+    assert own["systems"]["window+lora"] != plain["systems"]["window+lora"]
+
+
+def test_divergence_from_the_teacher(file: Path, place: list[str], tmp_path: Path) -> None:
+    """Measured where it is asked for; without it, results keep the key that they had."""
+    book = tmp_path / "book.txt"
+    book.write_text(FILES["long_books"][0]["text"])
+    changes = [*place, f"evaluate.text={book}", "rows={hybrid: []}"]
+    with_kl, without = (read_sweep(file, [*changes, f"evaluate.kl={kl}"]) for kl in ("true", "false"))
+    results, _ = run(with_kl, tmp_path / "out")
+    found = {r["name"]: next(iter(r["systems"].values())) for r in results[:2]} | {
+        "hybrid": results[2]["systems"]["student"]
+    }
+    assert found["teacher"]["positions kl 0-63"]["value"] == pytest.approx(0, abs=1e-6)
+    assert found["hybrid"]["positions kl 64-95"]["value"] > 1e-6
+    config = plan(without)[0].config
+    said: list[str] = []
+    keys = [
+        Measurement(s.evaluate, Inputs(place[0].partition("=")[2]), config, said.append).key for s in (with_kl, without)
+    ]
+    assert keys[0] != keys[1]
+    assert keys[0] == results[2]["evaluation"]
+    known = {
+        **asdict(without.evaluate),
+        "perplexity": {"chat": measure.source_identity(without.evaluate.perplexity["chat"])},
+    }
+    for name in ("kl", "data_dir", "text", "batch_size"):
+        del known[name]
+    assert keys[1] == measure.short_hash(known)
 
 
 def test_a_control_is_what_linearize_trains_beside_a_run(file: Path, place: list[str], chat_file: Path,

@@ -1,14 +1,14 @@
-"""Next-token loss by position: does a model still gain from distant context?"""
+"""Next-token loss and KL divergence from the teacher by position: does a model still gain from distant context?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
@@ -21,11 +21,28 @@ TOKENS = 512  # logits in memory at a time
 
 
 def positions(model: PreTrainedModel, tokenizer: Any, documents: Sequence[Sequence[int]], length: int,
-              limit: int | None) -> list[Score]:  # fmt: skip
+              limit: int | None, teacher: Callable[[], PreTrainedModel] | None = None) -> list[Score]:  # fmt: skip
     """Mean −log p (nats per token) by bucket of positions, over windows of ``length`` tokens cut from the documents.
 
-    Each item is the mean of one window; the standard error is over windows.
+    Each item is the mean of one window; the standard error is over windows. ``teacher``: loads the model to compare
+    with; also score the KL divergence from its predictions, in nats per token.
     """
+    windows = cut(tokenizer, documents, length, limit)
+    found = {"nll": [token_losses(model, one.to(model.device))[0] for one in windows]}
+    if teacher is not None:
+        other = teacher()
+        found["kl"] = [token_divergences(model, other, one.to(model.device))[0] for one in windows]
+        del other
+    scores = []
+    for metric, values in found.items():
+        for start, end in buckets(length):
+            items = tuple(value[max(start, 1) - 1 : end - 1].mean().item() for value in values)
+            scores.append(mean_score("positions", f"{metric} {start}-{end - 1}", (items,), higher_is_better=False))
+    return scores
+
+
+def cut(tokenizer: Any, documents: Sequence[Sequence[int]], length: int, limit: int | None) -> list[Tensor]:
+    """The first ``limit`` windows of the documents, (1, length) each, with the tokens that begin a text."""
     prefix = special_prefix(tokenizer)
     size = length - len(prefix)
     windows = [
@@ -38,12 +55,7 @@ def positions(model: PreTrainedModel, tokenizer: Any, documents: Sequence[Sequen
         raise LolcatsError(
             f"No document has {length} tokens (the longest has {longest}): give longer documents or a smaller length."
         )
-    losses = [token_losses(model, torch.tensor([window], device=model.device))[0] for window in windows]
-    scores = []
-    for start, end in buckets(length):
-        items = tuple(loss[max(start, 1) - 1 : end - 1].mean().item() for loss in losses)
-        scores.append(mean_score("positions", f"nll {start}-{end - 1}", (items,), higher_is_better=False))
-    return scores
+    return [torch.tensor([window]) for window in windows]
 
 
 def buckets(length: int) -> Iterator[tuple[int, int]]:
@@ -61,6 +73,17 @@ def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
     targets = ids[:, 1:].split(TOKENS, dim=1)
     for logits, target in zip(_logits(model, ids[:, :-1]), targets, strict=True):
         parts.append(cross_entropy(logits.float().transpose(1, 2), target, reduction="none"))
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def token_divergences(model: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> Tensor:
+    """KL divergence of the model's prediction of each of ids[:, 1:] from the teacher's, (B, T − 1) fp32, as
+    :func:`token_losses` computes losses."""
+    parts = []
+    for logits, wanted in zip(_logits(model, ids[:, :-1]), _logits(teacher, ids[:, :-1]), strict=True):
+        own, target = (x.float().log_softmax(-1) for x in (logits, wanted))
+        parts.append(kl_div(own, target, reduction="none", log_target=True).nansum(-1))  # NaN: a target of -inf
     return torch.cat(parts, dim=1)
 
 

@@ -54,6 +54,8 @@ class Options:
     """Limits of single benchmarks by lm-eval's name, instead of ``limit``; a group's is shared evenly by its tasks."""
     seen: Sight | None = None
     """What recall reports as in the window. Default: what the model's linearized layers see."""
+    teacher: Callable[[], PreTrainedModel] | None = None
+    """Loads the model whose predictions ``positions`` also compares with; a second model in memory meanwhile."""
 
 
 def evaluate(model: str, names: list[str], baselines: list[str], device: torch.device, dtype: torch.dtype,
@@ -133,7 +135,8 @@ def _recall(tokenizer: Any, options: Options, kinds: Sequence[str]) -> Task:
 
 def _positions(tokenizer: Any, options: Options) -> Task:
     documents = _documents(tokenizer, options)
-    return lambda model: positions(model, tokenizer, documents, max(options.lengths), options.limit)
+    given = (max(options.lengths), options.limit, options.teacher)
+    return lambda model: positions(model, tokenizer, documents, *given)
 
 
 SUITES: dict[str, Callable[[Any, Options], Task]] = {

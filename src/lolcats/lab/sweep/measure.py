@@ -26,6 +26,7 @@ from lolcats.evaluation.scores import Score
 from lolcats.evaluation.suite import LONG, RECALL, Options, Task, prepare
 from lolcats.files import hash_file
 from lolcats.lab.sweep.plan import Evaluate
+from lolcats.pipeline import device_and_dtype
 
 PERPLEXITIES = "perplexities"
 RECALL_COUNTS = "every answer"  # results of an earlier version, which counted first answers, are measured again
@@ -45,10 +46,12 @@ class Measurement:
         self.rows = {name: _first(load_rows(path, inputs.tokenizer, config.data), wanted.rows)
                      for name, path in files.items()}  # fmt: skip
         names = [name for name in wanted.tasks if _possible(name, wanted, say)]
+        device, dtype = device_and_dtype(config)
         data_dir, limit = Path(wanted.data_dir) if wanted.data_dir else None, wanted.limit or None
         options = Options(
             data_dir, wanted.text, tuple(wanted.lengths), limit, wanted.batch_size, limits=wanted.limits,
             seen=sight(config.attention),
+            teacher=partial(inputs.model, dtype, device) if wanted.kl else None,
         )  # fmt: skip
         if LONG & set(names) and not wanted.lengths:
             raise LolcatsError("evaluate.lengths: recall and positions need lengths, e.g. [1024, 4096].")
@@ -56,7 +59,8 @@ class Measurement:
         known = {**asdict(wanted), "perplexity": {n: source_identity(p) for n, p in files.items()}, "tasks": names}
         if RECALL.keys() & set(names):
             known["recall"] = [RECALL_COUNTS, repr(options.seen)]
-        self.key = short_hash({k: v for k, v in known.items() if k not in ("data_dir", "text", "batch_size")})
+        left_out = {"data_dir", "text", "batch_size"} | (set() if wanted.kl else {"kl"})
+        self.key = short_hash({k: v for k, v in known.items() if k not in left_out})
 
     def perplexities(self, model: PreTrainedModel) -> Measured:
         found: Measured = {}

@@ -69,6 +69,8 @@ class Evaluate:
     rows: int = 0
     """Maximum number of rows of each perplexity file (0 = all)."""
     lengths: list[int] = field(default_factory=list)
+    kl: bool = False
+    """Let the task ``positions`` also measure the KL divergence from the teacher, which is in memory meanwhile."""
     data_dir: str = ""
     text: str = ""
     batch_size: int = 8
@@ -129,8 +131,9 @@ def control_row(row: Row, name: Control) -> Row:
     if name == "window_lora":
         softmax: dict[str, Kind] = {layers: kind for layers, kind in own.layers.items() if kind == "softmax"}
         attention = AttentionConfig(
-            kind="window", layers=softmax, window=own.window, window_size=own.window_size, sinks=own.sinks
-        )
+            kind="window", layers=softmax, window=own.window, window_size=own.window_size, sinks=own.sinks,
+            softmax_heads=own.softmax_heads, softmax_budget=own.softmax_budget,
+        )  # fmt: skip
     else:
         attention = AttentionConfig(kind="softmax")
     size, micro = config.transfer.batch_size, config.transfer.micro_batch_size

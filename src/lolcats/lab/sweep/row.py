@@ -6,7 +6,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -29,6 +29,7 @@ from lolcats.compared import (
 from lolcats.config import Config, identity_of
 from lolcats.data.inputs import Inputs
 from lolcats.errors import LolcatsError
+from lolcats.evaluation.memory import cache_bytes
 from lolcats.files import locked, read_json_lines, write_text
 from lolcats.lab.sweep.measure import PERPLEXITIES, Measured, Measurement, short_hash, source_identity
 from lolcats.lab.sweep.plan import Row, Sweep
@@ -39,6 +40,9 @@ from lolcats.pipeline import Job, device_and_dtype, keep_longest, measure, run_f
 from lolcats.run import RECORD, Run
 
 LOCKS = "locks"
+STAGE_1 = "stage-1.safetensors"
+"""In a run directory: a copy of the feature maps that stage 1 left, where stage 2 trains them on."""
+BYTES_AT = (8192, 32768)
 LATER: dict[tuple[str, str], list[Any]] = {
     ("attention", "feature_inputs"): ["rotated"], ("attention", "softmax_heads"): [{}],
     ("attention", "softmax_budget"): [0.0],
@@ -90,16 +94,17 @@ def source(sweep: Sweep, row: Row) -> str:
 
 
 def untrained_key(setup: Setup, row: Row, system: Compared) -> str:
-    """A hash that identifies the teacher, or the untrained window with sinks of a row."""
+    """A hash that identifies the teacher, or the untrained window with sinks of a row, without its kept heads."""
     own = row.config.attention
     window = [own.window, own.window_size, baseline_sinks(own), own.layers] if system is WINDOW_SINKS else []
     return short_hash([setup.inputs.base.fingerprint, system.in_sweeps, window, row.config.dtype])
 
 
 def untrained_result(setup: Setup, row: Row, system: Compared) -> dict[str, Any]:
-    """Measure the teacher, or the untrained window with sinks, on files and tasks."""
+    """Measure the teacher, or the untrained window with sinks and without kept heads, on files and tasks."""
     device, dtype = device_and_dtype(row.config)
-    started, model = monotonic(), convert(setup.inputs.model(dtype, device), row.config)
+    plain = replace(row.config.attention, softmax_heads={}, softmax_budget=0.0)
+    started, model = monotonic(), convert(setup.inputs.model(dtype, device), replace(row.config, attention=plain))
     with system.on(model):
         found = setup.measurement.everything(model)
     del model
@@ -117,8 +122,7 @@ def row_result(setup: Setup, row: Row) -> dict[str, Any]:
         job = keep_longest(job)
     untrained = _untrained(setup, job)
     with locked(setup.out / LOCKS / f"transfer-{_transfer_key(job.run)}"):
-        take_transfer(job, setup.out)
-        run_transfer(job)
+        train_or_take_transfer(job, setup.out)
         measure(job)
     run_finetune(job)
     model = job.models.student()
@@ -128,6 +132,7 @@ def row_result(setup: Setup, row: Row) -> dict[str, Any]:
             _measure(setup, job.run, model, LINEAR_OFF, tasks=False)
     measure(job)
     result = _summary(setup, row, job.run, untrained)
+    result["bytes"] = {str(tokens): cache_bytes(model, tokens) for tokens in BYTES_AT}  # (teacher, student)
     del job, model
     release()
     result["seconds"]["all"] = round(monotonic() - started, 1)
@@ -141,6 +146,17 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def train_or_take_transfer(job: Job, out: Path) -> None:
+    """Stage 1 unless done, with a copy of its feature maps for other runs if stage 2 is to train them on."""
+    done = job.run.stage_done("transfer")
+    take_transfer(job, out)
+    run_transfer(job)
+    if not done and job.config.finetune.feature_map_learning_rate > 0:
+        part = job.run.directory / f"{STAGE_1}.part"
+        shutil.copy(job.run.directory / FEATURE_MAPS, part)
+        part.replace(job.run.directory / STAGE_1)
+
+
 def take_transfer(job: Job, out: Path) -> None:
     """Copy stage 1 from another run in ``out`` that trained the same, if this run has not trained it yet."""
     run = job.run
@@ -148,12 +164,13 @@ def take_transfer(job: Job, out: Path) -> None:
         return
     for record in sorted(out.glob(f"*/{RECORD}")):
         other = Run.open(record.parent)
-        if other.stage_done("transfer") and _same_transfer(other, run) and _maps_of_transfer(other):
+        maps = _maps_of_transfer(other)
+        if other.stage_done("transfer") and _same_transfer(other, run) and maps.is_file():
             break
     else:
         return
     job.say(f"Taking stage 1 from {other.directory.name}")
-    shutil.copy(other.directory / FEATURE_MAPS, run.directory / FEATURE_MAPS)
+    shutil.copy(maps, run.directory / FEATURE_MAPS)
     entries = [
         entry for entry in read_json_lines(other.directory / "metrics.jsonl") if entry.get("stage") == "transfer"
     ]
@@ -177,9 +194,9 @@ def _same_transfer(other: Run, run: Run) -> bool:
     return key == _transfer_key(run)
 
 
-def _maps_of_transfer(run: Run) -> bool:
-    """Whether a run's feature maps are still those of stage 1."""
-    return run.config.finetune.feature_map_learning_rate == 0 and (run.directory / FEATURE_MAPS).is_file()
+def _maps_of_transfer(run: Run) -> Path:
+    """Where a run's feature maps are as stage 1 left them; earlier versions kept none that stage 2 trained on."""
+    return run.directory / (FEATURE_MAPS if run.config.finetune.feature_map_learning_rate == 0 else STAGE_1)
 
 
 def _untrained(setup: Setup, job: Job) -> dict[Compared, Measured]:
@@ -190,7 +207,8 @@ def _untrained(setup: Setup, job: Job) -> dict[Compared, Measured]:
     found = {}
     for system in WINDOWS:
         changes = system.changes(attention)
-        key = f"{attention.window} {attention.window_size} {changes} {sorted(attention.layers.items())}"
+        heads = sorted(attention.softmax_heads.items())
+        key = f"{attention.window} {attention.window_size} {changes} {sorted(attention.layers.items())} {heads}"
         if key not in setup.untrained:
             model = job.models.converted()
             with system.on(model):
@@ -225,10 +243,12 @@ def _found(setup: Setup, results: dict[str, Any], system: Compared) -> Measured:
 def _summary(setup: Setup, row: Row, run: Run, untrained: dict[Compared, Measured]) -> dict[str, Any]:
     results, stages, length = run.results, run.record["stages"], row.config.data.sequence_length
     systems: dict[str, Any] = {}
+    keeps = bool(run.config.attention.softmax_heads or run.config.attention.softmax_budget)
     for system in (TEACHER, *WINDOWS, STUDENT, LINEAR_OFF):
         if system.result in results and (system is not LINEAR_OFF or row.config.attention.kind == "hybrid"):
             more = untrained.get(system) or _found(setup, results, system)
-            systems[system.in_sweeps] = {HELD_OUT: {"value": results[system.result], "stderr": None}, **more}
+            name = system.with_heads if keeps and system in WINDOWS else system.in_sweeps
+            systems[name] = {HELD_OUT: {"value": results[system.result], "stderr": None}, **more}
     tokens = {
         stage: stages[stage].get("steps", 0) * getattr(row.config, stage).batch_size * length
         for stage in ("transfer", "finetune")

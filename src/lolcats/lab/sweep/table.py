@@ -7,13 +7,16 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lolcats.compared import CONTROLS, LINEAR_OFF, STUDENT, WINDOW, WINDOW_LORA, WINDOW_SINKS
+from lolcats.compared import CONTROLS, LINEAR_OFF, STUDENT, WINDOW_LORA, WINDOWS
 from lolcats.report.table import markdown
 
 Result = dict[str, Any]
 HELD_OUT = "held-out"
 UNTRAINED, CONTROL, ROW = "untrained", "control", "row"  # kinds of results
-BESIDE = [model.in_sweeps for model in (WINDOW, WINDOW_SINKS, LINEAR_OFF, *CONTROLS.values())]
+BESIDE = [
+    *(window.in_sweeps for window in WINDOWS), *(window.with_heads for window in WINDOWS),
+    *(model.in_sweeps for model in (LINEAR_OFF, *CONTROLS.values())),
+]  # fmt: skip
 ADDS, GAINS, NLL = "what the linear term adds", ("acc", "acc_norm", "exact_match"), " nll"
 NOTE = (
     "Perplexities (held-out: test rows of the row's own training data, which differ by seed), nll in nats a "
