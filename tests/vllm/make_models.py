@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Glm4Config,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -37,7 +38,23 @@ GEMMA = {
     "head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 24,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "short_factor": [1.0, 1.5, 2.0, 4.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0], "original_max_position_embeddings": 512,
+}  # fmt: skip
 TERRACED = {"window_size": 16, "sinks": 4, "feature_dim": 8}
+SLIDING = {**TERRACED, "window": "sliding"}
+UNROTATED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig(**COMMON, rope_parameters=YARN), SLIDING),
+    "qwen2": (Qwen2Config(**COMMON), TERRACED),
+    "qwen3": (Qwen3Config(**COMMON, head_dim=16), {**TERRACED, "key_maps": "per_kv_head"}),
+    "gemma3": (Gemma3TextConfig(**COMMON, **GEMMA), SLIDING),
+    "phi3": (Phi3Config(**COMMON, rope_parameters=LONG), TERRACED),
+    "glm4": (Glm4Config(**COMMON, head_dim=16), SLIDING),
+    "mistral": (MistralConfig(**COMMON, sliding_window=None), {"kind": "linear"}),
+}
+"""Feature maps before RoPE. RoPE turns neighbours and half of the channels in Glm4; sines are scaled in YaRN."""
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (LlamaConfig(**COMMON), TERRACED),
     "sliding": (LlamaConfig(**COMMON), {"window": "sliding", "window_size": 16, "sinks": 0, "feature_dim": 8}),
@@ -49,6 +66,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "phi3": (Phi3Config(**COMMON), TERRACED),
     "granite": (GraniteConfig(**COMMON, **GRANITE), TERRACED),
     "mistral": (MistralConfig(**COMMON, sliding_window=None), {"kind": "linear", "feature_map": "elu"}),
+    **{f"unrotated {name}": (x, {**y, "feature_inputs": "unrotated"}) for name, (x, y) in UNROTATED.items()},
 }
 """Name to base configuration and attention. vLLM's softmax attention on CPUs takes heads of 32 dimensions or more."""
 

@@ -26,6 +26,7 @@ from lolcats.tensors import compare_keys
 from lolcats.vllm.layer import StateAttention
 from lolcats.vllm.plugin import PREFIX, check_version
 from lolcats.vllm.record import Linearized, check_attention, check_settings, linearized_layers, state_layout
+from lolcats.vllm.rotary import find_rotations
 
 check_version()
 
@@ -103,12 +104,13 @@ def install(model: nn.Module, vllm_config: Any) -> dict[str, StateAttention]:
     known = vllm_config.compilation_config.static_forward_context
     attentions = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     placed = check_attention(attentions, layers, vllm_config)
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in placed}
+    rotations = find_rotations(owners, layers[0].geometry.head_dim, vllm_config) if layers[0].unrotated else {}
     result = {}
     for name, layer in placed.items():
         attention = attentions[name]
-        ours = StateAttention(attention, _of_this_rank(layer, vllm_config), layout)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, ours)
+        ours = StateAttention(attention, _of_this_rank(layer, vllm_config), layout, rotations.get(name))
+        setattr(owners[name], name.rpartition(".")[2], ours)
         known[attention.layer_name] = ours
         result[layer.name] = ours
     return result

@@ -29,6 +29,10 @@ class Linearized:
     geometry: Geometry
     config: AttentionConfig
 
+    @property
+    def unrotated(self) -> bool:
+        return self.config.feature_inputs == "unrotated"
+
     def build(self) -> LinearizedAttention:
         return LinearizedAttention(self.geometry, self.config, layer_spec(self.config, self.kind), "vllm")
 
@@ -97,10 +101,6 @@ def check_settings(vllm_config: Any) -> None:
         "Some heads of this model are softmax attention (attention.softmax_heads). In vLLM a layer has either a state "
         "or a cache of keys, so it cannot serve such a model: choose whole layers (lolcats select --unit layer), or "
         "use lolcats serve.": any(entry.get("softmax_heads") for entry in record["layers"]),
-        "Feature maps of this model see queries and keys before RoPE (attention.feature_inputs=unrotated), which "
-        "attention layers of vLLM do not get: use lolcats serve.": (
-            record["attention"].get("feature_inputs") == "unrotated"
-        ),
         "No layer of this model is linearized: serve its base model.": not linearized_layers(vllm_config),
         "Linearized models do not support --pipeline-parallel-size on vLLM: use --tensor-parallel-size.": (
             vllm_config.parallel_config.pipeline_parallel_size > 1
