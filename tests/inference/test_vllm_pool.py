@@ -101,6 +101,17 @@ def test_rows_do_not_depend_on_others_or_on_what_was_in_a_slot() -> None:
     torch.testing.assert_close(torch.cat(second.outputs), second.whole(layer), atol=2e-5, rtol=1e-4)
 
 
+def test_torchs_default_dtype_changes_no_state() -> None:
+    """vLLM sets it to the model's dtype while it builds a model."""
+    layer, (k, v) = made("terraced"), torch.zeros(2, 1, KV_HEADS, 0, DIM)
+    usual = Layout.of(layer.empty_state(k, v))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert Layout.of(layer.empty_state(k, v)) == usual
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_lengths_alike_are_padded_together_and_others_are_not() -> None:
     plan = Batch.of([1, 9, 16, 17, 0, 1, 12], [4, 0, 0, 0, 3, 0, 8], torch.arange(7))
     assert plan.decodes is not None
