@@ -9,10 +9,11 @@ import pytest
 from conftest import engine, generate, references, tokens, wanted
 
 BEFORE_ROPE = [f"unrotated {name}" for name in ("llama", "qwen2", "qwen3", "gemma3", "phi3", "glm4", "mistral")]
+HEADS = ["heads", "heads gemma3", "unrotated heads"]
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "granite", "mistral", "kept", *BEFORE_ROPE]
+    "name", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "granite", "mistral", "kept", *HEADS, *BEFORE_ROPE]
 )
 def test_a_family_generates_as_with_transformers(name: str, models: Path) -> None:
     """Twice: the second time, states after all whole blocks of a prompt come out of the prefix cache."""
@@ -26,7 +27,7 @@ def test_a_family_generates_as_with_transformers(name: str, models: Path) -> Non
     assert any(output.num_cached_tokens for output in second)
 
 
-@pytest.mark.parametrize("name", ["sliding", "unrotated gemma3"])
+@pytest.mark.parametrize("name", ["sliding", "kinds", "heads and layers", "unrotated gemma3"])
 def test_without_prefix_cache_and_with_whole_prompts(name: str, models: Path) -> None:
     cases = references(models / name)
     with engine(models / name, enable_prefix_caching=False, max_num_batched_tokens=1024, max_num_seqs=8) as llm:
@@ -36,7 +37,7 @@ def test_without_prefix_cache_and_with_whole_prompts(name: str, models: Path) ->
             assert not any(output.num_cached_tokens for output in outputs)
 
 
-@pytest.mark.parametrize("name", ["llama", "unrotated qwen3"])
+@pytest.mark.parametrize("name", ["llama", "unrotated heads"])
 def test_compiled(name: str, models: Path) -> None:
     cases = references(models / name)
     with engine(models / name, enforce_eager=False) as llm:

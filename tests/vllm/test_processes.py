@@ -77,7 +77,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, str], str]] = {
         "llama", {"hf_overrides": {"architectures": ["TransformersForCausalLM"]}}, {},
         "Transformers backend would compute softmax",
     ),
-    "kept heads": ("heads", {}, {}, "choose whole layers (lolcats select --unit layer)"),
 }  # fmt: skip
 """Model, options, environment, and what vLLM says before it ends."""
 

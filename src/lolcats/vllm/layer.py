@@ -40,7 +40,8 @@ class StateAttention(nn.Module, MambaBase):
         super().__init__()
         self.lolcats, self.layout, self.layer_name = layer, layout, attention.layer_name
         self.rotation = rotation
-        self.heads, self.kv_heads = attention.num_heads, attention.num_kv_heads
+        ranks = layer.ranks
+        self.heads, self.kv_heads = layer.geometry.heads // ranks, layer.geometry.kv_heads // ranks
         self.head_dim, self.value_dim = attention.head_size, attention.head_size_v
         self.scale: float = attention.impl.scale
         self.softcap: float | None = getattr(attention.impl, "logits_soft_cap", None) or None
