@@ -23,6 +23,8 @@ SPECS = {
     "sliding": {"window": "sliding", "window_size": 5, "sinks": 0, "feature_dim": 4},
     "only window": {"kind": "window", "window_size": 4, "feature_dim": 4},
     "linear": {"kind": "linear", "feature_map": "t2r", "key_maps": "per_kv_head"},
+    "before RoPE": {"window_size": 4, "sinks": 2, "feature_dim": 4, "feature_inputs": "unrotated"},
+    "before RoPE, sliding": {"window": "sliding", "window_size": 5, "feature_dim": 4, "feature_inputs": "unrotated"},
     "supra": {"kind": "linear", "feature_map": "elu", "decay": "retnet", "normalizer": "group_norm"},
 }
 
@@ -40,7 +42,8 @@ def made(name: str) -> LinearizedAttention:
 
 def pool_of(layer: LinearizedAttention, pages: int, sums: torch.dtype = torch.float32) -> Pool:
     """A pool whose memory is NaN in every dtype, with pages that are longer than a state."""
-    empty = layer.empty_state(*torch.zeros(2, 1, KV_HEADS, 0, DIM), dtype=sums)
+    k, v = (torch.zeros(1, KV_HEADS, 0, channels) for channels in (layer.spec.channels(DIM), DIM))
+    empty = layer.empty_state(k, v, dtype=sums)
     layout = Layout.of(empty)
     return Pool(layout, torch.full((pages, layout.nbytes + 48), 255, dtype=torch.uint8))
 
@@ -48,8 +51,9 @@ def pool_of(layer: LinearizedAttention, pages: int, sums: torch.dtype = torch.fl
 class Sequence:
     """Queries, keys and values of one sequence, and how many tokens the pool has seen of it."""
 
-    def __init__(self, length: int, slot: int) -> None:
-        self.q, self.k, self.v = (torch.randn(length, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    def __init__(self, length: int, slot: int, channels: int = DIM) -> None:
+        self.q, self.k = (torch.randn(length, heads, channels) for heads in (HEADS, KV_HEADS))
+        self.v = torch.randn(length, KV_HEADS, DIM)
         self.length, self.slot, self.seen, self.outputs = length, slot, 0, list[Tensor]()
 
     def whole(self, layer: LinearizedAttention) -> Tensor:
@@ -62,7 +66,7 @@ def one_step(layer: LinearizedAttention, pool: Pool, batch: list[tuple[Sequence,
     lengths, seen = [count for _, count in batch], [x.seen for x, _ in batch]
     plan = Batch.of(lengths, seen, torch.tensor([x.slot for x, _ in batch]))
     q, k, v = (torch.cat([getattr(x, name)[x.seen : x.seen + n] for x, n in batch]) for name in "qkv")
-    out = torch.full_like(q, torch.nan)
+    out = torch.full_like(q[..., :DIM], torch.nan)
     attend(pool, layer, layer.mixer(SCALE), plan, q, k, v, out)
     for (sequence, count), y in zip(batch, out.split(lengths), strict=True):
         sequence.outputs.append(y)
@@ -73,9 +77,10 @@ def one_step(layer: LinearizedAttention, pool: Pool, batch: list[tuple[Sequence,
 def test_mixed_batches_are_whole_sequences(name: str) -> None:
     """In any order: sequences that begin (one with a single token), that go on in pieces, and that decode."""
     layer, choose = made(name), random.Random(3)
-    pool = pool_of(layer, 12)
+    pool, channels = pool_of(layer, 12), layer.spec.channels(DIM)
     sequences = [
-        Sequence(length, slot) for length, slot in zip((1, 3, 17, 40, 41, 5, 33), (7, 2, 9, 0, 4, 11, 5), strict=True)
+        Sequence(length, slot, channels)
+        for length, slot in zip((1, 3, 17, 40, 41, 5, 33), (7, 2, 9, 0, 4, 11, 5), strict=True)
     ]
     running = list(sequences)
     while running:
@@ -96,6 +101,17 @@ def test_rows_do_not_depend_on_others_or_on_what_was_in_a_slot() -> None:
     torch.testing.assert_close(torch.cat(second.outputs), second.whole(layer), atol=2e-5, rtol=1e-4)
 
 
+def test_torchs_default_dtype_changes_no_state() -> None:
+    """vLLM sets it to the model's dtype while it builds a model."""
+    layer, (k, v) = made("terraced"), torch.zeros(2, 1, KV_HEADS, 0, DIM)
+    usual = Layout.of(layer.empty_state(k, v))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert Layout.of(layer.empty_state(k, v)) == usual
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_lengths_alike_are_padded_together_and_others_are_not() -> None:
     plan = Batch.of([1, 9, 16, 17, 0, 1, 12], [4, 0, 0, 0, 3, 0, 8], torch.arange(7))
     assert plan.decodes is not None
@@ -105,6 +121,11 @@ def test_lengths_alike_are_padded_together_and_others_are_not() -> None:
     assert [rows.slots.tolist() for rows in plan.prefills] == [[1, 2], [3], [6]]
     assert [rows.begin for rows in plan.prefills] == [True, True, False]
     assert [rows.mask is None for rows in plan.prefills] == [False, True, True]
+
+
+def test_positions_are_those_in_each_sequence() -> None:
+    plan = Batch.of([1, 3, 0, 2, 1], [4, 0, 9, 7, 0], torch.arange(5))
+    assert plan.positions.tolist() == [4, 0, 1, 2, 7, 8, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

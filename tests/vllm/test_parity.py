@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 from conftest import engine, generate, references, tokens, wanted
 
+BEFORE_ROPE = [f"unrotated {name}" for name in ("llama", "qwen2", "qwen3", "gemma3", "phi3", "glm4", "mistral")]
+HEADS = ["heads", "heads gemma3", "unrotated heads"]
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "granite", "mistral", "kept"])
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "granite", "mistral", "kept", *HEADS, *BEFORE_ROPE]
+)
 def test_a_family_generates_as_with_transformers(name: str, models: Path) -> None:
     """Twice: the second time, states after all whole blocks of a prompt come out of the prefix cache."""
     cases = references(models / name)
@@ -22,18 +27,20 @@ def test_a_family_generates_as_with_transformers(name: str, models: Path) -> Non
     assert any(output.num_cached_tokens for output in second)
 
 
-def test_without_prefix_cache_and_with_whole_prompts(models: Path) -> None:
-    cases = references(models / "sliding")
-    with engine(models / "sliding", enable_prefix_caching=False, max_num_batched_tokens=1024, max_num_seqs=8) as llm:
+@pytest.mark.parametrize("name", ["sliding", "kinds", "heads and layers", "unrotated gemma3"])
+def test_without_prefix_cache_and_with_whole_prompts(name: str, models: Path) -> None:
+    cases = references(models / name)
+    with engine(models / name, enable_prefix_caching=False, max_num_batched_tokens=1024, max_num_seqs=8) as llm:
         for _ in range(2):
             outputs = generate(llm, cases)
             assert tokens(outputs) == wanted(cases)
             assert not any(output.num_cached_tokens for output in outputs)
 
 
-def test_compiled(models: Path) -> None:
-    cases = references(models / "llama")
-    with engine(models / "llama", enforce_eager=False) as llm:
+@pytest.mark.parametrize("name", ["llama", "unrotated heads"])
+def test_compiled(name: str, models: Path) -> None:
+    cases = references(models / name)
+    with engine(models / name, enforce_eager=False) as llm:
         assert tokens(generate(llm, cases)) == wanted(cases)
 
 
@@ -57,6 +64,21 @@ def test_states_in_bfloat16_take_less_memory(models: Path) -> None:
             same = sum(a == b for a, b in zip(tokens(generate(llm, cases)), wanted(cases), strict=True))
     assert sizes[1] < sizes[0]
     assert same >= len(cases) // 2
+
+
+@pytest.mark.parametrize("name", ["llama", "unrotated gemma3"])
+def test_a_model_in_bfloat16(name: str, models: Path) -> None:
+    """vLLM builds it with bfloat16 as torch's default dtype. Near ties may fall the other way than in float32."""
+    cases = references(models / name)
+    with engine(models / name, dtype="bfloat16") as llm:
+        parts = {part: str(dtype) for part, _, dtype in llm.apply_model(state_shapes)[0]}
+        assert (parts["S"], parts["z"], parts["ring_k"]) == ("torch.float32", "torch.float32", "torch.bfloat16")
+        same = sum(a == b for a, b in zip(tokens(generate(llm, cases)), wanted(cases), strict=True))
+    assert same >= len(cases) // 2
+
+
+def state_shapes(model: Any) -> Any:
+    return next(iter(model.linearized.values())).layout.shapes
 
 
 def state_bytes(model: Any) -> int:

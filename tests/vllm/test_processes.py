@@ -59,11 +59,12 @@ def test_the_server_answers_as_transformers_does(server: str, models: Path) -> N
         assert list(pool.map(lambda case: complete(server, case), cases)) == wanted(cases)
 
 
-def test_two_ranks_share_the_heads(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["qwen3", "unrotated glm4"])
+def test_two_ranks_share_the_heads(name: str, models: Path, tmp_path: Path) -> None:
     options, out = json.dumps({"tensor_parallel_size": 2}), tmp_path / "tokens.json"
-    done = run(ONCE, str(models / "qwen3"), options, str(out), VLLM_WORKER_MULTIPROC_METHOD="spawn")
+    done = run(ONCE, str(models / name), options, str(out), VLLM_WORKER_MULTIPROC_METHOD="spawn")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(out.read_text()) == wanted(references(models / "qwen3"))
+    assert json.loads(out.read_text()) == wanted(references(models / name))
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, str], str]] = {
@@ -76,7 +77,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, str], str]] = {
         "llama", {"hf_overrides": {"architectures": ["TransformersForCausalLM"]}}, {},
         "Transformers backend would compute softmax",
     ),
-    "kept heads": ("heads", {}, {}, "choose whole layers (lolcats select --unit layer)"),
 }  # fmt: skip
 """Model, options, environment, and what vLLM says before it ends."""
 

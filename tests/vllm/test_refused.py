@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +34,7 @@ def settings(models: Path, name: str = "llama", **changes: Any) -> Any:
 REFUSED = {
     "adapter": ({"record": {"form": "adapter"}}, "lolcats export DIR --merge"),
     "pipeline": ({"pipeline_parallel_size": 2}, "--tensor-parallel-size"),
+    "kept heads on ranks": ({"name": "heads", "tensor_parallel_size": 2}, "lolcats select --unit layer"),
     "speculative": ({"speculative_config": object()}, "--speculative-config"),
     "mamba dtype": ({"mamba_ssm_cache_dtype": "bfloat16"}, "state_dtype"),
     "state dtype": ({"additional_config": {"lolcats": {"state_dtype": "float16"}}}, "float32, bfloat16"),
@@ -49,26 +49,26 @@ def test_settings(name: str, models: Path) -> None:
 
     changes, said = REFUSED[name]
     check_settings(settings(models))
+    check_settings(settings(models, "heads"))
     with pytest.raises(LolcatsError) as refused:
         check_settings(settings(models, **changes))
     assert said in str(refused.value)
 
 
-def test_layers_with_states_of_different_shapes(models: Path) -> None:
-    from lolcats.errors import LolcatsError
-    from lolcats.vllm.record import state_layout
+def test_states_of_different_shapes_have_pages_of_one_length(models: Path) -> None:
+    from lolcats.vllm.record import state_layouts
 
-    layers = json.loads((models / "llama/config.json").read_text())["lolcats"]["layers"]
-    with pytest.raises(LolcatsError, match="states of different shapes"):
-        state_layout(settings(models, record={"layers": [{**layers[0], "kind": "linear"}, *layers[1:]]}))
+    layouts = state_layouts(settings(models, "kinds"))
+    assert len({layout.shapes for layout in layouts.values()}) == 3
+    assert len({layout.nbytes for layout in layouts.values()}) == 1
 
 
 def test_ranks_that_cannot_share_the_heads(models: Path) -> None:
     from lolcats.errors import LolcatsError
-    from lolcats.vllm.record import state_layout
+    from lolcats.vllm.record import state_layouts
 
     with pytest.raises(LolcatsError, match="key/value heads"):
-        state_layout(settings(models, tensor_parallel_size=4))
+        state_layouts(settings(models, tensor_parallel_size=4))
 
 
 def test_another_version_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,3 +116,14 @@ def test_attention_that_is_not_what_was_linearized(name: str, models: Path) -> N
     with pytest.raises(LolcatsError) as refused:
         check_attention({**whole, "2": attention(2, **changes)}, layers, config)
     assert said in str(refused.value)
+
+
+def test_heads_are_kept_only_in_plain_attention(models: Path) -> None:
+    """Of a subclass, vLLM's attention for the kept heads would compute something else."""
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm.record import check_attention, linearized_layers
+
+    config, shape = settings(models, "heads"), {"num_heads": 8, "num_kv_heads": 4, "head_size": 32, "head_size_v": 32}
+    whole = {str(layer): attention(layer, **shape) for layer in range(3)}
+    with pytest.raises(LolcatsError, match="vLLM's 0 is attention of another kind, some of whose heads are kept"):
+        check_attention(whole, linearized_layers(config), config)

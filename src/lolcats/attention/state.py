@@ -96,7 +96,8 @@ class AttentionState:
             return KeyValues(*(x.new_zeros(*x.shape[:2], count, x.shape[3]) for x in (k, v)))
 
         S = torch.zeros(batch, maps, features, v.shape[3], dtype=dtype, device=device)
-        sums = Sums(S, torch.zeros(batch, maps, features, device=device))
+        z = torch.zeros(batch, maps, features, dtype=torch.float32, device=device)  # not torch's default
+        sums = Sums(S, z)
         seen = Seen(torch.zeros(batch, dtype=torch.long, device=device), 0)
         return cls(seen, slots(spec.span), slots(spec.softmax_sinks), sums)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.linear_attn import (
     LinearAttentionBackend,
@@ -15,6 +16,7 @@ from vllm.v1.attention.backends.linear_attn import (
 
 from lolcats.vllm.batch import Batch
 from lolcats.vllm.plugin import BACKEND
+from lolcats.vllm.rotary import Rotation
 
 
 class StateBackend(LinearAttentionBackend):
@@ -32,6 +34,15 @@ class StateBackend(LinearAttentionBackend):
 @dataclass
 class StateMetadata(LinearAttentionMetadata):
     batch: Batch
+    turns: dict[Rotation, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Cosines and sines of the step's tokens, worked out by the first layer that needs them."""
+
+    def before_rope(self, rotation: Rotation, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q (N, H, D) and k (N, G, D) of the step's tokens, with their values before RoPE appended: (..., 2D)."""
+        positions = self.batch.positions
+        if rotation not in self.turns:
+            self.turns[rotation] = rotation.cos_sin(positions, q.dtype)
+        return rotation.beside(q[: len(positions)], k[: len(positions)], *self.turns[rotation])
 
 
 class StateBuilder(LinearAttentionMetadataBuilder):

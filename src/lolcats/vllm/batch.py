@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Self
 
@@ -56,8 +57,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
+    """lengths and seen: of each request in the order of tokens."""
+
     decodes: Rows | None
     prefills: tuple[Rows, ...]
+    lengths: tuple[int, ...]
+    seen: tuple[int, ...]
+    device: torch.device
 
     @classmethod
     def of(cls, lengths: Sequence[int], seen: Sequence[int], slots: Tensor) -> Self:
@@ -72,7 +78,15 @@ class Batch:
         def rows(of: list[int]) -> Rows:
             return _rows([lengths[i] for i in of], [seen[i] for i in of], slots[of], [starts[i] for i in of])
 
-        return cls(rows(decodes) if decodes else None, tuple(map(rows, prefills.values())))
+        groups = rows(decodes) if decodes else None, tuple(map(rows, prefills.values()))
+        return cls(*groups, tuple(lengths), tuple(seen), slots.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(tokens,) of each token in its own sequence."""
+        lengths, seen = torch.tensor(self.lengths), torch.tensor(self.seen)
+        first = seen - (lengths.cumsum(0) - lengths)
+        return (torch.arange(int(lengths.sum())) + first.repeat_interleave(lengths)).to(self.device)
 
 
 def _rows(lengths: list[int], seen: list[int], slots: Tensor, starts: list[int]) -> Rows:

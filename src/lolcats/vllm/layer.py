@@ -21,6 +21,7 @@ from lolcats.vllm.attend import attend
 from lolcats.vllm.backend import StateMetadata
 from lolcats.vllm.plugin import BACKEND
 from lolcats.vllm.pool import Layout, Pool
+from lolcats.vllm.rotary import Rotation
 
 
 class StateAttention(nn.Module, MambaBase):
@@ -30,12 +31,17 @@ class StateAttention(nn.Module, MambaBase):
         attention: the layer of vLLM that it replaces, which knows scale and cap of the logits.
         layer: feature maps and gate, of this rank's heads.
         layout: of one sequence's state.
+        rotation: RoPE to undo, if feature maps see queries and keys before it.
     """
 
-    def __init__(self, attention: Attention, layer: LinearizedAttention, layout: Layout) -> None:
+    def __init__(
+        self, attention: Attention, layer: LinearizedAttention, layout: Layout, rotation: Rotation | None
+    ) -> None:  # fmt: skip
         super().__init__()
         self.lolcats, self.layout, self.layer_name = layer, layout, attention.layer_name
-        self.heads, self.kv_heads = attention.num_heads, attention.num_kv_heads
+        self.rotation = rotation
+        ranks = layer.ranks
+        self.heads, self.kv_heads = layer.geometry.heads // ranks, layer.geometry.kv_heads // ranks
         self.head_dim, self.value_dim = attention.head_size, attention.head_size_v
         self.scale: float = attention.impl.scale
         self.softcap: float | None = getattr(attention.impl, "logits_soft_cap", None) or None
@@ -49,10 +55,13 @@ class StateAttention(nn.Module, MambaBase):
         vLLM's own operator for attention: compiled graphs are cut there, and it looks this layer up by name.
         """
         out = torch.empty(query.shape[0], self.heads, self.value_dim, dtype=query.dtype, device=query.device)
+        query, key = query.view(-1, self.heads, self.head_dim), key.view(-1, self.kv_heads, self.head_dim)
+        if self.rotation is not None and self.rotation.observed is not None:
+            self.rotation.observed += [query, key]
+            return out.zero_().view(-1, self.heads * self.value_dim)
         torch.ops.vllm.unified_attention_with_output(
-            query.view(-1, self.heads, self.head_dim), key.view(-1, self.kv_heads, self.head_dim),
-            value.view(-1, self.kv_heads, self.value_dim), out, _encode_layer_name(self.layer_name),
-        )  # fmt: skip
+            query, key, value.view(-1, self.kv_heads, self.value_dim), out, _encode_layer_name(self.layer_name)
+        )
         return out.view(-1, self.heads * self.value_dim)
 
     @cached_property
@@ -75,6 +84,8 @@ class StateAttention(nn.Module, MambaBase):
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         super().bind_kv_cache(kv_cache)
         self.pool = Pool(self.layout, self.kv_cache[0])
+        if self.rotation is not None:  # vLLM has loaded all weights, and has not said that it is ready
+            self.rotation.check(kv_cache.device)
 
 
 class Computation:
@@ -87,5 +98,7 @@ class Computation:
         """query (tokens, H, D), key and value (tokens, G, D) -> ``output`` (tokens, H, D), written in place."""
         if attn_metadata is None or layer.pool is None:  # vLLM measures memory
             return output.zero_()
+        if layer.rotation is not None:
+            query, key = attn_metadata.before_rope(layer.rotation, query, key)
         attend(layer.pool, layer.lolcats, layer.mixer, attn_metadata.batch, query, key, value, output)
         return output

@@ -23,9 +23,11 @@ from lolcats.modeling.classes import base_class
 from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.layer_types import for_a_model
 from lolcats.tensors import compare_keys
+from lolcats.vllm.heads import SplitAttention
 from lolcats.vllm.layer import StateAttention
 from lolcats.vllm.plugin import PREFIX, check_version
-from lolcats.vllm.record import Linearized, check_attention, check_settings, linearized_layers, state_layout
+from lolcats.vllm.record import Linearized, check_attention, check_settings, linearized_layers, state_layouts
+from lolcats.vllm.rotary import find_rotations
 
 check_version()
 
@@ -49,14 +51,15 @@ class LinearizedModel:
         """Load an export: feature maps and gates here, everything else as vLLM loads the base model."""
         ours = dict[str, Tensor]()
         loaded: set[str] | None = super().load_weights(_others(weights, ours))  # type: ignore[misc]
-        mine = load_feature_maps(self.linearized, ours)
+        load_feature_maps(self.linearized, ours)
+        mine = {name for name, _ in self.named_parameters() if OURS in name}  # type: ignore[attr-defined]
         return None if loaded is None else loaded | mine
 
     # What vLLM asks the class of a model whose layers have states
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
-        return ((state_layout(vllm_config).nbytes,),)
+        return ((next(iter(state_layouts(vllm_config).values())).nbytes,),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
@@ -99,16 +102,18 @@ def install(model: nn.Module, vllm_config: Any) -> dict[str, StateAttention]:
     Raises:
         LolcatsError: a layer's attention in vLLM is not the one that was linearized.
     """
-    layers, layout = linearized_layers(vllm_config), state_layout(vllm_config)
+    layers, layouts = linearized_layers(vllm_config), state_layouts(vllm_config)
     known = vllm_config.compilation_config.static_forward_context
     attentions = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     placed = check_attention(attentions, layers, vllm_config)
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in placed}
+    rotations = find_rotations(owners, layers[0].geometry.head_dim, vllm_config) if layers[0].unrotated else {}
     result = {}
     for name, layer in placed.items():
-        attention = attentions[name]
-        ours = StateAttention(attention, _of_this_rank(layer, vllm_config), layout)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, ours)
+        attention, layout = attentions[name], layouts[layer.geometry.layer]
+        ours = StateAttention(attention, _of_this_rank(layer, vllm_config), layout, rotations.get(name))
+        whole = ours if layer.kept is None else SplitAttention(layer.kept, attention, ours, vllm_config.cache_config)
+        setattr(owners[name], name.rpartition(".")[2], whole)
         known[attention.layer_name] = ours
         result[layer.name] = ours
     return result
@@ -133,19 +138,18 @@ def _others(weights: Iterable[tuple[str, Tensor]], ours: dict[str, Tensor]) -> I
             yield name, tensor
 
 
-def load_feature_maps(layers: dict[str, StateAttention], weights: dict[str, Tensor]) -> set[str]:
-    """Copy this rank's heads from the export. Returns the parameters' names in the model.
+def load_feature_maps(layers: dict[str, StateAttention], weights: dict[str, Tensor]) -> None:
+    """Copy this rank's heads from the export.
 
     Raises:
         LolcatsError: a tensor is missing, or one belongs to no layer.
     """
     targets = {
-        f"{name}{OURS}{parameter}": (layer, parameter, target)
+        f"{name}{OURS}{parameter}": (layer, target)
         for name, layer in layers.items()
         for parameter, target in layer.lolcats.named_parameters()
     }
     compare_keys(set(targets), set(weights), Path("the export"))
-    for name, (layer, _, target) in targets.items():
+    for name, (layer, target) in targets.items():
         rank = get_tensor_model_parallel_rank() if layer.lolcats.ranks > 1 else 0
         target.copy_(weights[name].narrow(0, rank * len(target), len(target)))
-    return {f"{layer.layer_name}{OURS}{parameter}" for layer, parameter, _ in targets.values()}

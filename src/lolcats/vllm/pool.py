@@ -22,9 +22,11 @@ ALIGNMENT = 16  # bytes, of a page's length
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each tensor of one sequence's state lies in its page; larger dtypes first, so that all are aligned."""
+    """Where each tensor of one sequence's state lies in its page; larger dtypes first, so that all are aligned. A page
+    has ``least`` bytes or more."""
 
     shapes: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    least: int = 0
 
     @classmethod
     def of(cls, state: AttentionState) -> Self:
@@ -36,7 +38,7 @@ class Layout:
     @property
     def nbytes(self) -> int:
         used = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in self.shapes)
-        return -(-used // ALIGNMENT) * ALIGNMENT
+        return max(self.least, -(-used // ALIGNMENT) * ALIGNMENT)
 
     def views(self, pages: Tensor) -> dict[str, Tensor]:
         """The tensors (N, ...) in pages (N, nbytes or more) of bytes."""

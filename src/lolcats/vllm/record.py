@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from lolcats.config import AttentionConfig, from_dict
 from lolcats.errors import LolcatsError
+from lolcats.modeling.heads import KeptHeads
 from lolcats.modeling.layer import Geometry, LinearizedAttention, layer_spec
 from lolcats.vllm.pool import Layout
 
@@ -28,9 +29,15 @@ class Linearized:
     kind: str
     geometry: Geometry
     config: AttentionConfig
+    kept: KeptHeads | None = None
+
+    @property
+    def unrotated(self) -> bool:
+        return self.config.feature_inputs == "unrotated"
 
     def build(self) -> LinearizedAttention:
-        return LinearizedAttention(self.geometry, self.config, layer_spec(self.config, self.kind), "vllm")
+        of_maps = self.geometry if self.kept is None else self.kept.of_linearized
+        return LinearizedAttention(of_maps, self.config, layer_spec(self.config, self.kind), "vllm", self.kept)
 
 
 def linearized_layers(vllm_config: Any) -> list[Linearized]:
@@ -38,17 +45,21 @@ def linearized_layers(vllm_config: Any) -> list[Linearized]:
     config = from_dict(AttentionConfig, record["attention"])
     entries = [entry for entry in record["layers"] if entry["kind"] != "softmax"]
     names = [field.name for field in fields(Geometry)]
-    return [
-        Linearized(entry["name"], entry["kind"], Geometry(**{name: entry[name] for name in names}), config)
-        for entry in entries
-    ]
+    result = []
+    for entry in entries:
+        geometry = Geometry(**{name: entry[name] for name in names})
+        kept = KeptHeads(geometry, tuple(entry["softmax_heads"])) if entry.get("softmax_heads") else None
+        result.append(Linearized(entry["name"], entry["kind"], geometry, config, kept))
+    return result
 
 
-def state_layout(vllm_config: Any) -> Layout:
-    """Where the parts of one sequence's state lie in its page, on this rank: the same in every layer.
+def state_layouts(vllm_config: Any) -> dict[int, Layout]:
+    """Where the parts of one sequence's state lie in its page, for each linearized layer, on this rank.
+
+    All pages are as long as the largest state needs, since vLLM has one size for them.
 
     Raises:
-        LolcatsError: layers have states of different shapes, or the ranks cannot share the heads.
+        LolcatsError: the ranks cannot share the heads.
     """
     ranks, dtype = vllm_config.parallel_config.tensor_parallel_size, vllm_config.model_config.dtype
     sums = SUMS[settings(vllm_config)["state_dtype"]]
@@ -60,14 +71,10 @@ def state_layout(vllm_config: Any) -> Layout:
             if ranks > 1:
                 layer.split_heads(ranks)
             channels = layer.spec.channels(geometry.head_dim), geometry.value_dim
-            k, v = (torch.empty(1, geometry.kv_heads // ranks, 0, size, dtype=dtype) for size in channels)
-            layouts[Layout.of(layer.empty_state(k, v, sums))] = geometry.layer
-    if len(layouts) > 1:
-        raise LolcatsError(
-            f"Layers {', '.join(map(str, layouts.values()))} have states of different shapes, and vLLM has memory for "
-            "one: linearize all layers alike, or keep them as softmax attention."
-        )
-    return next(iter(layouts))
+            k, v = (torch.empty(1, layer.geometry.kv_heads // ranks, 0, size, dtype=dtype) for size in channels)
+            layouts[geometry.layer] = Layout.of(layer.empty_state(k, v, sums))
+    longest = max(layout.nbytes for layout in layouts.values())
+    return {layer: replace(layout, least=longest) for layer, layout in layouts.items()}
 
 
 def settings(vllm_config: Any) -> dict[str, str]:
@@ -94,12 +101,10 @@ def check_settings(vllm_config: Any) -> None:
     reasons = {
         "This is an adapter, which needs its base model; vLLM loads merged models: lolcats export DIR --merge --out "
         "MERGED.": record.get("form") == "adapter",
-        "Some heads of this model are softmax attention (attention.softmax_heads). In vLLM a layer has either a state "
-        "or a cache of keys, so it cannot serve such a model: choose whole layers (lolcats select --unit layer), or "
-        "use lolcats serve.": any(entry.get("softmax_heads") for entry in record["layers"]),
-        "Feature maps of this model see queries and keys before RoPE (attention.feature_inputs=unrotated), which "
-        "attention layers of vLLM do not get: use lolcats serve.": (
-            record["attention"].get("feature_inputs") == "unrotated"
+        "Some heads of this model are softmax attention (attention.softmax_heads), and ranks cannot share the heads of "
+        "such a layer: leave out --tensor-parallel-size, or choose whole layers (lolcats select --unit layer).": (
+            vllm_config.parallel_config.tensor_parallel_size > 1
+            and any(entry.get("softmax_heads") for entry in record["layers"])
         ),
         "No layer of this model is linearized: serve its base model.": not linearized_layers(vllm_config),
         "Linearized models do not support --pipeline-parallel-size on vLLM: use --tensor-parallel-size.": (
@@ -133,7 +138,7 @@ def check_attention(
         layer = linear.get(index)
         if layer is None:
             continue
-        difference = _difference(attention, layer.geometry, ranks)
+        difference = _difference(attention, layer.geometry, ranks, layer.kept is not None)
         if left.pop(index, None) is None:
             difference = "is a second attention in its layer"
         if difference:
@@ -147,7 +152,7 @@ def check_attention(
     return placed
 
 
-def _difference(attention: Attention, geometry: Geometry, ranks: int) -> str:
+def _difference(attention: Attention, geometry: Geometry, ranks: int, heads: bool) -> str:
     """What vLLM computes otherwise than what was linearized; empty if nothing."""
     here = (
         attention.num_heads * ranks, attention.num_kv_heads * ranks, attention.head_size, attention.head_size_v
@@ -160,5 +165,6 @@ def _difference(attention: Attention, geometry: Geometry, ranks: int) -> str:
         "has learned sinks": attention.has_sink,
         "adds a position bias": getattr(attention.impl, "alibi_slopes", None) is not None,
         "shares another layer's keys": attention.kv_sharing_target_layer_name is not None,
+        "is attention of another kind, some of whose heads are kept": heads and type(attention) is not Attention,
     }
     return next((text for text, applies in reasons.items() if applies), "")
