@@ -68,27 +68,33 @@ def test_committed_tables_are_those_of_their_results(name: str) -> None:
     assert module.report(results) == (FOLDER / "results" / f"{name}.md").read_text()
 
 
+def make_small(patch: pytest.MonkeyPatch, module: Any, heads: int, kv_heads: int) -> None:
+    """Let a benchmark of the kernels take 20 tokens of small heads, in fp32 on the CPU."""
+    problem = sys.modules["attention_problem"]
+    sizes = {"DEVICE": torch.device("cpu"), "H": heads, "G": kv_heads, "D": 16, "F_COLUMNS": 16}
+    for name, value in sizes.items():
+        patch.setattr(problem, name, value)
+        if hasattr(module, name):
+            patch.setattr(module, name, value)
+    random = problem.Problem.random
+    patch.setattr(problem.Problem, "random", lambda *given: random(*given, dtype=torch.float32))
+    patch.setattr(module, "SHAPES", ((1, 20),))
+
+
 def test_launches_of_the_state_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row ends in the fastest."""
     pytest.importorskip("triton")
     variants = script("attention_variants")
-    problem = sys.modules["attention_problem"]
-    for name, value in {"DEVICE": torch.device("cpu"), "H": 4, "G": 2, "D": 16, "F_COLUMNS": 16}.items():
-        monkeypatch.setattr(problem, name, value)
+    make_small(monkeypatch, variants, heads=4, kv_heads=2)
     times = iter([9.0, 5.0, 7.0, 6.0])
     monkeypatch.setattr(variants, "replayed", lambda function: (function(), next(times))[1])
-    rotated = variants.Problem.random(1, 40, 2, torch.float32)
+    rotated = variants.Problem.random(1, 40, 2)
     row = variants.row(rotated, "1 × 40", torch.ones(1, 4, 40, 16), "cuDNN, contiguous", 10.0)
     assert row == [
         "1 × 40", "after RoPE", "cuDNN, contiguous", "10.000", "9.000", "5.000", "7.000", "6.000", "4 warps, 1 stage",
         "2.00", "1.80",
     ]  # fmt: skip
     assert len(row) == len(variants.COLUMNS.split(" | "))
-    monkeypatch.setattr(variants, "SHAPES", ((1, 20),))
-    monkeypatch.setattr(variants, "H", 4)
-    monkeypatch.setattr(variants, "G", 2)
-    random = variants.Problem.random
-    monkeypatch.setattr(variants.Problem, "random", lambda *sizes: random(*sizes, dtype=torch.float32))
     times = iter([9.0, 5.0, 6.0, 7.0] * 2)
     kv, query = variants.seen_rows()
     assert kv == ["1 × 20", "kv", "9.000", "5.000", "6.000", "7.000", "4 warps, 2 stages", "1.80"]
@@ -100,13 +106,7 @@ def test_maps_before_rope(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way to undo RoPE gives the same, and what is timed gives the wanted gradients."""
     pytest.importorskip("triton")
     rotary = script("attention_rotary")
-    problem = sys.modules["attention_problem"]
-    for name, value in {"DEVICE": torch.device("cpu"), "H": 1, "G": 1, "D": 16, "F_COLUMNS": 16}.items():
-        monkeypatch.setattr(problem, name, value)
-        monkeypatch.setattr(rotary, name, value, raising=False)
-    random = rotary.Problem.random
-    monkeypatch.setattr(rotary.Problem, "random", lambda *sizes: random(*sizes, dtype=torch.float32))
-    monkeypatch.setattr(rotary, "SHAPES", ((1, 20),))
+    make_small(monkeypatch, rotary, heads=1, kv_heads=1)
     results: list[Any] = []
     monkeypatch.setattr(rotary, "replayed", lambda function: results.append(function()) or 2.0)
     with use_backend("triton"):

@@ -217,11 +217,11 @@ def test_equal_runs_are_made_once(file: Path, place: list[str], tmp_path: Path, 
     assert control == by_name["own maps"]["systems"]["window+lora"] == results[2]["systems"]["student"]
     assert by_name["a"]["systems"]["teacher+lora"] == results[3]["systems"]["student"]
     for name in ("another rank", "late maps"):
-        alone, _ = run(replace(sweep, rows={name: rows[name]}), tmp_path / name)
-        assert alone[-1]["systems"]["student"] == by_name[name]["systems"]["student"]
-        assert alone[-1]["layer_errors"] == by_name[name]["layer_errors"]
+        single, _ = run(replace(sweep, rows={name: rows[name]}), tmp_path / name)
+        assert single[-1]["systems"]["student"] == by_name[name]["systems"]["student"]
+        assert single[-1]["layer_errors"] == by_name[name]["layer_errors"]
         for part in ("feature_maps.safetensors", "lora/adapter_model.safetensors"):
-            ours, theirs = tmp_path / "out" / by_name[name]["directory"], tmp_path / name / alone[-1]["directory"]
+            ours, theirs = tmp_path / "out" / by_name[name]["directory"], tmp_path / name / single[-1]["directory"]
             assert (ours / part).read_bytes() == (theirs / part).read_bytes()
 
 
@@ -233,10 +233,10 @@ def test_a_stage_1_is_taken_also_where_stage_2_trains_its_maps_on(file: Path, pl
     first, *others = (r for r in results if r["kind"] == "row")
     assert [r["transfer_of"] for r in others] == [first["directory"]] * 2
     for other in others:
-        alone, _ = run(replace(sweep, rows={other["name"]: rows[other["name"]]}), tmp_path / other["name"])
-        assert alone[-1]["transfer_of"] == ""
-        assert alone[-1]["systems"] == other["systems"]
-        ours, theirs = tmp_path / "out" / other["directory"], tmp_path / other["name"] / alone[-1]["directory"]
+        single, _ = run(replace(sweep, rows={other["name"]: rows[other["name"]]}), tmp_path / other["name"])
+        assert single[-1]["transfer_of"] == ""
+        assert single[-1]["systems"] == other["systems"]
+        ours, theirs = tmp_path / "out" / other["directory"], tmp_path / other["name"] / single[-1]["directory"]
         assert (ours / "feature_maps.safetensors").read_bytes() == (theirs / "feature_maps.safetensors").read_bytes()
 
 
@@ -255,9 +255,9 @@ def test_rows_with_kept_heads(file: Path, place: list[str], tmp_path: Path) -> N
     assert f"| – {name}, heads kept |" in (tmp_path / "out" / "table.md").read_text()
     assert own["bytes"]["8192"][1] > plain["bytes"]["8192"][1]
     assert own["bytes"]["8192"][0] == plain["bytes"]["8192"][0]
-    alone, _ = run(replace(sweep, rows={"plain": rows["plain"]}), tmp_path / "plain")
-    assert alone[-1]["systems"] == plain["systems"], "whatever rows stand before it"
-    assert alone[1]["row"] == results[1]["row"]
+    single, _ = run(replace(sweep, rows={"plain": rows["plain"]}), tmp_path / "plain")
+    assert single[-1]["systems"] == plain["systems"], "whatever rows stand before it"
+    assert single[1]["row"] == results[1]["row"]
     config = plan(replace(sweep, rows=rows))[0].controls["window_lora"].config
     assert config.attention.softmax_heads == {"0": [1], "1": [0, 1]}
     assert own["systems"]["window+lora"] != plain["systems"]["window+lora"]

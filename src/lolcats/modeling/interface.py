@@ -139,7 +139,7 @@ def _side_by_side(
     cache = pending(call.cache, layer.geometry.layer)
     if cache is None or not layer.kept.linearized or choose_paged_path(q) != "kernels":
         return None
-    all_q, all_k = as_attended(module, q, k, request.rotation if request else None)
+    all_q, all_k = as_attended(module, q, k, request.rotation if request else None, call.backend)
     if not layer.steps_in_place(cache.state, all_q, padding, call.backend):
         return None
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[3])

@@ -62,11 +62,14 @@ def as_attended(
     return append_by_family(q, k, cos, sin, rotate)
 
 
-def append_by_family(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
-    """``append_unrotated`` by the family's own function."""
+def append_by_family(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotate: Rotate, turned: int = 0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``append_unrotated`` by the family's own function. turned: channels that RoPE turns, if not as many as ``cos``
+    has."""
     cos, sin = cos.float(), sin.float()
     size = cos.square() + sin.square()  # not 1 where cos and sin are scaled (YaRN) or rounded
-    turned = cos.shape[-1]
+    turned = turned or cos.shape[-1]
     back = rotate(q[..., :turned].float(), k[..., :turned].float(), cos / size, -sin / size)
     beside = [torch.cat([x, y.to(x.dtype), x[..., turned:]], -1) for x, y in zip((q, k), back, strict=True)]
     return beside[0], beside[1]

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 
 from lolcats.errors import LolcatsError
-from lolcats.modeling.rotary import SAME, SHIFT
+from lolcats.modeling.rotary import SAME, SHIFT, append_by_family
 
 ROTARY = (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding)
 TOKENS = 4  # of the check
@@ -54,13 +54,12 @@ class Rotation:
 
     def beside(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """q (N, H, D) and k (N, G, D) -> (..., 2D), with their values before RoPE appended."""
-        size = cos.square() + sin.square()  # not 1 where cos and sin are scaled (YaRN) or rounded
 
-        def appended(x: Tensor) -> Tensor:
-            back = ApplyRotaryEmb.forward_static(x[..., : self.turned].float(), cos / size, -sin / size, self.halves)
-            return torch.cat([x, back.to(x.dtype), x[..., self.turned :]], -1)
+        def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            q, k = (ApplyRotaryEmb.forward_static(x, cos, sin, self.halves) for x in (q, k))
+            return q, k
 
-        return appended(q), appended(k)
+        return append_by_family(q, k, cos, sin, rotate, self.turned)
 
     @torch.inference_mode()
     def check(self, device: torch.device) -> None:

@@ -152,7 +152,7 @@ class Problem:
         return problem.projected([side for side in "qk" if side not in launcher.seen])
 
     def phi(self, side: str) -> Phi:
-        """How the kernels now get φ(q) or φ(k), ``side`` being q or k: from x itself while there is no x·W."""
+        """How the kernels get φ(q) or φ(k), where ``side`` is q or k: from x itself as long as x·W is not computed."""
         return "seen" if self.call.phi == "projected" and getattr(self, f"f{side}") is None else self.call.phi
 
     def projected(self, sides: Sequence[str] = "qk") -> Problem:

@@ -9,7 +9,7 @@ tensors allocated here follow from them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -123,14 +123,7 @@ class Launcher:
             variant: what the compiled kernel depends on besides the launcher and ``constants``.
         """
         key = kind, variant, tuple(constants.values())
-        known = self._compiled.get(key)
-        if known is not None:
-            compiled, unused = known
-            compiled[grid](*args, *unused)
-            return
-        compiled = kernel[grid](*args, **self.constants(kind) | constants)
-        if hasattr(compiled, "packed_metadata"):  # missing in the interpreter
-            self._compiled[key] = compiled, (None,) * sum(parameter.is_constexpr for parameter in kernel.params)
+        launch(self._compiled, key, kernel, grid, args, lambda: self.constants(kind) | constants)
 
     def constants(self, kind: str) -> dict[str, Any]:
         if kind not in self._constants:
@@ -174,6 +167,24 @@ def find_launcher(
 def precision() -> str:
     """Precision of products of fp32 tiles: on NVIDIA's tensor cores, three tf32 products that add up to fp32."""
     return "tf32x3" if torch.cuda.is_available() and torch.version.hip is None else "ieee"
+
+
+def launch(
+    known: dict[Any, Any], key: Any, kernel: Any, grid: tuple[int, ...], args: Sequence[Any],
+    constants: Callable[[], dict[str, Any]],
+) -> None:  # fmt: skip
+    """Launch a kernel. ``known`` remembers what was compiled, by a ``key`` of all that it depends on: Triton's own
+    search costs the host more.
+
+    constants: the kernel's compile-time constants.
+    """
+    if key in known:
+        compiled, unused = known[key]
+        compiled[grid](*args, *unused)
+        return
+    compiled = kernel[grid](*args, **constants())
+    if hasattr(compiled, "packed_metadata"):  # missing in the interpreter
+        known[key] = compiled, (None,) * sum(parameter.is_constexpr for parameter in kernel.params)
 
 
 @cache

@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lolcats.attention.kernels.launcher import MOST, kind_of
+from lolcats.attention.kernels.launcher import MOST, kind_of, launch
 from lolcats.attention.kernels.layout import power_of_two
 
-_compiled: dict[Any, tuple[Any, tuple[None, ...]]] = {}  # Triton's own search costs the host more than this dictionary
+_compiled: dict[Any, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,19 @@ def _launch(
     batch, heads, tokens, dim = narrow[0].shape
     args = [part for x in tensors for part in (x, _strides(x))]
     grid, key = (tokens, batch, 1), (form, back, *map(kind_of, tensors))
-    if key in _compiled:
-        compiled, unused = _compiled[key]
-        compiled[grid](*args, *unused)
-        return
     kv_heads, pairs, rest = narrow[1].shape[1], cos.shape[2] // 2, dim - cos.shape[2]
-    found = unrotate_kernel[grid](
-        *args, HEADS=heads, KV_HEADS=kv_heads, DIM=dim, PAIRS=pairs, INTERLEAVED=form.interleaved,
-        FIRST_HALF=form.first_half, BACK=back, BLOCK_H=power_of_two(heads), BLOCK_G=power_of_two(kv_heads),
-        BLOCK_P=power_of_two(pairs), BLOCK_R=power_of_two(rest), num_warps=4,
-    )  # fmt: skip
-    if hasattr(found, "packed_metadata"):  # missing in the interpreter
-        if len(_compiled) >= MOST:
-            _compiled.clear()
-        _compiled[key] = found, (None,) * sum(parameter.is_constexpr for parameter in unrotate_kernel.params)
+
+    def constants() -> dict[str, Any]:
+        return {
+            "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "PAIRS": pairs, "INTERLEAVED": form.interleaved,
+            "FIRST_HALF": form.first_half, "BACK": back, "BLOCK_H": power_of_two(heads),
+            "BLOCK_G": power_of_two(kv_heads), "BLOCK_P": power_of_two(pairs), "BLOCK_R": power_of_two(rest),
+            "num_warps": 4,
+        }  # fmt: skip
+
+    if len(_compiled) >= MOST and key not in _compiled:
+        _compiled.clear()
+    launch(_compiled, key, unrotate_kernel, grid, args, constants)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

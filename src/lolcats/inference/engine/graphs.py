@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from lolcats.modeling.cuda_graph import record
 
 log = logging.getLogger(__name__)
 Forward = Callable[[Tensor, Tensor, int], Tensor]
@@ -41,19 +43,8 @@ class DecodeGraphs:
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
         for rows in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
-            self.graphs[rows] = self._capture(forward, rows, pool)
-
-    def _capture(self, forward: Forward, rows: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        ids, positions = self.inputs[:, :rows, None]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once without a graph: compiles kernels and loads libraries
-            forward(ids, positions, rows)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            logits = forward(ids, positions, rows)
-        return graph, logits
+            ids, positions = self.inputs[:, :rows, None]
+            self.graphs[rows] = record(partial(forward, ids, positions, rows), pool)
 
     def run(self, rows: int, inputs: Tensor | None = None) -> Tensor:
         """Logits (rows, V), valid until the next run.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lolcats.errors import first_line
+from lolcats.modeling.cuda_graph import record
 from lolcats.stages.transfer.hidden import Inputs
 from lolcats.stages.transfer.units import Unit
 
@@ -69,15 +70,7 @@ def can_capture(device: torch.device) -> bool:
 def capture(run: Callable[[], None]) -> Callable[[], None]:
     """Record ``run`` as a CUDA graph, and return what replays it. It runs once before that, and other threads may go on
     copying batches."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
-    return graph.replay
+    return record(run, errors="thread_local")[0].replay
 
 
 class Graphs:
