@@ -399,9 +399,12 @@ def test_kernels_of_kept_and_other_heads_run_side_by_side(
     engine, prompt, steps = engine_for(tokenizer, name, slots=1), prompts(7)[6], []
     engine.graphs = ahead = Ahead(engine)  # type: ignore[assignment]
     monkeypatch.setattr(interface, "side_by_side", lambda *args: (steps.append(args), side_by_side(*args)))
+    asked, own = set(), interface.as_attended
+    monkeypatch.setattr(interface, "as_attended", lambda *args: (asked.add(args[4:]), own(*args))[1])
     deltas = queue(engine, prompt, max_tokens=4)
     with use_backend("triton"):
         engine.run()
+    assert asked == {("triton",)}, "RoPE is undone as the call was asked to"
     assert tokens(deltas) == generated(engine.model, prompt, 4)
     assert ahead.runs
     assert len(steps) == 4  # the first token comes from the prompt, and one is computed too many
