@@ -86,6 +86,32 @@ def test_layers_below_the_first_change_are_not_computed_again() -> None:
     assert scorer.passes - before == pytest.approx(1)
 
 
+def test_moving_on_computes_only_what_changes() -> None:
+    base = base_of()
+    scorer, fresh = scorer_of(base), scorer_of(base)
+    scorer.move_to([(0, 2)])
+    before = scorer.passes
+    assert scorer.move_to([(0, 2), (1, 1)]) == pytest.approx(fresh.loss([(0, 2), (1, 1)]), rel=1e-5)
+    assert scorer.passes - before == pytest.approx(0.5)
+    assert scorer.loss([(0, 2), (1, 3)]) == pytest.approx(fresh.loss([(0, 2), (1, 3)]), rel=1e-5)
+    assert scorer.move_to([(0, 1)]) == pytest.approx(fresh.loss([(0, 1)]), rel=1e-5)
+    assert all(len(batch.passed) == len(scorer.blocks) for batch in scorer.batches)
+
+
+def test_slopes_are_computed_once_for_a_set() -> None:
+    scorer, asked = scorer_of(base_of()), list[frozenset[Any]]()
+    slopes = scorer.slopes
+
+    def counted(shares: Any) -> Any:
+        asked.append(frozenset(shares))
+        return slopes(shares)
+
+    scorer.slopes = counted  # type: ignore[method-assign,assignment]
+    grow(scorer, [], units_of(scorer, by_layer=False), 5, 3, lambda _: None)
+    assert any(len(heads) > 3 for heads in asked)  # where units are both dropped and added by their slopes
+    assert len(asked) == len(set(asked))
+
+
 def test_slopes_are_derivatives_by_the_shares() -> None:
     scorer = scorer_of(base_of())
     shares = {head: 0.2 + 0.1 * i for i, head in enumerate(scorer.heads)}

@@ -159,7 +159,7 @@ def passes_of_search(count: int) -> float:
         kept += added
         passes += 1 + 3 + (Settings().width + (added > 1)) / 2 + 1  # hidden states, slopes, candidates, right answers
         if kept > 1 and added == 1:  # each kept head, or the least steep ones, is left out once
-            passes += min(kept, Settings().width) / 2 + 3 * (kept > Settings().width)
+            passes += min(kept, Settings().width) / 2 + 3 * (Settings().width < kept == count)
     return passes + 7  # the teacher's answers, the first slopes, a model without heads, the last hidden states
 
 

@@ -92,8 +92,7 @@ class Scorer:
         Decoder layers below the first one that differs from the last :meth:`move_to` are not computed again.
         """
         chosen = frozenset(heads)
-        first = min((self.depth[layer] for layer, _ in chosen ^ self.at), default=len(self.blocks))
-        first = min(first, len(self.blocks) - 1) if self._recorded else 0
+        first = self._first_change(chosen)
         with self._trying(chosen):
             return sum(self._loss(batch, first).item() for batch in self.batches)
 
@@ -104,13 +103,14 @@ class Scorer:
     @torch.no_grad()
     def move_to(self, heads: Collection[tuple[int, int]]) -> float:
         """Score ``heads``, and keep what every decoder layer puts out: sets near them are then cheaper to score."""
-        self.at = frozenset(heads)
-        total = 0.0
-        with self._trying(self.at):
+        chosen = frozenset(heads)
+        first = self._first_change(chosen)
+        self.at, total = chosen, 0.0
+        with self._trying(chosen):
             for batch in self.batches:
-                batch.passed.clear()  # before the new ones, since both may not fit
-                with _recording(self.blocks, batch.passed, self.record_on):
-                    total += self._loss(batch).item()
+                del batch.passed[first:]  # before the new ones, since both may not fit
+                with _recording(self.blocks[first:], batch.passed, self.record_on):
+                    total += self._loss(batch, first).item()
         return total
 
     def slopes(
@@ -164,9 +164,11 @@ class Scorer:
         """Tokens of all prompts."""
         return sum(batch.ids.numel() for batch in self.batches)
 
-    @property
-    def _recorded(self) -> bool:
-        return all(batch.passed for batch in self.batches)
+    def _first_change(self, heads: Heads) -> int:
+        """The first decoder layer that has to be computed for these heads."""
+        if not all(batch.passed for batch in self.batches):
+            return 0
+        return min((self.depth[layer] for layer, _ in heads ^ self.at), default=len(self.blocks) - 1)
 
     def _trying(self, heads: Heads) -> Any:
         trials = {i: Trial(tuple(sorted(g for layer, g in heads if layer == i))) for i in self.layers}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from lolcats.selection.scorer import Scorer
 
@@ -16,6 +17,7 @@ GAIN, NOISE = 0.01, 1e-6
 Head = tuple[int, int]
 Unit = tuple[Head, ...]
 Say = Callable[[str], None]
+Slopes = Callable[[], dict[Head, float]]
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,15 @@ def grow(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: in
     units, kept = [*kept, *others], list(kept)
     best: dict[int, Found] = {}
     while True:
-        scorer.move_to(_heads(kept))
+        slopes = _moved_to(scorer, kept)
         others = [unit for unit in units if unit not in kept]
         known = best.get(len(kept) - 1)
-        if known and _better(fewer := _without_one(scorer, kept, width), known):
+        if known and _better(fewer := _without_one(scorer, kept, width, slopes), known):
             (gone,) = set(kept) - set(fewer.units)
             say(f"{_counted(fewer)}: {_named(gone)} dropped again, loss {fewer.loss:.4f}")
             kept, best[len(fewer.units)] = list(fewer.units), fewer
         elif len(kept) < count and others:
-            more = _with_more(scorer, kept, others, count, width)
+            more = _with_more(scorer, kept, others, count, width, slopes)
             added = ", ".join(map(_named, more.units[len(kept) :]))
             say(f"{_counted(more)}: {added} added, loss {more.loss:.4f}")
             better = min(best.get(len(more.units), more), more, key=lambda found: found.loss)
@@ -74,9 +76,11 @@ def _better(found: Found, known: Found) -> bool:
     return known.loss - found.loss > max(GAIN * known.loss, NOISE)
 
 
-def _with_more(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: int, width: int) -> Found:
+def _with_more(
+    scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: int, width: int, slopes: Slopes
+) -> Found:  # fmt: skip
     """``kept`` and the next unit or units."""
-    tried = _steepest(scorer, kept, others, width, sign=1)
+    tried = _steepest(slopes, others, width, sign=1)
     losses = dict(zip(tried, scorer.losses([_heads([*kept, unit]) for unit in tried]), strict=True))
     several = 1 if len(kept) < ONE_BY_ONE else min(max(1, count // 16), count - len(kept))
     added = sorted(tried, key=losses.__getitem__)[:several]
@@ -84,9 +88,9 @@ def _with_more(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], cou
     return Found(more, losses[added[0]] if len(added) == 1 else scorer.losses([_heads(more)])[0])
 
 
-def _without_one(scorer: Scorer, kept: Sequence[Unit], width: int) -> Found:
+def _without_one(scorer: Scorer, kept: Sequence[Unit], width: int, slopes: Slopes) -> Found:
     """``kept`` less the unit that is missed least."""
-    sets = [tuple(unit for unit in kept if unit != gone) for gone in _steepest(scorer, kept, kept, width, sign=-1)]
+    sets = [tuple(unit for unit in kept if unit != gone) for gone in _steepest(slopes, kept, width, sign=-1)]
     losses = scorer.losses([_heads(units) for units in sets])
     return min(map(Found, sets, losses), key=lambda found: found.loss)
 
@@ -99,9 +103,9 @@ def shrink(scorer: Scorer, kept: Sequence[Unit], count: int, width: int, say: Sa
     """
     found, kept = [], list(kept)
     while len(kept) > count:
-        scorer.move_to(_heads(kept))
+        slopes = _moved_to(scorer, kept)
         drop = max(1, min(len(kept) - count, int(share * len(kept))))
-        tried = _steepest(scorer, kept, kept, max(width, 2 * drop), sign=-1)
+        tried = _steepest(slopes, kept, max(width, 2 * drop), sign=-1)
         left = [_heads([other for other in kept if other != unit]) for unit in tried]
         losses = dict(zip(tried, scorer.losses(left), strict=True))
         gone = sorted(tried, key=losses.__getitem__)[:drop]
@@ -112,12 +116,18 @@ def shrink(scorer: Scorer, kept: Sequence[Unit], count: int, width: int, say: Sa
     return found
 
 
-def _steepest(scorer: Scorer, kept: Sequence[Unit], units: Sequence[Unit], width: int, sign: int) -> list[Unit]:
+def _moved_to(scorer: Scorer, kept: Sequence[Unit]) -> Slopes:
+    """Move the scorer to ``kept``; the slopes there are computed when they are first asked for."""
+    scorer.move_to(_heads(kept))
+    return cache(lambda: scorer.slopes(dict.fromkeys(_heads(kept), 1.0))[1])
+
+
+def _steepest(slopes: Slopes, units: Sequence[Unit], width: int, sign: int) -> list[Unit]:
     """The ``width`` units whose softmax attention lowers the loss most (sign 1) or least (−1) by their slopes."""
     if width >= len(units):
         return list(units)
-    _, slopes = scorer.slopes(dict.fromkeys(_heads(kept), 1.0))
-    return sorted(units, key=lambda unit: sign * sum(slopes[head] for head in unit))[:width]
+    known = slopes()
+    return sorted(units, key=lambda unit: sign * sum(known[head] for head in unit))[:width]
 
 
 def _heads(units: Sequence[Unit]) -> list[Head]:
