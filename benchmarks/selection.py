@@ -2,10 +2,11 @@
 
     python benchmarks/selection.py MODEL --text BOOK.txt [--heads 7,8,14] [--lengths 1024,4096,8192] [--answers 200]
         [--tasks passkey,needle,multi-query] [--random 5] [--gsm8k 320 --data-dir DIR] [--minutes 9]
-        [--set attention.window_size=256] [--name NAME] [--out results]
+        [--set attention.window_size=256] [--selection FILE] [--name NAME] [--out results]
     python benchmarks/selection.py --shape llama3-8b --heads 32   # only the time of a search, with random weights
 
-Searches once, up to the largest number of heads, and measures the set of every number that is asked for. At the first
+Searches once, up to the largest number of heads, or takes the curve of a file of ``lolcats select``, and measures the
+set of every number that is asked for. At the first
 number also these controls: whole layers chosen alike, the heads with the steepest slopes when none is kept, the heads
 whose loss in the teacher costs most (*single drop*), and random sets. *Loss* is the search's own objective on its own
 prompts, *held out* the same on others. Heads that are not kept have 4 sinks and the default window, unless --set says
@@ -39,10 +40,11 @@ from lolcats.lab.bench import SHAPES, random_model
 from lolcats.modeling.layer import linearized_layers
 from lolcats.pipeline import device_and_dtype
 from lolcats.selection.prompts import Scored, prompts
-from lolcats.selection.result import by_layer
+from lolcats.selection.result import Selection, by_layer
 from lolcats.selection.scorer import Scorer
 from lolcats.selection.search import Head, grow, units_of
 from lolcats.selection.select import PASS, Settings, check_lengths, prompt_plan, search, trial_attention
+from lolcats.weights.base import Base
 
 ROWS = {"cuda": 64, "cpu": 8}
 """Rows of 1,024 tokens in a batch of an evaluation."""
@@ -137,6 +139,17 @@ def found(bench: Bench, counts: Sequence[int]) -> Iterator[Row]:
             yield Row("one by one", trail.heads, times[count])
 
 
+def from_file(path: Path, counts: Sequence[int], base: Base) -> list[Row]:
+    """The sets of a selection's curve that have one of these numbers of heads."""
+    selection = Selection.read(path)
+    selection.check(base, path)
+    sets = {point.count: point.heads for point in selection.curve}
+    return [
+        Row("one by one", [(int(layer), head) for layer, heads in sets[count].items() for head in heads])
+        for count in counts
+    ]
+
+
 def controls(bench: Bench, count: int, sets: int) -> Iterator[Row]:
     """Other ways to choose ``count`` heads."""
     scorer, heads = bench.scorer, bench.scorer.heads
@@ -228,6 +241,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--answers", type=int, default=200, help="in a cell (default: 200)")
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=["passkey", "needle", "multi-query"])
     parser.add_argument("--random", type=int, default=5, help="random sets (default: 5)")
+    parser.add_argument("--selection", type=Path, help="of lolcats select: its sets, instead of a search")
     parser.add_argument("--found-only", action="store_true", help="leave out the teacher and the controls")
     parser.add_argument("--gsm8k", type=int, default=0, help="questions of GSM8K, 5 shots (default: none)")
     parser.add_argument("--set", action="append", default=[], help="a setting, as lolcats takes it")
@@ -259,7 +273,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     full = tasks(arguments, bench, arguments.answers, arguments.gsm8k)
     few = tasks(arguments, bench, min(LIMIT, arguments.answers), 0)
     print("Searching", flush=True)
-    chosen = list(found(bench, arguments.heads))
+    chosen = (
+        from_file(arguments.selection, arguments.heads, bench.inputs.base)
+        if arguments.selection
+        else list(found(bench, arguments.heads))
+    )
     print("The search has ended.", flush=True)
     rest = [] if arguments.found_only else list(controls(bench, arguments.heads[0], arguments.random))
     others = [] if arguments.found_only else [Row("all: the teacher", None), Row("none", []), *rest]

@@ -19,6 +19,8 @@ from support.scripts import FOLDER, script
 
 from lolcats.attention import use_backend
 from lolcats.config import load_config
+from lolcats.selection.result import Point, Selection
+from lolcats.weights.base import find_base, with_content
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +309,23 @@ def test_selection(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     assert rows["one by one", 2]["loss"] < rows["none", 0]["loss"]
     assert json.loads((tmp_path / "selection-tiny.json").read_text())["rows"] == results["rows"]
     assert (tmp_path / "selection-tiny.md").read_text().count("\n| ") == len(rows) + 1
+
+
+def test_selection_takes_the_sets_of_a_file(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    text, file = tmp_path / "book.txt", tmp_path / "selection.yaml"
+    draw = random.Random(0)
+    text.write_text(" ".join(sentence(draw, 8) for _ in range(400)))
+    model = model_dirs["llama"]
+    point = Point({"1": [0]}, 1.0, {"codes": 0.0}, 64)
+    Selection(with_content(find_base(str(model))).record, {}, point.heads, [point]).write(file)
+    results = script("selection").main([
+        str(model), "--text", str(text), "--heads", "1", "--lengths", "512", "--search-lengths", "1536",
+        "--answers", "5", "--tasks", "needle", "--found-only", "--selection", str(file), "--name", "tiny",
+        "--out", str(tmp_path),
+    ])  # fmt: skip
+    assert [(row["how"], row["heads"], row["seconds"]) for row in results["rows"]] == [
+        ("one by one", point.heads, None)
+    ]
 
 
 def test_time_of_a_search() -> None:
