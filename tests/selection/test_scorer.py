@@ -14,7 +14,7 @@ import lolcats
 from lolcats.config import AttentionConfig
 from lolcats.selection.prompts import Scored
 from lolcats.selection.scorer import Scorer
-from lolcats.selection.search import grow, shrink, units_of
+from lolcats.selection.search import added_at, grow, shrink, units_of
 
 WINDOW = {"kind": "window", "window_size": 8, "sinks": 2}
 
@@ -126,12 +126,26 @@ def test_slopes_are_derivatives_by_the_shares() -> None:
 
 def test_many_units_are_added_several_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lolcats.selection.search.ONE_BY_ONE", 2)
+    monkeypatch.setattr("lolcats.selection.search.ROUNDS", 3)
     scorer = scorer_of(base_of())
     kept = [(head,) for head in scorer.heads[:2]]
-    found = grow(scorer, kept, [(head,) for head in scorer.heads[2:]], 40, 3, lambda _: None)
+    found = grow(scorer, kept, [(head,) for head in scorer.heads[2:]], 8, 3, lambda _: None)
     assert [len(each.units) for each in found] == [4, 6, 8]
     for each in found:
         assert each.loss == pytest.approx(scorer.loss(each.heads), rel=1e-5, abs=1e-6)
+
+
+def test_the_first_units_are_added_singly_and_many_more_in_about_eight_rounds() -> None:
+    def rounds(count: int) -> list[int]:
+        kept = [0]
+        while kept[-1] < count:
+            kept.append(kept[-1] + added_at(kept[-1], count))
+        return [b - a for a, b in itertools.pairwise(kept)]
+
+    assert rounds(7) == [1] * 7
+    assert rounds(15) == [1] * 15
+    assert rounds(32) == [1] * 8 + [3] * 8
+    assert rounds(80) == [1] * 8 + [9] * 8
 
 
 def test_search_finds_what_trying_all_sets_of_one_finds() -> None:

@@ -69,6 +69,10 @@ def test_prompts_have_their_length_and_answers(tokenizer: Any, length: int) -> N
             assert all(answer in context for answer in answers)
         if prompt.kind == "passage":
             assert answers[0] in context
+        if prompt.kind == "examples":  # new problems, solved in the form of those in the context
+            assert len(answers) == 3
+            assert not any(answer in context for answer in answers)
+            assert all(answer.split()[0] in context for answer in answers)
 
 
 def test_prompts_are_the_same_for_the_same_seed_only(tokenizer: Any) -> None:

@@ -23,7 +23,7 @@ from lolcats.plan.costs import (
 )
 from lolcats.plan.size import Size
 from lolcats.selection.result import by_layer
-from lolcats.selection.search import ONE_BY_ONE
+from lolcats.selection.search import added_at
 from lolcats.selection.select import Settings, prompt_plan
 from lolcats.weights.base import NF4_BYTES
 
@@ -155,7 +155,7 @@ def passes_of_search(count: int) -> float:
     """Forward passes through all layers until ``count`` heads are chosen, and those of the curve up to there."""
     kept, passes = 0, 0.0
     while kept < count:
-        added = 1 if kept < ONE_BY_ONE else min(max(1, count // 16), count - kept)
+        added = added_at(kept, count)
         kept += added
         passes += 1 + 3 + (Settings().width + (added > 1)) / 2 + 1  # hidden states, slopes, candidates, right answers
         if kept > 1 and added == 1:  # each kept head, or the least steep ones, is left out once

@@ -23,6 +23,7 @@ WORDS = (
 )  # fmt: skip
 NAMES = ("Ada", "Bruno", "Clara", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Karin", "Luis")
 ASKED = 12  # lines of a ledger that are asked for
+SHOWN, SOLVED = 4, 3  # worked problems of a prompt, and those that are asked
 PASSAGE, CUE = 32, 16  # tokens of a passage to repeat, and of its beginning that is given
 
 
@@ -130,24 +131,42 @@ def passage(writer: Writer) -> Scored:
 
 
 def examples(writer: Writer) -> Scored:
-    """Worked sums in a form of their own, the last of which is to be continued in that form."""
-    rng = writer.rng
+    """Worked problems in a form of their own, and more of them to be solved in that form."""
+    problem = writer.rng.choice((boxes, journeys, shelves))
+    shown = [problem(writer.rng) for _ in range(SHOWN)]
+    asked = [problem(writer.rng) for _ in range(SOLVED)]
+    return writer.prompt("examples", [f"{task} {answer}\n\n" for task, answer in shown], asked, dense=True)
 
-    def worked() -> tuple[str, str]:
-        name, first, second, each = rng.choice(NAMES), rng.randrange(3, 20), rng.randrange(3, 20), rng.randrange(2, 9)
-        thing = rng.choice(WORDS)
-        task = (
-            f"Task: {name} packs {first} {thing} boxes on one day and {second} on the next. Each weighs {each} pounds. "
-            "How heavy are they together?\nSolution:"
-        )
-        total = first + second
-        return (
-            task,
-            f"Boxes: {first}+{second}={total}. Pounds: {total}*{each}={total * each}. Result -> [{total * each}]",
-        )
 
-    shown = [worked() for _ in range(6)]
-    return writer.prompt("examples", [f"{task} {answer}\n\n" for task, answer in shown], [worked()], dense=True)
+def boxes(rng: random.Random) -> tuple[str, str]:
+    first, second, each = rng.randrange(3, 20), rng.randrange(3, 20), rng.randrange(2, 9)
+    total = first + second
+    return (
+        f"Task: {rng.choice(NAMES)} packs {first} {rng.choice(WORDS)} boxes on one day and {second} on the next. Each "
+        f"weighs {each} pounds. How heavy are they together?\nSolution:",
+        f"Boxes: {first}+{second}={total}. Pounds: {total}*{each}={total * each}. Result -> [{total * each}]",
+    )
+
+
+def journeys(rng: random.Random) -> tuple[str, str]:
+    name, day, bus = rng.choice(NAMES), rng.randrange(3, 20), rng.randrange(3, 40)
+    return (
+        f"Problem. {name} walks {day} miles on Monday and twice as far on Tuesday, and then takes the "
+        f"{rng.choice(WORDS)} bus for {bus} miles. How long was the way?\nWorking.",
+        f"On Tuesday {name} walks 2 x {day} = {2 * day} miles. On foot that makes {day} + {2 * day} = {3 * day} miles. "
+        f"With the bus the way is {3 * day} + {bus} = {3 * day + bus} miles long.\nFinal: <{3 * day + bus}>",
+    )
+
+
+def shelves(rng: random.Random) -> tuple[str, str]:
+    count, each, thing = rng.randrange(3, 10), rng.randrange(5, 15), rng.choice(WORDS)
+    sold = rng.randrange(2, 15)
+    return (
+        f"Q) A shop has {count} shelves with {each} {thing} jars on each, and sells {sold} jars. How many are left?"
+        "\nA)",
+        f"There were {count} times {each}, that is {count * each} {thing} jars. The shop sold {sold} of these, and "
+        f"{count * each} minus {sold} makes {count * each - sold}.\n=> {count * each - sold} jars",
+    )
 
 
 KINDS: dict[str, Callable[[Writer], Scored]] = {

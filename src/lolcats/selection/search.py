@@ -11,7 +11,7 @@ from functools import cache
 
 from lolcats.selection.scorer import Scorer
 
-ONE_BY_ONE = 8  # units that are added singly
+ONE_BY_ONE, ROUNDS = 8, 8  # units that are added singly, and about as many rounds for all others
 GAIN, NOISE = 0.01, 1e-6
 """A set that replaces another one of its size has a loss lower by this share, and by that many nats."""
 Head = tuple[int, int]
@@ -45,8 +45,8 @@ def grow(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: in
     """Add the unit that lowers the loss most, until ``count`` are kept: a floating forward search (Pudil et al. 1994).
 
     In each round the slopes of all units are computed at once, and only the ``width`` most promising ones are scored.
-    The first ``ONE_BY_ONE`` units are added singly, since much depends on them; of many more, a 16th of ``count`` is
-    added in a round, those with the lowest scores. After every round, units go again as long as what is left is better
+    The first ``ONE_BY_ONE`` units are added singly, since much depends on them; of many more, several are added in a
+    round, those with the lowest scores. After every round, units go again as long as what is left is better
     by ``GAIN`` than the best set of that size: what was the best beginning may be worth little later.
 
     Returns:
@@ -72,6 +72,11 @@ def grow(scorer: Scorer, kept: Sequence[Unit], others: Sequence[Unit], count: in
             return [best[size] for size in sorted(best)]
 
 
+def added_at(kept: int, count: int) -> int:
+    """How many units of ``count`` a round adds to ``kept``."""
+    return 1 if kept < ONE_BY_ONE else max(1, min((count - ONE_BY_ONE) // ROUNDS, count - kept))
+
+
 def _better(found: Found, known: Found) -> bool:
     return known.loss - found.loss > max(GAIN * known.loss, NOISE)
 
@@ -82,8 +87,7 @@ def _with_more(
     """``kept`` and the next unit or units."""
     tried = _steepest(slopes, others, width, sign=1)
     losses = dict(zip(tried, scorer.losses([_heads([*kept, unit]) for unit in tried]), strict=True))
-    several = 1 if len(kept) < ONE_BY_ONE else min(max(1, count // 16), count - len(kept))
-    added = sorted(tried, key=losses.__getitem__)[:several]
+    added = sorted(tried, key=losses.__getitem__)[: added_at(len(kept), count)]
     more = (*kept, *added)
     return Found(more, losses[added[0]] if len(added) == 1 else scorer.losses([_heads(more)])[0])
 

@@ -28,8 +28,8 @@ LONGEST = (("codes", 1), ("facts", 1), ("ledger", 2), ("passage", 1), ("examples
 """Kinds of prompt at the longest length, and how many of each."""
 SHORTER = ("codes", "ledger", "examples", "passage", "facts")
 """Kinds at the shorter lengths, two of each length in turn."""
-PASS = {"cuda": 65_536, "cpu": 4_096}
-"""Tokens per forward pass, before memory is short."""
+PASS = {"cuda": 16_384, "cpu": 4_096}
+"""Tokens per forward pass, before memory is short. Small enough for two ranks to share a set's prompts evenly."""
 
 
 @dataclass(frozen=True)
