@@ -58,7 +58,7 @@ def test_a_part_that_is_missing_says_why() -> None:
     assert common.attempt(too_large, 0) == {"missing": "no time left"}
 
 
-@pytest.mark.parametrize("name", ["training", "scale", "multi_gpu", "attention", "long_range"])
+@pytest.mark.parametrize("name", ["training", "scale", "multi_gpu", "attention", "long_range", "training_steps"])
 def test_committed_tables_are_those_of_their_results(name: str) -> None:
     """Reading the JSON and writing its table again changes nothing."""
     if name == "attention":
