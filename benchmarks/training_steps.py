@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import logging
 import os
 import re
 import statistics
@@ -132,6 +133,17 @@ class Clock:
         return [b - a for a, b in pairs]
 
 
+class Warnings(logging.Handler):
+    """What lolcats warned of: a graph that could not be recorded, for example."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
 def work(row: Row, steps: int, losses: bool) -> dict[str, Any]:
     """Train in this process, whose lolcats is the build to measure."""
     from training import Geometry, build
@@ -145,7 +157,8 @@ def work(row: Row, steps: int, losses: bool) -> dict[str, Any]:
         model = model.float()
     torch.manual_seed(1)
     data = torch.randint(geometry.vocabulary, ((WARM + steps + 1) * row.batch, row.length))
-    clock = Clock(device, steps)
+    clock, warnings = Clock(device, steps), Warnings()
+    logging.getLogger("lolcats").addHandler(warnings)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         train = {"transfer": train_lolcats, "finetune": train_lolcats, "peft": train_peft}[row.stage]
@@ -155,7 +168,7 @@ def work(row: Row, steps: int, losses: bool) -> dict[str, Any]:
     return {
         "build": str(Path(lolcats.__file__).parents[2]), "seconds": clock.seconds(), "tokens": row.batch * row.length,
         "peak_gib": clock.peak, "busy_ms": clock.busy, "total_seconds": time.perf_counter() - started,
-        "losses": history, "device": common.hardware(device),
+        "losses": history, "warnings": warnings.said, "device": common.hardware(device),
         "versions": common.installed("torch", "transformers", "peft", "triton", "liger-kernel"),
     }  # fmt: skip
 
@@ -300,6 +313,10 @@ def report(results: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     lines += [_line(title, row["this"], row["other"]) for title, row in results["rows"].items()]
+    warned = {
+        text: title for title, row in results["rows"].items() for x in row["this"] for text in x.get("warnings", ())
+    }
+    lines += ["", *(f"{title} warned: {text}" for text, title in warned.items())] if warned else []
     if any(x.get("losses") for row in results["rows"].values() for x in row["this"]):
         lines += ["", "| row | build | losses |", "|---|---|---|"]
         lines += [
