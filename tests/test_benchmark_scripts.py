@@ -17,9 +17,11 @@ import torch
 from conftest import sentence
 from support.scripts import FOLDER, script
 
+import lolcats
 from lolcats.attention import use_backend
 from lolcats.config import load_config
 from lolcats.selection.result import Point, Selection
+from lolcats.stages.finetune.stage import add_lora
 from lolcats.weights.base import find_base, with_content
 
 
@@ -58,14 +60,17 @@ def test_a_part_that_is_missing_says_why() -> None:
     assert common.attempt(too_large, 0) == {"missing": "no time left"}
 
 
-@pytest.mark.parametrize("name", ["training", "scale", "multi_gpu", "attention", "long_range", "training_steps"])
+@pytest.mark.parametrize(
+    "name",
+    ["training", "scale", "multi_gpu", "attention", "long_range", "training_steps", "large", "large_405B"],
+)
 def test_committed_tables_are_those_of_their_results(name: str) -> None:
     """Reading the JSON and writing its table again changes nothing."""
     if name == "attention":
         pytest.importorskip("triton")
     if not (FOLDER / "results" / f"{name}.json").exists():
         pytest.skip("not measured yet")
-    common, module = script("common"), script(name)
+    common, module = script("common"), script(name.removesuffix("_405B"))
     results = common.read(FOLDER / "results", name)
     assert module.report(results) == (FOLDER / "results" / f"{name}.md").read_text()
 
@@ -274,6 +279,57 @@ def test_scale_stops_at_its_deadline(scale: ModuleType, tmp_path: Path) -> None:
     bench = scale.Bench(scale.TINY["tiny"], torch.device("cpu"), 0, tmp_path)
     assert bench.run() == {"missing": "no time left"}
     assert "no time left" in (tmp_path / "scale.md").read_text()
+
+
+def test_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Parts tell what they find as they come, and a part that was measured before stays."""
+    large, told = script("large"), dict[str, Any]()
+    for part in ("stage 1", "stage 2"):
+        told |= {part: large.WORK[part](large.MODELS["tiny"], torch.device("cpu"), told.__setitem__)}
+    known = {"parts": {"stage 1, this build, turn 1": told["stage 1"], "build": told["build"]}}
+    (tmp_path / "large.json").write_text(json.dumps(known))
+    monkeypatch.setattr(sys, "argv", ["large.py", "--tiny", "--out", str(tmp_path), "--only", "selection"])
+    large.main()
+    results, page = json.loads((tmp_path / "large.json").read_text()), (tmp_path / "large.md").read_text()
+    assert large.report(results) == page == capsys.readouterr().out.removesuffix("\n")
+    assert list(results["parts"]) == ["stage 1, this build, turn 1", "build", "selection"]
+    spent = results["parts"]["selection"]["spent"]
+    assert [round(spent[name][1], 3) for name in ("the teacher's answers", "hidden states", "slopes")] == [1, 1, 3]
+    assert spent["candidates"][1] == pytest.approx(9), "half of 12 in the first layer of two"
+    variants = {name: found for name, found in told.items() if name.startswith("stage 2, ")}
+    assert len(variants) == len(large.VARIANTS)
+    assert all(found["tokens_per_second"] > 0 for found in variants.values())
+    results["parts"] = {**variants, "stage 2, the rest": {"missing": "out of time"}}
+    assert large.report(results).count(" tokens/s, 120 GiB |\n") == len(variants)
+
+
+def test_a_large_part_ends_at_its_limit() -> None:
+    large = script("large")
+    heard: list[Any] = []
+    assert large.measured("stage 1", "tiny", large.ROOT, 0.2, lambda *found: heard.append(found)) == "out of time"
+    assert not heard
+
+
+def test_random_weights_in_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They compute and learn as those that transformers loads, and each layer has memory of its own."""
+    modules = pytest.importorskip("bitsandbytes").nn.modules
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # else weights are packed in a form without gradients
+    large, device = script("large"), torch.device("cpu")
+    tiny = replace(large.MODELS["tiny"], layers=3)
+    config = large.shape(tiny)
+    model = large.quantized_model(config, device)
+    layers = [layer.mlp.down_proj for layer in model.model.layers]
+    assert [type(layer) for layer in layers] == [modules.Linear4bit] * 3
+    assert all(layer.weight.module is layer for layer in layers)
+    assert len({layer.weight.data_ptr() for layer in layers}) == 3
+    recipe = load_config("paper-70b", [*tiny.settings, "data.sequence_length=64"])
+    lolcats.convert(model, replace(recipe.attention, softmax_heads=large.kept_heads(config)))
+    wrapped = add_lora(model, recipe.finetune)
+    found = large.train(wrapped, config.vocab_size, tiny, large.VARIANTS[1], device)
+    assert len(found["step_seconds"]) == 1
+    trained = [p for name, p in wrapped.named_parameters() if "lora_B" in name]
+    assert len(trained) == 4 * 3
+    assert all(p.abs().sum() > 0 for p in trained)
 
 
 def test_kept_heads(tmp_path: Path) -> None:

@@ -1,0 +1,461 @@
+"""The whole path of a 70B model on one GPU, a few steps of each part: stage 1, stage 2 on 4 bits, selection of heads.
+
+    python benchmarks/large.py --against DIR         # writes benchmarks/results/large.json and large.md
+    python benchmarks/large.py --model 405B          # eight layers of a 405B: large_405B.json and large_405B.md
+    python benchmarks/large.py --only "stage 2"      # parts whose name matches; the others stay
+    python benchmarks/large.py --report              # the table again, from the JSON
+
+Weights are random: those of stage 1 are drawn layer by layer, and one layer is quantized to 4 bits and copied for all
+others. Each part is a process with a time limit of its own, and what it found is written as it comes. Stage 1 is also
+measured with the build in DIR, in turns. What `lolcats plan` says of the same work stands beside each part.
+"""
+
+import argparse
+import copy
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+MARGIN = 30  # seconds before the deadline in which no part begins
+WARM = 1  # steps of stage 2 before the measured ones
+ANSWER = 40  # answer tokens of a random prompt
+KEPT = 0.125  # of the key/value heads
+PATIENCE = 45 * 60  # seconds that a search should take at most
+VARIANTS = [
+    {"loss": loss, "rows": rows, "checkpointing": again}
+    for rows, again in ((4, False), (8, True), (2, False))
+    for loss in ("cross_entropy", "kl")
+]
+"""Of stage 2: rows at a time, and whether layers are computed again in the backward pass."""
+PARTS = {"stage 1": 150.0, "stage 2": 400.0, "selection": 200.0}
+"""Seconds that a part may take (stage 1: each build and turn)."""
+TARGETS = {"stage 2, cross_entropy": 1500.0, "stage 2, kl": 1000.0}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of which ``layers`` are run; the rest of its shape is that of ``benchmarks/scale.py``."""
+
+    scale: str
+    layers: int
+    stage_1_layers: int
+    lengths: tuple[int, ...]
+    """Of the prompts of a search."""
+    length: int = 1024
+    batch: int = 8
+    steps: int = 3
+    settings: tuple[str, ...] = ()
+    """Other than those of the recipe paper-70b."""
+
+
+MODELS = {
+    "70B": Model("Llama 3.1 70B", 80, 8, (1024, 2048)),
+    "405B": Model("Llama 3.1 405B", 8, 8, (1024, 2048)),
+    "tiny": Model("tiny", 2, 2, (512,), 64, 8, 1, ("attention.feature_dim=16", "attention.window_size=16")),
+}
+
+
+def shape(model: Model) -> Any:
+    """The configuration of the layers that are run."""
+    import scale
+    from transformers import LlamaConfig
+
+    g = {**scale.GEOMETRIES, **scale.TINY}[model.scale]
+    return LlamaConfig(
+        hidden_size=g.hidden, intermediate_size=max(g.intermediate, 128), num_hidden_layers=model.layers,
+        num_attention_heads=g.heads, num_key_value_heads=g.kv_heads, vocab_size=g.vocabulary, rope_theta=500_000.0,
+        max_position_embeddings=8192, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def quantized_model(config: Any, device: torch.device, in_4_bits: bool = True) -> Any:
+    """A model with random weights whose decoder layers are in NF4, as if transformers had loaded it in 4 bits.
+
+    One layer is quantized, and the others get copies. ``in_4_bits``: False on a CPU, where bitsandbytes may have no
+    gradients.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    one = copy.deepcopy(config)
+    one.num_hidden_layers = 1
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(one, dtype=dtype)
+    layers: Any = model.model.layers
+    if in_4_bits:
+        quantize(layers[0], dtype, device)
+        model.is_loaded_in_4bit = True
+    layers.extend(copy.deepcopy(layers[0]) for _ in range(1, config.num_hidden_layers))
+    for number, layer in enumerate(layers):
+        layer.self_attn.layer_idx = number
+        for module in layer.modules():
+            if hasattr(module, "config"):
+                module.config = model.config  # not a copy, which would not follow its changes
+            if hasattr(getattr(module, "weight", None), "module"):  # what a copied Params4bit belongs to
+                module.weight.module, module.quant_state = module, module.weight.quant_state
+    model.config.num_hidden_layers = config.num_hidden_layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[0]] * config.num_hidden_layers
+    return model.requires_grad_(False).eval()
+
+
+def quantize(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Its linear layers in NF4, as ``lolcats.weights.base.nf4`` has them."""
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in list(layer.named_modules()):
+        if type(module) is nn.Linear:
+            new = Linear4bit(
+                module.in_features, module.out_features, module.bias is not None, dtype, compress_statistics=True,
+                quant_type="nf4", device="meta",
+            )  # fmt: skip
+            new.weight = type(new.weight)(
+                module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
+            ).to(device)
+            new.bias = module.bias
+            layer.set_submodule(name, new)
+
+
+def kept_heads(config: Any) -> dict[str, list[int]]:
+    """An eighth of the heads, spread over all layers."""
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    kept: dict[str, list[int]] = {}
+    for number in range(max(1, int(KEPT * layers * heads))):
+        kept.setdefault(str(number % layers), []).append(number // layers)
+    return kept
+
+
+def stage_1(model: Model, device: torch.device, _: Callable[..., None]) -> dict[str, Any]:
+    """Streamed, by ``benchmarks/scale.py`` of the build that is measured."""
+    import scale
+
+    geometry = replace({**scale.GEOMETRIES, **scale.TINY}[model.scale], layers=model.stage_1_layers)
+    with tempfile.TemporaryDirectory() as place:
+        found = scale.Bench(geometry, device, time.monotonic() + PARTS["stage 1"], Path(place)).run()
+    if "missing" in found:
+        return found
+    return {**found, "whole_run": scale.whole_run(geometry, found, scale.Run())}
+
+
+def stage_2(model: Model, device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
+    """Both losses, with layers kept for backward or computed again, on one model."""
+    import lolcats
+    from lolcats.config import load_config
+    from lolcats.stages.finetune.stage import add_lora
+
+    started, config = time.perf_counter(), shape(model)
+    built = quantized_model(config, device, in_4_bits=device.type == "cuda")
+    recipe = load_config("paper-70b", [*model.settings, f"data.sequence_length={model.length}"])
+    attention = replace(recipe.attention, softmax_heads=kept_heads(config))
+    wrapped = add_lora(lolcats.convert(built, attention), recipe.finetune)
+    common.synchronize(device)
+    tell("build", {"seconds": time.perf_counter() - started, "gpu_gib": _allocated(device)})
+    for variant in VARIANTS:
+        part = partial(train, wrapped, config.vocab_size, model, variant, device)
+        tell(named(variant), {**variant, **common.attempt(part, float("inf"))})
+        common.free(device)
+    return {}
+
+
+def named(variant: dict[str, Any]) -> str:
+    again = ", layers computed again" if variant["checkpointing"] else ""
+    return f"stage 2, {variant['loss']}, {variant['rows']} rows at a time{again}"
+
+
+def train(
+    wrapped: Any, vocabulary: int, model: Model, variant: dict[str, Any], device: torch.device
+) -> dict[str, Any]:  # fmt: skip
+    """A few optimizer steps by ``lolcats finetune``'s own stage."""
+    from lolcats.config import load_config
+    from lolcats.data.rows import Data
+    from lolcats.stages.finetune.stage import finetune
+    from lolcats.stages.finetune.trainer import WatchSteps
+
+    steps, never, ends = WARM + model.steps, 10**6, list[float]()
+    config = load_config("paper-70b", [
+        *model.settings, f"data.sequence_length={model.length}", f"finetune.batch_size={model.batch}",
+        f"finetune.max_steps={steps}",
+        f"finetune.micro_batch_size={variant['rows']}", f"finetune.loss={variant['loss']}",
+        f"finetune.gradient_checkpointing={str(variant['checkpointing']).lower()}",
+        f"finetune.eval_steps={never}", f"finetune.save_steps={never}", f"finetune.log_steps={never}",
+    ])  # fmt: skip
+    torch.manual_seed(1)
+    ids = torch.randint(vocabulary, (steps * model.batch, model.length))
+    wrapped.get_base_model().gradient_checkpointing_disable()
+    own: Any = WatchSteps.on_step_end
+
+    def end(*args: Any, **kwargs: Any) -> Any:
+        common.synchronize(device)
+        ends.append(time.perf_counter())
+        if len(ends) == WARM:
+            common.reset_peak(device)
+        if len(ends) == steps:
+            peaks.append(common.peak_gib(device))
+        return own(*args, **kwargs)
+
+    peaks: list[float | None] = []
+    WatchSteps.on_step_end = end
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            finetune(wrapped, Data(ids, ids[:1], ids[:1], "benchmark", {}), config, Path(directory))
+    finally:
+        WatchSteps.on_step_end = own
+    seconds = [after - before for before, after in zip(ends[WARM - 1 :], ends[WARM:], strict=False)]
+    tokens = model.batch * model.length
+    return {"step_seconds": seconds, "tokens_per_second": tokens / statistics.median(seconds), "peak_gib": peaks[0]}
+
+
+def selection(model: Model, device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
+    """A round of the search, in its pieces: seconds of a pass through all layers with all prompts."""
+    import lolcats
+    from lolcats.config import AttentionConfig
+    from lolcats.plan.quantized import passes_of_search
+    from lolcats.selection.prompts import Scored
+    from lolcats.selection.scorer import Scorer
+    from lolcats.selection.select import PASS, Settings, prompt_plan, trial_attention
+
+    config = shape(model)
+    built = quantized_model(config, device, in_4_bits=device.type == "cuda")
+    lolcats.convert(built, trial_attention(AttentionConfig(sinks=4)))
+    draw = random.Random(0)
+    asked = [
+        Scored(kind, [draw.randrange(config.vocab_size) for _ in range(n)], [(n - ANSWER, n)])
+        for kind, n in prompt_plan(model.lengths)
+    ]
+    common.reset_peak(device)
+    began = time.perf_counter()
+    scorer = Scorer(built, asked, PASS.get(device.type, PASS["cpu"]))
+    count = max(1, int(KEPT * len(scorer.heads)))
+    candidates = [scorer.heads[i * len(scorer.heads) // Settings().width] for i in range(Settings().width)]
+    round_ = [("hidden states", partial(scorer.move_to, ())), ("slopes", partial(scorer.slopes, {}))]
+    round_ += [("candidates", partial(scorer.loss, [head])) for head in candidates]
+    spent: dict[str, list[float]] = {"the teacher's answers": [time.perf_counter() - began, scorer.passes]}
+    for name, work in round_:
+        started, passes = time.perf_counter(), scorer.passes
+        work()
+        common.synchronize(device)
+        before = spent.get(name, [0.0, 0.0])
+        spent[name] = [before[0] + time.perf_counter() - started, before[1] + scorer.passes - passes]
+        whole = passes_of_search(count)
+        seconds = sum(s for s, _ in spent.values()) / sum(p for _, p in spent.values()) * whole
+        tell("selection", {
+            "heads": f"{count} of {len(scorer.heads)}", "lengths": model.lengths, "tokens_per_score": scorer.tokens,
+            "spent": spent, "passes": whole, "seconds": seconds, "peak_gib": common.peak_gib(device),
+        })  # fmt: skip
+    return {}
+
+
+def _allocated(device: torch.device) -> float | None:
+    return torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else None
+
+
+def planned(model: Model, gpu_gib: float) -> dict[str, Any]:
+    """What ``lolcats plan`` says of this work on one GPU: tokens/s and GiB of each part."""
+    from lolcats.config import load_config
+    from lolcats.plan import Machine, Work, plan_transfer, quantized, size_of
+
+    settings = [*model.settings, f"data.sequence_length={model.length}"]
+    recipe, machine = load_config("paper-70b", settings), Machine(1, gpu_gib * 2**30)
+    work, budget = Work(), replace(recipe, attention=replace(recipe.attention, softmax_budget=KEPT))
+    plain = size_of(shape(model), recipe)
+    size = size_of(shape(model), quantized.kept_evenly(budget, plain))
+    found: dict[str, Any] = {}
+    stream = next(plan for plan in plan_transfer(plain, recipe, machine, work) if plan.schedule == "stream")
+    found["stage 1"] = {"tokens_per_second": stream.tokens / stream.time, "gib": stream.peak / 2**30}
+    for plan, loss in zip(quantized.plan_quantized(size, recipe, machine, work), ("cross_entropy", "kl"), strict=True):
+        found[f"stage 2, {loss}"] = {
+            "tokens_per_second": plan.tokens / plan.time, "gib": plan.peak / 2**30, "settings": plan.settings,
+        }  # fmt: skip
+    search = quantized.search(plain, budget, machine, model.lengths, in_4_bits=True)
+    found["selection"] = {"seconds": search.time, "gib": search.peak / 2**30}
+    return found
+
+
+WORK: dict[str, Callable[[Model, torch.device, Callable[..., None]], dict[str, Any]]] = {
+    "stage 1": stage_1, "stage 2": stage_2, "selection": selection,
+}  # fmt: skip
+
+
+def work(part: str, model: Model) -> None:
+    """Measure in this process, whose lolcats is the build to measure; a line for each result."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def tell(name: str, found: dict[str, Any]) -> None:
+        print("FOUND " + json.dumps([name, found]), flush=True)
+
+    found = common.attempt(lambda: WORK[part](model, device, tell), float("inf"))
+    if found:
+        tell(part, found)
+
+
+def measured(
+    part: str, model: str, source: Path, seconds: float, heard: Callable[[str, dict[str, Any]], None]
+) -> str:  # fmt: skip
+    """:func:`work` in a process whose lolcats is that of ``source``. Returns what went wrong, if anything did."""
+    path = os.pathsep.join([str(source / "src"), str(source / "benchmarks")])
+    command = [sys.executable, __file__, "--work", part, "--model", model, "--source", str(source)]
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        late = threading.Timer(seconds, child.kill)
+        late.start()
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("FOUND "):
+                heard(*json.loads(line.removeprefix("FOUND ")))
+        code = child.wait()
+        out_of_time = not late.is_alive() and code != 0
+        late.cancel()
+        errors.seek(0)
+        told = errors.read().strip().splitlines()
+    return "out of time" if out_of_time else (told or ["no message"])[-1][:300] if code else ""
+
+
+def turns(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Path]]:
+    """(name, part, build) of all processes, in their order."""
+    others = [Path(arguments.against).resolve()] if arguments.against else []
+    for turn in range(arguments.turns):
+        for source in [*others, ROOT]:
+            yield f"stage 1, {'this' if source == ROOT else 'other'} build, turn {turn + 1}", "stage 1", source
+    yield "stage 2", "stage 2", ROOT
+    yield "selection", "selection", ROOT
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    name, deadline = output(arguments), time.monotonic() + arguments.deadline - MARGIN
+    known = common.read(arguments.out, name) if (arguments.out / f"{name}.json").exists() else {"parts": {}}
+    gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if device.type == "cuda" else 139.0
+    results: dict[str, Any] = {
+        "date": str(date.today()), "device": common.hardware(device), "model": arguments.model,
+        "against": arguments.against or known.get("against", ""), "parts": known["parts"],
+        "versions": common.installed("torch", "transformers", "peft", "bitsandbytes", "triton", "liger-kernel"),
+        "plan": planned(MODELS[arguments.model], gib),
+    }  # fmt: skip
+
+    def heard(key: str, title: str, part: dict[str, Any]) -> None:
+        title = key if title in PARTS else title
+        results["parts"][title] = part
+        print(f"{title}: {json.dumps(part)}", file=sys.stderr, flush=True)
+        common.write(results, report(results), arguments.out, name)
+
+    for key, part, source in turns(arguments):
+        if not re.search(arguments.only, key):
+            continue
+        left = deadline - time.monotonic()
+        wrong = (
+            measured(part, arguments.model, source, min(PARTS[part], left), partial(heard, key))
+            if left > 0
+            else "no time left"
+        )
+        if wrong:
+            heard(key, f"{key}, the rest", {"missing": wrong})
+    return results
+
+
+def output(arguments: argparse.Namespace) -> str:
+    return "large" if arguments.model in ("70B", "tiny") else f"large_{arguments.model}"
+
+
+def report(results: dict[str, Any]) -> str:
+    model, plan = MODELS[results["model"]], results["plan"]
+    lines = [
+        f"# The path of a {results['model']} model on one GPU", "",
+        f"`python benchmarks/large.py`, {results['date']}, {results['device']}, {common.listed(results['versions'])}. "
+        f"Llama-3.1-{results['model']} geometry with random weights. Stage 1: {model.stage_1_layers} layers, streamed, "
+        f"hours extrapolated to all layers and 20M tokens. Stage 2: {model.layers} layers in NF4, rows of "
+        f"{model.length:,}, {model.batch} a step, {KEPT:.1%} of the key/value heads kept, LoRA of recipe paper-70b. "
+        "Selection: a round of the search, extrapolated by passes through the model. *Plan*: what `lolcats plan` says "
+        f"of {model.layers} layers.", "",
+        "| part | measured | peak GiB | plan | plan GiB | target |", "|---|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    lines += [_row(name, part, plan) for name, part in results["parts"].items()]
+    ratio = _ratio(results["parts"])
+    return "\n".join([*lines, *(["", ratio] if ratio else [])]) + "\n"
+
+
+def _row(name: str, part: dict[str, Any], plan: dict[str, Any]) -> str:
+    key = next((key for key in plan if name.startswith(key)), "")
+    said, peak = plan.get(key, {}), part.get("peak_gib", part.get("peak_gpu_gib"))
+    gib = "" if peak is None else f"{peak:.1f}"
+    plan_gib = f"{said['gib']:.1f}" if said else ""
+    if "missing" in part:
+        return f"| {name} | {part['missing']} | | | | |"
+    if "whole_run" in part:
+        whole = part["whole_run"]
+        value = f"{whole['tokens_per_second']:,.0f} tokens/s, {whole['hours']:.2f} h"
+        return f"| {name} | {value} | {gib} | {said['tokens_per_second']:,.0f} tokens/s | {plan_gib} | 26 GiB |"
+    if "tokens_per_second" in part:
+        value, target = f"{part['tokens_per_second']:,.0f} tokens/s", f"{TARGETS[key]:,.0f} tokens/s, 120 GiB"
+        return f"| {name} | {value} | {gib} | {said['tokens_per_second']:,.0f} tokens/s | {plan_gib} | {target} |"
+    if "passes" in part:
+        value = f"{part['seconds'] / 60:.1f} min for {part['heads']} heads, {part['passes']:.0f} passes"
+        return f"| {name} | {value} | {gib} | {said['seconds'] / 60:.1f} min | {plan_gib} | 45 min |"
+    held = "" if part["gpu_gib"] is None else f"{part['gpu_gib']:.1f}"
+    return f"| {name} | {part['seconds']:.1f} s | {held} | | | |"
+
+
+def _ratio(parts: dict[str, Any]) -> str:
+    """Stage 1 of this build against the other one: medians of the steps of all turns."""
+    steps = {
+        build: [
+            part["step_seconds"] for name, part in parts.items() if f"{build} build" in name and "whole_run" in part
+        ]
+        for build in ("this", "other")
+    }
+    if not all(steps.values()):
+        return ""
+    this, other = (1e3 * statistics.median(steps[build]) for build in ("this", "other"))
+    return (
+        f"A step of stage 1 in one layer takes {this:.2f} ms, and {other:.2f} ms with the other build: "
+        f"{other / this:.2f} times as fast (target: 1.15)."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["70B", "405B", "tiny"], default="70B", help="geometry (default: 70B)")
+    parser.add_argument("--against", default="", help="directory of another build, for stage 1")
+    parser.add_argument("--turns", type=int, default=2, help="processes of each build (default: %(default)s)")
+    parser.add_argument("--only", default="", help="parts whose name has a match of this regular expression")
+    parser.add_argument("--deadline", type=float, default=580, help="seconds for everything (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
+    parser.add_argument("--report", action="store_true", help="only write the table again from the JSON")
+    parser.add_argument("--tiny", action="store_true", help="a small model, on a CPU too: tries the script")
+    parser.add_argument("--work", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--source", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        sys.path.insert(0, str(arguments.source / "benchmarks"))
+        work(arguments.work, MODELS[arguments.model])
+        return
+    arguments.model = "tiny" if arguments.tiny else arguments.model
+    if arguments.report:
+        results = common.read(arguments.out, output(arguments))
+        common.write(results, report(results), arguments.out, output(arguments))
+    else:
+        run(arguments, common.chosen_device(arguments, "139 GB"))
+    print((arguments.out / f"{output(arguments)}.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
