@@ -445,6 +445,7 @@ def test_70b_on_one_gpu_has_a_path() -> None:
     assert quantized_plan.nf4_bytes(none) == pytest.approx(39.5e9, rel=0.01)
     (export,) = quantized_plan.plan_export(none, Machine())
     assert sum(export.host.values()) < 24 * GIB
+    settings: dict[int, list[list[str]]] = {}
     for gib, enough in ((24, False), (48, True), (80, True), (141, True)):
         machine = Machine(gpu_memory=gib * GIB)
         plans = quantized_plan.plan_quantized(none, config, machine, Work(8e6, 8e6))
@@ -454,8 +455,15 @@ def test_70b_on_one_gpu_has_a_path() -> None:
         searches = quantized_plan.plan_select(none, config, machine)
         assert all("4 bits" in plan.schedule for plan in searches)
         assert bool(quantized_plan.chosen_search(searches)) == enough
-    rows = [plan.settings[-1] for plan in plans]
-    assert rows == ["finetune.micro_batch_size=8"] * 2
+        settings[gib] = [plan.settings[1:] for plan in plans]
+    again, rows = "finetune.gradient_checkpointing", "finetune.micro_batch_size"
+    assert settings[48] == [[f"{again}=true", f"{rows}=2"]] * 2
+    assert settings[80] == [[f"{again}=false", f"{rows}=2"]] * 2, "all activations of two rows fit"
+    assert settings[141] == [[f"{again}=false", f"{rows}=4"]] * 2
+    assert plans[0].peak < 120 * GIB
+    taught = replace(config, finetune=replace(config.finetune, loss="kl"))
+    (only,) = quantized_plan.plan_quantized(none, taught, machine, Work(8e6, 8e6))
+    assert (only.schedule, only.time, only.peak) == ("4 bits, KL loss", plans[1].time, plans[1].peak)
     (search,) = quantized_plan.chosen_search(searches)
     assert search.time <= quantized_plan.PATIENCE
     assert not quantized_plan.plan_quantized(none, config, Machine(gpus=2), Work())

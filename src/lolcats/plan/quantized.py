@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from lolcats.config import Config
 from lolcats.modeling.merge import FILE_BYTES
@@ -27,6 +28,7 @@ from lolcats.selection.search import added_at
 from lolcats.selection.select import Settings, prompt_plan
 from lolcats.weights.base import NF4_BYTES
 
+Loss = Literal["cross_entropy", "kl", "mix"]
 LENGTHS = ((2048, 4096, 8192), (1024, 2048, 4096), (1024, 2048))
 """Prompts of a search: what ``lolcats select`` takes by default, and shorter ones for models that leave less room."""
 MOST_ROWS = 16
@@ -60,51 +62,44 @@ def dequantizing(size: Size, passes: int, guesses: Guesses) -> float:
 
 
 def plan_quantized(size: Size, config: Config, machine: Machine, work: Work) -> list[Plan]:
-    """Plans for stage 2 on a base model in 4 bits, which works on one GPU: with cross-entropy, and with the KL
-    divergence from the teacher, which computes every batch once more."""
+    """Plans for stage 2 on a base model in 4 bits, which works on one GPU: with the recipe's loss and, if that is the
+    cross-entropy, with the KL divergence from the teacher, which computes every batch once more."""
     if machine.gpus > 1:
         return []
-    return [_with_most_rows(size, config, machine, work, with_teacher) for with_teacher in (False, True)]
+    losses: tuple[Loss, ...] = (config.finetune.loss,)
+    if losses == ("cross_entropy",):
+        losses = ("cross_entropy", "kl")
+    return [_fastest(size, config, machine, work, loss) for loss in losses]
 
 
-def _with_most_rows(size: Size, config: Config, machine: Machine, work: Work, with_teacher: bool) -> Plan:
-    """The plan with as many rows at a time as fit, since weights are dequantized once for all of them."""
+def _fastest(size: Size, config: Config, machine: Machine, work: Work, loss: Loss) -> Plan:
+    """The fastest plan that fits, else the smallest. More rows at a time share the dequantized weights; keeping all
+    activations saves a forward pass, and leaves room for fewer rows."""
     stage, plans = config.finetune, list[Plan]()
-    for rows in (n for n in range(min(stage.batch_size, MOST_ROWS), 0, -1) if stage.batch_size % n == 0):
-        changed = replace(config, finetune=replace(stage, micro_batch_size=rows))
-        plan = checked(lora_in_4_bits(size, changed, machine, work, with_teacher), machine)
-        more = [f"finetune.micro_batch_size={rows}"] if stage.micro_batch_size not in ("auto", rows) else []
-        plans.append(replace(plan, settings=[*plan.settings, *more]))
-        if not plan.problems:
-            break
-    return plans[-1]
+    for again in (False, True):
+        for rows in (n for n in range(min(stage.batch_size, MOST_ROWS), 0, -1) if stage.batch_size % n == 0):
+            changed = replace(stage, micro_batch_size=rows, gradient_checkpointing=again, loss=loss)
+            plan = checked(lora_in_4_bits(size, replace(config, finetune=changed), machine, work), machine)
+            more = [f"finetune.micro_batch_size={rows}"] if stage.micro_batch_size not in ("auto", rows) else []
+            plans.append(replace(plan, settings=[*plan.settings, *more]))
+    return min(plans, key=lambda plan: (len(plan.problems), plan.peak if plan.problems else plan.time))
 
 
-def lora_in_4_bits(size: Size, config: Config, machine: Machine, work: Work, with_teacher: bool = False) -> Plan:
-    """LoRA with gradient checkpointing on a base model in 4 bits. ``with_teacher``: and a forward pass without LoRA."""
-    speeds, guesses = Speeds(), Guesses()
-    whole = lora(size, checkpointed(config), machine, work, speeds)
-    rows, length = min(config.finetune.rows_at_once, config.finetune.batch_size), config.data.sequence_length
-    products, attention = forward_operations(size, length)
-    seconds = {"computing (estimated)": whole.seconds["computing"]}
-    seconds["computing (estimated)"] += (
-        work.finetune_tokens / (rows * length) * dequantizing(size, 4 if with_teacher else 3, guesses)
-    )
+def lora_in_4_bits(size: Size, config: Config, machine: Machine, work: Work) -> Plan:
+    """LoRA on a base model in 4 bits, with the rows, the loss and the gradient checkpointing of ``config``."""
+    stage, whole = config.finetune, lora(size, config, machine, work)
+    teacher, again = stage.loss != "cross_entropy", stage.gradient_checkpointing
+    micro_batches = work.finetune_tokens / (stage.rows_at_once * config.data.sequence_length)
+    dequantized = micro_batches * dequantizing(size, 2 + teacher + again, Guesses())
+    seconds = {
+        "computing (estimated)": whole.seconds["computing"] + dequantized,
+        "reading": 2.0 * size.total / machine.read_speed,
+    }
     gpu = {**whole.gpu, "weights": nf4_bytes(size), "matrices in bf16": 2 * 2.0 * size.hidden * size.mlp / 2}
-    if with_teacher:
-        head = 2.0 * (size.head or size.embedding)
-        forward = ((products + head) / speeds.forward + attention / speeds.softmax) / speeds.matmul
-        seconds["computing (estimated)"] += work.finetune_tokens * forward
-        gpu["teacher's hidden states"] = 2 * 2.0 * rows * length * size.hidden
-    seconds["reading"] = 2.0 * size.total / machine.read_speed
     host = {"processes": PROCESS, "a tensor, read and quantized": 4.0 * largest_tensor(size)}
-    settings = ["finetune.quantize_base=nf4", "finetune.gradient_checkpointing=true"]
-    form = "4 bits, KL loss" if with_teacher else "4 bits"
+    settings = ["finetune.quantize_base=nf4", f"finetune.gradient_checkpointing={str(again).lower()}"]
+    form = "4 bits" + ", KL loss" * teacher + ", recomputed" * again
     return Plan("stage 2", form, work.finetune_tokens, gpu, host, whole.disk, 2.0 * size.total, seconds, settings)
-
-
-def checkpointed(config: Config) -> Config:
-    return replace(config, finetune=replace(config.finetune, gradient_checkpointing=True))
 
 
 def plan_select(size: Size, config: Config, machine: Machine) -> list[Plan]:
