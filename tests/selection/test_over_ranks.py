@@ -39,6 +39,9 @@ def work(model: Path, data: Path, out: Path) -> None:
     assert done.exit_code == 0, done.output
     assert bool(done.output) is own.is_first
     mine.with_suffix(".scored").write_text(str(len(scored)))
+    streamed = mine.with_suffix(".streamed")
+    done = command("select", model, "--out", streamed, "--heads", 3, "--schedule", "stream", *sets)
+    assert done.exit_code == 0, done.output
 
     if own.size > 1:
         scored.clear()
@@ -71,6 +74,8 @@ def test_two_ranks_select_what_one_does(model_dirs: dict[str, Path], chat_file: 
         run_ranks(size, work, model_dirs["llama"], chat_file, tmp_path)
     assert figures(tmp_path / "2-0.yaml") == figures(tmp_path / "1-0.yaml")
     assert sorted(path.name for path in tmp_path.glob("*.yaml")) == ["1-0.yaml", "2-0.yaml"]
+    kept = figures(tmp_path / "1-0.yaml")[0]
+    assert [figures(tmp_path / f"{size}-0.streamed")[0] for size in (1, 2)] == [kept, kept]
     alone, *shares = (int((tmp_path / f"{name}.scored").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert max(shares) < alone  # both score the empty set, and one a set more in a round of an odd number
     assert alone < sum(shares) <= alone + 2

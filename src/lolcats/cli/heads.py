@@ -42,27 +42,36 @@ def select(
                                                       "of their number (1 = it ends there).")] = 2.0,
     quantize: Annotated[str, typer.Option(help="nf4: load the weights of linear layers in 4 bits (bitsandbytes), for a "
                                                "model that does not fit otherwise.", metavar="nf4")] = "",
+    schedule: Annotated[str, typer.Option(help="joint: the whole model in memory; stream: one layer at a time, "
+                                               "read from the files in every step of the search.")] = "joint",
     recipe: Recipe = "default", trust: Trust = False, set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Choose the heads that stay softmax attention, by what recall prompts need. Nothing is trained.
 
     The other heads see window and sinks of the recipe. Takes a minute or more on a GPU and hours on a CPU. Without
-    --budget and --heads, an eighth of the heads is kept. Under torchrun the ranks share the work.
+    --budget and --heads, an eighth of the heads is kept. Under torchrun the ranks share the work. A model that does not
+    fit is searched in 4 bits (--quantize nf4) or, on any GPU that holds a few of its layers, with --schedule stream.
     """
     config, how = settings(recipe, set_, trust), quantization(quantize)
     if unit not in ("head", "layer"):
         raise LolcatsError(f"--unit {unit}: expected head or layer.")
+    if schedule not in ("joint", "stream"):
+        raise LolcatsError(f"--schedule {schedule}: expected joint or stream.")
+    if schedule == "stream" and how != "none":
+        raise LolcatsError("--schedule stream reads the model's own weights: leave out --quantize.")
     if budget and heads:
         raise LolcatsError("--budget and --heads both say how many heads to keep: give one of them.")
     if config.attention.softmax_heads:
         raise LolcatsError("attention.softmax_heads lists heads already: leave it out to choose them.")
 
     from lolcats.data.inputs import Inputs
+    from lolcats.modeling.skeleton import build_skeleton
     from lolcats.pipeline import device_and_dtype
     from lolcats.ranks import is_first
     from lolcats.report.curve import draw_curve
     from lolcats.selection import Settings
     from lolcats.selection import select as choose
+    from lolcats.selection.select import trial_attention
 
     share = budget or config.attention.softmax_budget or 0.125
     attention = replace(config.attention, softmax_budget=share)
@@ -71,7 +80,12 @@ def select(
     text = _tokens(data, inputs.tokenizer)
     asked: Any = Settings(unit=unit, lengths=numbers(lengths), seed=seed, beyond=beyond)  # type: ignore[arg-type]
     device, dtype = device_and_dtype(config)
-    loaded = _model(inputs, dtype, device, how)
+    loaded: Any = None
+    if schedule == "stream":
+        trust = config.trust_remote_code
+        loaded = build_skeleton(inputs.base, trial_attention(attention), dtype, device, config.seed, trust)
+    else:
+        loaded = _model(inputs, dtype, device, how)
     found = choose(loaded, inputs.tokenizer, inputs.base, attention, heads, asked, text, say)
     if not is_first():
         return
@@ -94,7 +108,8 @@ def _model(inputs: Any, dtype: Any, device: Any, quantize: Any) -> Any:
             raise LolcatsError(
                 f"{inputs.base.path} takes {size / 2**30:.1f} GiB, and there is room for {room / 2**30:.1f} GiB of "
                 f"weights on {device.type} (they are read into host memory first). In 4 bits it takes about "
-                f"{size / 2**30 / dtype.itemsize * IN_4_BITS:.1f} GiB: --quantize nf4."
+                f"{size / 2**30 / dtype.itemsize * IN_4_BITS:.1f} GiB: --quantize nf4. With --schedule stream, "
+                "one layer at a time is in memory."
             )
     return inputs.model(dtype, device, quantize)
 

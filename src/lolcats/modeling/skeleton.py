@@ -44,6 +44,7 @@ class Skeleton:
             device = torch.device("cuda", torch.cuda.current_device())
         self.model, self.source, self.device = model, source, device
         self.width, self.dtype = 0, model.dtype  # of hidden states, known after the first embedding
+        self.tuples = False  # whether layers return tuples, likewise
         self.path = layers_path(model)
         self.layers: Any = model.get_submodule(self.path)
         self._reader = ThreadPoolExecutor(1, initializer=use_device, initargs=(device,))
@@ -79,6 +80,28 @@ class Skeleton:
             for place, name, before in own_tensors(module):
                 tensor = tensors.pop(f"{module_name}.{name}", before.detach()).to(self.device, non_blocking=True)
                 yield place, name, nn.Parameter(tensor, False) if isinstance(before, nn.Parameter) else tensor
+
+    def bring_rest(self) -> None:
+        """Bring all that is outside of the layers to the device, output head included, and what linearized layers add;
+        it stays there."""
+        self.model.tie_weights()
+        inside = f"{self.path}."
+        outside = {n: p for n, p in self.model.named_parameters() if p.is_meta and not n.startswith(inside)}
+        if not outside:  # it was brought before
+            return
+        outside |= self._wanted(-1)
+        self.source.check(outside)
+        found = self.source.read(outside, self.device)
+        brought = {id(like): found[name].to(self.device) for name, like in outside.items()}  # tied ones are one tensor
+        for name, module in self.model.named_modules():
+            if f"{name}.".startswith(inside):
+                continue
+            for place, own, like in list(own_tensors(module)):
+                tensor = brought.get(id(like), like.detach()).to(self.device)
+                place[own] = nn.Parameter(tensor, False) if isinstance(like, nn.Parameter) else tensor
+        for index in range(len(self.layers)):
+            if (layer := self.attention(index)) is not None:
+                layer.to(self.device)
 
     @torch.no_grad()
     def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -173,6 +196,7 @@ class Skeleton:
             setattr(owner, name, self.layers)
         if not tuples and (len(calls) < len(self.layers) or any(h.shape != reached[0].shape for h in reached)):
             return self._stubbed(ids, positions, tuples=True)  # this family takes element 0 of what a layer returns
+        self.tuples = tuples
         return reached[0], calls, reached
 
     def _modules(self, index: int) -> Iterator[tuple[str, nn.Module]]:

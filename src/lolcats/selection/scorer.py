@@ -61,10 +61,8 @@ class Scorer:
         record_on: torch.device | None = None,
     ) -> None:  # fmt: skip
         self.record_on = record_on or model.device
-        self.model, self.batch_tokens, head = model.eval(), batch_tokens, find_head(model)
-        if head is None:
-            raise LolcatsError(f"{type(model).__name__} has an output layer of a form that selection cannot use.")
-        self.head: Head = head
+        self.model, self.batch_tokens = model.eval(), batch_tokens
+        self.head = self._find_head()
         self.layers = {layer.geometry.layer: layer for layer in linearized_layers(model)}
         self.blocks = list(decoder_layers(model))
         self.depth = {i: self._block_of(layer) for i, layer in self.layers.items()}
@@ -76,9 +74,7 @@ class Scorer:
         self.batches = [self._batch(part) for part in _alike(prompts, batch_tokens)]
         for batch in self.batches:
             batch.weights = _weights(batch, prompts).to(batch.ids.device)
-        with torch.no_grad(), override(model, mode="teacher"):
-            for batch in self.batches:
-                batch.teacher = self._predictions(batch)
+        self._ask_teacher()
 
     @property
     def heads(self) -> list[tuple[int, int]]:
@@ -99,6 +95,10 @@ class Scorer:
     def losses(self, sets: Sequence[Collection[tuple[int, int]]]) -> list[float]:
         """The loss of each set of heads."""
         return self.ranks.spread(self.loss, sets)
+
+    def try_memory(self) -> None:
+        """Compute what needs the most memory."""
+        self.slopes({}, [len(self.batches) - 1])
 
     @torch.no_grad()
     def move_to(self, heads: Collection[tuple[int, int]]) -> float:
@@ -148,16 +148,38 @@ class Scorer:
     @torch.no_grad()
     def exact(self, heads: Collection[tuple[int, int]] | None) -> dict[str, float]:
         """By kind, the share of answers all of whose tokens are the most likely ones. None: the teacher's."""
+        if heads is None:
+            return self._right([batch.teacher for batch in self.batches])
+        with self._trying(frozenset(heads)):
+            return self._right([self._predictions(self._hidden(batch)) for batch in self.batches])
+
+    def exacts(self, sets: Sequence[Collection[tuple[int, int]] | None]) -> list[dict[str, float]]:
+        """:meth:`exact` of each set of heads."""
+        return self.ranks.spread(self.exact, sets)
+
+    def _right(self, predictions: Sequence[Tensor]) -> dict[str, float]:
         right: dict[str, list[bool]] = {}
-        for batch in self.batches:
-            if heads is None:
-                predicted = batch.teacher.argmax(-1)
-            else:
-                with self._trying(frozenset(heads)):
-                    predicted = self._predictions(batch).argmax(-1)
+        for batch, logits in zip(self.batches, predictions, strict=True):
+            predicted = logits.argmax(-1)
             for kind, span in batch.answers:
                 right.setdefault(kind, []).append(bool((predicted[span] == batch.truth[span]).all()))
         return {kind: sum(values) / len(values) for kind, values in right.items()}
+
+    def _find_head(self) -> Head:
+        """
+        Raises:
+            LolcatsError: the model's output layer has another form.
+        """
+        if (head := find_head(self.model)) is None:
+            name = type(self.model).__name__
+            raise LolcatsError(f"{name} has an output layer of a form that selection cannot use.")
+        return head
+
+    @torch.no_grad()
+    def _ask_teacher(self) -> None:
+        with override(self.model, mode="teacher"):
+            for batch in self.batches:
+                batch.teacher = self._predictions(self._hidden(batch))
 
     @property
     def tokens(self) -> int:
@@ -185,22 +207,29 @@ class Scorer:
                 self.layers[i].trial = None
 
     def _loss(self, batch: Batch, first: int = 0) -> Tensor:
-        hidden = self._hidden(batch, first)
+        return self._divergence(batch, self._hidden(batch, first))
+
+    def _divergence(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """The batch's part of the loss, of hidden states (N, E)."""
         total = hidden.new_zeros((), dtype=torch.float32)
         for part in torch.arange(len(hidden), device=hidden.device).split(PIECE):
             student, teacher = self.head(hidden[part]).log_softmax(-1), batch.teacher[part]
             total = total + (batch.weights[part] * (teacher.exp() * (teacher - student)).sum(-1)).sum()
         return total
 
-    def _predictions(self, batch: Batch) -> Tensor:
+    def _predictions(self, hidden: Tensor) -> Tensor:
         """(N, V) log-probabilities of the answer tokens."""
-        return torch.cat([self.head(part).log_softmax(-1) for part in self._hidden(batch).split(PIECE)])
+        return torch.cat([self.head(part).log_softmax(-1) for part in hidden.split(PIECE)])
 
     def _hidden(self, batch: Batch, first: int = 0) -> Tensor:
         """(N, E) hidden states that predict the answer tokens; decoder layers before ``first`` as recorded."""
         self.passes += (1 - first / len(self.blocks)) * batch.ids.numel() / self.tokens
-        known = _moved(batch.passed[first - 1], batch.ids.device) if first else None  # the last one is all that matters
-        with _replaced(self.blocks[:first], [lambda *_, **__: known] * first):
+        known = moved(batch.passed[first - 1], batch.ids.device) if first else None  # the last one is all that matters
+        return self._answering(batch, first, known)
+
+    def _answering(self, batch: Batch, first: int, known: Any) -> Tensor:
+        """Like :meth:`_hidden`, with what the decoder layers before ``first`` put out."""
+        with replaced_forward(self.blocks[:first], [lambda *_, **__: known] * first):
             return decoder(self.model)(**inputs_of(batch.ids))[0][batch.rows, batch.columns]
 
     def _block_of(self, layer: LinearizedAttention) -> int:
@@ -240,7 +269,7 @@ def _weights(batch: Batch, prompts: Sequence[Scored]) -> Tensor:
 
 
 @contextmanager
-def _replaced(modules: Sequence[nn.Module], forwards: Iterable[Callable[..., Any]]) -> Iterator[None]:
+def replaced_forward(modules: Sequence[nn.Module], forwards: Iterable[Callable[..., Any]]) -> Iterator[None]:
     """Let modules compute something else for the duration of the block."""
     for module, forward in zip(modules, forwards, strict=True):
         module.forward = forward
@@ -259,10 +288,10 @@ def _checkpointed(blocks: Sequence[nn.Module]) -> Any:
             forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
         )
 
-    return _replaced(blocks, [again(block.forward) for block in blocks])
+    return replaced_forward(blocks, [again(block.forward) for block in blocks])
 
 
-def _moved(output: Any, place: torch.device) -> Any:
+def moved(output: Any, place: torch.device) -> Any:
     """What a decoder layer put out, a tensor or a tuple with tensors, on a device."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(place), output)
 
@@ -270,7 +299,7 @@ def _moved(output: Any, place: torch.device) -> Any:
 @contextmanager
 def _recording(blocks: Sequence[nn.Module], into: list[Any], place: torch.device) -> Iterator[None]:
     """Append what each decoder layer puts out, moved to ``place``."""
-    hooks = [block.register_forward_hook(lambda _, __, output: into.append(_moved(output, place))) for block in blocks]
+    hooks = [block.register_forward_hook(lambda _, __, output: into.append(moved(output, place))) for block in blocks]
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,14 +17,18 @@ from lolcats.memory import free_host_memory
 from lolcats.modeling.convert import convert
 from lolcats.modeling.layer import linearized_layers
 from lolcats.modeling.probe import text_config
+from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import ranks
 from lolcats.selection.prompts import prompts
 from lolcats.selection.result import Point, Selection, by_layer
 from lolcats.selection.scorer import Scorer
 from lolcats.selection.search import Found, Head, grow, units_of
+from lolcats.selection.streamed import StreamedScorer
 from lolcats.weights.base import Base, with_content
 
 Say = Callable[[str], None]
+Make = Callable[..., Scorer]
+"""Makes a scorer of prompts, tokens per forward pass and, optionally, where to record."""
 LONGEST = (("codes", 1), ("facts", 1), ("ledger", 2), ("passage", 1), ("examples", 1))
 """Kinds of prompt at the longest length, and how many of each."""
 SHORTER = ("codes", "ledger", "examples", "passage", "facts")
@@ -45,7 +50,7 @@ class Settings:
 
 
 def select(
-    model: PreTrainedModel, tokenizer: Any, base: Base, attention: AttentionConfig, heads: int = 0,
+    model: PreTrainedModel | Skeleton, tokenizer: Any, base: Base, attention: AttentionConfig, heads: int = 0,
     settings: Settings = Settings(), text: Sequence[int] = (), say: Say = lambda _: None,
 ) -> Selection:  # fmt: skip
     """Choose ``heads`` key/value heads of a base model that stay softmax attention; nothing is trained.
@@ -54,6 +59,8 @@ def select(
     Under torchrun every rank calls this, and each scores some of the candidates; all get the same selection.
 
     Args:
+        model: or the skeleton of a model that was converted by :func:`trial_attention`; then one layer at a time comes
+            to the device, and what is scored together goes through it together.
         heads: how many; 0: as many as ``attention.softmax_budget`` allows.
         text: token ids to hide answers in; empty: sentences of our own.
 
@@ -61,22 +68,29 @@ def select(
         LolcatsError: a budget below one head, a prompt that the model has no room for, or a model without heads to
             choose from.
     """
-    convert(model, trial_attention(attention))
+    make: Make
+    device = model.device
+    if isinstance(model, Skeleton):
+        model, make = model.model, partial(StreamedScorer, model)
+    else:
+        make = partial(Scorer, convert(model, trial_attention(attention)))
     units = sum(layer.geometry.kv_heads for layer in linearized_layers(model))
     count = heads or heads_in_budget(attention.softmax_budget, units)
     if count > units:
         raise LolcatsError(f"{count} heads are to be kept, and the model has only {units} that could be linearized.")
     plan, started = prompt_plan(check_lengths(settings.lengths, model)), time.time()
     asked = [prompts(tokenizer, plan, f"{settings.seed}/{part}", text) for part in ("search", "check")]
-    scorer = _shared(_fitting(model, asked[0]), model, asked[0])
+    scorer = _shared(_fitting(make, asked[0], device), make, asked[0])
     say(f"Choosing {count} of {units} key/value heads by {len(plan)} prompts, {scorer.tokens:,} tokens a score")
     prepared = time.time()
     trail = search(scorer, count, settings, say)
     searched = time.time()
-    checker = Scorer(model, asked[1], scorer.batch_tokens)
+    checker = make(asked[1], scorer.batch_tokens)
+    checker.ranks = scorer.ranks
     further = [] if settings.beyond <= 1 else _further(scorer, trail[-1], int(settings.beyond * count), settings, say)
     found: list[Found | None] = [Found((), scorer.loss(())), *trail, *further, None]
-    curve = scorer.ranks.spread(lambda each: _point(each, model, checker), found)
+    exact = checker.exacts([None if each is None else each.heads for each in found])
+    curve = [_point(each, model, checker, shares) for each, shares in zip(found, exact, strict=True)]
     in_4_bits = getattr(model, "is_loaded_in_4bit", False)
     info: dict[str, Any] = asdict(settings) | {
         "weights": "nf4" if in_4_bits else str(model.dtype).removeprefix("torch."),
@@ -142,13 +156,13 @@ def check_lengths(lengths: Sequence[int], model: PreTrainedModel) -> tuple[int, 
     return fitting
 
 
-def _fitting(model: PreTrainedModel, asked: Sequence[Any]) -> Scorer:
+def _fitting(make: Make, asked: Sequence[Any], device: torch.device) -> Scorer:
     """A scorer that passes as many tokens at once as memory allows, but at least one prompt."""
-    tokens = PASS.get(model.device.type, PASS["cpu"])
+    tokens = PASS.get(device.type, PASS["cpu"])
     while True:
         try:
-            scorer = Scorer(model, asked, tokens)
-            scorer.slopes({}, [len(scorer.batches) - 1])  # needs the most memory
+            scorer = make(asked, tokens)
+            scorer.try_memory()
             scorer.record_on = _record_on(scorer)
             return scorer
         except Exception as error:
@@ -158,13 +172,13 @@ def _fitting(model: PreTrainedModel, asked: Sequence[Any]) -> Scorer:
         torch.cuda.empty_cache()
 
 
-def _shared(scorer: Scorer, model: PreTrainedModel, asked: Sequence[Any]) -> Scorer:
+def _shared(scorer: Scorer, make: Make, asked: Sequence[Any]) -> Scorer:
     """The scorer, which shares its work with those of the other ranks: all with as many tokens at once as the one with
     the least memory."""
     together = ranks()
     tokens = min(together.spread(lambda _: scorer.batch_tokens, range(together.size)))
     if tokens < scorer.batch_tokens:
-        scorer = Scorer(model, asked, tokens, scorer.record_on)
+        scorer = make(asked, tokens, scorer.record_on)
     scorer.ranks = together
     return scorer
 
@@ -196,12 +210,11 @@ def _further(scorer: Scorer, found: Found, count: int, settings: Settings, say: 
     return grow(scorer, found.units, rest, count // size, settings.width, say)
 
 
-def _point(found: Found | None, model: PreTrainedModel, checker: Scorer) -> Point:
+def _point(found: Found | None, model: PreTrainedModel, checker: Scorer, exact: dict[str, float]) -> Point:
     """A point of the curve; None: the teacher, all of whose heads are softmax attention."""
     heads: list[Head] = checker.heads if found is None else found.heads
     shapes = {layer.geometry.layer: layer.geometry for layer in linearized_layers(model)}
     width = model.dtype.itemsize
     size = sum((shapes[layer].head_dim + shapes[layer].value_dim) * width for layer, _ in heads)
-    exact = checker.exact(None if found is None else found.heads)
     loss = 0.0 if found is None else round(found.loss, 5)
     return Point(by_layer(heads), loss, {kind: round(share, 4) for kind, share in exact.items()}, size)
