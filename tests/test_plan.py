@@ -439,6 +439,35 @@ def test_rounds_of_a_search_are_those_that_are_counted(count: int) -> None:
     assert quantized_plan.passes_of_search(count) == expected
 
 
+@pytest.mark.parametrize("count", [1, 8, 9, 16, 80, 126])
+def test_passes_over_the_weights_are_those_that_are_counted(count: int) -> None:
+    class Streamed:
+        """Scores nothing, and counts how often the layers come: see ``StreamedScorer``."""
+
+        streams, at = 0.0, None
+
+        def move_to(self, heads: Any) -> float:
+            self.streams += frozenset(heads) != self.at
+            self.at = frozenset(heads)
+            return 0.0
+
+        def slopes(self, shares: Any) -> Any:
+            self.move_to(shares)
+            self.streams += 1
+            return 0.0, dict.fromkeys(units, 0.0)
+
+        def losses(self, sets: Any) -> list[float]:
+            if len(sets) == 1:
+                return [self.move_to(sets[0])]
+            self.streams += 1
+            return [0.0] * len(sets)
+
+    units: Any = [(layer, head) for layer in range(126) for head in range(8)]
+    scorer: Any = Streamed()
+    grow(scorer, [], [(unit,) for unit in units], count, Settings().width, lambda _: None)
+    assert quantized_plan.streams_of_search(count) == scorer.streams + 4
+
+
 def test_70b_on_one_gpu_has_a_path() -> None:
     """Select, stage 1 layer by layer, stage 2 in 4 bits, export: for the GPU sizes there are."""
     none, config = llama("llama-3.1-70b", recipe="paper-70b")
@@ -453,8 +482,9 @@ def test_70b_on_one_gpu_has_a_path() -> None:
         assert bool(quantized_plan.what_would_fit(plans)) != enough
         assert plans[1].time > plans[0].time
         searches = quantized_plan.plan_select(none, config, machine)
-        assert all("4 bits" in plan.schedule for plan in searches)
-        assert bool(quantized_plan.chosen_search(searches)) == enough
+        form = "4 bits" if enough else "streamed"
+        assert all(form in plan.schedule for plan in searches)
+        assert quantized_plan.chosen_search(searches)
         settings[gib] = [plan.settings[1:] for plan in plans]
     again, rows = "finetune.gradient_checkpointing", "finetune.micro_batch_size"
     assert settings[48] == [[f"{again}=true", f"{rows}=2"]] * 2
@@ -464,6 +494,16 @@ def test_70b_on_one_gpu_has_a_path() -> None:
     taught = replace(config, finetune=replace(config.finetune, loss="kl"))
     (only,) = quantized_plan.plan_quantized(none, taught, machine, Work(8e6, 8e6))
     assert (only.schedule, only.time, only.peak) == ("4 bits, KL loss", plans[1].time, plans[1].peak)
+    small = Machine(gpu_memory=24 * GIB)
+    (streamed,) = quantized_plan.chosen_search(quantized_plan.plan_select(none, config, small))
+    assert streamed.settings == ["--lengths 1024,2048", "--schedule stream"]
+    assert streamed.time <= quantized_plan.PATIENCE
+    assert streamed.peak < 16 * GIB
+    assert streamed.host["weights that are kept"] > 80 * GIB
+    little = quantized_plan.search(none, config, replace(small, host_memory=32 * GIB), (1024, 2048), "streamed")
+    assert little.host["weights that are kept"] == 0
+    assert little.read == pytest.approx(2.0 * none.total + 80 * 2.0 * none.decoder)
+    assert little.limit == "reading"
     (search,) = quantized_plan.chosen_search(searches)
     assert search.time <= quantized_plan.PATIENCE
     assert not quantized_plan.plan_quantized(none, config, Machine(gpus=2), Work())

@@ -1,4 +1,4 @@
-"""What a model costs whose linear layers are in 4 bits, and the search for heads. Estimates: see :class:`Guesses`."""
+"""What a base model in 4 bits, the search for heads and export cost. Estimates: see :class:`Guesses`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,17 @@ from lolcats.plan.size import Size
 from lolcats.selection.result import by_layer
 from lolcats.selection.search import added_at
 from lolcats.selection.select import Settings, prompt_plan
+from lolcats.selection.streamed import SPARE
 from lolcats.weights.base import NF4_BYTES
 
 Loss = Literal["cross_entropy", "kl", "mix"]
 LENGTHS = ((2048, 4096, 8192), (1024, 2048, 4096), (1024, 2048))
 """Prompts of a search: what ``lolcats select`` takes by default, and shorter ones for models that leave less room."""
+Form = Literal["", "4 bits", "streamed"]
+FORMS: tuple[Form, ...] = ("", "4 bits", "streamed")
+"""Of the model that is searched: as it is, in 4 bits, one layer at a time on the GPU. The first that fits is best."""
+HEADROOM = 1.1
+"""Host memory for each byte that a streamed search counts."""
 MOST_ROWS = 16
 """Rows at a time; more save hardly any time."""
 SHARE = 0.125
@@ -104,37 +110,47 @@ def lora_in_4_bits(size: Size, config: Config, machine: Machine, work: Work) -> 
 
 def plan_select(size: Size, config: Config, machine: Machine) -> list[Plan]:
     """Plans for the search for heads on one GPU, from long prompts to short ones: on the model as it is if it fits,
-    otherwise in 4 bits."""
-    for in_4_bits in (False, True):
-        plans = [checked(search(size, config, machine, lengths, in_4_bits), machine) for lengths in LENGTHS]
+    otherwise in 4 bits, otherwise with one layer at a time on the GPU."""
+    for form in FORMS:
+        plans = [checked(search(size, config, machine, lengths, form), machine) for lengths in LENGTHS]
         if any(not plan.problems for plan in plans):
             break
     return plans
 
 
-def search(size: Size, config: Config, machine: Machine, lengths: Sequence[int], in_4_bits: bool) -> Plan:
+def search(size: Size, config: Config, machine: Machine, lengths: Sequence[int], form: Form = "") -> Plan:
     """The search for an eighth of the heads, or as many as ``attention.softmax_budget`` allows."""
     speeds, guesses, longest = Speeds(), Guesses(), max(lengths)
-    tokens = sum(length for _, length in prompt_plan(lengths))
-    passes = passes_of_search(max(1, int((config.attention.softmax_budget or SHARE) * size.kv_heads * size.linearized)))
+    count = max(1, int((config.attention.softmax_budget or SHARE) * size.kv_heads * size.linearized))
+    tokens, passes = sum(length for _, length in prompt_plan(lengths)), passes_of_search(count)
     products, attention = forward_operations(size, longest)
     seconds = passes * tokens * (products + attention) / guesses.search / speeds.matmul
-    if in_4_bits:  # prompts of the longest length may go through one by one
-        seconds += dequantizing(size, math.ceil(passes * tokens / longest), guesses)
-    weights = nf4_bytes(size) if in_4_bits else 2.0 * size.total
     gpu = {
-        "weights": weights, "inputs of layers, for slopes": 2.0 * size.layers * longest * size.hidden,
+        "weights": 2.0 * size.total, "inputs of layers, for slopes": 2.0 * size.layers * longest * size.hidden,
         "activations": 2.0 * longest * (8 * size.hidden + 2 * size.mlp), "answers": 0.5 * GIB, "workspace": WORKSPACE,
     }  # fmt: skip
-    host = {
-        "processes": PROCESS, "hidden states": 2.0 * size.layers * tokens * size.hidden,
-        "weights while loading": 4.0 * largest_tensor(size) if in_4_bits else weights,
-    }  # fmt: skip
-    settings = [f"--lengths {','.join(map(str, lengths))}", *(["--quantize nf4"] if in_4_bits else [])]
-    form = f"prompts of {longest:,}" + (", 4 bits" if in_4_bits else "")
-    parts = {"computing (estimated)": seconds, "reading": 2.0 * size.total / machine.read_speed}
-    disk = {"model": 2.0 * size.total}
-    return Plan("select", form, passes * tokens, gpu, host, disk, 2.0 * size.total, parts, settings)
+    host = {"processes": PROCESS, "hidden states": 2.0 * size.layers * tokens * size.hidden}
+    read = 2.0 * size.total
+    if form == "4 bits":  # prompts of the longest length may go through one by one
+        seconds += dequantizing(size, math.ceil(passes * tokens / longest), guesses)
+        gpu["weights"], host["weights while loading"] = nf4_bytes(size), 4.0 * largest_tensor(size)
+    elif form == "streamed":
+        del gpu["inputs of layers, for slopes"]
+        gpu["weights"] = 2.0 * (size.embedding + size.head + 2 * size.layer)
+        gpu["hidden states of sets"] = 2.0 * Settings().width * tokens * size.hidden
+        host |= {"a layer and the next": 4.0 * size.layer, "kept free": SPARE}
+        room = machine.host_memory / HEADROOM - sum(host.values())
+        host["weights that are kept"] = min(max(0.0, room), 2.0 * size.decoder)
+        seconds += streams_of_search(count) * 2.0 * size.decoder / speeds.host_link
+        read += (streams_of_search(count) - 1) * (2.0 * size.decoder - host["weights that are kept"])
+    else:
+        host["weights while loading"] = gpu["weights"]
+    how = {"": [], "4 bits": ["--quantize nf4"], "streamed": ["--schedule stream"]}[form]
+    parts = {"computing (estimated)": seconds, "reading": read / machine.read_speed}
+    return Plan(
+        "select", ", ".join([f"prompts of {longest:,}", *([form] if form else [])]), passes * tokens, gpu, host,
+        {"model": 2.0 * size.total}, read, parts, [f"--lengths {','.join(map(str, lengths))}", *how],
+    )  # fmt: skip
 
 
 def kept_evenly(config: Config, size: Size) -> Config:
@@ -156,6 +172,17 @@ def passes_of_search(count: int) -> float:
         if kept > 1 and added == 1:  # each kept head, or the least steep ones, is left out once
             passes += min(kept, Settings().width) / 2 + 3 * (Settings().width < kept == count)
     return passes + 7  # the teacher's answers, the first slopes, a model without heads, the last hidden states
+
+
+def streams_of_search(count: int) -> float:
+    """How often all layers are brought to the GPU until ``count`` heads are chosen, with the curve up to there."""
+    kept, streams = 0, 1.0
+    while kept < count:
+        added = 1 if kept < ONE_BY_ONE else min(max(1, count // 16), count - kept)
+        kept += added
+        streams += 3 + (kept > 1 and added == 1)  # slopes, candidates, hidden states; all sets without a kept head
+        streams += Settings().width < kept == count and added == 1  # slopes of the last of these sets
+    return streams + 4  # the teacher's answers for both kinds of prompts, a model without heads, right answers
 
 
 def chosen_search(plans: Sequence[Plan]) -> list[Plan]:
