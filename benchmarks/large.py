@@ -11,7 +11,6 @@ measured with the build in DIR, in turns. What `lolcats plan` says of the same w
 """
 
 import argparse
-import copy
 import json
 import os
 import random
@@ -31,22 +30,22 @@ from typing import Any
 
 import common
 import torch
-from torch import nn
+from large_weights import KEPT, Repeated, kept_heads, quantized_model
 
 ROOT = Path(__file__).parents[1]
 MARGIN = 30  # seconds before the deadline in which no part begins
 WARM = 1  # steps of stage 2 before the measured ones
 ANSWER = 40  # answer tokens of a random prompt
-KEPT = 0.125  # of the key/value heads
-PATIENCE = 45 * 60  # seconds that a search should take at most
 VARIANTS = [
     {"loss": loss, "rows": rows, "checkpointing": again}
     for rows, again in ((4, False), (8, True), (2, False))
     for loss in ("cross_entropy", "kl")
 ]
 """Of stage 2: rows at a time, and whether layers are computed again in the backward pass."""
-PARTS = {"stage 1": 150.0, "stage 2": 400.0, "selection": 200.0}
+PARTS = {"stage 1": 120.0, "stage 2": 330.0, "selection": 150.0, "streamed selection": 150.0}
 """Seconds that a part may take (stage 1: each build and turn)."""
+TOKENS = 8e6
+"""Of each stage, in the time of the whole recipe."""
 TARGETS = {"cross_entropy": 1500.0, "kl": 1000.0}
 """Tokens/s of stage 2."""
 
@@ -85,64 +84,6 @@ def shape(model: Model) -> Any:
         num_attention_heads=g.heads, num_key_value_heads=g.kv_heads, vocab_size=g.vocabulary, rope_theta=500_000.0,
         max_position_embeddings=8192, tie_word_embeddings=False,
     )  # fmt: skip
-
-
-def quantized_model(config: Any, device: torch.device, in_4_bits: bool = True) -> Any:
-    """A model with random weights whose decoder layers are in NF4, as if transformers had loaded it in 4 bits.
-
-    One layer is quantized, and the others get copies. ``in_4_bits``: False on a CPU, where bitsandbytes may have no
-    gradients.
-    """
-    from transformers import AutoModelForCausalLM
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    one = copy.deepcopy(config)
-    one.num_hidden_layers = 1
-    torch.manual_seed(0)
-    with device:
-        model = AutoModelForCausalLM.from_config(one, dtype=dtype)
-    layers: Any = model.model.layers
-    if in_4_bits:
-        quantize(layers[0], dtype, device)
-        model.is_loaded_in_4bit = True
-    layers.extend(copy.deepcopy(layers[0]) for _ in range(1, config.num_hidden_layers))
-    for number, layer in enumerate(layers):
-        layer.self_attn.layer_idx = number
-        for module in layer.modules():
-            if hasattr(module, "config"):
-                module.config = model.config  # not a copy, which would not follow its changes
-            if hasattr(getattr(module, "weight", None), "module"):  # what a copied Params4bit belongs to
-                module.weight.module, module.quant_state = module, module.weight.quant_state
-    model.config.num_hidden_layers = config.num_hidden_layers
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[0]] * config.num_hidden_layers
-    return model.requires_grad_(False).eval()
-
-
-def quantize(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Its linear layers in NF4, as ``lolcats.weights.base.nf4`` has them."""
-    from bitsandbytes.nn import Linear4bit
-
-    for name, module in list(layer.named_modules()):
-        if type(module) is nn.Linear:
-            new = Linear4bit(
-                module.in_features, module.out_features, module.bias is not None, dtype, compress_statistics=True,
-                quant_type="nf4", device="meta",
-            )  # fmt: skip
-            new.weight = type(new.weight)(
-                module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
-            ).to(device)
-            new.bias = module.bias
-            layer.set_submodule(name, new)
-
-
-def kept_heads(config: Any) -> dict[str, list[int]]:
-    """An eighth of the heads, spread over all layers."""
-    layers, heads = config.num_hidden_layers, config.num_key_value_heads
-    kept: dict[str, list[int]] = {}
-    for number in range(max(1, int(KEPT * layers * heads))):
-        kept.setdefault(str(number % layers), []).append(number // layers)
-    return kept
 
 
 def stage_1(model: Model, device: torch.device, _: Callable[..., None]) -> dict[str, Any]:
@@ -226,43 +167,63 @@ def train(
 
 
 def selection(model: Model, device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
-    """A round of the search, in its pieces: seconds of a pass through all layers with all prompts."""
+    """A round of the search on the model in 4 bits."""
     import lolcats
     from lolcats.config import AttentionConfig
+    from lolcats.selection.scorer import Scorer
+    from lolcats.selection.select import trial_attention
+
+    built = quantized_model(shape(model), device, in_4_bits=device.type == "cuda")
+    lolcats.convert(built, trial_attention(AttentionConfig(sinks=4)))
+    round_of_search(partial(Scorer, built), model, device, partial(tell, "selection"))
+    return {}
+
+
+def streamed_selection(model: Model, device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
+    """A round of the search with one layer at a time on the GPU, from host memory: reading files is left out."""
+    from lolcats.config import AttentionConfig
+    from lolcats.modeling.skeleton import Skeleton, convert_empty, empty_model
+    from lolcats.selection.select import trial_attention
+    from lolcats.selection.streamed import StreamedScorer
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    empty = convert_empty(empty_model(shape(model), dtype), trial_attention(AttentionConfig(sinks=4)))
+    skeleton = Skeleton(empty, Repeated(), device)
+    round_of_search(partial(StreamedScorer, skeleton), model, device, partial(tell, "streamed selection"))
+    return {}
+
+
+def round_of_search(
+    make: Callable[..., Any], model: Model, device: torch.device, tell: Callable[..., None]
+) -> None:  # fmt: skip
+    """A round, piece by piece: seconds of a pass through all layers with all prompts, and of a whole search."""
     from lolcats.plan.quantized import passes_of_search
     from lolcats.selection.prompts import Scored
-    from lolcats.selection.scorer import Scorer
-    from lolcats.selection.select import PASS, Settings, prompt_plan, trial_attention
+    from lolcats.selection.select import PASS, Settings, prompt_plan
 
-    config = shape(model)
-    built = quantized_model(config, device, in_4_bits=device.type == "cuda")
-    lolcats.convert(built, trial_attention(AttentionConfig(sinks=4)))
-    draw = random.Random(0)
+    draw, config = random.Random(0), shape(model)
     asked = [
         Scored(kind, [draw.randrange(config.vocab_size) for _ in range(n)], [(n - ANSWER, n)])
         for kind, n in prompt_plan(model.lengths)
     ]
     common.reset_peak(device)
     began = time.perf_counter()
-    scorer = Scorer(built, asked, PASS.get(device.type, PASS["cpu"]))
+    scorer = make(asked, PASS.get(device.type, PASS["cpu"]))
     count = max(1, int(KEPT * len(scorer.heads)))
-    candidates = [scorer.heads[i * len(scorer.heads) // Settings().width] for i in range(Settings().width)]
-    round_ = [("hidden states", partial(scorer.move_to, ())), ("slopes", partial(scorer.slopes, {}))]
-    round_ += [("candidates", partial(scorer.loss, [head])) for head in candidates]
+    candidates = [[scorer.heads[i * len(scorer.heads) // Settings().width]] for i in range(Settings().width)]
     spent: dict[str, list[float]] = {"the teacher's answers": [time.perf_counter() - began, scorer.passes]}
-    for name, work in round_:
+    pieces = [("hidden states", partial(scorer.move_to, ())), ("slopes", partial(scorer.slopes, {}))]
+    for name, piece in [*pieces, ("candidates", partial(scorer.losses, candidates))]:
         started, passes = time.perf_counter(), scorer.passes
-        work()
+        piece()
         common.synchronize(device)
-        before = spent.get(name, [0.0, 0.0])
-        spent[name] = [before[0] + time.perf_counter() - started, before[1] + scorer.passes - passes]
+        spent[name] = [time.perf_counter() - started, scorer.passes - passes]
         whole = passes_of_search(count)
         seconds = sum(s for s, _ in spent.values()) / sum(p for _, p in spent.values()) * whole
-        tell("selection", {
+        tell({
             "heads": f"{count} of {len(scorer.heads)}", "lengths": model.lengths, "tokens_per_score": scorer.tokens,
             "spent": spent, "passes": whole, "seconds": seconds, "peak_gib": common.peak_gib(device),
         })  # fmt: skip
-    return {}
 
 
 def _allocated(device: torch.device) -> float | None:
@@ -291,11 +252,14 @@ def planned(model: Model, gpu_gib: float) -> dict[str, Any]:
         found[named(variant)] = {"tokens_per_second": plan.tokens / plan.time, "gib": plan.peak / 2**30}
     search = quantized.search(plain, budget, machine, model.lengths, "4 bits")
     found["selection"] = {"seconds": search.time, "gib": search.peak / 2**30}
-    return found
+    search = quantized.search(plain, budget, machine, model.lengths, "streamed")
+    found["streamed selection"] = {"seconds": search.time, "gib": search.peak / 2**30}
+    (export,) = quantized.plan_export(plain, machine)
+    return found | {"export": {"seconds": export.time, "gib": 0.0}}
 
 
 WORK: dict[str, Callable[[Model, torch.device, Callable[..., None]], dict[str, Any]]] = {
-    "stage 1": stage_1, "stage 2": stage_2, "selection": selection,
+    "stage 1": stage_1, "stage 2": stage_2, "selection": selection, "streamed selection": streamed_selection,
 }  # fmt: skip
 
 
@@ -343,6 +307,7 @@ def turns(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Path]]:
             yield f"stage 1, {'this' if source == ROOT else 'other'} build, turn {turn + 1}", "stage 1", source
     yield "stage 2", "stage 2", ROOT
     yield "selection", "selection", ROOT
+    yield "streamed selection", "streamed selection", ROOT
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -388,13 +353,14 @@ def report(results: dict[str, Any]) -> str:
         f"Llama-3.1-{results['model']} geometry with random weights. Stage 1: {model.stage_1_layers} layers, streamed, "
         f"hours extrapolated to all layers and 20M tokens. Stage 2: {model.layers} layers in NF4, rows of "
         f"{model.length:,}, {model.batch} a step, {KEPT:.1%} of the key/value heads kept, LoRA of recipe paper-70b. "
-        "Selection: a round of the search, extrapolated by passes through the model. *Plan*: what `lolcats plan` says "
-        f"of {model.layers} layers.", "",
+        "Selection: a round of the search, extrapolated by passes through the model; streamed: from host memory. "
+        f"*Plan*: what `lolcats plan` says of {model.layers} layers.", "",
         "| part | measured | peak GiB | plan | plan GiB | target |", "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     lines += [_row(name, part, plan) for name, part in results["parts"].items()]
-    ratio = _ratio(results["parts"])
-    return "\n".join([*lines, *(["", ratio] if ratio else [])]) + "\n"
+    for line in filter(None, (_ratio(results["parts"]), _recipe(results["parts"], plan, results["model"] != "405B"))):
+        lines += ["", line]
+    return "\n".join(lines) + "\n"
 
 
 def _row(name: str, part: dict[str, Any], plan: dict[str, Any]) -> str:
@@ -432,6 +398,26 @@ def _ratio(parts: dict[str, Any]) -> str:
     return (
         f"A step of stage 1 in one layer takes {this:.2f} ms, and {other:.2f} ms with the other build: "
         f"{other / this:.2f} times as fast (target: 1.15)."
+    )
+
+
+def _recipe(parts: dict[str, Any], plan: dict[str, Any], whole: bool) -> str:
+    """Hours of all steps with ``TOKENS`` in each stage, from what was measured. ``whole``: all layers were run."""
+    found = list(parts.values())
+    stage_1 = [x["whole_run"]["tokens_per_second"] for name, x in parts.items() if "this" in name and "whole_run" in x]
+    stage_2 = max(
+        (x["tokens_per_second"] for x in found if x.get("loss") == "cross_entropy" and "peak_gib" in x), default=0
+    )
+    if not (whole and stage_1 and stage_2 and "passes" in parts.get("selection", {})):
+        return ""
+    hours = {
+        "selection": parts["selection"]["seconds"] / 3600, "stage 1": TOKENS / statistics.median(stage_1) / 3600,
+        "stage 2": TOKENS / stage_2 / 3600, "export, by the plan": plan["export"]["seconds"] / 3600,
+    }  # fmt: skip
+    listed = ", ".join(f"{name} {value:.2f}" for name, value in hours.items())
+    return (
+        f"All of it with {TOKENS / 1e6:g}M tokens in each stage, on the cross-entropy: {sum(hours.values()):.2f} h "
+        f"({listed}; target: 4.5)."
     )
 
 

@@ -284,23 +284,28 @@ def test_scale_stops_at_its_deadline(scale: ModuleType, tmp_path: Path) -> None:
 def test_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Parts tell what they find as they come, and a part that was measured before stays."""
     large, told = script("large"), dict[str, Any]()
-    for part in ("stage 1", "stage 2"):
-        told |= {part: large.WORK[part](large.MODELS["tiny"], torch.device("cpu"), told.__setitem__)}
+    for part in ("stage 1", "stage 2", "streamed selection"):
+        if at_the_end := large.WORK[part](large.MODELS["tiny"], torch.device("cpu"), told.__setitem__):
+            told[part] = at_the_end
     known = {"parts": {"stage 1, this build, turn 1": told["stage 1"], "build": told["build"]}}
     (tmp_path / "large.json").write_text(json.dumps(known))
-    monkeypatch.setattr(sys, "argv", ["large.py", "--tiny", "--out", str(tmp_path), "--only", "selection"])
+    monkeypatch.setattr(sys, "argv", ["large.py", "--tiny", "--out", str(tmp_path), "--only", "^selection"])
     large.main()
     results, page = json.loads((tmp_path / "large.json").read_text()), (tmp_path / "large.md").read_text()
     assert large.report(results) == page == capsys.readouterr().out.removesuffix("\n")
     assert list(results["parts"]) == ["stage 1, this build, turn 1", "build", "selection"]
-    spent = results["parts"]["selection"]["spent"]
-    assert [round(spent[name][1], 3) for name in ("the teacher's answers", "hidden states", "slopes")] == [1, 1, 3]
-    assert spent["candidates"][1] == pytest.approx(9), "half of 12 in the first layer of two"
+    for found, slopes in ((results["parts"]["selection"], 3), (told["streamed selection"], 2)):
+        spent = found["spent"]
+        assert [round(passes, 3) for _, passes in spent.values()] == [1, 1, slopes, 9], (
+            "of 12 candidates, half start late"
+        )
     variants = {name: found for name, found in told.items() if name.startswith("stage 2, ")}
     assert len(variants) == len(large.VARIANTS)
     assert all(found["tokens_per_second"] > 0 for found in variants.values())
-    results["parts"] = {**variants, "stage 2, the rest": {"missing": "out of time"}}
+    assert "All of it" not in large.report(results)
+    results["parts"] |= {**variants, "stage 2, the rest": {"missing": "out of time"}}
     assert large.report(results).count(" tokens/s, 120 GiB |\n") == len(variants)
+    assert "All of it with 8M tokens in each stage, on the cross-entropy: " in large.report(results)
 
 
 def test_a_large_part_ends_at_its_limit() -> None:
