@@ -6,6 +6,7 @@ layer comes to the device once, and every set goes through it. Only embeddings, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -50,7 +51,8 @@ class StreamedScorer(Scorer):
         if not isinstance(skeleton.source, Kept):
             tokens = sum(len(prompt.ids) for prompt in prompts)
             recorded = len(skeleton.layers) * tokens * skeleton.width * skeleton.dtype.itemsize
-            skeleton.source = Kept(skeleton.source, SPARE + recorded)
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this host, each with records of its own
+            skeleton.source = Kept(skeleton.source, SPARE + recorded * processes)
         super().__init__(skeleton.model, prompts, batch_tokens, record_on or torch.device("cpu"))
 
     def loss(self, heads: Collection[tuple[int, int]]) -> float:
