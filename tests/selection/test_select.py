@@ -277,10 +277,6 @@ def test_a_run_in_4_bits_chooses_its_heads_in_4_bits(
     monkeypatch.setattr("lolcats.pipeline.heads.weights_room", lambda _: 1000)
     changes = [*settings, "transfer.order=stream", "transfer.coupling=per_layer", "attention.softmax_budget=0.4"]
     said = list[str]()
-    with pytest.raises(LolcatsError, match="in 4 bits if need be"):
-        linearize(
-            str(quantized_search), str(chat_file), tmp_path / "out", load_config("default", [*changes, "device=cpu"])
-        )
     monkeypatch.setattr(
         "lolcats.pipeline.heads.Settings", lambda seed: Settings(lengths=(2048,), seed=seed, beyond=1.0)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import torch
 from test_scorer import SETS, WINDOW, base_of, prompts, scorer_of
 from test_select import command
 
-from lolcats.config import AttentionConfig
+from lolcats.config import AttentionConfig, load_config
+from lolcats.data.inputs import Inputs
 from lolcats.modeling.skeleton import build_skeleton
-from lolcats.selection import Selection
+from lolcats.pipeline.job import start
+from lolcats.selection import Selection, Settings
 from lolcats.selection.scorer import Scorer
 from lolcats.selection.search import grow, units_of
 from lolcats.selection.streamed import Kept, StreamedScorer
@@ -119,3 +123,23 @@ def test_the_command_streams_to_the_same_file(model_dirs: dict[str, Path], tmp_p
     assert done.exit_code == 2
     assert "leave out --quantize" in done.output
     assert "expected joint or stream" in command("select", "m", "--out", files[0], "--schedule", "blocks").output
+
+
+def test_a_run_in_turn_chooses_its_heads_in_turn(
+    model_dirs: dict[str, Path], chat_file: Path, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Budget and stage 1 layer by layer: the heads of a run that holds the whole model, without loading all of it."""
+    module = importlib.import_module("lolcats.selection.select")
+    monkeypatch.setattr(module, "prompt_plan", lambda lengths: [("codes", length) for length in lengths])
+    short = Settings(lengths=(2048,), beyond=1.0)
+    monkeypatch.setattr("lolcats.pipeline.heads.Settings", lambda seed: replace(short, seed=seed))
+    said, heads = list[str](), list[Any]()
+    for order in (["transfer.order=joint"], ["transfer.order=stream", "transfer.coupling=per_layer"]):
+        config = load_config("default", [*settings, *order, "attention.softmax_budget=0.5", "device=cpu"])
+        out = tmp_path / order[0].rpartition("=")[2]
+        if "order=stream" in order[0]:
+            monkeypatch.setattr(Inputs, "model", lambda *_: pytest.fail("loaded as a whole"))
+        start(Inputs(str(model_dirs["llama"])), str(chat_file), out, config, said.append)
+        heads.append(Selection.read(out / "selection.yaml").heads)
+    assert heads[0] == heads[1]
+    assert any("layer by layer to choose heads" in line for line in said)
