@@ -511,6 +511,17 @@ def test_70b_on_one_gpu_has_a_path() -> None:
     assert not any("4 bits" in plan.schedule for plan in quantized_plan.plan_select(eight, other, Machine()))
 
 
+def test_gradient_checkpointing_that_a_run_decides_on_is_planned_both_ways() -> None:
+    size, config = llama("llama-3-8b", "finetune.gradient_checkpointing=auto")
+    _, plain = llama("llama-3-8b")
+    plans = plan_finetune(size, config, Machine(), Work())
+    assert [(plan.schedule, plan.time, plan.peak) for plan in plans] == [
+        (plan.schedule, plan.time, plan.peak) for plan in plan_finetune(size, plain, Machine(), Work())
+    ]
+    (again,) = plan_finetune(size, llama("llama-3-8b", "finetune.gradient_checkpointing=true")[1], Machine(), Work())
+    assert plans[1] == again
+
+
 def test_a_budget_of_heads_is_planned_with_its_search() -> None:
     done = run("llama-3-8b", "--set", "attention.softmax_budget=0.125", "--set", "finetune.rank=4")
     assert done.exit_code == 0, done.output

@@ -279,8 +279,10 @@ class FinetuneConfig(StageConfig):
     still applied to the original base model."""
     feature_map_learning_rate: float = 0.0
     """Learning rate of feature maps and γ in stage 2 (0 = frozen, as in the paper). Set it if stage 1 is skipped."""
-    gradient_checkpointing: bool = False
-    """Keep only the input of each decoder layer and recompute the layer in the backward pass: less memory, slower."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Keep only the input of each decoder layer and recompute the layer in the backward pass: less memory, slower.
+    ``auto``: only on a GPU on which some rows do not fit without it, tried before the first step (a sharded model:
+    always)."""
     sharding: Literal["auto", "always", "never"] = "auto"
     """How to place the base model on several GPUs. ``always``: shard it across them (FSDP2); ``never``: keep all of it
     on each, which is faster; ``auto``: shard it only if it does not fit on each."""

@@ -19,7 +19,7 @@ from lolcats.errors import LolcatsError
 from lolcats.run import Run
 from lolcats.stages import micro_batch
 from lolcats.stages.finetune.stage import finetune
-from lolcats.stages.micro_batch import settled, settled_rows
+from lolcats.stages.micro_batch import recomputes, settled, settled_rows
 from lolcats.stages.transfer.stage import transfer
 from lolcats.tensors import read_tensors
 
@@ -73,6 +73,57 @@ def test_what_does_not_fit_at_all_and_other_errors(tmp_path: Path) -> None:
     assert settled_rows(tmp_path) == {}
 
 
+@pytest.mark.usefixtures("tried")
+@pytest.mark.parametrize(("changes", "most", "asked", "again"), [
+    ({}, 12, [2], False), ({}, 1, [2], True), ({"micro_batch_size": 4}, 4, [4], False),
+    ({"micro_batch_size": 4}, 2, [4], True), ({"batch_size": 1}, 1, [1], False),
+])  # fmt: skip
+def test_layers_are_computed_again_if_some_rows_do_not_fit(
+    changes: dict[str, Any], most: int, asked: list[int], again: bool, tmp_path: Path
+) -> None:
+    """Rows of 1,024 tokens: two of them are enough to keep the activations of all layers."""
+    stage, memory = replace(AUTO, gradient_checkpointing="auto", **changes), Memory(most)
+    assert recomputes(stage, 1024, tmp_path, CPU, memory) is again
+    assert memory.asked == asked
+    assert recomputes(stage, 1024, tmp_path, CPU, Memory(0)) is again, "kept for the run"
+    assert settled_rows(tmp_path) == {"gradient_checkpointing": again}
+    for given in (False, True):
+        fixed = replace(stage, gradient_checkpointing=given)
+        assert recomputes(fixed, 1024, tmp_path, CPU, Memory(0)) is given
+    assert recomputes(stage, 1024, tmp_path / "sharded", CPU) is True
+
+
+def test_a_cpu_keeps_the_activations_of_all_layers(tmp_path: Path) -> None:
+    stage = replace(AUTO, gradient_checkpointing="auto")
+    assert recomputes(stage, 1024, tmp_path, CPU, Memory(0)) is False
+
+
+@pytest.mark.usefixtures("tried")
+@pytest.mark.parametrize("most", [0, 4])
+def test_stage_2_computes_layers_again_only_if_it_must(most: int, tmp_path: Path) -> None:
+    """With the same losses."""
+    rows = torch.randint(6, 300, (24, 32), generator=torch.Generator().manual_seed(0))
+    data, counts = Data(rows[:16], rows[16:20], rows[20:], "test", {}), dict[Any, int]()
+
+    def losses(again: Any) -> list[float]:
+        settings = config(micro_batch_size=4, gradient_checkpointing=again)
+        model: Any = lolcats.convert(tiny_model(), settings.attention)
+
+        def limited(module: Any, args: Any, kwargs: Any) -> None:
+            counts[again] = counts.get(again, 0) + 1
+            if again == "auto" and not model.model.layers[0].gradient_checkpointing and most < 4:
+                raise torch.OutOfMemoryError("activations")
+
+        model.model.layers[0].self_attn.register_forward_pre_hook(limited, with_kwargs=True)
+        model.eval()
+        _, result = finetune(model, data, settings, tmp_path / str(again))
+        return [entry["loss"] for entry in result.history if "loss" in entry]
+
+    assert losses("auto") == pytest.approx(losses(most == 0), rel=1e-6)
+    assert settled_rows(tmp_path / "auto" / "checkpoints" / "finetune") == {"gradient_checkpointing": most == 0}
+    assert counts["auto"] > counts[most == 0], "what fits was tried"
+
+
 @pytest.mark.parametrize(("batch", "rows"), [(8, 4), (6, 3), (5, 1), (2, 2)])
 def test_without_a_trial(batch: int, rows: int, tmp_path: Path) -> None:
     """On a CPU, which would be out of memory without an error."""
@@ -81,6 +132,10 @@ def test_without_a_trial(batch: int, rows: int, tmp_path: Path) -> None:
 
 
 def test_values() -> None:
+    auto = load_config("default", ["finetune.gradient_checkpointing=auto"]).finetune
+    assert auto.gradient_checkpointing == "auto"
+    with pytest.raises(LolcatsError, match="expected bool or auto, got 'never'"):
+        load_config("default", ["finetune.gradient_checkpointing=never"])
     assert load_config("default").finetune.micro_batch_size == "auto"
     assert load_config("default", ["transfer.micro_batch_size=2"]).transfer.micro_batch_size == 2
     for value, message in (("most", "expected int or auto, got 'most'"), ("0", "at least 1"), ("3", "multiple of")):
@@ -88,11 +143,15 @@ def test_values() -> None:
             load_config("default", [f"finetune.micro_batch_size={value}"])
 
 
-def config(**changes: Any) -> Config:
+def config(gradient_checkpointing: Any = False, **changes: Any) -> Config:
     few = {"batch_size": 4, "max_steps": 3, "log_steps": 1, "eval_steps": 3, "save_steps": 3, **changes}
     attention = ["attention.window_size=8", "attention.feature_dim=8", "data.sequence_length=32"]
     base = load_config("default", attention)
-    return replace(base, transfer=TransferConfig(**few), finetune=FinetuneConfig(rank=4, **few))
+    return replace(
+        base,
+        transfer=TransferConfig(**few),
+        finetune=FinetuneConfig(rank=4, gradient_checkpointing=gradient_checkpointing, **few),
+    )
 
 
 @pytest.mark.usefixtures("tried")

@@ -363,9 +363,10 @@ def plan_finetune(size: Size, config: Config, machine: Machine, work: Work, spee
     On several GPUs, each comes with the whole base model on every GPU and with it sharded over all of them (FSDP2),
     unless ``finetune.sharding`` selects one.
     """
-    variants = [config]
-    if not config.finetune.gradient_checkpointing:
-        variants.append(replace(config, finetune=replace(config.finetune, gradient_checkpointing=True)))
+    recomputed = [True] if config.finetune.gradient_checkpointing is True else [False, True]
+    variants = [
+        replace(config, finetune=replace(config.finetune, gradient_checkpointing=again)) for again in recomputed
+    ]
     forms = {"always": [True], "never": [False], "auto": [False, True]}[config.finetune.sharding]
     forms = forms if machine.gpus > 1 else [False]
     options = rows_each("finetune", config.finetune, machine.gpus)

@@ -94,7 +94,7 @@ def _fastest(size: Size, config: Config, machine: Machine, work: Work, loss: Los
 def lora_in_4_bits(size: Size, config: Config, machine: Machine, work: Work) -> Plan:
     """LoRA on a base model in 4 bits, with the rows, the loss and the gradient checkpointing of ``config``."""
     stage, whole = config.finetune, lora(size, config, machine, work)
-    teacher, again = stage.loss != "cross_entropy", stage.gradient_checkpointing
+    teacher, again = stage.loss != "cross_entropy", bool(stage.gradient_checkpointing)
     micro_batches = work.finetune_tokens / (stage.rows_at_once * config.data.sequence_length)
     dequantized = micro_batches * dequantizing(size, 2 + teacher + again, Guesses())
     seconds = {

@@ -34,7 +34,7 @@ from lolcats.stages.finetune.distillation import Distillation, distillation_loss
 from lolcats.stages.finetune.lora import LeanLora
 from lolcats.stages.finetune.protection import kept_rows, protected
 from lolcats.stages.finetune.trainer import StageTrainer
-from lolcats.stages.micro_batch import settled
+from lolcats.stages.micro_batch import recomputes, settled
 from lolcats.stages.result import StageResult
 from lolcats.stages.trained import train_only, trainable
 from lolcats.stages.watch import first_bad_layer, first_bad_weight
@@ -62,8 +62,6 @@ def finetune(
     torch.manual_seed(config.seed)
     wrapped = model if isinstance(model, PeftModel) else add_lora(model, config.finetune)
     model = wrapped.get_base_model()
-    if config.finetune.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if ranks().size > 1 and config.finetune.sharding == "always" and not is_sharded(model):
         shard(model, own_device(model.device))
     working = directory / "checkpoints" / "finetune"
@@ -78,7 +76,10 @@ def finetune(
         trainer(replace(config.finetune, micro_batch_size=rows), []).try_step()
 
     with fused_layers(model, config.finetune.liger), protected(wrapped, config.finetune.protect_kept):
-        stage = settled(config.finetune, working, model.device, None if is_sharded(model) else trial)
+        tried = None if is_sharded(model) else trial
+        if recomputes(config.finetune, config.data.sequence_length, working, model.device, tried):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        stage = settled(config.finetune, working, model.device, tried)
         return wrapped, trainer(stage, config.report_to).run()
 
 
