@@ -414,7 +414,7 @@ def test_weights_in_4_bits_take_what_bitsandbytes_takes(layers: int) -> None:
     assert taken == pytest.approx(quantized_plan.NF4_BYTES * weight.numel(), rel=1e-3)
 
 
-@pytest.mark.parametrize("count", [1, 8, 9, 80, 81])
+@pytest.mark.parametrize("count", [1, 8, 9, 80, 81, 126])
 def test_rounds_of_a_search_are_those_that_are_counted(count: int) -> None:
     class Counting:
         """Scores nothing, and counts what each call costs, in passes through all layers."""
@@ -496,13 +496,13 @@ def test_70b_on_one_gpu_has_a_path() -> None:
     assert (only.schedule, only.time, only.peak) == ("4 bits, KL loss", plans[1].time, plans[1].peak)
     small = Machine(gpu_memory=24 * GIB)
     (streamed,) = quantized_plan.chosen_search(quantized_plan.plan_select(none, config, small))
-    assert streamed.settings == ["--lengths 1024,2048", "--schedule stream"]
+    assert streamed.settings == ["--lengths 1024,2048,4096", "--schedule stream"]
     assert streamed.time <= quantized_plan.PATIENCE
     assert streamed.peak < 16 * GIB
-    assert streamed.host["weights that are kept"] > 80 * GIB
+    assert streamed.host["weights that are kept"] > 60 * GIB
     little = quantized_plan.search(none, config, replace(small, host_memory=32 * GIB), (1024, 2048), "streamed")
     assert little.host["weights that are kept"] == 0
-    assert little.read == pytest.approx(2.0 * none.total + 80 * 2.0 * none.decoder)
+    assert little.read == pytest.approx(2.0 * none.total + 59 * 2.0 * none.decoder)
     assert little.limit == "reading"
     (search,) = quantized_plan.chosen_search(searches)
     assert search.time <= quantized_plan.PATIENCE

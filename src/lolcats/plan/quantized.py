@@ -166,7 +166,7 @@ def passes_of_search(count: int) -> float:
     """Forward passes through all layers until ``count`` heads are chosen, and those of the curve up to there."""
     kept, passes = 0, 0.0
     while kept < count:
-        added = added_at(kept, count)
+        added = min(added_at(kept, count), Settings().width)
         kept += added
         passes += 1 + 3 + (Settings().width + (added > 1)) / 2 + 1  # hidden states, slopes, candidates, right answers
         if kept > 1 and added == 1:  # each kept head, or the least steep ones, is left out once
@@ -178,7 +178,7 @@ def streams_of_search(count: int) -> float:
     """How often all layers are brought to the GPU until ``count`` heads are chosen, with the curve up to there."""
     kept, streams = 0, 1.0
     while kept < count:
-        added = 1 if kept < ONE_BY_ONE else min(max(1, count // 16), count - kept)
+        added = min(added_at(kept, count), Settings().width)
         kept += added
         streams += 3 + (kept > 1 and added == 1)  # slopes, candidates, hidden states; all sets without a kept head
         streams += Settings().width < kept == count and added == 1  # slopes of the last of these sets
