@@ -279,7 +279,8 @@ def measured(
     part: str, model: str, source: Path, seconds: float, heard: Callable[[str, dict[str, Any]], None]
 ) -> str:  # fmt: skip
     """:func:`work` in a process whose lolcats is that of ``source``. Returns what went wrong, if anything did."""
-    path = os.pathsep.join([str(source / "src"), str(source / "benchmarks")])
+    own = [str(source / "src"), str(source / "benchmarks")]
+    path = os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, __file__, "--work", part, "--model", model, "--source", str(source)]
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
