@@ -100,7 +100,7 @@ def compacted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, attend: Callable[..
 
 def step(
     state: AttentionState, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, backend: str | None = None,
-    subset: HeadSubset | None = None,
+    subset: HeadSubset | None = None, slots: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState]:  # fmt: skip
     """Output (B, H, 1, D) for one new token per row, and the state after it. Constant time and memory.
 
@@ -112,12 +112,16 @@ def step(
     Args:
         subset: the heads that the state is of, if q, k and v have more. Only for the kernel; the output is then
             ``subset.out``.
+        slots: (B,) the row of the state's tensors for each row of q, and ``state.seen.rows`` (B,) its tokens. Only for
+            the kernel, which neither counts the tokens nor reads what a sequence that begins finds in its row. A row
+            with −1 tokens is padding: its output is 0.
     """
     if isinstance(state, SlotState) and choose_decode_path(q, mixer, backend) == "kernels":
         from lolcats.attention.kernels.decode import decode
 
-        return decode(state, q, k, v, mixer, subset), state.at(None)
+        return decode(state, q, k, v, mixer, subset, slots), state.at(None)
     assert subset is None
+    assert slots is None
     spec, arrival = mixer.spec, _arrival(state, mixer.spec)
     state = _fold(state, k, v, mixer.phi_k, spec, arrival).stored(k, v, arrival.slot, arrival.sink)
     linear = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lolcats.attention import Mixer, SlotState, choose_path, extend, step
+from lolcats.attention import Mixer, choose_path, extend, step
 from lolcats.attention.path import choose_decode_path
 from lolcats.modeling.layer import LinearizedAttention
 from lolcats.vllm.batch import Batch, Rows
@@ -26,15 +26,11 @@ def attend(
 
 def decode(pool: Pool, mixer: Mixer, rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Outputs (B, H, 1, D) for one token of each row, and their states moved forward."""
+    if choose_decode_path(q, mixer) == "kernels":
+        return step(pool.whole(rows.seen.rows), q, k, v, mixer, slots=rows.slots)[0]
     if rows.fresh is not None:
         pool.clear(rows.fresh)
-    state: SlotState = pool.rows(rows.slots, rows.seen)
-    if choose_decode_path(q, mixer) == "kernels":  # moves the copy in place: all of it goes back
-        state = SlotState.of(state)
-        y = step(state, q, k, v, mixer)[0]
-        pool.write(rows.slots, state)
-        return y
-    return step(state, q, k, v, mixer)[0]
+    return step(pool.rows(rows.slots, rows.seen), q, k, v, mixer)[0]
 
 
 def prefill(

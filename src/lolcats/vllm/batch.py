@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from typing import Self
 
@@ -27,14 +26,14 @@ class Rows:
 
     slots: (B,) where their states lie. seen: tokens before this step. fresh: slots of decoding rows that begin.
     lengths: new tokens of each row. tokens: (B, T) their places in the step's tokens; a row's last one is repeated as
-    padding, where ``mask`` (B, T) is False (None: no padding).
+    padding, where ``mask`` (B, T) is False (None: no padding). tokens None: the step's tokens in order, one for each.
     """
 
     slots: Tensor
     seen: Seen
     lengths: tuple[int, ...]
-    tokens: Tensor
-    mask: Tensor | None
+    tokens: Tensor | None
+    mask: Tensor | None = None
     fresh: Tensor | None = None
 
     @property
@@ -44,12 +43,15 @@ class Rows:
 
     def take(self, x: Tensor) -> Tensor:
         """(tokens, heads, D) -> (B, heads, T, D)"""
-        return x[self.tokens].transpose(1, 2)
+        x = x[: len(self.slots), None] if self.tokens is None else x[self.tokens]
+        return x.transpose(1, 2)
 
     def put(self, y: Tensor, out: Tensor) -> None:
         """(B, heads, T, D) into ``out`` (tokens, heads, D)."""
         y = y.transpose(1, 2)
-        if self.mask is None:
+        if self.tokens is None:
+            out[: len(y)] = y[:, 0]
+        elif self.mask is None:
             out[self.tokens] = y.to(out.dtype)
         else:
             out[self.tokens[self.mask]] = y[self.mask].to(out.dtype)
@@ -57,13 +59,18 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """lengths and seen: of each request in the order of tokens."""
+    """positions: (tokens,) of each token in its own sequence."""
 
     decodes: Rows | None
     prefills: tuple[Rows, ...]
-    lengths: tuple[int, ...]
-    seen: tuple[int, ...]
-    device: torch.device
+    positions: Tensor
+
+    @classmethod
+    def decoding(cls, seen: Tensor, slots: Tensor) -> Self:
+        """One new token for every row: only tensors on the device, (B,) each, and what is computed from them waits for
+        nothing. A row that has seen −1 tokens is padding."""
+        rows = Rows(slots, Seen(seen, None), (1,) * len(slots), None)
+        return cls(rows, (), seen.clamp_min(0))
 
     @classmethod
     def of(cls, lengths: Sequence[int], seen: Sequence[int], slots: Tensor) -> Self:
@@ -79,14 +86,12 @@ class Batch:
             return _rows([lengths[i] for i in of], [seen[i] for i in of], slots[of], [starts[i] for i in of])
 
         groups = rows(decodes) if decodes else None, tuple(map(rows, prefills.values()))
-        return cls(*groups, tuple(lengths), tuple(seen), slots.device)
+        return cls(*groups, _positions(torch.tensor(lengths), torch.tensor(seen)).to(slots.device))
 
-    @cached_property
-    def positions(self) -> Tensor:
-        """(tokens,) of each token in its own sequence."""
-        lengths, seen = torch.tensor(self.lengths), torch.tensor(self.seen)
-        first = seen - (lengths.cumsum(0) - lengths)
-        return (torch.arange(int(lengths.sum())) + first.repeat_interleave(lengths)).to(self.device)
+
+def _positions(lengths: Tensor, seen: Tensor) -> Tensor:
+    first = seen - (lengths.cumsum(0) - lengths)
+    return torch.arange(int(lengths.sum())) + first.repeat_interleave(lengths)
 
 
 def _rows(lengths: list[int], seen: list[int], slots: Tensor, starts: list[int]) -> Rows:

@@ -17,7 +17,7 @@ from lolcats.attention import AttentionState, SlotState
 from lolcats.attention.state import PARTS, Seen
 
 NAMES = tuple(name for names in PARTS.values() for name in names)
-ALIGNMENT = 16  # bytes, of a page's length
+ALIGNMENT = 64  # bytes, of a page's length: kernels then know that every row of it is aligned
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ class Pool:
         tensors = {**self._copies(slots), "seen": seen.rows.clone()}
         rows = PoolRows.of_tensors(tensors, known)
         return PoolRows(rows.seen, rows.ring, rows.sinks, rows.sums, self, slots)
+
+    def whole(self, seen: Tensor) -> SlotState:
+        """All states, for a kernel that moves some of them in place; ``seen`` (B,): tokens of each row of its batch."""
+        return SlotState.of_tensors({**self.parts, "seen": seen}, None)
 
     def _copies(self, slots: Tensor) -> dict[str, Tensor]:
         return {name: part[slots] for name, part in self.parts.items()}

@@ -54,17 +54,21 @@ RESIDENT = 4  # programs that a multiprocessor runs at once
 
 @triton.jit
 def decode_kernel(
-    q, q_strides, k, k_strides, v, v_strides, o, o_stride, places, ring_k, ring_v, sink_k, sink_v, S, z, seen, weight_q,
-    weight_k, gamma, scale, cap,
-    SPLITS: tl.constexpr, PLACED: tl.constexpr, BLOCK_G: tl.constexpr,
+    q, q_strides, k, k_strides, v, v_strides, o, o_stride, places, ring_k, ring_v, sink_k, sink_v, S, z, strides, slots,
+    seen, weight_q, weight_k, gamma, scale, cap,
+    SLOTTED: tl.constexpr, SPLITS: tl.constexpr, PLACED: tl.constexpr, BLOCK_G: tl.constexpr,
     GROUP: tl.constexpr, MAPS: tl.constexpr, DIM: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr,
     SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr,
     SINKS: tl.constexpr, CAPPED: tl.constexpr, ROUNDED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """q: (B, H, D) and k, v: (B, G, D), with strides; o: (B, H, D) and the state's tensors, contiguous.
+    """q: (B, H, D) and k, v: (B, G, D), with strides; o: (B, H, D), contiguous; the state's tensors, with the strides
+    between their rows.
 
+    SLOTTED: the state of row b is in the tensors' row ``slots[b]``, where a sequence that begins (0 tokens) may find
+    anything, and ``seen`` is left as it was. A row with −1 tokens is padding: its state is not touched and its output
+    is 0.
     PLACED: q, k, v and o have more heads than the state, and its head g is their head ``places[g]``. GROUP, MAPS: query
     heads of a program, and their key maps (1 or GROUP). KEY_DIM: channels of queries and keys; softmax sees the first
     D, feature maps the last D. SPAN: slots of the ring. ROUNDED: S is bf16.
@@ -75,15 +79,27 @@ def decode_kernel(
     n = (tl.load(seen + row) & COUNT).to(tl.int32)
     head = head_place(places, kv, kv >= 0, PLACED)
     first = head * (GROUP * SPLITS) + own % SPLITS * GROUP
-    unit = row.to(tl.int64) * kv_heads + kv
-    ring_k, ring_v = ring_k + unit * (SPAN * KEY_DIM), ring_v + unit * (SPAN * DIM)
-    sink_k, sink_v = sink_k + unit * (SINKS * KEY_DIM), sink_v + unit * (SINKS * DIM)
-    sums_of = (row.to(tl.int64) * programs + own) * (MAPS * 2 * WIDTH)
-    S, z = S + sums_of * DIM, z + sums_of
+    slot = tl.load(slots + row).to(tl.int64) if SLOTTED else row.to(tl.int64)
+    ring_k += slot * strides[0] + kv * (SPAN * KEY_DIM)
+    ring_v += slot * strides[1] + kv * (SPAN * DIM)
+    sink_k += slot * strides[2] + kv * (SINKS * KEY_DIM)
+    sink_v += slot * strides[3] + kv * (SINKS * DIM)
+    S += slot * strides[4] + own * (MAPS * 2 * WIDTH * DIM)
+    z += slot * strides[5] + own * (MAPS * 2 * WIDTH)
     o += row.to(tl.int64) * o_stride + first * DIM
     q += row.to(tl.int64) * q_strides[0] + first * q_strides[1]
     k_row, v_row = k + row.to(tl.int64) * k_strides[0], v + row.to(tl.int64) * v_strides[0]
     k, v = k_row + head * k_strides[1], v_row + head * v_strides[1]
+    heads = tl.arange(0, BLOCK_H)
+    place, real = heads[:, None] * DIM + d[None, :], (heads < GROUP)[:, None] & (d < DIM)[None, :]
+    if SLOTTED:
+        if n < 0:
+            tl.store(o + place, tl.zeros((BLOCK_H, BLOCK_D), o.dtype.element_ty), mask=real)
+            return
+        if LINEAR:
+            if n == 0:
+                clear_sums(S, z, d, j, MAPS, DIM, WIDTH)
+                tl.debug_barrier()
     new_k = tl.load(k + d, mask=d < DIM, other=0.0)
     new_v = tl.load(v + d, mask=d < DIM, other=0.0)
     if LINEAR:
@@ -94,8 +110,6 @@ def decode_kernel(
                     ROUNDED, LOW, PRECISION, BLOCK_K, BLOCK_V,
                 )  # fmt: skip
                 tl.debug_barrier()  # S and z are read again by other threads
-    heads = tl.arange(0, BLOCK_H)
-    place, real = heads[:, None] * DIM + d[None, :], (heads < GROUP)[:, None] & (d < DIM)[None, :]
     q_tile = tl.load(q + heads[:, None] * q_strides[1] + d[None, :], mask=real, other=0.0)
     numerator, denominator = tl.zeros((BLOCK_H, BLOCK_D), tl.float32), tl.zeros((BLOCK_H,), tl.float32)
     if SOFTMAX:
@@ -111,11 +125,11 @@ def decode_kernel(
             )  # fmt: skip
         start = tl.maximum(window_start(n, WINDOW, SIZE), SINKS)
         for at in range(0, SPAN, BLOCK_W):
-            slot = at + tl.arange(0, BLOCK_W)
-            position = n - (n % SPAN - slot + SPAN) % SPAN
-            stored = (slot < SPAN) & (position >= start) & (position < n)
+            key = at + tl.arange(0, BLOCK_W)
+            position = n - (n % SPAN - key + SPAN) % SPAN
+            stored = (key < SPAN) & (position >= start) & (position < n)
             peak, total, soft = attend(
-                q_tile, ring_k, ring_v, slot, stored, d, peak, total, soft, scale, cap, DIM, KEY_DIM, CAPPED, PRECISION
+                q_tile, ring_k, ring_v, key, stored, d, peak, total, soft, scale, cap, DIM, KEY_DIM, CAPPED, PRECISION
             )
         weight = tl.load(gamma + own * GROUP + heads, mask=heads < GROUP, other=0.0)
         numerator, denominator = soft * weight[:, None], total * weight
@@ -144,14 +158,27 @@ def decode_kernel(
         if SINKS > 0:
             store_key(sink_k + n * KEY_DIM, k, new_k, d, (d < DIM) & (n < SINKS), DIM, KEY_DIM)
             tl.store(sink_v + n * DIM + d, new_v, mask=(d < DIM) & (n < SINKS))
-    if tl.atomic_add(seen + row, ARRIVED) >> 32 == programs - 1:
+    if SLOTTED and SPLITS == 1:
+        pass  # nothing is counted
+    elif tl.atomic_add(seen + row, ARRIVED) >> 32 == programs - 1:
         if SPLITS > 1:  # now the other programs have read it, too
             store_row(
                 k_row, k_strides[1], v_row, v_strides[1], places, ring_k - kv * (SPAN * KEY_DIM),
                 ring_v - kv * (SPAN * DIM), sink_k - kv * (SINKS * KEY_DIM), sink_v - kv * (SINKS * DIM), n, kv_heads,
                 d, PLACED, DIM, KEY_DIM, SPAN, SINKS, BLOCK_G,
             )  # fmt: skip
-        tl.store(seen + row, (n + 1).to(tl.int64))
+        tl.store(seen + row, (n if SLOTTED else n + 1).to(tl.int64))
+
+
+@triton.jit
+def clear_sums(S, z, d, j, MAPS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Store zeros in a program's sums."""
+    width = j < WIDTH
+    for half in range(2 * MAPS):
+        zeros = tl.zeros((j.shape[0], d.shape[0]), S.dtype.element_ty)
+        place = S + half * (WIDTH * DIM) + j[:, None] * DIM + d[None, :]
+        tl.store(place, zeros, mask=width[:, None] & (d < DIM)[None, :])
+        tl.store(z + half * WIDTH + j, tl.zeros((j.shape[0],), tl.float32), mask=width)
 
 
 @triton.jit
@@ -410,14 +437,18 @@ def capped(logits, scale, cap, CAPPED: tl.constexpr):
     return cap * (2 * tl.sigmoid(2 * logits * scale / cap) - 1) if CAPPED else logits
 
 
-def decode(state: SlotState, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, subset: HeadSubset | None = None) -> Tensor:
+def decode(
+    state: SlotState, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, subset: HeadSubset | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Outputs (B, H, 1, D) for one new token per row, bf16 for bf16 inputs, else fp32; updates ``state`` in place.
 
     Args:
-        state: with contiguous tensors.
+        state: with tensors that are contiguous, apart from the stride between rows.
         q: (B, H, 1, D); k, v: (B, G, 1, D); q and k (..., 2D) if feature maps and softmax see different ones.
         mixer: its maps must be Hedgehog; they are unused if the kind has no linear term.
         subset: the heads that state and mixer are of, if q, k and v have more; returns ``subset.out``.
+        slots: (B,) the row of the state's tensors for each row of q, if there are more; see :func:`step`.
     """
     spec, gamma, softcap = mixer.spec, mixer.gamma, mixer.softcap
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -432,10 +463,13 @@ def decode(state: SlotState, q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, subs
     o = q.new_empty(batch, heads, dim, dtype=dtype) if subset is None else subset.out
     wide, shared = q.dtype == torch.float32, maps < group
     splits = 1 if shared else choose_splits(batch * kv_heads, group, q.device)
+    memory, seen = (*state.ring, *state.sinks, *state.sums), state.seen.rows
+    strides = tuple(x.stride(0) for x in memory)
     decode_kernel[(batch, kv_heads * splits)](
         q, q.stride()[:2], k, k.stride()[:2], v, v.stride()[:2], o, o.stride(0), o if subset is None else subset.heads,
-        *state.ring, *state.sinks, *state.sums, state.seen.rows, *weights, gamma, mixer.scale, float(softcap or 0),
-        SPLITS=splits, PLACED=subset is not None, BLOCK_G=power_of_two(kv_heads), GROUP=group // splits,
+        *memory, strides, seen if slots is None else slots, seen, *weights, gamma, mixer.scale, float(softcap or 0),
+        SLOTTED=slots is not None, SPLITS=splits, PLACED=subset is not None, BLOCK_G=power_of_two(kv_heads),
+        GROUP=group // splits,
         MAPS=maps if shared else group // splits, DIM=dim, KEY_DIM=key_dim, WIDTH=width,
         SOFTMAX=spec.has_softmax, LINEAR=linear, WINDOW="none" if spec.kind == "linear" else spec.window,
         SIZE=spec.window_size, SPAN=spec.span, SINKS=spec.softmax_sinks, CAPPED=softcap is not None,
