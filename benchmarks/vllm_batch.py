@@ -269,7 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {
         "hardware": common.hardware(device), "versions": common.installed("torch", "triton"),
         "geometry": f"{shape.heads} query and {shape.kv_heads} key/value heads of {shape.head_dim}, "
-        f"f = {size.features}, terraced windows of {size.window}, states in float32, {str(size.dtype).removeprefix('torch.')}",
+        f"f = {size.features}, terraced windows of {size.window}, states in float32, "
+        f"{str(size.dtype).removeprefix('torch.')}",
         "layers": size.layers, "steps": size.steps, "decoding": [],
     }  # fmt: skip
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"

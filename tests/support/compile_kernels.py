@@ -78,7 +78,7 @@ def decode_kernels(
     shared: dict[str, int],
 ) -> None:  # fmt: skip
     """Decode kernels for key maps per query and per key/value head, with the state in fp32 and bf16, with one program
-    and several for a head, of whole layers and of some heads."""
+    and several for a head, of whole layers and of some heads, with a row for each state and with slots."""
     decode.precision = launcher.precision
     kernel = decode.decode_kernel
     token = [x.detach()[:, :, :1] for x in (q, k, v)]
@@ -89,8 +89,10 @@ def decode_kernels(
             state = SlotState.empty(k.detach(), v.detach(), maps, phi_k.num_features, spec, dtype)
             mixer = Mixer(phi_q, phi_k, gamma.detach(), spec, 0.1)
             decode.decode(state, *token, mixer)
+            decode.decode(state, *token, mixer, slots=torch.zeros(1, dtype=torch.int32))
             whole = [x.repeat(1, 2, 1, 1) for x in token]
             decode.choose_splits = lambda *_: 2
+            decode.decode(state, *token, mixer, slots=torch.zeros(1, dtype=torch.int32))
             decode.decode(state, *whole, mixer, HeadSubset(torch.tensor([0, 3]), whole[0].new_empty(1, 8, q.shape[3])))
             decode.choose_splits = lambda *_: 1
 
