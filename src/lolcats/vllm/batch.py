@@ -19,6 +19,9 @@ from torch import Tensor
 
 from lolcats.attention.state import Seen
 
+PADDING = -1
+"""The tokens that a row of the decode kernel has seen if it is none: see :func:`lolcats.attention.step`."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -59,18 +62,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """positions: (tokens,) of each token in its own sequence."""
+    """places: (tokens,) of each token in its own sequence; None if each row has one new token."""
 
     decodes: Rows | None
     prefills: tuple[Rows, ...]
-    positions: Tensor
+    places: Tensor | None = None
 
     @classmethod
     def decoding(cls, seen: Tensor, slots: Tensor) -> Self:
         """One new token for every row: only tensors on the device, (B,) each, and what is computed from them waits for
-        nothing. A row that has seen −1 tokens is padding."""
-        rows = Rows(slots, Seen(seen, None), (1,) * len(slots), None)
-        return cls(rows, (), seen.clamp_min(0))
+        nothing. A row that has seen ``PADDING`` tokens is padding."""
+        return cls(Rows(slots, Seen(seen, None), (1,) * len(slots), None), ())
 
     @classmethod
     def of(cls, lengths: Sequence[int], seen: Sequence[int], slots: Tensor) -> Self:
@@ -86,10 +88,18 @@ class Batch:
             return _rows([lengths[i] for i in of], [seen[i] for i in of], slots[of], [starts[i] for i in of])
 
         groups = rows(decodes) if decodes else None, tuple(map(rows, prefills.values()))
-        return cls(*groups, _positions(torch.tensor(lengths), torch.tensor(seen)).to(slots.device))
+        return cls(*groups, _places(torch.tensor(lengths), torch.tensor(seen)).to(slots.device))
+
+    @property
+    def positions(self) -> Tensor:
+        """(tokens,) of each token in its own sequence; 0 for padding."""
+        if self.places is not None:
+            return self.places
+        assert self.decodes is not None
+        return self.decodes.seen.rows.clamp_min(0)
 
 
-def _positions(lengths: Tensor, seen: Tensor) -> Tensor:
+def _places(lengths: Tensor, seen: Tensor) -> Tensor:
     first = seen - (lengths.cumsum(0) - lengths)
     return torch.arange(int(lengths.sum())) + first.repeat_interleave(lengths)
 

@@ -16,6 +16,7 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from lolcats.attention import Mixer
+from lolcats.attention.path import choose_decode_path
 from lolcats.modeling.layer import LinearizedAttention
 from lolcats.vllm.attend import attend
 from lolcats.vllm.backend import StateMetadata
@@ -68,6 +69,14 @@ class StateAttention(nn.Module, MambaBase):
     def mixer(self) -> Mixer:
         """Once the weights are loaded, they do not change."""
         return self.lolcats.mixer(self.scale, self.softcap)
+
+    def decodes_in_place(self, dtype: torch.dtype) -> bool:
+        """Whether a step of one token for each sequence is the decode kernel's, for queries in ``dtype``: it waits for
+        nothing and writes states where they lie."""
+        channels = self.lolcats.spec.channels(self.head_dim)
+        with torch.no_grad():
+            query = torch.empty(0, self.heads, 1, channels, dtype=dtype, device=self.lolcats.gate.device)
+            return choose_decode_path(query, self.mixer) == "kernels"
 
     # What vLLM asks a layer with a state
 
