@@ -408,6 +408,17 @@ def test_kept_training(tmp_path: Path) -> None:
     assert len(results["ms"]) == 4
 
 
+def test_vllm_batch(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    script("vllm_batch").main(["--tiny", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "vllm_batch.json").read_text())
+    (row,) = results["decoding"]
+    checks = "graph's outputs equal", "graph's states equal", "padding touched nothing"
+    assert all(row[name] is True for name in checks)
+    assert results["mixed"]["relative error"] < 1e-5
+    assert "| 2 | " in (tmp_path / "vllm_batch.md").read_text()
+
+
 def test_training_steps_of_two_builds(tmp_path: Path) -> None:
     """Medians of all steps and of each process, and the ratio of the builds; what is missing says why."""
     module = script("training_steps")

@@ -280,3 +280,50 @@ def test_half_precision(
     for state_dtype in (torch.float32, torch.bfloat16):
         decoding = Decoding(spec, lengths, 140, dim, f, 8, 2, shared, None, state_dtype, torch.bfloat16)
         decoding.check(1.5e-2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "window", "splits", "shared", "sums"),
+    [
+        ("hybrid", "terraced", 1, False, torch.float32), ("hybrid", "terraced", 2, False, torch.bfloat16),
+        ("hybrid", "sliding", 1, True, torch.bfloat16),
+        ("linear", "terraced", 1, False, torch.float32), ("window", "terraced", 2, False, torch.float32),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_states_in_slots_of_a_larger_memory(
+    kind: Any, window: Any, splits: int, shared: bool, sums: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit those of a table with a row for each. One begins in memory that is NaN, and one row is padding."""
+    monkeypatch.setattr(kernel, "choose_splits", lambda *_: splits)
+    decoding = Decoding(
+        AttentionSpec(kind, window, 4, 3), [0, 3, 7], 2, heads=2, kv_heads=1, shared=shared, state_dtype=sums
+    )
+    expected, last = decoding.run("triton")
+    slots, untouched = torch.tensor([5, 1, 3, 2], device=DEVICE), [0, 2, 4, 6]
+    memory = {name: spaced(x, 7) for name, x in decoding.prefilled(True).tensors().items() if name != "seen"}
+    for name, x in decoding.prefilled(True).tensors().items():
+        if name != "seen":
+            memory[name][slots[1:3]] = x[1:]
+    rows = torch.arange(3, device=DEVICE)
+    for i in range(decoding.new):
+        seen = torch.tensor([*(length + i for length in decoding.lengths), -1], device=DEVICE)
+        token = (x[rows, :, seen[:3]][:, :, None] for x in (decoding.q, decoding.k, decoding.v))
+        state = SlotState.of_tensors({**memory, "seen": seen.clone()}, None)
+        padded = (torch.cat([x, torch.full_like(x[:1], 7)]) for x in token)
+        with use_backend("triton"):
+            y, after = step(state, *padded, decoding.mixer, slots=slots)
+        assert torch.equal(y[:3, :, 0], expected[:, :, i])
+        assert not y[3].any()
+        assert torch.equal(after.seen.rows, seen)
+    for name, x in memory.items():
+        stored, wanted = x[slots[:3]], last.tensors()[name]
+        assert name not in ("S", "z") or not stored.isnan().any()
+        assert torch.equal(stored.nan_to_num(0), wanted.nan_to_num(0)), name  # ring and sinks: places not written yet
+        assert x[untouched].isnan().all()
+
+
+def spaced(x: Tensor, rows: int) -> Tensor:
+    """Like x (B, ...), with so many rows that do not touch, and all of it NaN."""
+    memory = torch.full((rows, x[0].numel() + 3), torch.nan, dtype=x.dtype, device=x.device)
+    return memory[:, : x[0].numel()].unflatten(1, x.shape[1:]) if x.numel() else x.new_empty(rows, *x.shape[1:])

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lolcats.attention import SlotState, step
+from lolcats.attention import SlotState, step, use_backend
 from lolcats.attention.state import Seen
 from lolcats.config import AttentionConfig
 from lolcats.modeling.layer import Geometry, LinearizedAttention, layer_spec
 from lolcats.vllm.attend import attend
-from lolcats.vllm.batch import Batch
+from lolcats.vllm.batch import PADDING, Batch
 from lolcats.vllm.pool import Layout, Pool
 
 HEADS, KV_HEADS, DIM, SCALE = 4, 2, 8, 0.4
@@ -145,3 +145,59 @@ def test_a_step_in_the_pool_is_a_step_of_slots(dtype: torch.dtype) -> None:
     assert stored["S"].dtype == dtype
     for name, x in state.tensors().items():
         assert torch.equal(x, stored[name]), name
+
+
+IN_PLACE = ["terraced", "sliding", "only window", "before RoPE"]
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@torch.no_grad()
+def test_a_step_of_one_token_each_writes_only_the_states_of_its_rows(name: str) -> None:
+    """By the kernel. One sequence begins so, and there are rows of padding."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    layer = made(name)
+    pool, channels = pool_of(layer, 6), layer.spec.channels(DIM)
+    sequences = [Sequence(length, slot, channels) for length, slot in ((11, 4), (9, 2), (4, 5))]
+    for sequence, count in zip(sequences, (7, 5, 0), strict=True):
+        if count:
+            one_step(layer, pool, [(sequence, count)])
+    used, others = [4, 2, 5], [0, 1, 3]
+    before = pool.pages.clone()
+    for _ in range(4):
+        seen = torch.tensor([*(x.seen for x in sequences), PADDING, PADDING])
+        q, k, v = (torch.stack([getattr(x, part)[x.seen] for x in sequences]) for part in "qkv")
+        q, k, v = (torch.cat([x, torch.full_like(x[:2], 9)]) for x in (q, k, v))
+        out = torch.full_like(q[..., :DIM], torch.nan)
+        with use_backend("triton"):
+            attend(pool, layer, layer.mixer(SCALE), Batch.decoding(seen, torch.tensor([*used, 0, 3])), q, k, v, out)
+        assert not out[3:].any()
+        for sequence, y in zip(sequences, out[:3], strict=True):
+            sequence.outputs.append(y[None])
+            sequence.seen += 1
+    assert torch.equal(pool.pages[others], before[others])
+    for sequence in sequences:
+        torch.testing.assert_close(torch.cat(sequence.outputs), sequence.whole(layer), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_step_of_one_token_each_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the meta device have no values: nothing reads one on the host, or makes a shape of it."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    import lolcats.attention.kernels.decode as kernels
+
+    launches = list[Any]()
+    monkeypatch.setattr(kernels, "decode_kernel", {(3, KV_HEADS): lambda *args, **_: launches.append(args)})
+    monkeypatch.setattr(kernels, "choose_splits", lambda *_: 1)
+    layer = made(name)
+    pool = Pool(pool_of(layer, 1).layout, torch.empty(5, pool_of(layer, 1).layout.nbytes, device="meta").byte())
+    layer.to("meta")
+    with torch.device("meta"):
+        channels = layer.spec.channels(DIM)
+        q, k, v = (torch.empty(3, n, size) for n, size in ((HEADS, channels), (KV_HEADS, channels), (KV_HEADS, DIM)))
+        batch, out = Batch.decoding(torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.int32)), q[..., :DIM]
+        with use_backend("triton"), torch.no_grad():
+            attend(pool, layer, layer.mixer(SCALE), batch, q, k, v, out)
+        assert batch.positions.shape == (3,)
+    (launch,) = launches
+    given = {id(x) for x in launch if isinstance(x, Tensor)}
+    assert given >= {id(x) for x in (*pool.parts.values(), batch.decodes.slots, batch.decodes.seen.rows)}  # type: ignore[union-attr]

@@ -28,6 +28,7 @@ def decode(pool: Pool, mixer: Mixer, rows: Rows, q: Tensor, k: Tensor, v: Tensor
     """Outputs (B, H, 1, D) for one token of each row, and their states moved forward."""
     if choose_decode_path(q, mixer) == "kernels":
         return step(pool.whole(rows.seen.rows), q, k, v, mixer, slots=rows.slots)[0]
+    assert rows.tokens is not None, "only the kernel knows padding and what begins without the host"
     if rows.fresh is not None:
         pool.clear(rows.fresh)
     return step(pool.rows(rows.slots, rows.seen), q, k, v, mixer)[0]

@@ -54,6 +54,7 @@ class Pool:
     """The states of one layer: its ``parts`` are (N, ...) views of vLLM's memory."""
 
     def __init__(self, layout: Layout, pages: Tensor) -> None:
+        self.layout, self.pages = layout, pages
         self.parts: Mapping[str, Tensor] = layout.views(pages)
 
     def read(self, slots: Tensor, seen: Seen) -> AttentionState:
