@@ -247,7 +247,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(
         [
             "# The plugin's step for vLLM, without vLLM", "",
-            f"{results['hardware']}; {common.listed(results['versions'])}. {geometry}.", "",
+            f"{results['date']}, {results['hardware']}; {common.listed(results['versions'])}. {geometry}.", "",
             "Microseconds per layer for one new token of each sequence, mean of "
             f"{results['steps']} steps of {results['layers']} layers.", "", *lines, "",
             f"Outputs and states of the graph equal the eager ones bit for bit, and padding touches no state: "
@@ -265,11 +265,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=common.RESULTS)
     parser.add_argument("--tiny", action="store_true", help="try the script, also without a GPU")
     arguments = parser.parse_args(argv)
-    device = common.chosen_device(arguments, "24 GiB")
+    device = common.chosen_device(arguments, "40 GiB")
     size = TINY if arguments.tiny else LARGE
     shape = size.geometry
     results: dict[str, Any] = {
-        "hardware": common.hardware(device), "versions": common.installed("torch", "triton"),
+        "date": time.strftime("%Y-%m-%d"), "hardware": common.hardware(device),
+        "versions": common.installed("torch", "triton"),
         "geometry": f"{shape.heads} query and {shape.kv_heads} key/value heads of {shape.head_dim}, "
         f"f = {size.features}, terraced windows of {size.window}, states in float32, "
         f"{str(size.dtype).removeprefix('torch.')}",

@@ -1,5 +1,5 @@
-"""What vLLM may record as a CUDA graph. There are none on a CPU: the kernel is replaced by PyTorch here, and batches are
-padded as they are for a recorded size."""
+"""What vLLM may record as a CUDA graph. There are none on a CPU: here PyTorch takes the place of the kernel, and
+batches of one token for each sequence are padded to a recorded size."""
 
 from __future__ import annotations
 
