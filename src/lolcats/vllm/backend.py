@@ -41,10 +41,10 @@ class StateMetadata(LinearAttentionMetadata):
 
     def before_rope(self, rotation: Rotation, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (N, H, D) and k (N, G, D) of the step's tokens, with their values before RoPE appended: (..., 2D)."""
-        positions = self.batch.positions
         if rotation not in self.turns:
-            self.turns[rotation] = rotation.cos_sin(positions, q.dtype)
-        return rotation.beside(q[: len(positions)], k[: len(positions)], *self.turns[rotation])
+            self.turns[rotation] = rotation.cos_sin(self.batch.positions, q.dtype)
+        cos, sin = self.turns[rotation]
+        return rotation.beside(q[: len(cos)], k[: len(cos)], cos, sin)
 
 
 class StateBuilder(LinearAttentionMetadataBuilder):

@@ -63,12 +63,10 @@ def decode_kernel(
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """q: (B, H, D) and k, v: (B, G, D), with strides; o: (B, H, D), contiguous; the state's tensors, with the strides
-    between their rows.
+    """q: (B, H, D) and k, v: (B, G, D), with strides; o: (B, H, D); the state's tensors, with strides between rows.
 
-    SLOTTED: the state of row b is in the tensors' row ``slots[b]``, where a sequence that begins (0 tokens) may find
-    anything, and ``seen`` is left as it was. A row with −1 tokens is padding: its state is not touched and its output
-    is 0.
+    SLOTTED: row b's state is row ``slots[b]`` of the tensors, where a sequence that begins (0 tokens) may find
+    anything, and ``seen`` stays as it is. A row with −1 tokens is padding: only its output is written, as 0.
     PLACED: q, k, v and o have more heads than the state, and its head g is their head ``places[g]``. GROUP, MAPS: query
     heads of a program, and their key maps (1 or GROUP). KEY_DIM: channels of queries and keys; softmax sees the first
     D, feature maps the last D. SPAN: slots of the ring. ROUNDED: S is bf16.
@@ -80,12 +78,11 @@ def decode_kernel(
     head = head_place(places, kv, kv >= 0, PLACED)
     first = head * (GROUP * SPLITS) + own % SPLITS * GROUP
     slot = tl.load(slots + row).to(tl.int64) if SLOTTED else row.to(tl.int64)
-    ring_k += slot * strides[0] + kv * (SPAN * KEY_DIM)
-    ring_v += slot * strides[1] + kv * (SPAN * DIM)
+    ring_k, ring_v = ring_k + slot * strides[0] + kv * (SPAN * KEY_DIM), ring_v + slot * strides[1] + kv * (SPAN * DIM)
     sink_k += slot * strides[2] + kv * (SINKS * KEY_DIM)
     sink_v += slot * strides[3] + kv * (SINKS * DIM)
-    S += slot * strides[4] + own * (MAPS * 2 * WIDTH * DIM)
-    z += slot * strides[5] + own * (MAPS * 2 * WIDTH)
+    sums_of = own * (MAPS * 2 * WIDTH)
+    S, z = S + slot * strides[4] + sums_of * DIM, z + slot * strides[5] + sums_of
     o += row.to(tl.int64) * o_stride + first * DIM
     q += row.to(tl.int64) * q_strides[0] + first * q_strides[1]
     k_row, v_row = k + row.to(tl.int64) * k_strides[0], v + row.to(tl.int64) * v_strides[0]
@@ -96,10 +93,9 @@ def decode_kernel(
         if n < 0:
             tl.store(o + place, tl.zeros((BLOCK_H, BLOCK_D), o.dtype.element_ty), mask=real)
             return
-        if LINEAR:
-            if n == 0:
-                clear_sums(S, z, d, j, MAPS, DIM, WIDTH)
-                tl.debug_barrier()
+        if (n == 0) & LINEAR:
+            clear_sums(S, z, d, j, MAPS, DIM, WIDTH)
+            tl.debug_barrier()
     new_k = tl.load(k + d, mask=d < DIM, other=0.0)
     new_v = tl.load(v + d, mask=d < DIM, other=0.0)
     if LINEAR:
@@ -173,12 +169,10 @@ def decode_kernel(
 @triton.jit
 def clear_sums(S, z, d, j, MAPS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Store zeros in a program's sums."""
-    width = j < WIDTH
+    zeros, mask = tl.zeros((j.shape[0], d.shape[0]), S.dtype.element_ty), (j < WIDTH)[:, None] & (d < DIM)[None, :]
     for half in range(2 * MAPS):
-        zeros = tl.zeros((j.shape[0], d.shape[0]), S.dtype.element_ty)
-        place = S + half * (WIDTH * DIM) + j[:, None] * DIM + d[None, :]
-        tl.store(place, zeros, mask=width[:, None] & (d < DIM)[None, :])
-        tl.store(z + half * WIDTH + j, tl.zeros((j.shape[0],), tl.float32), mask=width)
+        tl.store(S + half * (WIDTH * DIM) + j[:, None] * DIM + d[None, :], zeros, mask=mask)
+        tl.store(z + half * WIDTH + j, tl.zeros((j.shape[0],), tl.float32), mask=j < WIDTH)
 
 
 @triton.jit
@@ -469,8 +463,7 @@ def decode(
         q, q.stride()[:2], k, k.stride()[:2], v, v.stride()[:2], o, o.stride(0), o if subset is None else subset.heads,
         *memory, strides, seen if slots is None else slots, seen, *weights, gamma, mixer.scale, float(softcap or 0),
         SLOTTED=slots is not None, SPLITS=splits, PLACED=subset is not None, BLOCK_G=power_of_two(kv_heads),
-        GROUP=group // splits,
-        MAPS=maps if shared else group // splits, DIM=dim, KEY_DIM=key_dim, WIDTH=width,
+        GROUP=group // splits, MAPS=maps if shared else group // splits, DIM=dim, KEY_DIM=key_dim, WIDTH=width,
         SOFTMAX=spec.has_softmax, LINEAR=linear, WINDOW="none" if spec.kind == "linear" else spec.window,
         SIZE=spec.window_size, SPAN=spec.span, SINKS=spec.softmax_sinks, CAPPED=softcap is not None,
         ROUNDED=state.sums.S.dtype == torch.bfloat16, LOW=tl.float32 if wide else tl.bfloat16,
