@@ -2,15 +2,19 @@
 
     python benchmarks/multi_gpu.py              # all GPUs there are; writes benchmarks/results/multi_gpu.json and .md
     python benchmarks/multi_gpu.py --counts 4 2 1     # in another order: GPUs that are done with are free
+    python benchmarks/multi_gpu.py --parts "stage 2" "stage 2, sharded" --layers-per-unit 1 2 4 --against DIR
     python benchmarks/multi_gpu.py --table      # the table again, from the JSON
     python benchmarks/multi_gpu.py --tiny --out DIR   # two processes on a CPU, at a size that measures nothing
 
 Starts itself with torchrun once for each number of GPUs. Every number of GPUs trains on the same batches from the same
 weights, so loss curves must be the same; the micro-batch of a GPU is the same too, and fewer GPUs accumulate more of
 them. Weights are drawn tensor by tensor, where they are used. What a part found is written before the next begins.
+With --against, stage 2 of one GPU and sharded stage 2 also run with the sources of DIR (which holds src/lolcats, as
+`git archive COMMIT src` writes it), each right after this build's ranks of that number.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -19,11 +23,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from datetime import date
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,63 +34,45 @@ import common
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
+from multi_gpu_report import LARGER, SHARDED, collect, report
+from multi_gpu_sizes import TINY, Sizes, kept_and_taught, model_config
 from profiles import profiled
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 import lolcats
-from lolcats.config import FinetuneConfig, TransferConfig, load_config
+from lolcats.config import Config, TransferConfig, load_config
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import find_head, language_model_loss
 from lolcats.modeling.parallel import tensor_parallel
-from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, read_config, size_of
+from lolcats.plan import Machine, Work, plan_finetune, plan_transfer, size_of
 from lolcats.ranks import ranks
 from lolcats.stages.distributed import all_reduce_gradients, materialize, own_device, shard
 from lolcats.stages.finetune.stage import add_lora
 from lolcats.stages.trained import train_only
 from lolcats.stages.transfer.stage import layer_losses
 
-SCALING = {2: 0.9, 4: 0.85, 8: 0.8}  # targets: speed of n GPUs against n times one GPU's
+ROOT = Path(__file__).parents[1]
 WARM_UP = 2
-LARGER = 3  # times the rows of a micro-batch: does a sharded layer take as long with more to compute?
-TINY_CONFIG = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-               "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 2048}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured. Rows are those of a micro-batch of one GPU."""
-
-    models: tuple[str, str] = ("llama-3-8b", "llama-3.1-70b")
-    length: int = 1024
-    transfer_rows: int = 8
-    finetune_rows: int = 4
-    large_rows: int = 2
-    steps: int = 6
-    large_steps: int = 3
-    prompt: int = 128
-    new_tokens: int = 32
-    batches: tuple[int, ...] = (1, 256)
-    settings: tuple[str, ...] = ()
-
-
-TINY = Sizes(("tiny", "tiny"), 64, 2, 2, 1, 3, 1, 24, 4, (1, 3),
-             ("attention.feature_dim=16", "attention.window_size=16", "attention.sinks=2",
-              "data.sequence_length=64"))  # fmt: skip
 
 
 class Bench:
-    """One rank. ``ranks``: how many there are; ``most``: how many there are in the largest measurement."""
+    """One rank. ``ranks``: how many there are; ``most``: how many there are in the largest measurement.
 
-    def __init__(self, sizes: Sizes, device: torch.device, most: int) -> None:
+    parts: names of what will be measured.
+    """
+
+    def __init__(self, sizes: Sizes, device: torch.device, most: int, parts: Sequence[str]) -> None:
         self.sizes, self.ranks, self.most = sizes, ranks().size, most
         self.device = own_device(device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.config = load_config("default", sizes.settings)
         # now: counting runs a small model on the CPU, which layers fused for the GPU would break
-        self.counted = {name: size_of(model_config(name), self.config) for name in sizes.models}
+        models = sizes.models if "large stage 2" in parts else sizes.models[:1]
+        self.counted = {name: size_of(model_config(name), self.config) for name in models}
+        self.taught = kept_and_taught(sizes) if any("KL" in name for name in parts) else self.config
 
     def transfer(self) -> dict[str, Any]:
         """Stage 1, data-parallel: the whole model on each GPU, gradients of the feature maps summed."""
@@ -109,21 +94,44 @@ class Bench:
         """Stage 2, data-parallel: the whole model on each GPU, gradients of LoRA summed."""
         name, rows = self.sizes.models[0], self.sizes.finetune_rows
         model = self.build(name, lora=True)
-        with fused_layers(model, True):
+        with fused_layers(model.get_base_model(), True):
             return self.tune(model, name, rows, self.sizes.steps)
 
-    def sharded(self) -> dict[str, Any]:
-        """Stage 2, the base model sharded over all GPUs (FSDP2): also with larger micro-batches, and one step of each
-        rank looked into."""
+    def sharded(self, layers_per_unit: int = 1) -> dict[str, Any]:
+        """Stage 2, the base model sharded over all GPUs (FSDP2), and one step of each rank looked into."""
         name, rows = self.sizes.models[0], self.sizes.finetune_rows
-        model = self.build(name, lora=True, sharded=True)
-        with fused_layers(model, True):
+        model = self.build(name, lora=True, sharded=True, layers_per_unit=layers_per_unit)
+        with fused_layers(model.get_base_model(), True):
             found = self.tune(model, name, rows, self.sizes.steps, sharded=True)
-            found["profile"] = profiled(self.tuning(model, rows), self.device)
-            common.reset_peak(self.device)
-            if self.predicted("finetune", name, LARGER * rows, sharded=True)["fits"]:
-                found["larger"] = self.tune(model, name, LARGER * rows, self.sizes.large_steps, sharded=True)
-        return found
+            return found | {"profile": profiled(self.tuning(model, rows), self.device)}
+
+    def larger(self) -> dict[str, Any]:
+        """Sharded stage 2 with larger micro-batches."""
+        name, rows = self.sizes.models[0], LARGER * self.sizes.finetune_rows
+        if not self.predicted("finetune", name, rows, sharded=True)["fits"]:
+            return {"missing": "does not fit"}
+        model = self.build(name, lora=True, sharded=True)
+        with fused_layers(model.get_base_model(), True):
+            return self.tune(model, name, rows, self.sizes.large_steps, sharded=True)
+
+    def distilled(self, sharded: bool = False) -> dict[str, Any]:
+        """Stage 2 against the model's own teacher, an eighth of the key/value heads kept; data-parallel or sharded."""
+        from lolcats.stages.finetune.protection import protected
+
+        name, rows = self.sizes.models[0], self.sizes.finetune_rows
+        model = self.build(name, lora=True, sharded=sharded and self.ranks > 1, config=self.taught)
+        with fused_layers(model.get_base_model(), True), protected(model, self.taught.finetune.protect_kept):
+            found = self.measure(
+                self.tuning(model, rows, taught=True), rows * self.most * self.sizes.length, self.sizes.steps
+            )
+        return found | {"predicted_gib": None, "predicted_tokens_per_second": None}
+
+    def selection(self) -> dict[str, Any]:
+        """The search for heads to keep, its work shared by the ranks; nothing is loaded, and prompts are random."""
+        from selection import timed
+
+        found = timed(self.sizes.search, self.sizes.search_heads, self.sizes.search_lengths)
+        return found | {"peak_gib": self.peak()}
 
     def tune(
         self, model: Any, name: str, rows: int, steps: int, sharded: bool = False, recompute: bool = False
@@ -132,17 +140,26 @@ class Bench:
         found = self.measure(self.tuning(model, rows), rows * self.most * self.sizes.length, steps)
         return found | self.predicted("finetune", name, rows, recompute, sharded)
 
-    def tuning(self, model: Any, rows: int) -> Callable[[], Tensor]:
-        """An optimizer step of LoRA by micro-batches of ``rows``."""
-        lora = [p for p in model.parameters() if p.requires_grad]
+    def tuning(self, wrapped: Any, rows: int, taught: bool = False) -> Callable[[], Tensor]:
+        """An optimizer step of LoRA by micro-batches of ``rows``, as the trainer makes it."""
+        lora = [p for p in wrapped.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(lora, lr=1e-3, weight_decay=0.0)
-        micro_batches, head = self.micro_batches(rows), find_head(model)
+        model = wrapped.get_base_model()
+        micro_batches, head, passing = self.micro_batches(rows), find_head(model), lean_lora(model)
+
+        def loss_of(ids: Tensor) -> Tensor:
+            if not taught:
+                return language_model_loss(model, head, ids)
+            from lolcats.stages.finetune.distillation import Distillation, distillation_loss
+
+            return distillation_loss(wrapped, head, ids, Distillation())
 
         def step() -> Tensor:
             losses = []
             for ids in micro_batches:
-                loss = language_model_loss(model, head, ids) / len(micro_batches)
-                loss.backward()
+                with passing():
+                    loss = loss_of(ids) / len(micro_batches)
+                    loss.backward()
                 losses.append(loss.detach())
             return self.update(lora, optimizer, torch.stack(losses).sum())
 
@@ -156,7 +173,7 @@ class Bench:
             return {"missing": f"does not fit: {foreseen['predicted_gib']:.0f} GiB on each GPU by the planner"}
         model = self.build(name, lora=True, sharded=sharded)
         model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        with fused_layers(model, True):
+        with fused_layers(model.get_base_model(), True):
             return self.tune(model, name, self.sizes.large_rows, self.sizes.large_steps, sharded, recompute=True)
 
     @torch.no_grad()
@@ -188,26 +205,31 @@ class Bench:
         common.synchronize(self.device)
         return middle - started, time.perf_counter() - middle, torch.cat(tokens, 1)
 
-    def build(self, name: str, lora: bool = False, sharded: bool = False, split: bool = False) -> Any:
-        """A converted model with random weights: whole, sharded over the ranks, or its heads split over them."""
+    def build(
+        self, name: str, lora: bool = False, sharded: bool = False, split: bool = False, layers_per_unit: int = 1,
+        config: Config | None = None,
+    ) -> Any:  # fmt: skip
+        """A converted model with random weights: whole, sharded over the ranks, or its heads split over them; with
+        LoRA, PEFT's model around it."""
+        config = config or self.config
         half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(model_config(name), dtype=half, attn_implementation="sdpa")
-        model = lolcats.convert(model.eval(), self.config)
-        if lora:
-            add_lora(model, FinetuneConfig())  # the LoRA layers are in the model itself
+        model = lolcats.convert(model.eval(), config)
+        wrapped = add_lora(model, config.finetune) if lora else model
         for module in model.modules():
             for own, p in module._parameters.items():
                 if p is not None:
                     module._parameters[own] = nn.Parameter(p.to("meta"), p.requires_grad)
         mesh = init_device_mesh(self.device.type, (self.ranks,)) if self.ranks > 1 else None
         if sharded:
-            shard(model, self.device, mesh)
+            more = {"layers_per_unit": layers_per_unit} if layers_per_unit > 1 else {}  # older builds do not know it
+            shard(model, self.device, mesh, **more)
         if split and mesh is not None:
             tensor_parallel(model, mesh)
         materialize(model, self.device, partial(self.fill, split_heads=split))
         common.synchronize(self.device)
-        return model
+        return wrapped
 
     def fill(self, name: str, parameter: Tensor, split_heads: bool) -> None:
         """Values by name alone, so that any number of ranks has the same model; one whole tensor at a time."""
@@ -290,28 +312,46 @@ class Bench:
                 "fits": not plan.problems}  # fmt: skip
 
 
-def model_config(name: str) -> Any:
-    return LlamaConfig(**TINY_CONFIG) if name == "tiny" else read_config(name)
-
-
 def seeded(name: str, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:12], 16))
 
 
-SHARDED = "stage 2, sharded"  # in results of 2026-11-25 that is what "stage 2" of several GPUs was
+def lean_lora(model: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """What the trainer puts around each forward and backward pass; builds before LeanLora have nothing there."""
+    try:
+        from lolcats.stages.finetune.lora import LeanLora
+    except ImportError:
+        return contextlib.nullcontext
+    return LeanLora(model, model.dtype).cast
+
+
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "stage 1": Bench.transfer, "stage 2": Bench.finetune, SHARDED: Bench.sharded, "generation": Bench.generate,
-    "large stage 2": Bench.large,
+    "stage 1": Bench.transfer, "stage 2": Bench.finetune, SHARDED: Bench.sharded, f"{SHARDED}, larger": Bench.larger,
+    "stage 2 with KL": Bench.distilled, "stage 2 with KL, sharded": partial(Bench.distilled, sharded=True),
+    "selection": Bench.selection, "generation": Bench.generate, "large stage 2": Bench.large,
 }  # fmt: skip
+START = 2  # starting the ranks takes as long as so many parts
+COMPARED = ("stage 2", SHARDED)  # with another build
 
 
-def work(sizes: Sizes, device: torch.device, most: int, file: Path, end: float) -> None:
-    """One rank: every part that begins before ``end`` (seconds since the epoch), each result added to ``file``."""
-    bench = Bench(sizes, device, most)
-    for name, part in PARTS.items():
-        if name == SHARDED and bench.ranks == 1:
+def chosen(names: Sequence[str], units: Sequence[int], count: int) -> dict[str, Callable[[Bench], dict[str, Any]]]:
+    """The parts of these names for ``count`` ranks; one rank shards nothing. units: layers in a unit of FSDP2."""
+    found = {}
+    for name in [name for name in PARTS if name in names and (count > 1 or ", sharded" not in name)]:
+        if name != SHARDED:
+            found[name] = PARTS[name]
             continue
-        late = torch.tensor(float(time.time() > end), device=bench.device)
+        for n in units:
+            title = SHARDED if n == 1 else f"{SHARDED}, {n} layers a unit"
+            found[title] = partial(Bench.sharded, layers_per_unit=n)
+    return found
+
+
+def work(sizes: Sizes, device: torch.device, arguments: argparse.Namespace) -> None:
+    """One rank: every part that begins before the end (seconds since the epoch), each result added to the file."""
+    bench = Bench(sizes, device, arguments.most, arguments.parts)
+    for name, part in chosen(arguments.parts, arguments.layers_per_unit, bench.ranks).items():
+        late = torch.tensor(float(time.time() > arguments.end), device=bench.device)
         if bench.ranks > 1:
             dist.all_reduce(late, dist.ReduceOp.MAX)
         try:
@@ -322,7 +362,8 @@ def work(sizes: Sizes, device: torch.device, most: int, file: Path, end: float) 
                 raise  # the other ranks wait in vain: torchrun ends them
             found = {"missing": "out of memory"}
         if bench.rank == 0:
-            with file.open("a") as stream:
+            found["build"] = str(Path(lolcats.__file__).parents[2])
+            with arguments.worker.open("a") as stream:
                 stream.write(json.dumps([bench.ranks, name, found]) + "\n")
             shown = {k: v for k, v in found.items() if k not in ("losses", "profile")}
             print(bench.ranks, name, shown, file=sys.stderr, flush=True)
@@ -331,143 +372,87 @@ def work(sizes: Sizes, device: torch.device, most: int, file: Path, end: float) 
         dist.destroy_process_group()
 
 
-def launch(tiny: bool, counts: list[int], seconds: float, directory: Path, note: str) -> dict[str, Any]:
-    """Start torchrun for each number of ranks, and write what all of them found."""
-    end, file = time.time() + seconds, directory / "multi_gpu.jsonl"
+def launch(arguments: argparse.Namespace, counts: Sequence[int]) -> dict[str, Any]:
+    """Start torchrun for each number of ranks and each build, and write what all of them found after every part."""
+    tiny, directory = arguments.tiny, arguments.out
+    end = time.time() + arguments.deadline
     directory.mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)
     results: dict[str, Any] = {
         "date": str(date.today()), "device": common.hardware(torch.device("cpu" if tiny else "cuda")),
-        "counts": sorted(counts), "note": note,
+        "counts": sorted(counts), "note": arguments.note,
         "versions": common.installed("torch", "transformers", "peft", "triton", "liger-kernel"),
         "sizes": asdict(TINY if tiny else Sizes()), "parts": {}, "failures": {},
     }  # fmt: skip
-    for index, count in enumerate(counts):
-        own_end = time.time() + (end - time.time()) / (len(counts) - index)  # an equal share of what is left
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-                   __file__, "--worker", str(file), "--most", str(max(counts)), "--end", str(own_end - 20)]  # fmt: skip
-        try:
-            if code := run([*command, *(["--tiny"] if tiny else [])], end - time.time()):
-                results["failures"][str(count)] = f"ended with {code}"
-        except subprocess.TimeoutExpired:
-            results["failures"][str(count)] = "no time left"
-        lines = file.read_text().splitlines() if file.exists() else []
-        results["parts"] = collect(sorted((json.loads(line) for line in lines), key=itemgetter(0)))
+    builds = {"this": ROOT, **({"other": arguments.against.resolve()} if arguments.against else {})}
+    runs = [(count, build) for count in counts for build in builds]
+    files = {build: directory / f"multi_gpu_{build}.jsonl" for build in builds}
+    for file in files.values():
+        file.unlink(missing_ok=True)
+
+    def write() -> None:
+        found = {
+            build: [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+            for build, file in files.items()
+        }
+        results["parts"] = collect(found["this"], list(PARTS), found.get("other", []))
         common.write(results, report(results), directory, "multi_gpu")
-    file.unlink(missing_ok=True)
+
+    kinds = {build: [name for name in arguments.parts if build == "this" or name in COMPARED] for build in builds}
+    layers = {"this": arguments.layers_per_unit, "other": [1]}
+    work_of = {run: len(chosen(kinds[run[1]], layers[run[1]], run[0])) for run in runs}
+    runs = [run for run in runs if work_of[run]]
+    for index, (count, build) in enumerate(runs):
+        parts, units = kinds[build], layers[build]
+        left = [START + work_of[run] for run in runs[index:]]
+        share = (end - time.time()) * left[0] / sum(left)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
+                   __file__, "--worker", str(files[build]), "--most", str(max(counts)), "--end", str(time.time() + share - min(20, share / 4)),
+                   "--layers-per-unit", *map(str, units), "--parts", *parts, *(["--tiny"] if tiny else [])]  # fmt: skip
+        label = str(count) if build == "this" else f"{count} (other build)"
+        try:
+            if code := run(command, end - time.time(), builds[build], write):
+                results["failures"][label] = f"ended with {code}"
+        except subprocess.TimeoutExpired:
+            results["failures"][label] = "no time left"
+        write()
+    for file in files.values():
+        file.unlink(missing_ok=True)
     return results
 
 
-def run(command: list[str], seconds: float) -> int:
-    """The exit code of ``command``; behind ``seconds`` it is killed with all processes that it started."""
-    environment = {"NCCL_NVLS_ENABLE": "0", **os.environ, "OMP_NUM_THREADS": "1"}
+def run(command: list[str], seconds: float, source: Path, seen: Callable[[], None]) -> int:
+    """The exit code of ``command`` with lolcats of ``source``; after ``seconds`` it is killed with all its processes.
+    ``seen`` is called every two seconds."""
+    path = os.pathsep.join([str(source / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = {"NCCL_NVLS_ENABLE": "0", **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
+    end = time.time() + max(seconds, 1)
     try:
-        return process.wait(max(seconds, 1))
-    except subprocess.TimeoutExpired:
+        while True:
+            try:
+                return process.wait(min(2.0, max(end - time.time(), 0.01)))
+            except subprocess.TimeoutExpired:
+                if time.time() >= end:
+                    raise
+                seen()
+    except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
-
-
-def collect(found: list[list[Any]]) -> dict[str, dict[str, Any]]:
-    """Part -> number of ranks -> result, with what compares it to one rank's."""
-    parts: dict[str, dict[str, Any]] = {}
-    larger = [[count, f"{name}, larger", result.pop("larger")] for count, name, result in found if "larger" in result]
-    for count, name, result in [*found, *larger]:
-        single = parts.get("stage 2" if name.startswith(SHARDED) else name, {}).get("1")
-        if count > 1 and single and "missing" not in single and "missing" not in result:
-            if "losses" in result:
-                if result["tokens"] == single["tokens"]:
-                    pairs = zip(result["losses"], single["losses"], strict=True)
-                    result["loss_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
-                result["efficiency"] = result["tokens_per_second"] / count / single["tokens_per_second"]
-            for rows, batch in result.get("batches", {}).items():
-                batch["speed_up"] = batch["tokens_per_second"] / single["batches"][rows]["tokens_per_second"]
-        parts.setdefault(name, {})[str(count)] = result
-    order = list(PARTS)
-    return dict(sorted(parts.items(), key=lambda part: order.index(part[0].removesuffix(", larger"))))
-
-
-def report(results: dict[str, Any]) -> str:
-    sizes = results["sizes"]
-    most = max(results["counts"])
-    packages = common.listed(results["versions"])
-    small, large = sizes["models"]
-    lines = [
-        "# Several GPUs",
-        "",
-        f"`python benchmarks/multi_gpu.py`, {results['date']}, up to {most} × {results['device']}; {packages}.",
-        f"Random weights in bf16; {small}, and {large} with recomputed layers in the large stage 2. Every number "
-        f"of GPUs trains on the same rows of {sizes['length']} tokens: {most} micro-batches of "
-        f"{sizes['transfer_rows']}, {sizes['finetune_rows']} and (large) {sizes['large_rows']} rows a step. Stage 1 is "
-        f"data-parallel, {kind_of_stage_2(results['parts'])}. "
-        "Efficiency: tokens/s against one GPU's times the number of GPUs. Peak: PyTorch's allocated memory, weights "
-        f"included, of the fullest GPU; planned: what `lolcats plan` says. {results['note']}".rstrip(),
-        "",
-        "| part | GPUs | tokens/s | planned | efficiency | target | losses differ by | peak GiB | planned |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, part in results["parts"].items():
-        for count, found in part.items():
-            if "missing" in found:
-                lines.append(f"| {name} | {count} | {found['missing']} | | | | | | |")
-            elif "losses" in found:
-                share = f"{found['efficiency']:.2f}" if "efficiency" in found else ""
-                differ = f"{100 * found['loss_difference']:.2g} %" if "loss_difference" in found else ""
-                speeds = f"{found['tokens_per_second']:,.0f} | {found['predicted_tokens_per_second']:,.0f}"
-                memory = f"{found['peak_gib'] or 0:.1f} | {found['predicted_gib']:.1f}"
-                target = SCALING.get(int(count), "")
-                lines.append(f"| {name} | {count} | {speeds} | {share} | {target} | {differ} | {memory} |")
-    lines += [
-        "",
-        f"Generation, greedy, plain PyTorch, {sizes['new_tokens']} tokens behind {sizes['prompt']}; heads split "
-        "over the GPUs (tensor parallel):",
-        "",
-        "| GPUs | batch | prefill s | decoded tokens/s | against one GPU |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    for count, found in results["parts"].get("generation", {}).items():
-        for rows, batch in found.get("batches", {}).items():
-            speed_up = f"{batch['speed_up']:.2f}" if "speed_up" in batch else ""
-            times = f"{batch['prefill_seconds']:.3f} | {batch['tokens_per_second']:,.1f}"
-            lines.append(f"| {count} | {rows} | {times} | {speed_up} |")
-    for found in results["parts"].get(SHARDED, {}).values():
-        lines += profile_lines(found["profile"]) if "profile" in found else []
-    lines += [f"\n{count} ranks: {what}." for count, what in results["failures"].items()]
-    return "\n".join(lines) + "\n"
-
-
-def kind_of_stage_2(parts: dict[str, Any]) -> str:
-    if SHARDED not in parts:
-        return "stage 2 sharded (FSDP2)"
-    return (
-        "stage 2 data-parallel, too, or sharded (FSDP2), then also with "
-        f"micro-batches {LARGER} times as large, and against one GPU's stage 2; the large one is sharded"
-    )
-
-
-def profile_lines(found: dict[str, Any]) -> list[str]:
-    """One step of the first rank in a sentence; what took longest in short tables."""
-    share = 100 * found["communication_hidden"]
-    lines = [
-        "",
-        f"A sharded step under torch.profiler, first rank: {found['milliseconds']:.0f} ms from the first kernel to the "
-        f"last; GPU busy {found['busy']:.0f}, computing {found['computing']:.0f}, communicating "
-        f"{found['communication']:.0f} ms, of which {share:.0f} % while computing.",
-    ]
-    for name, title in (("host", "host, alone"), ("hooks", "host, with what it calls"), ("gpu", "kernel")):
-        if found[name]:
-            lines += ["", f"| {title} | calls | ms |", "|---|---:|---:|"]
-            lines += [f"| `{what}` | {calls} | {time:.1f} |" for what, calls, time in found[name][:6]]
-    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", help="numbers of GPUs in their order (default: 1, 2, 4, 8)")
     parser.add_argument("--note", default="", help="what else a reader must know")
-    parser.add_argument("--deadline", type=float, default=280, help="seconds for everything (default: %(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
+    parser.add_argument(
+        "--layers-per-unit", type=int, nargs="+", default=[1], help="sharded stage 2 with units of so many layers"
+    )
+    parser.add_argument("--against", type=Path, help="directory with src/ of another build, measured in the same run")
+    parser.add_argument(
+        "--deadline", "--seconds", type=float, default=280, help="seconds for everything (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
     parser.add_argument("--table", action="store_true", help="only write the table again from the JSON")
     parser.add_argument("--tiny", action="store_true", help="one and two processes on a CPU; needs --out")
@@ -486,11 +471,11 @@ def main() -> None:
     device = torch.device("cpu" if arguments.tiny else "cuda")
     if arguments.worker:
         sizes = TINY if arguments.tiny else Sizes()
-        work(sizes, device, arguments.most, arguments.worker, arguments.end)
+        work(sizes, device, arguments)
         return
     most = 2 if arguments.tiny else torch.cuda.device_count()
     counts = arguments.counts or [n for n in (1, 2, 4, 8) if n <= most]
-    launch(arguments.tiny, counts, arguments.deadline, arguments.out, arguments.note)
+    launch(arguments, counts)
     print((arguments.out / "multi_gpu.md").read_text())
 
 

@@ -44,6 +44,9 @@ from lolcats.selection.result import Selection, by_layer
 from lolcats.selection.scorer import Scorer
 from lolcats.selection.search import Head, grow, units_of
 from lolcats.selection.select import PASS, Settings, check_lengths, prompt_plan, search, trial_attention
+from lolcats.selection.select import _fitting as fitting
+from lolcats.selection.select import _shared as shared
+from lolcats.stages.distributed import own_device
 from lolcats.weights.base import Base
 
 ROWS = {"cuda": 64, "cpu": 8}
@@ -108,19 +111,25 @@ def start(arguments: argparse.Namespace) -> tuple[Bench, dict[str, float]]:
 
 
 def timed(shape: str, count: int, lengths: Sequence[int]) -> dict[str, Any]:
-    """How long it takes to choose ``count`` heads with random weights and random prompts of the usual sizes."""
+    """How long it takes to choose ``count`` heads with random weights and random prompts of the usual sizes. Under
+    torchrun, the ranks share the work."""
     config = load_config("default", ["attention.sinks=4"])
     device, dtype = device_and_dtype(config)
+    device = own_device(device)
     model = random_model(shape, trial_attention(config.attention), device, dtype)
     draw, plan = random.Random(0), prompt_plan(lengths)
     asked = [Scored(kind, [draw.randrange(SHAPES[shape]["vocab_size"]) for _ in range(n)], [(n - ANSWER, n)])
              for kind, n in plan]  # fmt: skip
     began = time.time()
-    scorer = Scorer(model, asked, PASS.get(device.type, PASS["cpu"]))
+    scorer = shared(fitting(model, asked), model, asked)
+    scorer.losses([[head] for head in scorer.heads[: scorer.ranks.size]])  # compiles what is not compiled yet
+    scorer.passes = 0.0
+    scorer.ranks.wait()
     prepared = time.time()
-    search(scorer, count, Settings(), lambda line: print(f"{time.time() - prepared:.1f} s: {line}", flush=True))
+    trail = search(scorer, count, Settings(), lambda line: print(f"{time.time() - prepared:.1f} s: {line}", flush=True))
     return {
         "shape": shape, "heads": f"{count} of {len(scorer.heads)}", "tokens": scorer.tokens, "passes": scorer.passes,
+        "chosen": by_layer(trail[-1].heads), "loss": trail[-1].loss,
         "teacher_seconds": prepared - began, "search_seconds": time.time() - prepared,
         "peak_gib": common.peak_gib(device), "device": common.hardware(device), "torch": torch.__version__,
     }  # fmt: skip

@@ -198,14 +198,22 @@ def test_long_range(model_dirs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.slow
 def test_several_gpus(tmp_path: Path) -> None:
-    """Both stages and generation on one and two processes, from the same weights: the same losses and tokens."""
+    """All parts on one and two processes, from the same weights: the same losses, tokens and chosen heads."""
     subprocess.run(
-        [sys.executable, FOLDER / "multi_gpu.py", "--tiny", "--out", tmp_path, "--deadline", "400"], check=True
-    )
+        [sys.executable, FOLDER / "multi_gpu.py", "--tiny", "--out", tmp_path, "--deadline", "400",
+         "--layers-per-unit", "1", "2", "--against", FOLDER.parent], check=True
+    )  # fmt: skip
     results = json.loads((tmp_path / "multi_gpu.json").read_text())
     assert not results["failures"]
-    both, sharded = {"stage 1", "stage 2", "large stage 2", "generation"}, "stage 2, sharded"
-    assert set(results["parts"]) == both | {sharded, f"{sharded}, larger"}
+    both, sharded = {"stage 1", "stage 2", "stage 2 with KL", "large stage 2", "generation"}, "stage 2, sharded"
+    search = results["parts"].pop("selection")
+    assert search["2"]["same"]
+    assert search["2"]["speed_up"] > 0
+    several = f"{sharded}, 2 layers a unit"
+    assert set(results["parts"]) == both | {sharded, several, f"{sharded}, larger", "stage 2 with KL, sharded"}
+    for name, counts in (("stage 2", ("1", "2")), (sharded, ("2",)), (several, ("2",))):
+        for count in counts:
+            assert results["parts"][name][count]["ratio"] > 0
     for name, part in results["parts"].items():
         assert set(part) == ({"1", "2"} if name in both else {"2"}), name
         if name != "generation":

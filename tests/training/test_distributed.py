@@ -27,9 +27,9 @@ from lolcats.modeling.layer import decoder_layers, linearized_layers
 from lolcats.modeling.loss import gathered
 from lolcats.pipeline import finish, measure, resume, run_finetune, run_transfer, start
 from lolcats.stages.arguments import training_arguments
-from lolcats.stages.distributed import all_reduce_gradients, is_sharded, own_device
+from lolcats.stages.distributed import all_reduce_gradients, is_sharded, own_device, shard
 from lolcats.stages.finetune.fits import shards
-from lolcats.stages.finetune.stage import finetune, load_over_ranks
+from lolcats.stages.finetune.stage import add_lora, finetune, load_over_ranks
 from lolcats.stages.finetune.trainer import BestKeeper, newest_checkpoint
 from lolcats.tensors import read_tensors
 from lolcats.weights.base import Base, find_base
@@ -128,6 +128,8 @@ def on_two_ranks(root: Path) -> None:
     with pytest.raises(Interrupted):
         tune(root / "two_then_four", [*PLAIN, SHARDED], stop=True)
     assert_gradients()
+    for recompute in (False, True):
+        assert_units(recompute)
     assert_who_shards(root)
     with pytest.raises(LolcatsError, match="cannot be shared by 2 ranks"):
         training_arguments(load_config("default", ["finetune.micro_batch_size=8"]).finetune, root, 0,
@@ -188,6 +190,31 @@ def assert_gradients() -> None:
     all_reduce_gradients(layer.parameters())
     for ours, theirs in zip(layer.parameters(), single.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def assert_units(recompute: bool) -> None:
+    """Units of any number of layers: the outputs and gradients of a whole model, with fewer gathers for larger ones."""
+    found, gathers = [], []
+    for layers_per_unit in (0, 1, 2, 3):
+        config = load_config("default", PLAIN)
+        model = tiny_model(num_hidden_layers=3)
+        torch.manual_seed(1)
+        wrapped = add_lora(lolcats.convert(model, config), config.finetune)
+        for name, p in wrapped.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p, generator=torch.Generator().manual_seed(2))
+        if layers_per_unit:
+            shard(model, torch.device("cpu"), layers_per_unit=layers_per_unit)
+        if recompute:
+            model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with profile() as profiler:
+            out = model.get_output_embeddings()(decoder(model)(input_ids=data().test)[0]).pow(2).mean()
+            out.backward()
+        gathers.append({e.key: e.count for e in profiler.key_averages()}.get("c10d::_allgather_base_", 0))
+        found.append([out.detach(), *(p.grad for p in wrapped.parameters() if p.requires_grad)])
+    for ours in found[1:]:
+        torch.testing.assert_close(ours, found[0])
+    assert 0 == gathers[0] < gathers[3] < gathers[2] < gathers[1]
 
 
 def assert_who_shards(root: Path) -> None:

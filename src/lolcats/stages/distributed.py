@@ -30,12 +30,15 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
-def shard(model: PreTrainedModel, device: torch.device, mesh: DeviceMesh | None = None) -> PreTrainedModel:
+def shard(
+    model: PreTrainedModel, device: torch.device, mesh: DeviceMesh | None = None, layers_per_unit: int = 1
+) -> PreTrainedModel:  # fmt: skip
     """Shard the frozen parameters of a converted model across all ranks, in place. The others stay whole.
 
-    Feature maps and tied embeddings also stay whole. Units: each decoder layer, the embedding, the output layer, the
-    rest of the decoder. The roots are the decoder and the output layer, because the trainers call these and not the
-    model. Parameters may be on the meta device: see :func:`materialize`.
+    Feature maps and tied embeddings also stay whole. Units, each of which is gathered at once: every
+    ``layers_per_unit`` decoder layers, the embedding, the output layer, the rest of the decoder. The roots are
+    the decoder and the output layer, because the trainers call these and not the model.
+    Parameters may be on the meta device: see :func:`materialize`.
     """
     mesh = mesh if mesh is not None else init_device_mesh(device.type, (ranks().size,))
     kept = {p for layer in linearized_layers(model) for p in layer.parameters()}
@@ -43,16 +46,20 @@ def shard(model: PreTrainedModel, device: torch.device, mesh: DeviceMesh | None 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is head.weight:
         kept.add(embedding.weight)
-    for unit in (*decoder_layers(model), embedding, head):
-        if any(p not in kept for p in unit.parameters()):
+    layers = list(decoder_layers(model))
+    units = [layers[i : i + layers_per_unit] for i in range(0, len(layers), layers_per_unit)]
+    for unit in (*units, [embedding], [head]):
+        if any(p not in kept for module in unit for p in module.parameters()):
             fully_shard(unit, mesh=mesh, ignored_params=kept)
     fully_shard(decoder(model), mesh=mesh, ignored_params=kept)
-    _order_gathers(embedding, decoder_layers(model))
+    _order_gathers(embedding, [unit[0] for unit in units])
     return model
 
 
 def _order_gathers(embedding: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Start to gather each layer before the previous one is launched, as launching takes the host long.
+    """Start to gather each unit before the previous one is launched, as launching takes the host long.
+
+    ``layers``: the first decoder layer of each unit.
 
     Also avoid needless gathers: by default, FSDP2 gathers the frozen embedding for a backward pass that does nothing
     there, and the last layer twice in a row.
