@@ -348,10 +348,11 @@ def chosen(names: Sequence[str], units: Sequence[int], count: int) -> dict[str, 
 
 
 def work(sizes: Sizes, device: torch.device, arguments: argparse.Namespace) -> None:
-    """One rank: every part that begins before the end (seconds since the epoch), each result added to the file."""
+    """One rank: the first part, and every other that begins before the end (seconds since the epoch), each result added
+    to the file."""
     bench = Bench(sizes, device, arguments.most, arguments.parts)
-    for name, part in chosen(arguments.parts, arguments.layers_per_unit, bench.ranks).items():
-        late = torch.tensor(float(time.time() > arguments.end), device=bench.device)
+    for i, (name, part) in enumerate(chosen(arguments.parts, arguments.layers_per_unit, bench.ranks).items()):
+        late = torch.tensor(float(i > 0 and time.time() > arguments.end), device=bench.device)
         if bench.ranks > 1:
             dist.all_reduce(late, dist.ReduceOp.MAX)
         try:
@@ -405,8 +406,9 @@ def launch(arguments: argparse.Namespace, counts: Sequence[int]) -> dict[str, An
         parts, units = kinds[build], layers[build]
         left = [START + work_of[run] for run in runs[index:]]
         share = (end - time.time()) * left[0] / sum(left)
+        own_end = time.time() + share - min(20, share / 4)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-                   __file__, "--worker", str(files[build]), "--most", str(max(counts)), "--end", str(time.time() + share - min(20, share / 4)),
+                   __file__, "--worker", str(files[build]), "--most", str(max(counts)), "--end", str(own_end),
                    "--layers-per-unit", *map(str, units), "--parts", *parts, *(["--tiny"] if tiny else [])]  # fmt: skip
         label = str(count) if build == "this" else f"{count} (other build)"
         try:
