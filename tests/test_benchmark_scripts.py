@@ -218,7 +218,7 @@ def test_several_gpus(tmp_path: Path) -> None:
         assert set(part) == ({"1", "2"} if name in both else {"2"}), name
         if name != "generation":
             losses = part["2"]["losses"]
-            assert losses[-1] < losses[0] - 1e-4
+            assert losses[-1] < (0.9 * losses[0] if "KL" in name else losses[0] - 1e-4), name
             assert part["2"]["efficiency"] > 0
             if not name.endswith("larger"):  # which trains on more rows
                 assert part["2"]["loss_difference"] < 1e-4
