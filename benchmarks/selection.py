@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,7 @@ from lolcats.selection.prompts import Scored, prompts
 from lolcats.selection.result import Selection, by_layer
 from lolcats.selection.scorer import Scorer
 from lolcats.selection.search import Head, grow, units_of
-from lolcats.selection.select import PASS, Settings, check_lengths, prompt_plan, search, trial_attention
-from lolcats.selection.select import _fitting as fitting
-from lolcats.selection.select import _shared as shared
+from lolcats.selection.select import PASS, Settings, check_lengths, fitting_scorer, prompt_plan, search, trial_attention
 from lolcats.stages.distributed import own_device
 from lolcats.weights.base import Base
 
@@ -121,7 +120,7 @@ def timed(shape: str, count: int, lengths: Sequence[int]) -> dict[str, Any]:
     asked = [Scored(kind, [draw.randrange(SHAPES[shape]["vocab_size"]) for _ in range(n)], [(n - ANSWER, n)])
              for kind, n in plan]  # fmt: skip
     began = time.time()
-    scorer = shared(fitting(model, asked), model, asked)
+    scorer = fitting_scorer(partial(Scorer, model), asked, device)
     scorer.losses([[head] for head in scorer.heads[: scorer.ranks.size]])  # compiles what is not compiled yet
     scorer.passes = 0.0
     scorer.ranks.wait()

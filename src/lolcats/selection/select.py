@@ -80,7 +80,7 @@ def select(
         raise LolcatsError(f"{count} heads are to be kept, and the model has only {units} that could be linearized.")
     plan, started = prompt_plan(check_lengths(settings.lengths, model)), time.time()
     asked = [prompts(tokenizer, plan, f"{settings.seed}/{part}", text) for part in ("search", "check")]
-    scorer = _shared(_fitting(make, asked[0], device), make, asked[0])
+    scorer = fitting_scorer(make, asked[0], device)
     say(f"Choosing {count} of {units} key/value heads by {len(plan)} prompts, {scorer.tokens:,} tokens a score")
     prepared = time.time()
     trail = search(scorer, count, settings, say)
@@ -154,6 +154,11 @@ def check_lengths(lengths: Sequence[int], model: PreTrainedModel) -> tuple[int, 
     if not fitting or fitting[0] < 512:
         raise LolcatsError(f"--lengths: prompts need at least 512 tokens, and at most {most} for this model.")
     return fitting
+
+
+def fitting_scorer(make: Make, asked: Sequence[Any], device: torch.device) -> Scorer:
+    """A scorer that passes as many tokens at once as memory allows, and shares its work with other ranks."""
+    return _shared(_fitting(make, asked, device), make, asked)
 
 
 def _fitting(make: Make, asked: Sequence[Any], device: torch.device) -> Scorer:
