@@ -12,6 +12,7 @@ from conftest import tiny_model
 
 import lolcats
 from lolcats.config import AttentionConfig
+from lolcats.ranks import Ranks
 from lolcats.selection.prompts import Scored
 from lolcats.selection.scorer import Scorer
 from lolcats.selection.search import added_at, grow, shrink, units_of
@@ -96,6 +97,22 @@ def test_moving_on_computes_only_what_changes() -> None:
     assert scorer.loss([(0, 2), (1, 3)]) == pytest.approx(fresh.loss([(0, 2), (1, 3)]), rel=1e-5)
     assert scorer.move_to([(0, 1)]) == pytest.approx(fresh.loss([(0, 1)]), rel=1e-5)
     assert all(len(batch.passed) == len(scorer.blocks) for batch in scorer.batches)
+
+
+def test_ranks_get_sets_of_which_as_many_layers_are_computed() -> None:
+    scorer, shared = scorer_of(base_of()), list[Any]()
+    scorer.move_to([(0, 2)])
+    sets = [[(0, 2), (1, 0)], [(0, 1)], [(0, 2), (1, 1)], [(0, 3)]]
+    expected = [scorer.loss(heads) for heads in sets]
+
+    class Noting(Ranks):
+        def spread(self, function: Any, items: Any) -> Any:
+            shared.extend(items)
+            return [function(item) for item in items]
+
+    scorer.ranks = Noting()
+    assert scorer.losses(sets) == expected
+    assert shared == [sets[1], sets[3], sets[0], sets[2]]  # every second one is a rank's
 
 
 def test_slopes_are_computed_once_for_a_set() -> None:

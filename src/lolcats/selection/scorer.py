@@ -93,8 +93,10 @@ class Scorer:
             return sum(self._loss(batch, first).item() for batch in self.batches)
 
     def losses(self, sets: Sequence[Collection[tuple[int, int]]]) -> list[float]:
-        """The loss of each set of heads."""
-        return self.ranks.spread(self.loss, sets)
+        """The loss of each set of heads. Ranks get sets of which as many layers have to be computed."""
+        order = sorted(range(len(sets)), key=lambda i: self._first_change(frozenset(sets[i])))
+        found = dict(zip(order, self.ranks.spread(self.loss, [sets[i] for i in order]), strict=True))
+        return [found[i] for i in range(len(sets))]
 
     def try_memory(self) -> None:
         """Compute what needs the most memory."""
