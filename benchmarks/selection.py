@@ -152,6 +152,8 @@ def from_file(path: Path, counts: Sequence[int], base: Base) -> list[Row]:
     selection = Selection.read(path)
     selection.check(base, path)
     sets = {point.count: point.heads for point in selection.curve}
+    if missing := [count for count in counts if count not in sets]:
+        sys.exit(f"{path} has no set of {missing[0]} heads. Numbers it has: {', '.join(map(str, sets))}.")
     return [
         Row("one by one", [(int(layer), head) for layer, heads in sets[count].items() for head in heads])
         for count in counts

@@ -387,14 +387,16 @@ def test_selection_takes_the_sets_of_a_file(model_dirs: dict[str, Path], tmp_pat
     model = model_dirs["llama"]
     point = Point({"1": [0]}, 1.0, {"codes": 0.0}, 64)
     Selection(with_content(find_base(str(model))).record, {}, point.heads, [point]).write(file)
-    results = script("selection").main([
-        str(model), "--text", str(text), "--heads", "1", "--lengths", "512", "--search-lengths", "1536",
-        "--answers", "5", "--tasks", "needle", "--found-only", "--selection", str(file), "--name", "tiny",
-        "--out", str(tmp_path),
-    ])  # fmt: skip
+    words = [
+        str(model), "--text", str(text), "--lengths", "512", "--search-lengths", "1536", "--answers", "5", "--tasks",
+        "needle", "--found-only", "--selection", str(file), "--name", "tiny", "--out", str(tmp_path), "--heads",
+    ]  # fmt: skip
+    results = script("selection").main([*words, "1"])
     assert [(row["how"], row["heads"], row["seconds"]) for row in results["rows"]] == [
         ("one by one", point.heads, None)
     ]
+    with pytest.raises(SystemExit, match=r"no set of 3 heads\. Numbers it has: 1"):
+        script("selection").main([*words, "3"])
 
 
 def test_time_of_a_search() -> None:
