@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lolcats
 from lolcats.attention import Documents, parallel_attention, use_backend
@@ -188,3 +189,46 @@ def test_generation_is_as_before(tmp_path: Path) -> None:
     model = converted()
     out = model.generate(IDS[:, :20], attention_mask=torch.ones(2, 20, dtype=torch.long), max_new_tokens=5)
     assert out.shape == (2, 25)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a value of a tensor is read on the host, for which a GPU would be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["student", "teacher"])
+def test_a_call_without_positions_reads_nothing_back(family: str, mode: Any) -> None:
+    model = converted(family)
+    with override(model, mode=mode), Reads() as reads:
+        model(IDS, use_cache=False)
+    assert reads.count == 0
+    with override(model, mode=mode), Reads() as reads:
+        model(IDS, position_ids=POSITIONS, use_cache=False)
+    assert reads.count > 0
+
+
+def test_training_reads_nothing_back() -> None:
+    model = converted()
+    with Reads() as reads:
+        layer_losses(model, IDS, TransferConfig())
+    assert reads.count == 0
+    add_lora(model, FinetuneConfig())
+    head = find_head(model)
+    with Reads() as reads:
+        language_model_loss(model, head, IDS).backward()
+    assert reads.count == 0
+
+
+def test_other_models_still_find_packed_rows() -> None:
+    """Also after a call of ours, in which they are not looked for."""
+    converted()(IDS, use_cache=False)
+    base = tiny_model()
+    torch.testing.assert_close(
+        base(IDS, position_ids=POSITIONS, use_cache=False).logits, separate(base), atol=1e-4, rtol=1e-4
+    )

@@ -33,6 +33,7 @@ class Call:
 
     decoder: the module that is called; None outside of any call.
     documents: the sequences packed into each row, if rows hold several.
+    apart: whether each row is known to hold one sequence, since the caller gave no positions.
     cache: the ``DynamicCache`` of this call, whose layers hold the linearized layers' states.
     backend: the attention backend asked for when the call began.
     outer: the call that runs around this one, if a model inside another is hooked as well.
@@ -40,6 +41,7 @@ class Call:
 
     decoder: nn.Module | None = None
     documents: Documents | None = None
+    apart: bool = False
     cache: Any = None
     backend: str = field(default_factory=backend)
     outer: Call | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, masking_utils
 from transformers.masking_utils import find_packed_sequence_indices
 
 from lolcats.attention import Documents
@@ -38,7 +38,7 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     changes: dict[str, Any] = {}
     documents = _documents(call)
-    own = Call(decoder, documents, outer=current())
+    own = Call(decoder, documents, apart=call.get("position_ids") is None, outer=current())
     begin(own)
     if documents is not None:  # in teacher mode, too: with a cache, transformers' masks do not separate documents
         _check_packed(call, {layer.base_implementation for layer in linearized if layer.mode != "teacher"})
@@ -57,6 +57,19 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
         install_cache(cache, layers)
         own.cache = cache
     return (), {**call, **changes}
+
+
+def _packed_sequences(position_ids: Tensor) -> Tensor | None:
+    """What transformers' masks ask about the positions that a decoder uses: which sequence each token belongs to, or
+    None if a row is one sequence. Positions that the decoder has made itself are not looked at: that would make the
+    host wait for the GPU in every call, and a CUDA graph, which cannot wait, would have masks for packed rows."""
+    call = current()
+    if call is not None and call.apart and not exporting():
+        return None
+    return find_packed_sequence_indices(position_ids)
+
+
+masking_utils.find_packed_sequence_indices = _packed_sequences
 
 
 @functools.cache
