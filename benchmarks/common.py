@@ -77,7 +77,7 @@ def free(device: torch.device) -> None:
 
 
 def attempt(part: Callable[[], dict[str, Any]], deadline: float) -> dict[str, Any]:
-    """What ``part`` found, or why that is missing. ``deadline``: of ``time.monotonic``; behind it nothing begins."""
+    """What ``part`` found, or why that is missing. ``deadline``: of ``time.monotonic``; after it nothing begins."""
     if time.monotonic() > deadline:
         return {"missing": "no time left"}
     try:

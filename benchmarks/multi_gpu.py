@@ -178,7 +178,7 @@ class Bench:
 
     @torch.no_grad()
     def generate(self) -> dict[str, Any]:
-        """Greedy tokens a second behind a prompt, the heads split over all GPUs (tensor parallel)."""
+        """Greedy tokens a second after a prompt, the heads split over all GPUs (tensor parallel)."""
         model = self.build(self.sizes.models[0], split=self.ranks > 1).eval()
         found = {}
         for rows in self.sizes.batches:
@@ -275,7 +275,7 @@ class Bench:
         return loss / self.ranks
 
     def measure(self, step: Callable[[], Tensor], tokens: int, steps: int) -> dict[str, Any]:
-        """Losses and seconds of the steps behind the warm-up, and the peak of allocated memory of any GPU."""
+        """Losses and seconds of the steps after the warm-up, and the peak of allocated memory of any GPU."""
         seconds, losses = [], []
         for _ in range(WARM_UP + steps):
             started = time.perf_counter()

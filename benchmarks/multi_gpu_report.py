@@ -79,7 +79,7 @@ def report(results: dict[str, Any]) -> str:
                 lines.append(f"| {name} | {count} | {speeds} | {share} | {target} | {differ} | {memory} |")
     lines += [
         "",
-        f"Generation, greedy, plain PyTorch, {sizes['new_tokens']} tokens behind {sizes['prompt']}; heads split "
+        f"Generation, greedy, plain PyTorch, {sizes['new_tokens']} tokens after {sizes['prompt']}; heads split "
         "over the GPUs (tensor parallel):",
         "",
         "| GPUs | batch | prefill s | decoded tokens/s | against one GPU |",
@@ -153,7 +153,11 @@ def profile_lines(found: dict[str, Any]) -> list[str]:
         f"last; GPU busy {found['busy']:.0f}, computing {found['computing']:.0f}, communicating "
         f"{found['communication']:.0f} ms, of which {share:.0f} % while computing.",
     ]
-    for name, title in (("host", "host, alone"), ("hooks", "host, with what it calls"), ("gpu", "kernel")):
+    for name, title in (
+        ("host", "host, without what it calls"),
+        ("hooks", "host, with what it calls"),
+        ("gpu", "kernel"),
+    ):
         if found[name]:
             lines += ["", f"| {title} | calls | ms |", "|---|---:|---:|"]
             lines += [f"| `{what}` | {calls} | {time:.1f} |" for what, calls, time in found[name][:6]]
