@@ -59,13 +59,15 @@ TINY = {
 FULL = {"lengths": (1024, 4096, 8192), "answers": 50, "gsm8k": 160, "batch": 64, "set": []}
 
 
-def settings_of(row: Sequence[str], selection: Selection | None) -> list[str]:
-    """A row's settings, with the heads for their number."""
+def settings_of(row: Sequence[str], selections: Sequence[Selection]) -> list[str]:
+    """A row's settings, with the heads for their number: those chosen with windows of its own size, where there are
+    such, or else the first selection's."""
     found = [setting for setting in row if not setting.startswith(KEPT)]
     count = next((int(s.removeprefix(KEPT)) for s in row if s.startswith(KEPT)), 0)
     if count == 0:
         return found
-    sets = {} if selection is None else {point.count: point.heads for point in selection.curve}
+    own = [s for s in selections if f"attention.window_size={s.window['window_size']}" in row]
+    sets = {point.count: point.heads for selection in [*own, *selections][:1] for point in selection.curve}
     if count not in sets:
         known = ", ".join(map(str, sets)) or "none: give --selection"
         raise LolcatsError(f"No set of {count} heads is known. Sets in the selection: {known}.")
@@ -78,7 +80,7 @@ def of_sweep(setting: str) -> bool:
     return setting.split(".")[0].split("=")[0] in SECTIONS
 
 
-def sweep_of(a: argparse.Namespace, selection: Selection | None) -> dict[str, Any]:
+def sweep_of(a: argparse.Namespace, selections: Sequence[Selection]) -> dict[str, Any]:
     """The sweep as its file has it: rows that are asked for and have data, and what to measure."""
     tree: dict[str, Any] = yaml.safe_load(a.rows.read_text())
     rows = {name: row for name, row in tree["rows"].items() if re.search(a.only, name)}
@@ -90,7 +92,7 @@ def sweep_of(a: argparse.Namespace, selection: Selection | None) -> dict[str, An
         raise LolcatsError(f"--only {a.only}: no such row. Rows: {'; '.join(tree['rows'])}.")
     tree["base"]["sources"] = {name: str(a.data / file) for name, file in SOURCES.items()}
     tree["base"]["set"] += [setting for setting in a.set if not of_sweep(setting)]
-    tree["rows"] = {name: settings_of(row, selection) for name, row in rows.items()}
+    tree["rows"] = {name: settings_of(row, selections) for name, row in rows.items()}
     tree["evaluate"] = {
         "tasks": [*(f"recall-{kind}" for kind in KINDS), "positions", *(["generate"] if a.gsm8k else []),
                   *(["paper"] if a.benchmarks else [])],
@@ -101,15 +103,14 @@ def sweep_of(a: argparse.Namespace, selection: Selection | None) -> dict[str, An
     return tree
 
 
-def checked_selection(a: argparse.Namespace, model: Path) -> Selection | None:
-    """The selection, which may have been made on the GGUF file or on the directory."""
-    if a.selection is None:
-        return None
-    selection = Selection.read(a.selection)
+def checked_selections(a: argparse.Namespace, model: Path) -> list[Selection]:
+    """The selections, which may have been made on the GGUF file or on the directory."""
     own = find_base(str(a.model))
-    if selection.base["fingerprint"] != own.fingerprint:
-        selection.check(find_base(str(model)), a.selection)
-    return selection
+    selections = [Selection.read(path) for path in a.selection]
+    for selection, path in zip(selections, a.selection, strict=True):
+        if selection.base["fingerprint"] != own.fingerprint:
+            selection.check(find_base(str(model)), path)
+    return selections
 
 
 def in_this_process(a: argparse.Namespace, file: Path, model: Path, end: float) -> bool:
@@ -238,7 +239,10 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("data", nargs="?", type=Path, help="what students_data.py has written")
     parser.add_argument("--table", type=Path, metavar="RESULTS", help="only write the table of these results")
-    parser.add_argument("--selection", type=Path, help="file of lolcats select, whose curve has the sets of heads")
+    parser.add_argument(
+        "--selection", type=Path, action="append", default=[], metavar="FILE",
+        help="of lolcats select; its curve has the sets of heads. Of several, a row takes the one with its own window",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--rows", type=Path, default=ROWS, help="file of rows (default: students.yaml)")
     parser.add_argument("--only", default="", help="regular expression of the rows to make")
@@ -278,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         to_directory(a.model.resolve(), model)
     if a.minutes <= 0:
         return print(f"Nothing is begun; the model is {model}.")
-    tree = sweep_of(a, checked_selection(a, model))
+    tree = sweep_of(a, checked_selections(a, model))
     file = a.out / "students.yaml"
     write_text(file, yaml.safe_dump(tree, sort_keys=False, width=120))
     if a.jobs == 1:

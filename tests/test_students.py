@@ -134,7 +134,9 @@ def test_rows_of_students(students_data: Path, model_dirs: dict[str, Path], tmp_
     arguments = module.arguments_of(["model", str(students_data), "--out", str(tmp_path)])
     selection = selection_of(model_dirs["llama"], [(layer, head) for layer in range(7) for head in range(2)])
     path = tmp_path / "students.yaml"
-    path.write_text(yaml.safe_dump(module.sweep_of(arguments, selection)))
+    wide = selection_of(model_dirs["llama"], [(layer, 0) for layer in range(14)])
+    wide.window["window_size"] = 256
+    path.write_text(yaml.safe_dump(module.sweep_of(arguments, [selection, wide])))
     rows = {row.name: row for row in plan(read_sweep(path, ["base.model=m"]))}
     trained = {name: row for name, row in rows.items() if row.tokens("finetune")}
     assert len(trained) <= 12
@@ -143,10 +145,14 @@ def test_rows_of_students(students_data: Path, model_dirs: dict[str, Path], tmp_
     assert {row.tokens("transfer") for row in trained.values()} == {400 * 8192}
     assert sum(map(len, base.config.attention.softmax_heads.values())) == 7
     for name, row in trained.items():
+        base = trained["7 heads, window of 256" if name.startswith("7 heads, window of 256,") else "7 heads"]
         sections = {(section, key) for section in ("attention", "data", "finetune", "transfer")
                     for key, value in vars(getattr(row.config, section)).items()
                     if value != getattr(getattr(base.config, section), key)}  # fmt: skip
-        assert len(sections) + (row.data != base.data) == (name != "7 heads"), (name, sections)
+        if name == "7 heads, window of 256":
+            assert row.config.attention.softmax_heads == {str(layer): [0] for layer in range(7)}
+            sections.remove(("attention", "softmax_heads"))
+        assert len(sections) + (row.data != base.data) == (row is not base), (name, sections)
 
 
 def test_table_of_students() -> None:
