@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.checkpoint import load
 from lolcats.pipeline import linearize
 from lolcats.run import Run
-from lolcats.selection import Selection, Settings, select, with_selection
+from lolcats.selection import Selection, Settings, problems, select, with_selection
 from lolcats.selection.prompts import KINDS, prompts
 from lolcats.selection.select import heads_in_budget, prompt_plan
 from lolcats.weights import base as bases
@@ -54,8 +56,8 @@ def selection_file(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
-@pytest.mark.parametrize("length", [2048, 3000])
-def test_prompts_have_their_length_and_answers(tokenizer: Any, length: int) -> None:
+@pytest.mark.parametrize(("length", "solved"), [(2048, 1), (3000, 2), (8192, 3)])
+def test_prompts_have_their_length_and_answers(tokenizer: Any, length: int, solved: int) -> None:
     made = prompts(tokenizer, [(kind, length) for kind in KINDS], "0")
     assert [(prompt.kind, len(prompt.ids)) for prompt in made] == [(kind, length) for kind in KINDS]
     for prompt in made:
@@ -70,9 +72,25 @@ def test_prompts_have_their_length_and_answers(tokenizer: Any, length: int) -> N
         if prompt.kind == "passage":
             assert answers[0] in context
         if prompt.kind == "examples":  # new problems, solved in the form of those in the context
-            assert len(answers) == 3
+            assert len(answers) == solved
             assert not any(answer in context for answer in answers)
-            assert all(answer.split()[0] in context for answer in answers)
+            assert all(f"\n{answer.splitlines()[-1].split()[0]} " in context for answer in answers)
+
+
+@pytest.mark.parametrize(("problem", "solution"), [
+    (problems.stall, lambda buyers, jars, price, hours, wage, rent: buyers * jars * price - hours * wage - rent),
+    (problems.journey, lambda walk, times, bus, train, more, days: days * (walk + walk * times + bus + train + more)),
+    (problems.shelves, lambda rows, each, boxes, in_box, broken, sold: rows * each + boxes * in_box - broken - sold),
+])  # fmt: skip
+def test_problems_are_solved_right_and_longer_than_a_window(problem: Any, solution: Any) -> None:
+    """A word is at least a token."""
+    assert problem in problems.PROBLEMS
+    for seed in range(50):
+        question, answer = problem(random.Random(seed))
+        result = solution(*(int(number) for number in re.findall(r"\d+", question)))
+        assert re.findall(r"\d+", answer)[-1] == str(result)
+        assert result > 0
+        assert len(f"{question} {answer}".split()) > 64 + 40
 
 
 def test_prompts_are_the_same_for_the_same_seed_only(tokenizer: Any) -> None:

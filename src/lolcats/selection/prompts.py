@@ -14,6 +14,7 @@ from typing import Any
 
 from lolcats.data.tokens import encode, encode_with_spans, special_prefix
 from lolcats.errors import LolcatsError
+from lolcats.selection.problems import PROBLEMS
 from lolcats.selection.text import PEOPLE, PLACES, THINGS, sentences
 
 WORDS = (
@@ -23,7 +24,7 @@ WORDS = (
 )  # fmt: skip
 NAMES = ("Ada", "Bruno", "Clara", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Karin", "Luis")
 ASKED = 12  # lines of a ledger that are asked for
-SHOWN, SOLVED = 4, 3  # worked problems of a prompt, and those that are asked
+COUNTS = ((4, 3), (3, 2), (2, 1), (1, 1))  # problems of a prompt that are shown with solutions, and those to solve
 PASSAGE, CUE = 32, 16  # tokens of a passage to repeat, and of its beginning that is given
 
 
@@ -131,42 +132,15 @@ def passage(writer: Writer) -> Scored:
 
 
 def examples(writer: Writer) -> Scored:
-    """Worked problems in a form of their own, and more of them to be solved in that form."""
-    problem = writer.rng.choice((boxes, journeys, shelves))
-    shown = [problem(writer.rng) for _ in range(SHOWN)]
-    asked = [problem(writer.rng) for _ in range(SOLVED)]
-    return writer.prompt("examples", [f"{task} {answer}\n\n" for task, answer in shown], asked, dense=True)
-
-
-def boxes(rng: random.Random) -> tuple[str, str]:
-    first, second, each = rng.randrange(3, 20), rng.randrange(3, 20), rng.randrange(2, 9)
-    total = first + second
-    return (
-        f"Task: {rng.choice(NAMES)} packs {first} {rng.choice(WORDS)} boxes on one day and {second} on the next. Each "
-        f"weighs {each} pounds. How heavy are they together?\nSolution:",
-        f"Boxes: {first}+{second}={total}. Pounds: {total}*{each}={total * each}. Result -> [{total * each}]",
-    )
-
-
-def journeys(rng: random.Random) -> tuple[str, str]:
-    name, day, bus = rng.choice(NAMES), rng.randrange(3, 20), rng.randrange(3, 40)
-    return (
-        f"Problem. {name} walks {day} miles on Monday and twice as far on Tuesday, and then takes the "
-        f"{rng.choice(WORDS)} bus for {bus} miles. How long was the way?\nWorking.",
-        f"On Tuesday {name} walks 2 x {day} = {2 * day} miles. On foot that makes {day} + {2 * day} = {3 * day} miles. "
-        f"With the bus the way is {3 * day} + {bus} = {3 * day + bus} miles long.\nFinal: <{3 * day + bus}>",
-    )
-
-
-def shelves(rng: random.Random) -> tuple[str, str]:
-    count, each, thing = rng.randrange(3, 10), rng.randrange(5, 15), rng.choice(WORDS)
-    sold = rng.randrange(2, 15)
-    return (
-        f"Q) A shop has {count} shelves with {each} {thing} jars on each, and sells {sold} jars. How many are left?"
-        "\nA)",
-        f"There were {count} times {each}, that is {count * each} {thing} jars. The shop sold {sold} of these, and "
-        f"{count * each} minus {sold} makes {count * each - sold}.\n=> {count * each - sold} jars",
-    )
+    """Worked problems in a form of their own, and more of them to be solved in that form: as many as leave room for
+    text."""
+    problem = writer.rng.choice(PROBLEMS)
+    made = [problem(writer.rng) for _ in range(sum(COUNTS[0]))]
+    for shown, asked in COUNTS:
+        hidden = [f"{task} {answer}\n\n" for task, answer in made[:shown]]
+        if sum(map(len, map(writer.encode, [*hidden, *map("".join, made[-asked:])]))) < writer.length * 7 // 8:
+            break
+    return writer.prompt("examples", hidden, made[-asked:], dense=True)
 
 
 KINDS: dict[str, Callable[[Writer], Scored]] = {
