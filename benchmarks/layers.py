@@ -8,7 +8,7 @@ The paper's Tables 17 and 18 (mean squared error by layer) and Figures 5 and 6 (
 
 Means over seeds. Errors are of the attention outputs on validation rows: ``layer_errors``, and by head ``layers`` (see
 lolcats.evaluation.layers). They are measured on the teacher's queries and keys behind
-transfer; where feature maps train in stage 2, behind that and on the student's own. ρ is Spearman's rank correlation.
+transfer; where feature maps train in stage 2, after that and on the student's own. ρ is Spearman's rank correlation.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ TABLES = {
 }
 NOTE = (
     "Mean squared errors of the attention outputs on validation rows. *Errors of the teacher*: on its queries and "
-    "keys, behind transfer; *of the student*: where feature maps train in stage 2, behind that, on its own. Relative: "
+    "keys, after transfer; *of the student*: where feature maps train in stage 2, after that, on its own. Relative: "
     "over the mean square of the outputs, mean over heads. ρ: Spearman's rank correlation, over rows or over all heads."
 )
 
