@@ -14,7 +14,6 @@ With --against, stage 2 of one GPU and sharded stage 2 also run with the sources
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -35,10 +34,11 @@ import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
 from multi_gpu_report import LARGER, SHARDED, collect, report
-from multi_gpu_sizes import TINY, Sizes, kept_and_taught, model_config
+from multi_gpu_sizes import STAGING, TINY, Sizes, kept_and_taught, lean_lora, model_config
 from profiles import profiled
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM
 
@@ -97,10 +97,16 @@ class Bench:
         with fused_layers(model.get_base_model(), True):
             return self.tune(model, name, rows, self.sizes.steps)
 
-    def sharded(self, layers_per_unit: int = 1) -> dict[str, Any]:
-        """Stage 2, the base model sharded over all GPUs (FSDP2), and one step of each rank looked into."""
+    def sharded(self, layers_per_unit: int = 1, staging: str = "") -> dict[str, Any]:
+        """Stage 2, the base model sharded over all GPUs (FSDP2), and one step of each rank looked into. staging: a
+        method of STAGING, by which every unit gathers."""
         name, rows = self.sizes.models[0], self.sizes.finetune_rows
         model = self.build(name, lora=True, sharded=True, layers_per_unit=layers_per_unit)
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)] if staging else []
+        if not all(hasattr(unit, STAGING[staging][0]) for unit in units):
+            return {"missing": "not in this PyTorch"}
+        for unit in units:
+            getattr(unit, STAGING[staging][0])(STAGING[staging][1])
         with fused_layers(model.get_base_model(), True):
             found = self.tune(model, name, rows, self.sizes.steps, sharded=True)
             return found | {"profile": profiled(self.tuning(model, rows), self.device)}
@@ -316,15 +322,6 @@ def seeded(name: str, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:12], 16))
 
 
-def lean_lora(model: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """What the trainer puts around each forward and backward pass; builds before LeanLora have nothing there."""
-    try:
-        from lolcats.stages.finetune.lora import LeanLora
-    except ImportError:
-        return contextlib.nullcontext
-    return LeanLora(model, model.dtype).cast
-
-
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "stage 1": Bench.transfer, "stage 2": Bench.finetune, SHARDED: Bench.sharded, f"{SHARDED}, larger": Bench.larger,
     "stage 2 with KL": Bench.distilled, "stage 2 with KL, sharded": partial(Bench.distilled, sharded=True),
@@ -334,8 +331,11 @@ START = 2  # starting the ranks takes as long as so many parts
 COMPARED = ("stage 2", SHARDED)  # with another build
 
 
-def chosen(names: Sequence[str], units: Sequence[int], count: int) -> dict[str, Callable[[Bench], dict[str, Any]]]:
-    """The parts of these names for ``count`` ranks; one rank shards nothing. units: layers in a unit of FSDP2."""
+def chosen(
+    names: Sequence[str], units: Sequence[int], staging: Sequence[str], count: int
+) -> dict[str, Callable[[Bench], dict[str, Any]]]:
+    """The parts of these names for ``count`` ranks; one rank shards nothing. units: layers in a unit of FSDP2; staging:
+    names in STAGING, whose parts come last."""
     found = {}
     for name in [name for name in PARTS if name in names and (count > 1 or ", sharded" not in name)]:
         if name != SHARDED:
@@ -344,14 +344,17 @@ def chosen(names: Sequence[str], units: Sequence[int], count: int) -> dict[str, 
         for n in units:
             title = SHARDED if n == 1 else f"{SHARDED}, {n} layers a unit"
             found[title] = partial(Bench.sharded, layers_per_unit=n)
-    return found
+    ways = staging if SHARDED in found else []
+    return found | {f"{SHARDED}, {way} buffers": partial(Bench.sharded, staging=way) for way in ways}
 
 
 def work(sizes: Sizes, device: torch.device, arguments: argparse.Namespace) -> None:
     """One rank: the first part, and every other that begins before the end (seconds since the epoch), each result added
     to the file."""
     bench = Bench(sizes, device, arguments.most, arguments.parts)
-    for i, (name, part) in enumerate(chosen(arguments.parts, arguments.layers_per_unit, bench.ranks).items()):
+    for i, (name, part) in enumerate(
+        chosen(arguments.parts, arguments.layers_per_unit, arguments.staging, bench.ranks).items()
+    ):
         late = torch.tensor(float(i > 0 and time.time() > arguments.end), device=bench.device)
         if bench.ranks > 1:
             dist.all_reduce(late, dist.ReduceOp.MAX)
@@ -400,7 +403,8 @@ def launch(arguments: argparse.Namespace, counts: Sequence[int]) -> dict[str, An
 
     kinds = {build: [name for name in arguments.parts if build == "this" or name in COMPARED] for build in builds}
     layers = {"this": arguments.layers_per_unit, "other": [1]}
-    work_of = {run: len(chosen(kinds[run[1]], layers[run[1]], run[0])) for run in runs}
+    ways: dict[str, list[str]] = {"this": arguments.staging, "other": []}
+    work_of = {run: len(chosen(kinds[run[1]], layers[run[1]], ways[run[1]], run[0])) for run in runs}
     runs = [run for run in runs if work_of[run]]
     for index, (count, build) in enumerate(runs):
         parts, units = kinds[build], layers[build]
@@ -409,7 +413,8 @@ def launch(arguments: argparse.Namespace, counts: Sequence[int]) -> dict[str, An
         own_end = time.time() + share - min(20, share / 4)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
                    __file__, "--worker", str(files[build]), "--most", str(max(counts)), "--end", str(own_end),
-                   "--layers-per-unit", *map(str, units), "--parts", *parts, *(["--tiny"] if tiny else [])]  # fmt: skip
+                   "--layers-per-unit", *map(str, units), "--staging", *ways[build], "--parts", *parts,
+                   *(["--tiny"] if tiny else [])]  # fmt: skip
         label = str(count) if build == "this" else f"{count} (other build)"
         try:
             if code := run(command, end - time.time(), builds[build], write):
@@ -450,6 +455,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
     parser.add_argument(
         "--layers-per-unit", type=int, nargs="+", default=[1], help="sharded stage 2 with units of so many layers"
+    )
+    parser.add_argument(
+        "--staging", nargs="*", choices=list(STAGING), default=[], help="sharded stage 2 with such buffers, too"
     )
     parser.add_argument("--against", type=Path, help="directory with src/ of another build, measured in the same run")
     parser.add_argument(

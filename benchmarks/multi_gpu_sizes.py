@@ -1,5 +1,7 @@
-"""What multi_gpu.py measures: models, rows and settings."""
+"""What multi_gpu.py measures: models, rows and settings, and what builds and versions of PyTorch do in other ways."""
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,10 @@ from lolcats.plan import read_config
 
 TINY_CONFIG = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
                "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 2048}  # fmt: skip
+
+STAGING = {"nccl": ("set_allocate_memory_from_process_group_for_comm", True),
+           "symmetric": ("set_symm_mem_for_comm", "NCCL")}  # fmt: skip
+"""Methods of FSDP2's units that say where gathered parameters arrive, and their arguments."""
 
 
 @dataclass(frozen=True)
@@ -46,3 +52,12 @@ def kept_and_taught(sizes: Sizes) -> Config:
     shape = model_config(sizes.models[0])
     heads = {i: [i % shape.num_key_value_heads] for i in range(shape.num_hidden_layers)}
     return load_config("default", [*sizes.settings, "finetune.loss=kl", f"attention.softmax_heads={heads}"])
+
+
+def lean_lora(model: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """What the trainer puts around each forward and backward pass; builds before LeanLora have nothing there."""
+    try:
+        from lolcats.stages.finetune.lora import LeanLora
+    except ImportError:
+        return contextlib.nullcontext
+    return LeanLora(model, model.dtype).cast

@@ -201,11 +201,13 @@ def test_several_gpus(tmp_path: Path) -> None:
     """All parts on one and two processes, from the same weights: the same losses, tokens and chosen heads."""
     subprocess.run(
         [sys.executable, FOLDER / "multi_gpu.py", "--tiny", "--out", tmp_path, "--deadline", "400",
-         "--layers-per-unit", "1", "2", "--against", FOLDER.parent], check=True
+         "--layers-per-unit", "1", "2", "--staging", "nccl", "--against", FOLDER.parent], check=True
     )  # fmt: skip
     results = json.loads((tmp_path / "multi_gpu.json").read_text())
     assert not results["failures"]
     both, sharded = {"stage 1", "stage 2", "stage 2 with KL", "large stage 2", "generation"}, "stage 2, sharded"
+    staged = results["parts"].pop(f"{sharded}, nccl buffers")["2"]
+    assert staged["loss_difference"] < 1e-4 if "losses" in staged else staged["missing"] == "not in this PyTorch"
     search = results["parts"].pop("selection")
     assert search["2"]["same"]
     assert search["2"]["speed_up"] > 0
