@@ -253,6 +253,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--random", type=int, default=5, help="random sets (default: 5)")
     parser.add_argument("--selection", type=Path, help="of lolcats select: its sets, instead of a search")
     parser.add_argument("--found-only", action="store_true", help="leave out the teacher and the controls")
+    parser.add_argument("--no-controls", action="store_true", help="only the search's sets, the teacher and no heads")
     parser.add_argument("--gsm8k", type=int, default=0, help="questions of GSM8K, 5 shots (default: none)")
     parser.add_argument("--set", action="append", default=[], help="a setting, as lolcats takes it")
     parser.add_argument("--data-dir", type=Path, help="folder with gsm8k_train.parquet and gsm8k_test.parquet")
@@ -289,7 +290,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         else list(found(bench, arguments.heads))
     )
     print("The search has ended.", flush=True)
-    rest = [] if arguments.found_only else list(controls(bench, arguments.heads[0], arguments.random))
+    rest = (
+        []
+        if arguments.found_only or arguments.no_controls
+        else list(controls(bench, arguments.heads[0], arguments.random))
+    )
     others = [] if arguments.found_only else [Row("all: the teacher", None), Row("none", []), *rest]
     for row in [*others[:1], *reversed(chosen), *others[1:]]:
         if time.time() > end:

@@ -397,6 +397,9 @@ def test_selection_takes_the_sets_of_a_file(model_dirs: dict[str, Path], tmp_pat
     assert [(row["how"], row["heads"], row["seconds"]) for row in results["rows"]] == [
         ("one by one", point.heads, None)
     ]
+    plain = ["--no-controls" if word == "--found-only" else word for word in words]
+    results = script("selection").main([*plain, "1"])
+    assert [row["how"] for row in results["rows"]] == ["all: the teacher", "one by one", "none"]
     with pytest.raises(SystemExit, match=r"no set of 3 heads\. Numbers it has: 1"):
         script("selection").main([*words, "3"])
 
