@@ -276,7 +276,7 @@ class FinetuneConfig(StageConfig):
     """rsLoRA: scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)."""
     quantize_base: Literal["none", "nf4"] = "none"
     """``nf4``: train LoRA on a base model quantized to 4 bits, to save memory (bitsandbytes, CUDA only). The adapter is
-    still applied to the original base model."""
+    still applied to the original base model, except in sweeps, which measure it on the one in 4 bits."""
     feature_map_learning_rate: float = 0.0
     """Learning rate of feature maps and γ in stage 2 (0 = frozen, as in the paper). Set it if stage 1 is skipped."""
     gradient_checkpointing: bool | Literal["auto"] = False

@@ -41,7 +41,8 @@ def log(message: str) -> None:
 @dataclass(frozen=True)
 class Job:
     """``models`` hands out the run's models, made from the base model and what the directory holds. ``lean``: measure
-    only what a table of many runs shows, without samples and pictures."""
+    only what a table of many runs shows, without samples and pictures, and the student as it was trained: in 4 bits
+    if its stage 2 was."""
 
     run: Run
     config: Config
@@ -106,7 +107,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
         parts = find_parts(out) if run.record["stages"] else {}
     ranks().wait()  # every rank has checked the directory before one of them writes
     choose_heads(run, inputs, *device_and_dtype(config), say)
-    models = Models(run, inputs, say)
+    models = Models(run, inputs, say, as_trained=lean)
     job = Job(run, models.config, inputs, rows, models, say, lean)
     if models.in_4_bits and not run.stage_done("transfer") and not job.in_turn:
         raise LolcatsError(

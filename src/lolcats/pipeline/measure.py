@@ -30,7 +30,7 @@ from lolcats.evaluation.recall import measure as measure_recall
 from lolcats.inference.generate import generate
 from lolcats.modeling.layer import linearized_layers
 from lolcats.pipeline.job import Job
-from lolcats.report.table import IN_4_BITS
+from lolcats.report.table import IN_4_BITS, STUDENT_IN_4_BITS
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, STATE_TOKENS
 from lolcats.stages.distributed import is_sharded
 from lolcats.stages.finetune.controls import control
@@ -90,6 +90,8 @@ def measure_student(job: Job) -> None:
     """The trained model, complete and with one branch off, its gates, and, unless stage 2 left the maps unchanged, its
     heads."""
     run, model = job.run, job.models.student
+    if job.models.student_in_4_bits and not job.models.in_4_bits:
+        run.measure(STUDENT_IN_4_BITS, lambda: True)
     _perplexities(job, model, STUDENT, *(BRANCHES if job.kinds != {"softmax"} else ()))
     run.measure("gamma", lambda: [layer.over_heads(layer.gamma.tolist()) for layer in linearized_layers(model())])
     if not job.lean:

@@ -47,11 +47,15 @@ class Models:
     With ``finetune.quantize_base``, a base model that does not fit otherwise is in 4 bits not only in stage 2, and LoRA
     stays beside its weights. Under torchrun, a base model that does not fit on each rank is sharded for stage 2, and
     LoRA stays beside its weights, too.
+
+    as_trained: leave the student of a stage 2 in 4 bits on such a base model, as ``--quantize nf4`` loads it; otherwise
+    its LoRA is merged into the base model's own weights.
     """
 
     run: Run
     inputs: Inputs
     say: Say
+    as_trained: bool = False
     _model: PreTrainedModel | None = field(default=None, init=False)
     _skeleton: Skeleton | None = field(default=None, init=False)
     _wrapped: PeftModel | None = field(default=None, init=False)  # the PEFT model around a sharded ``_model``
@@ -65,6 +69,11 @@ class Models:
     def in_4_bits(self) -> bool:
         """Whether the base model is in 4 bits not only for stage 2."""
         return only_in_4_bits(self.config, self.inputs, self.device, self.dtype)
+
+    @property
+    def student_in_4_bits(self) -> bool:
+        """Whether the trained model stays on a base model in 4 bits."""
+        return self.config.finetune.quantize_base != "none" and (self.as_trained or self.in_4_bits)
 
     def skeleton(self) -> Skeleton:
         """The converted model without weights, for a stage 1 that loads one layer after another."""
@@ -103,11 +112,13 @@ class Models:
     def student(self) -> PreTrainedModel:
         """The trained model, once stage 2 is done: with its LoRA merged, or beside sharded weights."""
         if not self._has_lora:
-            lora, model = self.run.directory / LORA, self.converted()
+            lora = self.run.directory / LORA
+            quantized = lora.is_dir() and self.student_in_4_bits
+            model = self._quantized() if quantized else self.converted()
             if lora.is_dir() and self._wrapped is not None:
                 load_lora(self._wrapped, lora)
             elif lora.is_dir():
-                self._model = (attach_lora if self.in_4_bits else merge_lora)(model, lora)
+                self._model = (attach_lora if quantized else merge_lora)(model, lora)
             self._has_lora = True
         assert self._model is not None
         return self._model

@@ -28,6 +28,12 @@ QUANTIZED = (
     "All of this is measured on the base model in 4 bits (finetune.quantize_base), whose own weights do not fit into "
     "memory."
 )
+STUDENT_IN_4_BITS = "student_measured_in_4_bits"
+"""In run.json: true if the base model was in 4 bits only for what was measured of the student, as in sweeps."""
+STUDENT_QUANTIZED = (
+    "The student is measured on the base model in 4 bits that it was trained on (finetune.quantize_base), all else on "
+    "the base model's own weights."
+)
 EMPTY = "empty_linear_term"
 """In run.json: of documents that are kept apart, the share of the training tokens whose query has no key for the linear
 term."""
@@ -130,6 +136,7 @@ def remarks(run: Run) -> list[str]:
     share = run.record.get("data", {}).get(EMPTY)
     texts = [
         QUANTIZED if run.results.get(IN_4_BITS) else "",
+        STUDENT_QUANTIZED if run.results.get(STUDENT_IN_4_BITS) else "",
         recall_note(run),
         "" if share is None else empty_term(share),
     ]

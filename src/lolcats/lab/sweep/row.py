@@ -43,6 +43,7 @@ LOCKS = "locks"
 STAGE_1 = "stage-1.safetensors"
 """In a run directory: a copy of the feature maps that stage 1 left, where stage 2 trains them on."""
 BYTES_AT = (8192, 32768)
+MEASURED_IN_4_BITS = "student in 4 bits"  # earlier versions measured such rows with their LoRA merged into the base
 LATER: dict[tuple[str, str], list[Any]] = {
     ("attention", "feature_inputs"): ["rotated"], ("attention", "softmax_heads"): [{}],
     ("attention", "softmax_budget"): [0.0],
@@ -74,10 +75,11 @@ class Setup:
 def run_key(setup: Setup, row: Row) -> str:
     """A hash that identifies a run by base model, data and configuration."""
     config = _without(row.config, "controls", "device", "report_to")
+    measured = [] if row.config.finetune.quantize_base == "none" else [MEASURED_IN_4_BITS]
     data = source(setup.sweep, row)
     if data not in setup.identities:
         setup.identities[data] = source_identity(data)
-    return short_hash([setup.inputs.base.fingerprint, setup.identities[data], config])
+    return short_hash([setup.inputs.base.fingerprint, setup.identities[data], config, *measured])
 
 
 def _without(config: Config, *names: str) -> dict[str, Any]:
