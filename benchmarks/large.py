@@ -1,19 +1,19 @@
 """The whole path of a 70B model on one GPU, a few steps of each part: stage 1, stage 2 on 4 bits, selection of heads.
 
     python benchmarks/large.py --against DIR         # writes benchmarks/results/large.json and large.md
+    python benchmarks/large.py --only "stage 2|selection"      # parts whose name matches; the others stay
     python benchmarks/large.py --model 405B          # eight layers of a 405B: large_405B.json and large_405B.md
-    python benchmarks/large.py --only "stage 2"      # parts whose name matches; the others stay
     python benchmarks/large.py --report              # the table again, from the JSON
 
 Weights are random: those of stage 1 are drawn layer by layer, and one layer is quantized to 4 bits and copied for all
-others. Each part is a process with a time limit of its own, and what it found is written as it comes. Stage 1 is also
-measured with the build in DIR, in turns. What `lolcats plan` says of the same work stands beside each part.
+others. Each part is a process with a time limit of its own, and what it found is written as it comes; the parts that
+say most come first. Kernels are compiled before anything is timed. Stage 1 is also measured with the build in DIR, in
+turns. What `lolcats plan` says of the same work stands beside each part.
 """
 
 import argparse
 import json
 import os
-import random
 import re
 import statistics
 import subprocess
@@ -21,8 +21,10 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -30,60 +32,29 @@ from typing import Any
 
 import common
 import torch
-from large_weights import KEPT, Repeated, kept_heads, quantized_model
+from large_search import selection, streamed_selection
+from large_weights import KEPT, MODELS, Model, kept_heads, quantized_model, shape
 
 ROOT = Path(__file__).parents[1]
+SHOWN = 40  # lines of what a process says before it fails
 MARGIN = 30  # seconds before the deadline in which no part begins
+LAST = 5  # seconds before the deadline in which none runs
 WARM = 1  # steps of stage 2 before the measured ones
-ANSWER = 40  # answer tokens of a random prompt
+LOSSES = ("cross_entropy", "kl")
 VARIANTS = [
     {"loss": loss, "rows": rows, "checkpointing": again}
-    for rows, again in ((4, False), (8, True), (2, False))
-    for loss in ("cross_entropy", "kl")
+    for rows, again in ((4, False), (2, False), (8, True))
+    for loss in LOSSES
 ]
-"""Of stage 2: rows at a time, and whether layers are computed again in the backward pass."""
-PARTS = {"stage 1": 120.0, "stage 2": 330.0, "selection": 150.0, "streamed selection": 150.0}
+"""Of stage 2: rows at a time, and whether layers are computed again in the backward pass; by the plan, the fastest
+come first."""
+OTHERS = "stage 2, other forms"
+PARTS = {"stage 2": 200.0, "selection": 130.0, "streamed selection": 130.0, "stage 1": 120.0, OTHERS: 240.0}
 """Seconds that a part may take (stage 1: each build and turn)."""
 TOKENS = 8e6
 """Of each stage, in the time of the whole recipe."""
 TARGETS = {"cross_entropy": 1500.0, "kl": 1000.0}
 """Tokens/s of stage 2."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model of which ``layers`` are run; the rest of its shape is that of ``benchmarks/scale.py``."""
-
-    scale: str
-    layers: int
-    stage_1_layers: int
-    lengths: tuple[int, ...]
-    """Of the prompts of a search."""
-    length: int = 1024
-    batch: int = 8
-    steps: int = 3
-    settings: tuple[str, ...] = ()
-    """Other than those of the recipe paper-70b."""
-
-
-MODELS = {
-    "70B": Model("Llama 3.1 70B", 80, 8, (1024, 2048)),
-    "405B": Model("Llama 3.1 405B", 8, 8, (1024, 2048)),
-    "tiny": Model("tiny", 2, 2, (512,), 64, 8, 1, ("attention.feature_dim=16", "attention.window_size=16")),
-}
-
-
-def shape(model: Model) -> Any:
-    """The configuration of the layers that are run."""
-    import scale
-    from transformers import LlamaConfig
-
-    g = {**scale.GEOMETRIES, **scale.TINY}[model.scale]
-    return LlamaConfig(
-        hidden_size=g.hidden, intermediate_size=max(g.intermediate, 128), num_hidden_layers=model.layers,
-        num_attention_heads=g.heads, num_key_value_heads=g.kv_heads, vocab_size=g.vocabulary, rope_theta=500_000.0,
-        max_position_embeddings=8192, tie_word_embeddings=False,
-    )  # fmt: skip
 
 
 def stage_1(model: Model, device: torch.device, _: Callable[..., None]) -> dict[str, Any]:
@@ -92,14 +63,48 @@ def stage_1(model: Model, device: torch.device, _: Callable[..., None]) -> dict[
 
     geometry = replace({**scale.GEOMETRIES, **scale.TINY}[model.scale], layers=model.stage_1_layers)
     with tempfile.TemporaryDirectory() as place:
-        found = scale.Bench(geometry, device, time.monotonic() + PARTS["stage 1"], Path(place)).run()
+        found = scale.Bench(geometry, device, time.monotonic() + PARTS["stage 1"] / 2, Path(place)).run()
     if "missing" in found:
         return found
     return {**found, "whole_run": scale.whole_run(geometry, found, scale.Run())}
 
 
 def stage_2(model: Model, device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
-    """Both losses, with layers kept for backward or computed again, on one model."""
+    """Both losses, each in the first form that runs."""
+    wrapped = model_with_lora(model, device, tell)
+    for loss in LOSSES:
+        variants = (variant for variant in VARIANTS if variant["loss"] == loss)
+        next((v for v in variants if "missing" not in told(wrapped, model, v, device, tell)), None)
+    return {}
+
+
+def other_forms(model: Model, device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
+    """The other forms of stage 2."""
+    wrapped = model_with_lora(model, device, tell)
+    for variant in VARIANTS[len(LOSSES) :]:
+        told(wrapped, model, variant, device, tell)
+    return {}
+
+
+def told(
+    wrapped: Any, model: Model, variant: dict[str, Any], device: torch.device, tell: Callable[..., None]
+) -> dict[str, Any]:  # fmt: skip
+    """What :func:`train` found, or why nothing: the next variant may still run."""
+    from lolcats.errors import out_of_memory
+
+    try:
+        found = train(wrapped, shape(model).vocab_size, model, variant, device)
+    except Exception as error:
+        traceback.print_exc()
+        known = out_of_memory(error)
+        found = {"missing": "out of memory" if known else f"{type(error).__name__}: {error}"[:300]}
+    common.free(device)
+    tell(named(variant), variant | found)
+    return found
+
+
+def model_with_lora(model: Model, device: torch.device, tell: Callable[..., None]) -> Any:
+    """Converted, with an eighth of its heads kept."""
     import lolcats
     from lolcats.config import load_config
     from lolcats.stages.finetune.stage import add_lora
@@ -111,11 +116,7 @@ def stage_2(model: Model, device: torch.device, tell: Callable[..., None]) -> di
     wrapped = add_lora(lolcats.convert(built, attention), recipe.finetune)
     common.synchronize(device)
     tell("build", {"seconds": time.perf_counter() - started, "gpu_gib": _allocated(device)})
-    for variant in VARIANTS:
-        part = partial(train, wrapped, config.vocab_size, model, variant, device)
-        tell(named(variant), {**variant, **common.attempt(part, float("inf"))})
-        common.free(device)
-    return {}
+    return wrapped
 
 
 def named(variant: dict[str, Any]) -> str:
@@ -166,66 +167,6 @@ def train(
     return {"step_seconds": seconds, "tokens_per_second": tokens / statistics.median(seconds), "peak_gib": peaks[0]}
 
 
-def selection(model: Model, device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
-    """A round of the search on the model in 4 bits."""
-    import lolcats
-    from lolcats.config import AttentionConfig
-    from lolcats.selection.scorer import Scorer
-    from lolcats.selection.select import trial_attention
-
-    built = quantized_model(shape(model), device, in_4_bits=device.type == "cuda")
-    lolcats.convert(built, trial_attention(AttentionConfig(sinks=4)))
-    round_of_search(partial(Scorer, built), model, device, partial(tell, "selection"))
-    return {}
-
-
-def streamed_selection(model: Model, device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
-    """A round of the search with one layer at a time on the GPU, from host memory: reading files is left out."""
-    from lolcats.config import AttentionConfig
-    from lolcats.modeling.skeleton import Skeleton, convert_empty, empty_model
-    from lolcats.selection.select import trial_attention
-    from lolcats.selection.streamed import StreamedScorer
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    empty = convert_empty(empty_model(shape(model), dtype), trial_attention(AttentionConfig(sinks=4)))
-    skeleton = Skeleton(empty, Repeated(), device)
-    round_of_search(partial(StreamedScorer, skeleton), model, device, partial(tell, "streamed selection"))
-    return {}
-
-
-def round_of_search(
-    make: Callable[..., Any], model: Model, device: torch.device, tell: Callable[..., None]
-) -> None:  # fmt: skip
-    """A round, piece by piece: seconds of a pass through all layers with all prompts, and of a whole search."""
-    from lolcats.plan.quantized import passes_of_search
-    from lolcats.selection.prompts import Scored
-    from lolcats.selection.select import PASS, Settings, prompt_plan
-
-    draw, config = random.Random(0), shape(model)
-    asked = [
-        Scored(kind, [draw.randrange(config.vocab_size) for _ in range(n)], [(n - ANSWER, n)])
-        for kind, n in prompt_plan(model.lengths)
-    ]
-    common.reset_peak(device)
-    began = time.perf_counter()
-    scorer = make(asked, PASS.get(device.type, PASS["cpu"]))
-    count = max(1, int(KEPT * len(scorer.heads)))
-    candidates = [[scorer.heads[i * len(scorer.heads) // Settings().width]] for i in range(Settings().width)]
-    spent: dict[str, list[float]] = {"the teacher's answers": [time.perf_counter() - began, scorer.passes]}
-    pieces = [("hidden states", partial(scorer.move_to, ())), ("slopes", partial(scorer.slopes, {}))]
-    for name, piece in [*pieces, ("candidates", partial(scorer.losses, candidates))]:
-        started, passes = time.perf_counter(), scorer.passes
-        piece()
-        common.synchronize(device)
-        spent[name] = [time.perf_counter() - started, scorer.passes - passes]
-        whole = passes_of_search(count)
-        seconds = sum(s for s, _ in spent.values()) / sum(p for _, p in spent.values()) * whole
-        tell({
-            "heads": f"{count} of {len(scorer.heads)}", "lengths": model.lengths, "tokens_per_score": scorer.tokens,
-            "spent": spent, "passes": whole, "seconds": seconds, "peak_gib": common.peak_gib(device),
-        })  # fmt: skip
-
-
 def _allocated(device: torch.device) -> float | None:
     return torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else None
 
@@ -260,6 +201,7 @@ def planned(model: Model, gpu_gib: float) -> dict[str, Any]:
 
 WORK: dict[str, Callable[[Model, torch.device, Callable[..., None]], dict[str, Any]]] = {
     "stage 1": stage_1, "stage 2": stage_2, "selection": selection, "streamed selection": streamed_selection,
+    OTHERS: other_forms,
 }  # fmt: skip
 
 
@@ -272,13 +214,14 @@ def work(part: str, model: Model) -> None:
 
     found = common.attempt(lambda: WORK[part](model, device, tell), float("inf"))
     if found:
-        tell(part, found)
+        tell(f"{part}, the rest" if "missing" in found else part, found)
 
 
 def measured(
     part: str, model: str, source: Path, seconds: float, heard: Callable[[str, dict[str, Any]], None]
 ) -> str:  # fmt: skip
-    """:func:`work` in a process whose lolcats is that of ``source``. Returns what went wrong, if anything did."""
+    """:func:`work` in a process whose lolcats is that of ``source``. Returns what went wrong, if anything did; what an
+    error says is shown."""
     own = [str(source / "src"), str(source / "benchmarks")]
     path = os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, __file__, "--work", part, "--model", model, "--source", str(source)]
@@ -296,36 +239,39 @@ def measured(
         out_of_time = not late.is_alive() and code != 0
         late.cancel()
         errors.seek(0)
-        told = errors.read().strip().splitlines()
-    return "out of time" if out_of_time else (told or ["no message"])[-1][:300] if code else ""
+        said = errors.read().strip().splitlines()
+    if code or any(line.startswith("Traceback") for line in said):
+        print(*said[-SHOWN:], sep="\n", file=sys.stderr, flush=True)
+    return "out of time" if out_of_time else (said or ["no message"])[-1][:300] if code else ""
 
 
 def turns(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Path]]:
     """(name, part, build) of all processes, in their order."""
     others = [Path(arguments.against).resolve()] if arguments.against else []
+    for part in ("stage 2", "selection", "streamed selection"):
+        yield part, part, ROOT
     for turn in range(arguments.turns):
         for source in [*others, ROOT]:
             yield f"stage 1, {'this' if source == ROOT else 'other'} build, turn {turn + 1}", "stage 1", source
-    yield "stage 2", "stage 2", ROOT
-    yield "selection", "selection", ROOT
-    yield "streamed selection", "streamed selection", ROOT
+    yield OTHERS, OTHERS, ROOT
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    name, deadline = output(arguments), time.monotonic() + arguments.deadline - MARGIN
+    name, deadline = output(arguments), time.monotonic() + arguments.deadline
     known = common.read(arguments.out, name) if (arguments.out / f"{name}.json").exists() else {"parts": {}}
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if device.type == "cuda" else 139.0
+    plan = ThreadPoolExecutor(1).submit(planned, MODELS[arguments.model], gib)  # while the first part begins
     results: dict[str, Any] = {
         "date": str(date.today()), "device": common.hardware(device), "model": arguments.model,
         "against": arguments.against or known.get("against", ""), "parts": known["parts"],
         "versions": common.installed("torch", "transformers", "peft", "bitsandbytes", "triton", "liger-kernel"),
-        "plan": planned(MODELS[arguments.model], gib),
     }  # fmt: skip
 
-    def heard(key: str, title: str, part: dict[str, Any]) -> None:
-        title = key if title in PARTS else title
-        results["parts"][title] = part
-        print(f"{title}: {json.dumps(part)}", file=sys.stderr, flush=True)
+    def heard(key: str, part: str, title: str, found: dict[str, Any]) -> None:
+        title = title.replace(part, key)  # a turn of stage 1
+        results["parts"][title] = found
+        print(f"{title}: {json.dumps(found)}", file=sys.stderr, flush=True)
+        results["plan"] = plan.result()
         common.write(results, report(results), arguments.out, name)
 
     for key, part, source in turns(arguments):
@@ -333,12 +279,12 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             continue
         left = deadline - time.monotonic()
         wrong = (
-            measured(part, arguments.model, source, min(PARTS[part], left), partial(heard, key))
-            if left > 0
+            measured(part, arguments.model, source, min(PARTS[part], left - LAST), partial(heard, key, part))
+            if left > MARGIN
             else "no time left"
         )
         if wrong:
-            heard(key, f"{key}, the rest", {"missing": wrong})
+            heard(key, part, f"{part}, the rest", {"missing": wrong})
     return results
 
 
@@ -409,10 +355,13 @@ def _recipe(parts: dict[str, Any], plan: dict[str, Any], whole: bool) -> str:
     stage_2 = max(
         (x["tokens_per_second"] for x in found if x.get("loss") == "cross_entropy" and "peak_gib" in x), default=0
     )
-    if not (whole and stage_1 and stage_2 and "passes" in parts.get("selection", {})):
+    searches = [
+        parts[name]["seconds"] for name in ("selection", "streamed selection") if "passes" in parts.get(name, {})
+    ]
+    if not (whole and stage_1 and stage_2 and searches):
         return ""
     hours = {
-        "selection": parts["selection"]["seconds"] / 3600, "stage 1": TOKENS / statistics.median(stage_1) / 3600,
+        "selection": min(searches) / 3600, "stage 1": TOKENS / statistics.median(stage_1) / 3600,
         "stage 2": TOKENS / stage_2 / 3600, "export, by the plan": plan["export"]["seconds"] / 3600,
     }  # fmt: skip
     listed = ", ".join(f"{name} {value:.2f}" for name, value in hours.items())
@@ -428,7 +377,7 @@ def main() -> None:
     parser.add_argument("--against", default="", help="directory of another build, for stage 1")
     parser.add_argument("--turns", type=int, default=2, help="processes of each build (default: %(default)s)")
     parser.add_argument("--only", default="", help="parts whose name has a match of this regular expression")
-    parser.add_argument("--deadline", type=float, default=580, help="seconds for everything (default: %(default)s)")
+    parser.add_argument("--deadline", type=float, default=410, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
     parser.add_argument("--report", action="store_true", help="only write the table again from the JSON")
     parser.add_argument("--tiny", action="store_true", help="a small model, on a CPU too: tries the script")

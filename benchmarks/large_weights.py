@@ -1,13 +1,50 @@
-"""Random weights for ``large.py``: a model in 4 bits, and layers in host memory."""
+"""Models for ``large.py``: their shapes, and random weights, in 4 bits or layer by layer in host memory."""
 
 import copy
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 KEPT = 0.125  # of the key/value heads
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of which ``layers`` are run; the rest of its shape is that of ``benchmarks/scale.py``."""
+
+    scale: str
+    layers: int
+    stage_1_layers: int
+    lengths: tuple[int, ...]
+    """Of the prompts of a search."""
+    length: int = 1024
+    batch: int = 8
+    steps: int = 3
+    settings: tuple[str, ...] = ()
+    """Other than those of the recipe paper-70b."""
+
+
+MODELS = {
+    "70B": Model("Llama 3.1 70B", 80, 8, (1024, 2048)),
+    "405B": Model("Llama 3.1 405B", 8, 8, (1024, 2048)),
+    "tiny": Model("tiny", 2, 2, (512,), 64, 8, 1, ("attention.feature_dim=16", "attention.window_size=16")),
+}
+
+
+def shape(model: Model) -> Any:
+    """The configuration of the layers that are run."""
+    import scale
+    from transformers import LlamaConfig
+
+    g = {**scale.GEOMETRIES, **scale.TINY}[model.scale]
+    return LlamaConfig(
+        hidden_size=g.hidden, intermediate_size=max(g.intermediate, 128), num_hidden_layers=model.layers,
+        num_attention_heads=g.heads, num_key_value_heads=g.kv_heads, vocab_size=g.vocabulary, rope_theta=500_000.0,
+        max_position_embeddings=8192, tie_word_embeddings=False,
+    )  # fmt: skip
 
 
 def quantized_model(config: Any, device: torch.device, in_4_bits: bool = True) -> Any:

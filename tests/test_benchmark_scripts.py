@@ -17,11 +17,9 @@ import torch
 from conftest import sentence
 from support.scripts import FOLDER, script
 
-import lolcats
 from lolcats.attention import use_backend
 from lolcats.config import load_config
 from lolcats.selection.result import Point, Selection
-from lolcats.stages.finetune.stage import add_lora
 from lolcats.weights.base import find_base, with_content
 
 
@@ -289,62 +287,6 @@ def test_scale_stops_at_its_deadline(scale: ModuleType, tmp_path: Path) -> None:
     bench = scale.Bench(scale.TINY["tiny"], torch.device("cpu"), 0, tmp_path)
     assert bench.run() == {"missing": "no time left"}
     assert "no time left" in (tmp_path / "scale.md").read_text()
-
-
-def test_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Parts tell what they find as they come, and a part that was measured before stays."""
-    large, told = script("large"), dict[str, Any]()
-    for part in ("stage 1", "stage 2", "streamed selection"):
-        if at_the_end := large.WORK[part](large.MODELS["tiny"], torch.device("cpu"), told.__setitem__):
-            told[part] = at_the_end
-    known = {"parts": {"stage 1, this build, turn 1": told["stage 1"], "build": told["build"]}}
-    (tmp_path / "large.json").write_text(json.dumps(known))
-    monkeypatch.setattr(sys, "argv", ["large.py", "--tiny", "--out", str(tmp_path), "--only", "^selection"])
-    large.main()
-    results, page = json.loads((tmp_path / "large.json").read_text()), (tmp_path / "large.md").read_text()
-    assert large.report(results) == page == capsys.readouterr().out.removesuffix("\n")
-    assert list(results["parts"]) == ["stage 1, this build, turn 1", "build", "selection"]
-    for found, slopes in ((results["parts"]["selection"], 3), (told["streamed selection"], 2)):
-        spent = found["spent"]
-        assert [round(passes, 3) for _, passes in spent.values()] == [1, 1, slopes, 9], (
-            "of 12 candidates, half start late"
-        )
-    variants = {name: found for name, found in told.items() if name.startswith("stage 2, ")}
-    assert len(variants) == len(large.VARIANTS)
-    assert all(found["tokens_per_second"] > 0 for found in variants.values())
-    assert "All of it" not in large.report(results)
-    results["parts"] |= {**variants, "stage 2, the rest": {"missing": "out of time"}}
-    assert large.report(results).count(" tokens/s, 120 GiB |\n") == len(variants)
-    assert "All of it with 8M tokens in each stage, on the cross-entropy: " in large.report(results)
-
-
-def test_a_large_part_ends_at_its_limit() -> None:
-    large = script("large")
-    heard: list[Any] = []
-    assert large.measured("stage 1", "tiny", large.ROOT, 0.2, lambda *found: heard.append(found)) == "out of time"
-    assert not heard
-
-
-def test_random_weights_in_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They compute and learn as those that transformers loads, and each layer has memory of its own."""
-    modules = pytest.importorskip("bitsandbytes").nn.modules
-    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # else weights are packed in a form without gradients
-    large, device = script("large"), torch.device("cpu")
-    tiny = replace(large.MODELS["tiny"], layers=3)
-    config = large.shape(tiny)
-    model = large.quantized_model(config, device)
-    layers = [layer.mlp.down_proj for layer in model.model.layers]
-    assert [type(layer) for layer in layers] == [modules.Linear4bit] * 3
-    assert all(layer.weight.module is layer for layer in layers)
-    assert len({layer.weight.data_ptr() for layer in layers}) == 3
-    recipe = load_config("paper-70b", [*tiny.settings, "data.sequence_length=64"])
-    lolcats.convert(model, replace(recipe.attention, softmax_heads=large.kept_heads(config)))
-    wrapped = add_lora(model, recipe.finetune)
-    found = large.train(wrapped, config.vocab_size, tiny, large.VARIANTS[1], device)
-    assert len(found["step_seconds"]) == 1
-    trained = [p for name, p in wrapped.named_parameters() if "lora_B" in name]
-    assert len(trained) == 4 * 3
-    assert all(p.abs().sum() > 0 for p in trained)
 
 
 def test_kept_heads(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def _fitting(make: Make, asked: Sequence[Any], device: torch.device) -> Scorer:
         try:
             scorer = make(asked, tokens)
             scorer.try_memory()
-            scorer.record_on = _record_on(scorer)
+            scorer.record_on = where_to_record(scorer)
             return scorer
         except Exception as error:
             if not out_of_memory(error) or tokens <= max(len(prompt.ids) for prompt in asked):
@@ -188,7 +188,7 @@ def _shared(scorer: Scorer, make: Make, asked: Sequence[Any]) -> Scorer:
     return scorer
 
 
-def _record_on(scorer: Scorer) -> torch.device:
+def where_to_record(scorer: Scorer) -> torch.device:
     """Where there is room for what all decoder layers put out for all prompts: the GPU or the host.
 
     Raises:
