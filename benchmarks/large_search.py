@@ -87,5 +87,6 @@ def round_of_search(
         seconds = sum(s for s, _ in spent.values()) / sum(p for _, p in spent.values()) * whole
         tell({
             "heads": f"{count} of {len(scorer.heads)}", "lengths": model.lengths, "tokens_per_score": scorer.tokens,
-            "spent": spent, "passes": whole, "seconds": seconds, "peak_gib": common.peak_gib(device),
+            "recorded_on": scorer.record_on.type, "spent": spent, "passes": whole, "seconds": seconds,
+            "peak_gib": common.peak_gib(device),
         })  # fmt: skip

@@ -32,6 +32,7 @@ def test_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert large.report(results) == page == capsys.readouterr().out.removesuffix("\n")
     assert list(results["parts"]) == ["stage 1, this build, turn 1", "build", "selection"]
     for found, slopes in ((results["parts"]["selection"], 3), (told["streamed selection"], 2)):
+        assert found["recorded_on"] == "cpu"
         spent = found["spent"]
         assert [round(passes, 3) for _, passes in spent.values()] == [1, 1, slopes, 9], (
             "of 12 candidates, half start late"
@@ -111,11 +112,11 @@ def test_large_parts_share_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     arguments = ["--tiny", "--out", str(tmp_path), "--turns", "1", "--deadline"]
     monkeypatch.setattr(sys, "argv", ["large.py", *arguments, "410", "--only", "stage 2|selection"])
     large.main()
-    assert limits == [("stage 2", 200), ("selection", 130), ("streamed selection", 75)]
+    assert limits == [("stage 2", 240), ("selection", 120), ("streamed selection", 45)]
     limits.clear()
     monkeypatch.setattr(sys, "argv", ["large.py", *arguments, "520"])
     large.main()
-    assert limits == [("stage 2", 200), ("selection", 130), ("streamed selection", 130), ("stage 1", 55)]
+    assert limits == [("stage 2", 240), ("selection", 120), ("streamed selection", 120), ("stage 1", 35)]
     parts = json.loads((tmp_path / "large.json").read_text())["parts"]
     turn = "stage 1, this build, turn 1"
     assert {name: found["missing"] for name, found in parts.items()} == {
