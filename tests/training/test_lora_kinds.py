@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import interrupt_at, tiny_model
 from support.adapters import SMALL, stir
 from torch import Tensor, nn
 
@@ -17,9 +17,12 @@ import lolcats
 from lolcats import pipeline
 from lolcats.config import FinetuneConfig, load_config
 from lolcats.data import inputs
-from lolcats.errors import LolcatsError
+from lolcats.errors import Interrupted, LolcatsError
 from lolcats.evaluation.perplexity import perplexity
+from lolcats.files import read_json_lines
+from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, LORA_WEIGHTS
 from lolcats.report.table import remarks
+from lolcats.run import Run
 from lolcats.stages.finetune.stage import add_lora, lora_targets
 from lolcats.tensors import read_tensors
 from lolcats.weights import base as bases
@@ -207,3 +210,50 @@ def test_a_base_model_that_does_not_fit_is_only_in_4_bits(
     merged = lolcats.load(tmp_path / "stream" / "merged")
     with torch.no_grad():
         assert torch.equal(logits(merged), logits(lolcats.load(tmp_path / "stream")))
+
+
+def test_stage_2_in_4_bits_with_all_that_stage_2_has(
+    tokenizer, chat_file: Path, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KL divergence, kept heads, packed documents and layers computed again, stopped and continued bit for bit."""
+    modules = pytest.importorskip("bitsandbytes").nn.modules
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # else weights are packed in a form without gradients
+    monkeypatch.setattr(pipeline.job, "check_quantized", lambda *_, **__: None)  # training needs a GPU
+    tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    changes = ["finetune.quantize_base=nf4", "finetune.loss=kl", "finetune.gradient_checkpointing=true",
+               "finetune.protect_kept=true", "finetune.feature_map_learning_rate=1e-4", "device=cpu",
+               "data.reset_at_documents=true", "finetune.learning_rate=1e-4", "finetune.eval_steps=1",
+               "attention.softmax_heads={\"0\": [1]}"]  # fmt: skip
+    config = load_config("default", [*settings, *changes])
+
+    def run(name: str) -> Any:
+        return pipeline.linearize(str(tmp_path / "base"), str(chat_file), tmp_path / name, config, merge=False,
+                                  say=lambda _: None)  # fmt: skip
+
+    whole = run("whole")
+    real = pipeline.stages.finetune
+
+    def stopped(*arguments: Any) -> Any:
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 3)
+            return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.stages, "finetune", stopped)
+        with pytest.raises(Interrupted, match="Stopped in finetune after step 3"):
+            run("stopped")
+    assert not Run.open(tmp_path / "stopped").stage_done("finetune")
+    continued = run("stopped")
+    assert continued.results["ppl_student"] == whole.results["ppl_student"]
+    parts = [{**read_tensors(tmp_path / name / LORA / LORA_WEIGHTS), **read_tensors(tmp_path / name / FEATURE_MAPS)}
+             for name in ("whole", "stopped")]  # fmt: skip
+    assert parts[0].keys() == parts[1].keys()
+    assert all(torch.equal(parts[1][name], tensor) for name, tensor in parts[0].items())
+    trained = {name: tensor for name, tensor in parts[0].items() if "lora_B" in name}
+    assert all(tensor.abs().sum() > 0 for tensor in trained.values())
+    keys = next(tensor for name, tensor in trained.items() if "layers.0" in name and "k_proj" in name)
+    assert keys[16:].abs().sum() == 0 < keys[:16].abs().sum(), "the second of two heads is kept"
+    losses = [entry["eval_loss"] for entry in read_json_lines(tmp_path / "whole" / "metrics.jsonl")
+              if entry["stage"] == "finetune" and "eval_loss" in entry]  # fmt: skip
+    assert 0 < losses[-1] < losses[0]
