@@ -12,6 +12,7 @@ import torch
 from large_weights import KEPT, Model, Repeated, quantized_model, shape
 
 ANSWER = 40  # answer tokens of a random prompt
+SLOPES = 3.0  # passes that the plan counts for slopes, of which a streamed search needs two
 WARM_LAYERS = 2  # of the model whose search compiles the kernels
 
 
@@ -74,6 +75,7 @@ def round_of_search(
     began = time.perf_counter()
     scorer = make(asked, PASS.get(device.type, PASS["cpu"]))
     scorer.record_on = where_to_record(scorer)
+    common.synchronize(device)
     count = max(1, int(KEPT * len(scorer.heads)))
     candidates = [[scorer.heads[i * len(scorer.heads) // Settings().width]] for i in range(Settings().width)]
     spent: dict[str, list[float]] = {"the teacher's answers": [time.perf_counter() - began, scorer.passes]}
@@ -84,7 +86,8 @@ def round_of_search(
         common.synchronize(device)
         spent[name] = [time.perf_counter() - started, scorer.passes - passes]
         whole = passes_of_search(count)
-        seconds = sum(s for s, _ in spent.values()) / sum(p for _, p in spent.values()) * whole
+        counted = sum(SLOPES if piece == "slopes" else passes for piece, (_, passes) in spent.items())
+        seconds = sum(seconds for seconds, _ in spent.values()) / counted * whole
         tell({
             "heads": f"{count} of {len(scorer.heads)}", "lengths": model.lengths, "tokens_per_score": scorer.tokens,
             "recorded_on": scorer.record_on.type, "spent": spent, "passes": whole, "seconds": seconds,

@@ -37,6 +37,8 @@ def test_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert [round(passes, 3) for _, passes in spent.values()] == [1, 1, slopes, 9], (
             "of 12 candidates, half start late"
         )
+        a_pass = sum(seconds for seconds, _ in spent.values()) / (1 + 1 + 3 + 9)
+        assert found["seconds"] == pytest.approx(found["passes"] * a_pass), "slopes count as in the plan"
     variants = {name: found for name, found in told.items() if name.startswith("stage 2, ")}
     assert len(variants) == len(large.VARIANTS)
     assert all(found["tokens_per_second"] > 0 for found in variants.values())
