@@ -10,31 +10,47 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Turning:
-    """How RoPE turned q and k: channels i and i + D/2 of each head by columns i and i + D/2 of cos and sin.
+    """What turns q and k back, where RoPE turned channels i and i + D/2 of each head by the same angle.
 
-    cos, sin: (B or 1, T, D), any float dtype, without gradient.
+    table: (B or 1, T, D) without gradient, contiguous, c / (c² + s²) of each pair and then s / (c² + s²).
     """
 
-    cos: Tensor
-    sin: Tensor
+    table: Tensor
+
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor) -> Turning:
+        """From cos and sin (B or 1, T, D), of which the first half of the columns counts.
+
+        The table of 16-bit cosines has fp16, whose rounding is an eighth of that of q and k in bf16.
+        """
+        dtype = torch.float32 if cos.dtype == torch.float32 else torch.float16
+        halves = _inverse(*(x[..., : x.shape[-1] // 2].float() for x in (cos, sin)))
+        return cls(torch.cat(halves, -1).to(dtype))
 
     def beside(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, H, T, 2D) and k (B, G, T, 2D) with their values before RoPE beside them."""
         from lolcats.attention.kernels.unrotate import RotaryForm, append_unrotated
 
-        return append_unrotated(q, k, self.cos, self.sin, RotaryForm(interleaved=False, first_half=False))
+        cos, sin = (torch.cat([x, x], -1) for x in _inverse(*self.table.float().chunk(2, -1)))
+        return append_unrotated(q, k, cos, sin, RotaryForm(interleaved=False, first_half=False))
 
-    def of_rows(self, batch: int) -> tuple[Tensor, Tensor]:
-        """cos and sin as (B, 1, T, D), to be laid out as q and k are."""
-        cos, sin = (x[:, None].expand(batch, -1, -1, -1) for x in (self.cos, self.sin))
-        return cos, sin
+    def of_rows(self, batch: int) -> Tensor:
+        """The table as (B, 1, T, D), to be laid out as q and k are."""
+        return self.table[:, None].expand(batch, -1, -1, -1)
 
     @classmethod
-    def laid_out(cls, cos: Tensor, sin: Tensor) -> Turning:
+    def laid_out(cls, table: Tensor) -> Turning:
         """From what :meth:`of_rows` gave, laid out."""
-        return cls(cos[:, 0], sin[:, 0])
+        return cls(table[:, 0].contiguous())
+
+
+def _inverse(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotation that undoes this one, a scale of both included."""
+    size = cos.square() + sin.square()
+    return cos / size, sin / size

@@ -40,7 +40,7 @@ from lolcats.attention.kernels.device import (
     with_lost_bits,
 )
 from lolcats.attention.kernels.states import load_state, load_sum
-from lolcats.attention.kernels.turn import store_half, table_pointers, turned_back
+from lolcats.attention.kernels.turn import store_half, table_pointer, turned_back
 
 
 @triton.jit
@@ -418,12 +418,12 @@ def load_query(
 
 @triton.jit
 def weight_kernel(
-    x, x_strides, dy, dy_strides, d_weight, walks, sequences, positions, x_group, cos, sin, table_stride,
+    x, x_strides, dy, dy_strides, d_weight, walks, sequences, positions, x_group, table, table_stride,
     DIM: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_F: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a feature map's weight, Σ x_nᵀ dy_n, from the tokens of one walk: (walks, maps, f, D) fp32. TURN: the
-    map sees x turned back by cos and sin."""
+    map sees x turned back by ``table``."""
     walk, head = tl.program_id(0), tl.program_id(1)
     _, begin, end, batch, first, length, _, _ = walk_bounds(walks, sequences, positions, walk)
     x = head_pointer(x, x_strides, batch, head // x_group, first)
@@ -432,11 +432,11 @@ def weight_kernel(
     d_weight += (walk * tl.num_programs(1) + head).to(tl.int64) * WIDTH * DIM
     if TURN:
         p = tl.arange(0, BLOCK_P)
-        cos, sin = table_pointers(cos, sin, table_stride, batch, first, DIM)
+        table = table_pointer(table, table_stride, batch, first, DIM)
         total_a, total_b = tl.zeros((BLOCK_F, BLOCK_P), tl.float32), tl.zeros((BLOCK_F, BLOCK_P), tl.float32)
         for tile in range(begin, end):
             at = tile * C
-            u_a, u_b = turned_back(x, x_strides[2], cos, sin, at, length, row, p, DIM)
+            u_a, u_b = turned_back(x, x_strides[2], table, at, length, row, p, DIM)
             dy_tile = tl.trans(load_tile(dy, dy_strides[2], at, length, row, j, WIDTH).to(LOW))
             total_a = tl.dot(dy_tile, u_a.to(LOW), total_a, input_precision=PRECISION)
             total_b = tl.dot(dy_tile, u_b.to(LOW), total_b, input_precision=PRECISION)

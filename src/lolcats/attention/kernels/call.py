@@ -32,12 +32,12 @@ class Call:
     turning: Turning | None = None
 
     @property
-    def table(self) -> tuple[Tensor | None, Tensor | None, int | None]:
-        """cos and sin, contiguous, and their stride from row to row, as kernels that turn back take them."""
+    def rotation(self) -> tuple[Tensor | None, int | None]:
+        """The table that turns q and k back and its stride from row to row, for kernels; Nones if there is none."""
         if self.turning is None:
-            return None, None, None
-        cos, sin = self.turning.cos.contiguous(), self.turning.sin.contiguous()
-        return cos, sin, 0 if cos.shape[0] == 1 else cos[0].numel()
+            return None, None
+        table = self.turning.table
+        return table, 0 if table.shape[0] == 1 else table.stride(0)
 
 
 def hedgehog_weights(*maps: KeyMap) -> list[Tensor] | None:

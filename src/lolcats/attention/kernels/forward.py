@@ -26,13 +26,13 @@ from lolcats.attention.kernels.device import (
     window_start,
 )
 from lolcats.attention.kernels.states import load_state, load_sum
-from lolcats.attention.kernels.turn import load_half_parts, table_pointers, turned_back
+from lolcats.attention.kernels.turn import load_half_parts, table_pointer, turned_back
 
 
 @triton.jit
 def output_kernel(
     q, q_strides, k, k_strides, v, v_strides, o, o_strides, lost, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
-    gamma, sink_k, sink_k_strides, sink_v, sink_v_strides, cos, sin, table_stride, inverse, peaks, tops, states, sums,
+    gamma, sink_k, sink_k_strides, sink_v, sink_v_strides, table, table_stride, inverse, peaks, tops, states, sums,
     walks, sequences, positions, heads, group, map_group, tokens, scale, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, PHI: tl.constexpr,
@@ -49,7 +49,7 @@ def output_kernel(
 
     TILES: number of tiles that a window reaches. NEAR: some keys older than the window may not yet be in the state of a
     step; otherwise that code is compiled away. PHI, KEY_PHI: how it gets φ(q), and φ(k) of such keys (never ``seen`` or
-    ``turned``). cos, sin: only if PHI is ``turned``.
+    ``turned``). table: only if PHI is ``turned``.
     """
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
@@ -70,7 +70,7 @@ def output_kernel(
     log_gamma = tl.log2(tl.load(gamma + head))
     if PHI == "turned":
         p = tl.arange(0, BLOCK_P)
-        cos, sin = table_pointers(cos, sin, table_stride, batch, first, DIM)
+        table = table_pointer(table, table_stride, batch, first, DIM)
     wq = load_weight(weight_q, head, d, j, DIM, WIDTH) if PHI == "inside" and LINEAR else 0
     wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH) if KEY_PHI == "inside" and NEAR else 0
     if SOFTMAX and SINKS > 0:
@@ -144,7 +144,7 @@ def output_kernel(
                 up, down = features(x_tile, parts, fq, fq_strides[2], at, length, row, one, j, WIDTH, PHI, PRECISION)
             elif PHI == "turned":
                 parts = load_half_parts(weight_q, head, p, j, DIM, WIDTH, fq.dtype.element_ty)
-                halves = turned_back(fq, fq_strides[2], cos, sin, at, length, row, p, DIM)
+                halves = turned_back(fq, fq_strides[2], table, at, length, row, p, DIM)
                 up, down = features(halves, parts, fq, fq_strides[2], at, length, row, one, j, WIDTH, PHI, PRECISION)
             else:
                 up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, PHI, PRECISION)

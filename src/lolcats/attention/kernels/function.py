@@ -148,7 +148,7 @@ class Problem:
         if context is not None:
             named |= {"sink_k": ready(context.sink_k), "sink_v": ready(context.sink_v)}
         if call.turning is not None:
-            named |= {"cos": call.table[0], "sin": call.table[1]}
+            named |= {"table": call.turning.table}
         launcher = find_launcher(call.spec, call.phi, call.softcap is not None, call.tiling, context is not None, named)
         problem = cls(call, launcher, launcher.layout(call.rows), *tensors)
         return problem.projected([side for side in "qk" if side not in launcher.seen])
@@ -172,7 +172,7 @@ class Problem:
         for side in sides:
             if getattr(self, f"f{side}") is None:
                 seen, weight = self.seen(side), getattr(self, f"w{side}")
-                products[f"f{side}"] = project(self.launcher, seen, getattr(self, seen), weight, self.call.table)
+                products[f"f{side}"] = project(self.launcher, seen, getattr(self, seen), weight, self.call.rotation)
         return dataclasses.replace(self, **products)
 
     def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Tensor | None, Softmax, Tensor | None, Tensor | None]:
@@ -190,7 +190,7 @@ class Problem:
         states, sums, S, z = self.forward_states()
         args = (
             *self.inputs(), *launcher.strided("o", o), lost, *self.features(), self.wq, self.wk, self.gamma,
-            *self.sinks(), *self.call.table, *(o if x is None else x for x in softmax), states, sums, self.layout.walks,
+            *self.sinks(), *self.call.rotation, *(o if x is None else x for x in softmax), states, sums, self.layout.walks,
             *self.tables(), *self.sizes(),
         )  # fmt: skip
         launcher.run(
@@ -257,7 +257,7 @@ class Problem:
 
         def run(starts: Tensor | None, totals: Tensor | None, store: bool) -> None:
             args = (
-                *arguments, *self.call.table, starts, totals, states, sums, layout.segments, *self.tables(),
+                *arguments, *self.call.rotation, starts, totals, states, sums, layout.segments, *self.tables(),
                 launcher.heads, group, launcher.tokens,
             )  # fmt: skip
             launcher.run(
@@ -445,7 +445,7 @@ class Backward:
         seen, weight = problem.seen(name), getattr(problem, f"w{name}")
         if launcher.phi == "projected" and self.wanted.seen:
             if dx is not None and problem.call.turning is not None:
-                add_project_back(launcher, seen, df, weight, dx, problem.call.table)
+                add_project_back(launcher, seen, df, weight, dx, problem.call.rotation)
             else:
                 found[seen] = project_back(launcher, seen, df, weight, getattr(problem, seen))
         if self.wanted.weights:
@@ -458,7 +458,7 @@ class Backward:
         walks = problem.layout.walks if maps == launcher.heads else problem.layout.key_walks
         partial = x.new_empty(walks.shape[0], maps, launcher.width, launcher.dim, dtype=torch.float32)
         strided = *launcher.strided(name, x), *launcher.strided(f"sum of d{name}·W", df)
-        args = *strided, partial, walks, *problem.tables(), maps // x.shape[1], *problem.call.table
+        args = *strided, partial, walks, *problem.tables(), maps // x.shape[1], *problem.call.rotation
         turn = problem.call.turning is not None
         launcher.run(weight_kernel, "weight", (walks.shape[0], maps, 1), args, name, TURN=turn)
         return partial.sum(0).mT

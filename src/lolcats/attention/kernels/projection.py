@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lolcats.attention.kernels.device import head_pointer, load_matrix, load_tile, store_tile
-from lolcats.attention.kernels.turn import add_turned, table_pointers, turned_back
+from lolcats.attention.kernels.turn import add_turned, table_pointer, turned_back
 
 if TYPE_CHECKING:
     from lolcats.attention.kernels.launcher import Launcher
@@ -22,20 +22,22 @@ if TYPE_CHECKING:
 CHUNK = tl.constexpr(64)  # channels of the head dim whose weights are in registers
 
 
-NO_TABLE: tuple[Any, ...] = (None, None, None)
+NO_ROTATION: tuple[Any, ...] = (None, None)
 
 
-def project(launcher: Launcher, name: str, x: Tensor, weight: Tensor, table: tuple[Any, ...] = NO_TABLE) -> Tensor:
+def project(
+    launcher: Launcher, name: str, x: Tensor, weight: Tensor, rotation: tuple[Any, ...] = NO_ROTATION
+) -> Tensor:  # fmt: skip
     """x·W (B, M, T, f) fp32 for x (B, G, T, D), called ``name``, and W (M, D, f) fp32; M is a multiple of G.
 
-    table: ``Call.table``, by which x is turned back if there is one.
+    rotation: ``Call.rotation``, by which x is turned back if there is one.
     """
     batch, heads, tokens, _ = x.shape
     maps, _, width = weight.shape
     y = x.new_empty(batch, tokens, maps, width, dtype=torch.float32).transpose(1, 2)
     args = *launcher.strided(name, x), weight, *launcher.strided(f"{name}·W", y), maps // heads, tokens
     grid = triton.cdiv(tokens, launcher.tiling.tile), maps, batch
-    launcher.run(projection_kernel, "projection", grid, (*args, *table), name, TURN=table[0] is not None)
+    launcher.run(projection_kernel, "projection", grid, (*args, *rotation), name, TURN=rotation[0] is not None)
     return y
 
 
@@ -46,30 +48,30 @@ def project_back(launcher: Launcher, name: str, dy: Tensor, weight: Tensor, x: T
     args = *launcher.strided(f"sum of d{name}·W", dy), weight, *launcher.strided(f"d{name}", dx), tokens
     grid = triton.cdiv(tokens, launcher.tiling.tile), heads, batch
     launcher.run(
-        back_kernel, "projection", grid, (*args, *NO_TABLE), name, GROUP=weight.shape[0] // heads, TURN=False
+        back_kernel, "projection", grid, (*args, *NO_ROTATION), name, GROUP=weight.shape[0] // heads, TURN=False
     )
     return dx
 
 
 def add_project_back(
-    launcher: Launcher, name: str, dy: Tensor, weight: Tensor, dx: Tensor, table: tuple[Any, ...]
+    launcher: Launcher, name: str, dy: Tensor, weight: Tensor, dx: Tensor, rotation: tuple[Any, ...]
 ) -> None:  # fmt: skip
-    """Add to ``dx``, the gradient of x (B, G, T, D), that of u·W, where u is x turned back by ``table``."""
+    """Add to ``dx``, the gradient of x (B, G, T, D), that of u·W, where u is x turned back by ``rotation``."""
     batch, heads, tokens, _ = dx.shape
     args = *launcher.strided(f"sum of d{name}·W", dy), weight, *launcher.strided(f"sum of d{name}", dx), tokens
     grid = triton.cdiv(tokens, launcher.tiling.tile), heads, batch
     launcher.run(
-        back_kernel, "projection", grid, (*args, *table), name, GROUP=weight.shape[0] // heads, TURN=True
+        back_kernel, "projection", grid, (*args, *rotation), name, GROUP=weight.shape[0] // heads, TURN=True
     )  # fmt: skip
 
 
 @triton.jit
 def projection_kernel(
-    x, x_strides, weight, y, y_strides, group, tokens, cos, sin, table_stride,
+    x, x_strides, weight, y, y_strides, group, tokens, table, table_stride,
     DIM: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
     BLOCK_F: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one map's tokens. TURN: of x turned back by cos and sin."""
+    """One tile of one map's tokens. TURN: of x turned back by ``table``."""
     at, head, batch = tl.program_id(0) * C, tl.program_id(1), tl.program_id(2)
     x = head_pointer(x, x_strides, batch, head // group, batch * 0)
     y = head_pointer(y, y_strides, batch, head, batch * 0)
@@ -78,10 +80,10 @@ def projection_kernel(
     total = tl.zeros((C, BLOCK_F), tl.float32)
     if TURN:
         HALF: tl.constexpr = DIM // 2
-        cos, sin = table_pointers(cos, sin, table_stride, batch, batch * 0, DIM)
+        table = table_pointer(table, table_stride, batch, batch * 0, DIM)
         for chunk in tl.static_range(0, HALF, CHUNK):
             p = chunk + tl.arange(0, CHUNK)
-            u_a, u_b = turned_back(x, x_strides[2], cos, sin, at, tokens, row, p, DIM)
+            u_a, u_b = turned_back(x, x_strides[2], table, at, tokens, row, p, DIM)
             total = add_product(u_a, load_matrix(weight, p, j, HALF, WIDTH), total, LOW, PRECISION)
             total = add_product(u_b, load_matrix(weight + HALF * WIDTH, p, j, HALF, WIDTH), total, LOW, PRECISION)
     else:
@@ -94,11 +96,11 @@ def projection_kernel(
 
 @triton.jit
 def back_kernel(
-    dy, dy_strides, weight, dx, dx_strides, tokens, cos, sin, table_stride,
+    dy, dy_strides, weight, dx, dx_strides, tokens, table, table_stride,
     DIM: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
     BLOCK_F: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one head's tokens, from the GROUP maps that see them. TURN: they see x turned back by cos and sin,
+    """One tile of one head's tokens, from the GROUP maps that see them. TURN: they see x turned back by ``table``,
     and dx has a gradient already, to which theirs is added."""
     at, head, batch = tl.program_id(0) * C, tl.program_id(1), tl.program_id(2)
     dy = head_pointer(dy, dy_strides, batch, head * GROUP, batch * 0)
@@ -107,7 +109,7 @@ def back_kernel(
     row, j = tl.arange(0, C), tl.arange(0, BLOCK_F)
     if TURN:
         HALF: tl.constexpr = DIM // 2
-        cos, sin = table_pointers(cos, sin, table_stride, batch, batch * 0, DIM)
+        table = table_pointer(table, table_stride, batch, batch * 0, DIM)
         for chunk in tl.static_range(0, HALF, CHUNK):
             p = chunk + tl.arange(0, CHUNK)
             d_a, d_b = tl.zeros((C, CHUNK), tl.float32), tl.zeros((C, CHUNK), tl.float32)
@@ -117,7 +119,7 @@ def back_kernel(
                 d_a = add_product(dy_tile, tl.trans(load_matrix(w, p, j, HALF, WIDTH)), d_a, LOW, PRECISION)
                 w += HALF * WIDTH
                 d_b = add_product(dy_tile, tl.trans(load_matrix(w, p, j, HALF, WIDTH)), d_b, LOW, PRECISION)
-            add_turned(dx, dx_strides[2], cos, sin, at, tokens, row, p, d_a, d_b, DIM)
+            add_turned(dx, dx_strides[2], table, at, tokens, row, p, d_a, d_b, DIM)
     else:
         for chunk in tl.static_range(0, DIM, CHUNK):
             d = chunk + tl.arange(0, CHUNK)

@@ -31,7 +31,7 @@ from lolcats.attention.kernels.device import (
     walk_bounds,
     window_start,
 )
-from lolcats.attention.kernels.turn import load_half_parts, table_pointers, turned_back
+from lolcats.attention.kernels.turn import load_half_parts, table_pointer, turned_back
 
 
 def pack(S: Tensor, z: Tensor, width: int, center: bool) -> Tensor:
@@ -53,7 +53,7 @@ def unpack(totals: Tensor, width: int, value_dim: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def state_kernel(
-    x, x_strides, u, u_strides, f, f_strides, weight, inverse, delta, cos, sin, table_stride, starts, totals, states,
+    x, x_strides, u, u_strides, f, f_strides, weight, inverse, delta, table, table_stride, starts, totals, states,
     sums, segments, sequences, positions, heads, x_group, tokens,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr,
     SINKS: tl.constexpr, HEADS: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr, HAS_STARTS: tl.constexpr,
@@ -69,7 +69,7 @@ def state_kernel(
     x_group: maps that share a head of x and u. HEADS: heads of x, u, f and ``weight`` that contribute to one map's
     states.
     BACKWARD: rows enter S weighted by ``inverse`` (1 / denominator), and z by that times ``delta``.
-    cos, sin: only if PHI is ``turned``.
+    table: only if PHI is ``turned``.
 
     z is also a product with φ, which avoids a sum across warps. Row 0 of the left factor holds the weights of the rows,
     row 1 the remainder that its precision loses.
@@ -88,7 +88,7 @@ def state_kernel(
         w = load_parts(weight, head * HEADS, d, j, DIM, WIDTH, x.dtype.element_ty)
     elif PHI == "turned":
         p = tl.arange(0, BLOCK_P)
-        cos, sin = table_pointers(cos, sin, table_stride, batch, first, DIM)
+        table = table_pointer(table, table_stride, batch, first, DIM)
         w = load_half_parts(weight, head * HEADS, p, j, DIM, WIDTH, x.dtype.element_ty)
     else:
         w = load_weight(weight, head * HEADS, d, j, DIM, WIDTH) if PHI == "inside" else 0
@@ -112,7 +112,7 @@ def state_kernel(
         t = at + row
         h = tl.cast(i % HEADS, tl.int64)
         if PHI == "turned":
-            x_tile = turned_back(x + h * x_strides[1], x_strides[2], cos, sin, at, length, row, p, DIM)
+            x_tile = turned_back(x + h * x_strides[1], x_strides[2], table, at, length, row, p, DIM)
         else:
             x_tile = load_tile(x + h * x_strides[1], x_strides[2], at, length, row, d, DIM)
         u_tile = tl.trans(load_tile(u + h * u_strides[1], u_strides[2], at, length, row, vd, VALUE_DIM).to(LOW))
