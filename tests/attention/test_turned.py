@@ -91,11 +91,11 @@ def test_equals_the_reference(spec: AttentionSpec, maps: str, see: bool) -> None
 
 
 @pytest.mark.parametrize("see", [False, True])
-@pytest.mark.parametrize(("dim", "f", "tables"), [(24, 16, 2), (40, 24, 1)])
-def test_heads_of_other_sizes(dim: int, f: int, tables: int, see: bool) -> None:
+@pytest.mark.parametrize(("dim", "f", "rotations"), [(24, 16, 2), (40, 24, 1)])
+def test_heads_of_other_sizes(dim: int, f: int, rotations: int, see: bool) -> None:
     """Halves of 12 and 20 channels; one rotation for each row of the batch, or one for all."""
     problem = Problem(37, dim, f, maps="per_kv_head", heads=2, kv_heads=1)
-    compare(problem, HYBRID, tables(37, dim, tables), dataclasses.replace(SMALL, see=see))
+    compare(problem, HYBRID, tables(37, dim, rotations), dataclasses.replace(SMALL, see=see))
 
 
 @pytest.mark.parametrize("dim", [64, 160])
