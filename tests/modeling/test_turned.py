@@ -56,9 +56,9 @@ class Seen:
         patch.setattr(unrotate, "append_unrotated", appending)
 
     def check(self, model: Any) -> None:
-        """Every layer turned back by itself, all by the same table."""
-        heads = linearized_layers(model)[0].geometry.head_dim
-        assert [width for width, _ in self.kernels] == [heads] * len(linearized_layers(model))
+        """Every layer took narrow q and k, once, and nothing was turned back before."""
+        channels = linearized_layers(model)[0].geometry.head_dim
+        assert [width for width, _ in self.kernels] == [channels] * len(linearized_layers(model))
         assert all(turning is not None for _, turning in self.kernels)
         assert self.appended == 0
 
@@ -173,9 +173,7 @@ def test_which_calls_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         name: str = "hedgehog", linear: bool = True, form: Any = (False, False), channels: int = 8, own: Any = call
     ) -> bool:
         spec = SimpleNamespace(unrotated=True, has_linear=linear)
-        monkeypatch.setattr(
-            rotary, "attached", lambda _: SimpleNamespace(spec=spec, phi_q=SimpleNamespace(name=name))
-        )
+        monkeypatch.setattr(rotary, "attached", lambda _: SimpleNamespace(spec=spec, phi_q=SimpleNamespace(name=name)))
         monkeypatch.setattr(rotary, "_rotate", lambda _: object)
         monkeypatch.setattr(rotary, "_form", lambda _: form)
         rotation = cos[..., :channels], cos[..., :channels]
@@ -191,16 +189,15 @@ def test_which_calls_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_table_per_call() -> None:
     """Made once for all layers that get the same cosines and sines."""
     cos, sin, call = torch.rand(1, 5, 8), torch.rand(1, 5, 8), Call()
-    first = call.turning(cos, sin, cos.device)
-    assert call.turning(cos, sin, cos.device) is first
-    assert call.turning(cos.clone(), sin, cos.device) is not first
-    assert first.table.dtype == torch.float32
-    assert Turning.of(cos.bfloat16(), sin.bfloat16()).table.dtype == torch.float16
+    first, other = call.turning(cos, sin, cos), call.turning(cos, sin, cos.bfloat16())
+    assert call.turning(cos, sin, sin) is first
+    assert call.turning(cos.clone(), sin, cos) is not first
+    assert (first.table.dtype, other.table.dtype) == (torch.float32, torch.float16)
 
 
 def test_only_the_kernels_turn() -> None:
     layer = linearized_layers(converted())[0]
     q = torch.randn(1, layer.geometry.heads, 5, layer.geometry.head_dim)
-    turning = Turning.of(torch.rand(1, 5, q.shape[3]), torch.rand(1, 5, q.shape[3]))
+    turning = Turning.of(torch.rand(1, 5, q.shape[3]), torch.rand(1, 5, q.shape[3]), q.dtype)
     with pytest.raises(AssertionError):
         dispatch.attention(q, q, q, layer.mixer(1.0), "chunked", turning=turning)

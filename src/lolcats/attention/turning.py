@@ -24,12 +24,12 @@ class Turning:
     table: Tensor
 
     @classmethod
-    def of(cls, cos: Tensor, sin: Tensor) -> Turning:
-        """From cos and sin (B or 1, T, D), of which the first half of the columns counts.
+    def of(cls, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Turning:
+        """For q and k of this dtype, from cos and sin (B or 1, T, D), of which the first half of the columns counts.
 
-        The table of 16-bit cosines has fp16, whose rounding is an eighth of that of q and k in bf16.
+        The table has fp32, or for bf16 fp16, whose rounding errors are an eighth of those of q and k.
         """
-        dtype = torch.float32 if cos.dtype == torch.float32 else torch.float16
+        dtype = torch.float16 if dtype == torch.bfloat16 else torch.float32
         halves = _inverse(*(x[..., : x.shape[-1] // 2].float() for x in (cos, sin)))
         return cls(torch.cat(halves, -1).to(dtype))
 

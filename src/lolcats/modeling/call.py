@@ -47,7 +47,7 @@ class Call:
     backend: str = field(default_factory=backend)
     outer: Call | None = None
     _paddings: dict[Any, tuple[Tensor, Padding]] = field(default_factory=dict)
-    _turnings: dict[Any, tuple[Tensor, Turning]] = field(default_factory=dict)
+    _turnings: dict[Any, tuple[Tensor, Tensor, Turning]] = field(default_factory=dict)
 
     def padding(self, mask: Tensor | None, start: int, stop: int) -> Padding:
         """The padding of the new tokens, columns ``start`` to ``stop`` of the attention mask (B, all tokens). Read once
@@ -64,12 +64,12 @@ class Call:
             self._paddings[key] = mask, found  # with the mask, whose id stays taken
         return self._paddings[key][1]
 
-    def turning(self, cos: Tensor, sin: Tensor, device: torch.device) -> Turning:
-        """What turns back by these cosines and sines, made once for all layers that get them."""
-        key = id(cos), device
+    def turning(self, cos: Tensor, sin: Tensor, q: Tensor) -> Turning:
+        """What turns queries like ``q`` back by these cosines and sines, made once for all layers that get them."""
+        key = id(cos), id(sin), q.device, q.dtype
         if key not in self._turnings:
-            self._turnings[key] = cos, Turning.of(cos.to(device), sin.to(device))
-        return self._turnings[key][1]
+            self._turnings[key] = cos, sin, Turning.of(cos.to(q.device), sin.to(q.device), q.dtype)
+        return self._turnings[key][2]
 
 
 def exporting() -> bool:

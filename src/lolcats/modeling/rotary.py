@@ -78,7 +78,7 @@ def turning_of(module: Any, q: Tensor, k: Tensor, rotation: Any, call: Call) -> 
     rotate, (cos, sin) = _rotate(sys.modules[type(module).__module__]), rotation
     if rotate is None or _form(rotate) != (False, False) or not _fits(q, k, cos, sin) or cos.shape[-1] < q.shape[-1]:
         return None
-    return call.turning(cos, sin, q.device)
+    return call.turning(cos, sin, q)
 
 
 def append_by_family(

@@ -190,8 +190,8 @@ class Problem:
         states, sums, S, z = self.forward_states()
         args = (
             *self.inputs(), *launcher.strided("o", o), lost, *self.features(), self.wq, self.wk, self.gamma,
-            *self.sinks(), *self.call.rotation, *(o if x is None else x for x in softmax), states, sums, self.layout.walks,
-            *self.tables(), *self.sizes(),
+            *self.sinks(), *self.call.rotation, *(o if x is None else x for x in softmax), states, sums,
+            self.layout.walks, *self.tables(), *self.sizes(),
         )  # fmt: skip
         launcher.run(
             output_kernel, "output", (self.layout.walks.shape[0], launcher.heads, launcher.launch("output").pieces),
