@@ -15,6 +15,7 @@ HEAD = 2 * D  # bytes of one head's vector
 PRODUCT = 4 * F  # bytes of one head's x·W in fp32
 WEIGHT = 4 * D * F // TILE  # bytes per token of a map's weights in fp32, read for every tile
 STATE = 2 * F * HEAD // TILE  # bytes per token of a state, both halves in bf16, of every tile
+TABLE = 2 * D  # bytes per token of cosines and sines, in fp16, of every pair of channels
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,14 @@ def outputs(maps: int) -> Count:
     return Count("output kernel", memory, read, H * (2 * D * F + 4 * D * (KEYS + SINKS) + 4 * F * D))
 
 
-def projected(name: str, heads: int, maps: int) -> Count:
-    return Count(f"projection of {name}", heads * HEAD + maps * PRODUCT, maps * HEAD, maps * 4 * D * F)
+def projected(name: str, heads: int, maps: int, turned: bool = False) -> Count:
+    count = Count(f"projection of {name}", heads * HEAD + maps * PRODUCT, maps * HEAD, maps * 4 * D * F)
+    return seen(count, *turning(maps)) if turned else count
+
+
+def turning(programs: int) -> tuple[float, float, float]:
+    """What turning back costs: the table, and two products and a sum for each channel."""
+    return TABLE, programs * TABLE, programs * 3 * D
 
 
 def seen(count: Count, memory: float, read: float, operations: float) -> Count:
@@ -64,12 +71,21 @@ def forward_seen(maps: int) -> list[Count]:
     return [*sums, seen(outputs(maps), H * HEAD, H * (HEAD + WEIGHT), H * 2 * D * F)]
 
 
+def forward_turned(maps: int) -> list[Count]:
+    """Maps before RoPE: q and k turned back on chip, W in two parts, inside."""
+    *sums, output = forward_seen(maps)
+    return [*(seen(x, *turning(maps)) for x in sums), seen(seen(output, -H * HEAD, 0, 0), *turning(H))]
+
+
+def projected_states(maps: int) -> list[Count]:
+    more = maps * PRODUCT - G * HEAD, maps * (PRODUCT - HEAD), -maps * 2 * D * F
+    return [seen(states(maps, stored), *more) for stored in (False, True)]
+
+
 def forward_projected(maps: int) -> list[Count]:
     """Maps before RoPE: x·W first."""
-    more = maps * PRODUCT - G * HEAD, maps * (PRODUCT - HEAD), -maps * 2 * D * F
-    sums = [seen(states(maps, stored), *more) for stored in (False, True)]
     output = seen(outputs(maps), H * PRODUCT, H * PRODUCT, -H * 2 * D * F)
-    return [projected("queries", H, H), projected("keys", G, maps), *sums, output]
+    return [projected("queries", H, H), projected("keys", G, maps), *projected_states(maps), output]
 
 
 def undone() -> list[Count]:
@@ -104,17 +120,45 @@ def sink_gradients() -> Count:
     return Count("sink kernel", 2 * H * HEAD, H * 2 * HEAD, H * 8 * D * SINKS)
 
 
+def backward_projected(maps: int, turned: bool) -> list[Count]:
+    """Maps before RoPE: x·W again, and its gradient, from which that of x follows. turned: of q and k on chip."""
+    more = H * (PRODUCT - HEAD), H * (PRODUCT - HEAD), -H * 2 * D * F
+    return [
+        projected("queries", H, H, turned), projected("keys", G, maps, turned), *projected_states(maps),
+        seen(query_gradients(maps), 2 * H * PRODUCT, H * PRODUCT, -H * 4 * D * F),
+        *(seen(query_states(maps, stored), *more) for stored in (False, True)), sink_gradients(),
+        seen(key_gradients(maps), 2 * maps * PRODUCT, maps * PRODUCT, -maps * 4 * D * F),
+        back("queries", H, H, turned), back("keys", G, maps, turned), *([] if turned else [joined()]),
+    ]  # fmt: skip
+
+
+def back(name: str, heads: int, maps: int, turned: bool) -> Count:
+    """From the gradient of x·W to that of x, in tensors of its own or added to that of q or k."""
+    count = Count(
+        f"gradient of x, {name}", maps * PRODUCT + heads * HEAD, maps * PRODUCT, maps * 4 * D * F
+    )  # fmt: skip
+    return seen(seen(count, heads * HEAD, heads * HEAD, 0), *turning(heads)) if turned else count
+
+
+def joined() -> Count:
+    """PyTorch puts the gradients of both halves of q and k side by side."""
+    return Count("gradients joined", 4 * (H + G) * HEAD, 2 * (H + G) * HEAD, 0)
+
+
 def tables() -> dict[str, list[Count]]:
     found = {}
     for maps, name in ((G, "key maps per kv head"), (H, "key maps per query head")):
         stored = [states(maps, stored=False), states(maps, stored=True)]
         found[f"Forward, {name}"] = [*stored, outputs(maps)]
         found[f"Forward, maps before RoPE, {name}"] = forward_seen(maps)
+        found[f"Forward, maps before RoPE, on chip, {name}"] = forward_turned(maps)
         found[f"Forward, maps before RoPE, x·W first, {name}"] = forward_projected(maps)
         found[f"Backward, {name}"] = [
             *stored, query_gradients(maps), query_states(maps, stored=False), query_states(maps, stored=True),
             sink_gradients(), key_gradients(maps),
         ]  # fmt: skip
+        found[f"Backward, maps before RoPE, {name}"] = backward_projected(maps, turned=False)
+        found[f"Backward, maps before RoPE, on chip, {name}"] = backward_projected(maps, turned=True)
     found["RoPE undone"] = undone()
     return found
 

@@ -119,7 +119,7 @@ def test_maps_before_rope(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(row) for row in tables[0]] == [len(rotary.COLUMNS.split(" | "))] * 6
     assert [len(row) for row in tables[1]] == [len(rotary.ALONE_COLUMNS.split(" | "))]
     assert [row[2].split(":")[0] for row in tables[0][:3]] == ["forward", "stage 2", "stage 1"]
-    for kernel, others in ((1, (2, 3)), (5, (6, 7)), (9, (10, 11)), (24, (26,)), (25, (27,))):
+    for kernel, others in ((4, (1, 2, 3, 5)), (10, (7, 8, 9, 11)), (16, (13, 14, 15, 17)), (36, (38,)), (37, (39,))):
         for i in others:
             torch.testing.assert_close(results[i], results[kernel], atol=1e-4, rtol=1e-3)
 

@@ -378,12 +378,17 @@ def test_half_precision(
         ("hybrid", "sliding", 128, 64, 32, "bfloat16", "inside"),
         ("linear", "terraced", 64, 64, 64, "float16", "inside"),
         ("hybrid", "sliding", 64, 128, 64, "bfloat16", "projected"),
+        ("hybrid", "terraced", 64, 64, 32, "bfloat16", "turned"),
         pytest.param("hybrid", "terraced", 64, 128, 64, "bfloat16", "inside", marks=pytest.mark.slow),
         pytest.param("hybrid", "terraced", 64, 128, 64, "float32", "projected", marks=pytest.mark.slow),
         pytest.param("hybrid", "sliding", 64, 128, 64, "float32", "projected", marks=pytest.mark.slow),
         pytest.param("hybrid", "terraced", 32, 80, 64, "float32", "projected", marks=pytest.mark.slow),
         pytest.param("hybrid", "sliding", 128, 256, 128, "bfloat16", "projected", marks=pytest.mark.slow),
         pytest.param("hybrid", "sliding", 128, 256, 128, "float32", "projected", marks=pytest.mark.slow),
+        pytest.param("hybrid", "terraced", 64, 128, 64, "bfloat16", "turned", marks=pytest.mark.slow),
+        pytest.param("linear", "terraced", 64, 64, 32, "float16", "turned", marks=pytest.mark.slow),
+        pytest.param("hybrid", "sliding", 64, 80, 64, "float32", "turned", marks=pytest.mark.slow),
+        pytest.param("hybrid", "sliding", 128, 256, 128, "bfloat16", "turned", marks=pytest.mark.slow),
     ],
 )
 def test_compiles_and_fits_on_hopper(kind: str, window: str, size: int, dim: int, f: int, dtype: str, phi: str) -> None:
@@ -402,5 +407,5 @@ def test_compiles_and_fits_on_hopper(kind: str, window: str, size: int, dim: int
         "join_kernel",
         "unrotate_kernel",
     } <= shared.keys()
-    assert ("projection_kernel" in shared) == ("back_kernel" in shared) == (phi == "projected")
+    assert ("projection_kernel" in shared) == ("back_kernel" in shared) == (phi in ("projected", "turned"))
     assert max(shared.values()) <= 232448  # bytes that a program may have

@@ -6,6 +6,7 @@ of two. test_kernels.py runs this in a separate process, since the interpreter i
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -16,8 +17,10 @@ from triton.runtime import driver
 
 from lolcats.attention import AttentionSpec, FeatureMap, Mixer, SlotState
 from lolcats.attention.kernels import columns, decode, function, launcher, paged, projection, unrotate
+from lolcats.attention.kernels.layout import choose_tiling
 from lolcats.attention.state import KeyValues
 from lolcats.attention.subset import HeadSubset
+from lolcats.attention.turning import Turning
 
 
 class NoDevice:
@@ -64,8 +67,12 @@ def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str, phi: s
     q, k, v = (torch.empty(1, heads, 512, dim, dtype=getattr(torch, dtype), requires_grad=True) for heads in (4, 2, 2))
     phi_q, phi_k = (FeatureMap("hedgehog", 4, dim, f) for _ in range(2))
     gamma, spec = torch.rand(4, requires_grad=True), AttentionSpec(kind, window, size, 4)
-    seen = (q, k) if phi == "projected" else None
-    y, _, _ = function.triton_attention(q, k, v, Mixer(phi_q, phi_k, gamma, spec, 0.1), seen=seen)
+    seen, tiling, turning = (q, k) if phi == "projected" else None, None, None
+    if phi == "turned":
+        turning = Turning.of(*(torch.empty(1, 512, dim) for _ in range(2)), q.dtype)
+        tiling = dataclasses.replace(choose_tiling(q.dtype.itemsize), see=True, turn=True)
+    mixer = Mixer(phi_q, phi_k, gamma, spec, 0.1)
+    y, _, _ = function.triton_attention(q, k, v, mixer, seen=seen, tiling=tiling, turning=turning)
     y.backward(torch.empty_like(y))
     decode_kernels(q, k, v, phi_q, gamma, spec, shared)
     paged_kernels(q, k, v, shared)

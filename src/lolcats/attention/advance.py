@@ -87,14 +87,14 @@ def _extend(
     return rows.outputs(y, mask), after
 
 
-def compacted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-    """``attend(q, k, v)`` (B, H, T, D) with each row's real tokens moved to the front, and back; 0 for padding.
+def compacted(mask: Tensor, attend: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``attend(*tensors)`` (B, H, T, D) with each row's real tokens moved to the front, and back; 0 for padding.
 
-    mask: (B, T) bool, False for padding.
+    mask: (B, T) bool, False for padding. tensors: (B, heads, T, D) each.
     """
-    length = q.shape[2]
+    length = mask.shape[1]
     index = (mask.cumsum(1) - 1).where(mask, length)
-    y = attend(*(_scatter(x, index, length) for x in (q, k, v)))
+    y = attend(*(_scatter(x, index, length) for x in tensors))
     return _gather(y, index.clamp_max(length - 1)) * mask[:, None, :, None]
 
 

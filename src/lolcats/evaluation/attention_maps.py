@@ -50,7 +50,7 @@ def measure_attention(model: PreTrainedModel, row: Tensor, path: Path, of: str) 
         heads = [head for at, head in chosen.values() if layers[at] is layer]
         if not heads:
             return {}
-        q, k = call.q, call.k
+        q, k = call.queries_and_keys()
         teacher = softmax_weights(layer.spec.rotated(q), layer.spec.rotated(k), call.scale, call.softcap)
         student = layer.weights(q, k, call.scale, call.softcap)
         own = layer.over_heads(range(q.shape[1]))

@@ -17,6 +17,7 @@ from transformers.utils.import_utils import is_torchdynamo_exporting
 
 from lolcats.attention import Documents
 from lolcats.attention.path import backend
+from lolcats.attention.turning import Turning
 from lolcats.errors import LolcatsError
 
 
@@ -46,6 +47,7 @@ class Call:
     backend: str = field(default_factory=backend)
     outer: Call | None = None
     _paddings: dict[Any, tuple[Tensor, Padding]] = field(default_factory=dict)
+    _turnings: dict[Any, tuple[Tensor, Tensor, Turning]] = field(default_factory=dict)
 
     def padding(self, mask: Tensor | None, start: int, stop: int) -> Padding:
         """The padding of the new tokens, columns ``start`` to ``stop`` of the attention mask (B, all tokens). Read once
@@ -61,6 +63,13 @@ class Call:
             found = Padding(new, counts) if min(counts) < stop - start else Padding()
             self._paddings[key] = mask, found  # with the mask, whose id stays taken
         return self._paddings[key][1]
+
+    def turning(self, cos: Tensor, sin: Tensor, q: Tensor) -> Turning:
+        """What turns queries like ``q`` back by these cosines and sines, made once for all layers that get them."""
+        key = id(cos), id(sin), q.device, q.dtype
+        if key not in self._turnings:
+            self._turnings[key] = cos, sin, Turning.of(cos.to(q.device), sin.to(q.device), q.dtype)
+        return self._turnings[key][2]
 
 
 def exporting() -> bool:

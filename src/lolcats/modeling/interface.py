@@ -24,7 +24,7 @@ from lolcats.modeling.families import HARMLESS
 from lolcats.modeling.heads import KeptHeads, Trial
 from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention, attached
 from lolcats.modeling.masks import MaskRequest, check_apart, mask_function, request_of
-from lolcats.modeling.rotary import as_attended
+from lolcats.modeling.rotary import as_attended, turning_of
 
 IMPLEMENTATION = "lolcats"
 
@@ -104,10 +104,14 @@ def _observed(
 ) -> AttentionCall:
     """What stage 1 learns from: detached, with queries and keys as the layer takes them."""
     scale, softcap = _logits(q, kwargs)
-    rotation = request.rotation if request else None
-    q, k, v = (x.detach() for x in (*as_attended(module, q, k, rotation, _call(request).backend), v))
-    padding, documents = _padding(request, q.device).mask, _call(request).documents
-    return AttentionCall(q, k, v, target, scale, softcap, padding, documents)
+    rotation, call = request.rotation if request else None, _call(request)
+    turning = turning_of(module, q, k, rotation, call)
+    if turning is None:
+        q, k = as_attended(module, q, k, rotation, call.backend)
+    padding = _padding(request, q.device).mask
+    return AttentionCall(
+        q.detach(), k.detach(), v.detach(), target, scale, softcap, padding, call.documents, turning
+    )  # fmt: skip
 
 
 def _linearized(
@@ -117,11 +121,13 @@ def _linearized(
     """Outputs (B, T, H, D) of the linearized heads, and their state moved forward if there is a cache."""
     call, (padding, counts) = _call(request), _padding(request, q.device)
     scale, softcap = _logits(q, kwargs)
-    dtype = q.dtype
-    q, k = as_attended(module, q, k, request.rotation if request else None, call.backend)
+    dtype, rotation = q.dtype, request.rotation if request else None
     cache = pending(call.cache, layer.geometry.layer)
+    turning = turning_of(module, q, k, rotation, call) if cache is None else None
+    if turning is None:
+        q, k = as_attended(module, q, k, rotation, call.backend)
     if cache is None:
-        y = layer(q, k, v, scale, softcap, padding, call.documents, call.backend)
+        y = layer(q, k, v, scale, softcap, padding, call.documents, call.backend, turning)
     else:
         y, cache.state = layer.advance(
             cache.take(layer, k, v), q, k, v, scale, softcap, padding, counts, call.backend

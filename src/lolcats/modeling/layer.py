@@ -32,6 +32,7 @@ from lolcats.attention.advance import SEGMENT, compacted
 from lolcats.attention.path import choose_decode_path
 from lolcats.attention.reference import attention_weights
 from lolcats.attention.subset import HeadSubset
+from lolcats.attention.turning import Turning
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 
@@ -43,7 +44,8 @@ class AttentionCall:
     """One call of a layer's attention in transfer mode, with detached tensors: what stage 1 learns from.
 
     q: (B, H, T, D); k, v: (B, G, T, D); target: (B, T, H, D), the softmax output; padding: (B, T) bool or None.
-    If feature maps see q and k without RoPE, these have 2D channels (``AttentionSpec.rotated``).
+    If feature maps see q and k without RoPE, these have 2D channels (``AttentionSpec.rotated``), or D channels and a
+    ``turning``; :meth:`queries_and_keys` gives them as every path takes them.
     """
 
     q: Tensor
@@ -55,12 +57,17 @@ class AttentionCall:
     padding: Tensor | None
     documents: Documents | None = None
     """Set if rows hold several sequences."""
+    turning: Turning | None = None
+    """Set if the kernels turn q and k back by themselves."""
+
+    def queries_and_keys(self) -> tuple[Tensor, Tensor]:
+        """q and k, with 2D channels if feature maps see them without RoPE."""
+        return (self.q, self.k) if self.turning is None else self.turning.beside(self.q, self.k)
 
     def per_query(self, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """``function(q, k)`` (B, H, T, ...), applied to each document on its own if rows hold several."""
-        if self.documents is None:
-            return function(self.q, self.k)
-        return self.documents.apart(function, self.q, self.k)
+        q, k = self.queries_and_keys()
+        return function(q, k) if self.documents is None else self.documents.apart(function, q, k)
 
 
 Observer = Callable[["LinearizedAttention", AttentionCall], None]
@@ -179,7 +186,7 @@ class LinearizedAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None,
                 padding: Tensor | None = None, documents: Documents | None = None,
-                backend: str | None = None) -> Tensor:  # fmt: skip
+                backend: str | None = None, turning: Turning | None = None) -> Tensor:  # fmt: skip
         """Outputs (B, H, T, D) for whole sequences, bf16 from the kernels for bf16 inputs, else fp32.
 
         For backward, the kernels keep q, k, v, the output and a few numbers per query. The chunked path keeps q, k, v
@@ -190,16 +197,23 @@ class LinearizedAttention(nn.Module):
             padding: (B, T) bool, False for padding.
             documents: the sequences packed into each row, without padding.
             backend: asked for when the decoder's call began; default: what :func:`use_backend` says now.
+            turning: how RoPE turned q and k, if the maps see them before it and q and k have only D channels.
         """
-        path, mixer = choose_path(q, self.spec, backend=backend), self.mixer(scale, softcap)
+        spec = self.spec if turning is None else replace(self.spec, unrotated=False)
+        path, mixer = choose_path(q, spec, backend=backend), self.mixer(scale, softcap)
+        if turning is not None and path != "kernels":
+            (q, k), turning = turning.beside(q, k), None
         if documents is not None and path != "kernels":
             return documents.apart(partial(self.forward, scale=scale, softcap=softcap, backend=backend), q, k, v)
 
-        def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention(q, k, v, mixer, path, documents=documents)[0]
+        def whole(q: Tensor, k: Tensor, v: Tensor, *table: Tensor) -> Tensor:
+            turned = Turning.laid_out(*table) if table else turning
+            return attention(q, k, v, mixer, path, documents=documents, turning=turned)[0]
 
+        if path == "kernels" and padding is not None:
+            return compacted(padding, whole, q, k, v, *(() if turning is None else (turning.of_rows(len(q)),)))
         if path == "kernels":
-            return whole(q, k, v) if padding is None else compacted(q, k, v, padding, whole)
+            return whole(q, k, v)
         if padding is not None or q.shape[2] > SEGMENT:
             return extend(self.empty_state(k, v), q, k, v, mixer, padding, path=path)[0]
         if torch.is_grad_enabled() and q.requires_grad:
@@ -218,7 +232,8 @@ class LinearizedAttention(nn.Module):
 
     def answer(self, call: AttentionCall) -> Tensor:
         """What this layer puts out instead of the call's target, (B, T, H, D)."""
-        y = self(call.q, call.k, call.v, call.scale, call.softcap, call.padding, call.documents)
+        settings = call.scale, call.softcap, call.padding, call.documents
+        y = self(call.q, call.k, call.v, *settings, turning=call.turning)
         return y.transpose(1, 2)
 
     def advance(

@@ -18,7 +18,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lolcats.attention.path import choose_rotary_path
+from lolcats.attention.turning import Turning
 from lolcats.errors import LolcatsError
+from lolcats.modeling.call import Call
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, attached, linearized_layers, override
 from lolcats.modeling.masks import MaskRequest
 
@@ -60,6 +62,23 @@ def as_attended(
 
         return append_unrotated(q, k, cos, sin, RotaryForm(*form))
     return append_by_family(q, k, cos, sin, rotate)
+
+
+def turning_of(module: Any, q: Tensor, k: Tensor, rotation: Any, call: Call) -> Turning | None:
+    """What the kernels need to turn q and k back for feature maps, so that whole rows stay (B, heads, T, D); None if
+    the call, the maps or the family's RoPE do not allow it, and :func:`as_attended` has to prepare q and k.
+
+    Arguments as for :func:`as_attended`.
+    """
+    layer: Any = attached(module)
+    if not layer.spec.unrotated or not layer.spec.has_linear or layer.phi_q.name != "hedgehog":
+        return None
+    if choose_rotary_path(q, call.backend) != "kernels" or not isinstance(rotation, tuple):
+        return None
+    rotate, (cos, sin) = _rotate(sys.modules[type(module).__module__]), rotation
+    if rotate is None or _form(rotate) != (False, False) or not _fits(q, k, cos, sin) or cos.shape[-1] < q.shape[-1]:
+        return None
+    return call.turning(cos, sin, q)
 
 
 def append_by_family(
@@ -173,7 +192,7 @@ def check_rotation(model: Any) -> None:
     found: list[list[Tensor]] = []
 
     def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
-        found[-1].append(torch.cat([x[..., x.shape[-1] // 2 :] for x in (call.q, call.k)], 1).float())
+        found[-1].append(torch.cat([x[..., x.shape[-1] // 2 :] for x in call.queries_and_keys()], 1).float())
         call.target.zero_()
 
     layers, training = linearized_layers(model), model.training

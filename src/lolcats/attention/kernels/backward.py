@@ -40,6 +40,7 @@ from lolcats.attention.kernels.device import (
     with_lost_bits,
 )
 from lolcats.attention.kernels.states import load_state, load_sum
+from lolcats.attention.kernels.turn import store_half, table_pointer, turned_back
 
 
 @triton.jit
@@ -417,21 +418,35 @@ def load_query(
 
 @triton.jit
 def weight_kernel(
-    x, x_strides, dy, dy_strides, d_weight, walks, sequences, positions, x_group,
+    x, x_strides, dy, dy_strides, d_weight, walks, sequences, positions, x_group, table, table_stride,
     DIM: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_F: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a feature map's weight, Σ x_nᵀ dy_n, from the tokens of one walk: (walks, maps, f, D) fp32."""
+    """Gradient of a feature map's weight, Σ x_nᵀ dy_n, from the tokens of one walk: (walks, maps, f, D) fp32. TURN: the
+    map sees x turned back by ``table``."""
     walk, head = tl.program_id(0), tl.program_id(1)
     _, begin, end, batch, first, length, _, _ = walk_bounds(walks, sequences, positions, walk)
     x = head_pointer(x, x_strides, batch, head // x_group, first)
     dy = head_pointer(dy, dy_strides, batch, head, first)
     row, d, j = tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
-    total = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
-    for tile in range(begin, end):
-        at = tile * C
-        x_tile = load_tile(x, x_strides[2], at, length, row, d, DIM).to(LOW)
-        dy_tile = load_tile(dy, dy_strides[2], at, length, row, j, WIDTH).to(LOW)
-        total = tl.dot(tl.trans(dy_tile), x_tile, total, input_precision=PRECISION)
-    program = (walk * tl.num_programs(1) + head).to(tl.int64)
-    store_matrix(d_weight + program * WIDTH * DIM, j, d, WIDTH, DIM, total)
+    d_weight += (walk * tl.num_programs(1) + head).to(tl.int64) * WIDTH * DIM
+    if TURN:
+        p = tl.arange(0, BLOCK_P)
+        table = table_pointer(table, table_stride, batch, first, DIM)
+        total_a, total_b = tl.zeros((BLOCK_F, BLOCK_P), tl.float32), tl.zeros((BLOCK_F, BLOCK_P), tl.float32)
+        for tile in range(begin, end):
+            at = tile * C
+            u_a, u_b = turned_back(x, x_strides[2], table, at, length, row, p, DIM)
+            dy_tile = tl.trans(load_tile(dy, dy_strides[2], at, length, row, j, WIDTH).to(LOW))
+            total_a = tl.dot(dy_tile, u_a.to(LOW), total_a, input_precision=PRECISION)
+            total_b = tl.dot(dy_tile, u_b.to(LOW), total_b, input_precision=PRECISION)
+        store_half(d_weight, j, p, DIM, WIDTH, total_a)
+        store_half(d_weight + DIM // 2, j, p, DIM, WIDTH, total_b)
+    else:
+        total = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
+        for tile in range(begin, end):
+            at = tile * C
+            x_tile = load_tile(x, x_strides[2], at, length, row, d, DIM).to(LOW)
+            dy_tile = load_tile(dy, dy_strides[2], at, length, row, j, WIDTH).to(LOW)
+            total = tl.dot(tl.trans(dy_tile), x_tile, total, input_precision=PRECISION)
+        store_matrix(d_weight, j, d, WIDTH, DIM, total)

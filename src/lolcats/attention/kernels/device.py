@@ -116,8 +116,12 @@ def load_weight(weight, head, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr):
 def load_parts(weight, head, d, j, DIM: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     """The weight as a tuple of parts whose products with x, of type DTYPE, add up: for 16-bit x an fp32 weight is its
     rounding and the remainder, as in :mod:`.projection`."""
-    w = load_weight(weight, head, d, j, DIM, WIDTH)
-    if weight.dtype.element_ty == tl.float32 and tl.float32 != DTYPE:
+    return parts_of(load_weight(weight, head, d, j, DIM, WIDTH), DTYPE)
+
+
+@triton.jit
+def parts_of(w, DTYPE: tl.constexpr):
+    if w.dtype == tl.float32 and tl.float32 != DTYPE:
         high = w.to(DTYPE)
         return high, (w - high.to(tl.float32)).to(DTYPE)
     else:
@@ -171,14 +175,16 @@ def features(
     WIDTH: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both halves of φ times the row's ``weight``, (C, f) fp32 each; see ``layout.Phi``. w: (D, f), for maps computed
-    inside (seen: its ``load_parts``); ``base``: where x·W (projected) or φ (given) is stored."""
+    inside (seen: its ``load_parts``; turned: those of both halves, as x is two halves); ``base``: where x·W (projected)
+    or φ (given) is stored."""
     if PHI == "inside":
         return hedgehog(tl.dot(x, w, input_precision=PRECISION), weight, column, WIDTH)
     elif PHI == "seen":
-        if len(w) == 1:
-            y = tl.dot(x, w[0], input_precision=PRECISION)
-        else:
-            y = tl.dot(x, w[0], tl.dot(x, w[1]))
+        y = tl.zeros((x.shape[0], column.shape[0]), tl.float32)
+        return hedgehog(add_parts(x, w, y, PRECISION), weight, column, WIDTH)
+    elif PHI == "turned":
+        y = tl.zeros((x[0].shape[0], column.shape[0]), tl.float32)
+        y = add_parts(x[1], w[1], add_parts(x[0], w[0], y, PRECISION), PRECISION)
         return hedgehog(y, weight, column, WIDTH)
     elif PHI == "projected":
         y = load_tile(base, stride, at, length, row, column, WIDTH).to(tl.float32)
@@ -187,6 +193,14 @@ def features(
         up = load_tile(base, stride, at, length, row, column, WIDTH).to(tl.float32) * weight[:, None]
         down = load_tile(base + WIDTH, stride, at, length, row, column, WIDTH).to(tl.float32) * weight[:, None]
         return up, down
+
+
+@triton.jit
+def add_parts(x, w, y, PRECISION: tl.constexpr):
+    """y + x·W for the ``parts_of`` W."""
+    if len(w) == 2:
+        y = tl.dot(x, w[1], y, input_precision=PRECISION)
+    return tl.dot(x, w[0], y, input_precision=PRECISION)
 
 
 @triton.jit

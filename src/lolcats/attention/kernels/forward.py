@@ -26,19 +26,20 @@ from lolcats.attention.kernels.device import (
     window_start,
 )
 from lolcats.attention.kernels.states import load_state, load_sum
+from lolcats.attention.kernels.turn import load_half_parts, table_pointer, turned_back
 
 
 @triton.jit
 def output_kernel(
     q, q_strides, k, k_strides, v, v_strides, o, o_strides, lost, fq, fq_strides, fk, fk_strides, weight_q, weight_k,
-    gamma, sink_k, sink_k_strides, sink_v, sink_v_strides, inverse, peaks, tops, states, sums, walks, sequences,
-    positions, heads, group, map_group, tokens, scale, cap,
+    gamma, sink_k, sink_k_strides, sink_v, sink_v_strides, table, table_stride, inverse, peaks, tops, states, sums,
+    walks, sequences, positions, heads, group, map_group, tokens, scale, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, PHI: tl.constexpr,
     KEY_PHI: tl.constexpr, SAVE: tl.constexpr, LOST: tl.constexpr, PEAKS: tl.constexpr, NEAR: tl.constexpr,
     LOW: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_SINKS: tl.constexpr,
-    CONTEXT: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_SINKS: tl.constexpr, CONTEXT: tl.constexpr,
 ):  # fmt: skip
     """One walk over the tiles of a query head, for one slice of the value dim.
 
@@ -47,7 +48,8 @@ def output_kernel(
     lowest if there are several.
 
     TILES: number of tiles that a window reaches. NEAR: some keys older than the window may not yet be in the state of a
-    step; otherwise that code is compiled away. PHI, KEY_PHI: how it gets φ(q), and φ(k) of such keys (never ``seen``).
+    step; otherwise that code is compiled away. PHI, KEY_PHI: how it gets φ(q), and φ(k) of such keys (never ``seen`` or
+    ``turned``). table: only if PHI is ``turned``.
     """
     walk, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, begin, end, batch, first, length, entry, position = walk_bounds(walks, sequences, positions, walk)
@@ -66,6 +68,9 @@ def output_kernel(
     both = tl.arange(0, 2 * C)  # tokens of a pair of tiles
     one = tl.full((C,), 1.0, tl.float32)
     log_gamma = tl.log2(tl.load(gamma + head))
+    if PHI == "turned":
+        p = tl.arange(0, BLOCK_P)
+        table = table_pointer(table, table_stride, batch, first, DIM)
     wq = load_weight(weight_q, head, d, j, DIM, WIDTH) if PHI == "inside" and LINEAR else 0
     wk = load_weight(weight_k, map_head, d, j, DIM, WIDTH) if KEY_PHI == "inside" and NEAR else 0
     if SOFTMAX and SINKS > 0:
@@ -137,6 +142,10 @@ def output_kernel(
                 parts = load_parts(weight_q, head, d, j, DIM, WIDTH, fq.dtype.element_ty)
                 x_tile = load_tile(fq, fq_strides[2], at, length, row, d, DIM)
                 up, down = features(x_tile, parts, fq, fq_strides[2], at, length, row, one, j, WIDTH, PHI, PRECISION)
+            elif PHI == "turned":
+                parts = load_half_parts(weight_q, head, p, j, DIM, WIDTH, fq.dtype.element_ty)
+                halves = turned_back(fq, fq_strides[2], table, at, length, row, p, DIM)
+                up, down = features(halves, parts, fq, fq_strides[2], at, length, row, one, j, WIDTH, PHI, PRECISION)
             else:
                 up, down = features(q_tile, wq, fq, fq_strides[2], at, length, row, one, j, WIDTH, PHI, PRECISION)
             denominator += tl.sum(up * z_up[None, :], 1)

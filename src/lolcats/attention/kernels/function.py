@@ -18,21 +18,21 @@ import triton
 from torch import Tensor
 
 from lolcats.attention.chunked import Context
-from lolcats.attention.feature_maps import FeatureMap
 from lolcats.attention.kernels.backward import delta_kernel, key_kernel, query_kernel, sink_kernel, weight_kernel
-from lolcats.attention.kernels.call import Call
+from lolcats.attention.kernels.call import Call, hedgehog_weights
 from lolcats.attention.kernels.forward import output_kernel
-from lolcats.attention.kernels.launcher import Launcher, find_launcher
+from lolcats.attention.kernels.launcher import Launcher, find_launcher, ready
 from lolcats.attention.kernels.layout import Layout, Phi, Tiling, dense_rows, fits_inside, packed_rows
-from lolcats.attention.kernels.projection import project, project_back
+from lolcats.attention.kernels.projection import add_project_back, project, project_back
 from lolcats.attention.kernels.states import pack, scan_kernel, state_kernel, unpack
-from lolcats.attention.mixer import KeyMap, Mixer
+from lolcats.attention.mixer import Mixer
+from lolcats.attention.turning import Turning
 
 
 def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, mixer: Mixer, *, seen: tuple[Tensor, Tensor] | None = None,
     context: Context | None = None, lengths: Sequence[int] | None = None, cu_seqlens: Sequence[int] | None = None,
-    final: bool = False, tiling: Tiling | None = None,
+    final: bool = False, tiling: Tiling | None = None, turning: Turning | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Hybrid or linear attention by the Triton kernels, differentiable in q, k, v, both feature maps and gamma.
 
@@ -46,6 +46,7 @@ def triton_attention(
         cu_seqlens: cumulative lengths [0, ..., T] of sequences packed into a batch of one.
         final: also return the state after each sequence's last token.
         tiling: how the work is split; None uses the measured best.
+        turning: how RoPE turned q and k, if the maps see them before it.
 
     Returns:
         outputs (B, H, T, D) in bf16 for bf16 inputs, else fp32. With ``final``, also S (N, H or G, F, D) and z (N, H or
@@ -56,26 +57,24 @@ def triton_attention(
     spec, phi_q, phi_k = mixer.spec, mixer.phi_q, mixer.phi_k
     call = Call(spec, float(mixer.scale), mixer.softcap, rows, context, final, tiling, train=torch.is_grad_enabled())
     maps: dict[str, Tensor] = {}  # what the kernels get of them, by the names in TENSORS
-    weights, (x_q, x_k) = _hedgehog_weights(phi_q, phi_k), seen or (q, k)
+    weights = hedgehog_weights(phi_q, phi_k)
+    if turning is not None and not (weights is not None and tiling is not None and tiling.turn):
+        (q, x_q), (k, x_k) = (x.chunk(2, -1) for x in turning.beside(q, k))
+        seen, turning = (x_q, x_k), None
+    x_q, x_k = seen or (q, k)
     if weights is not None and spec.has_linear:
         _, dim, width = weights[0].shape
-        inside = seen is None and fits_inside(dim, width, q.dtype.itemsize)
+        inside = seen is None and turning is None and fits_inside(dim, width, q.dtype.itemsize)
         learned = any(w.requires_grad for w in weights)
-        call = dataclasses.replace(call, phi="inside" if inside else "projected", learned=learned)
+        call = dataclasses.replace(call, phi="inside" if inside else "projected", learned=learned, turning=turning)
         maps = {"wq": weights[0], "wk": weights[1]}
-        if not inside:
+        if not inside and turning is None:
             maps |= {"x_q": x_q, "x_k": x_k}
     elif spec.has_linear:
         call, maps = dataclasses.replace(call, phi="given"), {"fq": phi_q(x_q), "fk": phi_k(x_k)}
     of_maps = (maps.get(name) for name in TENSORS[3:-1])
     o, S, z = _Attention.apply(q, k, v, *of_maps, mixer.gamma, call)  # type: ignore[no-untyped-call]
     return o, S, z
-
-
-def _hedgehog_weights(*maps: KeyMap) -> list[Tensor] | None:
-    """Weights of the feature maps if all of them are Hedgehog, else None."""
-    found = [phi.weight for phi in maps if isinstance(phi, FeatureMap) and phi.name == "hedgehog"]
-    return [w for w in found if w is not None] if len(found) == len(maps) else None
 
 
 class _Attention(torch.autograd.Function):
@@ -86,7 +85,7 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         dtype = q.dtype if call.phi == "inside" else torch.float32
         weights = (w if w is None else w.detach().to(dtype).contiguous() for w in (wq, wk))
-        tensors = *map(_ready, (q, k, v, x_q, x_k, fq, fk)), *weights, gamma.detach().float().contiguous()
+        tensors = *map(ready, (q, k, v, x_q, x_k, fq, fk)), *weights, gamma.detach().float().contiguous()
         problem = Problem.of(call, tensors)
         save = call.train and any(ctx.needs_input_grad)  # needs_input_grad is true even without gradients
         o, lost, softmax, S, z = problem.forward(save, peaks=save and any(ctx.needs_input_grad[:3]))
@@ -102,8 +101,9 @@ class _Attention(torch.autograd.Function):
         *tensors, o, lost, inverse, peaks, tops = ctx.saved_tensors
         problem = dataclasses.replace(ctx.problem, **dict(zip(TENSORS, tensors, strict=True)))
         needs = ctx.needs_input_grad
-        wanted = Wanted(any(needs[:3]), any(needs[3:9]), any(needs[3:5]), any(needs[7:9]), needs[9])
-        return (*problem.backward(_ready(do), o, lost, (inverse, peaks, tops), wanted), None)
+        seen = any(needs[:3] if problem.call.turning else needs[3:5])
+        wanted = Wanted(any(needs[:3]), seen or any(needs[3:9]), seen, any(needs[7:9]), needs[9])
+        return (*problem.backward(ready(do), o, lost, (inverse, peaks, tops), wanted), None)
 
 
 Softmax = tuple[Tensor | None, Tensor | None, Tensor | None]  # per query: 1 / d_n, c_n, key of c_n; (B, H, T)
@@ -112,8 +112,8 @@ TENSORS = ("q", "k", "v", "x_q", "x_k", "fq", "fk", "wq", "wk", "gamma")
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which gradients are wanted: of q, k and v (inputs), of x·W or φ (maps), of the x that was projected (seen), of
-    the maps' weights, of γ."""
+    """Which gradients are wanted: of q, k and v (inputs), of x·W or φ (maps), through x·W of the x that was projected
+    (seen), of the maps' weights, of γ."""
 
     inputs: bool
     maps: bool
@@ -124,8 +124,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Problem:
-    """One call's tensors; launches the kernels. If ``call.phi`` is projected, x_q and x_k are the inputs of the maps,
-    and the kernels read their projections x·W as fq and fk."""
+    """One call's tensors; launches the kernels. If ``call.phi`` is projected, x_q and x_k are the inputs of the maps
+    (None: q and k turned back), and the kernels read their projections x·W as fq and fk."""
 
     call: Call
     launcher: Launcher
@@ -146,25 +146,33 @@ class Problem:
         """``tensors``: in the order of TENSORS."""
         named, context = dict(zip(TENSORS, tensors, strict=True)), call.context
         if context is not None:
-            named |= {"sink_k": _ready(context.sink_k), "sink_v": _ready(context.sink_v)}
+            named |= {"sink_k": ready(context.sink_k), "sink_v": ready(context.sink_v)}
+        if call.turning is not None:
+            named |= {"table": call.turning.table}
         launcher = find_launcher(call.spec, call.phi, call.softcap is not None, call.tiling, context is not None, named)
         problem = cls(call, launcher, launcher.layout(call.rows), *tensors)
         return problem.projected([side for side in "qk" if side not in launcher.seen])
 
     def phi(self, side: str) -> Phi:
         """How the kernels get φ(q) or φ(k), where ``side`` is q or k: from x itself as long as x·W is not computed."""
-        return "seen" if self.call.phi == "projected" and getattr(self, f"f{side}") is None else self.call.phi
+        if self.call.phi == "projected" and getattr(self, f"f{side}") is None:
+            return "seen" if self.call.turning is None else "turned"
+        return self.call.phi
+
+    def seen(self, side: str) -> str:
+        """The name of what the map of q or k sees, or sees turned back."""
+        return side if getattr(self, f"x_{side}") is None else f"x_{side}"
 
     def projected(self, sides: Sequence[str] = "qk") -> Problem:
         """Add x·W for q or k, or both, if the kernels need it. It is recomputed for the backward pass, since keeping it
         would double the memory of such maps."""
         if self.call.phi != "projected":
             return self
-        missing = [side for side in sides if getattr(self, f"f{side}") is None]
-        products: dict[str, Any] = {
-            f"f{side}": project(self.launcher, f"x_{side}", getattr(self, f"x_{side}"), getattr(self, f"w{side}"))
-            for side in missing
-        }
+        products: dict[str, Any] = {}
+        for side in sides:
+            if getattr(self, f"f{side}") is None:
+                seen, weight = self.seen(side), getattr(self, f"w{side}")
+                products[f"f{side}"] = project(self.launcher, seen, getattr(self, seen), weight, self.call.rotation)
         return dataclasses.replace(self, **products)
 
     def forward(self, save: bool, peaks: bool) -> tuple[Tensor, Tensor | None, Softmax, Tensor | None, Tensor | None]:
@@ -182,8 +190,8 @@ class Problem:
         states, sums, S, z = self.forward_states()
         args = (
             *self.inputs(), *launcher.strided("o", o), lost, *self.features(), self.wq, self.wk, self.gamma,
-            *self.sinks(), *(o if x is None else x for x in softmax), states, sums, self.layout.walks, *self.tables(),
-            *self.sizes(),
+            *self.sinks(), *self.call.rotation, *(o if x is None else x for x in softmax), states, sums,
+            self.layout.walks, *self.tables(), *self.sizes(),
         )  # fmt: skip
         launcher.run(
             output_kernel, "output", (self.layout.walks.shape[0], launcher.heads, launcher.launch("output").pieces),
@@ -238,7 +246,7 @@ class Problem:
         backward pass the strides of dy.
         """
         launcher, layout, maps, backward = self.launcher, self.layout, self.launcher.maps, variant is not None
-        seen = not backward and self.phi("k") == "seen"
+        seen = not backward and self.phi("k") in ("seen", "turned")
         kind = "query_state" if backward and maps < launcher.heads else "seen_state" if seen else "state"
         width, value_dim = launcher.width, launcher.value_dim
         rest = value_dim + 1 if center else 0
@@ -249,8 +257,8 @@ class Problem:
 
         def run(starts: Tensor | None, totals: Tensor | None, store: bool) -> None:
             args = (
-                *arguments, starts, totals, states, sums, layout.segments, *self.tables(), launcher.heads, group,
-                launcher.tokens,
+                *arguments, *self.call.rotation, starts, totals, states, sums, layout.segments, *self.tables(),
+                launcher.heads, group, launcher.tokens,
             )  # fmt: skip
             launcher.run(
                 state_kernel, kind, (segments, maps, launcher.launch(kind).pieces), args, variant,
@@ -278,7 +286,7 @@ class Problem:
     def features(self) -> tuple[Any, ...]:
         """What φ(q) and φ(k) are computed from."""
         strided = self.launcher.strided
-        names = [next(n for n in (f"f{x}", f"x_{x}", x) if getattr(self, n) is not None) for x in "qk"]
+        names = [self.seen(x) if getattr(self, f"f{x}") is None else f"f{x}" for x in "qk"]
         return *strided(names[0], getattr(self, names[0])), *strided(names[1], getattr(self, names[1]))
 
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -295,7 +303,7 @@ class Problem:
         context, strided = self.call.context, self.launcher.strided
         if context is None:
             return *strided("k", self.k), *strided("v", self.v)
-        return *strided("sink_k", _ready(context.sink_k)), *strided("sink_v", _ready(context.sink_v))
+        return *strided("sink_k", ready(context.sink_k)), *strided("sink_v", ready(context.sink_v))
 
     def sink_constants(self) -> dict[str, Any]:
         return {"CONTEXT": self.call.context is not None, "BLOCK_SINKS": self.launcher.blocks.sinks}
@@ -379,7 +387,8 @@ class Backward:
             **problem.sink_constants(),
         )  # fmt: skip
         gamma = d_gamma.sum(0) / problem.gamma if wanted.gamma else None
-        return {"q": _add_pieces(dq), "gamma": gamma, **self.feature_gradients("q", _add_pieces(df))}
+        found = {"q": _add_pieces(dq), "gamma": gamma}
+        return found | self.feature_gradients("q", _add_pieces(df), found["q"])
 
     def sink_gradients(self) -> tuple[Tensor, Tensor] | None:
         """Gradients by walk and query head of the sinks' keys (pieces, W, H, sinks, D) and values (W, H, sinks, Dv).
@@ -423,17 +432,22 @@ class Backward:
             DF=wanted.maps, SINKS_HERE=sinks is not None, GROUP=heads // kv_heads,
             MAPS=maps // kv_heads, BLOCK_SINKS=launcher.blocks.sinks, CENTER=self.center,
         )  # fmt: skip
-        return {"k": _add_pieces(dk), "v": _add_pieces(dv), **self.feature_gradients("k", _add_pieces(df))}
+        found = {"k": _add_pieces(dk), "v": _add_pieces(dv)}
+        return found | self.feature_gradients("k", _add_pieces(df), found["k"])
 
-    def feature_gradients(self, name: str, df: Tensor | None) -> dict[str, Tensor | None]:
-        """The gradient ``df`` of φ(x) if features are given; if ``df`` is that of x·W, the gradients of W and x."""
+    def feature_gradients(self, name: str, df: Tensor | None, dx: Tensor | None) -> dict[str, Tensor | None]:
+        """The gradient ``df`` of φ(x) if features are given; if ``df`` is that of x·W, the gradients of W and x. That
+        of an x turned back is added to ``dx``, the gradient of q or k."""
         problem, launcher = self.problem, self.launcher
         if df is None or launcher.phi == "given":
             return {f"f{name}": df}
         found: dict[str, Tensor | None] = {}
-        seen = f"x_{name}" if launcher.phi == "projected" else name
+        seen, weight = problem.seen(name), getattr(problem, f"w{name}")
         if launcher.phi == "projected" and self.wanted.seen:
-            found[seen] = project_back(launcher, seen, df, getattr(problem, f"w{name}"), getattr(problem, seen))
+            if dx is not None and problem.call.turning is not None:
+                add_project_back(launcher, seen, df, weight, dx, problem.call.rotation)
+            else:
+                found[seen] = project_back(launcher, seen, df, weight, getattr(problem, seen))
         if self.wanted.weights:
             found[f"w{name}"] = self.weight_gradient(seen, df)
         return found
@@ -444,8 +458,9 @@ class Backward:
         walks = problem.layout.walks if maps == launcher.heads else problem.layout.key_walks
         partial = x.new_empty(walks.shape[0], maps, launcher.width, launcher.dim, dtype=torch.float32)
         strided = *launcher.strided(name, x), *launcher.strided(f"sum of d{name}·W", df)
-        args = *strided, partial, walks, *problem.tables(), maps // x.shape[1]
-        launcher.run(weight_kernel, "weight", (walks.shape[0], maps, 1), args, name)
+        args = *strided, partial, walks, *problem.tables(), maps // x.shape[1], *problem.call.rotation
+        turn = problem.call.turning is not None
+        launcher.run(weight_kernel, "weight", (walks.shape[0], maps, 1), args, name, TURN=turn)
         return partial.sum(0).mT
 
     def states(self) -> tuple[Tensor, Tensor]:
@@ -476,8 +491,3 @@ class Backward:
 def _add_pieces(x: Tensor | None) -> Tensor | None:
     """(pieces, ...) -> (...): sum over the slices of the value dim."""
     return x if x is None else x[0] if x.shape[0] == 1 else x.sum(0)
-
-
-def _ready(x: Tensor | None) -> Any:
-    """``x`` with contiguous columns, as the kernels need it."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()

@@ -35,10 +35,14 @@ from lolcats.attention.spec import AttentionSpec
 
 MOST = 1024  # maximum number of launchers kept
 NOT_OF_STATES = ("SOFTMAX", "LINEAR", "NEAR", "CAPPED", "TILES")  # constants that the state kernel does not take
-NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "PHI", "SPAN", "BLOCK_F")
+NOT_OF_GRADIENTS = ("BLOCK_P",)
+NOT_OF_SINKS = ("SOFTMAX", "LINEAR", "NEAR", "TILES", "WINDOW", "SIZE", "WIDTH", "PHI", "SPAN", "BLOCK_P", "BLOCK_F")
 ONLY_PROJECTION = ("DIM", "WIDTH", "LOW", "PRECISION", "C", "BLOCK_F", "num_warps")
-ONLY_WEIGHTS = (*ONLY_PROJECTION, "BLOCK_D")
-LEFT_OUT = {**dict.fromkeys(("state", "seen_state", "query_state"), NOT_OF_STATES), "sink": NOT_OF_SINKS}
+ONLY_WEIGHTS = (*ONLY_PROJECTION, "BLOCK_D", "BLOCK_P")
+LEFT_OUT = {
+    **dict.fromkeys(("state", "seen_state", "query_state"), NOT_OF_STATES),
+    **dict.fromkeys(("query", "key"), NOT_OF_GRADIENTS), "sink": NOT_OF_SINKS,
+}  # fmt: skip
 SAME_LAUNCH = {"sink": "query", "projection": "weight"}
 
 _launchers: dict[Any, Launcher] = {}
@@ -145,7 +149,7 @@ class Launcher:
             "SINKS": spec.softmax_sinks, "CAPPED": self.capped, "PHI": self.phi,
             "LOW": tl.float32 if self.wide else tl.bfloat16, "PRECISION": precision(),
             "TILES": window_tiles(spec, tiling.tile), "C": tiling.tile, "SPAN": tiling.span, "BLOCK_D": blocks.dim,
-            "BLOCK_V": launch.value, "BLOCK_F": blocks.feature, "num_warps": launch.num_warps,
+            "BLOCK_P": blocks.half, "BLOCK_V": launch.value, "BLOCK_F": blocks.feature, "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,
         }  # fmt: skip
 
@@ -195,6 +199,11 @@ def multiprocessors(device: torch.device) -> int:
 
 def kind_of(x: Tensor | None) -> Any:
     return x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+
+
+def ready(x: Tensor | None) -> Any:
+    """``x`` with contiguous columns, as the kernels need it."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(x: Tensor) -> tuple[Any, ...]:

@@ -24,9 +24,10 @@ class Tiling:
 
     tile: tokens processed at a time, 64 being a warp group's share of a matrix product; span: tokens between stored
     states, a multiple of ``tile``; walk: tiles per program; segment: states computed in sequence. walk and segment are
-    chosen automatically if None. see: multiply what maps see by W inside where that fits (:data:`Phi`), which is off
-    until it is measured. launches: (kernel, warps, stages) instead of what :func:`choose_launch` says, which names the
-    kernels.
+    chosen automatically if None. see: multiply what maps see by W inside where that fits (:data:`Phi`). turn: if a call
+    says how RoPE turned q and k, turn them back on chip for maps before RoPE; otherwise :mod:`.unrotate` does so first.
+    Both are off until they are measured. launches: (kernel, warps, stages) instead of what :func:`choose_launch` says,
+    which names the kernels.
     """
 
     tile: int = 64
@@ -34,6 +35,7 @@ class Tiling:
     walk: int | None = None
     segment: int | None = None
     see: bool = False
+    turn: bool = False
     launches: tuple[tuple[str, int, int], ...] = ()
 
 
@@ -129,16 +131,19 @@ def processors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Block sizes of one problem, compile-time constants: of the head dim, half the features, and the sinks."""
+    """Block sizes of one problem, compile-time constants: of the head dim, half of it, half the features, and the
+    sinks."""
 
     dim: int
+    half: int
     feature: int
     sinks: int
 
 
 def choose_blocks(dim: int, width: int, itemsize: int) -> BlockSizes:
     least = least_block(itemsize)
-    return BlockSizes(dim=max(least, power_of_two(dim)), feature=max(least, power_of_two(width)), sinks=16)
+    dims, half, feature = (max(least, power_of_two(n)) for n in (dim, -(-dim // 2), width))
+    return BlockSizes(dims, half, feature, sinks=16)
 
 
 def least_block(itemsize: int) -> int:
@@ -156,10 +161,11 @@ class Launch:
     num_stages: int
 
 
-Phi = Literal["inside", "seen", "projected", "given"]
+Phi = Literal["inside", "seen", "turned", "projected", "given"]
 """How the kernels get φ(x): ``inside``, from x and the map's weights W; ``projected``, from x·W in fp32, if softmax
 sees another x or W is large; ``given``, computed beforehand by any map. ``seen``: from an x of its own and W in two
-parts; the forward pass does this instead of ``projected`` where W fits."""
+parts; the forward pass does this instead of ``projected`` where W fits. ``turned``: the same from q or k, turned back
+on chip."""
 
 SHARED = 200 * 1024  # bytes of shared memory that the tiles of a program may take
 WEIGHTS = {2: 32 * 1024, 4: 16 * 1024}  # by itemsize: maximum bytes of a map's weights in it

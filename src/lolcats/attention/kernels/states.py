@@ -31,6 +31,7 @@ from lolcats.attention.kernels.device import (
     walk_bounds,
     window_start,
 )
+from lolcats.attention.kernels.turn import load_half_parts, table_pointer, turned_back
 
 
 def pack(S: Tensor, z: Tensor, width: int, center: bool) -> Tensor:
@@ -52,13 +53,13 @@ def unpack(totals: Tensor, width: int, value_dim: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def state_kernel(
-    x, x_strides, u, u_strides, f, f_strides, weight, inverse, delta, starts, totals, states, sums, segments, sequences,
-    positions, heads, x_group, tokens,
+    x, x_strides, u, u_strides, f, f_strides, weight, inverse, delta, table, table_stride, starts, totals, states,
+    sums, segments, sequences, positions, heads, x_group, tokens,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr,
     SINKS: tl.constexpr, HEADS: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr, HAS_STARTS: tl.constexpr,
     CENTER: tl.constexpr, HAS_TOTALS: tl.constexpr, PHI: tl.constexpr, LOW: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """One segment, map and slice of the value dim.
 
@@ -68,6 +69,7 @@ def state_kernel(
     x_group: maps that share a head of x and u. HEADS: heads of x, u, f and ``weight`` that contribute to one map's
     states.
     BACKWARD: rows enter S weighted by ``inverse`` (1 / denominator), and z by that times ``delta``.
+    table: only if PHI is ``turned``.
 
     z is also a product with φ, which avoids a sum across warps. Row 0 of the left factor holds the weights of the rows,
     row 1 the remainder that its precision loses.
@@ -84,6 +86,10 @@ def state_kernel(
     last = window_start(position + length - 1, WINDOW, SIZE)  # keys from here on are still in a window at the end
     if PHI == "seen":
         w = load_parts(weight, head * HEADS, d, j, DIM, WIDTH, x.dtype.element_ty)
+    elif PHI == "turned":
+        p = tl.arange(0, BLOCK_P)
+        table = table_pointer(table, table_stride, batch, first, DIM)
+        w = load_half_parts(weight, head * HEADS, p, j, DIM, WIDTH, x.dtype.element_ty)
     else:
         w = load_weight(weight, head * HEADS, d, j, DIM, WIDTH) if PHI == "inside" else 0
     index = segment * tl.num_programs(1) + head
@@ -105,7 +111,10 @@ def state_kernel(
         at = tile * C
         t = at + row
         h = tl.cast(i % HEADS, tl.int64)
-        x_tile = load_tile(x + h * x_strides[1], x_strides[2], at, length, row, d, DIM)
+        if PHI == "turned":
+            x_tile = turned_back(x + h * x_strides[1], x_strides[2], table, at, length, row, p, DIM)
+        else:
+            x_tile = load_tile(x + h * x_strides[1], x_strides[2], at, length, row, d, DIM)
         u_tile = tl.trans(load_tile(u + h * u_strides[1], u_strides[2], at, length, row, vd, VALUE_DIM).to(LOW))
         if PHI == "inside" and HEADS > 1:
             w = load_weight(weight, head * HEADS + i % HEADS, d, j, DIM, WIDTH)
