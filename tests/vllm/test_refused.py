@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,14 +73,39 @@ def test_ranks_that_cannot_share_the_heads(models: Path) -> None:
 
 
 def test_another_version_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lolcats.errors import LolcatsError
-    from lolcats.vllm.plugin import check_version
+    """Its own models are left alone. Ours say why they do not load, and import nothing that it may not have."""
+    from vllm import ModelRegistry
 
-    check_version()
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm import plugin
+
+    assert not plugin.wrong_version()
     real = importlib.metadata.version
+    own = {name: model for name, model in ModelRegistry.models.items() if not name.startswith("Lolcats")}
+    monkeypatch.setattr(ModelRegistry, "models", dict(own))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.33.1" if "vllm" in name else real(name))
-    with pytest.raises(LolcatsError, match=r"vLLM 0\.32, but vllm 0\.33\.1"):
-        check_version()
+    for name in [name for name in sys.modules if name.startswith("lolcats.vllm") and name != plugin.__name__]:
+        monkeypatch.setitem(sys.modules, name, None)
+    plugin.register()
+    assert own.items() <= ModelRegistry.models.items()
+    for name in ("LolcatsLlamaForCausalLM", "LolcatsGPT2LMHeadModel"):
+        with pytest.raises(LolcatsError, match=r"vLLM 0\.32, but vllm 0\.33\.1"):
+            ModelRegistry.models[name].load_model_cls()
+
+
+def test_layers_with_states_of_another_kind() -> None:
+    from torch import nn
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm.record import check_states
+
+    class Mixer(nn.Module, MambaBase):
+        mamba_type = get_state_shape = get_state_dtype = None
+
+    check_states(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(LolcatsError, match=r"other layers with a state \(Mixer\).* Use lolcats serve"):
+        check_states(nn.Sequential(nn.Linear(2, 2), Mixer()))
 
 
 def attention(layer: int, **changes: Any) -> Any:

@@ -25,11 +25,16 @@ from lolcats.modeling.layer_types import for_a_model
 from lolcats.tensors import compare_keys
 from lolcats.vllm.heads import SplitAttention
 from lolcats.vllm.layer import StateAttention
-from lolcats.vllm.plugin import PREFIX, check_version
-from lolcats.vllm.record import Linearized, check_attention, check_settings, linearized_layers, state_layouts
+from lolcats.vllm.plugin import PREFIX
+from lolcats.vllm.record import (
+    Linearized,
+    check_attention,
+    check_settings,
+    check_states,
+    linearized_layers,
+    state_layouts,
+)
 from lolcats.vllm.rotary import find_rotations
-
-check_version()
 
 OURS = ".lolcats."
 """In the names of feature maps and gates, after that of the attention module in the exported model."""
@@ -45,6 +50,7 @@ class LinearizedModel:
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         check_settings(vllm_config)
         super().__init__(vllm_config=_as_of_the_family(vllm_config), prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        check_states(self)  # type: ignore[arg-type]
         self.linearized = install(self, vllm_config)  # type: ignore[arg-type]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
