@@ -32,6 +32,10 @@ def settings(models: Path, name: str = "llama", **changes: Any) -> Any:
     )  # fmt: skip
 
 
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 REFUSED = {
     "adapter": ({"record": {"form": "adapter"}}, "lolcats export DIR --merge"),
     "pipeline": ({"pipeline_parallel_size": 2}, "--tensor-parallel-size"),
@@ -153,3 +157,33 @@ def test_heads_are_kept_only_in_plain_attention(models: Path) -> None:
     whole = {str(layer): attention(layer, **shape) for layer in range(3)}
     with pytest.raises(LolcatsError, match="vLLM's 0 is attention of another kind, some of whose heads are kept"):
         check_attention(whole, linearized_layers(config), config)
+
+
+SCALED: dict[str, tuple[str, dict[str, Any], tuple[float, float], tuple[float, float]]] = {
+    "llama": ("LlamaConfig", {}, (0.25, 0.0), (1.0, 0.0)),
+    "granite": ("GraniteConfig", {"attention_multiplier": 0.3}, (0.3, 0.0), (0.25, 0.0)),
+    "longrope": ("Phi3Config", {"rope_parameters": LONGROPE}, (0.25, 0.0), (0.3, 0.0)),
+    "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 4, "head_dim": 16}, (0.5, 50.0), (0.5, 0.0)),
+    "opt": ("OPTConfig", {"ffn_dim": 96}, (1.0, 0.0), (0.25, 0.0)),
+}
+"""Configuration, scale and softcap of transformers, and others that vLLM might have. OPT scales queries itself."""
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_logits_are_scaled_where_transformers_does(name: str) -> None:
+    import transformers
+
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm.logits import check_logits
+
+    family, changes, same, other = SCALED[name]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, family)(**sizes, num_key_value_heads=2, vocab_size=320, pad_token_id=0, **changes)
+    placed: Any = {"a": SimpleNamespace(geometry=SimpleNamespace(layer=1))}
+
+    def check(scale: float, softcap: float) -> None:
+        check_logits({"a": attention(1, impl=SimpleNamespace(scale=scale, logits_soft_cap=softcap))}, placed, config)
+
+    check(*same)
+    with pytest.raises(LolcatsError, match="so feature maps would see other queries"):
+        check(*other)

@@ -25,6 +25,7 @@ from lolcats.modeling.layer_types import for_a_model
 from lolcats.tensors import compare_keys
 from lolcats.vllm.heads import SplitAttention
 from lolcats.vllm.layer import StateAttention
+from lolcats.vllm.logits import check_logits
 from lolcats.vllm.plugin import PREFIX
 from lolcats.vllm.record import (
     Linearized,
@@ -92,10 +93,16 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _as_of_the_family(vllm_config: Any) -> Any:
-    """A copy with the configuration that the family's own model reads: its class and its layer types."""
+def _base_config(vllm_config: Any) -> Any:
+    """The configuration that the family's own model reads: its class and its layer types."""
     config = copy.copy(for_a_model(vllm_config.model_config.hf_config))
     config.__class__ = base_class(type(config))
+    vars(config).pop("lolcats")
+    return config
+
+
+def _as_of_the_family(vllm_config: Any) -> Any:
+    config = _base_config(vllm_config)
     result = copy.copy(vllm_config)
     result.model_config = copy.copy(vllm_config.model_config)
     result.model_config.hf_config = result.model_config.hf_text_config = config
@@ -112,6 +119,7 @@ def install(model: nn.Module, vllm_config: Any) -> dict[str, StateAttention]:
     known = vllm_config.compilation_config.static_forward_context
     attentions = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     placed = check_attention(attentions, layers, vllm_config)
+    check_logits(attentions, placed, _base_config(vllm_config))
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in placed}
     rotations = find_rotations(owners, layers[0].geometry.head_dim, vllm_config) if layers[0].unrotated else {}
     result = {}
