@@ -373,7 +373,19 @@ def test_vllm_batch(tmp_path: Path) -> None:
     checks = "graph's outputs equal", "graph's states equal", "padding touched nothing"
     assert all(row[name] is True for name in checks)
     assert results["mixed"]["relative error"] < 1e-5
-    assert "| 2 | " in (tmp_path / "vllm_batch.md").read_text()
+    page = (tmp_path / "vllm_batch.md").read_text()
+    assert "| 2 | " in page
+    assert "vLLM was not run." in page
+    assert "padding touches no state: yes." in page
+
+
+def test_vllm_batch_without_time(tmp_path: Path) -> None:
+    """Each part that is left out says so, and no check counts as passed."""
+    script("vllm_batch").main(["--tiny", "--seconds", "0", "--out", str(tmp_path)])
+    page = (tmp_path / "vllm_batch.md").read_text()
+    assert "| 2 | no time left | " in page
+    assert "padding touches no state: not checked." in page
+    assert "Mixed batches: no time left." in page
 
 
 def test_training_steps_of_two_builds(tmp_path: Path) -> None:

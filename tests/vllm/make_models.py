@@ -26,6 +26,8 @@ from transformers import (
 
 import lolcats
 from lolcats.config import AttentionConfig
+from lolcats.modeling.checkpoint import load
+from lolcats.modeling.merge import merge_adapter
 
 VOCABULARY, NEW, LENGTHS = 320, 24, (100, 37, 64, 5, 1, 150, 16, 33, 120)
 WITH_HEADS = (*LENGTHS, 300)
@@ -89,17 +91,35 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="t1", eos_token="t2", pad_token="t0")
 
 
-def made(config: Any, attention: dict[str, Any]) -> Any:
+def base(config: Any) -> Any:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.12)
+    return model
+
+
+def made(config: Any, attention: dict[str, Any]) -> Any:
+    model = base(config)
+    with torch.no_grad():
         model = lolcats.convert(model, AttentionConfig(**attention)).eval()
         for name, parameter in model.named_parameters():
             if ".lolcats." in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
+
+
+def merged(directory: Path) -> None:
+    """An adapter with LoRA, merged: its tokens are those of the adapter."""
+    sys.path.append(str(Path(__file__).parents[1]))
+    from support.adapters import adapter
+
+    (directory / "lora").mkdir()
+    saved = adapter(directory / "lora", base(LlamaConfig(**COMMON)), torch.float32, AttentionConfig(**TERRACED))
+    merge_adapter(saved, directory / "merged", tokenizer(), torch.float32)
+    cases = references(load(saved, torch.float32), LENGTHS)
+    (directory / "merged" / "references.json").write_text(json.dumps(cases))
 
 
 def references(model: Any, lengths: tuple[int, ...]) -> list[dict[str, list[int]]]:
@@ -120,6 +140,7 @@ def main(directory: Path) -> None:
         tokenizer().save_pretrained(directory / name)
         cases = references(model, WITH_HEADS if "heads" in name else LENGTHS)
         (directory / name / "references.json").write_text(json.dumps(cases))
+    merged(directory)
 
 
 if __name__ == "__main__":

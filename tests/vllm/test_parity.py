@@ -13,7 +13,7 @@ HEADS = ["heads", "heads gemma3", "unrotated heads"]
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "granite", "mistral", "kept", *HEADS, *BEFORE_ROPE]
+    "name", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "granite", "mistral", "kept", "merged", *HEADS, *BEFORE_ROPE]
 )
 def test_a_family_generates_as_with_transformers(name: str, models: Path) -> None:
     """Twice: the second time, states after all whole blocks of a prompt come out of the prefix cache."""

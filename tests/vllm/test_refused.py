@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,10 @@ def settings(models: Path, name: str = "llama", **changes: Any) -> Any:
     )  # fmt: skip
 
 
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 REFUSED = {
     "adapter": ({"record": {"form": "adapter"}}, "lolcats export DIR --merge"),
     "pipeline": ({"pipeline_parallel_size": 2}, "--tensor-parallel-size"),
@@ -72,14 +77,39 @@ def test_ranks_that_cannot_share_the_heads(models: Path) -> None:
 
 
 def test_another_version_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lolcats.errors import LolcatsError
-    from lolcats.vllm.plugin import check_version
+    """Its own models are left alone. Ours say why they do not load, and import nothing that it may not have."""
+    from vllm import ModelRegistry
 
-    check_version()
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm import plugin
+
+    assert not plugin.wrong_version()
     real = importlib.metadata.version
+    own = {name: model for name, model in ModelRegistry.models.items() if not name.startswith("Lolcats")}
+    monkeypatch.setattr(ModelRegistry, "models", dict(own))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.33.1" if "vllm" in name else real(name))
-    with pytest.raises(LolcatsError, match=r"vLLM 0\.32, but vllm 0\.33\.1"):
-        check_version()
+    for name in [name for name in sys.modules if name.startswith("lolcats.vllm") and name != plugin.__name__]:
+        monkeypatch.setitem(sys.modules, name, None)
+    plugin.register()
+    assert own.items() <= ModelRegistry.models.items()
+    for name in ("LolcatsLlamaForCausalLM", "LolcatsGPT2LMHeadModel"):
+        with pytest.raises(LolcatsError, match=r"vLLM 0\.32, but vllm 0\.33\.1"):
+            ModelRegistry.models[name].load_model_cls()
+
+
+def test_layers_with_states_of_another_kind() -> None:
+    from torch import nn
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm.record import check_states
+
+    class Mixer(nn.Module, MambaBase):
+        mamba_type = get_state_shape = get_state_dtype = None
+
+    check_states(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(LolcatsError, match=r"other layers with a state \(Mixer\).* Use lolcats serve"):
+        check_states(nn.Sequential(nn.Linear(2, 2), Mixer()))
 
 
 def attention(layer: int, **changes: Any) -> Any:
@@ -127,3 +157,33 @@ def test_heads_are_kept_only_in_plain_attention(models: Path) -> None:
     whole = {str(layer): attention(layer, **shape) for layer in range(3)}
     with pytest.raises(LolcatsError, match="vLLM's 0 is attention of another kind, some of whose heads are kept"):
         check_attention(whole, linearized_layers(config), config)
+
+
+SCALED: dict[str, tuple[str, dict[str, Any], tuple[float, float], tuple[float, float]]] = {
+    "llama": ("LlamaConfig", {}, (0.25, 0.0), (1.0, 0.0)),
+    "granite": ("GraniteConfig", {"attention_multiplier": 0.3}, (0.3, 0.0), (0.25, 0.0)),
+    "longrope": ("Phi3Config", {"rope_parameters": LONGROPE}, (0.25, 0.0), (0.3, 0.0)),
+    "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 4, "head_dim": 16}, (0.5, 50.0), (0.5, 0.0)),
+    "opt": ("OPTConfig", {"ffn_dim": 96}, (1.0, 0.0), (0.25, 0.0)),
+}
+"""Configuration, scale and softcap of transformers, and others that vLLM might have. OPT scales queries itself."""
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_logits_are_scaled_where_transformers_does(name: str) -> None:
+    import transformers
+
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm.logits import check_logits
+
+    family, changes, same, other = SCALED[name]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, family)(**sizes, num_key_value_heads=2, vocab_size=320, pad_token_id=0, **changes)
+    placed: Any = {"a": SimpleNamespace(geometry=SimpleNamespace(layer=1))}
+
+    def check(scale: float, softcap: float) -> None:
+        check_logits({"a": attention(1, impl=SimpleNamespace(scale=scale, logits_soft_cap=softcap))}, placed, config)
+
+    check(*same)
+    with pytest.raises(LolcatsError, match="so feature maps would see other queries"):
+        check(*other)

@@ -58,7 +58,7 @@ IMPOSSIBLE = {
 NOT_VLLM = (
     "vLLM's Transformers backend would compute softmax attention instead of this model's linearized attention. Serve "
     "it with lolcats' own plugin: pip install lolcats[vllm], leave out --model-impl, and let VLLM_PLUGINS, if it is "
-    "set, name lolcats."
+    "set, name lolcats. If vLLM has no decoder of this family, use lolcats serve."
 )
 
 

@@ -24,6 +24,7 @@ from lolcats.modeling.families import HARMLESS
 from lolcats.modeling.heads import KeptHeads, Trial
 from lolcats.modeling.layer import AttentionCall, KeptAttention, LinearizedAttention, attached
 from lolcats.modeling.masks import MaskRequest, check_apart, mask_function, request_of
+from lolcats.modeling.probe import scale_and_cap
 from lolcats.modeling.rotary import as_attended, turning_of
 
 IMPLEMENTATION = "lolcats"
@@ -86,12 +87,6 @@ def _call(request: MaskRequest | None) -> Call:
     return request.call if request else current() or Call()
 
 
-def _logits(query: Tensor, kwargs: dict[str, Any]) -> tuple[float, float | None]:
-    """Scale and softcap of the logits."""
-    scale = kwargs.get("scaling")
-    return query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap")
-
-
 def _padding(request: MaskRequest | None, device: torch.device) -> Padding:
     found = request.padding if request else Padding()
     if found.mask is not None and found.mask.device != device:  # this layer is on another GPU
@@ -103,7 +98,7 @@ def _observed(
     module: Any, q: Tensor, k: Tensor, v: Tensor, target: Tensor, request: MaskRequest | None, kwargs: dict[str, Any]
 ) -> AttentionCall:
     """What stage 1 learns from: detached, with queries and keys as the layer takes them."""
-    scale, softcap = _logits(q, kwargs)
+    scale, softcap = scale_and_cap(q.shape[-1], kwargs)
     rotation, call = request.rotation if request else None, _call(request)
     turning = turning_of(module, q, k, rotation, call)
     if turning is None:
@@ -120,7 +115,7 @@ def _linearized(
 ) -> Tensor:  # fmt: skip
     """Outputs (B, T, H, D) of the linearized heads, and their state moved forward if there is a cache."""
     call, (padding, counts) = _call(request), _padding(request, q.device)
-    scale, softcap = _logits(q, kwargs)
+    scale, softcap = scale_and_cap(q.shape[-1], kwargs)
     dtype, rotation = q.dtype, request.rotation if request else None
     cache = pending(call.cache, layer.geometry.layer)
     turning = turning_of(module, q, k, rotation, call) if cache is None else None
@@ -155,7 +150,7 @@ def _side_by_side(
         _own_attention(own, q, k, v, mask, kwargs, kept)
 
     def step() -> None:
-        scale, softcap = _logits(q, kwargs)
+        scale, softcap = scale_and_cap(q.shape[-1], kwargs)
         state = cache.take(layer, k, v)
         cache.state = layer.advance(state, all_q, all_k, v, scale, softcap, backend=call.backend, subset=linearized)[1]
 
@@ -211,7 +206,7 @@ def _own_attention(
         unknown.append("local attention other than a sliding window")
     if unknown:
         raise RuntimeError(f"Attention to keys in blocks does not support {', '.join(unknown)}.")
-    return own.attend(query, key, value, *_logits(query, kwargs), window, subset)
+    return own.attend(query, key, value, *scale_and_cap(query.shape[-1], kwargs), window, subset)
 
 
 def softmax_attention(

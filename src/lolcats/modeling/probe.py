@@ -4,7 +4,7 @@ like."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,9 @@ class ProbedLayer:
     """Why this layer cannot be linearized; None if it can."""
     keepable: bool
     """Whether it can stay as it is in a converted model."""
+    scale: float
+    """Of the logits: queries come without it."""
+    softcap: float | None
 
 
 class _Mask:
@@ -117,6 +120,7 @@ def probe(model: PreTrainedModel) -> list[ProbedLayer]:
         ProbedLayer(
             names[call.module], call.module, call.geometry, call.keywords.get("sliding_window") or _window(call.mask),
             _obstacle(call, modules[call.module] > 1, keys[call.layer] > 1), _keepable(call),
+            *scale_and_cap(call.geometry.head_dim, call.keywords),
         )
         for call in calls
     ]  # fmt: skip
@@ -137,6 +141,12 @@ def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
 def text_config(model: PreTrainedModel) -> Any:
     """The configuration whose attention implementation the decoder's layers read: that of the text part, if any."""
     return model.config.get_text_config(decoder=True)
+
+
+def scale_and_cap(head_dim: int, keywords: Mapping[str, Any]) -> tuple[float, float | None]:
+    """Scale and softcap of the logits in a call of the attention interface."""
+    scale = keywords.get("scaling")
+    return head_dim**-0.5 if scale is None else scale, keywords.get("softcap")
 
 
 def _window(mask: Any) -> int | None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -27,6 +27,7 @@ from lolcats.modeling.layer import LinearizedAttention
 from lolcats.weights.base import Base, load_model
 from lolcats.weights.shards import Loaded, OtherNames, WeightSource, shards_of, use_device
 
+T = TypeVar("T")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Placed = tuple[dict[str, Any], str, Tensor]
 """A parameter or buffer, with the dictionary of its module and the name under which that holds it."""
@@ -324,7 +325,12 @@ def empty_model(config: Any, dtype: torch.dtype, trust: bool = False) -> PreTrai
 
 
 def convert_empty(model: PreTrainedModel, attention: AttentionConfig) -> PreTrainedModel:
-    """:func:`convert` for a model of :func:`empty_model`: probed on the meta device or, if its family looks at values,
+    """:func:`convert` for a model of :func:`empty_model`."""
+    return without_values(model, lambda: convert(model, attention))
+
+
+def without_values(model: PreTrainedModel, run: Callable[[], T]) -> T:
+    """``run()``, which probes a model of :func:`empty_model`: on the meta device or, if its family looks at values,
     with zeros that share memory."""
     own = [entry for module in model.modules() for entry in own_tensors(module)]
 
@@ -334,13 +340,13 @@ def convert_empty(model: PreTrainedModel, attention: AttentionConfig) -> PreTrai
 
     try:
         put(lambda t: t.to("meta") if not isinstance(t, nn.Parameter) else t)
-        return convert(model, attention)
+        return run()
     except LolcatsError:
         if hasattr(model.config, "lolcats"):  # refused after probing
             raise
         zeros: dict[Any, Tensor] = {}
         put(lambda t: t if t.device.type != "meta" else nn.Parameter(_zeros(t, zeros), requires_grad=False))
-        return convert(model, attention)
+        return run()
     finally:
         put(lambda t: t)
 

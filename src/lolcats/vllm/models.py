@@ -25,11 +25,17 @@ from lolcats.modeling.layer_types import for_a_model
 from lolcats.tensors import compare_keys
 from lolcats.vllm.heads import SplitAttention
 from lolcats.vllm.layer import StateAttention
-from lolcats.vllm.plugin import PREFIX, check_version
-from lolcats.vllm.record import Linearized, check_attention, check_settings, linearized_layers, state_layouts
+from lolcats.vllm.logits import check_logits
+from lolcats.vllm.plugin import PREFIX
+from lolcats.vllm.record import (
+    Linearized,
+    check_attention,
+    check_settings,
+    check_states,
+    linearized_layers,
+    state_layouts,
+)
 from lolcats.vllm.rotary import find_rotations
-
-check_version()
 
 OURS = ".lolcats."
 """In the names of feature maps and gates, after that of the attention module in the exported model."""
@@ -45,6 +51,7 @@ class LinearizedModel:
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         check_settings(vllm_config)
         super().__init__(vllm_config=_as_of_the_family(vllm_config), prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        check_states(self)  # type: ignore[arg-type]
         self.linearized = install(self, vllm_config)  # type: ignore[arg-type]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
@@ -86,10 +93,16 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _as_of_the_family(vllm_config: Any) -> Any:
-    """A copy with the configuration that the family's own model reads: its class and its layer types."""
+def _base_config(vllm_config: Any) -> Any:
+    """The configuration that the family's own model reads: its class and its layer types."""
     config = copy.copy(for_a_model(vllm_config.model_config.hf_config))
     config.__class__ = base_class(type(config))
+    vars(config).pop("lolcats")
+    return config
+
+
+def _as_of_the_family(vllm_config: Any) -> Any:
+    config = _base_config(vllm_config)
     result = copy.copy(vllm_config)
     result.model_config = copy.copy(vllm_config.model_config)
     result.model_config.hf_config = result.model_config.hf_text_config = config
@@ -106,6 +119,7 @@ def install(model: nn.Module, vllm_config: Any) -> dict[str, StateAttention]:
     known = vllm_config.compilation_config.static_forward_context
     attentions = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     placed = check_attention(attentions, layers, vllm_config)
+    check_logits(attentions, placed, _base_config(vllm_config))
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in placed}
     rotations = find_rotations(owners, layers[0].geometry.head_dim, vllm_config) if layers[0].unrotated else {}
     result = {}

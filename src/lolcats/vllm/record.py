@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch import nn
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
@@ -121,6 +123,20 @@ def check_settings(vllm_config: Any) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise LolcatsError(reason)
+
+
+def check_states(model: nn.Module) -> None:
+    """Refuse vLLM's model of a family that mixes attention with layers that have a state of another kind.
+
+    Raises:
+        LolcatsError: it has such layers.
+    """
+    others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, MambaBase)})
+    if others:
+        raise LolcatsError(
+            f"vLLM's model of this family has other layers with a state ({', '.join(others)}), and the plugin does not "
+            "keep both kinds: this model cannot be served there. Use lolcats serve."
+        )
 
 
 def check_attention(

@@ -1,0 +1,47 @@
+"""Feature maps must see the queries that they were trained on, so vLLM has to scale logits where transformers does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+
+from lolcats.errors import LolcatsError
+from lolcats.modeling.probe import probe
+from lolcats.modeling.skeleton import empty_model, without_values
+from lolcats.vllm.record import Linearized
+
+
+def check_logits(attentions: Mapping[str, Attention], placed: Mapping[str, Linearized], config: Any) -> None:
+    """Compare vLLM's layers with those of transformers' model of the family, which is built without memory.
+
+    Args:
+        config: the family's own configuration.
+
+    Raises:
+        LolcatsError: scale or softcap differ, so vLLM or transformers computes one of them in the queries.
+    """
+    there = of_transformers(config)
+    for name, layer in placed.items():
+        here, saved = of_vllm(attentions[name]), there[layer.geometry.layer]
+        if not all(math.isclose(x, y, rel_tol=1e-5) for x, y in zip(here, saved, strict=True)):
+            raise LolcatsError(
+                f"Scale and softcap of vLLM's {name} are {here[0]:g} and {here[1]:g}, and those of transformers "
+                f"{saved[0]:g} and {saved[1]:g}, so feature maps would see other queries. Use lolcats serve."
+            )
+
+
+def of_vllm(attention: Attention) -> tuple[float, float]:
+    """Scale and softcap (0 = none)."""
+    return attention.impl.scale, getattr(attention.impl, "logits_soft_cap", None) or 0.0
+
+
+def of_transformers(config: Any) -> dict[int, tuple[float, float]]:
+    """The same for each layer."""
+    with torch.device("cpu"):
+        model = empty_model(config, torch.bfloat16)
+        layers = without_values(model, lambda: probe(model))
+    return {layer.geometry.layer: (layer.scale, layer.softcap or 0.0) for layer in layers}
