@@ -77,6 +77,8 @@ def rows() -> dict[str, Row]:
             f"{size}, PEFT and Trainer, {at_once} rows at once": Row(size, "peft", (every,), None),
             f"{size}, PEFT and Trainer, 4 rows at once": Row(size, "peft", ("finetune.micro_batch_size=4",), None),
         }
+        for stage, kind in (("stage 1", "transfer"), ("stage 2", "finetune")):
+            found[f"{size}, {stage}, maps before RoPE"] = Row(size, kind, ("attention.feature_inputs=unrotated",), None)
     for length in (4096, 8192):
         one, shape = "finetune.micro_batch_size=1", {"length": length, "batch": 8192 // length}
         found[f"8B, stage 2, rows of {length:,}"] = of_both("8B", "finetune", one, **shape)
