@@ -31,8 +31,8 @@ test-clients: .venv/done .venv-clients/done .venv-routers/done
 compatibility: .venv/done .venv-clients/done .venv-routers/done
 	.venv-clients/bin/python -m pytest tests/clients --write-compatibility=docs/compatibility.md
 
-# Linearized models on vLLM for CPUs. Where it cannot be installed, the tests are skipped and say why.
-test-vllm: .venv-vllm/done
+# Linearized models on vLLM for CPUs, also behind its router. Where they cannot be installed, tests are skipped and say why.
+test-vllm: .venv-vllm/done .venv-routers/done
 	cd tests/vllm && ../../.venv-vllm/bin/python -m pytest -rs
 
 lint: .venv/done

@@ -164,6 +164,7 @@ SCALED: dict[str, tuple[str, dict[str, Any], tuple[float, float], tuple[float, f
     "granite": ("GraniteConfig", {"attention_multiplier": 0.3}, (0.3, 0.0), (0.25, 0.0)),
     "longrope": ("Phi3Config", {"rope_parameters": LONGROPE}, (0.25, 0.0), (0.3, 0.0)),
     "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 4, "head_dim": 16}, (0.5, 50.0), (0.5, 0.0)),
+    "qwen2_moe": ("Qwen2MoeConfig", {"layer_types": ["sliding_attention"] * 2}, (0.25, 0.0), (0.3, 0.0)),
     "opt": ("OPTConfig", {"ffn_dim": 96}, (1.0, 0.0), (0.25, 0.0)),
 }
 """Configuration, scale and softcap of transformers, and others that vLLM might have. OPT scales queries itself."""
@@ -179,6 +180,8 @@ def test_logits_are_scaled_where_transformers_does(name: str) -> None:
     family, changes, same, other = SCALED[name]
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = getattr(transformers, family)(**sizes, num_key_value_heads=2, vocab_size=320, pad_token_id=0, **changes)
+    if hasattr(config, "sliding_window"):
+        config.sliding_window = None  # as vLLM does with --disable-sliding-window, or for 0
     placed: Any = {"a": SimpleNamespace(geometry=SimpleNamespace(layer=1))}
 
     def check(scale: float, softcap: float) -> None:

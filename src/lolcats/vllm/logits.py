@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -41,6 +42,9 @@ def of_vllm(attention: Attention) -> tuple[float, float]:
 
 def of_transformers(config: Any) -> dict[int, tuple[float, float]]:
     """The same for each layer."""
+    if getattr(config, "sliding_window", 0) is None:  # vLLM puts None for 0; some families need a number
+        config = copy.copy(config)
+        config.sliding_window = 0
     with torch.device("cpu"):
         model = empty_model(config, torch.bfloat16)
         layers = without_values(model, lambda: probe(model))
