@@ -190,3 +190,16 @@ def test_logits_are_scaled_where_transformers_does(name: str) -> None:
     check(*same)
     with pytest.raises(LolcatsError, match="so feature maps would see other queries"):
         check(*other)
+
+
+def test_families_that_differ_or_were_not_compared(caplog: pytest.LogCaptureFixture) -> None:
+    from lolcats.errors import LolcatsError
+    from lolcats.vllm.families import check_family
+
+    for name in ("LlamaForCausalLM", "Glm4ForCausalLM", "GPT2LMHeadModel"):
+        check_family(name)
+    assert not caplog.records
+    check_family("ZebraForCausalLM")
+    assert "ZebraForCausalLM have not been compared with transformers" in caplog.text
+    with pytest.raises(LolcatsError, match=r"Llama4ForCausalLM reorders the channels .* Use lolcats serve"):
+        check_family("Llama4ForCausalLM")

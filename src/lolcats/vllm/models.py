@@ -23,6 +23,7 @@ from lolcats.modeling.classes import base_class
 from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.layer_types import for_a_model
 from lolcats.tensors import compare_keys
+from lolcats.vllm.families import check_family
 from lolcats.vllm.heads import SplitAttention
 from lolcats.vllm.layer import StateAttention
 from lolcats.vllm.logits import check_logits
@@ -49,6 +50,7 @@ class LinearizedModel:
     supports_lora = False  # LoRA is merged into an export
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
+        check_family(type(self).__name__.removeprefix(PREFIX))
         check_settings(vllm_config)
         super().__init__(vllm_config=_as_of_the_family(vllm_config), prefix=prefix, **kwargs)  # type: ignore[call-arg]
         check_states(self)  # type: ignore[arg-type]
