@@ -32,7 +32,7 @@ def main() -> None:
 
     def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
         if layer.geometry.layer in arguments.layers:
-            tensors = {"q": call.q, "k": call.k, "v": call.v}
+            tensors = dict(zip("qkv", (*call.queries_and_keys(), call.v), strict=True))
             found.update({f"{layer.geometry.layer}.{n}": x.bfloat16().contiguous() for n, x in tensors.items()})
 
     watch_layers(model, ids, observe)

@@ -155,7 +155,8 @@ def capture(model: Any, ids: Tensor, layers: list[int], name: str, work: Path) -
 
     def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
         if layer.geometry.layer in layers:
-            tensors = {"q": call.q, "k": call.k, "v": call.v, "target": call.target.transpose(1, 2)}
+            q, k = call.queries_and_keys()
+            tensors = {"q": q, "k": k, "v": call.v, "target": call.target.transpose(1, 2)}
             halves = {key: x.half().contiguous() for key, x in tensors.items()}
             write_tensors(halves, captured(work, name, layer.geometry.layer))
 

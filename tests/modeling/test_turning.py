@@ -63,10 +63,15 @@ class Seen:
         assert self.appended == 0
 
 
-def converted(**changes: Any) -> Any:
+def converted(layers: int = 1, **changes: Any) -> Any:
     torch.manual_seed(1)
-    config = AttentionConfig(window_size=4, sinks=1, feature_dim=8, feature_inputs="unrotated", **changes)
-    return lolcats.convert(tiny_model(), config).train()
+    config = AttentionConfig(window_size=2, sinks=1, feature_dim=8, feature_inputs="unrotated", **changes)
+    return lolcats.convert(tiny_model(num_hidden_layers=layers), config).train()
+
+
+def close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        assert (a - b).norm() < 1e-4 * b.norm() + 1e-6
 
 
 def loss_and_gradients(model: Any, **inputs: Any) -> list[Tensor]:
@@ -83,7 +88,7 @@ def loss_and_gradients(model: Any, **inputs: Any) -> list[Tensor]:
         ({}, {}),
         ({"attention_mask": PADDING}, {"key_maps": "per_kv_head"}),
         ({"position_ids": POSITIONS}, {}),
-        ({}, {"softmax_heads": {"0": [1], "1": [0]}}),
+        ({}, {"layers": 2, "softmax_heads": {"0": [1], "1": [0]}}),
     ],
     ids=["rows", "padding", "documents", "kept heads"],
 )
@@ -94,12 +99,12 @@ def test_stage_2(inputs: Any, changes: Any, monkeypatch: pytest.MonkeyPatch) -> 
     with use_backend("triton"):
         actual = loss_and_gradients(model, **inputs)
     seen.check(model)
-    assert_close(actual, expected, atol=2e-5, rtol=1e-3)
+    close(actual, expected)
 
 
 def test_recomputed_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With gradient checkpointing, layers run again in backward, after the call has ended."""
-    model = converted()
+    """With gradient checkpointing, layers run again in backward, after the call has ended. One table serves all."""
+    model = converted(layers=2)
     expected = loss_and_gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     seen = Seen(monkeypatch)
@@ -108,7 +113,7 @@ def test_recomputed_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({id(turning) for _, turning in seen.kernels}) == 1
     assert len(seen.kernels) == 2 * len(linearized_layers(model))
     assert seen.appended == 0
-    assert_close(actual, expected, atol=2e-5, rtol=1e-3)
+    close(actual, expected)
 
 
 @pytest.mark.parametrize("positions", [None, POSITIONS], ids=["rows", "documents"])
@@ -126,7 +131,7 @@ def test_stage_1(positions: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> N
     with use_backend("triton"):
         actual = run()
     seen.check(model)
-    assert_close(actual, expected, atol=1e-5, rtol=1e-3)
+    close(actual, expected)
 
 
 def observed(model: Any, function: Callable[[Any, AttentionCall], Any], backend: str) -> list[Any]:
