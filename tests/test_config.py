@@ -22,7 +22,7 @@ from lolcats.errors import LolcatsError
 
 
 def test_shipped_recipes() -> None:
-    assert recipe_names() == ["default", "long", "paper", "paper-405b", "paper-70b", "small"]
+    assert recipe_names() == ["default", "long", "paper", "paper-405b", "paper-70b", "small", "untrained"]
     for name in recipe_names():
         config = load_config(name)
         assert from_dict(Config, yaml.safe_load(to_yaml(config))) == config

@@ -193,6 +193,16 @@ def test_budget_without_training_is_searched_once(model_dir: Path, tmp_path: Pat
     assert not (out / "merged").exists()
 
 
+def test_without_training_the_window_is_longer_by_default(model_dir: Path, tmp_path: Path) -> None:
+    heads = "attention.softmax_heads={0: [1]}"
+    for recipe, window in (("", 256), ("default", 64), ("untrained", 256)):
+        out, chosen = tmp_path / (recipe or "none"), ["--recipe", recipe] if recipe else []
+        done = command("linearize", model_dir, "--out", out, "--no-train", "--no-merge", "--set", heads, *chosen)
+        assert done.exit_code == 0, done.output
+        attention = json.loads((out / "config.json").read_text())["lolcats"]["attention"]
+        assert (attention["window_size"], attention["sinks"], attention["kind"]) == (window, 4, "window")
+
+
 def test_run_keeps_its_choice(model_dir: Path, chat_file: Path, settings: list[str], tmp_path: Path,
                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     config = load_config("default", [*settings, "attention.softmax_budget=0.5"])

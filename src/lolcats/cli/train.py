@@ -36,17 +36,19 @@ from lolcats.errors import LolcatsError
 
 
 @command
-def linearize(model: Model, out_: Out, data: DataPath = "", recipe: Recipe = "default", set_: Sets = [],  # noqa: B006
+def linearize(model: Model, out_: Out, data: DataPath = "", recipe: Recipe = "", set_: Sets = [],  # noqa: B006
               merge: Annotated[bool, typer.Option(help="Also write the merged model to OUT/merged.")] = True,
               train: Annotated[bool, typer.Option(help="Train feature maps and LoRA. --no-train only keeps heads "
                                                        "(attention.softmax_budget, or --selection); the others see "
-                                                       "window and sinks. It needs no data.")] = True,
+                                                       "window and sinks, of the recipe untrained unless another is "
+                                                       "given. It needs no data.")] = True,
               selection: ChosenHeads = None, controls: Controls = False, trust: Trust = False) -> None:  # fmt: skip
     """Linearize a model: attention transfer, LoRA, results table, adapter and merged model."""
     from lolcats.config import Control
 
     asked = [f"controls=[{', '.join(get_args(Control))}]"] if controls else []
-    config = _with_heads(settings(recipe, [*set_, *asked], trust), selection, model)
+    chosen = recipe or ("default" if train else "untrained")
+    config = _with_heads(settings(chosen, [*set_, *asked], trust), selection, model)
     if train != bool(data):
         missing = "Training needs --data; without training, add --no-train." if train else "--no-train reads no --data."
         raise LolcatsError(missing)
