@@ -174,7 +174,10 @@ def test_model_without_training(selection_file: Path, model_dir: Path, tmp_path:
     assert "2 of 4 key/value heads kept" in card
     assert "2 (chosen)" in card
     assert "Nothing was\ntrained" in card
+    assert "chosen while" not in done.output
     again = command("linearize", model_dir, "--out", out, "--no-train", "--selection", selection_file)
+    note = "others had terraced windows of 8 and 2 sinks. Here the others have terraced windows of 256 and 4 sinks"
+    assert note in " ".join(again.output.split())
     assert again.exit_code == 2
     assert "not empty" in again.output
 

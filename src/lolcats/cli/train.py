@@ -68,10 +68,14 @@ def _with_heads(config: Any, selection: Path | None, model: str) -> Any:
     if selection is None:
         return config
 
-    from lolcats.selection import with_selection
+    from lolcats.ranks import is_first
+    from lolcats.selection import Selection, other_window, with_selection
     from lolcats.weights.base import find_base
 
-    return with_selection(config, selection, find_base(model, config.trust_remote_code))
+    changed = with_selection(config, selection, find_base(model, config.trust_remote_code))
+    if is_first() and (note := other_window(config, Selection.read(selection))):
+        out.print(f"{selection}: {note}", soft_wrap=True, highlight=False, markup=False)
+    return changed
 
 
 def _without_training(model: str, directory: Path, config: Any, merge: bool, file: Path | None) -> None:

@@ -95,6 +95,21 @@ def by_layer(heads: Iterable[tuple[int, int]]) -> Kept:
     return found
 
 
+def other_window(config: Config, selection: Selection) -> str:
+    """A sentence if heads were chosen beside other windows and sinks than those of the configuration; else empty."""
+    then, now = selection.window, config.attention
+    if not then or all(then[name] == getattr(now, name) for name in then):
+        return ""
+    return (
+        f"These heads were chosen while all others had {_windows(**then)}. Here the others have "
+        f"{_windows(now.window, now.window_size, now.sinks)}, for which lolcats select might choose other heads."
+    )
+
+
+def _windows(window: str, window_size: int, sinks: int) -> str:
+    return f"{window} windows of {window_size} and {sinks} sinks"
+
+
 def with_selection(config: Config, path: Path, base: Base) -> Config:
     """The configuration with the heads of a selection file.
 
