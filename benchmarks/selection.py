@@ -1,7 +1,8 @@
 """Which heads to keep, nothing trained: the search, controls beside it, and what each choice finds in long prompts.
 
     python benchmarks/selection.py MODEL --text BOOK.txt [--heads 7,8,14] [--lengths 1024,4096,8192] [--answers 200]
-        [--tasks passkey,needle,multi-query] [--random 5] [--gsm8k 320 --data-dir DIR] [--minutes 9]
+        [--tasks passkey,needle,multi-query] [--random 5] [--rows teacher,found,none,controls] [--minutes 9]
+        [--gsm8k 320 --data-dir DIR]
         [--set attention.window_size=256] [--selection FILE] [--name NAME] [--out results]
     python benchmarks/selection.py --shape llama3-8b --heads 32   # only the time of a search, with random weights
 
@@ -17,11 +18,12 @@ so.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,6 +54,8 @@ ROWS = {"cuda": 64, "cpu": 8}
 """Rows of 1,024 tokens in a batch of an evaluation."""
 LIMIT = 50
 """Answers in a cell of a random set."""
+PARTS = ["teacher", "found", "none", "controls"]
+"""Rows of the table: the teacher, the search's sets, no heads, and the controls."""
 ANSWER = 40
 """Answer tokens of a random prompt."""
 
@@ -252,8 +256,9 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=["passkey", "needle", "multi-query"])
     parser.add_argument("--random", type=int, default=5, help="random sets (default: 5)")
     parser.add_argument("--selection", type=Path, help="of lolcats select: its sets, instead of a search")
-    parser.add_argument("--found-only", action="store_true", help="leave out the teacher and the controls")
-    parser.add_argument("--no-controls", action="store_true", help="only the search's sets, the teacher and no heads")
+    parser.add_argument(
+        "--rows", type=lambda text: text.split(","), default=PARTS, help=f"of {','.join(PARTS)} (default: all)"
+    )
     parser.add_argument("--gsm8k", type=int, default=0, help="questions of GSM8K, 5 shots (default: none)")
     parser.add_argument("--set", action="append", default=[], help="a setting, as lolcats takes it")
     parser.add_argument("--data-dir", type=Path, help="folder with gsm8k_train.parquet and gsm8k_test.parquet")
@@ -290,13 +295,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         else list(found(bench, arguments.heads))
     )
     print("The search has ended.", flush=True)
-    rest = (
-        []
-        if arguments.found_only or arguments.no_controls
-        else list(controls(bench, arguments.heads[0], arguments.random))
-    )
-    others = [] if arguments.found_only else [Row("all: the teacher", None), Row("none", []), *rest]
-    for row in [*others[:1], *reversed(chosen), *others[1:]]:
+    parts: dict[str, Iterable[Row]] = {
+        "teacher": [Row("all: the teacher", None)], "found": list(reversed(chosen)), "none": [Row("none", [])],
+        "controls": controls(bench, arguments.heads[0], arguments.random),
+    }  # fmt: skip
+    for row in itertools.chain.from_iterable(parts[name] for name in PARTS if name in arguments.rows):
         if time.time() > end:
             results["missing"].append(row.how)
             continue

@@ -333,15 +333,14 @@ def test_selection_takes_the_sets_of_a_file(model_dirs: dict[str, Path], tmp_pat
     Selection(with_content(find_base(str(model))).record, {}, point.heads, [point]).write(file)
     words = [
         str(model), "--text", str(text), "--lengths", "512", "--search-lengths", "1536", "--answers", "5", "--tasks",
-        "needle", "--found-only", "--selection", str(file), "--name", "tiny", "--out", str(tmp_path), "--heads",
+        "needle", "--rows", "found", "--selection", str(file), "--name", "tiny", "--out", str(tmp_path), "--heads",
     ]  # fmt: skip
     results = script("selection").main([*words, "1"])
     assert [(row["how"], row["heads"], row["seconds"]) for row in results["rows"]] == [
         ("one by one", point.heads, None)
     ]
-    plain = ["--no-controls" if word == "--found-only" else word for word in words]
-    results = script("selection").main([*plain, "1"])
-    assert [row["how"] for row in results["rows"]] == ["all: the teacher", "one by one", "none"]
+    results = script("selection").main([*words, "1", "--rows", "none,controls", "--random", "1"])
+    assert [row["how"] for row in results["rows"]] == ["none", "steepest slopes", "single drop", "random 0"]
     with pytest.raises(SystemExit, match=r"no set of 3 heads\. Numbers it has: 1"):
         script("selection").main([*words, "3"])
 
