@@ -3,7 +3,7 @@
     python benchmarks/large.py --against DIR         # writes benchmarks/results/large.json and large.md
     python benchmarks/large.py --only "stage 2|selection"      # parts whose name matches; the others stay
     python benchmarks/large.py --model 405B          # eight layers of a 405B: large_405B.json and large_405B.md
-    python benchmarks/large.py --report              # the table again, from the JSON
+    python benchmarks/large.py --report              # the table again, from the JSON, with today's plan
 
 Weights are random: those of stage 1 are drawn layer by layer, and one layer is quantized to 4 bits and copied for all
 others. Each part is a process with a time limit of its own, and what it found is written as it comes; the parts that
@@ -33,13 +33,14 @@ from typing import Any
 import common
 import torch
 from large_search import selection, streamed_selection
-from large_weights import KEPT, MODELS, Model, kept_heads, quantized_model, shape
+from large_weights import KEPT, MODELS, Model, geometry, kept_heads, quantized_model, shape
 
 ROOT = Path(__file__).parents[1]
 SHOWN = 40  # lines of what a process says before it fails
 MARGIN = 30  # seconds before the deadline in which no part begins
 LAST = 5  # seconds before the deadline in which none runs
 WARM = 1  # steps of stage 2 before the measured ones
+GIB = 139.0  # of an H200
 LOSSES = ("cross_entropy", "kl")
 VARIANTS = [
     {"loss": loss, "rows": rows, "checkpointing": again}
@@ -61,12 +62,12 @@ def stage_1(model: Model, device: torch.device, _: Callable[..., None]) -> dict[
     """Streamed, by ``benchmarks/scale.py`` of the build that is measured."""
     import scale
 
-    geometry = replace({**scale.GEOMETRIES, **scale.TINY}[model.scale], layers=model.stage_1_layers)
+    part = replace(geometry(model), layers=model.stage_1_layers)
     with tempfile.TemporaryDirectory() as place:
-        found = scale.Bench(geometry, device, time.monotonic() + PARTS["stage 1"] / 2, Path(place)).run()
+        found = scale.Bench(part, device, time.monotonic() + PARTS["stage 1"] / 2, Path(place)).run()
     if "missing" in found:
         return found
-    return {**found, "whole_run": scale.whole_run(geometry, found, scale.Run())}
+    return {**found, "whole_run": scale.whole_run(part, found, scale.Run())}
 
 
 def stage_2(model: Model, device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
@@ -173,16 +174,20 @@ def _allocated(device: torch.device) -> float | None:
 
 def planned(model: Model, gpu_gib: float) -> dict[str, Any]:
     """What ``lolcats plan`` says of this work on one GPU: tokens/s and GiB of each part."""
+    import scale
+
     from lolcats.config import load_config
     from lolcats.plan import Machine, Work, plan_transfer, quantized, size_of
 
     settings = [*model.settings, f"data.sequence_length={model.length}"]
     recipe, machine = load_config("paper-70b", settings), Machine(1, gpu_gib * 2**30)
     work, budget = Work(), replace(recipe, attention=replace(recipe.attention, softmax_budget=KEPT))
-    plain = size_of(shape(model), recipe)
+    plain, g = size_of(shape(model), recipe), geometry(model)
     size = size_of(shape(model), quantized.kept_evenly(budget, plain))
     found: dict[str, Any] = {}
-    stream = next(plan for plan in plan_transfer(plain, recipe, machine, work) if plan.schedule == "stream")
+    rows = replace(recipe.transfer, batch_size=g.rows, micro_batch_size=g.rows, eval_steps=scale.Run().eval_steps)
+    transfers = plan_transfer(plain, replace(recipe, transfer=rows), machine, work)
+    stream = next(plan for plan in transfers if plan.schedule == "stream")
     found["stage 1"] = {"tokens_per_second": stream.tokens / stream.time, "gib": stream.peak / 2**30}
     for variant in VARIANTS:
         stage = replace(
@@ -191,10 +196,10 @@ def planned(model: Model, gpu_gib: float) -> dict[str, Any]:
         )  # fmt: skip
         plan = quantized.lora_in_4_bits(size, replace(recipe, finetune=stage), machine, work)
         found[named(variant)] = {"tokens_per_second": plan.tokens / plan.time, "gib": plan.peak / 2**30}
-    search = quantized.search(plain, budget, machine, model.lengths, "4 bits")
-    found["selection"] = {"seconds": search.time, "gib": search.peak / 2**30}
-    search = quantized.search(plain, budget, machine, model.lengths, "streamed")
-    found["streamed selection"] = {"seconds": search.time, "gib": search.peak / 2**30}
+    forms: tuple[tuple[str, quantized.Form], ...] = (("selection", "4 bits"), ("streamed selection", "streamed"))
+    for name, form in forms:
+        search = quantized.search(plain, budget, machine, model.lengths, form)
+        found[name] = {"seconds": search.seconds["computing"], "gib": search.peak / 2**30}
     (export,) = quantized.plan_export(plain, machine)
     return found | {"export": {"seconds": export.time, "gib": 0.0}}
 
@@ -259,11 +264,11 @@ def turns(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Path]]:
 def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     name, deadline = output(arguments), time.monotonic() + arguments.deadline
     known = common.read(arguments.out, name) if (arguments.out / f"{name}.json").exists() else {"parts": {}}
-    gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if device.type == "cuda" else 139.0
+    gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if device.type == "cuda" else GIB
     plan = ThreadPoolExecutor(1).submit(planned, MODELS[arguments.model], gib)  # while the first part begins
     results: dict[str, Any] = {
         "date": str(date.today()), "device": common.hardware(device), "model": arguments.model,
-        "against": arguments.against or known.get("against", ""), "parts": known["parts"],
+        "against": Path(arguments.against).name or known.get("against", ""), "gpu_gib": gib, "parts": known["parts"],
         "versions": common.installed("torch", "transformers", "peft", "bitsandbytes", "triton", "liger-kernel"),
     }  # fmt: skip
 
@@ -294,15 +299,17 @@ def output(arguments: argparse.Namespace) -> str:
 
 def report(results: dict[str, Any]) -> str:
     model, plan = MODELS[results["model"]], results["plan"]
+    other = f"; other build: {results['against']}" if results["against"] else ""
     lines = [
         f"# The path of a {results['model']} model on one GPU", "",
         f"`python benchmarks/large.py`, {results['date']}, {results['device']}, {common.listed(results['versions'])}. "
         f"Llama-3.1-{results['model']} geometry with random weights. Stage 1: {model.stage_1_layers} layers, streamed, "
-        f"hours extrapolated to all layers and 20M tokens. Stage 2: {model.layers} layers in NF4, rows of "
+        f"hours extrapolated to all layers and 20M tokens{other}. Stage 2: {model.layers} layers in NF4, rows of "
         f"{model.length:,}, {model.batch} a step, {KEPT:.1%} of the key/value heads kept, LoRA of recipe paper-70b. "
-        "Selection: a round of the search, extrapolated by passes through the model; streamed: from host memory. What "
-        "its layers put out is recorded on the GPU if it fits there twice; the plan counts it in host memory. "
-        f"*Plan*: what `lolcats plan` says of {model.layers} layers.", "",
+        "Selection: a round of the search, extrapolated by passes through the model; streamed: from host memory, and "
+        "the plan without reading files. What its layers put out is recorded on the GPU if it fits there twice. "
+        f"*Plan*: what `lolcats plan` says of {model.layers} layers, with speeds that come from the rows of 70B in "
+        "`large.md` and from `training.md` (`plan_speeds.py`).", "",
         "| part | measured | peak GiB | plan | plan GiB | target |", "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     lines += [_row(name, part, plan) for name, part in results["parts"].items()]
@@ -380,7 +387,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="parts whose name has a match of this regular expression")
     parser.add_argument("--deadline", type=float, default=410, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
-    parser.add_argument("--report", action="store_true", help="only write the table again from the JSON")
+    parser.add_argument("--report", action="store_true", help="only write the table again, with today's plan")
     parser.add_argument("--tiny", action="store_true", help="a small model, on a CPU too: tries the script")
     parser.add_argument("--work", default="", help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, default=ROOT, help=argparse.SUPPRESS)
@@ -392,6 +399,7 @@ def main() -> None:
     arguments.model = "tiny" if arguments.tiny else arguments.model
     if arguments.report:
         results = common.read(arguments.out, output(arguments))
+        results["plan"] = planned(MODELS[arguments.model], results.get("gpu_gib", GIB))
         common.write(results, report(results), arguments.out, output(arguments))
     else:
         run(arguments, common.chosen_device(arguments, "139 GB"))

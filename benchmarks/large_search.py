@@ -12,7 +12,7 @@ import torch
 from large_weights import KEPT, Model, Repeated, quantized_model, shape
 
 ANSWER = 40  # answer tokens of a random prompt
-SLOPES = 3.0  # passes that the plan counts for slopes, of which a streamed search needs two
+SLOPES = 3.0  # passes that ``passes_of_search`` counts for slopes, of which a streamed search needs two
 WARM_LAYERS = 2  # of the model whose search compiles the kernels
 
 

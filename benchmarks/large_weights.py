@@ -34,12 +34,18 @@ MODELS = {
 }
 
 
+def geometry(model: Model) -> Any:
+    """That of ``benchmarks/scale.py``."""
+    import scale
+
+    return {**scale.GEOMETRIES, **scale.TINY}[model.scale]
+
+
 def shape(model: Model) -> Any:
     """The configuration of the layers that are run."""
-    import scale
     from transformers import LlamaConfig
 
-    g = {**scale.GEOMETRIES, **scale.TINY}[model.scale]
+    g = geometry(model)
     return LlamaConfig(
         hidden_size=g.hidden, intermediate_size=max(g.intermediate, 128), num_hidden_layers=model.layers,
         num_attention_heads=g.heads, num_key_value_heads=g.kv_heads, vocab_size=g.vocabulary, rope_theta=500_000.0,

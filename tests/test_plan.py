@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_model
 from support.scripts import script
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig
 from typer.testing import CliRunner
 
@@ -24,13 +25,14 @@ from lolcats.errors import LolcatsError
 from lolcats.modeling.install import decoder
 from lolcats.modeling.layer import linearized_layers
 from lolcats.plan import Machine, Size, Speeds, Work, plan_finetune, plan_transfer, read_config, report, size_of
-from lolcats.plan.costs import GIB, finetune_token, gpu_need, transfer_token
+from lolcats.plan.costs import GIB, finetune_activations, finetune_token, gpu_need, transfer_token
 from lolcats.stages.finetune import fits
 from lolcats.stages.finetune.stage import add_lora
 from lolcats.weights.base import Base
 
 ROOT = Path(__file__).parent.parent
 MEASURED = json.loads((ROOT / "benchmarks/results/training.json").read_text())
+LARGE = json.loads((ROOT / "benchmarks/results/large.json").read_text())
 SMALL = ["attention.window_size=8", "attention.feature_dim=8", "data.sequence_length=32"]
 
 
@@ -133,6 +135,52 @@ def test_maps_before_rope_keep_their_inputs(maps: str) -> None:
     assert stage2["unrotated"].seconds == stage2["rotated"].seconds
 
 
+def test_activations_of_kept_heads_are_kept_twice() -> None:
+    """Alone and put together with those of linearized heads, of which the kernels keep 8 bits more a channel."""
+    heads = {str(layer): [0] for layer in range(16)}
+    (plain, config), (size, _) = llama("llama-3-8b"), llama("llama-3-8b", f"attention.softmax_heads={heads}")
+    assert (size.queries, size.keys, size.parted, plain.parted) == (32, 8, 16, 0)
+    some, none = (finetune_activations(each, 1, 1024) for each in (size, plain))
+    assert some - none == 2 * 1024 * 32 * 128 * 16 / 32
+    chunked = replace(plain, kernels=False)
+    assert none - finetune_activations(chunked, 1, 1024) == 1024 * 32 * 128
+    every = llama("llama-3-8b", f"attention.softmax_heads={ {str(layer): [0] for layer in range(32)} }")[0]
+    assert (every.heads, every.queries) == (28, 32)
+    softmax = 3.5 * 2 * 1024 * 32 * 128 * 32 / 8 / Speeds().softmax / Speeds().matmul
+    linear = 1e-9 * Speeds().finetune_ns * 32 * 4
+    more = finetune_token(every, config, Speeds()) - finetune_token(plain, config, Speeds())
+    assert more == pytest.approx(softmax - linear)
+
+
+def test_recomputing_ends_before_the_last_product() -> None:
+    """As torch does it, and so as it is planned."""
+    model = tiny_model().requires_grad_(False).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in decoder(model).layers:
+        layer.self_attn.q_proj.weight.requires_grad_()
+    shapes, ids = list[tuple[int, ...]](), torch.arange(16)[None]
+    loss = model(input_ids=ids, labels=ids).loss
+    hooks = [layer.mlp.up_proj.register_forward_hook(lambda *_: shapes.append((1,))) for layer in decoder(model).layers]
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.mm.default:
+                shapes.append((*args[0].shape, args[1].shape[1]))
+            return function(*args, **(kwargs or {}))
+
+    with Products():
+        loss.backward()
+    text, layers = model.config, len(hooks)
+    assert shapes.count((1,)) == layers, "each layer was computed again"
+    down = (16, text.intermediate_size, text.hidden_size)  # also the shape of both gradients through gate and up
+    assert shapes.count(down) == 2 * layers
+    size, config = llama("llama-3.1-70b", "finetune.gradient_checkpointing=true", "finetune.micro_batch_size=8")
+    without = replace(config, finetune=replace(config.finetune, gradient_checkpointing=False))
+    token = finetune_token(size, config, Speeds()) - finetune_token(size, without, Speeds())
+    products = 2 * (size.decoder - 80 * 28672 * 8192) / Speeds().forward / Speeds().matmul
+    assert token == pytest.approx(products + 80 * Speeds().recomputed_layer / 8192)
+
+
 @pytest.mark.parametrize("loss", ["kl", "mix"])
 def test_learning_from_the_teacher_takes_its_forward_pass(loss: Any, measured_geometry: tuple[Size, Config]) -> None:
     """Half as long again, or a little less or more, and the logits of a part; nothing for the weights."""
@@ -184,8 +232,8 @@ def test_streamed_layers_cost_what_was_measured(name: str, part: str) -> None:
 
 
 def test_the_table_of_speeds_is_what_was_measured() -> None:
-    values = script("plan_speeds").speeds(MEASURED)
-    assert len(values) == 6
+    values = script("plan_speeds").speeds(MEASURED, LARGE)
+    assert len(values) == 9
     for name, value in values.items():
         assert getattr(Speeds(), name) == pytest.approx(value, rel=0.05), name
 
@@ -208,6 +256,19 @@ def test_schedules_of_70b_on_one_gpu() -> None:
     assert stream.read == math.ceil(20e6 / chunk) * 2 * size.decoder + 2 * size.embedding
     assert blocks.disk["hidden states at two boundaries"] <= 2 * 2 * 8192 * 20e6
     assert stream.time == stream.seconds[stream.limit] >= max(stream.seconds.values())
+
+
+def test_streaming_is_preferred_to_blocks_that_hardly_save_time() -> None:
+    size, config = llama("llama-3.1-70b", recipe="paper-70b")
+    joint, stream, blocks = plan_transfer(size, config, Machine(gpu_memory=141 * GIB), Work())
+    assert blocks.schedule == "blocks of 80"
+    assert joint.problems
+    assert stream.time > blocks.time > stream.time / 1.02
+    assert report.recommended([joint, stream, blocks]) == [stream]
+    slower = replace(stream, seconds={"computing": 1.03 * blocks.time})
+    assert report.recommended([joint, slower, blocks]) == [blocks]
+    whole = replace(joint, problems=[], seconds=blocks.seconds)
+    assert report.recommended([whole, stream, blocks]) == [whole], "it trains all layers together"
 
 
 def test_slow_disks_are_named_as_the_limit() -> None:
@@ -313,6 +374,8 @@ def test_more_gpus_share_weights_and_time() -> None:
     assert two.gpu["LoRA, gradients, Adam"] == eight.gpu["LoRA, gradients, Adam"]
     assert eight.gpu["gathered layers or logits"] > 0
     assert eight.seconds["gathering"] > two.seconds["gathering"] / 4
+    waiting = eight.seconds["computing, waiting for shards"] - eight.seconds["computing"]
+    assert waiting == pytest.approx(eight.seconds["gathering"] / 2)
     roomy = load_config("default", ["finetune.batch_size=16"])
     nodes = form(plan_finetune(size, roomy, Machine(gpus=16), Work()), SHARDED)
     assert nodes.limit == "gathering"  # the network between nodes

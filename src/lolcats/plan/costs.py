@@ -28,10 +28,11 @@ GATHERED = 3  # decoder layers that FSDP2 holds unsharded: the current one, the 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Calibration of the plans: one H100 80GB, 2026-11-25, with feature maps after RoPE.
+    """Calibration of the plans: 8B on one H100 80GB, 2026-11-25, and 70B in 4 bits on one H200, 2026-11-30, both with
+    feature maps after RoPE.
 
-    ``python benchmarks/plan_speeds.py`` computes the values from ``benchmarks/results/training.json``, and a test
-    compares them. Values that were not measured say so.
+    ``python benchmarks/plan_speeds.py`` computes the values from ``benchmarks/results/training.json`` and
+    ``large.json``, and a test compares them. Values that were not measured say so.
     """
 
     matmul: float = 782e12
@@ -40,22 +41,31 @@ class Speeds:
     """GPU memory bandwidth in bytes per second."""
     forward: float = 0.804
     """Share of ``matmul`` that forward passes without gradients reach, including everything between the products."""
-    training: float = 0.633
-    """Share of ``matmul`` that passes with gradients reach."""
+    training: float = 0.921
+    """Share of ``matmul`` that the products of passes with gradients reach."""
+    between_ns: float = 0.145
+    """What lies between these products: ns per token, layer and hidden channel. Products grow with the square of the
+    hidden size, so it matters less for larger models."""
     softmax: float = 0.5
     """Share of ``matmul`` that softmax attention reaches. Not measured separately."""
     transfer_ns: float = 5.27
     """Linear attention of stage 1 with its backward, by the kernels: ns per token, head and layer at D = F = 128."""
     finetune_ns: float = 4.72
     """Like ``transfer_ns``, for stage 2."""
-    recompute_ns: float = 13.3
-    """Cost of recomputing layers in stage 2 beyond their matrix products: one more forward of linear attention, and
-    mostly host time, which matters less for larger layers."""
+    recomputed_layer: float = 2.51e-3
+    """Seconds of recomputing a layer in stage 2, per micro-batch, beyond its matrix products: mostly host time."""
     chunked_ns: float = 47.8
     """Like ``transfer_ns``, on the chunked path."""
     sharded_layer: float = 10.7e-3
     """Minimum time in seconds of a sharded decoder layer, forward and backward, however little it computes: 8B on two
     and four H100, 2026-11-27 (``results/multi_gpu.json``)."""
+    exposed: float = 0.5
+    """Share of the time of gathering in which nothing is computed: 0.42 to 0.60 in profiles of 8B on two and four GPUs
+    (``results/multi_gpu.md``, ``LOG.md``)."""
+    dequantize: float = 1.71e12
+    """Bytes per second that bitsandbytes reads and writes while it turns weights of 4 bits into bf16."""
+    search: float = 0.753
+    """Share of ``matmul`` that the passes of a search for heads reach."""
     link: float = 300e9
     """Bytes per second that a GPU receives in all-gathers within a node (NVLink). Assumed, not measured."""
     network: float = 40e9
@@ -143,7 +153,7 @@ def adam(parameters: float) -> float:
 
 def forward_operations(size: Size, length: int) -> tuple[float, float]:
     """Operations per token of a forward pass through all decoder layers: (matrix products, softmax attention)."""
-    return 2.0 * size.active, 2.0 * length * size.heads * size.head_dim * size.layers
+    return 2.0 * size.active, 2.0 * length * size.queries * size.head_dim * size.layers
 
 
 def linear_attention(size: Size, nanoseconds: float) -> float:
@@ -162,12 +172,16 @@ def transfer_token(size: Size, config: Config, speeds: Speeds) -> float:
     return seconds
 
 
-def finetune_token(size: Size, config: Config, speeds: Speeds) -> float:
-    """Seconds of stage 2 for one token on one GPU. Frozen weights need no gradient: 4 operations each, not 6."""
+def finetune_token(size: Size, config: Config, speeds: Speeds, rows: int = 0) -> float:
+    """Seconds of stage 2 for one token on one GPU. Frozen weights need no gradient: 4 operations each, not 6.
+
+    rows: at a time; 0: those of ``config``.
+    """
     products, attention = forward_operations(size, config.data.sequence_length)
     head = 4.0 * (size.head or size.embedding)
-    kept = (size.layers - size.linearized) / size.layers  # layers that stay softmax attention
+    kept = 1 - size.linearized * size.heads / (size.layers * size.queries)  # heads that stay softmax attention
     seconds = (2 * products + head) / speeds.training / speeds.matmul
+    seconds += 1e-9 * speeds.between_ns * size.layers * size.hidden
     seconds += kept * 3.5 * attention / speeds.softmax / speeds.matmul
     slower = 1.0 if size.kernels else speeds.chunked_ns / speeds.transfer_ns
     seconds += linear_attention(size, slower * speeds.finetune_ns)
@@ -175,8 +189,19 @@ def finetune_token(size: Size, config: Config, speeds: Speeds) -> float:
         seconds += (products / speeds.forward + attention / speeds.softmax) / speeds.matmul
         seconds += head / 2 / speeds.forward / speeds.matmul
     if config.finetune.gradient_checkpointing:
-        seconds += products / speeds.forward / speeds.matmul + linear_attention(size, slower * speeds.recompute_ns)
+        seconds += recomputing(size, config, speeds, rows or config.finetune.rows_at_once)
     return seconds
+
+
+def recomputing(size: Size, config: Config, speeds: Speeds, rows: int) -> float:
+    """Seconds of recomputing all layers for one token, with ``rows`` at a time. Recomputing ends once all activations
+    are back, so the last product of an MLP is not made again."""
+    products, _ = forward_operations(size, config.data.sequence_length)
+    products -= size.layers * size.mlp * size.hidden  # mlp: gate and up; the last product has half as many channels
+    each = size.layers * speeds.recomputed_layer / (rows * config.data.sequence_length)
+    if not size.kernels:
+        each += linear_attention(size, speeds.chunked_ns / 3)
+    return products / speeds.forward / speeds.matmul + each
 
 
 def with_evaluation(config: Config, stage: StageConfig) -> float:
@@ -201,10 +226,13 @@ def transfer_activations(size: Size, rows: int, length: int) -> float:
 
 
 def finetune_activations(size: Size, rows: int, length: int) -> float:
-    """Activations that one decoder layer keeps for backward in stage 2: inputs of norms and LoRA, q, k, v, output, gate
-    and up; with feature maps before RoPE, their inputs too."""
-    channels = 2 * size.heads * size.head_dim + 2 * size.kv_heads * size.head_dim
-    return 2.0 * rows * length * (3 * size.hidden + channels + size.unrotated + size.mlp)
+    """Activations that one decoder layer keeps for backward in stage 2, on average: inputs of norms and LoRA, q, k, v,
+    output, gate and up; with feature maps before RoPE, their inputs too. The kernels keep 8 bits of what rounding the
+    output lost, and the outputs of kept and linearized heads are kept as they are and put together."""
+    channels = 2 * size.queries * size.head_dim + 2 * size.keys * size.head_dim
+    lost = size.kernels * size.heads * size.head_dim / 2 * size.linearized / size.layers
+    joined = size.queries * size.head_dim * size.parted / size.layers
+    return 2.0 * rows * length * (3 * size.hidden + channels + lost + joined + size.unrotated + size.mlp)
 
 
 def head_memory(size: Size, rows: int, length: int, config: Config) -> float:
@@ -406,8 +434,8 @@ def lora(
     }  # fmt: skip
     loading = 2.0 * max(size.embedding, size.head, size.layer) if sharded else weights
     host = {"processes": PROCESS * machine.ranks, "weights while loading": loading * machine.ranks}
-    seconds = {"computing": work.finetune_tokens * finetune_token(size, config, speeds) / ranks
-               * with_evaluation(config, stage)}  # fmt: skip
+    token = finetune_token(size, config, speeds, rows)
+    seconds = {"computing": work.finetune_tokens * token / ranks * with_evaluation(config, stage)}
     if ranks > 1:  # once per step, without overlap
         trained = size.lora + (size.maps if trains_maps else 0)
         steps = work.finetune_tokens / (stage.batch_size * length)
@@ -417,6 +445,7 @@ def lora(
         passes = 2 if stage.loss == "cross_entropy" else 3
         gathers = passes * weights * (ranks - 1) / ranks
         seconds["gathering"] = micro_batches * gathers / machine.gather_speed(speeds)
+        seconds["computing, waiting for shards"] = seconds["computing"] + speeds.exposed * seconds["gathering"]
         seconds["handling shards"] = micro_batches * size.layers * speeds.sharded_layer
     seconds["reading"] = weights / machine.read_speed
     disk = {"model": weights, "checkpoints": checkpoints(size.lora), "merged model": weights}

@@ -1,8 +1,9 @@
-"""What a base model in 4 bits, the search for heads and export cost. Estimates: see :class:`Guesses`."""
+"""What a base model in 4 bits, the search for heads and export cost."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 from lolcats.config import Config
 from lolcats.modeling.merge import FILE_BYTES
 from lolcats.plan.costs import (
+    CONTEXT,
     GIB,
     PROCESS,
     WORKSPACE,
@@ -25,7 +27,7 @@ from lolcats.plan.costs import (
 from lolcats.plan.size import Size
 from lolcats.selection.result import by_layer
 from lolcats.selection.search import added_at
-from lolcats.selection.select import Settings, prompt_plan
+from lolcats.selection.select import PASS, Settings, prompt_plan
 from lolcats.selection.streamed import SPARE
 from lolcats.weights.base import NF4_BYTES
 
@@ -49,10 +51,6 @@ PATIENCE = 45 * 60
 class Guesses:
     """Speeds that were never measured."""
 
-    dequantize: float = 1.5e12
-    """Bytes per second that bitsandbytes reads and writes while it turns weights of 4 bits into bf16."""
-    search: float = 0.5
-    """Share of ``Speeds.matmul`` that the passes of a search reach."""
     merge: float = 1e9
     """Bytes of weights per second into which a CPU merges LoRA."""
 
@@ -62,9 +60,9 @@ def nf4_bytes(size: Size) -> float:
     return NF4_BYTES * size.decoder + 2.0 * (size.embedding + size.head)
 
 
-def dequantizing(size: Size, passes: int, guesses: Guesses) -> float:
-    """Seconds of turning all weights in 4 bits into bf16, ``passes`` times."""
-    return passes * (NF4_BYTES + 2.0) * size.decoder / guesses.dequantize
+def dequantized_bytes(size: Size) -> float:
+    """What is read and written to turn all weights in 4 bits into bf16 once."""
+    return (NF4_BYTES + 2.0) * size.decoder
 
 
 def plan_quantized(size: Size, config: Config, machine: Machine, work: Work) -> list[Plan]:
@@ -96,9 +94,9 @@ def lora_in_4_bits(size: Size, config: Config, machine: Machine, work: Work) -> 
     stage, whole = config.finetune, lora(size, config, machine, work)
     teacher, again = stage.loss != "cross_entropy", bool(stage.gradient_checkpointing)
     micro_batches = work.finetune_tokens / (stage.rows_at_once * config.data.sequence_length)
-    dequantized = micro_batches * dequantizing(size, 2 + teacher + again, Guesses())
+    dequantized = micro_batches * (2 + teacher + again) * dequantized_bytes(size) / Speeds().dequantize
     seconds = {
-        "computing (estimated)": whole.seconds["computing"] + dequantized,
+        "computing": whole.seconds["computing"] + dequantized,
         "reading": 2.0 * size.total / machine.read_speed,
     }
     gpu = {**whole.gpu, "weights": nf4_bytes(size), "matrices in bf16": 2 * 2.0 * size.hidden * size.mlp / 2}
@@ -120,25 +118,22 @@ def plan_select(size: Size, config: Config, machine: Machine) -> list[Plan]:
 
 def search(size: Size, config: Config, machine: Machine, lengths: Sequence[int], form: Form = "") -> Plan:
     """The search for an eighth of the heads, or as many as ``attention.softmax_budget`` allows."""
-    speeds, guesses, longest = Speeds(), Guesses(), max(lengths)
+    speeds, longest = Speeds(), max(lengths)
     count = max(1, int((config.attention.softmax_budget or SHARE) * size.kv_heads * size.linearized))
-    tokens, passes = sum(length for _, length in prompt_plan(lengths)), passes_of_search(count)
-    products, attention = forward_operations(size, longest)
-    seconds = passes * tokens * (products + attention) / guesses.search / speeds.matmul
-    gpu = {
-        "weights": 2.0 * size.total, "inputs of layers, for slopes": 2.0 * size.layers * longest * size.hidden,
-        "activations": 2.0 * longest * (8 * size.hidden + 2 * size.mlp), "answers": 0.5 * GIB, "workspace": WORKSPACE,
-    }  # fmt: skip
-    host = {"processes": PROCESS, "hidden states": 2.0 * size.layers * tokens * size.hidden}
+    tokens, passes = tokens_of_score(lengths), passes_of_search(count, 2 if form == "streamed" else 3)
+    seconds = passes * tokens * sum(forward_operations(size, longest)) / speeds.search / speeds.matmul
+    gpu, at_once = search_memory(size, machine, lengths, form)
+    host: dict[str, float] = {"processes": PROCESS}
     read = 2.0 * size.total
-    if form == "4 bits":  # prompts of the longest length may go through one by one
-        seconds += dequantizing(size, math.ceil(passes * tokens / longest), guesses)
-        gpu["weights"], host["weights while loading"] = nf4_bytes(size), 4.0 * largest_tensor(size)
+    recorded = 2.0 * size.layers * tokens * size.hidden
+    on_gpu = recorded_on_gpu(gpu["weights"] + gpu["answers"], recorded, machine)
+    (gpu if on_gpu else host)["hidden states"] = recorded
+    if form == "4 bits":
+        times = passes * batches_of(lengths, at_once)
+        seconds += times * dequantized_bytes(size) / speeds.dequantize
+        host["weights while loading"] = 4.0 * largest_tensor(size)
     elif form == "streamed":
-        del gpu["inputs of layers, for slopes"]
-        gpu["weights"] = 2.0 * (size.embedding + size.head + 2 * size.layer)
-        gpu["hidden states of sets"] = 2.0 * Settings().width * tokens * size.hidden
-        host |= {"a layer and the next": 4.0 * size.layer, "kept free": SPARE}
+        host |= {"a layer and the next": 4.0 * size.layer, "kept free": SPARE + on_gpu * recorded}
         room = machine.host_memory / HEADROOM - sum(host.values())
         host["weights that are kept"] = min(max(0.0, room), 2.0 * size.decoder)
         seconds += streams_of_search(count) * 2.0 * size.decoder / speeds.host_link
@@ -146,11 +141,57 @@ def search(size: Size, config: Config, machine: Machine, lengths: Sequence[int],
     else:
         host["weights while loading"] = gpu["weights"]
     how = {"": [], "4 bits": ["--quantize nf4"], "streamed": ["--schedule stream"]}[form]
-    parts = {"computing (estimated)": seconds, "reading": read / machine.read_speed}
+    parts = {"computing": seconds, "reading": read / machine.read_speed}
     return Plan(
         "select", ", ".join([f"prompts of {longest:,}", *([form] if form else [])]), passes * tokens, gpu, host,
         {"model": 2.0 * size.total}, read, parts, [f"--lengths {','.join(map(str, lengths))}", *how],
     )  # fmt: skip
+
+
+def search_memory(
+    size: Size, machine: Machine, lengths: Sequence[int], form: Form
+) -> tuple[dict[str, float], int]:  # fmt: skip
+    """GPU memory of a search without what it records, and how many tokens it passes at once: as many as fit, halved as
+    ``lolcats select`` does."""
+    at_once = PASS["cuda"]
+    while True:
+        gpu = _search_memory(size, lengths, form, at_once)
+        if at_once <= max(lengths) or gpu_need(sum(gpu.values())) <= machine.gpu_memory:
+            return gpu, at_once
+        at_once //= 2
+
+
+def _search_memory(size: Size, lengths: Sequence[int], form: Form, at_once: int) -> dict[str, float]:
+    tokens = max(min(count, max(1, at_once // length)) * length for length, count in prompts_of(lengths).items())
+    gpu = {"weights": 2.0 * size.total, "answers": 0.5 * GIB, "workspace": WORKSPACE}
+    backward = 2.0 * tokens * (3 * size.mlp + 10 * size.hidden)  # of one layer: it and its gradients
+    if form == "streamed":
+        gpu["weights"] = 2.0 * (size.embedding + size.head + size.layer)
+        sets = 2.0 * Settings().width * tokens_of_score(lengths) * size.hidden
+        forward = 2.0 * tokens * (1.5 * size.mlp + 3 * size.hidden)
+        return gpu | {"a layer, for slopes, or sets of heads": max(backward, sets + forward)}
+    if form == "4 bits":
+        gpu |= {"weights": nf4_bytes(size), "matrices in bf16": 2 * 2.0 * size.hidden * size.mlp / 2}
+    return gpu | {"inputs of layers, for slopes": 2.0 * size.layers * tokens * size.hidden, "a layer": backward}
+
+
+def recorded_on_gpu(held: float, recorded: float, machine: Machine) -> bool:
+    """Whether a search records what all layers put out on the GPU: if twice as much is free beside what it holds."""
+    return 2 * recorded <= machine.gpu_memory - CONTEXT - held
+
+
+def prompts_of(lengths: Sequence[int]) -> Counter[int]:
+    """How many prompts of each length a search has."""
+    return Counter(length for _, length in prompt_plan(lengths))
+
+
+def tokens_of_score(lengths: Sequence[int]) -> int:
+    return sum(length for _, length in prompt_plan(lengths))
+
+
+def batches_of(lengths: Sequence[int], at_once: int = PASS["cuda"]) -> int:
+    """Batches of one length in which all prompts pass through the model."""
+    return sum(math.ceil(count / max(1, at_once // length)) for length, count in prompts_of(lengths).items())
 
 
 def kept_evenly(config: Config, size: Size) -> Config:
@@ -162,15 +203,19 @@ def kept_evenly(config: Config, size: Size) -> Config:
     return replace(config, attention=replace(plain, softmax_heads=heads))
 
 
-def passes_of_search(count: int) -> float:
-    """Forward passes through all layers until ``count`` heads are chosen, and those of the curve up to there."""
+def passes_of_search(count: int, slopes: int = 3) -> float:
+    """Forward passes through all layers until ``count`` heads are chosen, and those of the curve up to there.
+
+    slopes: passes that the slopes of a set take; a streamed search has the hidden states, so it needs 2.
+    """
     kept, passes = 0, 0.0
     while kept < count:
         added = min(added_at(kept, count), Settings().width)
         kept += added
-        passes += 1 + 3 + (Settings().width + (added > 1)) / 2 + 1  # hidden states, slopes, candidates, right answers
+        candidates = (Settings().width + (added > 1)) / 2
+        passes += 1 + slopes + candidates + 1  # hidden states, slopes, candidates, right answers
         if kept > 1 and added == 1:  # each kept head, or the least steep ones, is left out once
-            passes += min(kept, Settings().width) / 2 + 3 * (Settings().width < kept == count)
+            passes += min(kept, Settings().width) / 2 + slopes * (Settings().width < kept == count)
     return passes + 7  # the teacher's answers, the first slopes, a model without heads, the last hidden states
 
 
@@ -220,8 +265,7 @@ def path_line(plans: Sequence[Plan]) -> str:
     parts = ", ".join(f"{plan.stage} {plan.time / 3600:.1f}" for plan in plans)
     hours = sum(plan.time for plan in plans) / 3600
     return (
-        f"All of it takes about {hours:.1f} hours ({parts}). Times of select, of stage 2 in 4 bits and of export are "
-        "estimates: they were never measured."
+        f"All of it takes about {hours:.1f} hours ({parts}). The time of export is an estimate: it was never measured."
     )
 
 

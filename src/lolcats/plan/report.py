@@ -18,6 +18,7 @@ HEADER = ("stage", "schedule", "GPU GiB", "host GiB", "disk GB", "read GB", "hou
 PAPER_BLOCK = 9  # layers per block of the paper's 405B run: 126 layers in 14 blocks
 SELECTION = "selection.yaml"
 HEADROOM = 1.1  # factor on the host memory that a plan counts
+HARDLY = 1.02  # times as long as the fastest plan that a smaller one may take
 
 
 def parse_quantity(text: str, option: str, least: float = 0.0) -> float:
@@ -46,8 +47,17 @@ def title(model: str, size: Size, machine: Machine, work: Work) -> str:
 
 
 def recommended(plans: Sequence[Plan]) -> list[Plan]:
-    """The fastest plan that fits (the first of equally fast ones), or an empty list."""
-    return sorted((plan for plan in plans if not plan.problems), key=lambda plan: plan.time)[:1]
+    """The fastest plan that fits (the first of equally fast ones), or an empty list. Streaming and blocks give the same
+    feature maps, so if one of them is fastest, the smaller one is preferred as long as it takes hardly any longer."""
+    fitting = sorted((plan for plan in plans if not plan.problems), key=lambda plan: plan.time)
+    if not fitting or not _layer_by_layer(fitting[0]):
+        return fitting[:1]
+    close = [plan for plan in fitting if _layer_by_layer(plan) and plan.time <= HARDLY * fitting[0].time]
+    return [min(close, key=lambda plan: plan.peak)]
+
+
+def _layer_by_layer(plan: Plan) -> bool:
+    return plan.stage == "stage 1" and plan.schedule != "joint"
 
 
 def plan_rows(plans: Sequence[Plan]) -> list[tuple[str, ...]]:

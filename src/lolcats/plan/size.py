@@ -40,6 +40,12 @@ class Size:
     hidden: int
     heads: int
     kv_heads: int
+    """Heads that are linearized."""
+    queries: int
+    keys: int
+    """All query and key/value heads of a layer, with those that stay softmax attention beside linearized ones."""
+    parted: int
+    """Layers that have both kinds of heads."""
     head_dim: int
     features: int
     mlp: int
@@ -128,6 +134,7 @@ def size_of(model_config: Any, config: Config, trust: bool = False) -> Size:
     if not found:
         raise LolcatsError("Nothing to plan: attention.kind and attention.layers leave every layer unchanged.")
     largest = max(found, key=lambda layer: layer.geometry.heads * layer.geometry.head_dim)
+    whole = largest.geometry if largest.kept is None else largest.kept.geometry
     active = sum(_active(layer, share) for layer in layers)
     maps = sum(p.numel() for layer in found for p in layer.parameters())
     memory = {"state": cache_bytes(model, 0)[1]} | _growing(model)
@@ -135,7 +142,8 @@ def size_of(model_config: Any, config: Config, trust: bool = False) -> Size:
         wrapped = add_lora(model, config.finetune)
     return Size(
         family=family, layers=len(layers), linearized=len(found), hidden=embedding.shape[1],
-        heads=largest.geometry.heads, kv_heads=largest.geometry.kv_heads, head_dim=largest.geometry.head_dim,
+        heads=largest.geometry.heads, kv_heads=largest.geometry.kv_heads, queries=whole.heads, keys=whole.kv_heads,
+        parted=sum(layer.kept is not None for layer in found), head_dim=largest.geometry.head_dim,
         features=largest.phi_k.num_features, mlp=max(_mlp_channels(layer, model_config) for layer in layers),
         vocabulary=embedding.shape[0], layer=max(counts), decoder=sum(counts),
         active=active, embedding=embedding.numel(),
