@@ -48,6 +48,23 @@ def test_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "All of it with 8M tokens in each stage, on the cross-entropy: " in large.report(results)
 
 
+def test_the_table_is_written_again_with_the_plan_of_today(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = script("large")
+    known = json.loads((large.ROOT / "benchmarks/results/large.json").read_text())
+    known |= {"model": "tiny", "plan": {}}
+    known["parts"] = {"stage 2, kl, 2 rows at a time": known["parts"]["stage 2, kl, 2 rows at a time"]}
+    (tmp_path / "large.json").write_text(json.dumps(known))
+    monkeypatch.setattr(sys, "argv", ["large.py", "--tiny", "--report", "--out", str(tmp_path)])
+    large.main()
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| stage 2")]
+    plan = json.loads((tmp_path / "large.json").read_text())["plan"]
+    planned = plan["stage 2, kl, 2 rows at a time"]["tokens_per_second"]
+    assert f"| 1,188 tokens/s | 73.8 | {planned:,.0f} tokens/s |" in row
+    assert "20M tokens; other build: 77adf81. Stage 2" in (tmp_path / "large.md").read_text()
+
+
 def test_each_loss_is_measured_in_the_first_form_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes wrong in one form is told, and the next one is tried."""
     large, told, errors = script("large"), dict[str, Any](), [torch.OutOfMemoryError(), None, ValueError("no kernel")]
