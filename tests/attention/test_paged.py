@@ -1,4 +1,4 @@
-"""Attention to keys in blocks: the reference against SDPA, the kernel (interpreted) against the reference."""
+"""Attention to keys in blocks: the reference against SDPA, the kernel against the reference."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.interpreted import DEVICE
 from torch import Tensor
 
 from lolcats.attention import use_backend
@@ -29,7 +30,8 @@ def case(heads: int, kv_heads: int, dim: int) -> tuple[list[Tensor], KeyValues, 
         places = (tables[row].long()[:, None] * SIZE + torch.arange(SIZE)).flatten()[:length]
         for x in memory:
             x[places] = torch.randn(length, kv_heads, dim, generator=generator)
-    return new, memory, tables, torch.tensor(LENGTHS)
+    memory = KeyValues(*(x.to(DEVICE) for x in memory))
+    return [x.to(DEVICE) for x in new], memory, tables.to(DEVICE), torch.tensor(LENGTHS, device=DEVICE)
 
 
 @pytest.mark.parametrize("window", [0, 20])
@@ -38,7 +40,7 @@ def test_the_reference_is_sdpa_over_the_keys_in_order(shape: tuple[int, int, int
     (q, k, v), memory, tables, positions = case(*shape)
     y = reference(q, k, v, memory, tables, positions, SIZE, 0.3, window=window)
     for row, length in enumerate(LENGTHS):
-        places = (tables[row].long()[:, None] * SIZE + torch.arange(SIZE)).flatten()[: length + 1]
+        places = (tables[row].long()[:, None] * SIZE + torch.arange(SIZE, device=DEVICE)).flatten()[: length + 1]
         keys, values = (x[places].transpose(0, 1)[None, :, -window:] for x in memory)
         torch.testing.assert_close(keys[0, :, -1], k[row, :, 0], atol=0, rtol=0)
         expected = F.scaled_dot_product_attention(q[row : row + 1], keys, values, scale=0.3, enable_gqa=True)
@@ -66,11 +68,11 @@ def test_the_number_of_parts_changes_nothing(parts: int) -> None:
 
     (q, k, v), memory, tables, positions = case(4, 2, 16)
     expected = reference(q, k, v, memory, tables, positions, SIZE, 0.3, window=90)
-    whole = [torch.full((ROWS, n, 1, 16), torch.nan) for n in (10, 5, 5)]
+    whole = [torch.full((ROWS, n, 1, 16), torch.nan, device=DEVICE) for n in (10, 5, 5)]
     for x, part, heads in zip(whole, (q, k, v), ([2, 3, 8, 9], [1, 4], [1, 4]), strict=True):
         x[:, heads] = part
-    out = torch.full((ROWS, 10, 16), torch.nan)
-    subset = HeadSubset(torch.tensor([1, 4]), out)
+    out = torch.full((ROWS, 10, 16), torch.nan, device=DEVICE)
+    subset = HeadSubset(torch.tensor([1, 4], device=DEVICE), out)
     paged_decode(*whole, memory, tables, positions, SIZE, 0.3, window=90, subset=subset, parts=parts)
     torch.testing.assert_close(out[:, [2, 3, 8, 9], None], expected, atol=1e-5, rtol=1e-5)
     assert out[:, [0, 1, 4, 5, 6, 7]].isnan().all()
