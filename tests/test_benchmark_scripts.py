@@ -74,6 +74,23 @@ def test_committed_tables_are_those_of_their_results(name: str) -> None:
     assert module.report(results) == (FOLDER / "results" / f"{name}.md").read_text()
 
 
+def test_sections_of_another_gpu_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those that stay keep the heading of the GPU that measured them."""
+    pytest.importorskip("triton")
+    attention = script("attention")
+    monkeypatch.setattr(
+        attention, "sections", lambda _: {name: ("n", lambda name=name: iter([[name]])) for name in ("One", "Two")}
+    )
+    for device, only in (("an H100", ""), ("an H200", "Two")):
+        monkeypatch.setattr(attention.common, "hardware", lambda _, device=device: device)
+        results = attention.run(tmp_path, [], only)
+    assert results["device"] == "an H100"
+    assert [section.get("device") for section in results["sections"].values()] == [None, "an H200"]
+    table = (tmp_path / "attention.md").read_text()
+    assert "`python benchmarks/attention.py`, an H100, torch" in table
+    assert f"## Two\n{results['sections']['Two']['date']}, an H200\n" in table
+
+
 def make_small(patch: pytest.MonkeyPatch, module: Any, heads: int, kv_heads: int) -> None:
     """Let a benchmark of the kernels take 20 tokens of small heads, in fp32."""
     problem = sys.modules["attention_problem"]
