@@ -19,7 +19,9 @@ SIZE, ROWS, LENGTHS = 16, 5, [0, 15, 16, 70, 127]
 SHAPES = [(4, 2, 16), (3, 3, 24), (6, 1, 64)]  # query heads, key/value heads, head dim
 
 
-def case(heads: int, kv_heads: int, dim: int) -> tuple[list[Tensor], KeyValues, Tensor, Tensor]:
+def case(
+    heads: int, kv_heads: int, dim: int, device: str = DEVICE
+) -> tuple[list[Tensor], KeyValues, Tensor, Tensor]:  # fmt: skip
     """New q, k, v; a memory in which blocks are scattered, with NaN wherever no key is; tables; positions."""
     generator = torch.Generator().manual_seed(heads)
     new = [torch.randn(ROWS, n, 1, dim, generator=generator) for n in (heads, kv_heads, kv_heads)]
@@ -30,17 +32,17 @@ def case(heads: int, kv_heads: int, dim: int) -> tuple[list[Tensor], KeyValues, 
         places = (tables[row].long()[:, None] * SIZE + torch.arange(SIZE)).flatten()[:length]
         for x in memory:
             x[places] = torch.randn(length, kv_heads, dim, generator=generator)
-    memory = KeyValues(*(x.to(DEVICE) for x in memory))
-    return [x.to(DEVICE) for x in new], memory, tables.to(DEVICE), torch.tensor(LENGTHS, device=DEVICE)
+    memory = KeyValues(*(x.to(device) for x in memory))
+    return [x.to(device) for x in new], memory, tables.to(device), torch.tensor(LENGTHS, device=device)
 
 
 @pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_reference_is_sdpa_over_the_keys_in_order(shape: tuple[int, int, int], window: int) -> None:
-    (q, k, v), memory, tables, positions = case(*shape)
+    (q, k, v), memory, tables, positions = case(*shape, device="cpu")
     y = reference(q, k, v, memory, tables, positions, SIZE, 0.3, window=window)
     for row, length in enumerate(LENGTHS):
-        places = (tables[row].long()[:, None] * SIZE + torch.arange(SIZE, device=DEVICE)).flatten()[: length + 1]
+        places = (tables[row].long()[:, None] * SIZE + torch.arange(SIZE)).flatten()[: length + 1]
         keys, values = (x[places].transpose(0, 1)[None, :, -window:] for x in memory)
         torch.testing.assert_close(keys[0, :, -1], k[row, :, 0], atol=0, rtol=0)
         expected = F.scaled_dot_product_attention(q[row : row + 1], keys, values, scale=0.3, enable_gqa=True)
