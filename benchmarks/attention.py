@@ -329,8 +329,9 @@ def run(directory: Path, activations: list[Path], only: str) -> dict[str, Any]:
     """Sections with ``only`` in their name; what is measured is written, should a later section fail."""
     before = common.read(directory, "attention") if only and (directory / "attention.json").exists() else {}
     every, kept = sections(activations), before.get("sections", {})
+    device = common.hardware(torch.device("cuda"))
     results: dict[str, Any] = {
-        "device": common.hardware(torch.device("cuda")), "torch": torch.__version__, "triton": triton.__version__,
+        "device": before.get("device", device), "torch": torch.__version__, "triton": triton.__version__,
         PEER: common.installed(PEER)[PEER] or before.get(PEER),
         "sections": {name: kept[name] for name in every if name in kept},
     }  # fmt: skip
@@ -338,6 +339,8 @@ def run(directory: Path, activations: list[Path], only: str) -> dict[str, Any]:
         if only not in name:
             continue
         section = {"date": str(date.today()), "columns": columns.split(" | "), "rows": []}
+        if device != results["device"]:
+            section["device"] = device
         results["sections"][name] = section
         for row in rows():
             section["rows"].append(row)
@@ -368,7 +371,7 @@ def report(results: dict[str, Any]) -> str:
         lines += [
             "",
             f"## {name}",
-            section["date"],
+            ", ".join([section["date"], *filter(None, [section.get("device"), section.get("note")])]),
             "",
             "| " + " | ".join(section["columns"]) + " |",
             "|---" * len(section["columns"]) + "|",
@@ -381,7 +384,10 @@ def draw(results: dict[str, Any], directory: Path) -> None:
     pyplot = common.load_pyplot()
     if pyplot is None or "Forward" not in results["sections"]:
         return
-    rows = results["sections"]["Forward"]["rows"]
+    rows, device = (
+        results["sections"]["Forward"]["rows"],
+        results["sections"]["Forward"].get("device", results["device"]),
+    )
     figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     single = [row for row in rows if "×" not in row[0] or row[0].startswith("1 ×")]
     query, kv = ([row for row in single if row[1] == name] for name in ("query", "kv"))
@@ -391,8 +397,8 @@ def draw(results: dict[str, Any], directory: Path) -> None:
         axis.plot(
             lengths, [1e6 * float(row[column]) / n for row, n in zip(points, lengths, strict=True)], "o-", label=label
         )
-    axis.axhline(max(bound(H, results["device"])), color="gray", linestyle="--", label="bound")
-    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ns a token, forward", title=results["device"])
+    axis.axhline(max(bound(H, device)), color="gray", linestyle="--", label="bound")
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ns a token, forward", title=device)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(directory / "attention.png", dpi=120)

@@ -57,7 +57,7 @@ class OnChip(Undone):
 
     def kernels(self) -> Tensor:
         mixer = self.mixer(replace(self.spec, unrotated=True))
-        tiling = Tiling(see=self.see, turn=True)
+        tiling = Tiling(see=self.see)
         return triton_attention(*self.qkv, mixer, turning=self.turning, tiling=tiling)[0]
 
 

@@ -39,6 +39,7 @@ SIZES = {  # fields of training.Geometry
     "8B": {},
     "tiny": {"layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate": 96, "vocabulary": 320},
 }
+EAGER = "transfer.cuda_graph=false"  # older builds do not know it, and are eager
 WARM, LOSSES = 4, 50
 MARGIN = 60
 
@@ -69,7 +70,7 @@ def rows() -> dict[str, Row]:
         every = f"finetune.micro_batch_size={8 if size != '8B' else 4}"
         at_once = every.rpartition("=")[2]
         found |= {
-            f"{size}, stage 1": Row(size, "transfer"),
+            f"{size}, stage 1": Row(size, "transfer", (EAGER,)),
             f"{size}, stage 1, CUDA graph": Row(size, "transfer", ("transfer.cuda_graph=true",)),
             f"{size}, stage 2": Row(size, "finetune"),
             f"{size}, stage 2, {at_once} rows at once": of_both(size, "finetune", every),
@@ -77,8 +78,9 @@ def rows() -> dict[str, Row]:
             f"{size}, PEFT and Trainer, {at_once} rows at once": Row(size, "peft", (every,), None),
             f"{size}, PEFT and Trainer, 4 rows at once": Row(size, "peft", ("finetune.micro_batch_size=4",), None),
         }
-        for stage, kind in (("stage 1", "transfer"), ("stage 2", "finetune")):
-            found[f"{size}, {stage}, maps before RoPE"] = Row(size, kind, ("attention.feature_inputs=unrotated",), None)
+        unrotated = "attention.feature_inputs=unrotated"
+        found[f"{size}, stage 1, maps before RoPE"] = Row(size, "transfer", (unrotated, EAGER), (unrotated,))
+        found[f"{size}, stage 2, maps before RoPE"] = of_both(size, "finetune", unrotated)
     for length in (4096, 8192):
         one, shape = "finetune.micro_batch_size=1", {"length": length, "batch": 8192 // length}
         found[f"8B, stage 2, rows of {length:,}"] = of_both("8B", "finetune", one, **shape)

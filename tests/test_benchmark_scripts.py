@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import sentence
+from support.interpreted import DEVICE
 from support.scripts import FOLDER, script
 
 from lolcats.attention import use_backend
@@ -73,10 +74,27 @@ def test_committed_tables_are_those_of_their_results(name: str) -> None:
     assert module.report(results) == (FOLDER / "results" / f"{name}.md").read_text()
 
 
+def test_sections_of_another_gpu_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those that stay keep the heading of the GPU that measured them."""
+    pytest.importorskip("triton")
+    attention = script("attention")
+    monkeypatch.setattr(
+        attention, "sections", lambda _: {name: ("n", lambda name=name: iter([[name]])) for name in ("One", "Two")}
+    )
+    for device, only in (("an H100", ""), ("an H200", "Two")):
+        monkeypatch.setattr(attention.common, "hardware", lambda _, device=device: device)
+        results = attention.run(tmp_path, [], only)
+    assert results["device"] == "an H100"
+    assert [section.get("device") for section in results["sections"].values()] == [None, "an H200"]
+    table = (tmp_path / "attention.md").read_text()
+    assert "`python benchmarks/attention.py`, an H100, torch" in table
+    assert f"## Two\n{results['sections']['Two']['date']}, an H200\n" in table
+
+
 def make_small(patch: pytest.MonkeyPatch, module: Any, heads: int, kv_heads: int) -> None:
-    """Let a benchmark of the kernels take 20 tokens of small heads, in fp32 on the CPU."""
+    """Let a benchmark of the kernels take 20 tokens of small heads, in fp32."""
     problem = sys.modules["attention_problem"]
-    sizes = {"DEVICE": torch.device("cpu"), "H": heads, "G": kv_heads, "D": 16, "F_COLUMNS": 16}
+    sizes = {"DEVICE": torch.device(DEVICE), "H": heads, "G": kv_heads, "D": 16, "F_COLUMNS": 16}
     for name, value in sizes.items():
         patch.setattr(problem, name, value)
         if hasattr(module, name):
@@ -94,7 +112,7 @@ def test_launches_of_the_state_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([9.0, 5.0, 7.0, 6.0])
     monkeypatch.setattr(variants, "replayed", lambda function: (function(), next(times))[1])
     rotated = variants.Problem.random(1, 40, 2)
-    row = variants.row(rotated, "1 × 40", torch.ones(1, 4, 40, 16), "cuDNN, contiguous", 10.0)
+    row = variants.row(rotated, "1 × 40", torch.ones(1, 4, 40, 16, device=DEVICE), "cuDNN, contiguous", 10.0)
     assert row == [
         "1 × 40", "after RoPE", "cuDNN, contiguous", "10.000", "9.000", "5.000", "7.000", "6.000", "4 warps, 1 stage",
         "2.00", "1.80",

@@ -229,8 +229,10 @@ class TransferConfig(StageConfig):
     """Layers per block with ``order: blocks``."""
     chunk_tokens: int = 1_000_000
     """Tokens per chunk with ``order: stream``. Host memory holds their hidden states."""
-    cuda_graph: bool = False
-    """On CUDA, replay a CUDA graph for rows of one shape, with ``order: joint`` and without ``reset_at_documents``."""
+    cuda_graph: bool | Literal["auto"] = "auto"
+    """On CUDA, replay a CUDA graph for rows of one shape, with ``order: joint`` and without ``reset_at_documents``.
+    ``auto``: on one GPU, for models in 16 bits without kept heads or experts, if its memory is free and the run has at
+    least 20 more steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

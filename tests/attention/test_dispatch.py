@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import tiny_model
+from support.interpreted import interpreted
 from torch import Tensor
 
 import lolcats
-from lolcats.attention import AttentionSpec, choose_path, use_backend
+from lolcats.attention import AttentionSpec, FeatureMap, Mixer, choose_path, use_backend
 from lolcats.attention import path as path_module
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
@@ -19,7 +21,6 @@ from lolcats.modeling.layer import Geometry, LinearizedAttention, linearized_lay
 
 SPEC = AttentionSpec("hybrid", "terraced", 16, 2)
 Q = torch.zeros(1, 2, 3, 16)
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
 
 def test_default_on_a_cpu_is_the_chunked_path() -> None:
@@ -56,6 +57,45 @@ def test_what_cannot_be_forced_is_refused_with_a_sentence(monkeypatch: pytest.Mo
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         with pytest.raises(LolcatsError, match="tensors are on cpu"):
             choose_path(Q, SPEC)
+
+
+PHI = FeatureMap("hedgehog", 2, 16, 16)
+CHOICES: dict[str, Callable[[Tensor], str]] = {
+    "prefill": lambda q: choose_path(q, SPEC),
+    "decode": lambda q: path_module.choose_decode_path(q, Mixer(PHI, PHI, torch.ones(2), SPEC, 0.25)),
+    "kept keys": path_module.choose_paged_path,
+    "RoPE undone": path_module.choose_rotary_path,
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@torch.no_grad()
+def test_kernels_that_cannot_run_are_refused_only_if_they_are_forced(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = CHOICES[name]
+    with monkeypatch.context() as patch, use_backend("triton"):
+        patch.setattr(path_module, "_has_triton", lambda: False)
+        with pytest.raises(LolcatsError, match="pip install triton"):
+            choose(Q)
+    monkeypatch.setattr(path_module, "_has_triton", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with use_backend("triton"), pytest.raises(LolcatsError, match="tensors are on cpu"):
+        choose(Q)
+    for backend in ("auto", "chunked"):
+        with use_backend(backend):
+            assert choose(Q) == choose(Q.bfloat16()) == "chunked"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with use_backend("triton"):
+        assert choose(Q) == "kernels"
+
+
+@pytest.mark.parametrize("name", ["decode", "kept keys", "RoPE undone"])
+@torch.no_grad()
+def test_what_no_kernel_computes_needs_no_interpreter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with use_backend("triton"):
+        assert CHOICES[name](Q.double()) == "chunked"
 
 
 def test_environment_sets_the_switch_and_triton_is_imported_late() -> None:

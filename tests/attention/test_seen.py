@@ -19,7 +19,7 @@ from lolcats.attention.kernels import function, triton_attention
 from lolcats.attention.kernels.launcher import Launcher
 from lolcats.attention.kernels.layout import Tiling, fits_twice
 
-TILING = Tiling(16, 16, 2, 1, see=True)
+TILING = Tiling(16, 16, 2, 1)
 HYBRID = AttentionSpec("hybrid", "terraced", 16, 4)
 SLIDING = dataclasses.replace(HYBRID, window="sliding")
 

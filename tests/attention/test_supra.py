@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.interpreted import DEVICE
 from test_paths import F_COLUMNS, SCALE, B, D, G, H, Problem, compare_with_gradients
 from torch import Tensor, nn
 
@@ -190,6 +191,7 @@ def test_kernels_leave_it_to_the_chunked_path() -> None:
         with torch.no_grad(), use_backend("triton"):
             assert choose_decode_path(q, layer.mixer(SCALE)) == "supra"
     pytest.importorskip("triton")
+    q, layer = q.to(DEVICE), layer.to(DEVICE)
     with use_backend("triton"), pytest.raises(LolcatsError, match=r"only attention\.decay=none with .*normalizer=sum"):
         layer(q, q[:, :G], q[:, :G], SCALE)
 

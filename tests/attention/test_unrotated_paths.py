@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support.interpreted import DEVICE
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -30,10 +31,10 @@ class Problem:
 
     def __init__(self, maps: int = H, feature_map: str = "hedgehog") -> None:
         torch.manual_seed(0)
-        self.q, self.k, self.v = (2 * torch.randn(B, heads, T, D) for heads in (H, G, G))
-        self.plain_q, self.plain_k = (2 * torch.randn(B, heads, T, D) for heads in (H, G))
-        self.phi_q, self.phi_k = FeatureMap(feature_map, H, D, 16), FeatureMap(feature_map, maps, D, 16)
-        self.gamma, self.maps = torch.rand(H) * 0.5 + 0.05, maps
+        shapes = ((B, heads, T, D) for heads in (H, G, G, H, G))
+        self.q, self.k, self.v, self.plain_q, self.plain_k = (2 * torch.randn(x).to(DEVICE) for x in shapes)
+        self.phi_q, self.phi_k = (FeatureMap(feature_map, n, D, 16).to(DEVICE) for n in (H, maps))
+        self.gamma, self.maps = (torch.rand(H) * 0.5 + 0.05).to(DEVICE), maps
 
     def leaves(self) -> list[Tensor]:
         tensors = (self.q, self.k, self.v, self.plain_q, self.plain_k, self.gamma)
@@ -114,7 +115,7 @@ def test_kernels_go_on_from_a_state() -> None:
 @torch.no_grad()
 def test_padding() -> None:
     problem, spec = Problem(), spec_of()
-    mask = torch.ones(B, T, dtype=torch.bool)
+    mask = torch.ones(B, T, dtype=torch.bool, device=DEVICE)
     mask[:, :20] = False
     y, _ = extend(problem.empty(spec), *problem.inputs(), problem.mixer(spec), mask=mask)
     assert_close(y[:, :, 20:], problem.reference(spec, slice(20, None)), atol=2e-5, rtol=1e-4)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
+from support.interpreted import interpreted
 from support.serving import CONFIG, tiny_engine
 
 import lolcats
@@ -90,6 +91,7 @@ def test_rows_are_the_same_bits_with_one_batch_size(tokenizer: Any) -> None:
         assert [d.logprobs for d in again] == [d.logprobs for d in deltas]
 
 
+@interpreted
 def test_the_decode_kernel_gives_the_same_tokens(tokenizer: Any) -> None:
     """In triton's interpreter; rows of different lengths, slots that empty and are filled again."""
     pytest.importorskip("triton")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from support.interpreted import interpreted
 from support.tiny import tiny
 from test_engine import Ahead, alone, ask, prompts, tokens
 
@@ -378,6 +379,7 @@ def test_steps_about_which_only_the_device_knows_change_no_token(name: str, toke
     assert_all_free(engine)
 
 
+@interpreted
 def test_the_kernel_gives_the_same_tokens(tokenizer: Any) -> None:
     """In triton's interpreter; rows of different lengths, a local layer, a block that fills."""
     pytest.importorskip("triton")
@@ -390,6 +392,7 @@ def test_the_kernel_gives_the_same_tokens(tokenizer: Any) -> None:
         assert tokens(deltas) == generated(engine.model, prompt, 3 + i)
 
 
+@interpreted
 @pytest.mark.parametrize("name", ["a layer and a head", "unrotated maps", "no linear term"])
 def test_kernels_of_kept_and_other_heads_run_side_by_side(
     name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
+from support.interpreted import DEVICE
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -137,12 +138,12 @@ def test_only_the_same_input_takes_the_same_product() -> None:
             torch.testing.assert_close(getattr(attention, name)(given), own[name](given))
 
 
-def test_columns_in_the_interpreter() -> None:
+def test_columns() -> None:
     pytest.importorskip("triton")
     from lolcats.attention.kernels.columns import columns
 
     for sizes in ((8, 4, 4), (1500, 24, 1030)):
-        x = torch.randn(3, 1, sum(sizes))
+        x = torch.randn(3, 1, sum(sizes), device=DEVICE)
         for part, expected in zip(columns(x, sizes), x.split(sizes, -1), strict=True):
             assert part.is_contiguous()
             torch.testing.assert_close(part, expected, atol=0, rtol=0)

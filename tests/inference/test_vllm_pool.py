@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.interpreted import DEVICE
 from torch import Tensor
 
 from lolcats.attention import SlotState, step, use_backend
@@ -42,18 +43,19 @@ def made(name: str) -> LinearizedAttention:
 
 def pool_of(layer: LinearizedAttention, pages: int, sums: torch.dtype = torch.float32) -> Pool:
     """A pool whose memory is NaN in every dtype, with pages that are longer than a state."""
-    k, v = (torch.zeros(1, KV_HEADS, 0, channels) for channels in (layer.spec.channels(DIM), DIM))
+    place = layer.gate.device
+    k, v = (torch.zeros(1, KV_HEADS, 0, channels, device=place) for channels in (layer.spec.channels(DIM), DIM))
     empty = layer.empty_state(k, v, dtype=sums)
     layout = Layout.of(empty)
-    return Pool(layout, torch.full((pages, layout.nbytes + 48), 255, dtype=torch.uint8))
+    return Pool(layout, torch.full((pages, layout.nbytes + 48), 255, dtype=torch.uint8, device=place))
 
 
 class Sequence:
     """Queries, keys and values of one sequence, and how many tokens the pool has seen of it."""
 
-    def __init__(self, length: int, slot: int, channels: int = DIM) -> None:
-        self.q, self.k = (torch.randn(length, heads, channels) for heads in (HEADS, KV_HEADS))
-        self.v = torch.randn(length, KV_HEADS, DIM)
+    def __init__(self, length: int, slot: int, channels: int = DIM, device: str = "cpu") -> None:
+        shapes = ((length, HEADS, channels), (length, KV_HEADS, channels), (length, KV_HEADS, DIM))
+        self.q, self.k, self.v = (torch.randn(shape).to(device) for shape in shapes)
         self.length, self.slot, self.seen, self.outputs = length, slot, 0, list[Tensor]()
 
     def whole(self, layer: LinearizedAttention) -> Tensor:
@@ -64,7 +66,7 @@ class Sequence:
 def one_step(layer: LinearizedAttention, pool: Pool, batch: list[tuple[Sequence, int]]) -> None:
     """``batch``: sequences, and how many new tokens of each."""
     lengths, seen = [count for _, count in batch], [x.seen for x, _ in batch]
-    plan = Batch.of(lengths, seen, torch.tensor([x.slot for x, _ in batch]))
+    plan = Batch.of(lengths, seen, torch.tensor([x.slot for x, _ in batch], device=pool.pages.device))
     q, k, v = (torch.cat([getattr(x, name)[x.seen : x.seen + n] for x, n in batch]) for name in "qkv")
     out = torch.full_like(q[..., :DIM], torch.nan)
     attend(pool, layer, layer.mixer(SCALE), plan, q, k, v, out)
@@ -155,21 +157,22 @@ IN_PLACE = ["terraced", "sliding", "only window", "before RoPE"]
 def test_a_step_of_one_token_each_writes_only_the_states_of_its_rows(name: str) -> None:
     """By the kernel. One sequence begins so, and there are rows of padding."""
     pytest.importorskip("triton", reason="triton is not installed")
-    layer = made(name)
+    layer = made(name).to(DEVICE)
     pool, channels = pool_of(layer, 6), layer.spec.channels(DIM)
-    sequences = [Sequence(length, slot, channels) for length, slot in ((11, 4), (9, 2), (4, 5))]
+    sequences = [Sequence(length, slot, channels, DEVICE) for length, slot in ((11, 4), (9, 2), (4, 5))]
     for sequence, count in zip(sequences, (7, 5, 0), strict=True):
         if count:
             one_step(layer, pool, [(sequence, count)])
     used, others = [4, 2, 5], [0, 1, 3]
     before = pool.pages.clone()
     for _ in range(4):
-        seen = torch.tensor([*(x.seen for x in sequences), PADDING, PADDING])
+        seen = torch.tensor([*(x.seen for x in sequences), PADDING, PADDING], device=DEVICE)
         q, k, v = (torch.stack([getattr(x, part)[x.seen] for x in sequences]) for part in "qkv")
         q, k, v = (torch.cat([x, torch.full_like(x[:2], 9)]) for x in (q, k, v))
         out = torch.full_like(q[..., :DIM], torch.nan)
+        batch = Batch.decoding(seen, torch.tensor([*used, 0, 3], device=DEVICE))
         with use_backend("triton"):
-            attend(pool, layer, layer.mixer(SCALE), Batch.decoding(seen, torch.tensor([*used, 0, 3])), q, k, v, out)
+            attend(pool, layer, layer.mixer(SCALE), batch, q, k, v, out)
         assert not out[3:].any()
         for sequence, y in zip(sequences, out[:3], strict=True):
             sequence.outputs.append(y[None])
@@ -188,6 +191,7 @@ def test_a_step_of_one_token_each_waits_for_nothing(name: str, monkeypatch: pyte
     launches = list[Any]()
     monkeypatch.setattr(kernels, "decode_kernel", {(3, KV_HEADS): lambda *args, **_: launches.append(args)})
     monkeypatch.setattr(kernels, "choose_splits", lambda *_: 1)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # else kernels are refused for tensors that are not on a GPU
     layer = made(name)
     pool = Pool(pool_of(layer, 1).layout, torch.empty(5, pool_of(layer, 1).layout.nbytes, device="meta").byte())
     layer.to("meta")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
+from support.interpreted import DEVICE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -90,9 +91,10 @@ def test_layer_equals_the_reference_document_by_document(backend: str, lengths: 
     """Outputs and all gradients, against the naive fp32 form of each document alone."""
     if backend == "triton":
         pytest.importorskip("triton")
-    layer = linearized_layers(converted())[0]
-    tensors = [torch.randn(2, sum(lengths[0]), heads, 8).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
-    documents = Documents(lengths, torch.device("cpu"))
+    layer = linearized_layers(converted())[0].to(DEVICE)
+    shapes = ((2, sum(lengths[0]), heads, 8) for heads in (4, 2, 2))
+    tensors = [torch.randn(shape, device=DEVICE).transpose(1, 2).requires_grad_() for shape in shapes]
+    documents = Documents(lengths, torch.device(DEVICE))
     expected = by_reference(layer, tensors, lengths)
     with use_backend(backend):
         y = layer(*tensors, 0.3, None, None, documents)

@@ -114,14 +114,22 @@ def test_which_tensors_it_takes() -> None:
 
 
 def test_where_it_is_used() -> None:
-    """Where the kernels are asked for: for GPU tensors of three dtypes, on a CPU in fp32."""
+    """For 16-bit tensors on a GPU; where the kernels are asked for, also for fp32, which a CPU interprets."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     with FakeTensorMode():
-        on_gpu = [torch.empty(1, device="cuda", dtype=x) for x in (torch.float32, torch.bfloat16, torch.float64)]
-        assert [choose_rotary_path(x, "triton") for x in on_gpu] == ["kernels", "kernels", "chunked"]
-        assert choose_rotary_path(on_gpu[0]) == choose_rotary_path(on_gpu[0], "chunked") == "chunked"
+        on_gpu = [torch.empty(1, device="cuda", dtype=x) for x in dtypes]
+        assert [choose_rotary_path(x) for x in on_gpu] == ["kernels", "kernels", "chunked", "chunked"]
+        assert [choose_rotary_path(x, "triton") for x in on_gpu] == ["kernels", "kernels", "kernels", "chunked"]
+        assert {choose_rotary_path(x, "chunked") for x in on_gpu} == {"chunked"}
     with use_backend("triton"):
         assert choose_rotary_path(torch.empty(1)) == "kernels"
     assert choose_rotary_path(torch.empty(1)) == choose_rotary_path(torch.empty(1).half(), "triton") == "chunked"
+
+
+def test_compiled_calls_keep_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with FakeTensorMode():
+        assert choose_rotary_path(torch.empty(1, device="cuda").half()) == "chunked"
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="models of this test are on the CPU")

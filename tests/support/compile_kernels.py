@@ -6,7 +6,6 @@ of two. test_kernels.py runs this in a separate process, since the interpreter i
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from typing import Any
@@ -70,7 +69,7 @@ def main(kind: Any, window: Any, size: int, dim: int, f: int, dtype: str, phi: s
     seen, tiling, turning = (q, k) if phi == "projected" else None, None, None
     if phi == "turned":
         turning = Turning.of(*(torch.empty(1, 512, dim) for _ in range(2)), q.dtype)
-        tiling = dataclasses.replace(choose_tiling(q.dtype.itemsize), see=True, turn=True)
+        tiling = choose_tiling(q.dtype.itemsize)
     mixer = Mixer(phi_q, phi_k, gamma, spec, 0.1)
     y, _, _ = function.triton_attention(q, k, v, mixer, seen=seen, tiling=tiling, turning=turning)
     y.backward(torch.empty_like(y))

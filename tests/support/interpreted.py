@@ -1,10 +1,15 @@
-"""Triton's interpreter, with the bf16 products it lacks."""
+"""Tests of kernels: where they run, and Triton's interpreter with the bf16 products it lacks."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where tests of kernels put their tensors: on a GPU if there is one, else Triton's interpreter runs the kernels."""
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="models of this test are on the CPU")
 
 
 def add_bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
 from support.stage_one import APART, Job, assert_same, logged, packed
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import lolcats
+from lolcats.attention import AttentionSpec, choose_path, use_backend
+from lolcats.config import AttentionConfig, load_config
 from lolcats.data.rows import Data
-from lolcats.errors import Interrupted
+from lolcats.errors import Interrupted, LolcatsError
+from lolcats.ranks import Ranks
 from lolcats.stages.transfer import graph, orders
 from lolcats.stages.transfer.loop import LayerTrainer
 
-GRAPH = "transfer.cuda_graph=true"
+GRAPH, PLAIN, AUTO = (f"transfer.cuda_graph={x}" for x in ("true", "false", "auto"))
 LONG = ["transfer.max_steps=8", "transfer.early_stopping_patience=0"]
 
 
@@ -44,8 +52,14 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(graph, "capture", capture)
     monkeypatch.setattr(graph, "WORTH", 2)
+    monkeypatch.setattr(graph, "has_room", lambda *_: True)
     monkeypatch.setattr(orders, "can_capture", lambda device: True)
     return seen
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Of graphs."""
+    return [r.message for r in caplog.records if "CUDA graph" in r.message and r.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("changes", [
@@ -54,7 +68,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 ])  # fmt: skip
 def test_replays_change_nothing(changes: list[str], job: Job, replays: list[str], tmp_path: Path) -> None:
     """An uneven last batch goes without the graph; with APART, the layers that still learn get a new graph twice."""
-    maps, result = job.train(tmp_path / "plain", job.config(*changes))
+    maps, result = job.train(tmp_path / "plain", job.config(*changes, PLAIN))
     assert not replays
     others, same = job.train(tmp_path / "graph", job.config(*changes, GRAPH))
     assert replays.count("captured") == (1 if changes is not APART else 3)
@@ -69,10 +83,12 @@ def test_rows_of_documents_go_without_a_graph(job: Job, replays: list[str], tmp_
     assert not replays
 
 
+@pytest.mark.parametrize("asked", [GRAPH, AUTO])
 def test_a_run_is_continued_with_and_without_a_graph(
-    job: Job, replays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: str, job: Job, replays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, _ = job.train(tmp_path / "plain", job.config(*LONG))
+    monkeypatch.setattr(orders, "choose_path", lambda *_: "kernels")
+    expected, _ = job.train(tmp_path / "plain", job.config(*LONG, PLAIN))
     own = LayerTrainer._end_step
 
     def stopping(self: LayerTrainer, *arguments: object) -> None:
@@ -82,8 +98,9 @@ def test_a_run_is_continued_with_and_without_a_graph(
     with monkeypatch.context() as patch:
         patch.setattr(LayerTrainer, "_end_step", stopping)
         with pytest.raises(Interrupted):
-            job.train(tmp_path / "run", job.config(*LONG))
-    maps, _ = job.train(tmp_path / "run", job.config(*LONG, GRAPH))
+            job.train(tmp_path / "run", job.config(*LONG, PLAIN))
+    assert not replays
+    maps, _ = job.train(tmp_path / "run", job.config(*LONG, asked))
     assert replays
     assert_same(expected, maps)
 
@@ -97,12 +114,17 @@ def test_what_cannot_be_captured_goes_on_without(
 
     monkeypatch.setattr(graph, "capture", fails)
     maps, result = job.train(tmp_path / "run", job.config(*LONG, GRAPH))
-    expected, same = job.train(tmp_path / "plain", job.config(*LONG))
+    expected, same = job.train(tmp_path / "plain", job.config(*LONG, PLAIN))
     assert_same(expected, maps)
     assert same == result
-    assert [r.message for r in caplog.records if "CUDA graph" in r.message] == [
+    assert warnings(caplog) == [
         "Stage 1 goes on without a CUDA graph: CUDA error: operation not permitted when stream is capturing."
     ]
+    caplog.clear()
+    monkeypatch.setattr(orders, "choose_path", lambda *_: "kernels")
+    others, _ = job.train(tmp_path / "auto", job.config(*LONG, AUTO))
+    assert_same(expected, others)
+    assert not warnings(caplog)
 
 
 def test_short_runs_have_no_graph(
@@ -111,3 +133,72 @@ def test_short_runs_have_no_graph(
     monkeypatch.setattr(graph, "WORTH", 20)
     job.train(tmp_path / "run", job.config(*LONG, GRAPH))
     assert not replays
+
+
+def test_auto_records_where_it_can(
+    job: Job, replays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the default. A graph that leaves too little memory is given up; one that was asked for by name stays."""
+    assert job.config().transfer.cuda_graph == "auto"
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(orders, "choose_path", lambda *_: "kernels")
+    said, expected = [], job.train(tmp_path / "plain", job.config(*LONG, PLAIN))[0]
+    for name, asked, room in (("graph", AUTO, True), ("full", AUTO, False), ("all", GRAPH, False)):
+        monkeypatch.setattr(graph, "has_room", lambda *_, room=room: room)
+        replays.clear()
+        caplog.clear()
+        maps, _ = job.train(tmp_path / name, job.config(*LONG, asked))
+        assert_same(expected, maps)
+        assert ("replayed" in replays) == (name != "full")
+        assert not warnings(caplog)
+        said.append([r.message for r in caplog.records if "CUDA graph" in r.message])
+    recorded = ["Stage 1 has recorded a CUDA graph, which it replays from now on."]
+    full = ["Stage 1 goes on without a CUDA graph: it leaves too little memory."]
+    assert said == [recorded, full, recorded]
+
+
+def test_which_runs_get_a_graph_unasked(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for which a gain was measured: 16 bits on one GPU, computed by the kernels."""
+    pytest.importorskip("triton")
+
+    def on_gpu(q: Tensor, spec: AttentionSpec) -> str:
+        shape = spec.rotated(q).shape
+        with FakeTensorMode():
+            return choose_path(torch.empty(shape, dtype=q.dtype, device="cuda"), replace(spec, unrotated=False))
+
+    monkeypatch.setattr(orders, "choose_path", on_gpu)
+    monkeypatch.setattr(orders, "can_capture", lambda device: device.type == "cpu")
+    model = converted()
+    cases = {
+        "plain": (model, job.data, Ranks()), "before RoPE": (converted(feature_inputs="unrotated"), job.data, Ranks()),
+        "a softmax layer": (converted(layers={"0": "softmax"}), job.data, Ranks()),
+        "fp32": (converted().float(), job.data, Ranks()), "ranks": (model, job.data, Ranks(0, 2)),
+        "documents": (model, packed(job.data), Ranks()),
+        "kept heads": (converted(softmax_heads={"1": [0]}), job.data, Ranks()),
+        "SUPRA": (converted(kind="linear", decay="retnet", normalizer="group_norm"), job.data, Ranks()),
+        "experts": (converted(), job.data, Ranks()), "devices": (converted(), job.data, Ranks()),
+        "a device without graphs": (converted().to("meta"), job.data, Ranks()),
+    }  # fmt: skip
+    cases["experts"][0].model.layers[0].mlp.experts = torch.nn.Linear(1, 1)
+    cases["devices"][0].model.layers[1].to("meta")
+    found = {name: orders.graph_for("auto", *case) for name, case in cases.items()}
+    assert [name for name, answer in found.items() if answer == "auto"] == ["plain", "before RoPE", "a softmax layer"]
+    assert set(found.values()) == {"auto", False}
+    assert [name for name, case in cases.items() if orders.graph_for(True, *case) is not True] == [
+        "a device without graphs"
+    ]
+    assert not any(orders.graph_for(False, *case) for case in cases.values())
+    with use_backend("chunked"):
+        assert orders.graph_for("auto", *cases["plain"]) is False
+
+
+def converted(**attention: Any) -> Any:
+    config = AttentionConfig(window_size=8, sinks=2, feature_dim=8, **attention)
+    return lolcats.convert(tiny_model().bfloat16(), config)
+
+
+def test_values_of_the_setting() -> None:
+    values = [load_config("default", [x]).transfer.cuda_graph for x in (GRAPH, PLAIN, AUTO)]
+    assert values == [True, False, "auto"]
+    with pytest.raises(LolcatsError, match=r"transfer\.cuda_graph"):
+        load_config("default", ["transfer.cuda_graph=never"])

@@ -6,7 +6,6 @@ Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, F featu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +72,6 @@ def _kernels(
     final: bool, cu_seqlens: Sequence[int] | None = None, turning: Turning | None = None,
 ) -> Result:  # fmt: skip
     from lolcats.attention.kernels import triton_attention
-    from lolcats.attention.kernels.layout import choose_tiling
 
     dtype, spec = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32, mixer.spec
     if not q.is_cuda:  # the interpreter has no 16-bit products
@@ -87,10 +85,8 @@ def _kernels(
         seen = plain_q, plain_k
         if context is not None:
             context = context._replace(sink_k=spec.rotated(context.sink_k))
-    tiling = None if turning is None else replace(choose_tiling(q.dtype.itemsize), turn=True)
     y, S, z = triton_attention(
-        q, k, v, mixer, seen=seen, context=context, lengths=host, cu_seqlens=cu_seqlens, final=final, tiling=tiling,
-        turning=turning,
+        q, k, v, mixer, seen=seen, context=context, lengths=host, cu_seqlens=cu_seqlens, final=final, turning=turning
     )  # fmt: skip
     return y.to(dtype), S, z
 

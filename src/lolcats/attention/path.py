@@ -29,6 +29,7 @@ from lolcats.errors import LolcatsError
 Path = Literal["kernels", "chunked", "supra"]
 BACKENDS = ("auto", "triton", "chunked")
 TRUSTED = {torch.bfloat16: 256, torch.float16: 128}  # largest head dims with correct gradients on a GPU (LOG.md)
+HALF = (torch.bfloat16, torch.float16)
 DECODED = 64 * 1024  # maximum bytes of one map's weights, in the dtype of the queries, for the decode kernel
 
 
@@ -85,37 +86,42 @@ def choose_path(q: Tensor, spec: AttentionSpec, final: bool = False, backend: st
 
 def choose_decode_path(q: Tensor, mixer: Mixer, backend: str | None = None) -> Path:
     """The path that advances a state in place by one token. The decode kernel supports only the hedgehog map, without
-    gradients."""
+    gradients.
+
+    Raises:
+        LolcatsError: if the kernels are forced but cannot run here; likewise in the functions below.
+    """
     if mixer.spec.is_supra:
         return "supra"
-    return "kernels" if _decodes(q, mixer, backend or _backend.get()) else "chunked"
+    return _kernels_if(_decodes(q, mixer), q, backend or _backend.get())
 
 
 def choose_paged_path(q: Tensor) -> Path:
     """The path for kept heads whose keys lie in blocks, with queries like ``q`` (B, H, 1, D)."""
-    if q.is_cuda:
-        able = q.shape[3] <= 256 and _backend.get() != "chunked"
-    else:
-        able = _backend.get() == "triton" and q.dtype == torch.float32
-    return "kernels" if able and _has_triton() else "chunked"
+    return _kernels_if(q.shape[3] <= 256, q, _backend.get())
 
 
 def choose_rotary_path(q: Tensor, backend: str | None = None) -> Path:
-    """The path that appends their values before RoPE to queries and keys: the kernel if it is asked for, since it has
-    not been measured. torch.compile fuses plain PyTorch by itself."""
-    if (backend or _backend.get()) != "triton" or torch.compiler.is_compiling() or not _has_triton():
+    """The path that turns queries and keys back to before RoPE for feature maps: ``auto`` uses the kernels for 16-bit
+    tensors on CUDA. torch.compile fuses plain PyTorch by itself."""
+    name = backend or _backend.get()
+    able = q.dtype in HALF or (name == "triton" and q.dtype == torch.float32)
+    return _kernels_if(able and not torch.compiler.is_compiling(), q, name)
+
+
+def _kernels_if(able: bool, q: Tensor, name: str) -> Path:
+    """``kernels`` if they are ``able`` to compute a call with queries like ``q`` and the backend ``name`` allows it."""
+    if not able or name == "chunked":
         return "chunked"
-    able = (torch.float32, torch.bfloat16, torch.float16) if q.is_cuda else (torch.float32,)  # interpreted on a CPU
-    return "kernels" if q.dtype in able else "chunked"
+    if name == "triton" and (q.is_cuda or q.dtype == torch.float32):  # the interpreter has no 16-bit products
+        _check_runs(q)
+        return "kernels"
+    return "kernels" if q.is_cuda and _has_triton() else "chunked"
 
 
-def _decodes(q: Tensor, mixer: Mixer, name: str) -> bool:
+def _decodes(q: Tensor, mixer: Mixer) -> bool:
     spec = mixer.spec
-    if name == "chunked" or torch.is_grad_enabled() or not _has_triton():
-        return False
-    if _misfit(spec.rotated(q).shape[3], spec) or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    if not q.is_cuda and (name != "triton" or q.dtype != torch.float32):  # the interpreter has no 16-bit products
+    if torch.is_grad_enabled() or q.dtype not in (torch.float32, *HALF) or _misfit(spec.rotated(q).shape[3], spec):
         return False
     if not spec.has_linear:
         return True
@@ -132,6 +138,13 @@ def fits_kernels(head_dim: int, dtype: torch.dtype, spec: AttentionSpec) -> bool
 
 def _check_kernels(q: Tensor, spec: AttentionSpec) -> None:
     """Raise LolcatsError if the kernels cannot compute this call."""
+    _check_runs(q)
+    if misfit := _misfit(spec.rotated(q).shape[3], spec):
+        raise LolcatsError(f"The Triton kernels were requested, but they support {misfit}.")
+
+
+def _check_runs(q: Tensor) -> None:
+    """Raise LolcatsError if no kernel runs for tensors where ``q`` is."""
     if not _has_triton():
         raise LolcatsError("The Triton kernels were requested, but triton is not installed: pip install triton.")
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -139,8 +152,6 @@ def _check_kernels(q: Tensor, spec: AttentionSpec) -> None:
             f"The Triton kernels were requested, but the tensors are on {q.device.type}, where the kernels run only in "
             "Triton's interpreter. Set TRITON_INTERPRET=1 in the environment before triton is imported."
         )
-    if misfit := _misfit(spec.rotated(q).shape[3], spec):
-        raise LolcatsError(f"The Triton kernels were requested, but they support {misfit}.")
 
 
 def _misfit(head_dim: int, spec: AttentionSpec) -> str:

@@ -58,7 +58,7 @@ def triton_attention(
     call = Call(spec, float(mixer.scale), mixer.softcap, rows, context, final, tiling, train=torch.is_grad_enabled())
     maps: dict[str, Tensor] = {}  # what the kernels get of them, by the names in TENSORS
     weights = hedgehog_weights(phi_q, phi_k)
-    if turning is not None and not (weights is not None and tiling is not None and tiling.turn):
+    if turning is not None and not (weights is not None and (tiling is None or tiling.turn)):
         (q, x_q), (k, x_k) = (x.chunk(2, -1) for x in turning.beside(q, k))
         seen, turning = (x_q, x_k), None
     x_q, x_k = seen or (q, k)

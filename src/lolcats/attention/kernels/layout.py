@@ -26,16 +26,15 @@ class Tiling:
     states, a multiple of ``tile``; walk: tiles per program; segment: states computed in sequence. walk and segment are
     chosen automatically if None. see: multiply what maps see by W inside where that fits (:data:`Phi`). turn: if a call
     says how RoPE turned q and k, turn them back on chip for maps before RoPE; otherwise :mod:`.unrotate` does so first.
-    Both are off until they are measured. launches: (kernel, warps, stages) instead of what :func:`choose_launch` says,
-    which names the kernels.
+    launches: (kernel, warps, stages) instead of what :func:`choose_launch` says, which names the kernels.
     """
 
     tile: int = 64
     span: int = 64
     walk: int | None = None
     segment: int | None = None
-    see: bool = False
-    turn: bool = False
+    see: bool = True
+    turn: bool = True
     launches: tuple[tuple[str, int, int], ...] = ()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Learned(NamedTuple):
 
 Learn = Callable[[Inputs, Sequence[float | Tensor]], Learned]
 """From a batch and each unit's share of the mean loss to what came of it; adds to the units' gradients."""
+Asked = bool | Literal["auto"]
 WORTH = 20
 """Optimizer steps from which on a graph pays off."""
 
@@ -77,25 +78,48 @@ class Graphs:
     """The graph of a run, made once it is known which parameters have gradients.
 
     Args:
-        wanted: whether there may be one.
+        asked: whether there may be one. With ``auto``, nobody is warned if it cannot be recorded, and it is given up if
+            it leaves too little memory.
     """
 
-    def __init__(self, wanted: bool) -> None:
-        self.wanted = wanted
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
         self.graph: MicroStepGraph | None = None
 
     def find(self, learn: Learn, units: Sequence[Unit], inputs: Inputs) -> MicroStepGraph | None:
         """The graph for this batch; None if it is to be computed kernel by kernel."""
-        if not (self.wanted and units and inputs[1] is None and all(unit.knows_gradients for unit in units)):
+        if not (self.asked and units and inputs[1] is None and all(unit.knows_gradients for unit in units)):
             return None
         if self.graph is None or self.graph.units != list(units):
             self.graph = None
             if min(unit.steps - unit.progress.step for unit in units) < WORTH:
                 return None
-            try:
-                self.graph = MicroStepGraph(learn, units, inputs[0])
-            except RuntimeError as error:
-                self.wanted = False
-                log.warning("Stage 1 goes on without a CUDA graph: %s.", first_line(error))
-                return None
-        return self.graph if self.graph.takes(units, inputs) else None
+            self._record(learn, units, inputs[0])
+        return self.graph if self.graph is not None and self.graph.takes(units, inputs) else None
+
+    def _record(self, learn: Learn, units: Sequence[Unit], rows: Tensor) -> None:
+        before = reserved(rows.device)
+        try:
+            self.graph = MicroStepGraph(learn, units, rows)
+            problem = "" if self.asked is True or has_room(rows.device, before) else "it leaves too little memory"
+        except RuntimeError as error:
+            problem = first_line(error)
+        if problem:
+            self.graph, warned = None, self.asked is True
+            self.asked = False
+            log.log(logging.WARNING if warned else logging.INFO, "Stage 1 goes on without a CUDA graph: %s.", problem)
+        else:
+            log.info("Stage 1 has recorded a CUDA graph, which it replays from now on.")
+
+
+def reserved(device: torch.device) -> int:
+    """Bytes that PyTorch holds on a GPU, without those that nothing uses."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def has_room(device: torch.device, before: int) -> bool:
+    """Whether as much memory is free as a graph took that was recorded when ``before`` bytes were reserved. Validation
+    and uneven batches, which go without the graph, need it beside the graph's own."""
+    return torch.cuda.mem_get_info(device)[0] >= torch.cuda.memory_reserved(device) - before

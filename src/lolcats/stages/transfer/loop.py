@@ -89,7 +89,7 @@ class LayerTrainer:
         self.positions = Positions(data)
         self.interrupted, self.started, self.reported = False, time.monotonic(), 0
         self.eval_seconds: dict[int, float] = {}  # of evaluations in this process, over all groups, by step
-        self.watch, self.graphs = LossWatch(STAGE), Graphs(wanted=False)
+        self.watch, self.graphs = LossWatch(STAGE), Graphs(asked=False)
         self.trackers: Trackers | None = None
         self.reported_of: dict[Unit, int] = {}  # for units that are also reported one by one
         self.report_to = config.report_to

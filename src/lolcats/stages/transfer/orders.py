@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lolcats.attention import choose_path
 from lolcats.config import Config
 from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
@@ -25,7 +26,7 @@ from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import Ranks
-from lolcats.stages.transfer.graph import can_capture
+from lolcats.stages.transfer.graph import Asked, can_capture
 from lolcats.stages.transfer.hidden import (
     Boundary,
     Embeddings,
@@ -66,7 +67,7 @@ def train_joint(
         return decoder(model)(**inputs_of(ids, positions))[0]
 
     model.eval()
-    trainer.graphs.wanted = config.transfer.cuda_graph and can_capture(model.device)
+    trainer.graphs.asked = graph_for(config.transfer.cuda_graph, model, data, ranks)
     trainer.track(model)
     source = Tokens(data.train, data.validation)
     group = Group(list(layers.values()), run, trainer.units)
@@ -82,6 +83,25 @@ def train_joint(
         if not trainer.finished:
             trainer.pass_rows(group, source, Nowhere(), range(first, total))
     return trainer.result()
+
+
+def graph_for(asked: Asked, model: PreTrainedModel, data: Data, ranks: Ranks) -> Asked:
+    """``transfer.cuda_graph`` for this run. ``auto`` becomes False where no graph has been measured: several ranks
+    or devices, documents in rows, kept heads, experts, and layers that the kernels do not compute (in fp32, say)."""
+    if not asked or not can_capture(model.device):
+        return False
+    if asked != "auto":
+        return asked
+    parameters = dict(model.named_parameters())
+    alone = ranks.size == 1 and len({p.device for p in parameters.values()}) == 1
+    plain = alone and not data.positions and all("experts." not in name for name in parameters)
+    return "auto" if plain and all(_is_measured(x, model) for x in layers_by_name(model).values()) else False
+
+
+def _is_measured(layer: LinearizedAttention, model: PreTrainedModel) -> bool:
+    shape = (0, 0, 1, layer.spec.channels(layer.geometry.head_dim))
+    q = torch.empty(shape, dtype=model.dtype, device=model.device)
+    return layer.kept is None and choose_path(q, layer.spec) == "kernels"
 
 
 class LayerByLayer:
