@@ -8,6 +8,7 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from lolcats.pipeline import linearize
 from lolcats.run import Run
 from lolcats.selection import Selection, Settings, problems, select, with_selection
 from lolcats.selection.prompts import KINDS, prompts
-from lolcats.selection.select import heads_in_budget, prompt_plan
+from lolcats.selection.select import heads_in_budget, prompt_plan, where_to_record
 from lolcats.weights import base as bases
 from lolcats.weights.base import Base, find_base, load_model
 
@@ -111,6 +112,21 @@ def test_plan_has_every_kind_at_the_longest_length() -> None:
     plan = prompt_plan([8192, 2048, 4096])
     assert {kind for kind, length in plan if length == 8192} == set(KINDS)
     assert [length for _, length in plan if length < 8192] == [2048, 2048, 4096, 4096]
+
+
+@pytest.mark.parametrize(
+    ("free", "need", "place"), [(16, 8, "cuda"), (15, 8, "cpu"), (18, 10, "cuda"), (17, 10, "cpu")]
+)
+def test_states_are_recorded_where_there_is_room(free: int, need: int, place: str, monkeypatch: Any) -> None:
+    """On the GPU as much again and what is computed with have to fit beside them."""
+    layers, tokens, width, itemsize = 2, 1, 2, 2  # 8 bytes
+    embedding = SimpleNamespace(weight=torch.empty(3, width))
+    model = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, get_input_embeddings=lambda: embedding)
+    assert torch.bfloat16.itemsize == itemsize
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    scorer: Any = SimpleNamespace(model=model, blocks=[None] * layers, tokens=tokens)
+    assert where_to_record(scorer, need).type == place
 
 
 def test_budget_is_rounded_down() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -126,7 +126,7 @@ def search(size: Size, config: Config, machine: Machine, lengths: Sequence[int],
     host: dict[str, float] = {"processes": PROCESS}
     read = 2.0 * size.total
     recorded = 2.0 * size.layers * tokens * size.hidden
-    on_gpu = recorded_on_gpu(gpu["weights"] + gpu["answers"], recorded, machine)
+    on_gpu = recorded_on_gpu(gpu, recorded, machine)
     (gpu if on_gpu else host)["hidden states"] = recorded
     if form == "4 bits":
         times = passes * batches_of(lengths, at_once)
@@ -175,9 +175,11 @@ def _search_memory(size: Size, lengths: Sequence[int], form: Form, at_once: int)
     return gpu | {"inputs of layers, for slopes": 2.0 * size.layers * tokens * size.hidden, "a layer": backward}
 
 
-def recorded_on_gpu(held: float, recorded: float, machine: Machine) -> bool:
-    """Whether a search records what all layers put out on the GPU: if twice as much is free beside what it holds."""
-    return 2 * recorded <= machine.gpu_memory - CONTEXT - held
+def recorded_on_gpu(gpu: Mapping[str, float], recorded: float, machine: Machine) -> bool:
+    """Whether a search records what all layers put out on the GPU: if twice as much is free beside what it holds, and
+    what it computes with fits there, too."""
+    twice = 2 * recorded <= machine.gpu_memory - CONTEXT - gpu["weights"] - gpu["answers"]
+    return twice and gpu_need(sum(gpu.values()) + recorded) <= machine.gpu_memory
 
 
 def prompts_of(lengths: Sequence[int]) -> Counter[int]:

@@ -167,8 +167,7 @@ def _fitting(make: Make, asked: Sequence[Any], device: torch.device) -> Scorer:
     while True:
         try:
             scorer = make(asked, tokens)
-            scorer.try_memory()
-            scorer.record_on = where_to_record(scorer)
+            scorer.record_on = where_to_record(scorer, memory_of(scorer.try_memory, device))
             return scorer
         except Exception as error:
             if not out_of_memory(error) or tokens <= max(len(prompt.ids) for prompt in asked):
@@ -188,8 +187,21 @@ def _shared(scorer: Scorer, make: Make, asked: Sequence[Any]) -> Scorer:
     return scorer
 
 
-def where_to_record(scorer: Scorer) -> torch.device:
-    """Where there is room for what all decoder layers put out for all prompts: the GPU or the host.
+def memory_of(function: Callable[[], None], device: torch.device) -> int:
+    """Bytes that a call takes on a GPU, at its peak; 0 on a CPU."""
+    if device.type != "cuda":
+        function()
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def where_to_record(scorer: Scorer, need: int = 0) -> torch.device:
+    """Where there is room for what all decoder layers put out for all prompts: the GPU, if as much again and ``need``
+    bytes are free beside it, or the host.
 
     Raises:
         LolcatsError: neither.
@@ -199,7 +211,7 @@ def where_to_record(scorer: Scorer) -> torch.device:
     size = len(scorer.blocks) * scorer.tokens * width * model.dtype.itemsize
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        if 2 * size <= torch.cuda.mem_get_info(device)[0]:
+        if size + max(size, need) <= torch.cuda.mem_get_info(device)[0]:
             return device
     if size > (free := free_host_memory()):
         raise LolcatsError(
