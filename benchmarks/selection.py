@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,8 @@ def table(results: dict[str, Any]) -> str:
     note = f"\nNot measured for lack of time: {', '.join(missing)}.\n" if missing else ""
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["seconds"].items())
     return (
-        f"# Heads to keep: {results['name']}\n\n`{results['command']}`, {results['device']}, torch {results['torch']}. "
+        f"# Heads to keep: {results['name']}\n\n`{results['command']}`, {results['device']}, torch {results['torch']}, "
+        f"{results['date']}{results.get('note', '')}. "
         f"One score is {results['tokens']:,} tokens; {spent}. Percent of answers beyond the window all of whose tokens "
         "are the most likely ones, ± standard error; *s*: seconds of the search up to this row.\n\n"
         + "\n".join(lines) + "\n" + note
@@ -283,7 +285,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     bench, seconds = start(arguments)
     results = {
         "name": name, "command": shlex.join(["python", "benchmarks/selection.py", *(Path(x).name for x in argv)]),
-        "device": common.hardware(bench.device), "torch": torch.__version__, "tokens": bench.scorer.tokens,
+        "device": common.hardware(bench.device), "torch": torch.__version__, "date": str(date.today()),
+        "tokens": bench.scorer.tokens,
         "lengths": list(arguments.lengths), "tasks": arguments.tasks, "seconds": seconds, "rows": [], "missing": [],
     }  # fmt: skip
     full = tasks(arguments, bench, arguments.answers, arguments.gsm8k)
