@@ -34,6 +34,7 @@ import yaml
 from quality_runs import STATUS, say, shared_gpus, to_directory
 
 from lolcats.compared import STUDENT, TEACHER, WINDOW_SINKS
+from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.recall import BEYOND
 from lolcats.files import write_text
@@ -45,6 +46,7 @@ from lolcats.weights.base import find_base
 
 ROWS = Path(__file__).with_suffix(".yaml")
 KEPT = "kept="
+WINDOW = "attention.window_size="
 KINDS = {"passkey": "pass key", "needle": "needle", "multi-query": "multi-query"}
 SOURCES = {"alpaca": "alpaca.parquet", "both": "both.yaml", "own": "own.yaml"}
 OWN = "own.jsonl"
@@ -59,14 +61,18 @@ TINY = {
 FULL = {"lengths": (1024, 4096, 8192), "answers": 50, "gsm8k": 160, "batch": 64, "set": []}
 
 
-def settings_of(row: Sequence[str], selections: Sequence[Selection]) -> list[str]:
+def settings_of(row: Sequence[str], selections: Sequence[Selection], base: Sequence[str] = ()) -> list[str]:
     """A row's settings, with the heads for their number: those chosen with windows of its own size, where there are
-    such, or else the first selection's."""
+    such, or else the first selection's. base: settings of rows without their own."""
     found = [setting for setting in row if not setting.startswith(KEPT)]
     count = next((int(s.removeprefix(KEPT)) for s in row if s.startswith(KEPT)), 0)
     if count == 0:
         return found
-    own = [s for s in selections if f"attention.window_size={s.window['window_size']}" in row]
+    window = AttentionConfig().window_size
+    for setting in (*base, *row):
+        if setting.startswith(WINDOW):
+            window = int(setting.removeprefix(WINDOW))
+    own = [selection for selection in selections if selection.window["window_size"] == window]
     sets = {point.count: point.heads for selection in [*own, *selections][:1] for point in selection.curve}
     if count not in sets:
         known = ", ".join(map(str, sets)) or "none: give --selection"
@@ -92,7 +98,7 @@ def sweep_of(a: argparse.Namespace, selections: Sequence[Selection]) -> dict[str
         raise LolcatsError(f"--only {a.only}: no such row. Rows: {'; '.join(tree['rows'])}.")
     tree["base"]["sources"] = {name: str(a.data / file) for name, file in SOURCES.items()}
     tree["base"]["set"] += [setting for setting in a.set if not of_sweep(setting)]
-    tree["rows"] = {name: settings_of(row, selections) for name, row in rows.items()}
+    tree["rows"] = {name: settings_of(row, selections, tree["base"]["set"]) for name, row in rows.items()}
     tree["evaluate"] = {
         "tasks": [*(f"recall-{kind}" for kind in KINDS), "positions", *(["generate"] if a.gsm8k else []),
                   *(["paper"] if a.benchmarks else [])],

@@ -136,7 +136,7 @@ def test_rows_of_students(students_data: Path, model_dirs: dict[str, Path], tmp_
     path = tmp_path / "students.yaml"
     wide = selection_of(model_dirs["llama"], [(layer, 0) for layer in range(14)])
     wide.window["window_size"] = 256
-    path.write_text(yaml.safe_dump(module.sweep_of(arguments, [selection, wide])))
+    path.write_text(yaml.safe_dump(module.sweep_of(arguments, [wide, selection])))
     rows = {row.name: row for row in plan(read_sweep(path, ["base.model=m"]))}
     trained = {name: row for name, row in rows.items() if row.tokens("finetune")}
     assert len(trained) <= 12

@@ -23,7 +23,7 @@ from lolcats.attention.turning import Turning
 from lolcats.config import AttentionConfig, TransferConfig
 from lolcats.evaluation.effective_length import lengths_of_call
 from lolcats.modeling import rotary
-from lolcats.modeling.call import Call
+from lolcats.modeling.call import KINDS, Call
 from lolcats.modeling.layer import AttentionCall, linearized_layers
 from lolcats.modeling.observe import watch_layers
 from lolcats.stages.transfer.stage import layer_losses
@@ -206,3 +206,21 @@ def test_only_the_kernels_turn() -> None:
     turning = Turning.of(torch.rand(1, 5, q.shape[3]), torch.rand(1, 5, q.shape[3]), q.dtype)
     with pytest.raises(AssertionError):
         dispatch.attention(q, q, q, layer.mixer(1.0), "chunked", turning=turning)
+
+
+def test_a_call_keeps_few_tables() -> None:
+    """Not one for each layer where each gets its own copy of the cosines; the last ones are still the same objects."""
+    call, q = Call(), torch.zeros(1, 1, 3, 4)
+    tables = [(torch.rand(1, 3, 4), torch.rand(1, 3, 4)) for _ in range(10)]
+    made = [call.turning(cos, sin, q) for cos, sin in tables]
+    assert len(call._turnings) <= KINDS
+    assert call.turning(*tables[-1], q) is made[-1]
+    assert torch.equal(call.turning(*tables[0], q).table, made[0].table)
+
+
+def test_padding_in_a_table_stays_finite() -> None:
+    cos, sin = torch.rand(2, 1, 3, 4) + 0.1
+    cos[:, 2], sin[:, 2] = 0, 0
+    turning, q = Turning.of(cos, sin, torch.float32), torch.ones(1, 1, 3, 4)
+    assert turning.table[0, :2].abs().min() > 0
+    assert all(x.isfinite().all() for x in (turning.table, *turning.beside(q, q)))

@@ -192,6 +192,18 @@ def test_logits_are_scaled_where_transformers_does(name: str) -> None:
         check(*other)
 
 
+def test_a_model_that_transformers_cannot_build_is_not_compared(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import PretrainedConfig
+
+    from lolcats.vllm.logits import check_logits
+
+    class ZebraConfig(PretrainedConfig):
+        model_type = "zebra"
+
+    check_logits({}, {}, ZebraConfig())
+    assert "Scales of vLLM's ZebraConfig were not compared" in caplog.text
+
+
 def test_families_that_differ_or_were_not_compared(caplog: pytest.LogCaptureFixture) -> None:
     from lolcats.errors import LolcatsError
     from lolcats.vllm.families import check_family

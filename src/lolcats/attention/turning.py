@@ -51,6 +51,6 @@ class Turning:
 
 
 def _inverse(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotation that undoes this one, a scale of both included."""
-    size = cos.square() + sin.square()
+    """The rotation that undoes this one, a scale of both included; 0 for tokens that are padding, with 0 in both."""
+    size = (cos.square() + sin.square()).clamp_min(1e-20)
     return cos / size, sin / size

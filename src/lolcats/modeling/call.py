@@ -28,6 +28,10 @@ class Padding(NamedTuple):
     counts: list[int] | None = None
 
 
+KINDS = 4
+"""Most tables of cosines that a call keeps what turns back for: families have one or two."""
+
+
 @dataclass(eq=False)
 class Call:
     """One call of a decoder.
@@ -68,6 +72,8 @@ class Call:
         """What turns queries like ``q`` back by these cosines and sines, made once for all layers that get them."""
         key = id(cos), id(sin), q.device, q.dtype
         if key not in self._turnings:
+            if len(self._turnings) == KINDS:  # copies for each layer: with its hooks, accelerate makes them
+                del self._turnings[next(iter(self._turnings))]
             self._turnings[key] = cos, sin, Turning.of(cos.to(q.device), sin.to(q.device), q.dtype)
         return self._turnings[key][2]
 

@@ -73,7 +73,8 @@ class Models:
     @property
     def student_in_4_bits(self) -> bool:
         """Whether the trained model stays on a base model in 4 bits."""
-        return self.config.finetune.quantize_base != "none" and (self.as_trained or self.in_4_bits)
+        trained = (self.run.directory / LORA).is_dir()
+        return trained and self.config.finetune.quantize_base != "none" and (self.as_trained or self.in_4_bits)
 
     def skeleton(self) -> Skeleton:
         """The converted model without weights, for a stage 1 that loads one layer after another."""
@@ -113,7 +114,7 @@ class Models:
         """The trained model, once stage 2 is done: with its LoRA merged, or beside sharded weights."""
         if not self._has_lora:
             lora = self.run.directory / LORA
-            quantized = lora.is_dir() and self.student_in_4_bits
+            quantized = self.student_in_4_bits
             model = self._quantized() if quantized else self.converted()
             if lora.is_dir() and self._wrapped is not None:
                 load_lora(self._wrapped, lora)

@@ -121,7 +121,7 @@ def install(model: nn.Module, vllm_config: Any) -> dict[str, StateAttention]:
     known = vllm_config.compilation_config.static_forward_context
     attentions = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     placed = check_attention(attentions, layers, vllm_config)
-    check_logits(attentions, placed, _base_config(vllm_config))
+    check_logits(attentions, placed, _base_config(vllm_config), vllm_config.model_config.trust_remote_code)
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in placed}
     rotations = find_rotations(owners, layers[0].geometry.head_dim, vllm_config) if layers[0].unrotated else {}
     result = {}

@@ -75,7 +75,8 @@ class Setup:
 def run_key(setup: Setup, row: Row) -> str:
     """A hash that identifies a run by base model, data and configuration."""
     config = _without(row.config, "controls", "device", "report_to")
-    measured = [] if row.config.finetune.quantize_base == "none" else [MEASURED_IN_4_BITS]
+    in_4_bits = row.config.finetune.quantize_base != "none" and row.tokens("finetune") != 0
+    measured = [MEASURED_IN_4_BITS] if in_4_bits else []
     data = source(setup.sweep, row)
     if data not in setup.identities:
         setup.identities[data] = source_identity(data)
