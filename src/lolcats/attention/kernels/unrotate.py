@@ -127,7 +127,7 @@ def inverse_rotation(cos, sin, column, mask):
     """c / (c² + s²) and s / (c² + s²) as rows."""
     c = tl.load(cos + column, mask=mask, other=1.0).to(tl.float32)[None, :]
     s = tl.load(sin + column, mask=mask, other=0.0).to(tl.float32)[None, :]
-    size = c * c + s * s
+    size = tl.maximum(c * c + s * s, 1e-20)  # 0 for padding in a laid-out table
     return c / size, s / size
 
 
