@@ -1,4 +1,4 @@
-"""vLLM in several processes: its server, two of them behind vLLM's router, tensor parallelism, and what starts without
+"""vLLM in several processes: its server, two servers behind vLLM's router, tensor parallelism, and what starts without
 the plugin or must not start."""
 
 from __future__ import annotations

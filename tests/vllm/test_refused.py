@@ -77,7 +77,7 @@ def test_ranks_that_cannot_share_the_heads(models: Path) -> None:
 
 
 def test_another_version_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own models are left alone. Ours say why they do not load, and import nothing that it may not have."""
+    """vLLM's own models load as always. Ours say why they do not load, and import nothing that it may not have."""
     from vllm import ModelRegistry
 
     from lolcats.errors import LolcatsError

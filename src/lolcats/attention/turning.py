@@ -30,14 +30,14 @@ class Turning:
         The table has fp32, or for bf16 fp16, whose rounding errors are an eighth of those of q and k.
         """
         dtype = torch.float16 if dtype == torch.bfloat16 else torch.float32
-        halves = _inverse(*(x[..., : x.shape[-1] // 2].float() for x in (cos, sin)))
+        halves = inverse_rotation(*(x[..., : x.shape[-1] // 2].float() for x in (cos, sin)))
         return cls(torch.cat(halves, -1).to(dtype))
 
     def beside(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, H, T, 2D) and k (B, G, T, 2D) with their values before RoPE beside them."""
         from lolcats.attention.kernels.unrotate import RotaryForm, append_unrotated
 
-        cos, sin = (torch.cat([x, x], -1) for x in _inverse(*self.table.float().chunk(2, -1)))
+        cos, sin = (torch.cat([x, x], -1) for x in inverse_rotation(*self.table.float().chunk(2, -1)))
         return append_unrotated(q, k, cos, sin, RotaryForm(interleaved=False, first_half=False))
 
     def of_rows(self, batch: int) -> Tensor:
@@ -50,7 +50,7 @@ class Turning:
         return cls(table[:, 0].contiguous())
 
 
-def _inverse(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The rotation that undoes this one, a scale of both included; 0 for tokens that are padding, with 0 in both."""
     size = (cos.square() + sin.square()).clamp_min(1e-20)
     return cos / size, sin / size

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lolcats.attention.path import choose_rotary_path
-from lolcats.attention.turning import Turning
+from lolcats.attention.turning import Turning, inverse_rotation
 from lolcats.errors import LolcatsError
 from lolcats.modeling.call import Call
 from lolcats.modeling.layer import AttentionCall, LinearizedAttention, attached, linearized_layers, override
@@ -86,10 +86,9 @@ def append_by_family(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``append_unrotated`` by the family's own function. turned: channels that RoPE turns, if not as many as ``cos``
     has."""
-    cos, sin = cos.float(), sin.float()
-    size = cos.square() + sin.square()  # not 1 where cos and sin are scaled (YaRN) or rounded
+    cos, sin = inverse_rotation(cos.float(), sin.float())  # also of a scale of both (YaRN) and of what rounding lost
     turned = turned or cos.shape[-1]
-    back = rotate(q[..., :turned].float(), k[..., :turned].float(), cos / size, -sin / size)
+    back = rotate(q[..., :turned].float(), k[..., :turned].float(), cos, -sin)
     beside = [torch.cat([x, y.to(x.dtype), x[..., turned:]], -1) for x, y in zip((q, k), back, strict=True)]
     return beside[0], beside[1]
 
