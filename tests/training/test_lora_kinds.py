@@ -23,6 +23,7 @@ from lolcats.files import read_json_lines
 from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, LORA_WEIGHTS
 from lolcats.report.table import remarks
 from lolcats.run import Run
+from lolcats.stages import micro_batch
 from lolcats.stages.finetune.stage import add_lora, lora_targets
 from lolcats.tensors import read_tensors
 from lolcats.weights import base as bases
@@ -225,13 +226,21 @@ def test_stage_2_in_4_bits_with_all_that_stage_2_has(
                "finetune.protect_kept=true", "finetune.feature_map_learning_rate=1e-4", "device=cpu",
                "data.reset_at_documents=true", "finetune.learning_rate=1e-4", "finetune.eval_steps=1",
                "attention.softmax_heads={\"0\": [1]}"]  # fmt: skip
-    config = load_config("default", [*settings, *changes])
 
-    def run(name: str) -> Any:
-        return pipeline.linearize(str(tmp_path / "base"), str(chat_file), tmp_path / name, config, merge=False,
+    def run(name: str, *others: str) -> Any:
+        asked = load_config("default", [*settings, *changes, *others])
+        return pipeline.linearize(str(tmp_path / "base"), str(chat_file), tmp_path / name, asked, merge=False,
                                   say=lambda _: None)  # fmt: skip
 
     whole = run("whole")
+    with monkeypatch.context() as patch:  # as on a GPU where activations of all layers do not fit
+        fits, tried = micro_batch._fits, list[int]()
+        patch.setattr(micro_batch, "TRIED", ("cpu",))
+        patch.setattr(micro_batch, "_fits", lambda trial, rows, at: tried.append(fits(trial, rows, at)) or False)
+        chosen = run("auto", "finetune.gradient_checkpointing=auto")
+    assert tried == [True], "one micro-batch, on the weights in 4 bits"
+    assert chosen.record["stages"]["finetune"]["gradient_checkpointing"] is True
+    assert chosen.results["ppl_student"] == whole.results["ppl_student"]
     real = pipeline.stages.finetune
 
     def stopped(*arguments: Any) -> Any:
