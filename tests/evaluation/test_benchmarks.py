@@ -222,10 +222,12 @@ def test_batches_change_nothing(model_dirs, data_dir: Path, tokenizer, monkeypat
 
 @pytest.mark.usefixtures("lm_eval")
 @pytest.mark.parametrize("kept", [{}, {0: [1]}])
+@pytest.mark.parametrize("shared", ["", "Some worked examples. " * 20])
 def test_the_engine_answers_as_lm_eval_does(
-    kept: dict[int, list[int]], model_dirs, tokenizer, monkeypatch: pytest.MonkeyPatch
+    kept: dict[int, list[int]], shared: str, model_dirs, tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lolcats.evaluation import bridge
+    """Also where it goes on from what all prompts begin with."""
+    from lolcats.evaluation import bridge, generation
 
     base = load_model(find_base(str(model_dirs["llama"])), torch.float32)
     with torch.no_grad():  # attention far from uniform, so that answers differ
@@ -234,6 +236,10 @@ def test_the_engine_answers_as_lm_eval_does(
     model = lolcats.convert(base, AttentionConfig(window_size=16, softmax_heads=kept))
     judge = bridge.Bridge(model, tokenizer, 2, {})
     contexts = ["One", "Two and some more words to read before the answer comes.", "Three " * 40, "Four, five?"]
+    contexts = [shared + context for context in contexts]
+    begun: list[int] = []
+    after = generation.after
+    monkeypatch.setattr(generation, "after", lambda engine, tokens: begun.append(len(tokens)) or after(engine, tokens))
 
     def both(settings: dict[str, Any]) -> list[str]:
         requests = [SimpleNamespace(args=(context, settings)) for context in contexts]
@@ -249,6 +255,18 @@ def test_the_engine_answers_as_lm_eval_does(
     ends = [text[len(text) // 2 :][:2] for text in whole[:2]]
     cut = both({"until": ends, "max_gen_toks": 24})
     assert all(len(short) < len(text) for short, text in zip(cut[:2], whole, strict=False))
+    assert all(count > 64 if shared else count == 0 for count in begun)
+    assert len(begun) == 2
+
+
+def test_what_prompts_begin_with() -> None:
+    from lolcats.evaluation.generation import SHARED, beginning
+
+    shots = list(range(SHARED))
+    assert beginning([[*shots, 1], [*shots, 2, 3]]) == shots
+    assert beginning([[*shots, 1], shots]) == [], "too short: each has a token of its own"
+    assert beginning([[*shots, 7], [*shots, 7]]) == shots
+    assert beginning([[*shots, 1]]) == beginning([]) == []
 
 
 def test_recall_and_positions_on_the_command_line(trained: Path, data_dir: Path, tmp_path: Path) -> None:

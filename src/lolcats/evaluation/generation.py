@@ -1,18 +1,23 @@
-"""Answers to many prompts by the engine: with continuous batching and CUDA graphs instead of padded batches in turn."""
+"""Answers to many prompts by the engine, with continuous batching and CUDA graphs instead of padded batches in turn.
+
+What all prompts begin with, such as the worked examples of a task, is computed once.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
-from lolcats.inference.engine import Engine, SamplingParams, answer_all, check_model
+from lolcats.inference.engine import Delta, Engine, Request, SamplingParams, Snapshot, answer_all, check_model
 from lolcats.modeling.layer import linearized_layers
 
 SLOTS = 64
 PIECE = 2048  # prompt tokens between two decode steps: nobody waits for a single answer
+SHARED = 64  # tokens that prompts must share for it to be worth a state of their own
 
 
 def uses_engine(model: PreTrainedModel) -> bool:
@@ -39,11 +44,30 @@ def generate(
     slots = max(1, min(slots, len(asked)))
     longest = max((len(prompt) + params.max_tokens for prompt, params in asked), default=1)
     engine = Engine(model, tokenizer, slots, PIECE, prefix_bytes=0, batch_sizes=[slots], context=longest)
-    numbered = [(number, *one) for number, one in enumerate(asked)]
+    shared = beginning([prompt for prompt, _ in asked])
+    numbered = [(number, prompt[len(shared) :], params) for number, (prompt, params) in enumerate(asked)]
     found: list[list[int]] = [[] for _ in asked]
     try:
-        for answered in answer_all(engine, numbered):
+        for answered in answer_all(engine, numbered, after(engine, shared)):
             found[answered.number] = answered.tokens
     finally:
         engine.close()
     return found
+
+
+def beginning(prompts: Sequence[list[int]]) -> list[int]:
+    """What all prompts begin with, at least one token less than each; nothing if that is short."""
+    shared = os.path.commonprefix([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else []
+    return list(shared) if len(shared) >= SHARED else []
+
+
+def after(engine: Engine, tokens: list[int]) -> Snapshot | None:
+    """The state after ``tokens``, None for none."""
+    deltas: list[Delta] = []
+    if tokens:
+        engine.submit(Request(tokens, SamplingParams(max_tokens=1), deltas.append, keep_state=True, text=False))
+        engine.run()
+        if (snapshot := deltas[-1].snapshot) is not None:
+            return snapshot
+        raise LolcatsError(f"What all prompts begin with could not be computed: {deltas[-1].error}")
+    return None

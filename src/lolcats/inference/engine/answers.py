@@ -9,6 +9,7 @@ from lolcats.errors import LolcatsError
 from lolcats.inference.engine.engine import Engine
 from lolcats.inference.engine.request import Delta, Request
 from lolcats.inference.engine.sampling import SamplingParams
+from lolcats.inference.engine.states import Snapshot
 
 AHEAD = 4
 """Requests given to the engine for each slot, so that none is empty between two steps."""
@@ -41,11 +42,14 @@ class Answered:
         return self.deltas[-1].finish_reason == "length"
 
 
-def answer_all(engine: Engine, asked: Iterable[tuple[int, list[int], SamplingParams]]) -> Iterator[Answered]:
+def answer_all(
+    engine: Engine, asked: Iterable[tuple[int, list[int], SamplingParams]], start: Snapshot | None = None
+) -> Iterator[Answered]:
     """Answers in the order in which they end.
 
     Args:
         asked: number and token ids of each prompt, and how its answer is chosen.
+        start: what all prompts go on from.
 
     Raises:
         LolcatsError: the engine refused or failed one.
@@ -55,7 +59,7 @@ def answer_all(engine: Engine, asked: Iterable[tuple[int, list[int], SamplingPar
         while len(running) < AHEAD * engine.table.slots and (one := next(left, None)) is not None:
             number, tokens, params = one
             running.append(Answered(number, len(tokens)))
-            engine.submit(Request(tokens, params, running[-1].deltas.append))
+            engine.submit(Request(tokens, params, running[-1].deltas.append, start))
         if not running:
             return
         engine.step()
