@@ -7,7 +7,7 @@ The paper's Tables 17 and 18 (mean squared error by layer) and Figures 5 and 6 (
     python benchmarks/layers.py benchmarks/quality/smollm2-135m.jsonl.gz --only table6
 
 Means over seeds. Errors are of the attention outputs on validation rows: ``layer_errors``, and by head ``layers`` (see
-lolcats.evaluation.layers). They are measured on the teacher's queries and keys behind
+lolcats.evaluation.layers). They are measured on the teacher's queries and keys after
 transfer; where feature maps train in stage 2, after that and on the student's own. ρ is Spearman's rank correlation.
 """
 

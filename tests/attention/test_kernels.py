@@ -277,7 +277,7 @@ def test_states(kind: str, window: str, heads: int) -> None:
 
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("window", ["terraced", "sliding"])
-def test_gradients_behind_a_context(window: str, projected: bool) -> None:
+def test_gradients_after_a_context(window: str, projected: bool) -> None:
     """Gradients of the tokens after a state, which is a constant; rows are at different positions."""
     problem, spec = Problem(45, heads=2, kv_heads=1), AttentionSpec("hybrid", window, 16, 4)
     known, known_v = (torch.randn(2, problem.maps, 20, 16, device=DEVICE) for _ in range(2))

@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 def script(name: str) -> ModuleType:
     """benchmarks/NAME.py under a name of its own; it finds its neighbour common.py as when it is run."""
     if str(FOLDER) not in sys.path:
-        sys.path.append(str(FOLDER))  # behind everything else: nothing of this name is shadowed
+        sys.path.append(str(FOLDER))  # after everything else: nothing of this name is shadowed
     spec = importlib.util.spec_from_file_location(f"benchmark_of_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
