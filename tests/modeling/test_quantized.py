@@ -123,14 +123,18 @@ def test_controls_are_not_merged_into_4_bits(directory: Path) -> None:
     assert "window" in available(str(directory), "nf4")
 
 
-def test_the_engine_answers_as_the_model(directory: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize("used", [False, True])
+def test_the_engine_answers_as_the_model(used: bool, directory: Path, tokenizer: Any) -> None:
+    """Also after a call, in which bitsandbytes lays weights out anew for a CPU."""
     model = load(directory, torch.float32, quantize="nf4")
+    before = logits(model) if used else None
     prompt = tokenizer("the cat sat on a mat and saw that dogs like warm milk").input_ids
     engine, found = Engine(model, tokenizer, slots=2), list[int]()
     engine.submit(Request(prompt, SamplingParams(max_tokens=8), on_delta=lambda delta: found.extend(delta.tokens)))
     engine.run()
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
     assert found == expected.tolist()
+    assert before is None or torch.equal(logits(model), before)
 
 
 def test_commands(directory: Path, tmp_path: Path) -> None:
