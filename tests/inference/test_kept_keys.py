@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +309,24 @@ def test_cached_prefixes_make_room(tokenizer: Any) -> None:
     engine.submit(request)
     engine.run()
     assert request.cached == 64
+
+
+def test_prompts_leave_no_cache_to_the_garbage_collector(tokenizer: Any) -> None:
+    engine, seen = engine_for(tokenizer), weakref.WeakSet[Any]()
+    forward = engine._forward
+
+    def watched(ids: Any, positions: Any, cache: Any, every: bool = False) -> Any:
+        seen.add(cache)
+        return forward(ids, positions, cache, every)
+
+    engine._forward = watched  # type: ignore[method-assign]
+    gc.disable()
+    try:
+        for prompt in prompts(4):
+            queue_and_run(engine, prompt, max_tokens=2)
+        assert list(seen) == [engine.table.cache]
+    finally:
+        gc.enable()
 
 
 def test_no_block_is_lost_in_300_requests_that_end_in_every_way(

@@ -12,7 +12,7 @@ Shapes: B rows, G kept key/value heads of a layer, T new tokens, L keys of the l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -321,20 +321,29 @@ class Places(NamedTuple):
         return self.keys.shape[1] - len(self.new) // len(self.keys)
 
 
+@dataclass
+class Call:
+    """Which keys a call sees: ``places`` of each group of layers, or ``blocks``, about which only the device knows."""
+
+    places: list[Places] = field(default_factory=list)
+    blocks: tuple[Sequence[Tensor], Tensor] | None = None
+
+
 class PagedCache(DynamicCache):
-    """transformers' cache, with keys of kept heads in blocks; ``places`` says which of them a call sees."""
+    """transformers' cache, with keys of kept heads in blocks.
+
+    Its layers refer to its call, not to the cache, so its memory is free as soon as nothing refers to the cache.
+    """
 
     def __init__(self, memory: KeptKeys) -> None:
         super().__init__()
-        self.memory = memory
-        self.places: list[Places] = []
-        """Of each group of layers."""
-        self.blocks: tuple[Sequence[Tensor], Tensor] | None = None
+        self.memory, self.call = memory, Call()
 
     @property
     def padding(self) -> dict[str, Tensor]:
         """What the model has to be told of padding among the keys."""
-        return {"attention_mask": self.places[0].mask} if self.places and self.places[0].mask is not None else {}
+        places = self.call.places
+        return {"attention_mask": places[0].mask} if places and places[0].mask is not None else {}
 
     def install(self) -> None:
         """Put a layer on the memory wherever the model keeps keys, once the others are there."""
@@ -342,7 +351,7 @@ class PagedCache(DynamicCache):
             for layer, keys in group.tensors.items():
                 while len(self.layers) <= layer:
                     self.layers.append(DynamicLayer())
-                paged, own = PagedLayer(self, number, keys), self.layers[layer]
+                paged, own = PagedLayer(self.call, number, keys, self.memory.size), self.layers[layer]
                 if isinstance(own, SplitCacheLayer):
                     own.kept = paged
                 else:
@@ -351,20 +360,16 @@ class PagedCache(DynamicCache):
     def see_blocks(self, tables: Sequence[Tensor], positions: Tensor) -> None:
         """Prepare for a call with one new token in each row, about which only the device knows: tables (B, W) of each
         group and positions (B,) are read there, so the call can be a CUDA graph."""
-        self.places, self.blocks = [], (tables, positions)
+        self.call.places, self.call.blocks = [], (tables, positions)
 
     def see(self, tables: Sequence[Tables | None], tokens: int) -> int:
         """Prepare for a call with ``tokens`` new ones in each row; returns how many keys the longest has already."""
-        self.places, self.blocks = (
-            [
-                group.places([each.each[i] if each else None for each in tables], tokens)
-                for i, group in enumerate(self.memory.groups)
-            ],
-            None,
-        )
+        self.call.blocks = None
+        self.call.places = [group.places([each.each[i] if each else None for each in tables], tokens)
+                            for i, group in enumerate(self.memory.groups)]  # fmt: skip
         for each in filter(None, tables):
             each.advance(tokens)
-        return self.places[0].before
+        return self.call.places[0].before
 
 
 class PagedLayer(AttendingLayer):
@@ -375,32 +380,31 @@ class PagedLayer(AttendingLayer):
 
     is_sliding = False
 
-    def __init__(self, cache: PagedCache, group: int, memory: KeyValues) -> None:
+    def __init__(self, call: Call, group: int, memory: KeyValues, size: int) -> None:
         super().__init__()
-        self.cache, self.group, self.memory, self.is_initialized = cache, group, memory, True
+        self.call, self.group, self.memory, self.size, self.is_initialized = call, group, memory, size, True
 
     @property
     def attends(self) -> bool:  # type: ignore[override]
-        return self.cache.blocks is not None
+        return self.call.blocks is not None
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None,
         subset: HeadSubset | None = None,
     ) -> Tensor:  # fmt: skip
-        assert self.cache.blocks is not None
+        assert self.call.blocks is not None
         heads = k.shape[1] if subset is None else len(subset.heads)
         if any(x.shape[1:] != (heads, k.shape[3]) for x in self.memory) or k.shape != v.shape:
             raise RuntimeError("Attention to keys in blocks does not support a family that keeps compressed keys.")
         if q.dtype != self.memory.k.dtype:
             raise RuntimeError(f"Attention to keys in blocks does not support {q.dtype} queries of this model.")
-        tables, positions = self.cache.blocks
-        size = self.cache.memory.size
-        asked = positions, size, scale, softcap, window or 0, subset
+        tables, positions = self.call.blocks
+        asked = positions, self.size, scale, softcap, window or 0, subset
         return paged_attention(q, k, v, self.memory, tables[self.group], *asked).transpose(1, 2)
 
     @property
     def places(self) -> Places:
-        return self.cache.places[self.group]
+        return self.call.places[self.group]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The memory is there."""
