@@ -38,8 +38,10 @@ class Request:
     Args:
         prompt: token ids; with ``start`` those that follow its tokens.
         on_delta: called from the engine's thread.
-        keep_state: the last delta carries a snapshot of the state after all tokens but the last sampled one.
-        text: whether deltas have text; without it stop strings are not looked for.
+        keep_state: the last delta carries a snapshot of the state after all tokens but the last sampled one, or after
+            the prompt if ``max_tokens`` is 0.
+        text: whether deltas have text, which goes on from the prompt's as :class:`.Detokenizer` says; without it stop
+            strings are not looked for.
         matcher: a grammar that the answer follows; each request needs one of its own.
     """
 
@@ -63,8 +65,12 @@ class Request:
     """Where it goes on, on the host, if it had to give its blocks back."""
 
     def begin(self, tokenizer: Any) -> None:
-        self.sampler = Sampler(self.params, self.history, self.matcher)
-        self.detokenizer, self.stops = Detokenizer(tokenizer), StopStrings(self.params.stop)
+        before = self.history
+        self.sampler = Sampler(self.params, before, self.matcher)
+        self.detokenizer, self.stops = (
+            Detokenizer(tokenizer, before if self.text else ()),
+            StopStrings(self.params.stop),
+        )
         self.cache: PrefillCache | None = None
 
     def restart(self) -> None:

@@ -28,10 +28,10 @@ class SamplingParams:
     repetition_penalty: divides positive logits of tokens of prompt and answer, multiplies negative ones; 1 is off.
     frequency_penalty, presence_penalty: subtracted from a token's logit for each time, or once, that the answer has it.
     logit_bias: (token, value) pairs, added to these tokens' logits before the penalties.
-    stop: strings before which the answer ends.
+    stop: strings before which the answer ends, or a single one.
     logprobs: None, or how many of the likeliest tokens to report beside each chosen one; prompt_logprobs: the same
     for the tokens of the prompt.
-    max_tokens: 0 only scores the prompt.
+    max_tokens: 0 only reads the prompt, to score it or to keep its state.
     """
 
     max_tokens: int = 128
@@ -40,7 +40,7 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | str = ()
     seed: int | None = None
     logprobs: int | None = None
     frequency_penalty: float = 0.0
@@ -49,6 +49,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
         for name, ok, expected in (
             ("max_tokens", self.max_tokens >= 0, "at least 0"),
             ("temperature", 0 <= self.temperature <= 100, "between 0 and 100"),

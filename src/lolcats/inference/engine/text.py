@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 REPLACEMENT = "\ufffd"  # what a tokenizer gives for an incomplete character
+LONGEST = 8  # more tokens than any character takes
+LOOKED_AT = 256  # last tokens of a prompt
 
 
 class Detokenizer:
@@ -13,17 +15,25 @@ class Detokenizer:
 
     Some tokenizers strip or add spaces at the start of what they decode. So each piece is decoded together with the
     few tokens before it, whose text is then cut off.
+
+    Args:
+        prompt: token ids before the first one. The text goes on from theirs, so a character that they begin is part of
+            it. After a special token it begins anew, as a text does for a tokenizer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.tokens = tokenizer, list[int]()
-        self.context = self.done = 0  # tokens[context:done] are out already and are decoded again
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
+        self.tokenizer, self.tokens = tokenizer, context_of(tokenizer, prompt)
+        # tokens[context:done] are out already and are decoded again
+        self.context, self.done = 0, len(self.tokens) - unfinished(tokenizer, self.tokens)
 
     def add(self, token: int) -> str:
         """The text that ``token`` completes; empty while it ends inside a character."""
         self.tokens.append(token)
         before, after = self._decode(self.tokens[self.context : self.done]), self._decode(self.tokens[self.context :])
-        if after.endswith(REPLACEMENT) and len(self.tokens) - self.done < 8:  # no character takes more tokens
+        if after.endswith(REPLACEMENT) and len(self.tokens) - self.done < LONGEST:
+            return ""
+        if before and after == before:  # a special token, say: what follows goes on from the text before it
+            del self.tokens[self.done :]
             return ""
         self.context, self.done = self.done, len(self.tokens)
         return after[len(before) :]
@@ -35,7 +45,44 @@ class Detokenizer:
         return after[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return decode(self.tokenizer, tokens)
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of tokens without special ones."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def context_of(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
+    """The end of a prompt from its last token that is text by itself, or after a special token that comes later."""
+    start, text = len(prompt), ""
+    while start > max(0, len(prompt) - LOOKED_AT) and (not text or REPLACEMENT in text):
+        alone = [prompt[start - 1]]
+        text = decode(tokenizer, alone)
+        if not text and tokenizer.decode(alone):  # special
+            break
+        start -= 1
+    return list(prompt[start:])
+
+
+def unfinished(tokenizer: Any, tokens: Sequence[int]) -> int:
+    """How many of the last tokens begin a character without ending it."""
+    count, text = 0, decode(tokenizer, tokens)
+    while text.endswith(REPLACEMENT) and count < min(len(tokens), LONGEST):
+        count += 1
+        text = decode(tokenizer, tokens[: len(tokens) - count])
+    last = list(tokens[len(tokens) - count :])
+    if not count or text.endswith(REPLACEMENT):
+        return 0
+    whole = list(tokenizer.encode(decode(tokenizer, last), add_special_tokens=False))
+    return 0 if whole[-count:] == last else count  # the text itself may have U+FFFD
+
+
+def spelled(tokenizer: Any, token: int) -> str:
+    """The text of a token amid others: with the space at its start that some tokenizers strip from a text's first."""
+    alone = str(tokenizer.decode([token]))
+    following = str(tokenizer.decode([token, token]))[len(alone) :]
+    return following if following.lstrip(" ") == alone.lstrip(" ") else alone
 
 
 class StopStrings:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lolcats.inference.engine.request import Delta, Request
 from lolcats.inference.engine.sampling import TokenLogprob
+from lolcats.inference.engine.text import context_of, spelled, unfinished
 
 Json = dict[str, Any]
 
@@ -36,9 +37,15 @@ class Reply:
 
     def echo(self, prompts: list[str | list[int]]) -> None:
         """Let each choice begin with its prompt."""
-        texts = [prompt if isinstance(prompt, str) else str(self.tokenizer.decode(prompt)) for prompt in prompts]
+        texts = [prompt if isinstance(prompt, str) else self._shown(prompt) for prompt in prompts]
         for index, choice in enumerate(self.choices):
             choice.prompt = texts[index // self.n]
+
+    def _shown(self, prompt: list[int]) -> str:
+        """The text of a prompt, up to a character that the answer goes on with."""
+        left = unfinished(self.tokenizer, context_of(self.tokenizer, prompt))
+        answered = self.requests[0].params.max_tokens > 0
+        return str(self.tokenizer.decode(prompt[: len(prompt) - left] if answered else prompt))
 
     def add(self, index: int, delta: Delta) -> tuple[str, list[TokenLogprob]]:
         """The text and log-probabilities that the delta adds, with the prompt's before the first."""
@@ -144,5 +151,5 @@ class Reply:
 
     def _text(self, token: int) -> str:
         if token not in self.texts:
-            self.texts[token] = str(self.tokenizer.decode([token]))
+            self.texts[token] = spelled(self.tokenizer, token)
         return self.texts[token]
