@@ -8,7 +8,8 @@ import httpx
 import pytest
 import torch
 from support.serving import serving, tiny_engine
-from test_engine import ask, prompts
+from test_engine import ask, prompts, tokens
+from test_kept_keys import assert_all_free, engine_for
 
 from lolcats.inference.engine import Delta, Engine, Request, SamplingParams
 from lolcats.inference.server import Limits
@@ -73,6 +74,34 @@ def test_scores_do_not_change_what_follows(tokenizer: Any) -> None:
     engine.submit(Request(LONG, SamplingParams(max_tokens=9, prompt_logprobs=1), deltas.append))
     engine.run()
     assert [d.tokens for d in deltas] == [d.tokens for d in plain]
+
+
+@pytest.mark.parametrize("kept", [None, "one head", "local layers and a head"])
+@pytest.mark.parametrize("cached", [0, 1 << 20])
+def test_a_request_for_no_tokens_can_leave_a_state(kept: str | None, cached: int, tokenizer: Any) -> None:
+    if kept:
+        engine = engine_for(tokenizer, kept, prefix_bytes=cached)
+    else:
+        engine = tiny_engine(tokenizer, stop_tokens=(), prefix_bytes=cached)
+    whole = ask(engine, [*LONG, 7, 8], max_tokens=9)
+    left = ask(engine, LONG, max_tokens=0)
+    engine.run()
+    (delta,) = left
+    assert delta.snapshot is not None
+    assert (delta.snapshot.tokens, delta.tokens, delta.finish_reason) == (tuple(LONG), [], "length")
+    again = ask(engine, [7], delta.snapshot, max_tokens=0)
+    engine.run()
+    assert again[0].snapshot is not None
+    follow = [ask(engine, [7, 8], delta.snapshot, max_tokens=9), ask(engine, [8], again[0].snapshot, max_tokens=9)]
+    engine.run()
+    assert [tokens(deltas) for deltas in follow] == [tokens(whole)] * 2
+    assert ask(engine, LONG, max_tokens=0) == []
+    if engine.kept is not None:
+        engine.run()
+        del whole, left, again, follow, delta
+        while engine.prefixes.evict():
+            pass
+        assert_all_free(engine)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def after(engine: Engine, tokens: list[int]) -> Snapshot | None:
     """The state after ``tokens``, None for none."""
     deltas: list[Delta] = []
     if tokens:
-        engine.submit(Request(tokens, SamplingParams(max_tokens=1), deltas.append, keep_state=True, text=False))
+        engine.submit(Request(tokens, SamplingParams(max_tokens=0), deltas.append, keep_state=True, text=False))
         engine.run()
         if (snapshot := deltas[-1].snapshot) is not None:
             return snapshot

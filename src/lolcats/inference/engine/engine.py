@@ -254,9 +254,8 @@ class Engine:
         """Give requests that share a prefill the next slots, and sample their first tokens from logits (B, V)."""
         for request in requests:
             self.waiting.remove(request)
-        if requests[0].params.max_tokens == 0:  # only its prompt was to be scored
-            requests[0].cache = None
-            return self._tell(requests[0], Delta(finish_reason="length"))
+        if requests[0].params.max_tokens == 0:
+            return self._tell(requests[0], requests[0].prompt_only())
         assert requests[0].cache is not None
         return self._advance(logits, self.slots.add(requests, requests[0].cache))
 

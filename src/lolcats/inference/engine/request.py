@@ -110,6 +110,12 @@ class Request:
         reason: FinishReason | None = "stop" if stopped else "length" if full else None
         return Delta(text, [token], [] if logprob is None else [logprob], reason)
 
+    def prompt_only(self) -> Delta:
+        """The only delta of a request for no tokens, once its prompt is prefilled."""
+        assert self.cache is not None
+        cache, self.cache = self.cache, None
+        return Delta(finish_reason="length", snapshot=cache.snapshot(self.history) if self.keep_state else None)
+
     def _shown(self, token: int, ends: bool, last: bool) -> str:
         """The text that can be shown now."""
         text = self.stops.add("" if ends else self.detokenizer.add(token))

@@ -65,17 +65,25 @@ class Snapshot:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Snapshot:
+        """
+        Raises:
+            LolcatsError: the file cannot be read, or is not a whole saved state.
+        """
         try:
-            tensors = load_file(path, device=str(device))
-            tokens = tuple(tensors.pop("tokens").tolist())
-        except (OSError, KeyError, SafetensorError) as error:
-            raise LolcatsError(f"{path}: no saved state ({error}).") from None
+            return cls._of_tensors(load_file(path, device=str(device)))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            raise LolcatsError(f"{path} is not a saved state ({reason}).") from None
+
+    @classmethod
+    def _of_tensors(cls, tensors: dict[str, Tensor]) -> Snapshot:
+        tokens = tuple(map(int, tensors.pop("tokens").tolist()))
         layers, kept = dict[int, dict[str, Any]](), dict[int, dict[str, Any]]()
         for name, tensor in tensors.items():
             of, rest = (kept, name.removeprefix(f"{KEPT}.")) if name.startswith(KEPT) else (layers, name)
             index, _, field = rest.partition(".")
             of.setdefault(int(index), {})[field] = tensor
-        states = tuple(AttentionState.of_tensors(layers[i], len(tokens)) for i in sorted(layers))
+        states = tuple(AttentionState.of_tensors(layers[i], len(tokens)) for i in range(len(layers)))
         return cls(tokens, states, Copied({i: KeyValues(**kept[i]) for i in sorted(kept)}) if kept else None)
 
 
@@ -112,6 +120,11 @@ class PrefillCache:
             OutOfBlocks: too few blocks are free for those that it cannot share.
         """
         return self.cache.memory.held(self.tables[0]) if isinstance(self.cache, PagedCache) else None
+
+    def snapshot(self, tokens: Sequence[int]) -> Snapshot:
+        """The state of a single sequence, which must be ``tokens`` and does not go on in this cache."""
+        kept = Held(self.cache.memory, self.tables[0].fork()) if isinstance(self.cache, PagedCache) else None
+        return Snapshot(tuple(tokens), tuple(state.map(torch.clone) for state in self.states()), kept)
 
     def states(self) -> tuple[AttentionState, ...]:
         """The layers' states. Moving a state forward makes a new one, so these stay as they are."""
