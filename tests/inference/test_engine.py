@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
+from safetensors.torch import load_file, save_file
 from support.interpreted import interpreted
 from support.serving import CONFIG, tiny_engine
 
 import lolcats
 from lolcats.attention import use_backend
-from lolcats.config import AttentionConfig
+from lolcats.config import AttentionConfig, FinetuneConfig
 from lolcats.errors import LolcatsError
 from lolcats.inference.engine import Delta, Engine, Request
+from lolcats.inference.engine import model as engine_model
 from lolcats.inference.engine.sampling import SamplingParams
 from lolcats.inference.engine.states import Snapshot
 from lolcats.modeling.checkpoint import load
+from lolcats.stages.finetune.stage import add_lora
 
 VARIANTS = [
     CONFIG,
@@ -346,9 +354,31 @@ def test_a_state_of_another_model_is_refused(tokenizer: Any, tmp_path: Path) -> 
     engine.run()
     with pytest.raises(LolcatsError, match="of another model"):
         ask(other, [7], deltas[-1].snapshot)
-    (tmp_path / "no").write_text("no")
-    with pytest.raises(LolcatsError, match="no saved state"):
-        Snapshot.load(tmp_path / "no")
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensors: tensors.pop("tokens"), lambda tensors: tensors.pop("0.seen"),
+    lambda tensors: tensors.update(tokens=torch.tensor(3)), lambda tensors: tensors.update(tokens=torch.ones(2, 2)),
+    lambda tensors: [tensors.pop(name) for name in [*tensors] if name.startswith("0.")],
+    lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}), lambda tensors: tensors.pop("kept.0.v"),
+    lambda tensors: tensors.update({"kept.0.w": torch.ones(3)}),
+])  # fmt: skip
+def test_a_file_that_is_not_a_saved_state_is_refused(change: Any, tokenizer: Any, tmp_path: Path) -> None:
+    config = AttentionConfig(window_size=8, feature_dim=8, softmax_heads={"0": [1]})
+    engine = Engine(lolcats.convert(tiny_model(), config), tokenizer, slots=1, context=64)
+    deltas = ask(engine, [5, 6], max_tokens=1)
+    engine.run()
+    assert deltas[-1].snapshot is not None
+    deltas[-1].snapshot.save(tmp_path / "state")
+    assert Snapshot.load(tmp_path / "state").tokens == (5, 6)
+    tensors = load_file(tmp_path / "state")
+    change(tensors)
+    save_file(tensors, tmp_path / "state")
+    with pytest.raises(LolcatsError, match="state is not a saved state"):
+        Snapshot.load(tmp_path / "state")
+    (tmp_path / "state").write_text("no")
+    with pytest.raises(LolcatsError, match="state is not a saved state"):
+        Snapshot.load(tmp_path / "state")
 
 
 def test_shared_prefixes_are_computed_once_and_stay_within_their_memory(tokenizer: Any) -> None:
@@ -404,9 +434,55 @@ def test_end_of_sequence_and_stop_strings_end_a_request(tokenizer: Any) -> None:
     assert stopped[-1].finish_reason == "stop"
 
 
+def test_a_single_stop_string_is_one() -> None:
+    assert SamplingParams(stop="END").stop == ("END",)
+    with pytest.raises(LolcatsError, match="stop: expected no empty strings"):
+        SamplingParams(stop="")
+
+
+SCRIPT = """
+from conftest import tiny_model
+from support.serving import CONFIG
+import lolcats
+from lolcats.inference.engine import Engine
+engine = Engine(lolcats.convert(tiny_model(), CONFIG), type("Tokenizer", (), {"eos_token_id": 2}))
+assert all(layer.constant for layer in engine.layers.values())
+"""
+
+
+def test_a_script_need_not_close_its_engine() -> None:
+    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment())
+    assert (run.returncode, "Exception ignored" in run.stderr, "Error" in run.stderr) == (0, False, False), run.stderr
+
+
+def environment() -> dict[str, str]:
+    tests = str(Path(__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([tests, *filter(None, sys.path)])}
+
+
+def test_a_model_that_liger_cannot_patch_runs_without(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    @contextmanager
+    def failing(*_: Any) -> Iterator[None]:
+        raise LolcatsError("Turn it off: --set transfer.liger=off") from AttributeError("no norm")
+        yield
+
+    monkeypatch.setattr(engine_model, "fused_layers", failing)
+    engine = tiny_engine(tokenizer)
+    assert caplog.messages == ["Generating without liger-kernel, which cannot patch this model: no norm"]
+    assert len(alone(engine, [5, 6, 7], max_tokens=3)) > 0
+
+
 def test_refusals(tokenizer: Any) -> None:
     with pytest.raises(LolcatsError, match="linearized models"):
         Engine(tiny_model(), tokenizer)
+    wrapped = add_lora(lolcats.convert(tiny_model(), CONFIG), FinetuneConfig(rank=4))
+    with pytest.raises(
+        LolcatsError, match=r"a wrapper of PEFT\. Merge its adapter first .* or pass get_base_model\(\)"
+    ):
+        Engine(wrapped, tokenizer)
+    assert len(alone(Engine(wrapped.get_base_model(), tokenizer, slots=1), [5, 6, 7], max_tokens=3)) > 0
     engine = tiny_engine(tokenizer)
     for prompt in ([], [-1], [320]):
         with pytest.raises(LolcatsError, match="at least one token"):

@@ -36,6 +36,14 @@ def long_prompt(seed: int = 0) -> list[int]:
     return found
 
 
+def test_an_error_names_the_blocks_that_are_short(tokenizer: Any) -> None:
+    engine = engine_for(tokenizer, BOTH)
+    assert engine.room is not None
+    windows(engine).take(windows(engine).free)
+    count = windows(engine).count
+    assert f"hold {count} of {count} blocks of the layers that see a window of 24 tokens." in str(engine.room.taken())
+
+
 @pytest.mark.parametrize("name", [BOTH, LOCAL])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_blocks_in_use_do_not_grow_beyond_the_window(name: str, ahead: bool, tokenizer: Any) -> None:

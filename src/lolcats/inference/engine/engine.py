@@ -22,7 +22,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -97,8 +96,7 @@ class Engine:
         """A step that was launched ahead: its requests in the order of its rows, and their tokens."""
         self.sampler = BatchSampler()
         self.keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.resources = ExitStack()
-        prepare(model, self.layers.values(), self.resources)
+        self.resources = prepare(self, model, self.layers.values())
         self.graphs: DecodeGraphs | None = None
         if graphs if graphs is not None else model.device.type == "cuda" and has_kernels(model, self.layers.values()):
             with torch.inference_mode():

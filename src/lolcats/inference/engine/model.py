@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -31,6 +32,11 @@ def check_model(model: PreTrainedModel) -> None:
             f"Layers {', '.join(others)} have a recurrence or convolution of the base model's own, whose state the "
             "engine does not hold. Use lolcats generate for this model."
         )
+    if hasattr(model, "get_base_model"):
+        raise LolcatsError(
+            f"The engine runs models, and {type(model).__name__} is a wrapper of PEFT. Merge its adapter first "
+            "(merge_and_unload()), or pass get_base_model(), which has the adapter in its layers."
+        )
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise LolcatsError(f"{type(model).__name__} takes no position_ids, which rows of different lengths need.")
 
@@ -48,9 +54,11 @@ def lay_out_for_vectors(model: PreTrainedModel) -> None:
             module.weight.data = x.t().contiguous().t()
 
 
-def prepare(model: PreTrainedModel, layers: Iterable[LinearizedAttention], resources: ExitStack) -> None:
-    """Until ``resources`` is closed: constant gates and, on a GPU, joint projections and liger-kernel's layers, or a
-    warning if these cannot be used."""
+def prepare(owner: object, model: PreTrainedModel, layers: Iterable[LinearizedAttention]) -> ExitStack:
+    """Until the result is closed: constant gates and, on a GPU, joint projections and liger-kernel's layers, or a
+    warning if these cannot be used. It is closed at the latest when ``owner``'s life or Python ends."""
+    resources = ExitStack()
+    weakref.finalize(owner, resources.close)
     resources.enter_context(constant_gates(layers))
     if model.device.type == "cuda":
         resources.enter_context(joint_projections(model))
@@ -58,7 +66,8 @@ def prepare(model: PreTrainedModel, layers: Iterable[LinearizedAttention], resou
     try:
         resources.enter_context(fused_layers(model, True))
     except LolcatsError as error:
-        log.warning("Generating without liger-kernel: %s", error)
+        log.warning("Generating without liger-kernel, which cannot patch this model: %s", error.__cause__ or error)
+    return resources
 
 
 def has_kernels(model: PreTrainedModel, layers: Iterable[LinearizedAttention]) -> bool:

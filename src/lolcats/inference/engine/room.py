@@ -22,7 +22,7 @@ SHARE = 0.85
 HOST_SHARE = 0.5
 TAKEN = (
     "The keys of this request do not fit into memory: saved states or cached prefixes that are still in use hold "
-    "{held} of {count} blocks."
+    "{held} of {count} blocks{of}."
 )
 
 
@@ -113,8 +113,10 @@ class Room:
 
     def taken(self) -> OutOfBlocks:
         """The error of a request that found too few blocks, although nothing else runs."""
-        pools = [group.blocks for group in self.kept.groups]
-        return OutOfBlocks(TAKEN.format(held=sum(x.held for x in pools), count=sum(x.count for x in pools)))
+        pool = max((group.blocks for group in self.kept.groups), key=lambda x: x.held / max(1, x.count))
+        seen = f"a window of {pool.window} tokens" if pool.window else "all tokens"
+        of = f" of the layers that see {seen}" if len(self.kept.groups) > 1 else ""
+        return OutOfBlocks(TAKEN.format(held=pool.held, count=pool.count, of=of))
 
     def _cached(self) -> list[int]:
         """Blocks of each group that nothing but cached prefixes hold."""
