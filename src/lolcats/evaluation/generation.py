@@ -5,7 +5,6 @@ What all prompts begin with, such as the worked examples of a task, is computed 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,8 +56,12 @@ def generate(
 
 def beginning(prompts: Sequence[list[int]]) -> list[int]:
     """What all prompts begin with, at least one token less than each; nothing if that is short."""
-    shared = os.path.commonprefix([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else []
-    return list(shared) if len(shared) >= SHARED else []
+    if len(prompts) < 2:
+        return []
+    first, last = min(prompts), max(prompts)  # in lexicographic order: all others share what these two do
+    most = min(map(len, prompts)) - 1
+    count = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
+    return first[: min(count, most)] if min(count, most) >= SHARED else []
 
 
 def after(engine: Engine, tokens: list[int]) -> Snapshot | None:
