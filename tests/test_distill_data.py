@@ -254,7 +254,7 @@ def test_what_a_server_refuses(engine: Engine, tmp_path: Path, monkeypatch: pyte
         assert len(made("tiny", prompts, tmp_path / "a.jsonl", *url, "--keep-cut")) == 1
         (reason,) = meta(tmp_path / "a.jsonl")["skipped"]
         assert reason.startswith("refused by the server: 400: ")
-        assert "more than the limit of 60" in reason
+        assert "exceed the limit of 60" in reason
         assert "has the model 'tiny', not 'other'" in distill("other", prompts, tmp_path / "b.jsonl", *url).output
     unreachable = distill("tiny", prompts, tmp_path / "c.jsonl", *url)
     assert unreachable.exit_code == 2

@@ -226,7 +226,7 @@ def test_whitespace_does_not_go_on_for_ever(grammars: Grammars, tokenizer) -> No
         (schema({"type": "string", "x-guidance": {"lenient": True}}), "x-guidance is not a keyword"),
         (schema({"$schema": "http://127.0.0.1/schema", "type": "string"}), "not a draft"),
         (schema({"const": "x" * 70_000}), "at most 65536"),
-        (schema(json.loads('{"items":' * 65 + "{}" + "}" * 65)), "more than 64 deep"),
+        (schema(json.loads('{"items":' * 65 + "{}" + "}" * 65)), "more than 64 levels deep"),
         (schema({"type": "object", "properties": {f"p{i}": {} for i in range(1500)}}), "too many properties"),
     ],
     ids=str,

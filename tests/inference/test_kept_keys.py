@@ -269,7 +269,9 @@ def test_what_never_fits_is_refused_and_what_saved_states_displace_fails(tokeniz
     engine = small(tokenizer, 12)
     assert engine.room is not None
     assert engine.room.context == 88
-    with pytest.raises(LolcatsError, match=r"prompt: 70 tokens of prompt and 19 to generate are more than the context"):
+    with pytest.raises(
+        LolcatsError, match=r"prompt: a prompt of 70 tokens and 19 tokens to generate exceed the context"
+    ):
         ask(engine, prompts(8)[7], max_tokens=19)
     snapshot = ask_and_run(engine, prompts(8)[7], max_tokens=2)[-1].snapshot  # 9 blocks
     with pytest.raises(LolcatsError, match="of 88 tokens"):
@@ -277,7 +279,7 @@ def test_what_never_fits_is_refused_and_what_saved_states_displace_fails(tokeniz
     displaced = [queue(engine, prompts(8)[6], max_tokens=2), queue(engine, prompts(8)[4], max_tokens=20)]
     engine.run()  # the first never begins; the second finds no fourth block
     assert [deltas[-1].finish_reason for deltas in displaced] == ["error", "error"]
-    assert "saved states or cached prefixes that are still in use hold 9 of 12 blocks" in displaced[0][-1].error
+    assert "saved states or cached prefixes that are still in use hold 9 of 12 blocks." in displaced[0][-1].error
     assert 0 < len(tokens(displaced[1])) < 20
     more = tokens(queue_and_run(engine, [9, 10], snapshot, max_tokens=8))  # shares its blocks
     assert more == generated(engine.model, [*snapshot.tokens, 9, 10], 8)

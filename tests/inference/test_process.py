@@ -79,7 +79,7 @@ def test_sigterm_finishes_what_runs(directory: Path) -> None:
         assert process.wait(20) in (0, -signal.SIGTERM)
 
 
-STOPPING = "Stopping at once: answers that are not complete are cut.\n"
+STOPPING = "Stopping now: unfinished answers are cut off.\n"
 
 
 @pytest.mark.parametrize("presses", [2, 3])

@@ -447,7 +447,7 @@ class Engine:
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         """End these requests with an error."""
-        _log(f"{len(requests)} requests end with an error", error)
+        _log(f"Failed requests: {len(requests)}", error)
         if self._breaks(error):
             return
         for request in requests:
@@ -456,7 +456,7 @@ class Engine:
 
     def _fail_batch(self, error: Exception) -> None:
         """A forward pass or its tokens failed: end what was running, and empty the slots."""
-        _log(f"A step of {len(self.running)} requests failed", error)
+        _log(f"Failed requests: {len(self.running)}", error)
         if self._breaks(error):
             return
         requests = list(self.running)

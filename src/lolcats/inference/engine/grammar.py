@@ -138,7 +138,7 @@ class Matcher:
         mask &= self.vocabulary.plain
         self.stopped = not bool(mask.any())
         if self.stopped and not may_end:
-            raise GrammarError("The grammar of the answer leads to a place from which no token goes on.")
+            raise GrammarError("The grammar of the answer reaches a point where no token can follow.")
         if may_end:
             mask |= self.vocabulary.stops
         self._mask = mask[: (self.vocabulary.size + 31) // 32]

@@ -67,8 +67,8 @@ class Room:
         tokens, new = before + len(request.prompt), request.params.max_tokens
         if tokens + new > self.context:
             raise LolcatsError(
-                f"prompt: {tokens} tokens of prompt and {new} to generate are more than the context of {self.context} "
-                "tokens that this model's keys have room for."
+                f"prompt: a prompt of {tokens} tokens and {new} tokens to generate exceed the context of "
+                f"{self.context} tokens, which is what memory for kept keys allows."
             )
 
     def has(self, counts: Sequence[int]) -> bool:

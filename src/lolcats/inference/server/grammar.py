@@ -266,7 +266,7 @@ def check_schema(schema: dict[str, Any], depth: int) -> None:
     while waiting:
         value, level = waiting.pop()
         if level > depth:
-            raise GrammarError(f"{WHAT}: nested more than {depth} deep.")
+            raise GrammarError(f"{WHAT}: nested more than {depth} levels deep.")
         if isinstance(value, dict):
             for key, inner in value.items():
                 _check_keyword(key, inner)
@@ -276,7 +276,7 @@ def check_schema(schema: dict[str, Any], depth: int) -> None:
 
 def _check_keyword(key: str, value: Any) -> None:
     if key in ("$ref", "$dynamicRef", "$recursiveRef") and isinstance(value, str) and not value.startswith("#"):
-        raise GrammarError(f"{WHAT}: {key} {one_line(value, 80)!r} is another document; only '#…' can be used.")
+        raise GrammarError(f"{WHAT}: {key} {one_line(value, 80)!r} refers to another document; only '#…' can be used.")
     if key == "$schema" and isinstance(value, str) and not DRAFTS.fullmatch(value):
         raise GrammarError(f"{WHAT}: $schema {one_line(value, 80)!r} is not a draft of json-schema.org.")
     if key == "x-guidance":
@@ -290,7 +290,7 @@ def check_system() -> None:
     except ImportError:
         raise GrammarError("response_format: this system cannot limit the memory of a process; use Linux.") from None
     if not Path("/proc/self/statm").exists():
-        raise GrammarError("response_format: this system does not tell how much memory a process has; use Linux.")
+        raise GrammarError("response_format: this system does not report a process's memory; use Linux.")
 
 
 def _serialized(schema: dict[str, Any], most: int) -> str:

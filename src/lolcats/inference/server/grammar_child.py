@@ -112,7 +112,7 @@ def serve(compiler: Compiler) -> None:
             compiler.limit()
             reply = compiler.compile(request["schema"], request["options"])
         except DeadEnd:
-            reply = {"error": "it leads to a place from which no token goes on"}
+            reply = {"error": "it reaches a point where no token can follow"}
         except MemoryError:
             os._exit(1)
         except BaseException as error:  # a panic in Rust does not derive from Exception

@@ -191,7 +191,7 @@ class Server(uvicorn.Server):
             self.force_exit = True
             return
         self.hurried = True
-        print("Stopping at once: answers that are not complete are cut.", file=sys.stderr, flush=True)
+        print("Stopping now: unfinished answers are cut off.", file=sys.stderr, flush=True)
         getLogger("uvicorn.error").setLevel(CRITICAL)  # requests that are cut would be logged as errors
         self.service.streams.cut()
         self.loop.call_later(GRACE, self._hurry)

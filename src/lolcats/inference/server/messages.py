@@ -65,7 +65,7 @@ class Message(Strict):
         if self.content is None and self.role != "assistant":
             raise ValueError("content: expected text; only an assistant's may be null")
         if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls: only an assistant's message has them")
+            raise ValueError("tool_calls: only assistant messages may have them")
         if self.tool_call_id is not None and self.role != "tool":
             raise ValueError("tool_call_id: only a tool's message has one")
         return self
@@ -92,7 +92,7 @@ def settled_message(given: Any, number: int) -> Any:
         return message
     for i, part in enumerate(message["content"]):
         if isinstance(part, dict) and part.get("type") != "text":
-            reason = f'expected "text", got {part.get("type")!r}; this server reads text.'
+            reason = f'expected "text", got {part.get("type")!r}; this server accepts only text.'
             raise bad_field(f"{place}content.{i}.type", reason)
     parts = [
         fields.settle(part, set(TextPart.model_fields), fields.TEXT_PART, place=f"{place}content.{i}.")
