@@ -149,6 +149,22 @@ def test_a_step_in_the_pool_is_a_step_of_slots(dtype: torch.dtype) -> None:
         assert torch.equal(x, stored[name]), name
 
 
+@pytest.mark.parametrize("count", [4, 8])
+def test_sums_in_bf16_are_right_on_average_however_a_prompt_is_cut(count: int) -> None:
+    """Rounded to the nearest, they would stop growing: each piece adds less than half of their spacing."""
+    layer, length = made("linear"), 4096
+    torch.manual_seed(1)
+    sequence, sums = Sequence(length, 1), dict[torch.dtype, Tensor]()
+    sequence.v += 1
+    for dtype in (torch.float32, torch.bfloat16):
+        pool, sequence.seen, sequence.outputs = pool_of(layer, 2, dtype), 0, []
+        for _ in range(length // count):
+            one_step(layer, pool, [(sequence, count)])
+        sums[dtype] = pool.parts["S"][1].float()
+    exact, kept = sums.values()
+    assert abs((kept - exact).mean()) < 0.01 * exact.mean()
+
+
 IN_PLACE = ["terraced", "sliding", "only window", "before RoPE"]
 
 

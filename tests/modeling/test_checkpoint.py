@@ -55,6 +55,22 @@ def test_reload_equals_memory_exactly(family: str, tmp_path: Path) -> None:
     assert {p.dtype for n, p in half.named_parameters() if ".lolcats." in n} == {torch.float32}
 
 
+@torch.no_grad()
+def test_config_json_may_be_written_in_any_form(tmp_path: Path) -> None:
+    """As by ``jq -c``, and with another order of fields. Only the model's own type counts."""
+    model, path = saved(tmp_path), tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for separators in ((",", ":"), (", ", " : ")):
+        path.write_text(json.dumps(dict(reversed(config.items())), separators=separators))
+        assert torch.equal(lolcats.load(tmp_path)(IDS).logits, model(IDS).logits)
+    path.write_text(json.dumps({"model_type": "llama", "was": {"model_type": "lolcats"}}))
+    with pytest.raises(LolcatsError, match="is not a linearized model"):
+        lolcats.load(tmp_path)
+    path.write_text(json.dumps(config)[:-9])
+    with pytest.raises(LolcatsError, match="damaged"):
+        lolcats.load(tmp_path)
+
+
 def python(code: str) -> Any:
     """The last line that a separate process prints, read as JSON; its standard input is empty."""
     command = [sys.executable, "-c", code]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
+from support.tiny import tiny
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -17,6 +21,7 @@ from transformers import (
 import lolcats
 from lolcats.config import AttentionConfig
 from lolcats.errors import LolcatsError
+from lolcats.modeling import convert as convert_module
 from lolcats.modeling.layer import KeptAttention, LinearizedAttention, linearized_layers, override
 
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
@@ -130,6 +135,36 @@ def test_refusals_say_why() -> None:
         lolcats.convert(model, SMALL)
     with pytest.raises(LolcatsError, match="no attention layer 9"):
         lolcats.convert(tiny_model("llama"), AttentionConfig(layers={"9": "linear"}))
+    with pytest.raises(LolcatsError, match="'1-0' names no layer"):
+        lolcats.convert(tiny_model("llama"), AttentionConfig(layers={"1-0": "softmax"}))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: tiny("gpt2"), lambda: tiny("smollm3", no_rope_layers=[1, 0]), lambda: tiny("gemma2")]
+)
+@torch.no_grad()
+def test_a_model_that_is_refused_stays_as_it_was(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the last check, after its modules have been put in place."""
+    model = make()
+    expected, kind, asked = model(IDS).logits, type(model), list[Any]()
+    settings, modules = model.config.to_dict(), [name for name, _ in model.named_modules()]
+    handle = model.register_forward_pre_hook(lambda *_: asked.append(None))
+    if model.config.model_type == "gemma2":
+        monkeypatch.setattr(convert_module, "check_rotation", lambda _: (_ for _ in ()).throw(LolcatsError("does not")))
+    unrotated = dataclasses.replace(SMALL, feature_inputs="unrotated")
+    with pytest.raises(LolcatsError, match="does not"):
+        lolcats.convert(model, unrotated)
+    assert type(model) is kind
+    assert model.config.to_dict() == settings
+    assert [name for name, _ in model.named_modules()] == modules
+    asked.clear()
+    assert torch.equal(model(IDS).logits, expected)
+    assert asked
+    handle.remove()
+    assert not model._forward_pre_hooks
+    lolcats.convert(model, SMALL)
+    assert linearized_layers(model)
+    assert model(IDS).logits.shape == expected.shape
 
 
 def test_custom_masks_are_refused() -> None:

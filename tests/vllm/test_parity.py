@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import engine, generate, references, tokens, wanted
+from safetensors.torch import load_file
 
 BEFORE_ROPE = [f"unrotated {name}" for name in ("llama", "qwen2", "qwen3", "gemma3", "phi3", "glm4", "mistral")]
 HEADS = ["heads", "heads gemma3", "unrotated heads"]
@@ -53,6 +56,31 @@ def test_preempted_requests_begin_anew(models: Path) -> None:
         counted = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     assert tokens(outputs) == wanted(cases)
     assert counted["vllm:num_preemptions"] > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "heads"])
+def test_feature_maps_and_gates_that_are_loaded_again_are_used(name: str, models: Path) -> None:
+    """After the first answers: γ, too, which is computed once. (On CPUs, vLLM keeps no other weights to load into.)"""
+    from lolcats.vllm.models import OURS, load_feature_maps
+
+    cases = references(models / name)
+    exported = {k: x for k, x in load_file(models / name / "model.safetensors").items() if OURS in k}
+    changed = {k: x + 3 if k.endswith(".gate") else x for k, x in exported.items()}
+
+    def load(weights: dict[str, torch.Tensor], model: Any) -> None:
+        layers = model.linearized.values()
+        before = [layer.mixer.gamma for layer in layers]
+        load_feature_maps(model.linearized, weights)
+        for layer, gamma in zip(layers, before, strict=True):
+            assert layer.mixer.gamma is gamma
+            torch.testing.assert_close(gamma, torch.sigmoid(layer.lolcats.gate))
+
+    with engine(models / name, enable_prefix_caching=False) as llm:
+        assert tokens(generate(llm, cases)) == wanted(cases)
+        llm.apply_model(partial(load, changed))
+        assert tokens(generate(llm, cases)) != wanted(cases)
+        llm.apply_model(partial(load, exported))
+        assert tokens(generate(llm, cases)) == wanted(cases)
 
 
 def test_states_in_bfloat16_take_less_memory(models: Path) -> None:

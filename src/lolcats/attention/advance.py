@@ -27,6 +27,7 @@ from lolcats.attention.dispatch import attention
 from lolcats.attention.mixer import KeyMap, Mixer
 from lolcats.attention.path import Path, choose_decode_path, choose_path
 from lolcats.attention.reference import expand_heads, softmax_logits
+from lolcats.attention.rounding import rounded
 from lolcats.attention.spec import AttentionSpec
 from lolcats.attention.state import AttentionState, KeyValues, SlotState, Sums
 from lolcats.attention.subset import HeadSubset
@@ -79,7 +80,7 @@ def _extend(
     seen = state.seen.plus(q.shape[2]) if mask is None else state.seen.plus(mask.sum(1), counts)
     lengths = None if seen.same is not None else seen.each if fresh and seen.each else seen.rows - rows.start
     y, S, z = attention(rows.q, rows.k, rows.v, mixer, path, context=context, lengths=lengths, final=True)
-    sums = state.sums if S is None or z is None else Sums(S.to(state.sums.S.dtype), z)
+    sums = state.sums if S is None or z is None else Sums(rounded(S, state.sums.S.dtype, seen.rows - 1), z)
     after = dataclasses.replace(state, seen=seen, sinks=sinks, sums=sums)
     if mixer.spec.span:
         index = (after.ring_positions() - rows.start[:, None]).clamp_min(0)

@@ -20,3 +20,8 @@ def stochastic(x: Tensor, position: Tensor) -> Tensor:
     h = (h ^ (h >> 15)) & 0xFFFF
     bits = x.contiguous().view(torch.int32).flatten(1) + h.int()
     return (bits & -0x10000).view(torch.float32).view(x.shape).to(torch.bfloat16)
+
+
+def rounded(x: Tensor, dtype: torch.dtype, position: Tensor) -> Tensor:
+    """Sums ``x`` (B, ...) fp32 in the dtype in which they are kept; ``position``: see :func:`stochastic`."""
+    return stochastic(x.float(), position) if dtype == torch.bfloat16 else x.to(dtype)

@@ -3,10 +3,14 @@
 transformers passes its layers a mask and nothing else of ours, so between the hook and the mask function the call
 lies in a context variable, which the hook sets and clears again. Layers read it from the mask. That is also what they
 find when gradient checkpointing runs them again in backward, after the call has ended.
+
+torch runs no hook after an interruption (Ctrl-C), so the variable may hold a call that is over. It keeps neither model
+nor cache alive, counts for no other model, and is dropped when the next call begins.
 """
 
 from __future__ import annotations
 
+import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -36,22 +40,32 @@ KINDS = 4
 class Call:
     """One call of a decoder.
 
-    decoder: the module that is called; None outside of any call.
+    decoder: the module that is called, by a weak reference; None outside of any call.
+    config: the configuration of its layers.
     documents: the sequences packed into each row, if rows hold several.
     apart: whether each row is known to hold one sequence, since the caller gave no positions.
-    cache: the ``DynamicCache`` of this call, whose layers hold the linearized layers' states.
     backend: the attention backend asked for when the call began.
     outer: the call that runs around this one, if a model inside another is hooked as well.
     """
 
-    decoder: nn.Module | None = None
+    decoder: weakref.ref[Any] | None = None
+    config: Any = None
     documents: Documents | None = None
     apart: bool = False
-    cache: Any = None
     backend: str = field(default_factory=backend)
     outer: Call | None = None
+    _cache: weakref.ref[Any] | None = None
     _paddings: dict[Any, tuple[Tensor, Padding]] = field(default_factory=dict)
     _turnings: dict[Any, tuple[Tensor, Tensor, Turning]] = field(default_factory=dict)
+
+    @property
+    def cache(self) -> Any:
+        """The ``DynamicCache`` of this call, whose layers hold the linearized layers' states; who called keeps it."""
+        return None if self._cache is None else self._cache()
+
+    @cache.setter
+    def cache(self, value: Any) -> None:
+        self._cache = None if value is None else weakref.ref(value)
 
     def padding(self, mask: Tensor | None, start: int, stop: int) -> Padding:
         """The padding of the new tokens, columns ``start`` to ``stop`` of the attention mask (B, all tokens). Read once
@@ -106,8 +120,19 @@ def begin(call: Call) -> None:
     _current.set(call)
 
 
+def around(decoder: Any) -> Call | None:
+    """The call of a model that holds ``decoder``, if one is running; what an interruption left is none."""
+    call = _current.get()
+    while call is not None:
+        outside = None if call.decoder is None else call.decoder()
+        if outside is not None and outside is not decoder and any(part is decoder for part in outside.modules()):
+            return call
+        call = call.outer
+    return None
+
+
 def end(decoder: nn.Module, *_: Any) -> None:
     """Forward hook of the decoder, also after an error: its call is over."""
     call = _current.get()
-    if call is not None and call.decoder is decoder:
+    if call is not None and call.decoder is not None and call.decoder() is decoder:
         _current.set(call.outer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from lolcats.errors import LolcatsError, first_line, out_of_memory
 from lolcats.files import hash_file, whole_directory, write_text
+from lolcats.modeling.arguments import Arguments
 from lolcats.modeling.code import may_run_code
 from lolcats.modeling.layer import linearized_layers
-from lolcats.modeling.parallel import settle
 from lolcats.modeling.parts import FEATURE_MAPS as FEATURE_MAPS
 from lolcats.modeling.parts import LORA as LORA
 from lolcats.modeling.parts import LORA_CONFIG, check_parts
@@ -135,41 +135,33 @@ def save_adapter_config(
     config.save_pretrained(directory)
 
 
-def load_adapter(
-    directory: str | Path, config: Any = None, dtype: torch.dtype | str = "auto", device_map: Any = None,
-    trust: bool = False, convert_as: ConvertAs | None = None, moved: str = "", revision: str | None = None,
-    quantization: Any = None,
-) -> PreTrainedModel:  # fmt: skip
-    """Base model + feature maps + LoRA (merged in memory).
+def load_adapter(directory: str | Path, config: Any, convert_as: ConvertAs, arguments: Arguments) -> PreTrainedModel:
+    """Base model + feature maps + LoRA (merged in memory; beside the weights of a base model in 4 bits).
 
     Args:
-        moved: where the base model is now, if it is not where the adapter found it.
-        revision: of an adapter on the hub.
-        convert_as: linearizes a model as a record says; given by the linearized classes, which use this function.
-        quantization: transformers' configuration of a base model in 4 bits; LoRA then stays beside its weights.
+        directory: the adapter, or its name on the hub.
+        convert_as: linearizes a model as a record says.
 
     Raises:
         LolcatsError: a part of the adapter is missing or damaged, or the base has changed since.
     """
-    if convert_as is None:  # through the class that the config belongs to
-        return AutoModelForCausalLM.from_pretrained(
-            str(directory), config=config, dtype=dtype, device_map=device_map, trust_remote_code=trust,
-            **{name: value for name, value in (("base", moved), ("revision", revision)) if value},
-        )  # fmt: skip
-    adapter = open_adapter(directory, config, dtype, trust, moved, revision)
-    device = device_map.get("") if isinstance(device_map, dict) else device_map
-    several = isinstance(device_map, (str, dict)) and device in (None, "auto", "balanced", "sequential")
-    place = "cpu" if several or device is None else device
-    if quantization is not None and several:
+    dtype, quantization, placement = arguments.dtype, arguments.quantization, arguments.placement
+    hub, subfolder = arguments.hub, arguments.subfolder
+    adapter = open_adapter(directory, config, dtype, arguments.trust, arguments.moved, hub, subfolder)
+    settings = arguments.settings(directory, config, adapter.directory)
+    if quantization is not None and placement.several:
         raise LolcatsError(f'{directory}: an adapter in 4 bits is loaded to one device, such as device_map={{"": 0}}.')
     quantize: Quantize = "none" if quantization is None else _known(quantization)
-    model = load_model(adapter.base, adapter.dtype, place, adapter.trust, quantize)
+    attention = arguments.attention
+    model = load_model(adapter.base, adapter.dtype, placement.first, adapter.trust, quantize, attention)
     convert_as(model, adapter.config.lolcats)
     adapter.load_maps(model)
     if adapter.lora is not None:
         model = (merge_lora if quantization is None else attach_lora)(model, adapter.lora)
     _name(model, str(directory))
-    return spread(model, device_map) if several else model
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    return placement.spread(model) if placement.several else model
 
 
 @dataclass(frozen=True)
@@ -198,20 +190,19 @@ class Adapter:
 
 def open_adapter(
     directory: str | Path, config: Any = None, dtype: torch.dtype | str = "auto", trust: bool = False, moved: str = "",
-    revision: str | None = None,
+    hub: Mapping[str, Any] | None = None, subfolder: str = "",
 ) -> Adapter:  # fmt: skip
-    """The adapter in ``directory``, or on the hub; arguments and errors as of :func:`load_adapter`."""
-    given, directory = (
-        directory,
-        Path(directory if Path(directory).is_dir() else snapshot_download(str(directory), revision=revision)),
-    )
+    """The adapter in ``directory``, or on the hub; arguments as of :class:`Arguments`, errors of
+    :func:`load_adapter`."""
+    given, hub = directory, hub or {}
+    directory = Path(directory if Path(directory).is_dir() else snapshot_download(str(directory), **hub)) / subfolder
     if config is None:
         with_code = may_run_code(directory, trust)
         config = _config_with_code(directory, moved) if with_code else AutoConfig.from_pretrained(str(directory))
     check_parts(directory, config.lolcats.get("parts"))
     trust = trust and getattr(config, "own_model", None) is not None  # else it was trained on transformers' own classes
     known = Base(**config.lolcats["base"])
-    base = find_again(known, given, moved, trust)
+    base = find_again(known, given, moved, trust, hub)
     return Adapter(directory, config, known, base, _dtype(config, dtype), trust)
 
 
@@ -240,19 +231,6 @@ def _name(model: PreTrainedModel, given: str) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.name_or_path = module.config.name_or_path = given
-
-
-def spread(model: PreTrainedModel, device_map: Any) -> PreTrainedModel:
-    """Move the layers of a model in host memory to the devices of ``device_map`` (accelerate's: ``auto`` or by
-    name)."""
-    from accelerate import dispatch_model, infer_auto_device_map
-    from accelerate.utils import get_balanced_memory
-
-    if isinstance(device_map, str):
-        whole = list(model._no_split_modules or ())
-        memory = None if device_map == "sequential" else get_balanced_memory(model, no_split_module_classes=whole)
-        device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
-    return settle(dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement))
 
 
 def save_lora(model: Any, base: Base, directory: Path) -> None:

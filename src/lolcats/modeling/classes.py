@@ -26,6 +26,7 @@ from transformers.models.auto import modeling_auto
 from lolcats.errors import LolcatsError
 from lolcats.files import give_usual_mode
 from lolcats.modeling import others  # noqa: F401  PEFT and liger-kernel take our models for their base family
+from lolcats.modeling.arguments import Arguments
 from lolcats.modeling.checkpoint import load_adapter, verify_loading
 from lolcats.modeling.code import CODE, came_with_model, copy_code, reference_to
 from lolcats.modeling.install import install
@@ -48,6 +49,8 @@ ASSISTED = (
     "assisted decoding discards tokens, which cannot be removed from a linear-attention state. Use greedy decoding, "
     "sampling or beam search."
 )
+LOADED_STRICTLY = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+"""What transformers' loading report lists, and of an adapter is always empty."""
 IMPOSSIBLE = {
     "assistant_model": ASSISTED,
     "prompt_lookup_num_tokens": ASSISTED,
@@ -89,7 +92,8 @@ class LinearizedModel:
         """Like transformers' own, for merged models and adapters; errors name a missing or extra tensor.
 
         ``base=``: where the base model of an adapter is now, if it has moved. ``ignore_mismatched_sizes`` only applies
-        to the head of a classifier: a decoder whose tensors have other shapes is an error.
+        to the head of a classifier: a decoder whose tensors have other shapes is an error. An argument that does not
+        apply to an adapter is an error, too.
         """
         path = pretrained_model_name_or_path
         config, base = kwargs.get("config"), str(kwargs.pop("base", None) or "")
@@ -104,12 +108,8 @@ class LinearizedModel:
                     f"{path} is an adapter; only merged models support tensor parallelism. Merge it first: "
                     f"lolcats export {path} --merge --out MERGED."
                 )
-            trust = bool(kwargs.get("trust_remote_code"))
-            dtype, device_map = kwargs.get("dtype", "auto"), kwargs.get("device_map")
-            quantization = kwargs.get("quantization_config")
-            return load_adapter(
-                path, config, dtype, device_map, trust, convert_as, base, kwargs.get("revision"), quantization
-            )
+            model = load_adapter(path, config, convert_as, Arguments.of(path, config, base, args, kwargs))
+            return (model, {name: [] for name in LOADED_STRICTLY}) if output_loading_info else model
         if base:
             raise LolcatsError(f"{path} is a merged model, which needs no base model: leave out base={base}.")
         try:

@@ -77,8 +77,9 @@ def own_model_class(path: str | Path, config: dict[str, Any], moved: str | Path 
         if base is None:
             reference = record[CODE]
         else:
-            reference = AutoConfig.from_pretrained(place, trust_remote_code=True).auto_map["AutoModelForCausalLM"]
-            hub = {}
+            hub = {name: value for name, value in hub.items() if name != "revision"}  # which is the adapter's
+            known = AutoConfig.from_pretrained(place, trust_remote_code=True, **hub)
+            reference = known.auto_map["AutoModelForCausalLM"]
         return add_generation_mixin_to_remote_model(get_class_from_dynamic_module(reference, place, **hub))
     except Exception as error:  # the code may raise anything
         raise CodeError(f"The code of {place} cannot be used: {first_line(error)}.") from error

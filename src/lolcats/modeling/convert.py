@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -57,12 +59,40 @@ def convert(model: PreTrainedModel, config: Config | AttentionConfig | None = No
         "attention": to_dict(attention),
         "layers": [_entry(layer, kinds[layer.geometry.layer], kept.get(layer.geometry.layer, ())) for layer in layers],
     }
-    convert_as(model, record)
-    if any(layer.spec.unrotated for layer in linearized_layers(model)):
-        check_rotates(model)
-        if model.device.type != "meta":
-            check_rotation(model)
+    with undone_on_failure(model):
+        convert_as(model, record)
+        if any(layer.spec.unrotated for layer in linearized_layers(model)):
+            check_rotates(model)
+            if model.device.type != "meta":
+                check_rotation(model)
     return model
+
+
+@contextmanager
+def undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
+    """If the block fails, undo what it added to or set in the modules and configurations of ``model``, and their
+    classes. Values of tensors are not kept."""
+    parts: list[Any] = list(model.modules())
+    parts += [part.config for part in parts if isinstance(part, PreTrainedModel)]
+    parts += [model.config.get_text_config(decoder=True), model.generation_config]
+    before = [(part, type(part), _members(part)) for part in parts if part is not None]
+    try:
+        yield
+    except BaseException:
+        for part, kind, members in before:
+            part.__class__ = kind
+            vars(part).clear()
+            for name, value, entries in members:
+                if entries is not None:  # in the same dictionary, which the handles of hooks refer to
+                    value.clear()
+                    value.update(entries)
+                vars(part)[name] = value
+        raise
+
+
+def _members(part: Any) -> list[tuple[str, Any, dict[Any, Any] | None]]:
+    """Name and value of each attribute, and what it contains if it is a dictionary."""
+    return [(name, x, dict(x) if isinstance(x, dict) else None) for name, x in vars(part).items()]
 
 
 def _entry(layer: ProbedLayer, kind: str, kept: tuple[int, ...]) -> dict[str, Any]:
@@ -75,9 +105,12 @@ def named_layers(text: str) -> range:
     """The layers that a key of ``attention.layers`` names."""
     first, _, last = text.partition("-")
     try:
-        return range(int(first), int(last or first) + 1)
+        named = range(int(first), int(last or first) + 1)
     except ValueError:
         raise LolcatsError(f"attention.layers: {text!r} is not a layer index or range such as 7 or 0-3.") from None
+    if not named:
+        raise LolcatsError(f"attention.layers: {text!r} names no layer: write the lower index first.")
+    return named
 
 
 def layer_kinds(config: AttentionConfig, layers: list[ProbedLayer]) -> dict[int, str]:

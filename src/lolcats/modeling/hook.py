@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from lolcats.attention import Documents
 from lolcats.errors import LolcatsError
 from lolcats.modeling.cache import install_cache
-from lolcats.modeling.call import Call, begin, current, exporting, require
+from lolcats.modeling.call import Call, around, begin, current, exporting, require
 from lolcats.modeling.interface import IMPLEMENTATION
 from lolcats.modeling.layer import attached
 
@@ -37,8 +38,10 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
     names = _parameters(kind)
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     changes: dict[str, Any] = {}
-    documents = _documents(call)
-    own = Call(decoder, documents, apart=call.get("position_ids") is None, outer=current())
+    outer = around(decoder)
+    documents = _documents(call, outer)
+    apart = call.get("position_ids") is None
+    own = Call(weakref.ref(decoder), config, documents, apart=apart, outer=outer)
     begin(own)
     if documents is not None:  # in teacher mode, too: with a cache, transformers' masks do not separate documents
         _check_packed(call, {layer.base_implementation for layer in linearized if layer.mode != "teacher"})
@@ -59,17 +62,23 @@ def prepare_decoder_call(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return (), {**call, **changes}
 
 
-def _packed_sequences(position_ids: Tensor) -> Tensor | None:
-    """What transformers' masks ask about the positions that a decoder uses: which sequence each token belongs to, or
-    None if a row is one sequence. Positions that the decoder has made itself are not looked at: that would make the
-    host wait for the GPU in every call, and a CUDA graph, which cannot wait, would have masks for packed rows."""
+_preprocessed = masking_utils._preprocess_mask_arguments
+_PLACE = list(inspect.signature(_preprocessed).parameters).index("position_ids") - 1
+
+
+@functools.wraps(_preprocessed)
+def _without_own_positions(config: Any, *args: Any, **kwargs: Any) -> Any:
+    """What transformers' masks work out first, also which document of a packed row each token belongs to. Positions
+    that our decoder has made itself are not looked at for that: it would make the host wait for the GPU in every call,
+    and a CUDA graph, which cannot wait, would have masks for packed rows."""
     call = current()
-    if call is not None and call.apart and not exporting():
-        return None
-    return find_packed_sequence_indices(position_ids)
+    if call is not None and call.apart and call.config is config.get_text_config(decoder=True) and not exporting():
+        args = tuple(None if place == _PLACE else x for place, x in enumerate(args))
+        kwargs |= {"position_ids": None} if "position_ids" in kwargs else {}
+    return _preprocessed(config, *args, **kwargs)
 
 
-masking_utils.find_packed_sequence_indices = _packed_sequences
+masking_utils._preprocess_mask_arguments = _without_own_positions
 
 
 @functools.cache
@@ -92,7 +101,7 @@ def _positions(call: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
     return {"position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]}
 
 
-def _documents(call: dict[str, Any]) -> Documents | None:
+def _documents(call: dict[str, Any], outer: Call | None) -> Documents | None:
     """The packed documents, if any: as in transformers, positions that do not increase by one mark another document."""
     positions, mask = call.get("position_ids"), call.get("attention_mask")
     ids = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
@@ -109,7 +118,6 @@ def _documents(call: dict[str, Any]) -> Documents | None:
     if mask is None:
         return Documents.of(numbers)
     if not isinstance(mask, Tensor):  # made by the outer model, whose call was already checked
-        outer = current()
         return None if outer is None else outer.documents
     if mask.ndim == 2 and mask.shape == numbers.shape:
         real = mask[:, 1:].bool() & mask[:, :-1].bool()

@@ -20,7 +20,11 @@ def is_linearized(path: str | Path) -> bool:
     """Whether ``path`` is a directory with a linearized model in either form."""
     file = Path(path) / "config.json"
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    return any(f'"model_type": "{kind}"' in text for kind in MODEL_TYPES)
+    try:
+        config = json.loads(text)
+    except ValueError:  # a damaged file may still say what it was, and is then not taken for another model
+        return any(f'"{kind}"' in text for kind in MODEL_TYPES)
+    return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:

@@ -30,8 +30,8 @@ def check_family(architecture: str) -> None:
     family = architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     if family in REORDERED:
         raise LolcatsError(
-            f"vLLM's {architecture} reorders the channels of queries and keys, so feature maps would see others than "
-            "they were trained on. Use lolcats serve."
+            f"vLLM's {architecture} reorders the channels of queries and keys, so feature maps would see them in a "
+            "different order than in training. Use lolcats serve."
         )
     if family not in COMPARED:
         log.warning(

@@ -67,8 +67,14 @@ class StateAttention(nn.Module, MambaBase):
 
     @cached_property
     def mixer(self) -> Mixer:
-        """Once the weights are loaded, they do not change."""
+        """Made from the loaded weights; see :meth:`refresh`."""
         return self.lolcats.mixer(self.scale, self.softcap)
+
+    @torch.inference_mode()  # γ may have been computed in it
+    def refresh(self) -> None:
+        """Take over weights that were loaded again: γ in place, where recorded graphs read it."""
+        if "mixer" in vars(self):
+            self.mixer.gamma.copy_(self.lolcats.gamma)
 
     def decodes_in_place(self, dtype: torch.dtype) -> bool:
         """Whether a step of one token for each sequence is the decode kernel's, for queries in ``dtype``: it waits for

@@ -169,3 +169,5 @@ def load_feature_maps(layers: dict[str, StateAttention], weights: dict[str, Tens
     for name, (layer, target) in targets.items():
         rank = get_tensor_model_parallel_rank() if layer.lolcats.ranks > 1 else 0
         target.copy_(weights[name].narrow(0, rank * len(target), len(target)))
+    for layer in layers.values():
+        layer.refresh()

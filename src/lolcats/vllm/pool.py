@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lolcats.attention import AttentionState, SlotState
+from lolcats.attention.rounding import rounded
 from lolcats.attention.state import PARTS, Seen
 
 NAMES = tuple(name for names in PARTS.values() for name in names)
@@ -63,8 +64,9 @@ class Pool:
         return AttentionState.of_tensors({**copies, "S": copies["S"].float(), "seen": seen.rows}, seen.known)
 
     def write(self, slots: Tensor, state: AttentionState) -> None:
-        """Store the states of B rows in ``slots`` (B,)."""
+        """Store the states of B rows in ``slots`` (B,). S in bf16 is rounded stochastically, as a step rounds it."""
         tensors = state.tensors()
+        tensors["S"] = rounded(tensors["S"], self.parts["S"].dtype, state.seen.rows - 1)
         for name, part in self.parts.items():
             part[slots] = tensors[name].to(part.dtype)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,8 @@ UNKNOWN = f"{COMMIT}None"  # what was recorded of a hub model while transformers
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of a weight in 4 bits: itself, a scale of 8 bits for each 64, and one of 32 bits for each 256 scales."""
 QUANTIZED = 0.5  # of the weights in layers, the least share to be in 4 bits
+HUB = ("token", "cache_dir", "local_files_only")
+"""Options for files on the hub that are the same for an adapter and its base model."""
 STRIDE, SAMPLE = 1 << 20, 4096  # bytes: 4 KiB of each MiB of a weight file are hashed
 
 
@@ -60,25 +62,30 @@ class Base:
     content: str = ""
     """Of a hub model: sha256 of its weights, sampled like a directory's, which knows a copy elsewhere; empty if the
     weights were not on disk or an older version recorded the model."""
+    hub: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Options for the files of a hub model (see ``HUB``), which are not recorded."""
 
     @property
     def record(self) -> dict[str, str]:
         """What is written into run.json and config.json."""
-        return {name: value for name, value in asdict(self).items() if value or name != "content"}
+        recorded = {name: getattr(self, name) for name in ("path", "form", "fingerprint", "content")}
+        return {name: value for name, value in recorded.items() if value or name != "content"}
 
     @property
     def arguments(self) -> tuple[str, dict[str, Any]]:
         """Path and keywords that transformers' ``from_pretrained`` functions take."""
         if self.form == "gguf":
             return str(Path(self.path).parent), {"gguf_file": Path(self.path).name}
-        return self.path, {}
+        return self.path, dict(self.hub)
 
 
-def find_base(model: str, trust: bool = False) -> Base:
+def find_base(model: str, trust: bool = False, hub: Mapping[str, Any] | None = None) -> Base:
     """Look up ``model`` without loading its weights; raise LolcatsError if it is neither on disk nor on the hub.
 
-    Here and below, ``trust``: run Python code that comes with the model (transformers' trust_remote_code).
+    Here and below, ``trust``: run Python code that comes with the model (transformers' trust_remote_code). ``hub``:
+    options for files on the hub, of which those in ``HUB`` count.
     """
+    hub = {name: value for name, value in (hub or {}).items() if name in HUB}
     path = Path(model).expanduser()
     if path.is_file():
         if not is_gguf(path):
@@ -91,24 +98,28 @@ def find_base(model: str, trust: bool = False) -> Base:
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith("."):
         raise LolcatsError(f"{model} does not exist.")
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust, **hub)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise LolcatsError(NEEDS_CODE.format(model)) from None
         raise LolcatsError(f"No model {model!r} on disk or on the Hugging Face hub ({first_line(error)}).") from None
-    file = try_to_load_from_cache(model, "config.json")  # newer versions of transformers do not tell the commit
+    file = try_to_load_from_cache(
+        model, "config.json", hub.get("cache_dir")
+    )  # newer versions of transformers do not tell the commit
     known = getattr(config, "_commit_hash", None) or (Path(file).parent.name if isinstance(file, str) else None)
-    return Base(model, "hub", f"{COMMIT}{known}")
+    return Base(model, "hub", f"{COMMIT}{known}", hub=hub)
 
 
-def find_again(known: Base, model: str | Path, moved: str = "", trust: bool = False) -> Base:
+def find_again(
+    known: Base, model: str | Path, moved: str = "", trust: bool = False, hub: Mapping[str, Any] | None = None
+) -> Base:
     """The base model of the linearized ``model``, at its known place or where it has ``moved`` to.
 
     Raises:
         LolcatsError: it is not there, or its weights differ from those that ``model`` was trained on.
     """
     try:
-        base = find_base(moved or known.path, trust)
+        base = find_base(moved or known.path, trust, hub)
     except LolcatsError as error:
         if moved:
             raise
@@ -167,10 +178,11 @@ def _hub_folder(base: Base, download: bool = False) -> Path | None:
     commit = base.fingerprint.removeprefix(COMMIT)
     if download:
         try:
-            return Path(snapshot_download(base.path, revision=commit, allow_patterns=["*.json", "*.safetensors"]))
+            patterns = ["*.json", "*.safetensors"]
+            return Path(snapshot_download(base.path, revision=commit, allow_patterns=patterns, **base.hub))
         except (OSError, ValueError) as error:
             raise LolcatsError(f"Cannot read {base.path} from the hub ({first_line(error)}).") from None
-    config = try_to_load_from_cache(base.path, "config.json", revision=commit)
+    config = try_to_load_from_cache(base.path, "config.json", base.hub.get("cache_dir"), commit)
     return Path(config).parent if isinstance(config, str) else None
 
 
@@ -182,12 +194,17 @@ def is_gguf(file: Path) -> bool:
 
 
 def load_model(
-    base: Base, dtype: torch.dtype, device: torch.device | str = "cpu", trust: bool = False, quantize: Quantize = "none"
-) -> PreTrainedModel:
-    """The base model in evaluation mode; raise LolcatsError with a reason if it cannot be loaded."""
+    base: Base, dtype: torch.dtype, device: torch.device | str = "cpu", trust: bool = False,
+    quantize: Quantize = "none", attention: Any = None,
+) -> PreTrainedModel:  # fmt: skip
+    """The base model in evaluation mode; raise LolcatsError with a reason if it cannot be loaded.
+
+    attention: transformers' attn_implementation; None: the model's own choice.
+    """
     if quantize != "none":
-        return load_quantized(base, dtype, torch.device(device), trust)
+        return load_quantized(base, dtype, torch.device(device), trust, attention)
     path, kwargs = base.arguments
+    kwargs |= {} if attention is None else {"attn_implementation": attention}
     with _reading(base, HINT):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, trust_remote_code=trust, **kwargs
@@ -201,16 +218,25 @@ def load_model(
     return model.to(device).eval()
 
 
-def load_quantized(base: Base, dtype: torch.dtype, device: torch.device, trust: bool = False) -> PreTrainedModel:
+def load_quantized(
+    base: Base, dtype: torch.dtype, device: torch.device, trust: bool = False, attention: Any = None
+) -> PreTrainedModel:
     """The base model with the weights of its linear layers in NF4 (bitsandbytes), computing in ``dtype``.
 
     Embeddings, norms and the output layer stay as they are. Each weight is quantized as it is read, so the model in
     ``dtype`` is nowhere as a whole.
     """
     check_quantized(base, device, trust)
+    path, kwargs = base.arguments
+    kwargs |= {} if attention is None else {"attn_implementation": attention}
     with _readable(base, HINT):
         model = AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=dtype, quantization_config=nf4(dtype), device_map={"": device}, trust_remote_code=trust
+            path,
+            dtype=dtype,
+            quantization_config=nf4(dtype),
+            device_map={"": device},
+            trust_remote_code=trust,
+            **kwargs,
         )
     return model.eval()
 
