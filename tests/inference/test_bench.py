@@ -42,6 +42,39 @@ def test_rows_of_engine_and_peers() -> None:
         assert row["dtype"] == "float32"
 
 
+def test_each_system_has_the_peak_of_its_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak of a run here: its number. Peers run while no engine holds memory for its states."""
+    events: list[str] = []
+
+    class Noted(bench.Engine):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            events.append("engine")
+            super().__init__(*args, **kwargs)
+
+        def close(self) -> None:
+            events.append("closed")
+            super().close()
+
+    monkeypatch.setattr(bench, "Engine", Noted)
+    monkeypatch.setattr(bench, "_reset_peak", lambda device: events.append("run"))
+    monkeypatch.setattr(bench, "_peak", lambda device: events.count("run"))
+    options = Options((2, 3), prompt=20, new=12, peers=("sdpa", "static"), peer_new=5, prefill_rows=2, runs=2)
+    rows = list(benchmark(tiny(), options))
+    peers = ["run"] * 6  # the first run of static is discarded
+    assert events == 2 * [*peers, "engine", "run", "run", "closed"]
+    assert [row["peak_bytes"] for row in rows] == [4, 6, 8, 12, 14, 16]
+
+
+def test_a_peak_that_is_not_known_says_why(tmp_path: Path) -> None:
+    first, second = benchmark(tiny(), Options((2,), prompt=20, new=12, peers=("sdpa",), peer_new=5))
+    lines = [{**first, "peak_bytes": None, "peak_unknown": "It was not measured."}, second]
+    text = generation.write(tmp_path / "g.json", lines, "lolcats bench")
+    assert generation.cells(lines[0])[-2] == "–"
+    assert "\n–: It was not measured.\n" in text
+    assert f" {second['peak_bytes'] / 2**30:.1f} |" in text
+    assert (tmp_path / "g.png").stat().st_size > 10_000
+
+
 def test_the_bound_is_computed_from_the_models_own_sizes() -> None:
     model, options = tiny("per_kv_head"), Options(state_dtype=torch.bfloat16, bandwidth=1e9, flops=1e9)
     about = describe(model, options)
