@@ -157,6 +157,21 @@ def test_cross_entropy_of_attention_weights(config: Config) -> None:
     assert model.model.layers[0].self_attn.lolcats.phi_q.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_layer_errors_do_not_depend_on_the_batches(apart: bool, config: Config) -> None:
+    """A last batch with fewer rows does not count as much as the others."""
+    model, ids = converted(config), torch.randint(6, 300, (9, 40), generator=torch.Generator().manual_seed(0))
+    ids[8] = 7  # unlike the others
+    places = torch.arange(40).repeat(9, 1)
+    places[:, 25:] -= 25
+    positions = places if apart else None
+    whole = layer_errors(model, [ids], [positions])
+    one_by_one = [layer_errors(model, [ids[i : i + 1]], [places[i : i + 1] if apart else None]) for i in range(9)]
+    assert whole == pytest.approx(torch.tensor(one_by_one).mean(0).tolist(), rel=1e-4)
+    split = layer_errors(model, ids.split(8), places.split(8) if apart else [None, None])
+    assert split == pytest.approx(whole, rel=1e-4)
+
+
 def test_transfer_learns_and_keeps_the_best(config: Config, data: Data, tmp_path: Path) -> None:
     model = converted(config)
     before = layer_errors(model, [data.validation])
