@@ -328,8 +328,9 @@ class LayerTrainer:
         steps = max(unit.progress.step for unit in self.units)
         seconds = time.monotonic() - self.started
         rows = self.visits.steps[steps - 1].stop if steps else 0
+        loss = statistics.fmean(unit.mean_loss() for unit in self.units)
         return {
-            "step": steps, "epoch": steps / self.visits.steps_per_epoch, "train_loss": statistics.fmean(unit.mean_loss() for unit in self.units),
+            "step": steps, "epoch": steps / self.visits.steps_per_epoch, "train_loss": loss,
             "total_flos": 0.0, **_speed("train", seconds, rows, steps),
         }  # fmt: skip
 
