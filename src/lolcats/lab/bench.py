@@ -17,7 +17,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -163,14 +163,15 @@ def benchmark(student: PreTrainedModel, options: Options) -> Iterator[Row]:
         with slots(student, batch, options) as engine:
             if isinstance(engine, Engine):
                 batch = engine.table.slots
-                own = {"engine": partial(engine_times, engine, options, deadline)}
-                measured |= take_turns(own, options.runs, deadline)
-                del own
+                measured |= take_turns(
+                    {"engine": partial(engine_times, engine, options, deadline)}, options.runs, deadline
+                )
             else:
                 measured["engine"] = engine
             for name, result in measured.items():
                 yield row(name, batch, result, student, engine, options, about)
-        engine = "gone"  # free its memory for the next one
+        engine = "gone"  # free its memory for the next peers and the next one
+        _collect(student.device)
 
 
 @contextmanager
@@ -196,7 +197,7 @@ def slots(student: PreTrainedModel, batch: int, options: Options) -> Iterator[En
         _collect(student.device)
 
 
-def take_turns(systems: dict[str, Callable[[], Times]], runs: int, deadline: float) -> dict[str, list[Times] | str]:
+def take_turns(systems: Mapping[str, Callable[[], Times]], runs: int, deadline: float) -> dict[str, list[Times] | str]:
     """The times of all runs by system, or the reason why there are none."""
     results: dict[str, list[Times] | str] = {name: [] for name in systems}
     for _ in range(runs):
