@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,36 @@ def test_rows_of_engine_and_peers() -> None:
         assert row["whole_tokens_per_second"] > 0
         assert (row["key_maps"], row["state_dtype"]) == (("per_query_head", "float32") if own else (None, None))
         assert row["dtype"] == "float32"
+
+
+def test_each_system_has_the_peak_of_its_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak of a run here: its number. Peers run while no engine holds memory for its states."""
+    runs: list[int] = []  # engines in memory
+    engines: weakref.WeakSet[bench.Engine] = weakref.WeakSet()
+
+    class Noted(bench.Engine):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            engines.add(self)
+            self.own_cycle = self
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(bench, "Engine", Noted)
+    monkeypatch.setattr(bench, "_reset_peak", lambda device: runs.append(len(engines)))
+    monkeypatch.setattr(bench, "_peak", lambda device: len(runs))
+    options = Options((2, 3), prompt=20, new=12, peers=("sdpa", "static"), peer_new=5, prefill_rows=2, runs=2)
+    rows = list(benchmark(tiny(), options))
+    assert runs == 2 * [0, 0, 0, 0, 0, 0, 1, 1]  # the first run of static is discarded
+    assert [row["peak_bytes"] for row in rows] == [4, 6, 8, 12, 14, 16]
+
+
+def test_a_peak_that_is_not_known_says_why(tmp_path: Path) -> None:
+    first, second = benchmark(tiny(), Options((2,), prompt=20, new=12, peers=("sdpa",), peer_new=5))
+    lines = [{**first, "peak_bytes": None, "peak_unknown": "It was not measured."}, second]
+    text = generation.write(tmp_path / "g.json", lines, "lolcats bench")
+    assert generation.cells(lines[0])[-2] == "–"
+    assert "\n–: It was not measured.\n" in text
+    assert f" {second['peak_bytes'] / 2**30:.1f} |" in text
+    assert (tmp_path / "g.png").stat().st_size > 10_000
 
 
 def test_the_bound_is_computed_from_the_models_own_sizes() -> None:

@@ -442,3 +442,18 @@ def test_metrics_keep_other_stages(job: Job, tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in result.history if "loss" in entry]
     assert lines[-1]["train_loss"] == pytest.approx(sum(losses) / len(losses))
     assert [e["step"] for e in result.history if "loss" in e] == list(range(1, result.steps + 1))
+
+
+@pytest.mark.parametrize("log_steps", [1, 4, 50])
+def test_mean_loss_of_layers_that_stop_apart(log_steps: int, job: Job, tmp_path: Path) -> None:
+    """Each layer's losses are divided by its own steps, however often they are logged."""
+    job.train(tmp_path / "each", config := job.config(*APART))
+    layers = orders.layers_by_name(lolcats.convert(load_model(find_base(str(job.model)), torch.float32), config))
+    trainer = LayerTrainer(layers, job.data, config, tmp_path / "each", Ranks(), CPU)
+    losses = [[e["loss"] for e in unit.progress.history if "loss" in e] for unit in trainer.units]
+    assert len({len(own) for own in losses}) > 1
+    expected = sum(sum(own) / len(own) for own in losses) / len(losses)
+    job.train(tmp_path / "out", job.config(*APART, f"transfer.log_steps={log_steps}"))
+    last = logged(tmp_path / "out")[-1]
+    assert last["train_loss"] == pytest.approx(expected, rel=1e-5)
+    assert last["step"] == max(map(len, losses))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,21 @@ def test_cross_entropy_of_attention_weights(config: Config) -> None:
     assert (both > 0).all()
     layer_losses(model, ids, TransferConfig(mse_weight=0, xent_weight=1.0), backward_scale=1.0)
     assert model.model.layers[0].self_attn.lolcats.phi_q.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_layer_errors_do_not_depend_on_the_batches(apart: bool, config: Config) -> None:
+    """A last batch with fewer rows does not count as much as the others."""
+    model, ids = converted(config), torch.randint(6, 300, (9, 40), generator=torch.Generator().manual_seed(0))
+    ids[8] = 7  # unlike the others
+    places = torch.arange(40).repeat(9, 1)
+    places[:, 25:] -= 25
+    positions = places if apart else None
+    whole = layer_errors(model, [ids], [positions])
+    one_by_one = [layer_errors(model, [ids[i : i + 1]], [places[i : i + 1] if apart else None]) for i in range(9)]
+    assert whole == pytest.approx(torch.tensor(one_by_one).mean(0).tolist(), rel=1e-4)
+    split = layer_errors(model, ids.split(8), places.split(8) if apart else [None, None])
+    assert split == pytest.approx(whole, rel=1e-4)
 
 
 def test_transfer_learns_and_keeps_the_best(config: Config, data: Data, tmp_path: Path) -> None:
@@ -363,3 +379,28 @@ def test_targets_that_do_not_exist(config: Config) -> None:
 
     with pytest.raises(LolcatsError, match="do not fit this model"):
         add_lora(converted(config), replace(config.finetune, targets=["query_key_value"]))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_micro_batches_change_no_step(
+    loss: str, apart: bool, settings: list[str], data: Data, tmp_path: Path
+) -> None:  # fmt: skip
+    """Steps of 4 and 3 rows: also if the last micro-batch has fewer rows, or documents that begin in rows make some of
+    them predict fewer tokens than others."""
+    data, histories = replace(data, train=data.train[:7], validation=data.validation[:3]), []
+    if apart:
+        rows = {"train": data.train, "validation": data.validation, "test": data.test}
+        places = {name: torch.arange(x.shape[1]) % (5 + 6 * torch.arange(len(x))[:, None]) for name, x in rows.items()}
+        data = replace(data, positions=places)
+    for size in (1, 2, 4):
+        config = load_config("default", [*settings, f"finetune.loss={loss}", f"finetune.micro_batch_size={size}"])
+        model = converted(config)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(20)  # logits in which student and teacher differ
+        _, result = finetune(model, data, config, tmp_path / str(size))
+        histories.append([[e[key] for e in result.history if key in e] for key in ("loss", "grad_norm", "eval_loss")])
+    assert [len(part) for part in histories[0]] == [4, 4, 2]
+    for other in histories[1:]:
+        for found, expected in zip(other, histories[0], strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)

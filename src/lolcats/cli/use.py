@@ -68,7 +68,7 @@ def evaluate(
 
     Perplexity also covers the untrained baselines, any trained controls, and the student with one branch off.
 
-    If the run was trained on --data, only its test rows are used.
+    If the run was trained on --data, only the documents that it held out for testing are used.
     """
     own = Path(model) / "config.yaml"
     changes = [f"{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]

@@ -239,11 +239,7 @@ def _table(stores: list[TokenStore], unique: bool, shares: tuple[float, ...] = (
 
 def split(documents: Corpus, config: DataConfig, seed: int) -> Data:
     """Shuffle the documents, trim a mixture to its shares, split by document and pack."""
-    numbers = array("q", range(len(documents)))
-    random.Random(seed).shuffle(numbers)
-    order = np.frombuffer(numbers, np.int64)
-    if documents.shares:
-        order = order[_within_shares(documents, order)]
+    order = _shuffled(documents, seed)
     length, place, reset = config.sequence_length, 0, config.reset_at_documents
     held_out = []
     for count, stop in _held_out(documents, order, config):
@@ -270,6 +266,38 @@ def split(documents: Corpus, config: DataConfig, seed: int) -> Data:
         train = _ids(train) if isinstance(train, Tensor) else train
         validation, test = _ids(validation), _ids(test)
     return Data(train, validation, test, "sha256 " + digest.hexdigest(), summary, positions, labels)
+
+
+def _shuffled(documents: Corpus, seed: int) -> Array:
+    """The documents in the order in which they are split; those of a mixture that exceed their share are left out."""
+    numbers = array("q", range(len(documents)))
+    random.Random(seed).shuffle(numbers)
+    order = np.frombuffer(numbers, np.int64)
+    return order[_within_shares(documents, order)] if documents.shares else order
+
+
+def held_out_rows(documents: Corpus, config: DataConfig, seed: int, length: int) -> tuple[Tensor, Tensor]:
+    """The documents that :func:`split` holds out for testing, packed again into rows of ``length`` tokens.
+
+    Returns:
+        Token ids and positions within the documents, (N, length) int64 each: all rows that the documents fill, or as
+        many as ``split`` has if they are as long.
+
+    Raises:
+        LolcatsError: the documents do not fill one row.
+    """
+    order = _shuffled(documents, seed)
+    count, stop = _held_out(documents, order, config)[0]
+    raw, positions = PackedRows(documents, order[:stop], length).whole(
+        count if length == config.sequence_length else None
+    )
+    if not len(raw):
+        tokens = int(documents.length[order[:stop]].sum())
+        raise LolcatsError(
+            f"The test documents of {documents.counts['source']} have {tokens:,} tokens, fewer than one row of "
+            f"{length:,}: use shorter rows (data.sequence_length), or data that the run was not trained on."
+        )
+    return _ids(raw), positions
 
 
 def _ids(raw: Tensor) -> Tensor:

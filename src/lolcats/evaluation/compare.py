@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lolcats.config import Config
-from lolcats.data.rows import load_data, load_rows
+from lolcats.config import Config, DataConfig
+from lolcats.data.rows import Corpus, PackedRows, held_out_rows, load_rows, split, tokenize_source
+from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import perplexity
 from lolcats.evaluation.systems import available, systems
-from lolcats.run import RECORD
+from lolcats.run import RECORD, Run
 from lolcats.weights.base import Quantize
+
+COUNTS = ("documents", "duplicate_records", "empty_records", "train_rows", "validation_rows", "test_rows")
 
 
 def compare(
@@ -33,12 +36,48 @@ def compare(
 def evaluation_rows(model: str, source: str, tokenizer: Any, config: Config) -> tuple[Tensor, Tensor | None]:
     """Rows (N, L) to evaluate on, and their position ids if these keep documents apart (else None).
 
-    The rows are all of ``source``, or only its held-out test rows if the run was trained on the rest.
+    The rows are all of ``source``, or only its test documents if ``model`` is a run that was trained on the rest. Which
+    these are is decided by the run's own settings and seed; ``config`` only says how they are packed.
+
+    Raises:
+        LolcatsError: the run was trained on ``source``, which has changed since, or the rows are too long for it.
     """
-    record = Path(model) / RECORD
-    if record.is_file():
-        trained_on = json.loads(record.read_text())["data"]["source"]
-        if trained_on == source or Path(trained_on).resolve() == Path(source).resolve():
-            data = load_data(source, tokenizer, config.data, config.seed)
-            return data.test, data.positions.get("test")
-    return load_rows(source, tokenizer, config.data)
+    run = _trained_on(model, source, config.data)
+    if run is None:
+        return load_rows(source, tokenizer, config.data)
+    documents = tokenize_source(source, tokenizer, run.config.data)
+    _check_unchanged(run, source, documents)
+    rows, positions = held_out_rows(documents, run.config.data, run.config.seed, config.data.sequence_length)
+    return rows, positions if config.data.reset_at_documents else None
+
+
+def _trained_on(model: str, source: str, config: DataConfig) -> Run | None:
+    """The run in the directory ``model`` if it was trained on ``source``; another part of a hub data set is not it."""
+    if not (Path(model) / RECORD).is_file():
+        return None
+    run = Run.open(Path(model))
+    known, own = run.record["data"]["source"], run.config.data
+    known_path, path = (Path(name).expanduser().resolve() for name in (known, source))
+    if known != source and known_path != path:
+        return None
+    other_part = not path.is_file() and (own.split, own.subset) != (config.split, config.subset)
+    return None if other_part else run
+
+
+def _check_unchanged(run: Run, source: str, documents: Corpus) -> None:
+    """Raise LolcatsError if ``documents`` are not those that the run has split."""
+    known = run.record["data"]
+    try:
+        data = split(documents, run.config.data, run.config.seed)
+        same = data.fingerprint == known["fingerprint"]
+        if isinstance(data.train, PackedRows) and run.record["versions"]["transformers"] != version("transformers"):
+            same = same or all(  # the fingerprint of a large source also holds the version that has read it
+                data.summary[name] == known.get(name) for name in COUNTS
+            )
+    except LolcatsError:  # too small now
+        same = False
+    if not same:
+        raise LolcatsError(
+            f"{source} has changed since {run.directory} was trained on it (it was {known['fingerprint']}): its test "
+            "documents cannot be told from those of training any more. Restore it, or evaluate on other data."
+        )

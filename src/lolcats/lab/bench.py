@@ -2,9 +2,11 @@
 
 This is ``lolcats bench``, the paper's Figure 8. Everything is measured in one process on one device. A row is one
 system at one batch size, with a prompt of random tokens for each sequence, greedy decoding, no stop tokens and no
-text. *decode* is the time between the first and the last new token; *whole* includes the prefill. The bound of a step
-is the minimum time that the device needs for the weights (or their products) and the states, computed from the model's
-own sizes.
+text. *decode* is the time between the first and the last new token; *whole* includes the prefill. *peak* is the most
+memory that PyTorch had allocated on the device while the system ran, the weights among it; on a CPU, the most that the
+process has had so far. The peers run before the engine exists, so its states do not count in their peaks. The bound of
+a step is the minimum time that the device needs for the weights (or their products) and the states, computed from the
+model's own sizes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,8 +72,8 @@ class Options:
 
     batches: batch sizes (0 = the largest that fits). new, peer_new: tokens to generate per sequence with the engine and
     with the peers. bandwidth, flops: bytes and operations per second of the device, for the bound. seconds: time limit;
-    no run starts after it, and the current run is cut short. runs: number of runs per row, taken in turns; the median
-    is reported.
+    no run starts after it, and the current run is cut short. runs: number of runs per row, which the peers take in
+    turns; the median of times and the highest peak are reported.
     """
 
     batches: tuple[int, ...] = (1, 16, 64)
@@ -91,7 +93,7 @@ class Options:
 class Times:
     """When a generation began, when each step of all its sequences ended, and memory after 1,000 and after all steps.
 
-    new: tokens generated for the last sequence; tokens: for all sequences together.
+    new: tokens generated for the last sequence; tokens: for all sequences together. peak: most bytes during the run.
     """
 
     began: float
@@ -99,6 +101,7 @@ class Times:
     new: int = 0
     tokens: int = 0
     memory: dict[str, int] = field(default_factory=dict)
+    peak: int = 0
 
     @property
     def decode(self) -> float:
@@ -151,21 +154,24 @@ def benchmark(student: PreTrainedModel, options: Options) -> Iterator[Row]:
     about = describe(student, options)
     teacher = plain_teacher(student) if options.peers else None
     for batch in options.batches:
-        systems: dict[str, Callable[[], Times]] = {}
+        peers: dict[str, Callable[[], Times]] = {}
         if teacher is not None and batch:
-            systems = {
+            peers = {
                 peer: partial(peer_times, teacher, batch, options, peer == "static", deadline) for peer in options.peers
             }
+        measured = take_turns(peers, options.runs, deadline)
         with slots(student, batch, options) as engine:
             if isinstance(engine, Engine):
                 batch = engine.table.slots
-                systems["engine"] = partial(engine_times, engine, options, deadline)
-            measured = take_turns(systems, options.runs, deadline)
-            if isinstance(engine, str):
+                measured |= take_turns(
+                    {"engine": partial(engine_times, engine, options, deadline)}, options.runs, deadline
+                )
+            else:
                 measured["engine"] = engine
             for name, result in measured.items():
                 yield row(name, batch, result, student, engine, options, about)
-        engine, systems = "gone", {}  # free its memory for the next one
+        engine = "gone"  # free its memory for the next peers and the next one
+        _collect(student.device)
 
 
 @contextmanager
@@ -191,7 +197,7 @@ def slots(student: PreTrainedModel, batch: int, options: Options) -> Iterator[En
         _collect(student.device)
 
 
-def take_turns(systems: dict[str, Callable[[], Times]], runs: int, deadline: float) -> dict[str, list[Times] | str]:
+def take_turns(systems: Mapping[str, Callable[[], Times]], runs: int, deadline: float) -> dict[str, list[Times] | str]:
     """The times of all runs by system, or the reason why there are none."""
     results: dict[str, list[Times] | str] = {name: [] for name in systems}
     for _ in range(runs):
@@ -296,6 +302,7 @@ def engine_times(engine: Engine, options: Options, deadline: float) -> Times:
         if time.monotonic() > deadline and len(times.steps) > 1:
             break
     times.memory["end"] = _memory(device)
+    times.peak = _peak(device)
     times.new, times.tokens = len(requests[-1].generated), sum(len(request.generated) for request in requests)
     for request in requests:
         engine.cancel(request)
@@ -336,6 +343,7 @@ def peer_times(teacher: Any, batch: int, options: Options, static: bool, deadlin
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=options.peer_new,
             min_new_tokens=options.peer_new, streamer=watch, stopping_criteria=[watch.late], pad_token_id=0, **cache,
         )  # fmt: skip
+        times.peak = _peak(teacher.device)
         times.new, times.tokens = len(times.steps), batch * len(times.steps)
         return times
 
@@ -360,7 +368,7 @@ def row(
     line |= {
         "new": min(times.new for times in result), "runs": len(result), "step_ms": 1e3 * seconds,
         "decode_tokens_per_second": batch / seconds, "whole_tokens_per_second": whole,
-        "peak_bytes": _peak(student.device),
+        "peak_bytes": max(times.peak for times in result),
     }  # fmt: skip
     if own:
         bound = bound_seconds(about, batch, state, options)

@@ -56,9 +56,13 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         *start, f"{row['new']:,}", f"{row['decode_tokens_per_second']:,.1f}", f"{row['step_ms']:.2f}",
         f"{row['bound_ms']:.2f}" if own else "", f"{row['share_of_bound']:.0%}" if own else "",
-        f"{row['whole_tokens_per_second']:,.1f}", f"{row['peak_bytes'] / 2**30:.1f}",
-        _memory(row) if own else "",
+        f"{row['whole_tokens_per_second']:,.1f}", _peak(row), _memory(row) if own else "",
     )  # fmt: skip
+
+
+def _peak(row: Row) -> str:
+    """GiB; a row whose peak is not known says why under ``peak_unknown``."""
+    return "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
 
 
 def _memory(row: Row) -> str:
@@ -91,6 +95,7 @@ def table(rows: Sequence[Row]) -> str:
             "",
             markdown(HEADER, [cells(row) for row in group]),
             "",
+            *(f"–: {reason}\n" for reason in dict.fromkeys(r["peak_unknown"] for r in group if "peak_unknown" in r)),
             *(
                 f"Memory allocated after {r['new']:,} tokens against 1,000 at batch {r['batch']}: "
                 f"{r['memory']['end'] / r['memory']['1000'] - 1:+.2%}."
@@ -118,7 +123,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             if line[0]["system"] == "engine":
                 bound = [1e3 * row["batch"] / row["bound_ms"] for row in line]
                 speed.plot(batches, bound, linestyle=":", color=drawn.get_color())
-            memory.plot(batches, [r["peak_bytes"] / 2**30 for r in line], marker="o", label=label)
+            known = [row for row in line if row["peak_bytes"] is not None]
+            memory.plot(
+                [row["batch"] for row in known], [row["peak_bytes"] / 2**30 for row in known], marker="o",
+                color=drawn.get_color(),
+            )  # fmt: skip
         for axis, name in ((speed, "tokens/s (dotted: bound)"), (memory, "peak GiB")):
             axis.set(xscale="log", xlabel="batch", ylabel=name)
             axis.grid(alpha=0.3)

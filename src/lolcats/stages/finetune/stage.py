@@ -3,7 +3,7 @@ teacher; feature maps are frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -26,7 +26,7 @@ from lolcats.modeling.convert import convert
 from lolcats.modeling.families import FUSED, MLP, PROJECTIONS
 from lolcats.modeling.install import inputs_of
 from lolcats.modeling.liger import fused_layers
-from lolcats.modeling.loss import Head, find_head, language_model_loss
+from lolcats.modeling.loss import Head, find_head, language_model_loss, next_tokens
 from lolcats.modeling.skeleton import convert_empty, empty_model, light_weights
 from lolcats.ranks import ranks
 from lolcats.stages.distributed import fill_part, is_sharded, materialize, own_device, shard
@@ -201,10 +201,11 @@ def _compute_in_input_dtype(model: nn.Module) -> None:
 
 
 class FinetuneTrainer(StageTrainer):
-    """Loss: ``finetune.loss``, mean over all predicted tokens.
+    """Loss: ``finetune.loss``, mean over all predicted tokens of an optimizer step, on all ranks, and in validation
+    over those of all rows.
 
-    If only some tokens are predicted (``data.loss``), batches hold different numbers of them: then the mean is over all
-    of an optimizer step's, on all ranks, and in validation over those of all rows.
+    Micro-batches hold different numbers of them: the last step of an epoch may end with fewer rows, documents that are
+    kept apart (``data.reset_at_documents``) do not predict their first tokens, and ``data.loss`` leaves out prompts.
     """
 
     stage_config: FinetuneConfig
@@ -235,28 +236,30 @@ class FinetuneTrainer(StageTrainer):
         return Distillation(1.0 if config.loss == "kl" else config.kl_weight, config.kl_temperature)
 
     @cached_property
-    def predicted(self) -> float | None:
-        """Mean number of predicted tokens of a validation row; None if all tokens are predicted."""
-        labels = getattr(self.eval_dataset, "labels", None)
-        return None if labels is None else _predicted(labels).item() / len(labels)
+    def predicted(self) -> float:
+        """Mean number of predicted tokens of a validation row."""
+        rows: Any = self.eval_dataset
+        return _predicted(self.data_collator([rows[number] for number in range(len(rows))])).item() / len(rows)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of an optimizer step, and how many tokens are predicted in them, on all ranks."""
-        samples, count = super().get_batch_samples(*args, **kwargs)
-        if self.predicted is not None:
-            count = sum((_predicted(batch["labels"]) for batch in samples), torch.zeros(())).to(self.args.device)
-            ranks().sum([count])
+        samples, _ = super().get_batch_samples(*args, **kwargs)
+        count = torch.zeros((), device=self.args.device)
+        for batch in samples:
+            count += _predicted(batch).to(count.device)
+        ranks().sum([count])
         return samples, count
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], *_: Any, num_items_in_batch: Tensor | None = None, **__: Any
     ) -> Tensor:
         ids, positions, labels = inputs["input_ids"], inputs.get("position_ids"), inputs["labels"]
-        self.call, count = inputs_of(ids, positions), None
-        if self.predicted is not None:
-            whole = torch.tensor(self.predicted * len(ids), device=ids.device)
-            shares = ranks().size * self.current_gradient_accumulation_steps  # over which means are taken later
-            count = whole if num_items_in_batch is None else num_items_in_batch.clamp_min(1) / shares
+        self.call = inputs_of(ids, positions)
+        if num_items_in_batch is None:  # the trainer takes the mean over rows later
+            count = torch.full((), self.predicted * len(ids), device=ids.device)
+        else:  # it takes the mean over ranks and micro-batches
+            shares = ranks().size * self.current_gradient_accumulation_steps
+            count = num_items_in_batch.clamp_min(1) / shares
         if self.distillation is not None:
             wrapped: Any = self.model
             loss = distillation_loss(wrapped, self.head, ids, self.distillation, positions, labels, count)
@@ -294,6 +297,6 @@ class FinetuneTrainer(StageTrainer):
         return super().create_optimizer() if self.optimizer is None else self.optimizer
 
 
-def _predicted(labels: Tensor) -> Tensor:
-    """The number of tokens that rows (N, L) of labels let a model predict."""
-    return (labels[:, 1:] >= 0).sum().float()
+def _predicted(rows: Mapping[str, Tensor]) -> Tensor:
+    """The number of tokens that rows (N, L) let a model predict."""
+    return (next_tokens(rows["labels"], rows.get("position_ids")) >= 0).sum()

@@ -85,7 +85,7 @@ class StageTrainer(Trainer):
             raise
         if use_cache is not None:
             configuration.use_cache = use_cache  # Trainer switches it off for good, even in the saved configuration
-        self.model_accepts_loss_kwargs = False  # rows are of equal length: the mean over micro-batches is exact
+        self.model_accepts_loss_kwargs = False  # ``training_step`` takes the mean over micro-batches itself
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(StageProgress(stage))

@@ -326,12 +326,11 @@ class LayerTrainer:
     def _summary(self) -> dict[str, float]:
         """The last entry of the log, with the names that transformers' Trainer has."""
         steps = max(unit.progress.step for unit in self.units)
-        logged = [steps - steps % self.config.log_steps or 1 for _ in self.units]
-        means = [unit.progress.loss_total / count for unit, count in zip(self.units, logged, strict=True)]
         seconds = time.monotonic() - self.started
         rows = self.visits.steps[steps - 1].stop if steps else 0
+        loss = statistics.fmean(unit.mean_loss() for unit in self.units)
         return {
-            "step": steps, "epoch": steps / self.visits.steps_per_epoch, "train_loss": statistics.fmean(means),
+            "step": steps, "epoch": steps / self.visits.steps_per_epoch, "train_loss": loss,
             "total_flos": 0.0, **_speed("train", seconds, rows, steps),
         }  # fmt: skip
 

@@ -104,7 +104,10 @@ def layer_losses(
 def layer_errors(
     model: PreTrainedModel, rows: Iterable[Tensor], positions: Iterable[Tensor | None] = repeat(None)
 ) -> list[float]:  # fmt: skip
-    """Mean squared error of each linearized layer's output over batches of token ids (B, T) and position ids."""
-    batches = zip(rows, positions, strict=False)
-    errors = [torch.stack(watch_layers(model, ids, squared_error, places)) for ids, places in batches]
-    return torch.stack(errors).mean(0).tolist()
+    """Mean squared error of each linearized layer's output over all rows of token ids, given as batches (B, T), of any
+    number of rows, with their position ids."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for ids, places in zip(rows, positions, strict=False):
+        found = torch.stack(watch_layers(model, ids, squared_error, places)).cpu().double()
+        total, count = total + found * len(ids), count + len(ids)
+    return (total / count).tolist()

@@ -147,6 +147,11 @@ class Unit:
         self.progress.loss_sum = 0.0
         self.progress.loss_total += loss * self.config.log_steps
 
+    def mean_loss(self) -> float:
+        """The mean training loss of all steps that the unit has done; 0 before the first."""
+        rest = 0.0 if self._losses is None else self._losses.item()
+        return (self.progress.loss_total + self.progress.loss_sum + rest) / max(self.progress.step, 1)
+
     def _taken(self) -> float:
         value, self._losses = 0.0 if self._losses is None else self._losses.item(), None
         return value
