@@ -32,7 +32,9 @@ PERPLEXITIES = "perplexities"
 RECALL_COUNTS = "every answer"  # results of an earlier version, which counted first answers, are measured again
 Measured = dict[str, dict[str, Any]]
 """Value, standard error and items by metric. Items are in the same order for every model: the losses of rows for a
-perplexity, the items of an nll, and a string of 0s and 1s for a score with such results."""
+perplexity, the items of an nll, and a string of 0s and 1s for a score with such results. ``strata``: the sizes of the
+strata, if there are several; ``clusters``: the cluster of each item, if items are not independent (see
+:mod:`lolcats.evaluation.scores`)."""
 
 
 class Measurement:
@@ -87,9 +89,11 @@ class Measurement:
 def _entry(score: Score) -> dict[str, Any]:
     items = [item for stratum in score.items for item in stratum]
     entry = {"value": score.value if math.isfinite(score.value) else None, "stderr": score.stderr}
+    groups: dict[str, list[int]] = {"strata": [len(s) for s in score.items]} if len(score.items) > 1 else {}
+    groups |= {"clusters": list(score.clusters)} if score.clusters else {}
     if items and set(items) <= {0.0, 1.0}:
-        return {**entry, "items": "".join(str(int(item)) for item in items)}
-    return {**entry, "items": [round(item, 5) for item in items]} if score.metric.startswith("nll") else entry
+        return {**entry, "items": "".join(str(int(item)) for item in items), **groups}
+    return {**entry, "items": [round(x, 5) for x in items], **groups} if score.metric.startswith("nll") else entry
 
 
 def _first(rows: tuple[Tensor, Tensor | None], count: int) -> tuple[Tensor, Tensor | None]:
