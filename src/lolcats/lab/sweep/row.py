@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -165,15 +166,12 @@ def take_transfer(job: Job, out: Path) -> None:
     run = job.run
     if run.stage_done("transfer") or job.config.transfer.max_steps == 0 or job.in_turn:
         return
-    for record in sorted(out.glob(f"*/{RECORD}")):
-        other = Run.open(record.parent)
-        maps = _maps_of_transfer(other)
-        if other.stage_done("transfer") and _same_transfer(other, run) and maps.is_file():
-            break
-    else:
+    done = (other for other in _runs(out) if other.stage_done("transfer") and _same_transfer(other, run))
+    other = next((other for other in done if _maps_of_transfer(other).is_file()), None)
+    if other is None:
         return
     job.say(f"Taking stage 1 from {other.directory.name}")
-    shutil.copy(maps, run.directory / FEATURE_MAPS)
+    shutil.copy(_maps_of_transfer(other), run.directory / FEATURE_MAPS)
     entries = [
         entry for entry in read_json_lines(other.directory / "metrics.jsonl") if entry.get("stage") == "transfer"
     ]
@@ -187,6 +185,13 @@ def _transfer_key(run: Run) -> str:
     """A hash of everything that the feature maps of a run depend on."""
     config = _without(run.config, "finetune", "controls", "device", "report_to")
     return short_hash([run.base.fingerprint, run.record["data"]["fingerprint"], config])
+
+
+def _runs(out: Path) -> Iterator[Run]:
+    """The runs in ``out`` whose record can be read."""
+    for record in sorted(out.glob(f"*/{RECORD}")):
+        with suppress(LolcatsError):
+            yield Run.open(record.parent)
 
 
 def _same_transfer(other: Run, run: Run) -> bool:
