@@ -23,7 +23,7 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import row_losses
 from lolcats.evaluation.recall import sight
 from lolcats.evaluation.scores import Score
-from lolcats.evaluation.suite import LONG, RECALL, Options, Task, prepare
+from lolcats.evaluation.suite import LONG, RECALL, Options, Task, prepare, sources
 from lolcats.files import hash_file
 from lolcats.lab.sweep.plan import Evaluate
 from lolcats.pipeline import device_and_dtype
@@ -37,8 +37,16 @@ strata, if there are several; ``clusters``: the cluster of each item, if items a
 :mod:`lolcats.evaluation.scores`)."""
 
 
+NOT_OF_FILES = ("validation_rows", "test_rows", "streaming", "loss", "keep_longest_effective")
+"""Settings of ``data`` that do not change the rows of a perplexity file."""
+
+
 class Measurement:
-    """Everything in the sweep's ``evaluate`` section that can be measured here; reports what is left out."""
+    """Everything in the sweep's ``evaluate`` section that can be measured here; reports what is left out.
+
+    ``key`` identifies all that the numbers depend on besides the model, files by their content. ``former_key`` is what
+    earlier versions had instead: it says nothing of the rows' settings, the long text and the benchmarks' files.
+    """
 
     def __init__(self, wanted: Evaluate, inputs: Inputs, config: Config, say: Callable[[str], None]) -> None:
         self.wanted, self.batch_size = wanted, wanted.batch_size
@@ -62,7 +70,12 @@ class Measurement:
         if RECALL.keys() & set(names):
             known["recall"] = [RECALL_COUNTS, repr(options.seen)]
         left_out = {"data_dir", "text", "batch_size"} | (set() if wanted.kl else {"kl"})
-        self.key = short_hash({k: v for k, v in known.items() if k not in left_out})
+        known = {k: v for k, v in known.items() if k not in left_out}
+        self.former_key = short_hash(known)
+        rows = {k: v for k, v in asdict(config.data).items() if k not in NOT_OF_FILES}
+        read = {name: [source_identity(source) for source in sources(name, options)] for name in names}
+        told = {"rows": rows if files else {}, "sources": read, "teacher": config.dtype if wanted.kl else ""}
+        self.key = short_hash([known, told])
 
     def perplexities(self, model: PreTrainedModel) -> Measured:
         found: Measured = {}
@@ -104,10 +117,11 @@ def _first(rows: tuple[Tensor, Tensor | None], count: int) -> tuple[Tensor, Tens
 
 def source_identity(source: str) -> str:
     """Identify data by content: the hash of a file (for a mixture, also of its sources), or a hub data set's name."""
-    if is_mixture(source) and Path(source).is_file():
+    path = Path(source).expanduser()
+    if is_mixture(source) and path.is_file():
         parts = [source_identity(share.source) for share in read_mixture(source, DataConfig())]
-        return short_hash([hash_file(Path(source)), *parts])
-    return hash_file(Path(source)) if Path(source).is_file() else source
+        return short_hash([hash_file(path), *parts])
+    return hash_file(path) if path.is_file() else source
 
 
 def short_hash(value: Any) -> str:

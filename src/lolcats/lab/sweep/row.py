@@ -67,6 +67,8 @@ class Setup:
     out: Path
     provenance: dict[str, Any]
     say: Callable[[str], None]
+    evaluation: str = ""
+    """The key of what is measured, in results and in the records of runs."""
     untrained: dict[str, dict[str, Measured]] = field(default_factory=dict)
     """Perplexities of untrained models, by a description of their attention."""
     identities: dict[str, str] = field(default_factory=dict)
@@ -239,7 +241,7 @@ def _timed(measure: Callable[[Any], Measured], model: Any) -> dict[str, Any]:
 
 def _prefix(setup: Setup) -> str:
     """Prefix of the names of this sweep's measurements in a run's record."""
-    return f"sweep {setup.measurement.key} "
+    return f"sweep {setup.evaluation} "
 
 
 def _found(setup: Setup, results: dict[str, Any], system: Compared) -> Measured:
