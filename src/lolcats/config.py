@@ -270,7 +270,8 @@ class FinetuneConfig(StageConfig):
     Other names are module names, e.g. ``gate_proj``."""
     protect_kept: bool = False
     """Train no LoRA for the queries and keys of layers and heads that stay softmax attention, so that they attend as
-    in the base model: in these rows of the projections, the merged weights are the base model's."""
+    in the base model: in these rows of the projections, the merged weights are the base model's. With
+    ``attention.kind: softmax``, only those that ``attention.layers`` and ``attention.softmax_heads`` name, if any."""
     use_dora: bool = False
     """DoRA: apply LoRA to the direction of each weight and train its magnitude separately (Liu et al. 2024, arXiv
     2402.09353)."""

@@ -54,7 +54,7 @@ def mean_score(task: str, metric: str, items: Strata, higher_is_better: bool = T
                labels: Sequence[str] = (), clusters: Sequence[int] = ()) -> Score:  # fmt: skip
     """The score of these items: the mean of the strata's means. For independent 0/1 items its error is the binomial
     one."""
-    estimate = _estimate(items, clusters)
+    estimate = estimate_of(items, clusters)
     return Score(
         task, metric, estimate.value, estimate.stderr, items, higher_is_better, tuple(labels), tuple(clusters)
     )  # fmt: skip
@@ -69,7 +69,7 @@ def difference(score: Score, other: Score) -> Estimate:
     """score − other, with the standard error of the differences by item."""
     if not score.items:
         return Estimate(score.value - other.value)
-    return _estimate(_combine(lambda a, b: a - b, score, other), score.clusters)
+    return estimate_of(_combine(lambda a, b: a - b, score, other), score.clusters)
 
 
 def share_closed(student: Score, teacher: Score, baseline: Score) -> Estimate | None:
@@ -81,7 +81,7 @@ def share_closed(student: Score, teacher: Score, baseline: Score) -> Estimate | 
     if not student.items:
         return Estimate(share)
     parts = _combine(lambda s, t, b: (s - b) - share * (t - b), student, teacher, baseline)
-    rest = _estimate(parts, student.clusters)
+    rest = estimate_of(parts, student.clusters)
     return Estimate(share, rest.stderr / abs(gap.value) if rest.stderr is not None else None)
 
 
@@ -90,7 +90,7 @@ def _combine(function: Callable[..., float], *scores: Score) -> Strata:
     return tuple(tuple(function(*values) for values in zip(*stratum, strict=True)) for stratum in strata)
 
 
-def _estimate(items: Strata, clusters: Sequence[int] = ()) -> Estimate:
+def estimate_of(items: Strata, clusters: Sequence[int] = ()) -> Estimate:
     """Mean of the strata's means and its standard error √(Σ s²/n) / number of strata.
 
     With G clusters of a single stratum: √(G/(G − 1) Σ_c (Σ_{i in c} (x_i − mean))²) / n.

@@ -145,18 +145,34 @@ SUITES: dict[str, Callable[[Any, Options], Task]] = {
 }  # fmt: skip
 
 
+IN_SUITES = {"paper": (*tasks.PAPER, "mmlu_half"), "generate": ("gsm8k",), "mmlu-permuted": ("mmlu_half",)}
+"""The tasks whose local files a suite reads."""
+
+
+def sources(name: str, options: Options) -> list[str]:
+    """The files that task ``name`` reads, or the data set that is its long text; none if it reads the hub's data."""
+    if name in LONG:
+        return [_long_text(options)]
+    read = IN_SUITES.get(name, (name,))
+    return [] if options.data_dir is None else [str(path) for path in tasks.files_of(read, options.data_dir)]
+
+
 def _harness(specs: list[Spec], tokenizer: Any, options: Options) -> Task:
     limits = ({} if options.limit is None else {"": options.limit}) | dict(options.limits)
     return Harness(load_tasks(specs, SUITES), tokenizer, limits, options.batch_size, options.seed)
 
 
 def _documents(tokenizer: Any, options: Options) -> list[list[int]]:
+    return [encode(tokenizer, document) for document in read_documents(_long_text(options))]
+
+
+def _long_text(options: Options) -> str:
     source = options.text
     if not source and options.data_dir is not None:
         source = str(tasks.find_file(options.data_dir, "long_books"))
     if not source:
         raise LolcatsError("These tasks need long text: give --data FILE, or --data-dir with long_books.parquet.")
-    return [encode(tokenizer, document) for document in read_documents(source)]
+    return source
 
 
 def fill_in(options: Options, model: str, names: list[str], base: str = "", trust: bool = False) -> Options:

@@ -8,7 +8,7 @@ first five rows instead of five random ones.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,9 @@ def named_spec(name: str, data_dir: Path | None) -> Spec:
     return {"group": f"local_{name}", "task": [{"task": name, **changes}]}
 
 
+MMLU_FILES, GSM8K_FILES = ("mmlu_test_half", "mmlu_dev"), ("gsm8k_train", "gsm8k_test")
+
+
 def mmlu_spec(data_dir: Path | None, name: str = "mmlu", **changes: Any) -> Spec:
     """5-shot MMLU as one group. From local files: ``NAME_half``, with the subjects in those files."""
     changes = {"num_fewshot": SHOTS, **changes}
@@ -58,7 +61,7 @@ def mmlu_spec(data_dir: Path | None, name: str = "mmlu", **changes: Any) -> Spec
         index = task_manager().task_index
         names = sorted(task for tag in MMLU_TAGS for task in index[tag].tags)
         return {**group, "task": [{"task": task, **changes} for task in names]}
-    test, dev = find_file(data_dir, "mmlu_test_half"), find_file(data_dir, "mmlu_dev")
+    test, dev = (find_file(data_dir, file) for file in MMLU_FILES)
     subjects = sorted({record["subject"] for record in _read(test)})
     source = partial(mmlu_dataset, test=test, dev=dev)
     tasks = [
@@ -78,8 +81,7 @@ def gsm8k_spec(data_dir: Path | None) -> Spec:
     """lm-eval's 5-shot GSM8K. Without a local gsm8k_test file, the questions and the name are those of gsm8k_train."""
     if data_dir is None:
         return "gsm8k"
-    train = find_file(data_dir, "gsm8k_train")
-    test = _find(data_dir, "gsm8k_test")
+    train, test = find_file(data_dir, GSM8K_FILES[0]), _find(data_dir, GSM8K_FILES[1])
     changes = {
         "custom_dataset": partial(gsm8k_dataset, train=train, test=test),
         "fewshot_config": {"sampler": "first_n"},
@@ -180,6 +182,14 @@ LOCAL = {
     "lambada_openai": Local("lambada_openai_test", "test", _lambada),
     "wikitext": Local("wikitext2_raw_test", "test", _pages),
 }
+FILES = {**{name: (local.file,) for name, local in LOCAL.items()}, "mmlu_half": MMLU_FILES, "gsm8k": GSM8K_FILES}
+"""The local files of each task; without gsm8k_test, the questions are those of gsm8k_train."""
+
+
+def files_of(names: Iterable[str], data_dir: Path) -> list[Path]:
+    """The files in ``data_dir`` that these tasks read; other tasks read the hub's data."""
+    found = (_find(data_dir, file) for name in names for file in FILES.get(name, ()))
+    return [path for path in found if path is not None]
 
 
 def _read(path: Path) -> Records:

@@ -125,14 +125,32 @@ class Shared:
 
 
 def _setup(sweep: Sweep, shared: Shared, command: str) -> Setup:
-    config = plan(sweep)[0].config
+    rows = plan(sweep)
+    config = rows[0].config
     if sweep.base.model not in shared.inputs:
         shared.inputs[sweep.base.model] = Inputs(sweep.base.model, keep=True, trust=shared.trust)
     inputs = shared.inputs[sweep.base.model]
-    key = short_hash([sweep.base.model, asdict(sweep.evaluate), asdict(config.data)])
+    own = [asdict(config.attention), asdict(config.data), config.dtype, config.device]
+    key = short_hash([sweep.base.model, asdict(sweep.evaluate), *own])
     if key not in shared.measurements:
         shared.measurements[key] = Measurement(sweep.evaluate, inputs, config, shared.say)
-    return Setup(sweep, inputs, shared.measurements[key], shared.out, _provenance(command), shared.say)
+    setup = Setup(sweep, inputs, shared.measurements[key], shared.out, _provenance(command), shared.say)
+    setup.evaluation = _evaluation(setup, rows)
+    return setup
+
+
+def _evaluation(setup: Setup, rows: list[Row]) -> str:
+    """The key of what this sweep measures; where an earlier version measured its rows, the key that this had."""
+    key, former = setup.measurement.key, setup.measurement.former_key
+    alike = {run_key(setup, row) for row in rows if row.config.data == rows[0].config.data}
+    found = {result.get("evaluation") for result in _results(setup.out) if result.get("row") in alike}
+    if former not in found or key in found:
+        return key
+    setup.say(
+        f"{setup.out / RESULTS} is of an earlier version, which did not note row length, texts and benchmark "
+        "files: its results are taken to be of the same."
+    )
+    return former
 
 
 def _run_job(setup: Setup, job: Job, left: float | None, failed: list[str]) -> bool:
@@ -187,7 +205,7 @@ def _training(result: Result) -> float:
 
 def _jobs(setup: Setup, rows: list[Row]) -> Iterator[Job]:
     """Jobs for the untrained models, then for each row, after those of its controls that no earlier row has."""
-    evaluation, first = setup.measurement.key, rows[0]
+    evaluation, first = setup.evaluation, rows[0]
     for system in (TEACHER, WINDOW_SINKS):
         name, key = system.in_sweeps, untrained_key(setup, first, system)
         keys = {"kind": UNTRAINED, "row": key, "name": name, "evaluation": evaluation}

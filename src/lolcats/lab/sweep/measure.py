@@ -23,7 +23,7 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import row_losses
 from lolcats.evaluation.recall import sight
 from lolcats.evaluation.scores import Score
-from lolcats.evaluation.suite import LONG, RECALL, Options, Task, prepare
+from lolcats.evaluation.suite import LONG, RECALL, Options, Task, prepare, sources
 from lolcats.files import hash_file
 from lolcats.lab.sweep.plan import Evaluate
 from lolcats.pipeline import device_and_dtype
@@ -32,11 +32,21 @@ PERPLEXITIES = "perplexities"
 RECALL_COUNTS = "every answer"  # results of an earlier version, which counted first answers, are measured again
 Measured = dict[str, dict[str, Any]]
 """Value, standard error and items by metric. Items are in the same order for every model: the losses of rows for a
-perplexity, the items of an nll, and a string of 0s and 1s for a score with such results."""
+perplexity, the items of an nll, and a string of 0s and 1s for a score with such results. ``strata``: the sizes of the
+strata, if there are several; ``clusters``: the cluster of each item, if items are not independent (see
+:mod:`lolcats.evaluation.scores`)."""
+
+
+NOT_OF_FILES = ("validation_rows", "test_rows", "streaming", "loss", "keep_longest_effective")
+"""Settings of ``data`` that do not change the rows of a perplexity file."""
 
 
 class Measurement:
-    """Everything in the sweep's ``evaluate`` section that can be measured here; reports what is left out."""
+    """Everything in the sweep's ``evaluate`` section that can be measured here; reports what is left out.
+
+    ``key`` identifies all that the numbers depend on besides the model, files by their content. ``former_key`` is what
+    earlier versions had instead: it says nothing of the rows' settings, the long text and the benchmarks' files.
+    """
 
     def __init__(self, wanted: Evaluate, inputs: Inputs, config: Config, say: Callable[[str], None]) -> None:
         self.wanted, self.batch_size = wanted, wanted.batch_size
@@ -60,7 +70,12 @@ class Measurement:
         if RECALL.keys() & set(names):
             known["recall"] = [RECALL_COUNTS, repr(options.seen)]
         left_out = {"data_dir", "text", "batch_size"} | (set() if wanted.kl else {"kl"})
-        self.key = short_hash({k: v for k, v in known.items() if k not in left_out})
+        known = {k: v for k, v in known.items() if k not in left_out}
+        self.former_key = short_hash(known)
+        rows = {k: v for k, v in asdict(config.data).items() if k not in NOT_OF_FILES}
+        read = {name: [source_identity(source) for source in sources(name, options)] for name in names}
+        told = {"rows": rows if files else {}, "sources": read, "teacher": config.dtype if wanted.kl else ""}
+        self.key = short_hash([known, told])
 
     def perplexities(self, model: PreTrainedModel) -> Measured:
         found: Measured = {}
@@ -87,9 +102,11 @@ class Measurement:
 def _entry(score: Score) -> dict[str, Any]:
     items = [item for stratum in score.items for item in stratum]
     entry = {"value": score.value if math.isfinite(score.value) else None, "stderr": score.stderr}
+    groups: dict[str, list[int]] = {"strata": [len(s) for s in score.items]} if len(score.items) > 1 else {}
+    groups |= {"clusters": list(score.clusters)} if score.clusters else {}
     if items and set(items) <= {0.0, 1.0}:
-        return {**entry, "items": "".join(str(int(item)) for item in items)}
-    return {**entry, "items": [round(item, 5) for item in items]} if score.metric.startswith("nll") else entry
+        return {**entry, "items": "".join(str(int(item)) for item in items), **groups}
+    return {**entry, "items": [round(x, 5) for x in items], **groups} if score.metric.startswith("nll") else entry
 
 
 def _first(rows: tuple[Tensor, Tensor | None], count: int) -> tuple[Tensor, Tensor | None]:
@@ -100,10 +117,11 @@ def _first(rows: tuple[Tensor, Tensor | None], count: int) -> tuple[Tensor, Tens
 
 def source_identity(source: str) -> str:
     """Identify data by content: the hash of a file (for a mixture, also of its sources), or a hub data set's name."""
-    if is_mixture(source) and Path(source).is_file():
+    path = Path(source).expanduser()
+    if is_mixture(source) and path.is_file():
         parts = [source_identity(share.source) for share in read_mixture(source, DataConfig())]
-        return short_hash([hash_file(Path(source)), *parts])
-    return hash_file(Path(source)) if Path(source).is_file() else source
+        return short_hash([hash_file(path), *parts])
+    return hash_file(path) if path.is_file() else source
 
 
 def short_hash(value: Any) -> str:

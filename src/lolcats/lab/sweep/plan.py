@@ -38,6 +38,7 @@ from lolcats.config import (
     set_key,
 )
 from lolcats.errors import LolcatsError
+from lolcats.stages.finetune.controls import control_config
 
 SECTIONS = ("base", "evaluate", "seeds", "rows", "grid")
 DATA = "base.data="
@@ -128,17 +129,18 @@ def control_row(row: Row, name: Control) -> Row:
     Rows with the same data, window, sinks, seed and LoRA therefore share their controls.
     """
     config, own = row.config, row.config.attention
-    if name == "window_lora":
-        softmax: dict[str, Kind] = {layers: kind for layers, kind in own.layers.items() if kind == "softmax"}
-        attention = AttentionConfig(
-            kind="window", layers=softmax, window=own.window, window_size=own.window_size, sinks=own.sinks,
-            softmax_heads=own.softmax_heads, softmax_budget=own.softmax_budget,
-        )  # fmt: skip
-    else:
-        attention = AttentionConfig(kind="softmax")
+    finetune = control_config(config, name).finetune
+    softmax: dict[str, Kind] = {layers: kind for layers, kind in own.layers.items() if kind == "softmax"}
+    keeps = bool(softmax or own.softmax_heads or own.softmax_budget)
+    attention = AttentionConfig(
+        kind="window" if name == "window_lora" else "softmax", layers=softmax, window=own.window,
+        window_size=own.window_size, sinks=own.sinks, softmax_heads=own.softmax_heads,
+        softmax_budget=own.softmax_budget,
+    )  # fmt: skip
+    if name == "teacher_lora" and not (finetune.protect_kept and keeps):  # nothing that the row keeps matters
+        attention, finetune = AttentionConfig(kind="softmax"), replace(finetune, protect_kept=False)
     size, micro = config.transfer.batch_size, config.transfer.micro_batch_size
     transfer = TransferConfig(max_steps=0, batch_size=size, micro_batch_size=micro)
-    finetune = replace(config.finetune, feature_map_learning_rate=0.0)
     only_lora = replace(config, attention=attention, transfer=transfer, finetune=finetune, controls=[])
     return Row(f"{CONTROLS[name].name} of {row.name}", row.settings, only_lora, row.data)
 

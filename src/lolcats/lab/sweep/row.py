@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ STAGE_1 = "stage-1.safetensors"
 """In a run directory: a copy of the feature maps that stage 1 left, where stage 2 trains them on."""
 BYTES_AT = (8192, 32768)
 MEASURED_IN_4_BITS = "student in 4 bits"  # earlier versions measured such rows with their LoRA merged into the base
+WINDOW_FOR_SOFTMAX = "window"  # earlier versions measured the teacher where the first row is of kind softmax
 LATER: dict[tuple[str, str], list[Any]] = {
     ("attention", "feature_inputs"): ["rotated"], ("attention", "softmax_heads"): [{}],
     ("attention", "softmax_budget"): [0.0],
@@ -66,7 +68,9 @@ class Setup:
     out: Path
     provenance: dict[str, Any]
     say: Callable[[str], None]
-    untrained: dict[str, dict[str, Measured]] = field(default_factory=dict)
+    evaluation: str = ""
+    """The key of what is measured, in results and in the records of runs."""
+    untrained: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Perplexities of untrained models, by a description of their attention."""
     identities: dict[str, str] = field(default_factory=dict)
     """Content identities of data sources, by source."""
@@ -99,15 +103,18 @@ def source(sweep: Sweep, row: Row) -> str:
 def untrained_key(setup: Setup, row: Row, system: Compared) -> str:
     """A hash that identifies the teacher, or the untrained window with sinks of a row, without its kept heads."""
     own = row.config.attention
-    window = [own.window, own.window_size, baseline_sinks(own), own.layers] if system is WINDOW_SINKS else []
+    window: list[Any] = []
+    if system is WINDOW_SINKS:
+        marked = [WINDOW_FOR_SOFTMAX] if own.kind == "softmax" else []
+        window = [own.window, own.window_size, baseline_sinks(own), own.layers, *marked]
     return short_hash([setup.inputs.base.fingerprint, system.in_sweeps, window, row.config.dtype])
 
 
 def untrained_result(setup: Setup, row: Row, system: Compared) -> dict[str, Any]:
     """Measure the teacher, or the untrained window with sinks and without kept heads, on files and tasks."""
     device, dtype = device_and_dtype(row.config)
-    plain = replace(row.config.attention, softmax_heads={}, softmax_budget=0.0)
-    started, model = monotonic(), convert(setup.inputs.model(dtype, device), replace(row.config, attention=plain))
+    plain = replace(row.config.attention, kind="window", softmax_heads={}, softmax_budget=0.0)
+    started, model = monotonic(), convert(setup.inputs.model(dtype, device), plain)
     with system.on(model):
         found = setup.measurement.everything(model)
     del model
@@ -123,10 +130,11 @@ def row_result(setup: Setup, row: Row) -> dict[str, Any]:
     if not job.in_turn:
         measure(job)
         job = keep_longest(job)
-    untrained = _untrained(setup, job)
+    _measure_untrained(setup, job)
     with locked(setup.out / LOCKS / f"transfer-{_transfer_key(job.run)}"):
         train_or_take_transfer(job, setup.out)
         measure(job)
+    _measure_untrained(setup, job)
     run_finetune(job)
     model = job.models.student()
     _measure(setup, job.run, model, STUDENT)
@@ -134,7 +142,7 @@ def row_result(setup: Setup, row: Row) -> dict[str, Any]:
         with LINEAR_OFF.on(model):
             _measure(setup, job.run, model, LINEAR_OFF, tasks=False)
     measure(job)
-    result = _summary(setup, row, job.run, untrained)
+    result = _summary(setup, row, job.run)
     result["bytes"] = {str(tokens): cache_bytes(model, tokens) for tokens in BYTES_AT}  # (teacher, student)
     del job, model
     release()
@@ -165,15 +173,12 @@ def take_transfer(job: Job, out: Path) -> None:
     run = job.run
     if run.stage_done("transfer") or job.config.transfer.max_steps == 0 or job.in_turn:
         return
-    for record in sorted(out.glob(f"*/{RECORD}")):
-        other = Run.open(record.parent)
-        maps = _maps_of_transfer(other)
-        if other.stage_done("transfer") and _same_transfer(other, run) and maps.is_file():
-            break
-    else:
+    done = (other for other in _runs(out) if other.stage_done("transfer") and _same_transfer(other, run))
+    other = next((other for other in done if _maps_of_transfer(other).is_file()), None)
+    if other is None:
         return
     job.say(f"Taking stage 1 from {other.directory.name}")
-    shutil.copy(maps, run.directory / FEATURE_MAPS)
+    shutil.copy(_maps_of_transfer(other), run.directory / FEATURE_MAPS)
     entries = [
         entry for entry in read_json_lines(other.directory / "metrics.jsonl") if entry.get("stage") == "transfer"
     ]
@@ -189,6 +194,13 @@ def _transfer_key(run: Run) -> str:
     return short_hash([run.base.fingerprint, run.record["data"]["fingerprint"], config])
 
 
+def _runs(out: Path) -> Iterator[Run]:
+    """The runs in ``out`` whose record can be read."""
+    for record in sorted(out.glob(f"*/{RECORD}")):
+        with suppress(LolcatsError):
+            yield Run.open(record.parent)
+
+
 def _same_transfer(other: Run, run: Run) -> bool:
     try:
         key = _transfer_key(other)
@@ -202,29 +214,33 @@ def _maps_of_transfer(run: Run) -> Path:
     return run.directory / (FEATURE_MAPS if run.config.finetune.feature_map_learning_rate == 0 else STAGE_1)
 
 
-def _untrained(setup: Setup, job: Job) -> dict[Compared, Measured]:
-    """Perplexities of the row's untrained window, with and without sinks; measured once per sweep."""
+def _measure_untrained(setup: Setup, job: Job) -> None:
+    """Perplexities of the row's untrained window, with and without sinks, once the whole model is in memory; measured
+    once per sweep."""
+    if not job.in_turn and job.config.attention.kind in ("hybrid", "linear"):
+        for system in WINDOWS:
+            job.run.measure(_name(setup, system, PERPLEXITIES), partial(_untrained, setup, job, system))
+
+
+def _untrained(setup: Setup, job: Job, system: Compared) -> dict[str, Any]:
     attention = job.config.attention
-    if attention.kind not in ("hybrid", "linear") or job.run.stage_done("finetune") or job.in_turn:
-        return {}
-    found = {}
-    for system in WINDOWS:
-        changes = system.changes(attention)
-        heads = sorted(attention.softmax_heads.items())
-        key = f"{attention.window} {attention.window_size} {changes} {sorted(attention.layers.items())} {heads}"
-        if key not in setup.untrained:
-            model = job.models.converted()
-            with system.on(model):
-                setup.untrained[key] = setup.measurement.perplexities(model)
-        found[system] = setup.untrained[key]
-    return found
+    changes, layers = system.changes(attention), sorted(attention.layers.items())
+    heads = sorted(attention.softmax_heads.items())
+    weights = [job.config.dtype, job.config.device, job.models.in_4_bits]
+    key = repr([attention.window, attention.window_size, changes, layers, heads, *weights])
+    if key in setup.untrained:
+        return {**setup.untrained[key], "seconds": 0.0}
+    model = job.models.converted()
+    with system.on(model):
+        setup.untrained[key] = _timed(setup.measurement.perplexities, model)
+    return setup.untrained[key]
 
 
 def _measure(setup: Setup, run: Run, model: PreTrainedModel, system: Compared, tasks: bool = True) -> None:
     """Measure part by part and save each in the run's record, so that a killed sweep continues with the next part."""
     for part, function in setup.measurement.parts().items():
         if tasks or part == PERPLEXITIES:
-            run.measure(f"{_prefix(setup)}{system.in_sweeps}: {part}", partial(_timed, function, model))
+            run.measure(_name(setup, system, part), partial(_timed, function, model))
 
 
 def _timed(measure: Callable[[Any], Measured], model: Any) -> dict[str, Any]:
@@ -234,24 +250,30 @@ def _timed(measure: Callable[[Any], Measured], model: Any) -> dict[str, Any]:
 
 def _prefix(setup: Setup) -> str:
     """Prefix of the names of this sweep's measurements in a run's record."""
-    return f"sweep {setup.measurement.key} "
+    return f"sweep {setup.evaluation} "
+
+
+def _name(setup: Setup, system: Compared, part: str) -> str:
+    return f"{_prefix(setup)}{system.in_sweeps}: {part}"
 
 
 def _found(setup: Setup, results: dict[str, Any], system: Compared) -> Measured:
-    prefix = f"{_prefix(setup)}{system.in_sweeps}: "
+    prefix = _name(setup, system, "")
     parts = [result["found"] for name, result in results.items() if name.startswith(prefix)]
     return {metric: entry for part in parts for metric, entry in part.items()}
 
 
-def _summary(setup: Setup, row: Row, run: Run, untrained: dict[Compared, Measured]) -> dict[str, Any]:
+def _summary(setup: Setup, row: Row, run: Run) -> dict[str, Any]:
     results, stages, length = run.results, run.record["stages"], row.config.data.sequence_length
     systems: dict[str, Any] = {}
-    keeps = bool(run.config.attention.softmax_heads or run.config.attention.softmax_budget)
-    for system in (TEACHER, *WINDOWS, STUDENT, LINEAR_OFF):
-        if system.result in results and (system is not LINEAR_OFF or row.config.attention.kind == "hybrid"):
-            more = untrained.get(system) or _found(setup, results, system)
+    attention = run.config.attention
+    keeps = bool(attention.softmax_heads or attention.softmax_budget)
+    windows = () if attention.kind == "softmax" and {layer["kind"] for layer in run.layers} == {"softmax"} else WINDOWS
+    for system in (TEACHER, *windows, STUDENT, *([LINEAR_OFF] if attention.kind == "hybrid" else [])):
+        if system.result in results:
             name = system.with_heads if keeps and system in WINDOWS else system.in_sweeps
-            systems[name] = {HELD_OUT: {"value": results[system.result], "stderr": None}, **more}
+            held_out = {"value": results[system.result], "stderr": None}
+            systems[name] = {HELD_OUT: held_out, **_found(setup, results, system)}
     tokens = {
         stage: stages[stage].get("steps", 0) * getattr(row.config, stage).batch_size * length
         for stage in ("transfer", "finetune")

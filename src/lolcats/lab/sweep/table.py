@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from lolcats.compared import CONTROLS, LINEAR_OFF, STUDENT, WINDOW_LORA, WINDOWS
+from lolcats.evaluation.scores import estimate_of
 from lolcats.report.table import markdown
 
 Result = dict[str, Any]
@@ -21,8 +23,8 @@ ADDS, GAINS, NLL = "what the linear term adds", ("acc", "acc_norm", "exact_match
 NOTE = (
     "Perplexities (held-out: test rows of the row's own training data, which differ by seed), nll in nats a "
     "token, scores in %; of several seeds mean ± standard deviation over them, of one its value and (standard "
-    "error over rows or items). Lines below a row are its other models, those that all rows share stand above: "
-    "*linear off* is the student without its linear term; *window+lora* and *teacher+lora* are controls with the "
+    "error over rows or items). Lines below a row are its other models; those shared by all rows are listed at the "
+    "top: *linear off* is the student without its linear term; *window+lora* and *teacher+lora* are controls with the "
     f"same data, steps, seed and LoRA. *{ADDS.capitalize()}*: student against window+lora, item by item: change of "
     "the perplexity in % (of an nll, of its exponential), of scores in points. Layer error: mean squared error of "
     "the attention outputs after transfer. Seconds: training, and all measured but held-out rows."
@@ -150,23 +152,30 @@ def difference(entry: dict[str, Any], other: dict[str, Any], metric: str) -> tup
 
     In points for scores, in % for perplexities (for an nll, of its exponential); None for other metrics.
     """
-    value, against, items = entry["value"], other["value"], entry.get("items")
+    value, against = entry["value"], other["value"]
     if value is None or against is None:
         return None
     if _is_score(metric):
-        return 100 * (value - against), _error(items, other.get("items"), 100)
-    if not (NLL in metric or isinstance(items, list) or metric == HELD_OUT):
+        return 100 * (value - against), _error(entry, other, 100)
+    if not (NLL in metric or isinstance(entry.get("items"), list) or metric == HELD_OUT):
         return None
     ratio = math.exp(value - against) if NLL in metric else value / against
-    return 100 * (ratio - 1), _error(items, other.get("items"), 100 * ratio)
+    return 100 * (ratio - 1), _error(entry, other, 100 * ratio)
 
 
-def _error(items: Sequence[Any] | None, others: Sequence[Any] | None, factor: float) -> float | None:
-    """``factor`` times the standard error of the mean difference between items."""
-    if not items or not others or len(items) != len(others) or len(items) < 2:
+def _error(entry: dict[str, Any], other: dict[str, Any], factor: float) -> float | None:
+    """``factor`` times the standard error of the mean difference between items, by their strata and clusters.
+
+    Results of earlier versions name neither: their items count as one sample of independent ones.
+    """
+    items, others = entry.get("items"), other.get("items")
+    if not items or not others or len(items) != len(others):
         return None
-    gaps = [float(a) - float(b) for a, b in zip(items, others, strict=True)]
-    return factor * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    gaps = (float(a) - float(b) for a, b in zip(items, others, strict=True))
+    groups = {**other, **entry}
+    strata = tuple(tuple(islice(gaps, size)) for size in groups.get("strata", [len(items)]))
+    error = estimate_of(strata, groups.get("clusters", ())).stderr
+    return None if error is None else factor * error
 
 
 def _number(values: list[float]) -> str:

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lolcats.errors import LolcatsError
+from lolcats.modeling.convert import named_layers
 from lolcats.modeling.families import FUSED, GROUPED, PROJECTIONS
 
 
@@ -23,7 +24,7 @@ def kept_rows(model: nn.Module, layers: list[dict[str, Any]], targets: Iterable[
 
     Args:
         model: a converted model, with or without LoRA.
-        layers: the layers of its record, ``config.lolcats["layers"]``.
+        layers: the layers of its record, see :func:`kept_layers`.
         targets: full names of linear layers.
     """
     found, targets = dict[str, Tensor](), list(targets)
@@ -38,6 +39,24 @@ def kept_rows(model: nn.Module, layers: list[dict[str, Any]], targets: Iterable[
             found[name] = torch.zeros(count, dtype=torch.bool)
             found[name][_rows(name, module, count, entry, list(heads))] = True
     return found
+
+
+def kept_layers(model: Any) -> list[dict[str, Any]]:
+    """The layers of a converted model's record, for :func:`kept_rows`.
+
+    Where no layer is linearized (``attention.kind: softmax``), those that ``attention.layers`` and
+    ``attention.softmax_heads`` name are kept, or all layers if nothing is named.
+    """
+    attention, layers = model.config.lolcats["attention"], model.config.lolcats["layers"]
+    heads = attention.get("softmax_heads") or {}
+    whole = {number for text in attention["layers"] for number in named_layers(text)}
+    if not (heads or whole) or any(entry["kind"] != "softmax" for entry in layers):
+        return list(layers)
+    return [
+        entry if entry["layer"] in whole
+        else {**entry, "kind": "none", "softmax_heads": heads.get(str(entry["layer"]), ())}
+        for entry in layers
+    ]  # fmt: skip
 
 
 UNROUTED = (*PROJECTIONS["v_proj"], *PROJECTIONS["o_proj"])
@@ -94,7 +113,7 @@ def protected(wrapped: PeftModel, wanted: bool) -> Iterator[None]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)} if wanted else {}
     hooks = [
         part.weight.register_hook(_without(rows[:, None].to(part.weight.device)))
-        for name, rows in kept_rows(model, model.config.lolcats["layers"], layers).items()
+        for name, rows in kept_rows(model, kept_layers(model), layers).items()
         for part in layers[name].lora_B.values()
     ]
     try:

@@ -32,7 +32,7 @@ from lolcats.ranks import ranks
 from lolcats.stages.distributed import fill_part, is_sharded, materialize, own_device, shard
 from lolcats.stages.finetune.distillation import Distillation, distillation_loss
 from lolcats.stages.finetune.lora import LeanLora
-from lolcats.stages.finetune.protection import kept_rows, protected
+from lolcats.stages.finetune.protection import kept_layers, kept_rows, protected
 from lolcats.stages.finetune.trainer import StageTrainer
 from lolcats.stages.micro_batch import recomputes, settled
 from lolcats.stages.result import StageResult
@@ -103,7 +103,7 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
 def trained_layers(model: PreTrainedModel, config: FinetuneConfig) -> list[str]:
     """Full names of the layers that get LoRA: the targets, except those that ``protect_kept`` keeps as they are."""
     targets = lora_targets(model, config.targets)
-    rows = kept_rows(model, model.config.lolcats["layers"], targets) if config.protect_kept else {}
+    rows = kept_rows(model, kept_layers(model), targets) if config.protect_kept else {}
     trained = [name for name in targets if name not in rows or not rows[name].all()]
     if not trained:
         raise LolcatsError(
