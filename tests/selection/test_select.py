@@ -212,6 +212,47 @@ def test_budget_without_training_is_searched_once(model_dir: Path, tmp_path: Pat
     assert not (out / "merged").exists()
 
 
+@pytest.mark.parametrize("place", ["write_untrained_card", "save_whole", "save_adapter_config"])
+def test_without_training_the_same_command_goes_on(
+    place: str, selection_file: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any, **_: Any) -> None:
+        if place == "save_whole":
+            (unfinished := arguments[2].with_name("merged.partial")).mkdir()
+            (unfinished / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    asked = ["linearize", model_dir, "--out", tmp_path / "out", "--no-train", "--selection", selection_file]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lolcats.pipeline.untrained.{place}", stop)
+        stopped = command(*asked)
+    assert stopped.exit_code == 130
+    assert "run the same command again to continue" in stopped.output
+    other = command(*asked, "--set", "attention.sinks=2")
+    assert other.exit_code == 2
+    assert "holds an unfinished model from another base model or other settings" in other.output
+    again = command(*asked)
+    assert again.exit_code == 0, again.output
+    assert command(*asked[:3], tmp_path / "whole", *asked[4:]).exit_code == 0
+    first, second = (
+        {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for out in (tmp_path / "out", tmp_path / "whole")
+    )
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+    assert "not empty" in command(*asked).output, "what is complete is not written again"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.yaml", "config.json", "tokenizer.json"])
+def test_without_training_no_file_of_others_is_overwritten(name: str, model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    done = command("linearize", model_dir, "--out", tmp_path, "--no-train")
+    assert done.exit_code == 2
+    assert "is not empty" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_without_training_the_window_is_longer_by_default(model_dir: Path, tmp_path: Path) -> None:
     heads = "attention.softmax_heads={0: [1]}"
     for recipe, window in (("", 256), ("default", 64), ("untrained", 256)):
