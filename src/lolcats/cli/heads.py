@@ -13,6 +13,7 @@ from lolcats.cli.app import (
     Recipe,
     Sets,
     Trust,
+    check_picture,
     command,
     curve_table,
     numbers,
@@ -63,6 +64,12 @@ def select(
         raise LolcatsError("--budget and --heads both say how many heads to keep: give one of them.")
     if config.attention.softmax_heads:
         raise LolcatsError("attention.softmax_heads lists heads already: leave it out to choose them.")
+
+    from lolcats.files import check_file
+
+    check_file(out_, "--out")
+    if picture is not None:
+        check_picture(picture)
 
     from lolcats.data.inputs import Inputs
     from lolcats.modeling.skeleton import build_skeleton

@@ -23,6 +23,7 @@ from lolcats.cli.app import (
     RunDirectory,
     Sets,
     Trust,
+    check_picture,
     command,
     curve_table,
     data_app,
@@ -301,8 +302,7 @@ def stats(
     recipe: Recipe = "default", trust: Trust = False, set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Show data sizes, document lengths, and how far back MODEL's attention looks on DATA."""
-    if not picture.parent.is_dir():
-        raise LolcatsError(f"--picture {picture}: {picture.parent} is not a directory.")
+    check_picture(picture)
     config = settings(recipe, set_, trust)
 
     from lolcats.lab.data_stats import data_statistics

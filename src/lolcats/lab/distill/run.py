@@ -23,7 +23,7 @@ from lolcats.config import DataConfig
 from lolcats.data.conversations import Misfit, NoColumn
 from lolcats.data.sources import Record, read_records
 from lolcats.errors import LolcatsError
-from lolcats.files import append_line, locked, read_json_lines, write_text
+from lolcats.files import append_line, check_file, locked, read_json_lines, write_text
 from lolcats.lab.distill.prompts import prompt_reader
 from lolcats.lab.distill.teacher import Numbered, Sampling, Teacher
 from lolcats.modeling.chat import ChatTemplate
@@ -74,8 +74,7 @@ def check_out(out: Path) -> None:
     """
     if out.suffix != ".jsonl":
         raise LolcatsError(f"--out {out}: expected a .jsonl file.")
-    if not out.parent.is_dir():
-        raise LolcatsError(f"--out {out}: {out.parent} is not a directory.")
+    check_file(out, "--out")
 
 
 def distill_data(task: Task, teacher: Callable[[], Teacher], say: Callable[[str], None]) -> dict[str, Any]:
