@@ -283,7 +283,7 @@ def plan(
     for best in chosen:
         print_rows(("where", "part", "amount"), report.part_rows(best), f"{best.stage}, {best.schedule}")
     search = quantized.chosen_search(searches) if budget else []
-    steps = [report.search_command(plan, model, budget, recipe, trust) for plan in search]
+    steps = [report.search_command(plan, model, budget, recipe, set_, trust) for plan in search]
     steps += report.commands(chosen, model, recipe, set_, machine, trust, bool(search))
     for line in steps:
         out.print(f"\n{line}", soft_wrap=True, markup=False, highlight=False)
