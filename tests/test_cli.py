@@ -74,7 +74,7 @@ def test_commands_on_a_finished_run(finished: Path, chat_file: Path, tmp_path: P
     invoke("generate", finished / "merged", "--prompt", "the cat", "--max-new-tokens", 8)
     invoke("chat", finished, "--max-new-tokens", 8, "--temperature", 0.0, stdin="hello\n/new\nhi\n\n")
     limited = invoke("chat", finished, "--max-new-tokens", 8, "--max-context", 40, stdin=f"hello\n{'hello ' * 40}\n\n")
-    assert limited.count("more than 40 tokens (--max-context): /new") == 1
+    assert limited.count("exceed 40 tokens (--max-context): /new") == 1
     invoke("export", finished, "--merge", "--out", tmp_path / "half", "--dtype", "bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     invoke("generate", tmp_path / "half", "--prompt", "the cat", "--max-new-tokens", 4)

@@ -267,7 +267,7 @@ def test_what_never_fits_is_refused_and_what_saved_states_displace_fails(tokeniz
     engine = small(tokenizer, 12)
     assert engine.room is not None
     assert engine.room.context == 88
-    with pytest.raises(LolcatsError, match=r"prompt: 70 tokens of prompt and 19 to generate are more than the context"):
+    with pytest.raises(LolcatsError, match=r"prompt: 70 tokens of prompt and 19 to generate exceed the context"):
         ask(engine, prompts(8)[7], max_tokens=19)
     snapshot = ask_and_run(engine, prompts(8)[7], max_tokens=2)[-1].snapshot  # 9 blocks
     with pytest.raises(LolcatsError, match="of 88 tokens"):

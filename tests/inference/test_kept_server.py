@@ -29,7 +29,7 @@ def test_what_exceeds_the_context_that_memory_allows_is_400(tokenizer: Any) -> N
         assert (state["context"], state["max_tokens"], state["token_bytes"]) == (64, 64, 64)
         body = {"model": "tiny", "prompt": [5] * 40, "max_tokens": 25}
         reply = httpx.post(f"{address}/v1/completions", json=body)
-        assert_error(reply, 400, "40 tokens of prompt and 25 to generate are more than the limit of 64")
+        assert_error(reply, 400, "40 tokens of prompt and 25 to generate exceed the limit of 64")
         assert reply.json()["error"]["code"] == "context_length_exceeded"
         reply = httpx.post(f"{address}/v1/completions", json={**body, "max_tokens": 24})
         assert reply.json()["usage"]["completion_tokens"] == 24

@@ -197,7 +197,7 @@ def test_a_base_model_that_does_not_fit_is_only_in_4_bits(
     tokenizer.save_pretrained(tmp_path / "base")
     base, out, said = str(tmp_path / "base"), tmp_path / "out", list[str]()
     config = load_config("default", [*settings, "finetune.quantize_base=nf4", "device=cpu"])
-    with pytest.raises(LolcatsError, match="use --schedule stream"):
+    with pytest.raises(LolcatsError, match=r"set transfer\.order=stream and transfer\.coupling=per_layer"):
         pipeline.linearize(base, str(chat_file), out, config, say=said.append)
     streamed = ["transfer.order=stream", "transfer.coupling=per_layer"]
     config = load_config("default", [*settings, *streamed, "finetune.quantize_base=nf4", "device=cpu"])

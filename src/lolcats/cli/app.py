@@ -63,8 +63,8 @@ Recipe = Annotated[
 Sets = Annotated[list[str], typer.Option("--set", help="Change a setting, e.g. transfer.learning_rate=1e-3. "
                                          "Repeatable.")]  # fmt: skip
 
-ChosenHeads = Annotated[Path | None, typer.Option("--selection", help="Keep the heads of this file of lolcats select "
-                                                  "as softmax attention.")]  # fmt: skip
+ChosenHeads = Annotated[Path | None, typer.Option("--selection", help="Keep the heads in this file, made by lolcats "
+                                                  "select, as softmax attention.")]  # fmt: skip
 Controls = Annotated[bool, typer.Option("--controls", help="Also train two controls, each with its own LoRA of the "
                                         "same settings and data: window and sinks without the linear term, and the "
                                         "softmax teacher.")]  # fmt: skip

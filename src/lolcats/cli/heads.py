@@ -51,7 +51,8 @@ def select(
 
     The other heads see window and sinks of the recipe. Takes a minute or more on a GPU and hours on a CPU. Without
     --budget and --heads, an eighth of the heads is kept. Under torchrun the ranks share the work. A model that does not
-    fit is searched in 4 bits (--quantize nf4) or, on any GPU that holds a few of its layers, with --schedule stream.
+    fit can be searched in 4 bits (--quantize nf4) or, on any GPU that holds a few of its layers, with --schedule
+    stream.
     """
     config, how = settings(recipe, set_, trust), quantization(quantize)
     if unit not in ("head", "layer"):

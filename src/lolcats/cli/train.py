@@ -41,8 +41,8 @@ def linearize(model: Model, out_: Out, data: DataPath = "", recipe: Recipe = "",
               merge: Annotated[bool, typer.Option(help="Also write the merged model to OUT/merged.")] = True,
               train: Annotated[bool, typer.Option(help="Train feature maps and LoRA. --no-train only keeps heads "
                                                        "(attention.softmax_budget, or --selection); the others see "
-                                                       "window and sinks, of the recipe untrained unless another is "
-                                                       "given. It needs no data.")] = True,
+                                                       "only window and sinks, those of the recipe untrained unless "
+                                                       "you give another. It needs no data.")] = True,
               selection: ChosenHeads = None, controls: Controls = False, trust: Trust = False) -> None:  # fmt: skip
     """Linearize a model: attention transfer, LoRA, results table, adapter and merged model."""
     from lolcats.config import Control
@@ -51,8 +51,8 @@ def linearize(model: Model, out_: Out, data: DataPath = "", recipe: Recipe = "",
     chosen = recipe or ("default" if train else "untrained")
     config = _with_heads(settings(chosen, [*set_, *asked], trust), selection, model)
     if train != bool(data):
-        missing = "Training needs --data; without training, add --no-train." if train else "--no-train reads no --data."
-        raise LolcatsError(missing)
+        missing, unused = "Training needs --data. To skip training, add --no-train.", "--no-train does not use --data."
+        raise LolcatsError(missing if train else unused)
 
     from lolcats.pipeline import linearize as run_pipeline
 

@@ -137,8 +137,8 @@ def chat(model: Model, max_new_tokens: NewTokens = 512, temperature: Temperature
             continue
         messages.append({"role": "user", "content": text})
         if max_context and encode(tokenizer, messages)["input_ids"].shape[1] + max_new_tokens > max_context:
-            err.print(f"This conversation and an answer are more than {max_context} tokens (--max-context): /new "
-                      "starts a new one.", soft_wrap=True)  # fmt: skip
+            err.print(f"This conversation and an answer exceed {max_context} tokens (--max-context): /new starts a "
+                      "new one.", soft_wrap=True)  # fmt: skip
             messages.pop()
             continue
         answer = run_generate(loaded, tokenizer, messages, max_new_tokens, temperature, top_p, stream=True)
@@ -272,7 +272,7 @@ def export(directory: Directory,
     Weights are read and written file by file. If it is interrupted, the same command continues.
     """
     if not merge:
-        raise LolcatsError("The run directory already is the adapter: copy it, or pass --merge for a full model.")
+        raise LolcatsError("The run directory is already the adapter: copy it, or pass --merge for a full model.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise LolcatsError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}.")
 

@@ -67,7 +67,7 @@ class Room:
         tokens, new = before + len(request.prompt), request.params.max_tokens
         if tokens + new > self.context:
             raise LolcatsError(
-                f"prompt: {tokens} tokens of prompt and {new} to generate are more than the context of {self.context} "
+                f"prompt: {tokens} tokens of prompt and {new} to generate exceed the context of {self.context} "
                 "tokens that this model's keys have room for."
             )
 

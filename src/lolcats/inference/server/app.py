@@ -95,7 +95,7 @@ class Service:
             room, least = self.limits.context - len(tokens), 1 if wanted is None else wanted
             if room < least:
                 raise ApiError(
-                    400, f"{len(tokens)} tokens of prompt and {least} to generate are more than the limit of "
+                    400, f"{len(tokens)} tokens of prompt and {least} to generate exceed the limit of "
                     f"{self.limits.context}.", "prompt", "context_length_exceeded",
                 )  # fmt: skip
             for choice in range(body.n):
