@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def test_commands_on_a_finished_run(finished: Path, chat_file: Path, tmp_path: P
     invoke("generate", finished / "merged", "--prompt", "the cat", "--max-new-tokens", 8)
     invoke("chat", finished, "--max-new-tokens", 8, "--temperature", 0.0, stdin="hello\n/new\nhi\n\n")
     limited = invoke("chat", finished, "--max-new-tokens", 8, "--max-context", 40, stdin=f"hello\n{'hello ' * 40}\n\n")
-    assert limited.count("more than 40 tokens (--max-context): /new") == 1
+    assert limited.count("exceed 40 tokens (--max-context): /new") == 1
     invoke("export", finished, "--merge", "--out", tmp_path / "half", "--dtype", "bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     invoke("generate", tmp_path / "half", "--prompt", "the cat", "--max-new-tokens", 4)
@@ -131,6 +132,49 @@ def test_mistakes_end_in_a_sentence(model_dirs, chat_file: Path, settings, tmp_p
     infinite = invoke("generate", finished, "--prompt", "x", "--temperature", "inf", code=2)
     assert "--temperature: expected a finite number, got inf" in infinite
     assert "--gpu-memory 1e400 is too large" in invoke("plan", llama, "--gpu-memory", "1e400", code=2)
+
+
+@pytest.mark.parametrize(("arguments", "option"), [
+    (["select", "MODEL", "--heads", 2], "--out"),
+    (["select", "MODEL", "--heads", 2, "--out", "heads.yaml"], "--picture"),
+    (["evaluate", "MODEL", "--tasks", "recall"], "--output"),
+    (["data", "stats", "MODEL", "--data", "DATA"], "--picture"),
+    (["distill-data", "MODEL", "--prompts", "DATA"], "--out"),
+    (["bench", "MODEL"], "--out"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_read(
+    arguments: list[Any], option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MODEL does not exist, which would be the next mistake."""
+    monkeypatch.chdir(tmp_path)
+    ending = {"--picture": ".png", "--output": ".json"}.get(option, ".jsonl")
+    (tmp_path / "file").touch()
+    (tmp_path / f"folder{ending}").mkdir()
+    for place, why in (
+        (f"folder{ending}", "is a directory"),
+        (f"file/x{ending}", "not a.*directory"),
+        *([] if arguments[0] == "bench" else [(f"none/x{ending}", "none is not a directory")]),
+    ):
+        output = " ".join(invoke(*arguments, option, place, code=2).replace("│", " ").split())
+        assert re.search(why, output), output
+        assert option in output or arguments[0] == "bench"
+        assert "No model" not in output
+
+
+def test_a_picture_or_table_of_another_kind_is_refused_first() -> None:
+    for arguments in (["select", "MODEL", "--out", "heads.yaml"], ["data", "stats", "MODEL", "--data", "DATA"]):
+        assert "curve.txt: expected a .png, .svg or .pdf file" in invoke(*arguments, "--picture", "curve.txt", code=2)
+    assert "expected a .json file" in invoke("bench", "MODEL", "--out", "generation.md", code=2)
+
+
+def test_a_directory_that_cannot_be_made_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = ["--out", tmp_path / "file" / "out"]
+    for arguments in (["linearize", "MODEL", "--no-train"], ["linearize", "MODEL", "--data", "DATA"],
+                      ["transfer", "MODEL", "--data", "DATA"], ["export", "DIR", "--merge"],
+                      ["import", "--base", "MODEL", "--transfer", "x.pt"]):  # fmt: skip
+        output = " ".join(invoke(*arguments, *out, code=2).split())
+        assert f"Cannot write to {out[1]}" in output
 
 
 def test_a_directory_has_one_writer_and_any_readers(

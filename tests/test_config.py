@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ from lolcats.config import (
     REMOVED,
     AttentionConfig,
     Config,
+    DataConfig,
+    FinetuneConfig,
+    TransferConfig,
     from_dict,
     identity_of,
     load_config,
@@ -19,6 +24,7 @@ from lolcats.config import (
     to_yaml,
 )
 from lolcats.errors import LolcatsError
+from lolcats.ranges import RANGES
 
 
 def test_shipped_recipes() -> None:
@@ -106,6 +112,66 @@ def test_overrides_and_types(tmp_path: Path) -> None:
 def test_bad_overrides_name_the_key(override: str, message: str) -> None:
     with pytest.raises(LolcatsError, match=message):
         load_config("default", [override])
+
+
+OUT_OF_RANGE = [
+    ("transfer.epochs=0", "transfer.epochs must be positive, not 0. To skip stage 1, set transfer.max_steps=0."),
+    ("finetune.epochs=0", "finetune.epochs must be positive, not 0. To skip stage 2, set finetune.max_steps=0."),
+    ("transfer.epochs=-1", "must be positive, not -1"),
+    ("transfer.plateau_factor=1", "transfer.plateau_factor must be at least 0 and less than 1, not 1."),
+    ("transfer.plateau_factor=-0.1", "must be at least 0 and less than 1, not -0.1"),
+    ("finetune.dropout=1.5", "finetune.dropout must be at least 0 and less than 1, not 1.5."),
+    ("finetune.dropout=-0.1", "finetune.dropout must be at least 0"),
+    ("finetune.alpha=0", "finetune.alpha must be positive"),
+    ("finetune.rank=0", "finetune.rank must be at least 1"),
+    ("finetune.kl_weight=1", "finetune.kl_weight must be strictly between 0 and 1, not 1."),
+    ("finetune.feature_map_learning_rate=-1", "must be at least 0, not -1"),
+    ("transfer.weight_decay=-0.1", "transfer.weight_decay must be at least 0"),
+    ("finetune.max_grad_norm=-1", "finetune.max_grad_norm must be at least 0"),
+    ("finetune.min_learning_rate=-1", "finetune.min_learning_rate must be at least 0"),
+    ("transfer.mse_weight=-1", "transfer.mse_weight must be at least 0"),
+    ("transfer.xent_weight=-1", "transfer.xent_weight must be at least 0"),
+    ("transfer.mse_weight=0", "transfer.mse_weight and transfer.xent_weight are both 0"),
+    ("transfer.max_steps=-2", "transfer.max_steps must be at least -1"),
+    ("attention.gate_init=-1000", "attention.gate_init must be between -50 and 50, not -1000."),
+    ("data.keep_longest_effective=0", "must be greater than 0 and at most 1, not 0."),
+    ("seed=-1", "seed must be between 0 and 4294967295, not -1."),
+    ("seed=4294967296", "seed must be between 0 and 4294967295, not 4294967296."),
+    ("seed=100000000000000000000000", "seed must be between 0 and"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), OUT_OF_RANGE)
+def test_numbers_out_of_range_name_the_setting_and_its_range(override: str, message: str) -> None:
+    with pytest.raises(LolcatsError, match=re.escape(message)):
+        load_config("default", [override])
+
+
+def test_every_number_has_a_range() -> None:
+    sections = {"" if name == "seed" else name: value for name, value in to_dict(Config()).items()}
+    numbers = {
+        (section, name) for section, fields in sections.items()
+        for name, default in (fields if isinstance(fields, dict) else {"seed": fields}).items()
+        if isinstance(default, int | float) and not isinstance(default, bool)
+    }  # fmt: skip
+    assert len(numbers) > 45
+    known = {(section, name) for section, ranges in RANGES.items() for name in ranges}
+    assert numbers == known | {("transfer", "epochs"), ("finetune", "epochs")}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_are_finite_without_a_file(value: float) -> None:
+    for make in (lambda: AttentionConfig(gate_init=value), lambda: FinetuneConfig(alpha=value),
+                 lambda: TransferConfig(epochs=value), lambda: DataConfig(keep_longest_effective=value)):  # fmt: skip
+        with pytest.raises(LolcatsError, match="expected a finite number"):
+            make()
+
+
+def test_a_stage_that_is_skipped_or_counted_in_steps_needs_no_epochs() -> None:
+    for steps in (0, 5):
+        config = load_config("default", [f"transfer.max_steps={steps}", "transfer.epochs=0"])
+        assert config.transfer.epochs == 0
+    assert load_config("default", ["transfer.max_steps=0", "transfer.mse_weight=0"]).transfer.mse_weight == 0
 
 
 def test_layers_may_be_numbers() -> None:

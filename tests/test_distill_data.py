@@ -159,16 +159,16 @@ def test_a_stopped_run_goes_on(model_dirs: dict[str, Path], prompts: Path, monke
     assert distill(model_dirs["llama"], prompts, out, *options).exit_code == 130
     assert not out.exists()
     other = distill(model_dirs["llama"], prompts, out, *options, "--seed", "1")
-    assert "is of a run with another teacher, other prompts or other options" in other.output
+    assert "belongs to a run with another teacher, other prompts or other options" in other.output
     result = distill(model_dirs["llama"], prompts, out, *options)
-    assert "7 prompts are answered already: continuing." in result.output
+    assert "7 prompts are already answered: continuing." in result.output
     assert lines[0] == 9 + 24 - 7
     assert read(out) == whole
     assert meta(out)["counts"] == meta(prompts.with_name("whole.jsonl"))["counts"]
     again = distill(model_dirs["llama"], prompts, out, *options)  # has nothing left to do
     assert again.exit_code == 0
     assert lines[0] == 9 + 24 - 7
-    assert "exists, and is not what this command makes" in distill(model_dirs["llama"], prompts, out).output
+    assert "exists and holds something else" in distill(model_dirs["llama"], prompts, out).output
 
 
 @pytest.mark.parametrize("template", [True, False], ids=["chat template", "none"])
@@ -275,7 +275,7 @@ def test_what_cannot_be_used(model_dirs: dict[str, Path], plain_dir: Path, tmp_p
         "its prompt is empty", "its conversation asks nothing", "its instruction is null",
         "it holds half a surrogate pair, which is not Unicode text",
         "message 1, role 'critic': the chat template does not know this role",
-        "prompt and --max-tokens are more than the model's 2048 tokens",
+        "prompt and --max-tokens exceed the model's context of 2048 tokens",
     }  # fmt: skip
 
     def said(records: list[dict[str, Any]], model: Path = model_dirs["llama"], out: str = "b.jsonl") -> str:

@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "lolcats"
 OLD_PLACES = ("data_stats",)
 """Modules that only hand on what has moved, for one release."""
 ORDER = (
-    "errors", "version", "files", "tensors", "memory", "ranks", "config", "attention", "weights", "modeling",
+    "errors", "version", "files", "tensors", "memory", "ranks", "ranges", "config", "attention", "weights", "modeling",
     "compared", "run", "data", "stages", "inference", "selection", "reference_import", "evaluation", "report",
     "pipeline", "plan", "lab", "cli", "vllm", *OLD_PLACES,
 )  # fmt: skip

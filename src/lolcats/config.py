@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from lolcats.errors import LolcatsError
+from lolcats.ranges import check_ranges
 
 T = TypeVar("T")
 
@@ -76,15 +77,13 @@ class AttentionConfig:
     instead of all weights."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "attention", feature_dim=1, window_size=1, sinks=0)
+        check_ranges(self, "attention")
         for name in ("layers", "softmax_heads"):  # numbers of layers may be given as such
             object.__setattr__(self, name, {str(key): value for key, value in getattr(self, name).items()})
         if self.sinks > self.window_size:
             raise LolcatsError(
                 f"attention.sinks ({self.sinks}) must not exceed attention.window_size ({self.window_size})."
             )
-        if not 0 <= self.softmax_budget <= 1:
-            raise LolcatsError(f"attention.softmax_budget must be between 0 and 1, not {self.softmax_budget:g}.")
         if self.softmax_budget and self.softmax_heads:
             raise LolcatsError(
                 "attention.softmax_budget chooses the heads that attention.softmax_heads lists: set one of the two."
@@ -140,11 +139,7 @@ class DataConfig:
     model's attention (Eq. 9 and Table 15 of the paper)."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "data", sequence_length=2, validation_rows=1, test_rows=1, max_tokens=0)
-        if not 0 < self.keep_longest_effective <= 1:
-            raise LolcatsError(
-                f"data.keep_longest_effective must be greater than 0 and at most 1, not {self.keep_longest_effective}."
-            )
+        check_ranges(self, "data")
 
 
 @dataclass(frozen=True)
@@ -160,6 +155,7 @@ class StageConfig:
     GPU, as many as fit into its memory, tried before the first step; at most 4 on a CPU, with a sharded base model, and
     in stage 1 with ``transfer.order`` other than ``joint``. A run keeps the number that it began with."""
     epochs: float = 2.0
+    """Passes over the training rows, if ``max_steps`` is -1."""
     max_steps: int = -1
     """Number of optimizer steps (-1 = as many as ``epochs`` takes, 0 = skip the stage)."""
     max_grad_norm: float = 1.0
@@ -187,17 +183,12 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         name = "transfer" if isinstance(self, TransferConfig) else "finetune"
-        _at_least(self, name, batch_size=1, eval_steps=1, save_steps=1, log_steps=1, max_steps=-1,
-                  early_stopping_patience=0, warmup_steps=0, plateau_patience=0)  # fmt: skip
-        if self.micro_batch_size != "auto":
-            _at_least(self, name, micro_batch_size=1)
+        check_ranges(self, name)
         if self.batch_size % self.rows_at_once:
             raise LolcatsError(
                 f"{name}.batch_size ({self.batch_size}) must be a multiple of "
                 f"{name}.micro_batch_size ({self.micro_batch_size})."
             )
-        if self.learning_rate <= 0:
-            raise LolcatsError(f"{name}.learning_rate must be positive, not {self.learning_rate}.")
 
     @property
     def rows_at_once(self) -> int:
@@ -236,7 +227,6 @@ class TransferConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, "transfer", block_size=1, chunk_tokens=1)
         if self.order != "joint" and self.coupling != "per_layer":
             raise LolcatsError(
                 f"transfer.order={self.order} trains layers separately: it needs transfer.coupling=per_layer, which "
@@ -292,14 +282,6 @@ class FinetuneConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, "finetune", rank=1)
-        if not 0 < self.kl_weight < 1:
-            raise LolcatsError(
-                f"finetune.kl_weight must be between 0 and 1, not {self.kl_weight:g}. For one loss only, set "
-                "finetune.loss to cross_entropy or kl."
-            )
-        if self.kl_temperature <= 0:
-            raise LolcatsError(f"finetune.kl_temperature must be positive, not {self.kl_temperature:g}.")
         if self.protect_kept and self.use_dora:
             raise LolcatsError(
                 "finetune.protect_kept does not work with finetune.use_dora: DoRA's magnitudes change every row of a "
@@ -331,6 +313,12 @@ class Config:
     """Trackers to report to, e.g. ``[tensorboard]`` or ``[wandb]``. docs/scale.md has the names for stage 1."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "")
+        if self.transfer.max_steps and not self.transfer.mse_weight and not self.transfer.xent_weight:
+            raise LolcatsError(
+                "transfer.mse_weight and transfer.xent_weight are both 0: stage 1 would not learn anything. Set one of "
+                "them, or skip stage 1 with transfer.max_steps=0."
+            )
         if self.controls and self.finetune.quantize_base != "none":
             raise LolcatsError(
                 "controls are trained on the original base model and cannot be compared with a student that is "
@@ -457,12 +445,6 @@ def _coerce_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
     if words and not isinstance(value, int):
         raise LolcatsError(f"{path}: expected {plain.__name__} or {', '.join(words)}, got {value!r}.")
     return _coerce(plain, value, path)
-
-
-def _at_least(config: Any, section: str, **minimum: int) -> None:
-    for name, least in minimum.items():
-        if getattr(config, name) < least:
-            raise LolcatsError(f"{section}.{name} must be at least {least}, not {getattr(config, name)}.")
 
 
 def _recipes() -> Iterable[Any]:

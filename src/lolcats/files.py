@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
+from lolcats.errors import LolcatsError
+
 try:
     import fcntl
 except ImportError:  # missing on Windows, where two processes cannot share a sweep
@@ -122,6 +124,30 @@ def only_writer(directory: Path) -> Iterator[bool]:
 def is_empty(directory: Path) -> bool:
     """Whether ``directory`` holds nothing but the lock of the process that writes to it."""
     return all(path.name == LOCK for path in directory.iterdir())
+
+
+def check_directory(directory: Path) -> None:
+    """
+    Raises:
+        LolcatsError: ``directory`` cannot be written to, or not be made.
+    """
+    ancestor = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise LolcatsError(f"Cannot write to {directory}: {ancestor} is not a writable directory.")
+
+
+def check_file(path: Path, option: str) -> None:
+    """For commands that write a file at their end: refuse it before they begin. ``option`` gave its ``path``.
+
+    Raises:
+        LolcatsError: a file cannot be written there.
+    """
+    if path.is_dir():
+        raise LolcatsError(f"{option} {path} is a directory: expected a file.")
+    if not path.parent.is_dir():
+        raise LolcatsError(f"{option} {path}: {path.parent} is not a directory.")
+    if not os.access(path.parent, os.W_OK):
+        raise LolcatsError(f"{option} {path}: cannot write to {path.parent}.")
 
 
 def _lock(file: IO[Any], wait: bool = True) -> bool:

@@ -14,7 +14,6 @@ DIR/.lock                   while a command writes to the directory
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable
 from datetime import date
@@ -24,7 +23,7 @@ from typing import Any
 
 from lolcats.config import PLACEMENT, Config, from_dict, to_dict
 from lolcats.errors import LolcatsError
-from lolcats.files import is_empty, write_text
+from lolcats.files import check_directory, is_empty, write_text
 from lolcats.modeling.code import needs_code
 from lolcats.modeling.parts import CONFIG, list_parts
 from lolcats.modeling.record import read_record
@@ -71,7 +70,7 @@ class Run:
             return run
         if directory.is_dir() and not is_empty(directory):
             raise LolcatsError(f"{directory} is not empty and does not hold a lolcats run: choose another --out.")
-        _check_writable(directory)
+        check_directory(directory)
         versions = {"python": platform.python_version(), "lolcats": __version__}
         versions |= {name: version(name) for name in PACKAGES}
         record = {**identity, "date": str(date.today()), "versions": versions, "stages": {}, "results": {}}
@@ -157,9 +156,3 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 def _flat(config: dict[str, Any]) -> list[tuple[str, str, Any]]:
     sections = {k: v if isinstance(v, dict) else {k: v} for k, v in config.items()}
     return [(section, key, value) for section, entries in sections.items() for key, value in entries.items()]
-
-
-def _check_writable(directory: Path) -> None:
-    ancestor = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise LolcatsError(f"Cannot write to {directory}: {ancestor} is not a writable directory.")

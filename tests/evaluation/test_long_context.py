@@ -286,6 +286,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
         ("a.txt", b"caf\xe9", r"not UTF-8 text \(byte 3\)"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', "the text of record 2 is not Unicode"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ["b"]}\n', "the text of record 2 is not Unicode"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 0}\n', "the text of record 2 is not Unicode"),
     ],
 )
 def test_texts_that_are_not_unicode_end_in_a_sentence(name: str, content: bytes, message: str, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_own_code_for_a_type_that_transformers_knows(trust: bool, model_dirs, ch
     base, out = with_code(model_dirs["llama"], tmp_path / "base", kind="llama"), tmp_path / "out"
     changes, consent = sets([*SETTINGS, "transfer.max_steps=1", "finetune.max_steps=1"]), [TRUST] * trust
     invoke("transfer", base, "--data", chat_file, "--out", out, *changes, *consent)
-    begun = f"was begun {'with' if trust else 'without'} the code of its base model"
+    begun = f"was started {'with' if trust else 'without'} the code of its base model"
     assert begun in invoke("finetune", out, *([] if trust else [TRUST]), code=2)
     invoke("finetune", out, *consent)
     name = "LolcatsOwnForCausalLM" if trust else "LolcatsLlamaForCausalLM"

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,11 +83,16 @@ def test_report_on_the_command_line(run: Path, tmp_path: Path) -> None:
     options = Options(data_dir=Path("/home/me/eval"), limit=4)
     place = torch.device("cpu"), torch.float32
     write_comparison(copy / "evaluation.json", scores, str(copy), ["task"], ["window"], place, options)
+    write_comparison(copy / "evaluation-4.json", scores, str(copy), ["task"], ["window"], place,
+                     replace(options, seed=5), "nf4")  # fmt: skip
     result = CliRunner().invoke(app, ["report", str(copy)])
     assert result.exit_code == 0, result.output
     page = (copy / "report.html").read_text()
     assert sections(page) == [SECTIONS[0], "Benchmarks", *SECTIONS[1:]]
-    assert "lolcats evaluate copy --tasks task --baseline window --data-dir eval --limit 4" in page
+    command = "lolcats evaluate copy --tasks task --baseline window --data-dir eval --limit 4"
+    assert f"<pre>{command}</pre>" in page
+    assert f"<pre>{command} --seed 5 --quantize nf4</pre>" in page
+    assert page.count("cpu, float32: score") == page.count("cpu, base model in 4 bits (nf4), float32: score") == 1
     assert "<tr><td>task nll ↓</td><td>4</td><td>0.750 ± 0.250</td>" in page
     assert "<tr><td>task nll ↓</td><td>-0.250 ± 0.250</td>" in page
     assert "/home/me" not in page

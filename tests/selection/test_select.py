@@ -26,7 +26,7 @@ from lolcats.pipeline import linearize
 from lolcats.run import Run
 from lolcats.selection import Selection, Settings, problems, select, with_selection
 from lolcats.selection.prompts import KINDS, prompts
-from lolcats.selection.select import heads_in_budget, prompt_plan, where_to_record
+from lolcats.selection.select import check_lengths, heads_in_budget, prompt_plan, where_to_record
 from lolcats.weights import base as bases
 from lolcats.weights.base import Base, find_base, load_model
 
@@ -104,8 +104,15 @@ def test_prompts_are_the_same_for_the_same_seed_only(tokenizer: Any) -> None:
 
 
 def test_prompts_that_are_too_short_are_refused(tokenizer: Any) -> None:
-    with pytest.raises(LolcatsError, match="too few for a recall prompt"):
+    """By words that a run may end in, too, which has no --lengths of its own."""
+    with pytest.raises(
+        LolcatsError, match=r"too few for a recall prompt: use longer ones \(lolcats select --lengths\)"
+    ):
         prompts(tokenizer, [("examples", 600)], "0")
+    with pytest.raises(LolcatsError, match="at least 512 tokens, and this model has only 400 positions"):
+        check_lengths(Settings().lengths, tiny_model(max_position_embeddings=400))
+    with pytest.raises(LolcatsError, match="at least 512 tokens: use longer --lengths"):
+        check_lengths((400, 2048), tiny_model())
 
 
 def test_plan_has_every_kind_at_the_longest_length() -> None:
@@ -131,7 +138,7 @@ def test_states_are_recorded_where_there_is_room(free: int, need: int, place: st
 
 def test_budget_is_rounded_down() -> None:
     assert [heads_in_budget(0.125, n) for n in (8, 56, 63)] == [1, 7, 7]
-    with pytest.raises(LolcatsError, match=r"less than one of the 4 .* the smallest is 0\.2500"):
+    with pytest.raises(LolcatsError, match=r"less than one of the 4 .* the smallest possible budget is 0\.2500"):
         heads_in_budget(0.2, 4)
 
 
@@ -212,6 +219,47 @@ def test_budget_without_training_is_searched_once(model_dir: Path, tmp_path: Pat
     assert not (out / "merged").exists()
 
 
+@pytest.mark.parametrize("place", ["write_untrained_card", "save_whole", "save_adapter_config"])
+def test_without_training_the_same_command_goes_on(
+    place: str, selection_file: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any, **_: Any) -> None:
+        if place == "save_whole":
+            (unfinished := arguments[2].with_name("merged.partial")).mkdir()
+            (unfinished / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    asked = ["linearize", model_dir, "--out", tmp_path / "out", "--no-train", "--selection", selection_file]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lolcats.pipeline.untrained.{place}", stop)
+        stopped = command(*asked)
+    assert stopped.exit_code == 130
+    assert "run the same command again to continue" in stopped.output
+    other = command(*asked, "--set", "attention.sinks=2")
+    assert other.exit_code == 2
+    assert "holds an unfinished model from another base model or other settings" in other.output
+    again = command(*asked)
+    assert again.exit_code == 0, again.output
+    assert command(*asked[:3], tmp_path / "whole", *asked[4:]).exit_code == 0
+    first, second = (
+        {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for out in (tmp_path / "out", tmp_path / "whole")
+    )
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+    assert "not empty" in command(*asked).output, "what is complete is not written again"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.yaml", "config.json", "tokenizer.json"])
+def test_without_training_no_file_of_others_is_overwritten(name: str, model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    done = command("linearize", model_dir, "--out", tmp_path, "--no-train")
+    assert done.exit_code == 2
+    assert "is not empty" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_without_training_the_window_is_longer_by_default(model_dir: Path, tmp_path: Path) -> None:
     heads = "attention.softmax_heads={0: [1]}"
     for recipe, window in (("", 256), ("default", 64), ("untrained", 256)):
@@ -241,11 +289,11 @@ def test_run_keeps_its_choice(model_dir: Path, chat_file: Path, settings: list[s
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--heads", 9, "--lengths", 2048], "9 heads are to be kept, and the model has only 4"),
+    (["--heads", 9, "--lengths", 2048], "Cannot keep 9 heads: only 4 of this model could be linearized."),
     (["--budget", 0.1, "--lengths", 2048], "less than one of the 4"),
     (["--budget", 0.5, "--heads", 2], "give one of them"),
     (["--unit", "block"], "expected head or layer"),
-    (["--heads", 1, "--unit", "layer", "--lengths", 2048], "below one layer, which has 2"),
+    (["--heads", 1, "--unit", "layer", "--lengths", 2048], "which has 2: use --unit head, or a larger budget."),
     (["--heads", 2, "--lengths", 100], "at least 512 tokens"),
     (["--set", "attention.softmax_heads={0: [1]}"], "lists heads already"),
 ])  # fmt: skip
@@ -262,7 +310,7 @@ def test_settings_exclude_each_other(model_dir: Path, tmp_path: Path) -> None:
         load_config("default", ["attention.softmax_budget=2"])
     with pytest.raises(LolcatsError, match="does not search for heads"):
         lolcats.convert(tiny_model(), AttentionConfig(softmax_budget=0.5))
-    for arguments, message in (([], "needs --data"), (["--no-train", "--data", "x.jsonl"], "reads no --data")):
+    for arguments, message in (([], "needs --data"), (["--no-train", "--data", "x.jsonl"], "does not use --data")):
         done = command("linearize", model_dir, "--out", tmp_path / "out", *arguments)
         assert done.exit_code == 2
         assert message in done.output
@@ -352,4 +400,4 @@ def test_hidden_states_that_do_not_fit_are_a_sentence(
     monkeypatch.setattr(MODULE, "free_host_memory", lambda: 1000)
     done = command("select", model_dir, "--out", tmp_path / "heads.yaml", "--heads", 2, "--lengths", 2048)
     assert done.exit_code == 2
-    assert "use shorter prompts (--lengths)" in done.output.replace("\n", " ")
+    assert "use shorter prompts (lolcats select --lengths)" in done.output.replace("\n", " ")

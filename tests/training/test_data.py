@@ -13,6 +13,7 @@ from conftest import sentence
 from lolcats.config import DataConfig
 from lolcats.data.rows import load_data
 from lolcats.data.sources import read_records
+from lolcats.data.templates import instruction_of, renderer
 from lolcats.errors import LolcatsError
 
 SMALL = DataConfig(sequence_length=16, validation_rows=6, test_rows=6)
@@ -99,6 +100,19 @@ def test_completions_follow_their_prompts(tmp_path: Path, tokenizer) -> None:
     one = write_jsonl(tmp_path / "b.jsonl", [{"prompt": [{"role": "user", "content": "x"}], "completion": "y"}])
     with pytest.raises(LolcatsError, match="its prompt has type list, expected text"):
         load_data(one, tokenizer, SMALL)
+
+
+@pytest.mark.parametrize(("value", "text"), [(7, "7"), (0, "0"), (0.0, "0.0"), (False, "False"), (None, "")])
+def test_only_null_is_no_text(value: object, text: str, tokenizer) -> None:
+    asked = "Add 1 and -1: "
+    records = {
+        "completion": {"prompt": asked, "completion": value}, "text": {"text": value},
+        "alpaca": {"instruction": asked, "output": value},
+    }  # fmt: skip
+    for form, record in records.items():
+        found = renderer(form, SMALL, tokenizer)(record)
+        assert found.removeprefix(asked).rpartition("### Response:\n")[2] == text
+    assert instruction_of({"instruction": 0, "input": 0}) == ("0", "0")
 
 
 def test_alpaca_prompt(tmp_path: Path, tokenizer) -> None:

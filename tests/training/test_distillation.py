@@ -247,8 +247,8 @@ def test_controls(name: str, settings: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("setting", "message"), [
     ("finetune.loss=KL", "expected one of cross_entropy, kl, mix"),
-    ("finetune.kl_weight=1", "kl_weight must be between 0 and 1, not 1. For one loss only, set finetune.loss"),
-    ("finetune.kl_weight=0", "kl_weight must be between 0 and 1, not 0"),
+    ("finetune.kl_weight=1", "kl_weight must be strictly between 0 and 1, not 1. For one loss only, set finetune.loss"),
+    ("finetune.kl_weight=0", "kl_weight must be strictly between 0 and 1, not 0"),
     ("finetune.kl_temperature=0", "kl_temperature must be positive, not 0"),
 ])  # fmt: skip
 def test_unsuitable_values(setting: str, message: str) -> None:

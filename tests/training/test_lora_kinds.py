@@ -24,7 +24,7 @@ from lolcats.modeling.checkpoint import FEATURE_MAPS, LORA, LORA_WEIGHTS
 from lolcats.report.table import remarks
 from lolcats.run import Run
 from lolcats.stages import micro_batch
-from lolcats.stages.finetune.stage import add_lora, lora_targets
+from lolcats.stages.finetune.stage import add_lora, lora_targets, trained_layers
 from lolcats.tensors import read_tensors
 from lolcats.weights import base as bases
 
@@ -89,6 +89,8 @@ def test_targets_by_their_role() -> None:
     ]
     with pytest.raises(LolcatsError, match=r"it has no 'qkv'. Linear layers of its attention: k_proj, o_proj"):
         lora_targets(model, ["q_proj", "qkv"])
+    with pytest.raises(LolcatsError, match=r"finetune\.targets is empty: .* skip stage 2 with finetune\.max_steps=0"):
+        trained_layers(model, FinetuneConfig(targets=[]))
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8, 16, 32])
@@ -195,7 +197,7 @@ def test_a_base_model_that_does_not_fit_is_only_in_4_bits(
     tokenizer.save_pretrained(tmp_path / "base")
     base, out, said = str(tmp_path / "base"), tmp_path / "out", list[str]()
     config = load_config("default", [*settings, "finetune.quantize_base=nf4", "device=cpu"])
-    with pytest.raises(LolcatsError, match="use --schedule stream"):
+    with pytest.raises(LolcatsError, match=r"set transfer\.order=stream and transfer\.coupling=per_layer"):
         pipeline.linearize(base, str(chat_file), out, config, say=said.append)
     streamed = ["transfer.order=stream", "transfer.coupling=per_layer"]
     config = load_config("default", [*settings, *streamed, "finetune.quantize_base=nf4", "device=cpu"])

@@ -63,8 +63,8 @@ Recipe = Annotated[
 Sets = Annotated[list[str], typer.Option("--set", help="Change a setting, e.g. transfer.learning_rate=1e-3. "
                                          "Repeatable.")]  # fmt: skip
 
-ChosenHeads = Annotated[Path | None, typer.Option("--selection", help="Keep the heads of this file of lolcats select "
-                                                  "as softmax attention.")]  # fmt: skip
+ChosenHeads = Annotated[Path | None, typer.Option("--selection", help="Keep the heads in this file, made by lolcats "
+                                                  "select, as softmax attention.")]  # fmt: skip
 Controls = Annotated[bool, typer.Option("--controls", help="Also train two controls, each with its own LoRA of the "
                                         "same settings and data: window and sinks without the linear term, and the "
                                         "softmax teacher.")]  # fmt: skip
@@ -81,6 +81,7 @@ NO_MEMORY = (
     "same), shorten rows (data.sequence_length), or use --set finetune.gradient_checkpointing=true. To evaluate, lower "
     "--batch-size; to serve, lower --slots."
 )
+PICTURES = (".png", ".svg", ".pdf")
 CONTINUED = ("linearize", "transfer", "finetune", "sweep", "distill-data")
 """Commands that keep what they have finished, and go on from it when they are run again."""
 
@@ -150,10 +151,12 @@ def _fail(message: str, code: int) -> None:
 
 @contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """For commands that write to ``directory``: refuse it if another process does. Readers do not wait."""
-    from lolcats.files import only_writer
+    """For commands that write to ``directory``: refuse it if it cannot be written to, or if another process does so.
+    Readers do not wait."""
+    from lolcats.files import check_directory, only_writer
     from lolcats.ranks import is_first, ranks
 
+    check_directory(directory)
     with only_writer(directory) if is_first() else nullcontext(True) as ours:
         if not ranks().shared(ours):
             raise LolcatsError(
@@ -178,6 +181,15 @@ def print_rows(header: tuple[str, ...], rows: list[tuple[str, ...]], title: str)
     for row in rows:
         table.add_row(*row)
     out.print(table)
+
+
+def check_picture(path: Path, option: str = "--picture") -> None:
+    """Raise LolcatsError if no picture can be written to ``path``."""
+    from lolcats.files import check_file
+
+    if path.suffix.lower() not in PICTURES:
+        raise LolcatsError(f"{option} {path}: expected a {', '.join(PICTURES[:-1])} or {PICTURES[-1]} file.")
+    check_file(path, option)
 
 
 def words(text: str) -> list[str]:

@@ -48,7 +48,9 @@ def distill_data(
 
     check_out(out_)
     if server and base:
-        raise LolcatsError("--base is where an adapter's base model is, and --server loads no model: leave one out.")
+        raise LolcatsError(
+            "--base is where an adapter's base model is, and --server loads no model: leave out one of them."
+        )
     sampling = Sampling(max_tokens, temperature, top_p, seed)
     if server:
         teacher, template, load = _served(server, model, sampling, slots, api_key)
@@ -96,7 +98,9 @@ def _show(meta: dict[str, Any], task: Any) -> None:
     for reason, count in meta["skipped"].items():
         out.print(f"  {count:,} skipped: {reason}", soft_wrap=True, markup=False, highlight=False)
     if meta["prompts"]["license"] == "unknown":
-        out.print("The metadata says that the licence of the prompts is unknown: --license names it.", soft_wrap=True)
+        out.print(
+            "The metadata says that the licence of the prompts is unknown: set it with --license.", soft_wrap=True
+        )
     out.print(
         f"{counts['written']:,} records, {counts['completion_tokens']:,} tokens of completions: {task.out}   metadata: "
         f"{task.meta}", soft_wrap=True, highlight=False,

@@ -13,6 +13,7 @@ from lolcats.cli.app import (
     Recipe,
     Sets,
     Trust,
+    check_picture,
     command,
     curve_table,
     numbers,
@@ -50,7 +51,8 @@ def select(
 
     The other heads see window and sinks of the recipe. Takes a minute or more on a GPU and hours on a CPU. Without
     --budget and --heads, an eighth of the heads is kept. Under torchrun the ranks share the work. A model that does not
-    fit is searched in 4 bits (--quantize nf4) or, on any GPU that holds a few of its layers, with --schedule stream.
+    fit can be searched in 4 bits (--quantize nf4) or, on any GPU that holds a few of its layers, with --schedule
+    stream.
     """
     config, how = settings(recipe, set_, trust), quantization(quantize)
     if unit not in ("head", "layer"):
@@ -63,6 +65,12 @@ def select(
         raise LolcatsError("--budget and --heads both say how many heads to keep: give one of them.")
     if config.attention.softmax_heads:
         raise LolcatsError("attention.softmax_heads lists heads already: leave it out to choose them.")
+
+    from lolcats.files import check_file
+
+    check_file(out_, "--out")
+    if picture is not None:
+        check_picture(picture)
 
     from lolcats.data.inputs import Inputs
     from lolcats.modeling.skeleton import build_skeleton

@@ -23,6 +23,7 @@ from lolcats.cli.app import (
     RunDirectory,
     Sets,
     Trust,
+    check_picture,
     command,
     curve_table,
     data_app,
@@ -40,8 +41,8 @@ def linearize(model: Model, out_: Out, data: DataPath = "", recipe: Recipe = "",
               merge: Annotated[bool, typer.Option(help="Also write the merged model to OUT/merged.")] = True,
               train: Annotated[bool, typer.Option(help="Train feature maps and LoRA. --no-train only keeps heads "
                                                        "(attention.softmax_budget, or --selection); the others see "
-                                                       "window and sinks, of the recipe untrained unless another is "
-                                                       "given. It needs no data.")] = True,
+                                                       "only window and sinks, those of the recipe untrained unless "
+                                                       "you give another. It needs no data.")] = True,
               selection: ChosenHeads = None, controls: Controls = False, trust: Trust = False) -> None:  # fmt: skip
     """Linearize a model: attention transfer, LoRA, results table, adapter and merged model."""
     from lolcats.config import Control
@@ -50,8 +51,8 @@ def linearize(model: Model, out_: Out, data: DataPath = "", recipe: Recipe = "",
     chosen = recipe or ("default" if train else "untrained")
     config = _with_heads(settings(chosen, [*set_, *asked], trust), selection, model)
     if train != bool(data):
-        missing = "Training needs --data; without training, add --no-train." if train else "--no-train reads no --data."
-        raise LolcatsError(missing)
+        missing, unused = "Training needs --data. To skip training, add --no-train.", "--no-train does not use --data."
+        raise LolcatsError(missing if train else unused)
 
     from lolcats.pipeline import linearize as run_pipeline
 
@@ -282,7 +283,7 @@ def plan(
     for best in chosen:
         print_rows(("where", "part", "amount"), report.part_rows(best), f"{best.stage}, {best.schedule}")
     search = quantized.chosen_search(searches) if budget else []
-    steps = [report.search_command(plan, model, budget, recipe, trust) for plan in search]
+    steps = [report.search_command(plan, model, budget, recipe, set_, trust) for plan in search]
     steps += report.commands(chosen, model, recipe, set_, machine, trust, bool(search))
     for line in steps:
         out.print(f"\n{line}", soft_wrap=True, markup=False, highlight=False)
@@ -301,8 +302,7 @@ def stats(
     recipe: Recipe = "default", trust: Trust = False, set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Show data sizes, document lengths, and how far back MODEL's attention looks on DATA."""
-    if not picture.parent.is_dir():
-        raise LolcatsError(f"--picture {picture}: {picture.parent} is not a directory.")
+    check_picture(picture)
     config = settings(recipe, set_, trust)
 
     from lolcats.lab.data_stats import data_statistics

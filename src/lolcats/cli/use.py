@@ -75,14 +75,15 @@ def evaluate(
     config = settings(recipe or (str(own) if own.is_file() else "default"), [*changes, *set_], trust)
 
     from lolcats.evaluation.suite import Options
+    from lolcats.files import check_file
     from lolcats.pipeline import device_and_dtype
 
     how, place = quantization(quantize), device_and_dtype(config)
     batch_size = batch_size or config.transfer.rows_at_once
     if tasks:
         options = Options(data_dir, data, numbers(lengths), limit or None, batch_size, seed)
-        if output and not output.parent.is_dir():
-            raise LolcatsError(f"--output {output}: {output.parent} is not a directory.")
+        if output:
+            check_file(output, "--output")
         _benchmarks(model, words(tasks), words(baseline), place, options, output, base, trust, how)
     elif data:
         _perplexity(model, data, config, rows, place, batch_size, base, how)
@@ -136,8 +137,8 @@ def chat(model: Model, max_new_tokens: NewTokens = 512, temperature: Temperature
             continue
         messages.append({"role": "user", "content": text})
         if max_context and encode(tokenizer, messages)["input_ids"].shape[1] + max_new_tokens > max_context:
-            err.print(f"This conversation and an answer are more than {max_context} tokens (--max-context): /new "
-                      "starts a new one.", soft_wrap=True)  # fmt: skip
+            err.print(f"This conversation and an answer exceed {max_context} tokens (--max-context): /new starts a "
+                      "new one.", soft_wrap=True)  # fmt: skip
             messages.pop()
             continue
         answer = run_generate(loaded, tokenizer, messages, max_new_tokens, temperature, top_p, stream=True)
@@ -226,13 +227,14 @@ def bench(
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth of the device in TB/s, for the bound.")] = 3.0,
     flops: Annotated[float, typer.Option(help="Speed of the device in TFLOP/s, for the bound.")] = 782,
     prefill_rows: Annotated[int, typer.Option(min=1, help="Number of prompts to prefill together.")] = 16,
-    out_: Annotated[Path, typer.Option("--out", help="JSON file to add the results to; a .md table and a .png "
-                                              "plot are written beside it.")]
+    out_: Annotated[Path, typer.Option("--out", dir_okay=False, help="JSON file to add the results to; a .md table and "
+                                                              "a .png plot are written beside it.")]
         = Path("generation.json"),
     base: MovedBase = "", trust: Trust = False,
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Measure speed and memory of generation by batch size, next to Hugging Face's generate (the paper's Figure 8)."""
+    from lolcats.files import check_directory
     from lolcats.lab import bench as benchmarks
     from lolcats.lab.generation import write
     from lolcats.pipeline import device_and_dtype
@@ -242,6 +244,9 @@ def bench(
         raise LolcatsError(f"--peers: expected {' or '.join(benchmarks.PEERS)}, got {unknown.pop()!r}.")
     if bool(model) == bool(random):
         raise LolcatsError("Give either MODEL or --random.")
+    if out_.suffix in (".md", ".png"):
+        raise LolcatsError(f"--out {out_}: expected a .json file; a .md table and a .png plot are written beside it.")
+    check_directory(out_.parent)
     sizes = tuple(0 if word == "max" else numbers(word, "--batches")[0] for word in words(batches))
     options = benchmarks.Options(
         sizes, prompt, new, tuple(words(peers)), peer_new, _state_dtype(state_dtype), runs, deadline or float("inf"),
@@ -267,7 +272,7 @@ def export(directory: Directory,
     Weights are read and written file by file. If it is interrupted, the same command continues.
     """
     if not merge:
-        raise LolcatsError("The run directory already is the adapter: copy it, or pass --merge for a full model.")
+        raise LolcatsError("The run directory is already the adapter: copy it, or pass --merge for a full model.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise LolcatsError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}.")
 

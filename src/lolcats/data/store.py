@@ -47,7 +47,7 @@ BATCH = 1_000  # documents to tokenize at a time,
 CHARACTERS = 1 << 20  # or fewer if they have this many characters
 HASH = 16  # bytes of a document's hash
 HASHED = 64 << 20  # bytes per part of a file that a thread hashes
-VERSION = 2  # of the store's format
+VERSION = 3  # of the store's format, and of how records become text
 ARRAYS = ("starts", "lengths", "hashes", "first")
 
 Array = NDArray[Any]

@@ -114,7 +114,7 @@ def column(record: Record, name: str) -> str:
     value = record[name]
     if isinstance(value, list | dict | bytes):
         raise Misfit(f"its {name} has type {type(value).__name__}, expected text")
-    return str(value or "")
+    return "" if value is None else str(value)
 
 
 def _guarded(render: Callable[[Record], str]) -> Callable[[Record], str]:

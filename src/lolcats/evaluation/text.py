@@ -24,7 +24,7 @@ def read_documents(source: str) -> list[str]:
     records, _ = read_records(source, DataConfig())
     if "text" not in records[0]:
         raise LolcatsError(f"{source} has no text column; its columns are {', '.join(records[0])}.")
-    texts = [record.get("text") or "" for record in records]
+    texts = ["" if record.get("text") is None else record["text"] for record in records]
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str) or not is_unicode(text):
             raise LolcatsError(f"{source}: the text of record {number} is not Unicode text.")

@@ -87,7 +87,7 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     base, given = inputs.base, inputs
     inputs = given.of_run(out)
     if inputs is not given:
-        say(f"{out} keeps the tokenizer that it began with: the base model's tokenizer is read differently now.")
+        say(f"{out} keeps the tokenizer it was started with, because the base model's tokenizer now loads differently.")
     if config.finetune.quantize_base != "none":
         check_quantized(base, device, inputs.trust, "finetune.quantize_base", gradients=True)
     data = str(Path(data).resolve()) if Path(data).exists() else data
@@ -112,7 +112,8 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     if models.in_4_bits and not run.stage_done("transfer") and not job.in_turn:
         raise LolcatsError(
             f"{base.path} does not fit into memory, and stage 1 needs its own weights, not those in 4 bits of stage 2 "
-            "(finetune.quantize_base): use --schedule stream, which loads one layer after another."
+            "(finetune.quantize_base): set transfer.order=stream and transfer.coupling=per_layer, which loads one "
+            "layer after another."
         )
     if job.in_turn and config.data.keep_longest_effective < 1:
         raise LolcatsError(
@@ -136,13 +137,13 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
 
 
 def _check_classes(out: Path, model: PreTrainedModel) -> None:
-    """Raise LolcatsError if ``out`` was begun with other classes than ``model`` has: the base model's own or not."""
+    """Raise LolcatsError if ``out`` was started with other classes than ``model`` has: the base model's own or not."""
     if not (out / CONFIG).is_file():
         return
     own = getattr(model.config, "own_model", None) is not None
     if own != needs_code(json.loads((out / CONFIG).read_text())):
-        begun, change = ("without", "leave out") if own else ("with", "use")
-        raise LolcatsError(f"{out} was begun {begun} the code of its base model: {change} --trust-remote-code.")
+        how, change = ("without", "leave out") if own else ("with", "use")
+        raise LolcatsError(f"{out} was started {how} the code of its base model: {change} --trust-remote-code.")
 
 
 def resume(directory: Path, say: Say = log, controls: Sequence[Control] = (), sharding: str = "", base: str = "",

@@ -117,6 +117,9 @@ class Work:
             raise LolcatsError("The tokens of both stages must be at least 1 and the block size at least 0.")
 
 
+ALL_LAYERS = "data.keep_longest_effective needs the whole model in memory"
+
+
 @dataclass(frozen=True)
 class Plan:
     """One way to run one stage. The parts of ``seconds`` overlap, so the longest one is the time."""
@@ -278,6 +281,8 @@ def plan_transfer(size: Size, config: Config, machine: Machine, work: Work, spee
     stage, each = config.transfer, share(config.transfer, machine)
     rows = min(stage.rows_at_once, each)
     plans = [checked(schedule(size, config, machine, work, speeds, rows), machine) for schedule in (stream, blocks)]
+    if config.data.keep_longest_effective < 1:
+        plans = [replace(plan, problems=[*plan.problems, ALL_LAYERS]) for plan in plans]
     whole = partial(joint, size, config, machine, work, speeds)
     if stage.micro_batch_size == "auto":
         return [first_that_fits(whole, [n for n in range(each, 0, -1) if each % n == 0], machine), *plans]

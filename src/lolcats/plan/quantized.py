@@ -66,9 +66,9 @@ def dequantized_bytes(size: Size) -> float:
 
 
 def plan_quantized(size: Size, config: Config, machine: Machine, work: Work) -> list[Plan]:
-    """Plans for stage 2 on a base model in 4 bits, which works on one GPU: with the recipe's loss and, if that is the
-    cross-entropy, with the KL divergence from the teacher, which computes every batch once more."""
-    if machine.gpus > 1:
+    """Plans for stage 2 on a base model in 4 bits, which works on one GPU and without controls: with the recipe's loss
+    and, if that is the cross-entropy, with the KL divergence from the teacher, which computes every batch once more."""
+    if machine.gpus > 1 or config.controls:
         return []
     losses: tuple[Loss, ...] = (config.finetune.loss,)
     if losses == ("cross_entropy",):

@@ -17,6 +17,7 @@ UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2.0**10, "Mi": 
 HEADER = ("stage", "schedule", "GPU GiB", "host GiB", "disk GB", "read GB", "hours", "tokens/s", "limited by", "fits")
 PAPER_BLOCK = 9  # layers per block of the paper's 405B run: 126 layers in 14 blocks
 SELECTION = "selection.yaml"
+BUDGET = "attention.softmax_budget"
 HEADROOM = 1.1  # factor on the host memory that a plan counts
 HARDLY = 1.02  # times as long as the fastest plan that a smaller one may take
 
@@ -89,28 +90,42 @@ def commands(
 ) -> list[str]:  # fmt: skip
     """Commands that run the plans of both stages. A run has one configuration, so stage 1 gets all settings.
 
-    ``selection``: a search before stage 1 has left its heads in a file.
+    ``selection``: a search before stage 1 has left its heads in a file, in place of the budget in recipe or settings.
     """
     consent = ["--trust-remote-code"] * trust
     words = ["lolcats", "transfer", model, "--data", "DATA", "--out", "DIR", "--recipe", recipe]
+    planned = [text for plan in plans for text in plan.settings]
     if selection:
         words += ["--selection", SELECTION]
-        sets = [text for text in sets if not text.startswith("attention.softmax_budget=")]
-    settings = [word for text in (*sets, *(s for plan in plans for s in plan.settings)) for word in ("--set", text)]
+        planned.append(f"{BUDGET}=0")
     lines = []
     for plan in plans:
         if plan.stage == "stage 1":
+            chosen = ["transfer.order"] + ["transfer.coupling"] * _layer_by_layer(plan) + [BUDGET] * selection
+            settings = _set([*_without(chosen, sets), *planned])
             lines.append([*words, "--schedule", plan.schedule.split()[0], *settings, *consent])
         else:
             lines.append(["lolcats", "finetune", "DIR", *consent])
     return [shlex.join([*launcher(machine), *line]) for line in lines]
 
 
-def search_command(plan: Plan, model: str, budget: float, recipe: str, trust: bool = False) -> str:
-    """The command that chooses heads."""
+def search_command(
+    plan: Plan, model: str, budget: float, recipe: str, sets: Sequence[str] = (), trust: bool = False
+) -> str:  # fmt: skip
+    """The command that chooses heads, beside the windows that the others have in recipe and settings."""
     words = ["lolcats", "select", model, "--out", SELECTION, "--budget", f"{budget:g}", "--beyond", "1"]
     options = [word for setting in plan.settings for word in setting.split()]
-    return shlex.join([*words, *options, "--recipe", recipe, *["--trust-remote-code"] * trust])
+    settings = _set(_without([BUDGET], sets))
+    return shlex.join([*words, *options, "--recipe", recipe, *settings, *["--trust-remote-code"] * trust])
+
+
+def _set(settings: Sequence[str]) -> list[str]:
+    return [word for text in settings for word in ("--set", text)]
+
+
+def _without(names: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """The settings without those of these names."""
+    return [text for text in settings if text.partition("=")[0].strip() not in names]
 
 
 def launcher(machine: Machine) -> list[str]:

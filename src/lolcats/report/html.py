@@ -16,7 +16,7 @@ from typing import Any
 from lolcats.compared import CONTROLS
 from lolcats.config import to_yaml
 from lolcats.evaluation.attention_maps import FILE
-from lolcats.evaluation.suite import LONG
+from lolcats.evaluation.suite import LONG, Options
 from lolcats.files import write_text
 from lolcats.modeling.parts import lost_controls
 from lolcats.report import figures
@@ -130,7 +130,7 @@ def _benchmarks(run: Run) -> Iterator[str]:
         yield _code(_evaluation(record))
         terms = RECALL_TERMS if LONG & set(record["tasks"]) else ""
         yield _paragraph(
-            f"{record['date']}, {record['device']}, {record['dtype']}: score ± standard error (↓: lower is better); "
+            f"{record['date']}, {record['device']}, {_weights(record)}: score ± standard error (↓: lower is better); "
             f"the student's differences are paired by item.{terms}", "note",
         )  # fmt: skip
         header, rows = entry_rows(record["scores"])
@@ -140,6 +140,12 @@ def _benchmarks(run: Run) -> Iterator[str]:
             yield _table((header[0], *header[end:]), [(row[0], *row[end:]) for row in rows])
 
 
+def _weights(record: dict[str, Any]) -> str:
+    """What the models of an evaluation were loaded in. Older versions could not load them in 4 bits."""
+    in_4_bits = record.get("quantize", "none") != "none"
+    return f"base model in 4 bits ({record['quantize']}), {record['dtype']}" if in_4_bits else str(record["dtype"])
+
+
 def _evaluation(record: dict[str, Any]) -> str:
     """The command that produced a file of ``report.comparison.write_comparison``."""
     options = record["options"]
@@ -147,6 +153,8 @@ def _evaluation(record: dict[str, Any]) -> str:
         "--tasks": ",".join(record["tasks"]), "--baseline": ",".join(map(_name, record["baselines"])),
         "--data-dir": _name(options["data_dir"] or ""), "--data": _name(options["text"]),
         "--lengths": ",".join(map(str, options["lengths"])), "--limit": str(options["limit"] or ""),
+        "--seed": str(options["seed"]) if options["seed"] != Options.seed else "",
+        "--quantize": record.get("quantize", "none").replace("none", ""),
     }  # fmt: skip
     words = [word for name, value in given.items() if value for word in (name, value)]
     return shlex.join(["lolcats", "evaluate", _name(record["model"]), *words])
@@ -263,9 +271,9 @@ def _selected(run: Run) -> Iterator[str]:
     selection = run_selection(run.directory)
     if selection is None:
         return
-    yield _paragraph("Heads that stay softmax attention were chosen together, without training, by recall prompts.")
+    yield _paragraph("The heads that stay softmax attention were chosen together, without training, on recall prompts.")
     yield _table(HEADER, curve_rows(selection))
-    yield _paragraph(f"{curve_title(selection)}. KL: from the teacher on the answers, in nats.", "note")
+    yield _paragraph(f"{curve_title(selection)}. KL: the divergence from the teacher on the answers, in nats.", "note")
 
 
 def _gamma(run: Run) -> Iterator[str]:

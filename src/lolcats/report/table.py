@@ -100,7 +100,7 @@ def recall_note(run: Run) -> str:
         return ""
     return (
         f"Recall: the share of {found['answers']} numbers, hidden in text beyond the student's window, that the model "
-        "gives when asked, ± one standard error. More of it: lolcats evaluate DIR --tasks recall --data TEXT"
+        "gives when asked, ± one standard error. For more, run lolcats evaluate DIR --tasks recall --data TEXT"
     )
 
 

@@ -60,7 +60,10 @@ class Writer:
             LolcatsError: there is no room for text.
         """
         if tokens <= 0:
-            raise LolcatsError(f"{self.length} tokens are too few for a recall prompt: use longer ones (--lengths).")
+            raise LolcatsError(
+                f"{self.length} tokens are too few for a recall prompt: use longer ones (lolcats select --lengths), or "
+                "list the heads to keep yourself (attention.softmax_heads)."
+            )
         return [next(self.text) for _ in range(tokens)]
 
     def prompt(

@@ -33,6 +33,8 @@ LONGEST = (("codes", 1), ("facts", 1), ("ledger", 2), ("passage", 1), ("examples
 """Kinds of prompt at the longest length, and how many of each."""
 SHORTER = ("codes", "ledger", "examples", "passage", "facts")
 """Kinds at the shorter lengths, two of each length in turn."""
+SHORTEST = 512
+"""Tokens of a prompt, at least."""
 PASS = {"cuda": 16_384, "cpu": 4_096}
 """Tokens per forward pass, before memory is short. Small enough for two ranks to share a set's prompts evenly."""
 
@@ -77,11 +79,11 @@ def select(
     units = sum(layer.geometry.kv_heads for layer in linearized_layers(model))
     count = heads or heads_in_budget(attention.softmax_budget, units)
     if count > units:
-        raise LolcatsError(f"{count} heads are to be kept, and the model has only {units} that could be linearized.")
+        raise LolcatsError(f"Cannot keep {count} heads: only {units} of this model could be linearized.")
     plan, started = prompt_plan(check_lengths(settings.lengths, model)), time.time()
     asked = [prompts(tokenizer, plan, f"{settings.seed}/{part}", text) for part in ("search", "check")]
     scorer = fitting_scorer(make, asked[0], device)
-    say(f"Choosing {count} of {units} key/value heads by {len(plan)} prompts, {scorer.tokens:,} tokens a score")
+    say(f"Choosing {count} of {units} key/value heads with {len(plan)} prompts, {scorer.tokens:,} tokens per score")
     prepared = time.time()
     trail = search(scorer, count, settings, say)
     searched = time.time()
@@ -107,7 +109,9 @@ def search(scorer: Scorer, count: int, settings: Settings, say: Say) -> list[Fou
     units = units_of(scorer, settings.unit == "layer")
     size = max(map(len, units))
     if count < size:
-        raise LolcatsError(f"A budget of {count} heads is below one layer, which has {size}: use --unit head or more.")
+        raise LolcatsError(
+            f"A budget of {count} heads is below one layer, which has {size}: use --unit head, or a larger budget."
+        )
     return grow(scorer, [], units, count // size, settings.width, say)
 
 
@@ -120,7 +124,7 @@ def heads_in_budget(budget: float, heads: int) -> int:
     if int(budget * heads) < 1:
         raise LolcatsError(
             f"A budget of {budget:g} is less than one of the {heads} key/value heads that would be linearized: the "
-            f"smallest is {1 / heads:.4f}."
+            f"smallest possible budget is {1 / heads:.4f}."
         )
     return int(budget * heads)
 
@@ -151,8 +155,13 @@ def check_lengths(lengths: Sequence[int], model: PreTrainedModel) -> tuple[int, 
     """
     most = getattr(text_config(model), "max_position_embeddings", None) or max(lengths)
     fitting = tuple(sorted({min(length, most) for length in lengths}))
-    if not fitting or fitting[0] < 512:
-        raise LolcatsError(f"--lengths: prompts need at least 512 tokens, and at most {most} for this model.")
+    if most < SHORTEST:
+        raise LolcatsError(
+            f"The search for heads needs prompts of at least {SHORTEST} tokens, and this model has only {most} "
+            "positions: list the heads to keep yourself (attention.softmax_heads)."
+        )
+    if not fitting or fitting[0] < SHORTEST:
+        raise LolcatsError(f"The search for heads needs prompts of at least {SHORTEST} tokens: use longer --lengths.")
     return fitting
 
 
@@ -215,8 +224,8 @@ def where_to_record(scorer: Scorer, need: int = 0) -> torch.device:
             return device
     if size > (free := free_host_memory()):
         raise LolcatsError(
-            f"The search keeps {size / 2**30:.1f} GiB of hidden states, and {free / 2**30:.1f} GiB of host memory are "
-            "free: use shorter prompts (--lengths)."
+            f"The search keeps {size / 2**30:.1f} GiB of hidden states, and only {free / 2**30:.1f} GiB of host memory "
+            "are free: use shorter prompts (lolcats select --lengths)."
         )
     return torch.device("cpu")
 

@@ -64,7 +64,7 @@ class LocalTeacher:
         if not tokens:
             raise Misfit("it has no tokens")
         if len(tokens) + self.sampling.max_tokens > self.context:
-            raise Misfit(f"prompt and --max-tokens are more than the model's {self.context} tokens")
+            raise Misfit(f"prompt and --max-tokens exceed the model's context of {self.context} tokens")
         return tokens
 
     def _params(self, number: int) -> SamplingParams:

@@ -23,7 +23,7 @@ from lolcats.config import DataConfig
 from lolcats.data.conversations import Misfit, NoColumn
 from lolcats.data.sources import Record, read_records
 from lolcats.errors import LolcatsError
-from lolcats.files import append_line, locked, read_json_lines, write_text
+from lolcats.files import append_line, check_file, locked, read_json_lines, write_text
 from lolcats.lab.distill.prompts import prompt_reader
 from lolcats.lab.distill.teacher import Numbered, Sampling, Teacher
 from lolcats.modeling.chat import ChatTemplate
@@ -74,8 +74,7 @@ def check_out(out: Path) -> None:
     """
     if out.suffix != ".jsonl":
         raise LolcatsError(f"--out {out}: expected a .jsonl file.")
-    if not out.parent.is_dir():
-        raise LolcatsError(f"--out {out}: {out.parent} is not a directory.")
+    check_file(out, "--out")
 
 
 def distill_data(task: Task, teacher: Callable[[], Teacher], say: Callable[[str], None]) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def distill_data(task: Task, teacher: Callable[[], Teacher], say: Callable[[str]
         prompts, skipped = _prompts(task, records)
         if left := [one for one in prompts if one.number not in answered]:
             if answered:
-                say(f"{len(answered):,} prompts are answered already: continuing.")
+                say(f"{len(answered):,} prompts are already answered: continuing.")
             skipped += _ask(task, identity, teacher(), left, len(answered), say)
         meta = _metadata(task, identity, records, broken, skipped)
         _write(task, meta)
@@ -130,9 +129,7 @@ def _complete(task: Task, identity: str) -> dict[str, Any]:
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         same = False
     if not same:
-        raise LolcatsError(
-            f"{task.out} exists, and is not what this command makes. Remove it, or choose another --out."
-        )
+        raise LolcatsError(f"{task.out} exists and holds something else. Remove it, or choose another --out.")
     return meta
 
 
@@ -144,8 +141,8 @@ def _answered(task: Task, identity: str) -> set[int]:
         return set()
     if entries[0].get("run") != identity:
         raise LolcatsError(
-            f"{task.progress} is of a run with another teacher, other prompts or other options. Repeat its options to "
-            "continue it, remove the file to begin anew, or choose another --out."
+            f"{task.progress} belongs to a run with another teacher, other prompts or other options. Repeat its "
+            "options to continue it, remove the file to start over, or choose another --out."
         )
     return {entry["number"] for entry in entries[1:]}
 

@@ -25,7 +25,7 @@ import torch
 from lolcats.compared import STUDENT, TEACHER, WINDOW_SINKS
 from lolcats.data.inputs import Inputs
 from lolcats.errors import Interrupted, LolcatsError
-from lolcats.files import append_line, locked, read_json_lines, write_text
+from lolcats.files import append_line, check_directory, locked, read_json_lines, write_text
 from lolcats.lab.sweep.measure import Measurement, short_hash
 from lolcats.lab.sweep.plan import Row, Sweep, plan
 from lolcats.lab.sweep.row import LOCKS, Setup, release, row_result, run_key, source, untrained_key, untrained_result
@@ -91,6 +91,7 @@ def run_sweeps(
     started = monotonic()
     for sweep in sweeps:
         _check_paths(sweep, plan(sweep))
+    check_directory(out)
     out.mkdir(parents=True, exist_ok=True)
     shared, failed, tables = Shared(out, say, trust), list[str](), list[Path]()
     for sweep in sweeps:

@@ -102,6 +102,10 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
 
 def trained_layers(model: PreTrainedModel, config: FinetuneConfig) -> list[str]:
     """Full names of the layers that get LoRA: the targets, except those that ``protect_kept`` keeps as they are."""
+    if not config.targets:
+        raise LolcatsError(
+            "finetune.targets is empty: name the layers to add LoRA to, or skip stage 2 with finetune.max_steps=0."
+        )
     targets = lora_targets(model, config.targets)
     rows = kept_rows(model, kept_layers(model), targets) if config.protect_kept else {}
     trained = [name for name in targets if name not in rows or not rows[name].all()]
