@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +125,7 @@ class Arguments:
         Raises:
             LolcatsError: ``config`` has other values than config.json that belong to the model.
         """
-        saved = json.loads((folder / "config.json").read_text())
+        saved, _ = type(config).get_config_dict(str(folder))
         known = type(config).from_dict({k: v for k, v in saved.items() if k != "model_type"}).to_dict()
         given = config.to_dict()
         other = [k for k in sorted(known | given) if k not in OWN and known.get(k) != given.get(k)]
