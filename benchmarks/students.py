@@ -278,7 +278,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = arguments_of(sys.argv[1:] if argv is None else argv)
     if a.table:
         return write_table(a.table)
-    common.chosen_device(a, "20 GiB")
     end = time.time() + 60 * a.minutes
     a.data, a.out = a.data.resolve(), a.out.resolve()
     a.out.mkdir(parents=True, exist_ok=True)
@@ -288,6 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         to_directory(a.model.resolve(), model)
     if a.minutes <= 0:
         return print(f"Nothing is begun; the model is {model}.")
+    common.chosen_device(a, "20 GiB")
     tree = sweep_of(a, checked_selections(a, model))
     file = a.out / "students.yaml"
     write_text(file, yaml.safe_dump(tree, sort_keys=False, width=120))

@@ -163,7 +163,9 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_read(
 
 def test_a_picture_or_table_of_another_kind_is_refused_first() -> None:
     for arguments in (["select", "MODEL", "--out", "heads.yaml"], ["data", "stats", "MODEL", "--data", "DATA"]):
-        assert "curve.txt: expected a .png, .svg or .pdf file" in invoke(*arguments, "--picture", "curve.txt", code=2)
+        output = " ".join(invoke(*arguments, "--picture", "curve.doc", code=2).split())
+        assert re.search(r"curve.doc: expected a file that ends in .*\.jpg, .*\.png", output), output
+        assert "curve" not in invoke(*arguments, "--picture", "curve.JPG", code=2)
     assert "expected a .json file" in invoke("bench", "MODEL", "--out", "generation.md", code=2)
 
 

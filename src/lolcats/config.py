@@ -314,7 +314,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(self, "")
-        if self.transfer.max_steps and not self.transfer.mse_weight and not self.transfer.xent_weight:
+        unused = self.transfer.max_steps == 0 or not self.attention.has_linear
+        if not (unused or self.transfer.mse_weight or self.transfer.xent_weight):
             raise LolcatsError(
                 "transfer.mse_weight and transfer.xent_weight are both 0: stage 1 would not learn anything. Set one of "
                 "them, or skip stage 1 with transfer.max_steps=0."

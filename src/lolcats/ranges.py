@@ -43,7 +43,7 @@ RANGES: dict[str, dict[str, Range]] = {
     "": {"seed": Range(0, 2**32 - 1)},  # of NumPy, which transformers seeds too
     "attention": {
         "softmax_budget": Range(0, 1), "feature_dim": FROM_1, "window_size": FROM_1, "sinks": FROM_0,
-        "gate_init": Range(-50, 50),
+        "gate_init": Range(-math.inf),
     },
     "data": {
         "sequence_length": Range(2), "validation_rows": FROM_1, "test_rows": FROM_1, "max_tokens": FROM_0,
@@ -57,7 +57,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "alpha": POSITIVE, "dropout": Range(0, 1, below=True), "feature_map_learning_rate": FROM_0,
     },
 }  # fmt: skip
-"""By section and name. ``epochs`` only counts without ``max_steps``."""
+"""By section and name. ``epochs`` only counts without ``max_steps``, ``plateau_factor`` with its schedule."""
 INSTEAD = {
     "finetune.kl_weight": "For one loss only, set finetune.loss to cross_entropy or kl.",
     "transfer.epochs": "To skip stage 1, set transfer.max_steps=0.",
@@ -72,8 +72,11 @@ def check_ranges(config: Any, section: str) -> None:
         LolcatsError: a number of a section of the configuration is not finite or out of its range.
     """
     ranges = dict(RANGES[section])
-    if section in ("transfer", "finetune") and config.max_steps < 0:
-        ranges["epochs"] = POSITIVE
+    if section in ("transfer", "finetune"):
+        if config.max_steps < 0:
+            ranges["epochs"] = POSITIVE
+        if config.schedule != "reduce_on_plateau":
+            del ranges["plateau_factor"]
     for name, allowed in ranges.items():
         full, value = f"{section}.{name}".removeprefix("."), getattr(config, name)
         if isinstance(value, str):  # auto

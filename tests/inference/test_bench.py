@@ -63,6 +63,29 @@ def test_each_system_has_the_peak_of_its_own_runs(monkeypatch: pytest.MonkeyPatc
     assert [row["peak_bytes"] for row in rows] == [4, 6, 8, 12, 14, 16]
 
 
+def test_an_engine_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("no step")
+
+    monkeypatch.setattr(bench.Engine, "_decode_rows", broken)
+    (row,) = benchmark(tiny(), Options((2,), prompt=20, new=12))
+    assert row["missing"] == "The engine failed: ValueError: no step"
+
+
+def test_peers_leave_time_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = bench.take_turns
+    limits: list[float] = []
+
+    def turns(systems: Any, runs: int, deadline: float) -> Any:
+        limits.append(deadline - time.monotonic())
+        return real(systems, runs, deadline)
+
+    monkeypatch.setattr(bench, "take_turns", turns)
+    list(benchmark(tiny(), Options((2,), prompt=20, new=12, peers=("sdpa",), peer_new=5, seconds=600)))
+    assert limits[0] == pytest.approx(300, abs=10)
+    assert limits[1] > 500
+
+
 def test_a_peak_that_is_not_known_says_why(tmp_path: Path) -> None:
     first, second = benchmark(tiny(), Options((2,), prompt=20, new=12, peers=("sdpa",), peer_new=5))
     lines = [{**first, "peak_bytes": None, "peak_unknown": "It was not measured."}, second]

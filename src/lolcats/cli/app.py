@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import math
 import shutil
 import sys
@@ -81,7 +82,6 @@ NO_MEMORY = (
     "same), shorten rows (data.sequence_length), or use --set finetune.gradient_checkpointing=true. To evaluate, lower "
     "--batch-size; to serve, lower --slots."
 )
-PICTURES = (".png", ".svg", ".pdf")
 CONTINUED = ("linearize", "transfer", "finetune", "sweep", "distill-data")
 """Commands that keep what they have finished, and go on from it when they are run again."""
 
@@ -187,8 +187,12 @@ def check_picture(path: Path, option: str = "--picture") -> None:
     """Raise LolcatsError if no picture can be written to ``path``."""
     from lolcats.files import check_file
 
-    if path.suffix.lower() not in PICTURES:
-        raise LolcatsError(f"{option} {path}: expected a {', '.join(PICTURES[:-1])} or {PICTURES[-1]} file.")
+    if importlib.util.find_spec("matplotlib"):
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        known = sorted(FigureCanvasBase.get_supported_filetypes())
+        if path.suffix.lower().removeprefix(".") not in known:
+            raise LolcatsError(f"{option} {path}: expected a file that ends in .{', .'.join(known)}.")
     check_file(path, option)
 
 

@@ -47,7 +47,8 @@ BATCH = 1_000  # documents to tokenize at a time,
 CHARACTERS = 1 << 20  # or fewer if they have this many characters
 HASH = 16  # bytes of a document's hash
 HASHED = 64 << 20  # bytes per part of a file that a thread hashes
-VERSION = 3  # of the store's format, and of how records become text
+VERSION = 2  # of the store's format; runs remember it in the fingerprint of their data
+TEXT = 2  # of how records become text: a store of an earlier version is made again
 ARRAYS = ("starts", "lengths", "hashes", "first")
 
 Array = NDArray[Any]
@@ -330,10 +331,10 @@ def cache_directory() -> Path:
 
 def _cached(key: str, build: Callable[[Path], TokenStore], source: str) -> TokenStore:
     """Open the store under ``key``, and build it first if needed. A folder gets its name only once it is complete."""
-    folder = cache_directory() / key
+    folder = cache_directory() / f"{key}-{TEXT}"
     if not folder.exists():
-        unfinished = folder.with_name(f"{key}.{os.getpid()}")
-        for left in folder.parent.glob(f"{key}.*"):
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+        for left in folder.parent.glob(f"{folder.name}.*"):
             if not _alive(int(left.suffix[1:])):
                 shutil.rmtree(left, ignore_errors=True)
         unfinished.mkdir(parents=True)

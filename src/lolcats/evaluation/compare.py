@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from lolcats.config import Config, DataConfig
+from lolcats.data.inputs import has_tokenizer
 from lolcats.data.rows import Corpus, PackedRows, held_out_rows, load_rows, split, tokenize_source
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.perplexity import perplexity
 from lolcats.evaluation.systems import available, systems
 from lolcats.run import RECORD, Run
-from lolcats.weights.base import Quantize
+from lolcats.weights.base import Quantize, saved_tokenizer
 
 COUNTS = ("documents", "duplicate_records", "empty_records", "train_rows", "validation_rows", "test_rows")
 
@@ -45,6 +46,8 @@ def evaluation_rows(model: str, source: str, tokenizer: Any, config: Config) -> 
     run = _trained_on(model, source, config.data)
     if run is None:
         return load_rows(source, tokenizer, config.data)
+    if has_tokenizer(run.directory):  # the run went on with this one if another is read today
+        tokenizer = saved_tokenizer(run.directory, config.trust_remote_code)
     documents = tokenize_source(source, tokenizer, run.config.data)
     _check_unchanged(run, source, documents)
     rows, positions = held_out_rows(documents, run.config.data, run.config.seed, config.data.sequence_length)
@@ -79,5 +82,5 @@ def _check_unchanged(run: Run, source: str, documents: Corpus) -> None:
     if not same:
         raise LolcatsError(
             f"{source} has changed since {run.directory} was trained on it (it was {known['fingerprint']}): its test "
-            "documents cannot be told from those of training any more. Restore it, or evaluate on other data."
+            "documents can no longer be told apart from its training documents. Restore it, or evaluate on other data."
         )

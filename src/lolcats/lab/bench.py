@@ -72,8 +72,8 @@ class Options:
 
     batches: batch sizes (0 = the largest that fits). new, peer_new: tokens to generate per sequence with the engine and
     with the peers. bandwidth, flops: bytes and operations per second of the device, for the bound. seconds: time limit;
-    no run starts after it, and the current run is cut short. runs: number of runs per row, which the peers take in
-    turns; the median of times and the highest peak are reported.
+    no run starts after it, and the current run is cut short; the peers get half of what is left for a batch. runs:
+    number of runs per row, which the peers take in turns; the median of times and the highest peak are reported.
     """
 
     batches: tuple[int, ...] = (1, 16, 64)
@@ -155,11 +155,12 @@ def benchmark(student: PreTrainedModel, options: Options) -> Iterator[Row]:
     teacher = plain_teacher(student) if options.peers else None
     for batch in options.batches:
         peers: dict[str, Callable[[], Times]] = {}
+        half = time.monotonic() / 2 + deadline / 2  # of the time that is left; the rest is the engine's
         if teacher is not None and batch:
             peers = {
-                peer: partial(peer_times, teacher, batch, options, peer == "static", deadline) for peer in options.peers
+                peer: partial(peer_times, teacher, batch, options, peer == "static", half) for peer in options.peers
             }
-        measured = take_turns(peers, options.runs, deadline)
+        measured = take_turns(peers, options.runs, half)
         with slots(student, batch, options) as engine:
             if isinstance(engine, Engine):
                 batch = engine.table.slots
@@ -212,6 +213,8 @@ def take_turns(systems: Mapping[str, Callable[[], Times]], runs: int, deadline: 
                 done.append(measure())
             except torch.OutOfMemoryError:
                 results[name] = "out of memory"
+            except LolcatsError as error:
+                results[name] = str(error)
     return results
 
 
@@ -284,11 +287,15 @@ def engine_times(engine: Engine, options: Options, deadline: float) -> Times:
     device, most = engine.model.device, options.new + engine.table.slots + 1
     _reset_peak(device)
 
-    def ignore(_: Delta) -> None:
-        pass
+    last: list[Delta] = []
+    """Deltas that end a request: none has a reason to, but an error."""
+
+    def note(delta: Delta) -> None:
+        if delta.finish_reason is not None:
+            last.append(delta)
 
     asked = prompts(engine.model, engine.table.slots, options.prompt)
-    requests = [Request(prompt, SamplingParams(max_tokens=most), ignore, text=False) for prompt in asked]
+    requests = [Request(prompt, SamplingParams(max_tokens=most), note, text=False) for prompt in asked]
     _synchronize(device)
     times = Times(time.perf_counter())
     for request in requests:
@@ -299,6 +306,8 @@ def engine_times(engine: Engine, options: Options, deadline: float) -> Times:
             times.steps.append(time.perf_counter())
         if len(times.steps) == 1000:
             times.memory["1000"] = _memory(device)
+        if last:
+            raise LolcatsError(f"The engine failed: {last[0].error}")
         if time.monotonic() > deadline and len(times.steps) > 1:
             break
     times.memory["end"] = _memory(device)

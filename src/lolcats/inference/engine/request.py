@@ -66,11 +66,9 @@ class Request:
 
     def begin(self, tokenizer: Any) -> None:
         before = self.history
-        self.sampler = Sampler(self.params, before, self.matcher)
-        self.detokenizer, self.stops = (
-            Detokenizer(tokenizer, before if self.text else ()),
-            StopStrings(self.params.stop),
-        )
+        self.sampler, self.stops = Sampler(self.params, before, self.matcher), StopStrings(self.params.stop)
+        if self.text:
+            self.detokenizer = Detokenizer(tokenizer, before)
         self.cache: PrefillCache | None = None
 
     def restart(self) -> None:

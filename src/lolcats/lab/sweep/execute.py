@@ -148,8 +148,8 @@ def _evaluation(setup: Setup, rows: list[Row]) -> str:
     if former not in found or key in found:
         return key
     setup.say(
-        f"{setup.out / RESULTS} is of an earlier version, which did not note row length, texts and benchmark "
-        "files: its results are taken to be of the same."
+        f"{setup.out / RESULTS} comes from an earlier version, which did not record row length, texts and benchmark "
+        "files: they are assumed to be unchanged."
     )
     return former
 

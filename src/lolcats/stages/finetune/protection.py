@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lolcats.errors import LolcatsError
+from lolcats.modeling.cache import sliding_windows
 from lolcats.modeling.convert import named_layers
 from lolcats.modeling.families import FUSED, GROUPED, PROJECTIONS
 
@@ -45,13 +46,15 @@ def kept_layers(model: Any) -> list[dict[str, Any]]:
     """The layers of a converted model's record, for :func:`kept_rows`.
 
     Where no layer is linearized (``attention.kind: softmax``), those that ``attention.layers`` and
-    ``attention.softmax_heads`` name are kept, or all layers if nothing is named.
+    ``attention.softmax_heads`` name are kept, and layers with a sliding window among others; if nothing is named, all.
     """
     attention, layers = model.config.lolcats["attention"], model.config.lolcats["layers"]
     heads = attention.get("softmax_heads") or {}
     whole = {number for text in attention["layers"] for number in named_layers(text)}
     if not (heads or whole) or any(entry["kind"] != "softmax" for entry in layers):
         return list(layers)
+    local = sliding_windows(model.config)
+    whole |= set(local) if len(local) < len(layers) else set()
     return [
         entry if entry["layer"] in whole
         else {**entry, "kind": "none", "softmax_heads": heads.get(str(entry["layer"]), ())}
