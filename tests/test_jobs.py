@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ def test_what_is_not_begun_says_why(tmp_path: Path) -> None:
         "long": {"run": "true", "seconds": 200},
         "slow": {"run": "sleep 100", "seconds": 1},
         "rest": {"run": "echo $LEFT; pwd > $OUT/there", "seconds": 20, "to_the_end": True},
+        "later": {"run": "true", "seconds": 20, "not_beside": ["fails"]},
     }
     became = run(tmp_path, jobs, minutes=1.5)
     assert became["fails"].startswith("failed with "), "a variable that is not set"
@@ -70,6 +73,7 @@ def test_what_is_not_begun_says_why(tmp_path: Path) -> None:
     assert became["long"] == "not begun: no time left"
     assert became["slow"].startswith("ended by its limit after ")
     assert became["rest"].startswith("done after ")
+    assert became["later"].startswith("done after "), "it only waits for the end of the other"
     assert int((tmp_path / "out" / "rest.log").read_text()) in range(60, 90)
     assert (tmp_path / "out" / "there").is_file()
 
@@ -77,8 +81,42 @@ def test_what_is_not_begun_says_why(tmp_path: Path) -> None:
 def test_only_some_jobs(tmp_path: Path) -> None:
     jobs = {"first": {"run": "false"}, "second": {"run": "true", "after": ["first"]}}
     assert run(tmp_path, jobs, minutes=20, only="second") == {"second": "done after 0 s"}
-    with pytest.raises(LolcatsError, match="second comes after nothing, which is not there"):
-        run(tmp_path, {"second": {"run": "true", "after": ["nothing"]}})
+    for key in ("after", "not_beside"):
+        with pytest.raises(LolcatsError, match="second waits for nothing, which is not there"):
+            run(tmp_path, {"second": {"run": "true", key: ["nothing"]}})
+
+
+def test_a_job_ends_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if a process of it does not end when it is asked to. Nobody has the GPU before."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    stubborn = "(trap '' TERM; for i in {1..100}; do date +%s.%N > $OUT/alive; sleep 0.1; done) & sleep 0.3"
+    jobs = {"first": {"run": stubborn, "seconds": 40}, "next": {"run": "date +%s.%N; echo $CUDA_VISIBLE_DEVICES"}}
+    module = script("jobs")
+    monkeypatch.setattr(module, "GRACE", 1.0)
+    file = tmp_path / "some.yaml"
+    file.write_text(yaml.safe_dump({"jobs": jobs}, sort_keys=False))
+    module.main(["--file", str(file), "--out", str(tmp_path / "out"), "--minutes", "20", "--gpus", "1"])
+    began, gpu = (tmp_path / "out" / "next.log").read_text().split()
+    assert float((tmp_path / "out" / "alive").read_text()) < float(began)
+    assert gpu == "5"
+
+
+def test_jobs_end_with_the_script(tmp_path: Path) -> None:
+    file, out = tmp_path / "some.yaml", tmp_path / "out"
+    loop = "touch $OUT/here; for i in {1..200}; do date +%s.%N > $OUT/alive; sleep 0.1; done"
+    file.write_text(yaml.safe_dump({"jobs": {"long": {"run": loop, "seconds": 60}, "next": {"run": "true"}}}))
+    command = [sys.executable, FOLDER / "jobs.py", "--file", file, "--out", out, "--minutes", "20", "--gpus", "1"]
+    process = subprocess.Popen(list(map(str, command)))
+    while not (out / "here").exists():
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(30) == 1
+    ended = time.time()
+    time.sleep(0.5)
+    assert float((out / "alive").read_text()) < ended
+    assert re.search(
+        "long: failed with .*\nnext: not begun|next: not begun\nlong: failed with", (out / "jobs.txt").read_text()
+    )
 
 
 JOBS = script("jobs").read_jobs(FOLDER / "jobs.yaml")

@@ -16,6 +16,7 @@ from lolcats.config import Config, load_config, to_dict
 from lolcats.data import store
 from lolcats.data.rows import PackedRows, load_data, load_rows
 from lolcats.errors import LolcatsError
+from lolcats.evaluation import compare
 from lolcats.evaluation.compare import evaluation_rows
 from lolcats.run import Run
 
@@ -117,6 +118,16 @@ def test_a_large_source_read_by_another_version_is_known_by_its_counts(
     write(source, 121)
     with pytest.raises(LolcatsError, match="has changed"):
         evaluation_rows(run, str(source), tokenizer, config)
+
+
+def test_a_run_is_measured_with_the_tokenizer_that_it_saved(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    source = str(write(tmp_path / "a.jsonl"))
+    run, config, data = trained(tmp_path / "run", source, tokenizer)
+    monkeypatch.setattr(compare, "has_tokenizer", lambda directory: str(directory) == run)
+    monkeypatch.setattr(compare, "saved_tokenizer", lambda *_: tokenizer)
+    assert torch.equal(evaluation_rows(run, source, None, config)[0], data.test)
 
 
 def test_other_data_is_measured_whole(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

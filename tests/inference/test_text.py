@@ -12,7 +12,7 @@ from test_engine import ask
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lolcats.inference.engine import Engine
+from lolcats.inference.engine import Delta, Engine, Request, SamplingParams
 from lolcats.inference.engine.text import Detokenizer, context_of, decode, spelled, unfinished
 
 STYLES = ["bytes", "llama 2", "metaspace"]
@@ -83,6 +83,31 @@ def test_a_prompt_may_end_with_what_is_no_text_by_itself(any_tokenizer: Any) -> 
     ids, beyond = ids_of(any_tokenizer, "the cat"), [len(any_tokenizer) + 5]
     first = len(ids_of(any_tokenizer, "the"))
     assert answer(any_tokenizer, [*ids[:first], *beyond], [*ids[first:], *beyond, *ids[first:]]) == " cat cat"
+
+
+@pytest.mark.parametrize("style", STYLES[1:])
+def test_a_long_prompt_of_bytes_is_not_cut_within_a_character(style: str) -> None:
+    """Three bytes a character, none of which is in the vocabulary."""
+    tokenizer, text = sentencepiece(style == "metaspace"), "ខ្ញុំសូមអរគុណអ្នកដែលបានជួយខ្ញុំ" * 5
+    ids = ids_of(tokenizer, text)
+    assert len(ids) > 3 * len(text) > 400
+    for split in range(250, 310):
+        left = unfinished(tokenizer, context_of(tokenizer, ids[:split]))
+        shown = decode(tokenizer, ids[: split - left])
+        assert shown + answer(tokenizer, ids[:split], ids[split:]) == text, split
+
+
+def test_an_answer_in_a_chat_begins_anew(engine: Engine) -> None:
+    def said(anew: bool) -> str:
+        deltas: list[Delta] = []
+        ids, mat = ids_of(engine.tokenizer, "the cat sat"), engine.tokenizer.convert_tokens_to_ids("▁mat")
+        params = SamplingParams(max_tokens=2, logit_bias=((mat, 100.0),))
+        engine.submit(Request(ids, params, deltas.append, anew=anew))
+        engine.run()
+        return "".join(delta.text for delta in deltas)
+
+    assert said(False) == " mat mat"
+    assert said(True) == "mat mat"
 
 
 @pytest.mark.parametrize("style", STYLES[1:])

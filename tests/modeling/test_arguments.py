@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from peft import LoraConfig, get_peft_model
 from support.adapters import SMALL, adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -76,6 +77,13 @@ def test_defaults_of_calls_and_what_has_no_effect(form: str, place: Path) -> Non
     assert model(IDS).past_key_values is None
     config = AutoConfig.from_pretrained(place / form)
     assert AutoModelForCausalLM.from_pretrained(place / form, config=config, torch_dtype="float16").dtype == model.dtype
+    config.pad_token_id = 5
+    for given in ({"config": config}, {"pad_token_id": 5, "eos_token_id": 2}):
+        assert AutoModelForCausalLM.from_pretrained(place / form, **given).config.pad_token_id == 5
+
+
+def test_what_is_switched_off(place: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(place / "adapter", load_in_8bit=False, use_kernels=False, resume_download=True)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -104,6 +112,35 @@ def test_devices(form: str, place: Path, tmp_path: Path) -> None:
         )
         assert "disk" in model.hf_device_map.values()
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_each_adapter_on_disk_has_its_own_weights(place: Path, tmp_path: Path) -> None:
+    """Also in a folder that another model was loaded with, and with all parts on disk."""
+    other = tmp_path / "other"
+    other.mkdir()
+    base = tiny_model()
+    with torch.no_grad():
+        base.lm_head.weight.mul_(1.5)
+    adapter(other, base, torch.float32, SMALL)
+    folder = tmp_path / "off"
+    for path in (other / "adapter", place / "adapter"):
+        expected = logits(lolcats.load(path))
+        for given in ({"device_map": {"": "disk"}}, {"device_map": "auto", "max_memory": {}}):
+            model = AutoModelForCausalLM.from_pretrained(path, offload_folder=folder, **given)
+            torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected, logits(lolcats.load(other / "adapter")), atol=1e-2)
+
+
+def test_a_peft_adapter_that_was_trained_on_an_adapter(place: Path, tmp_path: Path) -> None:
+    wrapped = get_peft_model(lolcats.load(place / "adapter"), LoraConfig(target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    wrapped.save_pretrained(tmp_path / "tuned")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    torch.testing.assert_close(logits(model), logits(wrapped), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits(model), logits(lolcats.load(place / "adapter")), atol=1e-2)
 
 
 def test_an_adapter_on_disk_needs_a_folder(place: Path) -> None:

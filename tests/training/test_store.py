@@ -67,6 +67,20 @@ def test_same_rows_as_in_memory(tmp_path: Path, tokenizer, large: Path, monkeypa
     assert len(rows) > len(memory.train) + 12  # everything, duplicates too
 
 
+def test_records_that_become_other_text_are_read_again(
+    tmp_path: Path, tokenizer, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fingerprint stays that of the same rows, so runs go on."""
+    source = write(tmp_path / "a.jsonl")
+    before = load_data(source, tokenizer, SMALL).fingerprint
+    (folder,) = large.iterdir()
+    assert load_data(source, tokenizer, SMALL).fingerprint == before
+    assert list(large.iterdir()) == [folder]
+    monkeypatch.setattr(store, "TEXT", store.TEXT + 1)
+    assert load_data(source, tokenizer, SMALL).fingerprint == before
+    assert len(list(large.iterdir())) == 2
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.txt", "a.parquet"])
 def test_other_formats(name: str, tmp_path: Path, tokenizer, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(1)
@@ -124,7 +138,9 @@ def test_second_run_comes_from_the_cache_by_content(tmp_path: Path, tokenizer, l
 
 def test_an_unfinished_store_is_not_used(tmp_path: Path, tokenizer, large: Path, monkeypatch) -> None:
     source = write(tmp_path / "a.jsonl")
-    left = large / f"{store._key(['.jsonl', store.content_hash(Path(source))], tokenizer, SMALL)}.999999999"
+    left = (
+        large / f"{store._key(['.jsonl', store.content_hash(Path(source))], tokenizer, SMALL)}-{store.TEXT}.999999999"
+    )
     left.mkdir(parents=True)  # left by a killed process
     with monkeypatch.context() as patch:
         patch.setattr(store, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

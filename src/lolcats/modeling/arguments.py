@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +23,15 @@ DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only", "force_downloa
 WITHOUT_EFFECT = frozenset(
     {
         "_commit_hash", "_fast_init", "_from_auto", "_from_pipeline", "adapter_kwargs", "disable_mmap", "from_flax",
-        "from_tf", "low_cpu_mem_usage", "mirror", "offload_state_dict", "tqdm_class", "use_safetensors", "weights_only",
+        "from_tf", "low_cpu_mem_usage", "max_length", "mirror", "offload_state_dict", "resume_download", "tqdm_class",
+        "use_safetensors", "weights_only",
     }
 )  # fmt: skip
 """What transformers adds by itself, no longer uses, or only reads weights by."""
-OF_CALLS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
+OF_CALLS = (
+    "use_cache", "output_attentions", "output_hidden_states", "return_dict", "pad_token_id", "bos_token_id",
+    "eos_token_id",
+)  # fmt: skip
 """Fields of a configuration that do not belong to the model, but are the defaults of its calls."""
 OWN = ("_name_or_path", "dtype", "quantization_config", "transformers_version")
 """Fields that an argument of their own decides, or none."""
@@ -54,6 +60,13 @@ class Placement:
         """The device that the whole model is loaded to."""
         return "cpu" if self.several or self._device is None else self._device
 
+    def _own_folder(self) -> str:
+        """A new folder in ``offload_folder``: accelerate takes the weights that a folder already holds."""
+        if self.offload_folder is None:
+            raise LolcatsError("device_map puts layers of an adapter on disk: say where with offload_folder=DIR.")
+        os.makedirs(self.offload_folder, exist_ok=True)
+        return tempfile.mkdtemp(dir=self.offload_folder)
+
     def spread(self, model: PreTrainedModel) -> PreTrainedModel:
         """Move the layers of a model in host memory to their devices, or to disk."""
         from accelerate import dispatch_model, infer_auto_device_map
@@ -67,11 +80,12 @@ class Placement:
                 model, self.max_memory, no_split_module_classes=whole, low_zero=places == "balanced_low_0"
             )
             places = infer_auto_device_map(model, memory, no_split_module_classes=whole)
-        if "disk" in places.values() and self.offload_folder is None:
-            raise LolcatsError("device_map puts layers of an adapter on disk: say where with offload_folder=DIR.")
+        if places == {"": "disk"}:  # accelerate writes only parts that have names
+            places = {name: "disk" for name, _ in model.named_children()}
+        folder = self._own_folder() if "disk" in places.values() else None
         return settle(
             dispatch_model(
-                model, places, offload_dir=self.offload_folder, offload_buffers=self.offload_buffers,
+                model, places, offload_dir=folder, offload_buffers=self.offload_buffers,
                 skip_keys=model._skip_keys_device_placement,
             )
         )  # fmt: skip
@@ -105,6 +119,7 @@ class Arguments:
         """
         left = {name: value for name, value in kwargs.items() if value is not None and name not in WITHOUT_EFFECT}
         hub = {name: left.pop(name) for name in DOWNLOAD if name in left}
+        left = {name: value for name, value in left.items() if value is not False}  # what is switched off
         places = {name: left.pop(name) for name in Placement.__dataclass_fields__ if name in left}
         implementation = left.pop("attn_implementation", config.get_text_config(decoder=True)._attn_implementation)
         old = left.pop("torch_dtype", "auto")

@@ -109,6 +109,8 @@ class LinearizedModel:
                     f"lolcats export {path} --merge --out MERGED."
                 )
             model = load_adapter(path, config, convert_as, Arguments.of(path, config, base, args, kwargs))
+            if (other := (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")) is not None:
+                model.load_adapter(other)  # a PEFT adapter that was trained on this one
             return (model, {name: [] for name in LOADED_STRICTLY}) if output_loading_info else model
         if base:
             raise LolcatsError(f"{path} is a merged model, which needs no base model: leave out base={base}.")

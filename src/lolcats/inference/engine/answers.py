@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from lolcats.errors import LolcatsError
@@ -43,13 +43,15 @@ class Answered:
 
 
 def answer_all(
-    engine: Engine, asked: Iterable[tuple[int, list[int], SamplingParams]], start: Snapshot | None = None
-) -> Iterator[Answered]:
+    engine: Engine, asked: Iterable[tuple[int, list[int], SamplingParams]], start: Snapshot | None = None,
+    anew: Container[int] = (),
+) -> Iterator[Answered]:  # fmt: skip
     """Answers in the order in which they end.
 
     Args:
         asked: number and token ids of each prompt, and how its answer is chosen.
         start: what all prompts go on from.
+        anew: numbers of the prompts whose answers begin a text of their own (see :class:`.request.Request`).
 
     Raises:
         LolcatsError: the engine refused or failed one.
@@ -59,7 +61,7 @@ def answer_all(
         while len(running) < AHEAD * engine.table.slots and (one := next(left, None)) is not None:
             number, tokens, params = one
             running.append(Answered(number, len(tokens)))
-            engine.submit(Request(tokens, params, running[-1].deltas.append, start))
+            engine.submit(Request(tokens, params, running[-1].deltas.append, start, anew=number in anew))
         if not running:
             return
         engine.step()

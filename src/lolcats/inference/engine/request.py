@@ -42,6 +42,7 @@ class Request:
             the prompt if ``max_tokens`` is 0.
         text: whether deltas have text, which goes on from the prompt's as :class:`.Detokenizer` says; without it stop
             strings are not looked for.
+        anew: whether that text begins anew instead, as an assistant's message does.
         matcher: a grammar that the answer follows; each request needs one of its own.
     """
 
@@ -51,6 +52,7 @@ class Request:
     start: Snapshot | None = None
     keep_state: bool = False
     text: bool = True
+    anew: bool = False
     matcher: Matcher | None = None
     generated: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -68,7 +70,7 @@ class Request:
         before = self.history
         self.sampler, self.stops = Sampler(self.params, before, self.matcher), StopStrings(self.params.stop)
         if self.text:
-            self.detokenizer = Detokenizer(tokenizer, before)
+            self.detokenizer = Detokenizer(tokenizer, () if self.anew else before)
         self.cache: PrefillCache | None = None
 
     def restart(self) -> None:

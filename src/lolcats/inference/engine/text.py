@@ -62,11 +62,18 @@ def context_of(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
         if not text and tokenizer.decode(alone):  # special
             break
         start -= 1
-    return list(prompt[start:])
+    found = list(prompt[start:])
+    for cut in range(LONGEST if len(found) == LOOKED_AT else 0):  # it may begin within a character
+        rest = found[cut:]
+        if not decode(tokenizer, rest[: len(rest) - unfinished(tokenizer, rest)]).startswith(REPLACEMENT):
+            return rest
+    return found
 
 
 def unfinished(tokenizer: Any, tokens: Sequence[int]) -> int:
     """How many of the last tokens begin a character without ending it."""
+    if not tokens:
+        return 0
     count, text = 0, decode(tokenizer, tokens)
     while text.endswith(REPLACEMENT) and count < min(len(tokens), LONGEST):
         count += 1

@@ -100,7 +100,8 @@ class Service:
                 )  # fmt: skip
             for choice in range(body.n):
                 params = body.sampling(min(default_tokens, room) if wanted is None else wanted, choice)
-                result.append(EngineRequest(tokens, params, lambda _: None, matcher=matchers.pop()))
+                anew = isinstance(body, ChatRequest)
+                result.append(EngineRequest(tokens, params, lambda _: None, anew=anew, matcher=matchers.pop()))
         return result
 
 

@@ -37,6 +37,7 @@ class LocalTeacher:
             LolcatsError: the engine cannot run the model, or failed.
         """
         requests: list[tuple[int, list[int]]] = []
+        chats = {number for number, prompt in prompts if prompt.text is None}
         unusable: list[tuple[int, Answer]] = []
         for number, prompt in prompts:
             try:
@@ -50,7 +51,8 @@ class LocalTeacher:
                 context=min(longest, self.context),
             )  # fmt: skip
             try:
-                for found in answer_all(engine, [(*request, self._params(request[0])) for request in requests]):
+                asked = [(*request, self._params(request[0])) for request in requests]
+                for found in answer_all(engine, asked, anew=chats):
                     yield found.number, Answer(found.text, found.cut, found.prompt_tokens, len(found.tokens))
             finally:
                 engine.close()
