@@ -145,7 +145,7 @@ def test_results_of_an_earlier_version_count_where_it_measured_these_rows(
     append_line(tmp_path / "results.jsonl", json.dumps({"kind": "row", "row": row, "evaluation": former}))
     assert not said
     assert _setup(sweeps[32], shared, "").evaluation == former
-    assert "of an earlier version" in said[-1]
+    assert "from an earlier version" in said[-1]
     assert _setup(sweeps[64], shared, "").evaluation == keys[64]
     append_line(tmp_path / "results.jsonl", json.dumps({"kind": "row", "row": row, "evaluation": keys[32]}))
     assert _setup(sweeps[32], shared, "").evaluation == keys[32], "measured again by this version"

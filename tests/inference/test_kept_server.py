@@ -48,8 +48,9 @@ def test_a_request_without_blocks_waits_and_one_more_is_429(tokenizer: Any) -> N
         wait_until(lambda: engine.room.short)
         assert len(engine.running) == 1  # of four slots
         assert_error(http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 5}), 429, "waiting")
+        before = engine.kept.held_bytes
         held = int(float(httpx.get(f"{address}/metrics").text.split("\nlolcats_kept_bytes ")[1].split()[0]))
-        assert held == engine.kept.held_bytes > 60 * 64
+        assert 60 * 64 < before <= held <= engine.kept.held_bytes, "the running one may take a block meanwhile"
         running.close()
         wait_until(lambda: len(engine.running) == 1 and not engine.waiting)
         waiting.close()

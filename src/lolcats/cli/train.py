@@ -302,8 +302,8 @@ def stats(
     recipe: Recipe = "default", trust: Trust = False, set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Show data sizes, document lengths, and how far back MODEL's attention looks on DATA."""
-    check_picture(picture)
     config = settings(recipe, set_, trust)
+    check_picture(picture)
 
     from lolcats.lab.data_stats import data_statistics
     from lolcats.pipeline import device_and_dtype
