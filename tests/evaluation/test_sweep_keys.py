@@ -109,7 +109,7 @@ def test_rows_of_another_length_have_references_of_their_own(model_dirs, chat_fi
 
 
 @pytest.mark.parametrize("setting", ["attention.window_size=4", "dtype=bfloat16", "device=cpu"])
-def test_sweeps_of_one_command_are_measured_as_each_alone(
+def test_sweeps_of_one_command_are_measured_as_each_by_itself(
     setting: str, model_dirs, chat_file: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     book = tmp_path / "book.txt"
@@ -120,9 +120,9 @@ def test_sweeps_of_one_command_are_measured_as_each_alone(
     def shared() -> Shared:
         return Shared(tmp_path / "out", lambda _: None)
 
-    together, alone = shared(), [_setup(sweep, shared(), "") for sweep in sweeps]
+    together, apart = shared(), [_setup(sweep, shared(), "") for sweep in sweeps]
     setups = [_setup(sweep, together, "") for sweep in sweeps]
-    assert [s.evaluation for s in setups] == [s.evaluation for s in alone]
+    assert [s.evaluation for s in setups] == [s.evaluation for s in apart]
     assert (setups[0].evaluation == setups[1].evaluation) == (setting == "device=cpu")
     assert setups[0].measurement is not setups[1].measurement
     assert setups[0].measurement is _setup(sweeps[0], together, "").measurement

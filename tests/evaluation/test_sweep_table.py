@@ -33,10 +33,10 @@ def test_table_over_seeds() -> None:
     text = render("T", [reference, result(0, 1.0), result(1, 9.0), result(1, 2.0)], "lolcats sweep x")
     assert "| teacher |  | 6 | 25 |  |" in text
     assert "| a | 2 | 1.50 ± 0.71 |  | 50 | 0.25 | 2M + 4M | 2 + 1 |" in text
-    alone = render("T", [reference, result(0, 1.0)], "lolcats sweep x", ["piqa acc"])
-    assert "| row | seeds | piqa acc, % | layer error" in alone
-    assert "| a | 1 | 50 (20) | 0.25 |" in alone
-    assert "| – *what the linear term adds* |  | +25.00 (25) |" in alone
+    single = render("T", [reference, result(0, 1.0)], "lolcats sweep x", ["piqa acc"])
+    assert "| row | seeds | piqa acc, % | layer error" in single
+    assert "| a | 1 | 50 (20) | 0.25 |" in single
+    assert "| – *what the linear term adds* |  | +25.00 (25) |" in single
     assert "lolcats sweep x" in text
 
 
@@ -96,8 +96,8 @@ def test_answers_of_one_prompt_are_no_independent_items() -> None:
     value, error = difference(stored(ours), stored(theirs), "needles@1024 nll")
     ratio = math.exp(ours.value - theirs.value)
     assert (value, error) == pytest.approx((100 * (ratio - 1), 100 * ratio * expected.stderr), rel=1e-3)
-    alone = [{name: x for name, x in stored(s).items() if name != "clusters"} for s in (ours, theirs)]
-    assert error > 2 * difference(*alone, "needles@1024 nll")[1]
+    unclustered = [{name: x for name, x in stored(s).items() if name != "clusters"} for s in (ours, theirs)]
+    assert error > 2 * difference(*unclustered, "needles@1024 nll")[1]
 
 
 def test_a_single_item_has_no_error() -> None:

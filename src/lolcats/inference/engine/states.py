@@ -72,7 +72,7 @@ class Snapshot:
         try:
             return cls._of_tensors(load_file(path, device=str(device)))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise LolcatsError(f"{path} is not a saved state ({reason}).") from None
 
     @classmethod

@@ -57,9 +57,9 @@ def context_of(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
     """The end of a prompt from its last token that is text by itself, or after a special token that comes later."""
     start, text = len(prompt), ""
     while start > max(0, len(prompt) - LOOKED_AT) and (not text or REPLACEMENT in text):
-        alone = [prompt[start - 1]]
-        text = decode(tokenizer, alone)
-        if not text and tokenizer.decode(alone):  # special
+        token = [prompt[start - 1]]
+        text = decode(tokenizer, token)
+        if not text and tokenizer.decode(token):  # a special token
             break
         start -= 1
     found = list(prompt[start:])
@@ -86,10 +86,10 @@ def unfinished(tokenizer: Any, tokens: Sequence[int]) -> int:
 
 
 def spelled(tokenizer: Any, token: int) -> str:
-    """The text of a token amid others: with the space at its start that some tokenizers strip from a text's first."""
-    alone = str(tokenizer.decode([token]))
-    following = str(tokenizer.decode([token, token]))[len(alone) :]
-    return following if following.lstrip(" ") == alone.lstrip(" ") else alone
+    """The text of a token among others: with the space at its start that some tokenizers strip from the first one."""
+    first = str(tokenizer.decode([token]))
+    second = str(tokenizer.decode([token, token]))[len(first) :]
+    return second if second.lstrip(" ") == first.lstrip(" ") else first
 
 
 class StopStrings:
