@@ -22,7 +22,7 @@ from lolcats.errors import LolcatsError
 from lolcats.evaluation import positions as by_position
 from lolcats.evaluation import recall as by_depth
 from lolcats.evaluation.kinds import KINDS
-from lolcats.evaluation.positions import buckets, positions, token_divergences, token_losses
+from lolcats.evaluation.positions import Predictions, buckets, positions, token_scores
 from lolcats.evaluation.recall import Sight, measure, recall, sight
 from lolcats.evaluation.text import encode, read_documents, special_prefix
 from lolcats.modeling.layer import override
@@ -233,11 +233,11 @@ def test_losses_by_position(family: str, with_bos, haystack, monkeypatch: pytest
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
-    torch.testing.assert_close(token_losses(model, ids), expected)
+    torch.testing.assert_close(token_scores(Predictions(model), None, ids), {"nll": expected})
     scores = positions(model, with_bos, [haystack, haystack[:100]], 130, None)
     assert [s.metric for s in scores] == ["nll 0-63", "nll 64-127", "nll 128-129"]
     assert [s.count for s in scores] == [len(haystack) // 129] * 3
-    first = token_losses(model, torch.tensor([[1, *haystack[:129]]]))[0]
+    first = token_scores(Predictions(model), None, torch.tensor([[1, *haystack[:129]]]))["nll"][0]
     assert scores[1].items[0][0] == pytest.approx(first[63:127].mean().item(), rel=1e-5)
     with pytest.raises(LolcatsError, match="No document has 5000 tokens"):
         positions(model, with_bos, [haystack], 5000, None)
@@ -251,22 +251,40 @@ def test_divergences_by_position(with_bos, haystack, monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         own, wanted = (m(input_ids=ids, use_cache=False).logits.log_softmax(-1)[:, :-1] for m in (model, base))
     expected = (wanted.exp() * (wanted - own)).sum(-1)
-    torch.testing.assert_close(token_divergences(model, base, ids), expected)
+    both = Predictions(model), Predictions(base)
+    torch.testing.assert_close(token_scores(*both, ids)["kl"], expected)
     scores = positions(model, with_bos, [haystack], 130, 2, lambda: base)
     buckets_ = ("0-63", "64-127", "128-129")
     assert [s.metric for s in scores] == [f"{metric} {name}" for metric in ("nll", "kl") for name in buckets_]
     assert scores[:3] == positions(model, with_bos, [haystack], 130, 2)
-    first = token_divergences(model, base, torch.tensor([[1, *haystack[:129]]]))[0]
+    first = token_scores(*both, torch.tensor([[1, *haystack[:129]]]))["kl"][0]
     assert scores[4].items[0][0] == pytest.approx(first[63:127].mean().item(), rel=1e-5)
     with override(model, mode="teacher"):
         assert all(s.value < 1e-6 for s in positions(model, with_bos, [haystack], 130, 2, lambda: base)[3:])
 
 
-def test_words_that_a_teacher_rules_out_count_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = {"model": torch.zeros(1, 2, 3), "teacher": torch.tensor([[[0.0, 0.0, -torch.inf]] * 2])}
-    monkeypatch.setattr(by_position, "_logits", lambda model, _: [logits[model]])
-    found = token_divergences("model", "teacher", torch.zeros(1, 3, dtype=torch.long))  # type: ignore[arg-type]
-    torch.testing.assert_close(found, torch.full((1, 2), math.log(3 / 2)))
+def test_words_that_a_teacher_rules_out_count_nothing() -> None:
+    model, teacher = torch.zeros(1, 2, 3), torch.tensor([[[0.0, 0.0, -torch.inf]] * 2])
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    found = token_scores(lambda _: iter([model]), lambda _: iter([teacher]), ids)  # type: ignore[arg-type]
+    torch.testing.assert_close(found["kl"], torch.full((1, 2), math.log(3 / 2)))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_positions_take_one_pass_of_each_decoder(known: bool, with_bos, haystack, monkeypatch) -> None:
+    """Not one for each part of the logits, also if the family's head has no known form."""
+    monkeypatch.setattr(by_position, "TOKENS", 16)
+    base, model = tiny_model("llama"), lolcats.convert(tiny_model("llama"), TINY)
+    expected = positions(model, with_bos, [haystack], 130, 2, lambda: base)
+    if not known:
+        monkeypatch.setattr(by_position, "find_head", lambda _: None)
+    passes: list[int] = []
+    for each in (base, model):
+        each.base_model.register_forward_hook(lambda *_: passes.append(1))
+    scores = positions(model, with_bos, [haystack], 130, 2, lambda: base)
+    assert len(passes) == 2 * (2 + 2 * known), "two windows of each model, and two calls that look for its head"
+    for score, same in zip(scores, expected, strict=True):
+        assert score.value == pytest.approx(same.value, rel=1e-5, abs=1e-8)
 
 
 def test_buckets_are_powers_of_two() -> None:

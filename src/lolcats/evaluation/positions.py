@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch import Tensor
+from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.scores import Score, mean_score
 from lolcats.evaluation.text import special_prefix
-from lolcats.modeling.install import decoder
+from lolcats.modeling.install import decoder, inputs_of
+from lolcats.modeling.loss import find_head
 
 FIRST = 64  # end of the first bucket of positions; each bucket ends at twice the end of the one before
 TOKENS = 512  # logits in memory at a time
@@ -28,15 +29,12 @@ def positions(model: PreTrainedModel, tokenizer: Any, documents: Sequence[Sequen
     with; also score the KL divergence from its predictions, in nats per token.
     """
     windows = cut(tokenizer, documents, length, limit)
-    found = {"nll": [token_losses(model, one.to(model.device))[0] for one in windows]}
-    if teacher is not None:
-        other = teacher()
-        found["kl"] = [token_divergences(model, other, one.to(model.device))[0] for one in windows]
-        del other
+    own, other = Predictions(model), None if teacher is None else Predictions(teacher())
+    found = [token_scores(own, other, window) for window in windows]
     scores = []
-    for metric, values in found.items():
+    for metric in found[0]:
         for start, end in buckets(length):
-            items = tuple(value[max(start, 1) - 1 : end - 1].mean().item() for value in values)
+            items = tuple(each[metric][0, max(start, 1) - 1 : end - 1].mean().item() for each in found)
             scores.append(mean_score("positions", f"{metric} {start}-{end - 1}", (items,), higher_is_better=False))
     return scores
 
@@ -66,44 +64,32 @@ def buckets(length: int) -> Iterator[tuple[int, int]]:
         start, end = end, min(2 * end, length)
 
 
-@torch.no_grad()
-def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """−log p of ids[:, 1:], (B, T − 1) fp32, from one forward pass that never holds all logits at once."""
-    parts = []
-    targets = ids[:, 1:].split(TOKENS, dim=1)
-    for logits, target in zip(_logits(model, ids[:, :-1]), targets, strict=True):
-        parts.append(cross_entropy(logits.float().transpose(1, 2), target, reduction="none"))
-    return torch.cat(parts, dim=1)
+class Predictions:
+    """A model's logits for windows of text, TOKENS positions at a time, from one forward pass of its decoder each."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.head = model, find_head(model)
+
+    def __call__(self, ids: Tensor) -> Iterator[Tensor]:
+        """(B, T) -> (B, at most TOKENS, V) fp32 for each part of T."""
+        call = inputs_of(ids.to(self.model.device))
+        head = self.head
+        if head is None:
+            yield from (logits.float() for logits in self.model(**call).logits.split(TOKENS, dim=1))
+        else:
+            yield from map(head, decoder(self.model)(**call)[0].split(TOKENS, dim=1))
 
 
 @torch.no_grad()
-def token_divergences(model: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> Tensor:
-    """KL divergence of the model's prediction of each of ids[:, 1:] from the teacher's, (B, T − 1) fp32, as
-    :func:`token_losses` computes losses."""
-    parts = []
-    for logits, wanted in zip(_logits(model, ids[:, :-1]), _logits(teacher, ids[:, :-1]), strict=True):
-        own, target = (x.float().log_softmax(-1) for x in (logits, wanted))
-        parts.append(kl_div(own, target, reduction="none", log_target=True).nansum(-1))  # NaN: a target of -inf
-    return torch.cat(parts, dim=1)
-
-
-def _logits(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
-    """The model's logits, TOKENS at a time, from one forward pass of the decoder.
-
-    Some families scale or cap the logits in their own forward, so each piece of hidden states must pass through it. The
-    forward is called with one token, and a hook replaces the decoder's output by the piece.
-    """
-    hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
-    for piece in hidden.split(TOKENS, dim=1):
-        with _leaving(decoder(model), piece):
-            yield model(input_ids=ids[:, :1], use_cache=False).logits
-
-
-@contextmanager
-def _leaving(module: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """Make ``module`` return ``hidden`` as its last hidden state."""
-    handle = module.register_forward_hook(lambda _, __, output: type(output)(last_hidden_state=hidden))
-    try:
-        yield
-    finally:
-        handle.remove()
+def token_scores(model: Predictions, teacher: Predictions | None, ids: Tensor) -> dict[str, Tensor]:
+    """For each of ids[:, 1:], (B, T − 1) fp32: nll, −log p; with a teacher also kl, the KL divergence of the prediction
+    from the teacher's."""
+    found: dict[str, list[Tensor]] = {name: [] for name in (["nll"] if teacher is None else ["nll", "kl"])}
+    wanted = itertools.repeat(None) if teacher is None else teacher(ids[:, :-1])
+    for logits, target, other in zip(model(ids[:, :-1]), ids[:, 1:].split(TOKENS, dim=1), wanted, strict=False):
+        own = logits.log_softmax(-1)
+        found["nll"].append(-own.gather(-1, target.to(own.device)[..., None])[..., 0])
+        if other is not None:
+            divergence = kl_div(own, other.log_softmax(-1), reduction="none", log_target=True)
+            found["kl"].append(divergence.nansum(-1))  # NaN: a target of -inf
+    return {name: torch.cat(parts, dim=1) for name, parts in found.items()}

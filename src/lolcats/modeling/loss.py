@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +107,9 @@ def find_head(model: PreTrainedModel) -> Head | None:
         return None
     high, low = logits[0, 0, 0].item(), logits[0, 0, 1].item()
     capped = abs(high - 1e6 * low) > 1e-3 * abs(high)
-    head = Head(module, 100 * low if capped else high / 1e4, high if capped else None)
+    if capped and abs(low) >= abs(high):
+        return None
+    head = Head(module, 100 * high * math.atanh(low / high) if capped else high / 1e4, high if capped else None)
     head = Head(module, 1.0, head.softcap) if abs(head.scale - 1) < 1e-5 else head
     same = torch.allclose(hidden.float(), given[0].float(), rtol=1e-2, atol=1e-2 * hidden.abs().max().item())
     return head if same and torch.allclose(head.shape(answers[0]), logits.float(), rtol=1e-4, atol=1e-4) else None
