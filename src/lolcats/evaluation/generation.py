@@ -1,6 +1,7 @@
 """Answers to many prompts by the engine, with continuous batching and CUDA graphs instead of padded batches in turn.
 
-What all prompts begin with, such as the worked examples of a task, is computed once.
+What all prompts begin with, such as the worked examples of a task, is computed once. Prompts of one length are
+prefilled together, since a call of a small model with few tokens costs a GPU as much as one with many.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from lolcats.modeling.layer import linearized_layers
 SLOTS = 64
 PIECE = 2048  # prompt tokens between two decode steps: nobody waits for a single answer
 SHARED = 64  # tokens that prompts must share for it to be worth a state of their own
+TOGETHER = 16384  # prompt tokens to prefill together
+REFILL = 4  # the share of slots, one of so many, that must be free before new prompts are prefilled
 
 
 def uses_engine(model: PreTrainedModel) -> bool:
@@ -35,16 +38,20 @@ def generate(
 ) -> list[list[int]]:
     """The answer to each prompt, as tokens; what ended it may be among them.
 
-    Decode steps have one batch size, so an answer does not depend on what is generated beside it.
+    The same prompts get the same answers again. In 16 bits an answer may depend on what its prompt was prefilled with,
+    since products of several rows round differently. Decode steps have one batch size.
 
     Raises:
         LolcatsError: a prompt has no room, or the engine failed.
     """
     slots = max(1, min(slots, len(asked)))
     longest = max((len(prompt) + params.max_tokens for prompt, params in asked), default=1)
-    engine = Engine(model, tokenizer, slots, PIECE, prefix_bytes=0, batch_sizes=[slots], context=longest)
     shared = beginning([prompt for prompt, _ in asked])
     numbered = [(number, prompt[len(shared) :], params) for number, (prompt, params) in enumerate(asked)]
+    numbered.sort(key=lambda each: -len(each[1]))  # neighbours are prefilled together
+    together = max(1, TOGETHER // max((len(prompt) for _, prompt, _ in numbered), default=1))
+    engine = Engine(model, tokenizer, slots, PIECE, prefix_bytes=0, batch_sizes=[slots], context=longest,
+                    prefill_rows=together, refill=slots // REFILL)  # fmt: skip
     found: list[list[int]] = [[] for _ in asked]
     try:
         for answered in answer_all(engine, numbered, after(engine, shared)):

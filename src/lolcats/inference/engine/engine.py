@@ -63,6 +63,7 @@ class Engine:
         stop_tokens: end a request; the model's and tokenizer's end-of-sequence tokens by default.
         state_dtype: of the sums S in the slots, fp32 or bf16.
         prefill_rows: prompts of one length, no longer than a piece, that are prefilled together.
+        refill: slots that must be free before prompts are prefilled, if so many wait and others run.
         graphs: whether decode steps are CUDA graphs; by default on CUDA where the decode kernel takes every layer.
         context, kept_bytes, block: tokens of a sequence, memory for kept keys, and tokens of a block, where the model
             keeps heads or layers (see :class:`.room.Room`).
@@ -71,11 +72,12 @@ class Engine:
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, slots: int = 16, piece: int = 256, prefix_bytes: int = 256 << 20,
         batch_sizes: Sequence[int] | None = None, stop_tokens: Sequence[int] | None = None,
-        state_dtype: torch.dtype = torch.float32, prefill_rows: int = 1, graphs: bool | None = None,
+        state_dtype: torch.dtype = torch.float32, prefill_rows: int = 1, refill: int = 1, graphs: bool | None = None,
         context: int = 0, kept_bytes: int | None = None, block: int = BLOCK,
     ) -> None:  # fmt: skip
         check_model(model)
-        self.model, self.tokenizer, self.piece, self.prefill_rows = model.eval(), tokenizer, piece, prefill_rows
+        self.model, self.tokenizer, self.piece, self.refill = model.eval(), tokenizer, piece, refill
+        self.prefill_rows = prefill_rows
         if model.device.type == "cpu":
             lay_out_for_vectors(model)
         self.layers = {layer.geometry.layer: layer for layer in linearized_layers(model)}
@@ -87,14 +89,13 @@ class Engine:
         self.batch_sizes = sorted({*(batch_sizes or (1 << i for i in range(slots.bit_length()))), slots})
         self.stop_tokens = frozenset(end_tokens(model, tokenizer) if stop_tokens is None else stop_tokens)
         self.vocabulary: int = model.config.get_text_config().vocab_size
-        self.waiting = Prompts(slots)
+        self.waiting, self.sampler = Prompts(slots), BatchSampler()
         self.slots = Slots(self.table, model.device.type == "cuda")
         self.running, self.inputs = self.slots.running, self.slots.inputs
         self.broken = ""
         """What made the device unusable, if anything did: nothing runs any more."""
         self.flying: tuple[list[Request], Landing] | None = None
         """A step that was launched ahead: its requests in the order of its rows, and their tokens."""
-        self.sampler = BatchSampler()
         self.keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.resources = prepare(self, model, self.layers.values())
         self.graphs: DecodeGraphs | None = None
@@ -184,6 +185,8 @@ class Engine:
 
     def _prefill(self) -> None:
         budget = self.piece
+        if self.running and self.table.slots - len(self.running) < min(self.refill, len(self.waiting)):
+            return None
         while self.waiting and len(self.running) < self.table.slots:
             request = self.waiting.next(self._may_begin if self.room else None)
             if request is None:
@@ -235,9 +238,10 @@ class Engine:
         request.cache = PrefillCache(self.layers, start, self.kept, tables)
 
     def _prefill_together(self, requests: list[Request]) -> None:
-        tables = [self.room.begin(None, len(request.prompt)) for request in requests] if self.room else []
-        cache = PrefillCache(self.layers, None, self.kept, tables)
-        logits = self._forward_new([request.prompt for request in requests], 0, cache)
+        start = requests[0].start
+        tables = [self.room.begin(start, len(request.prompt)) for request in requests] if self.room else []
+        cache = PrefillCache(self.layers, start, self.kept, tables, len(requests))
+        logits = self._forward_new([request.prompt for request in requests], requests[0].first, cache)
         for request in requests:
             request.prefilled, request.cache = len(request.prompt), cache
         self._admit(requests, logits[:, -1])

@@ -76,15 +76,16 @@ class Prompts:
             self.shortest_next, self.oldest_next = True, not self.oldest_next
 
     def alike(self, first: Request, most: int) -> list[Request]:
-        """``first`` and other prompts of its length that can be prefilled in one batch."""
+        """``first`` and other prompts of its length that can be prefilled in one batch, all after the same state."""
         if most < 2 or not _plain(first):
             return [first]
-        length = len(first.prompt)
-        others = (r for r in self.requests if r is not first and len(r.prompt) == length and _plain(r))
+        length, start = len(first.prompt), first.start
+        others = (r for r in self.requests
+                  if r is not first and len(r.prompt) == length and r.start is start and _plain(r))  # fmt: skip
         return [first, *islice(others, most - 1)]
 
 
 def _plain(request: Request) -> bool:
     """Whether nothing of the prompt is known yet, and nothing but its last logits is asked for."""
     asks = request.params
-    return request.cache is None and request.start is None and asks.prompt_logprobs is None and asks.max_tokens > 0
+    return request.cache is None and asks.prompt_logprobs is None and asks.max_tokens > 0

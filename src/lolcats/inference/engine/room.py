@@ -90,17 +90,17 @@ class Room:
         self.short = not self.has([count + running for count in self._lacking(request)])
         return not self.short
 
-    def _lacking(self, request: Request) -> list[int]:
-        """Blocks for the tokens so far and one more, without those that it shares with the state it goes on from."""
+    def _lacking(self, request: Request, more: int = 1) -> list[int]:
+        """Blocks for the tokens so far and ``more``, without those that it shares with the state it goes on from."""
         start = request.paused or request.start
         before = len(start.tokens) if start else 0
         shared = start is not None and isinstance(start.kept, Held) and start.kept.memory is self.kept
-        return self.kept.lacking(before, shared, len(request.history) + 1 - before)
+        return self.kept.lacking(before, shared, len(request.history) + more - before)
 
     def alike(self, request: Request, most: int) -> int:
         """How many prompts of this one's length, at most ``most``, may begin together."""
-        each = zip(self.kept.free, self.kept.lacking(0, False, len(request.prompt)), strict=True)
-        return max(1, min(most, *(free // count for free, count in each)))
+        each = zip(self.kept.free, self._lacking(request, 0), strict=True)
+        return max(1, min(most, *(free // count for free, count in each if count)))
 
     def begin(self, start: Snapshot | None, tokens: int) -> Tables:
         """Blocks for a prompt of ``tokens`` tokens that goes on from ``start``."""

@@ -91,13 +91,15 @@ class PrefillCache:
     """transformers' cache of one sequence, or of several of one length, for their prefill.
 
     Args:
+        start: what all of them go on from.
         kept: where the model's kept keys go, if it has any; ``tables`` are the sequences' blocks there, with room for
             what is still to come.
+        rows: how many sequences.
     """
 
     def __init__(
         self, layers: dict[int, LinearizedAttention], start: Snapshot | None = None, kept: KeptKeys | None = None,
-        tables: Sequence[Tables] = (),
+        tables: Sequence[Tables] = (), rows: int = 1,
     ) -> None:  # fmt: skip
         self.cache, self.layers = _cache(layers, kept)
         self.tables = tables
@@ -105,6 +107,8 @@ class PrefillCache:
             for layer, state in zip(self.layers, start.layers, strict=True):
                 sums = state.sums._replace(S=state.sums.S.float())  # a snapshot out of a table may have bf16
                 layer.state = replace(state, sums=sums)
+                if rows > 1:
+                    layer.state = layer.state.map(lambda x: x.repeat_interleave(rows, 0))
                 layer.length, layer.is_initialized = len(start.tokens), True
 
     def extended(self, tokens: int) -> DynamicCache:
