@@ -77,19 +77,7 @@ def report(results: dict[str, Any]) -> str:
                 memory = f"{found['peak_gib'] or 0:.1f} | {_number(found['predicted_gib'], '.1f')}"
                 target = SCALING.get(int(count), "")
                 lines.append(f"| {name} | {count} | {speeds} | {share} | {target} | {differ} | {memory} |")
-    lines += [
-        "",
-        f"Generation, greedy, plain PyTorch, {sizes['new_tokens']} tokens after {sizes['prompt']}; heads split "
-        "over the GPUs (tensor parallel):",
-        "",
-        "| GPUs | batch | prefill s | decoded tokens/s | against one GPU |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    for count, found in results["parts"].get("generation", {}).items():
-        for rows, batch in found.get("batches", {}).items():
-            speed_up = f"{batch['speed_up']:.2f}" if "speed_up" in batch else ""
-            times = f"{batch['prefill_seconds']:.3f} | {batch['tokens_per_second']:,.1f}"
-            lines.append(f"| {count} | {rows} | {times} | {speed_up} |")
+    lines += generation_lines(results["parts"].get("generation", {}), sizes)
     lines += other_lines(results["parts"]) + selection_lines(results["parts"].get("selection", {}))
     for name, part in results["parts"].items():
         for found in part.values():
@@ -98,6 +86,25 @@ def report(results: dict[str, Any]) -> str:
                 lines += profile_lines(found["profile"])
     lines += [f"\n{count} ranks: {what}." for count, what in results["failures"].items()]
     return "\n".join(lines) + "\n"
+
+
+def generation_lines(counts: dict[str, Any], sizes: dict[str, Any]) -> list[str]:
+    """Generation by number of GPUs."""
+    rows = []
+    for count, found in counts.items():
+        for batch_size, batch in found.get("batches", {}).items():
+            speed_up = f"{batch['speed_up']:.2f}" if "speed_up" in batch else ""
+            times = f"{batch['prefill_seconds']:.3f} | {batch['tokens_per_second']:,.1f}"
+            rows.append(f"| {count} | {batch_size} | {times} | {speed_up} |")
+    return rows and [
+        "",
+        f"Generation, greedy, plain PyTorch, {sizes['new_tokens']} tokens after {sizes['prompt']}; heads split "
+        "over the GPUs (tensor parallel):",
+        "",
+        "| GPUs | batch | prefill s | decoded tokens/s | against one GPU |",
+        "|---:|---:|---:|---:|---:|",
+        *rows,
+    ]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -305,9 +305,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for row in itertools.chain.from_iterable(parts[name] for name in PARTS if name in arguments.rows):
         if time.time() > end:
             results["missing"].append(row.how)
-            continue
-        results["rows"].append(measure(bench, row, few if row.control else full))
-        print(results["rows"][-1], flush=True)
+        else:
+            results["rows"].append(measure(bench, row, few if row.control else full))
+            print(results["rows"][-1], flush=True)
         common.write(results, table(results), arguments.out, f"selection-{name}")
     return results
 

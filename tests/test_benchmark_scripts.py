@@ -359,6 +359,9 @@ def test_selection_takes_the_sets_of_a_file(model_dirs: dict[str, Path], tmp_pat
     ]
     results = script("selection").main([*words, "1", "--rows", "none,controls", "--random", "1"])
     assert [row["how"] for row in results["rows"]] == ["none", "steepest slopes", "single drop", "random 0"]
+    script("selection").main([*words, "1", "--rows", "none", "--minutes", "0"])
+    assert json.loads((tmp_path / "selection-tiny.json").read_text())["missing"] == ["none"]
+    assert "Not measured for lack of time: none." in (tmp_path / "selection-tiny.md").read_text()
     with pytest.raises(SystemExit, match=r"no set of 3 heads\. Numbers it has: 1"):
         script("selection").main([*words, "3"])
 
