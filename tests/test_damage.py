@@ -59,6 +59,20 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, model_dirs) -> Path:
     return directory
 
 
+def test_a_config_is_replaced_as_a_whole(model_dirs, tmp_path: Path) -> None:
+    """Another rank that reads config.json meanwhile sees the old one or the new one, never a part."""
+    base = find_base(str(model_dirs["llama"]))
+    model = lolcats.convert(load_model(base, torch.float32), SMALL)
+    save_adapter_config(model, base, tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    with (tmp_path / "config.json").open() as reader:
+        save_adapter_config(model, base, tmp_path, kind="window")
+        assert reader.read() == before
+    after = json.loads((tmp_path / "config.json").read_text())
+    assert {layer["kind"] for layer in after["lolcats"]["layers"]} == {"window"}
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_model("llama"), tokenizer)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -117,7 +118,8 @@ def load_feature_maps(model: nn.Module, path: Path) -> None:
 def save_adapter_config(
     model: PreTrainedModel, base: Base, directory: Path, kind: str = "", parts: dict[str, str] | None = None
 ) -> None:
-    """Write DIR/config.json of the adapter form: the family's configuration, our record, and where the base is.
+    """Write DIR/config.json of the adapter form: the family's configuration, our record, and where the base is. Other
+    ranks may read it meanwhile: they see the old file or the new one.
 
     Args:
         kind: the kind that every linearized layer gets when the adapter is loaded (default: its own).
@@ -132,7 +134,11 @@ def save_adapter_config(
     listed = {} if parts is None else {"parts": parts}
     config.lolcats = sealed({**record, "form": "adapter", "base": with_content(base).record, **listed})
     config.dtype = model.dtype
-    config.save_pretrained(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".config-", dir=directory) as partial:
+        config.save_pretrained(partial)
+        for file in Path(partial).iterdir():
+            file.replace(directory / file.name)
 
 
 def load_adapter(directory: str | Path, config: Any, convert_as: ConvertAs, arguments: Arguments) -> PreTrainedModel:

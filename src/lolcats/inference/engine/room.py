@@ -100,7 +100,7 @@ class Room:
     def alike(self, request: Request, most: int) -> int:
         """How many prompts of this one's length, at most ``most``, may begin together."""
         each = zip(self.kept.free, self._lacking(request, 0), strict=True)
-        return max(1, min(most, *(free // count for free, count in each if count)))
+        return max(1, min([most, *(free // count for free, count in each if count)]))
 
     def begin(self, start: Snapshot | None, tokens: int) -> Tables:
         """Blocks for a prompt of ``tokens`` tokens that goes on from ``start``."""
