@@ -69,7 +69,7 @@ def other(name: str) -> Any:
 
 @pytest.mark.parametrize(("family", "q", "k"), [("llama", "q_proj", "k_proj"), ("gemma3", "q_norm", "k_norm")])
 @torch.no_grad()
-def test_maps_see_what_comes_in_front_of_rope(family: str, q: str, k: str) -> None:
+def test_maps_see_what_comes_before_rope(family: str, q: str, k: str) -> None:
     model, made, seen = converted(tiny_model(family)), [], []
     for module in model.modules():
         if isinstance(getattr(module, "lolcats", None), LinearizedAttention):
@@ -192,6 +192,13 @@ def test_layers_without_rope_are_refused(layer: str, weights: bool) -> None:
     model = AutoModelForCausalLM.from_config(config) if weights else empty_model(config, torch.float32)
     with pytest.raises(LolcatsError, match=f"^Layer {layer} does not apply RoPE the way"):
         (lolcats.convert if weights else convert_empty)(model, UNROTATED)
+
+
+def test_models_are_converted_in_inference_mode_too() -> None:
+    """Whether layers rotate is found with gradients, which inference mode turns off."""
+    changes = AttentionConfig(window_size=8, feature_dim=4, feature_inputs="unrotated")
+    with torch.inference_mode():
+        lolcats.convert(tiny_model(), changes)
 
 
 def test_a_layer_without_rope_may_stay_softmax() -> None:

@@ -149,6 +149,7 @@ def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     )  # fmt: skip
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def check_rotates(model: Any) -> None:
     """Raise LolcatsError unless every layer's output depends on the cosines it receives: some families rotate only in
