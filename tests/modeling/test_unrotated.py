@@ -194,11 +194,17 @@ def test_layers_without_rope_are_refused(layer: str, weights: bool) -> None:
         (lolcats.convert if weights else convert_empty)(model, UNROTATED)
 
 
-def test_models_are_converted_in_inference_mode_too() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("made_before", [True, False])
+def test_models_are_converted_in_inference_mode_too(made_before: bool, family: str) -> None:
     """Whether layers rotate is found with gradients, which inference mode turns off."""
     changes = AttentionConfig(window_size=8, feature_dim=4, feature_inputs="unrotated")
+    ids = torch.arange(3, 20)[None]
+    expected = lolcats.convert(tiny_model(family), changes)(input_ids=ids).logits
+    with torch.inference_mode(not made_before):
+        model = tiny_model(family)  # sets the seed that feature maps are drawn with
     with torch.inference_mode():
-        lolcats.convert(tiny_model(), changes)
+        assert_close(lolcats.convert(model, changes)(input_ids=ids).logits, expected)
 
 
 def test_a_layer_without_rope_may_stay_softmax() -> None:

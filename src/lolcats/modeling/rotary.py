@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from transformers import DynamicCache
 
 from lolcats.attention.path import choose_rotary_path
@@ -173,11 +174,15 @@ def check_rotates(model: Any) -> None:
         raise no_rotation(model, none[0].lolcats.geometry.layer)
     hooks = [module.register_forward_pre_hook(give, with_kwargs=True) for module in modules]
     hooks += [module.register_forward_hook(look) for module in modules]
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    tensors: dict[str, Tensor] = {}
+    if any(weight.is_inference() for weight in model.parameters()):  # autograd does not take these
+        named = itertools.chain(model.named_parameters(), model.named_buffers())
+        tensors = {name: torch.empty_like(x, device="meta") for name, x in named}
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta" if tensors else model.device)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # else families look at positions
     try:
         with override(model, mode="teacher"):
-            model(input_ids=ids, past_key_values=cache)
+            functional_call(model, tensors, kwargs={"input_ids": ids, "past_key_values": cache})
     finally:
         for hook in hooks:
             hook.remove()
