@@ -239,6 +239,8 @@ class FinetuneConfig(StageConfig):
     """Stage 2, low-rank linearizing: train LoRA on the next-token loss, or to predict as the teacher does."""
 
     learning_rate: float = 1e-4
+    """Learning rate of LoRA (0: none is trained, so the base model's weights stay as they are, and only feature maps
+    are; see ``feature_map_learning_rate``)."""
     early_stopping_patience: int = 10
     loss: Literal["cross_entropy", "kl", "mix"] = "cross_entropy"
     """``cross_entropy``: of the next token (the paper); ``kl``: knowledge distillation, the KL divergence of the
@@ -287,6 +289,11 @@ class FinetuneConfig(StageConfig):
                 "finetune.protect_kept does not work with finetune.use_dora: DoRA's magnitudes change every row of a "
                 "weight. Leave out one of the two."
             )
+        if self.max_steps != 0 and self.learning_rate == self.feature_map_learning_rate == 0:
+            raise LolcatsError(
+                "finetune.learning_rate and finetune.feature_map_learning_rate are both 0: stage 2 would not learn "
+                "anything. Set one of them, or skip stage 2 with finetune.max_steps=0."
+            )
 
 
 @dataclass(frozen=True)
@@ -324,6 +331,11 @@ class Config:
             raise LolcatsError(
                 "controls are trained on the original base model and cannot be compared with a student that is "
                 "trained on a quantized one (finetune.quantize_base). Leave out one of the two."
+            )
+        if self.controls and self.finetune.learning_rate == 0 and self.finetune.max_steps != 0:
+            raise LolcatsError(
+                "controls are trained with the student's LoRA, and finetune.learning_rate=0 trains none. Leave out one "
+                "of the two."
             )
         length, window = self.data.sequence_length, self.attention.window_size
         if self.attention.kind in ("hybrid", "window") and length < 2 * window:

@@ -53,8 +53,8 @@ RANGES: dict[str, dict[str, Range]] = {
         **STAGE, "mse_weight": FROM_0, "xent_weight": FROM_0, "block_size": FROM_1, "chunk_tokens": FROM_1,
     },
     "finetune": {
-        **STAGE, "kl_weight": Range(0, 1, above=True, below=True), "kl_temperature": POSITIVE, "rank": FROM_1,
-        "alpha": POSITIVE, "dropout": Range(0, 1, below=True), "feature_map_learning_rate": FROM_0,
+        **STAGE, "learning_rate": FROM_0, "feature_map_learning_rate": FROM_0, "rank": FROM_1, "alpha": POSITIVE,
+        "dropout": Range(0, 1, below=True), "kl_weight": Range(0, 1, above=True, below=True), "kl_temperature": POSITIVE,
     },
 }  # fmt: skip
 """By section and name. ``epochs`` only counts without ``max_steps``, ``plateau_factor`` with its schedule."""

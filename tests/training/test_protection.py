@@ -25,8 +25,10 @@ from lolcats.config import AttentionConfig, FinetuneConfig, load_config
 from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.modeling.interface import attention_function
+from lolcats.pipeline import linearize
 from lolcats.stages.finetune.protection import kept_rows
 from lolcats.stages.finetune.stage import add_lora, finetune, lora_targets, trained_layers
+from lolcats.weights.base import find_base, load_model
 
 IDS = torch.randint(6, 300, (2, 40), generator=torch.Generator().manual_seed(0))
 SIZES = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -150,6 +152,52 @@ def test_kept_layers_get_no_lora_for_queries_and_keys(settings: list[str], tmp_p
     config = load_config("default", [*settings, "finetune.protect_kept=true", "attention.layers={1: softmax}"])
     wrapped, _ = finetune(lolcats.convert(tiny_model(), config), rows(), config, tmp_path)
     assert not [name for name, _ in wrapped.named_parameters() if "layers.1.self_attn.q_proj.lora" in name]
+
+
+@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_learning_rate_only_maps_are_trained(dtype, loss: str, settings: list[str], tmp_path: Path) -> None:
+    """The merged weights are the base model's, bit for bit, with decay, clipping and protection."""
+    config = load_config("default", [
+        *settings, "finetune.learning_rate=0", "finetune.feature_map_learning_rate=1e-2", "finetune.weight_decay=0.1",
+        f"finetune.loss={loss}", "finetune.protect_kept=true", "attention.softmax_heads={1: [0]}",
+    ])  # fmt: skip
+    model = lolcats.convert(tiny_model().to(dtype), config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wrapped, result = finetune(model, rows(), config, tmp_path)
+    assert result.steps > 0
+    for name, value in wrapped.merge_and_unload().state_dict().items():
+        assert torch.equal(value, before[name]) != (".lolcats." in name), name
+
+
+def test_a_run_of_feature_maps_only(settings: list[str], model_dirs, chat_file: Path, tmp_path: Path) -> None:
+    more = ["finetune.learning_rate=0", "finetune.feature_map_learning_rate=1e-2", "finetune.loss=kl"]
+    config, said = load_config("default", [*settings, *more]), list[str]()
+    linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "run", config, say=said.append)
+    assert any(line.startswith("Stage 2: feature maps on the KL divergence") for line in said)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "In stage 2, only feature maps were trained, on the KL divergence from the teacher." in card
+    weights = lolcats.load(tmp_path / "run").state_dict()
+    base = load_model(find_base(str(model_dirs["llama"])), torch.float32)
+    assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "learning_rate and finetune.feature_map_learning_rate are both 0"),
+        (["finetune.feature_map_learning_rate=1e-3", "controls=[window_lora]"], "learning_rate=0 trains none"),
+    ],
+)
+def test_what_would_train_nothing_is_refused(more: list[str], message: str) -> None:
+    with pytest.raises(LolcatsError, match=message):
+        load_config("default", ["finetune.learning_rate=0", *more])
+
+
+def test_a_model_without_maps_needs_a_learning_rate() -> None:
+    config = load_config("default", ["finetune.learning_rate=0", "finetune.feature_map_learning_rate=1e-3"])
+    with pytest.raises(LolcatsError, match="leaves nothing to train"):
+        add_lora(lolcats.convert(tiny_model(), AttentionConfig(kind="window", window_size=8)), config.finetune)
 
 
 def test_without_protection_all_rows_move(settings: list[str], tmp_path: Path) -> None:

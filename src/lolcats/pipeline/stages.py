@@ -128,7 +128,8 @@ def run_finetune(job: Job) -> None:
         raise LolcatsError("finetune.quantize_base works on one GPU only: run this without torchrun.")
     model, to_shard = job.models.for_finetuning()
     what = "" if config.finetune.loss == "cross_entropy" else f" on {loss_of(config)}"
-    job.say(_headline(job, f"Stage 2: low-rank linearizing{what}", "finetune"))
+    kind = "low-rank linearizing" if config.finetune.learning_rate > 0 else "feature maps"
+    job.say(_headline(job, f"Stage 2: {kind}{what}", "finetune"))
     started = time.time()
     if to_shard:
         config = replace(config, finetune=replace(config.finetune, sharding="always"))

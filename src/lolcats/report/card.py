@@ -83,10 +83,18 @@ def write_card(run: Run) -> None:
             student=json.dumps(results["sample_student"], ensure_ascii=False),
             source=data["source"].rsplit("/", 1)[-1], documents=data["documents"], train_rows=data["train_rows"],
             fingerprint=data["fingerprint"], base_fingerprint=run.base.fingerprint,
-            trained=f"LoRA was trained on {loss_of(config)}.\n" if has_lora(run) else "",
+            trained=_trained(run),
             stages=json.dumps(record["stages"]), versions=json.dumps(record["versions"]), config=to_yaml(config),
         ),
     )  # fmt: skip
+
+
+def _trained(run: Run) -> str:
+    """A line on what stage 2 has trained."""
+    if "steps" not in run.record["stages"].get("finetune", {}):
+        return ""
+    what = "LoRA was trained" if has_lora(run) else "In stage 2, only feature maps were trained,"
+    return f"{what} on {loss_of(run.config)}.\n"
 
 
 def _what_stays(layers: list[dict[str, Any]]) -> str:

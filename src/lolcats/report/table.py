@@ -183,7 +183,7 @@ def _percent(value: float, other: float) -> str:
 
 def has_lora(run: Run) -> bool:
     """Whether stage 2 has trained LoRA."""
-    return "steps" in run.record["stages"].get("finetune", {})
+    return "steps" in run.record["stages"].get("finetune", {}) and run.config.finetune.learning_rate > 0
 
 
 def _lacks_control(run: Run) -> bool:

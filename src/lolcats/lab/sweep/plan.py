@@ -111,7 +111,8 @@ class Row:
     @property
     def controls(self) -> dict[Control, Row]:
         """The controls that the row can have: all if it has a linear term and LoRA, else none."""
-        if not self.config.attention.has_linear or self.config.finetune.max_steps == 0:
+        finetune = self.config.finetune
+        if not self.config.attention.has_linear or finetune.max_steps == 0 or finetune.learning_rate == 0:
             return {}
         return {name: control_row(self, name) for name in get_args(Control)}
 

@@ -118,6 +118,7 @@ def protected(wrapped: PeftModel, wanted: bool) -> Iterator[None]:
         part.weight.register_hook(_without(rows[:, None].to(part.weight.device)))
         for name, rows in kept_rows(model, kept_layers(model), layers).items()
         for part in layers[name].lora_B.values()
+        if part.weight.requires_grad
     ]
     try:
         yield

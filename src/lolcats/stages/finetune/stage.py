@@ -84,7 +84,8 @@ def finetune(
 
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
-    """Add LoRA to ``config.targets``, and freeze all parameters that are not trained."""
+    """Add LoRA to ``config.targets``, and freeze all parameters that are not trained: with a learning rate of 0 LoRA,
+    too, which then stays zero."""
     targets = trained_layers(model, config)
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none",
@@ -94,8 +95,13 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
         wrapped = get_peft_model(model, lora)
     except ValueError as error:
         raise LolcatsError(f"finetune.targets {config.targets} do not fit this model: {error}") from None
-    maps = config.feature_map_learning_rate > 0
-    train_only(wrapped, lambda name: "lora_" in name or (maps and ".lolcats." in name))
+    lora_too, maps = config.learning_rate > 0, config.feature_map_learning_rate > 0
+    train_only(wrapped, lambda name: (lora_too and "lora_" in name) or (maps and ".lolcats." in name))
+    if not any(p.requires_grad for p in wrapped.parameters()):
+        raise LolcatsError(
+            "finetune.learning_rate=0 leaves nothing to train, since this model has no feature maps. Set it, or skip "
+            "stage 2 with finetune.max_steps=0."
+        )
     _compute_in_input_dtype(wrapped)
     return wrapped
 
@@ -295,8 +301,9 @@ class FinetuneTrainer(StageTrainer):
             trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
             lora: dict[str, Any] = {"params": [p for name, p in trained if ".lolcats." not in name]}
             maps: dict[str, Any] = {"params": [p for name, p in trained if ".lolcats." in name], "lr": rate}
+            groups = [group for group in (lora, maps) if group["params"]]
             self.optimizer: Any = torch.optim.AdamW(
-                [lora, maps], lr=self.args.learning_rate, weight_decay=self.args.weight_decay
+                groups, lr=self.args.learning_rate, weight_decay=self.args.weight_decay
             )
         return super().create_optimizer() if self.optimizer is None else self.optimizer
 
