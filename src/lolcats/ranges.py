@@ -54,7 +54,8 @@ RANGES: dict[str, dict[str, Range]] = {
     },
     "finetune": {
         **STAGE, "learning_rate": FROM_0, "feature_map_learning_rate": FROM_0, "rank": FROM_1, "alpha": POSITIVE,
-        "dropout": Range(0, 1, below=True), "kl_weight": Range(0, 1, above=True, below=True), "kl_temperature": POSITIVE,
+        "dropout": Range(0, 1, below=True), "kl_weight": Range(0, 1, above=True, below=True),
+        "kl_temperature": POSITIVE,
     },
 }  # fmt: skip
 """By section and name. ``epochs`` only counts without ``max_steps``, ``plateau_factor`` with its schedule."""
