@@ -239,8 +239,8 @@ class FinetuneConfig(StageConfig):
     """Stage 2, low-rank linearizing: train LoRA on the next-token loss, or to predict as the teacher does."""
 
     learning_rate: float = 1e-4
-    """Learning rate of LoRA (0: none is trained, so the base model's weights stay as they are, and only feature maps
-    are; see ``feature_map_learning_rate``)."""
+    """Learning rate of LoRA. 0: LoRA stays zero, so the weights are the base model's, and stage 2 trains only feature
+    maps (``feature_map_learning_rate``)."""
     early_stopping_patience: int = 10
     loss: Literal["cross_entropy", "kl", "mix"] = "cross_entropy"
     """``cross_entropy``: of the next token (the paper); ``kl``: knowledge distillation, the KL divergence of the

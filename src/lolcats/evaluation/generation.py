@@ -19,7 +19,7 @@ SLOTS = 64
 PIECE = 2048  # prompt tokens between two decode steps: nobody waits for a single answer
 SHARED = 64  # tokens that prompts must share for it to be worth a state of their own
 TOGETHER = 16384  # prompt tokens to prefill together
-REFILL = 4  # the share of slots, one of so many, that must be free before new prompts are prefilled
+REFILL = 0.25  # share of the slots that must be free before more prompts are prefilled
 
 
 def uses_engine(model: PreTrainedModel) -> bool:
@@ -51,7 +51,7 @@ def generate(
     numbered.sort(key=lambda each: -len(each[1]))  # neighbours are prefilled together
     together = max(1, TOGETHER // max((len(prompt) for _, prompt, _ in numbered), default=1))
     engine = Engine(model, tokenizer, slots, PIECE, prefix_bytes=0, batch_sizes=[slots], context=longest,
-                    prefill_rows=together, refill=slots // REFILL)  # fmt: skip
+                    prefill_rows=together, refill=int(REFILL * slots))  # fmt: skip
     found: list[list[int]] = [[] for _ in asked]
     try:
         for answered in answer_all(engine, numbered, after(engine, shared)):
