@@ -166,6 +166,9 @@ def test_without_a_learning_rate_only_maps_are_trained(dtype, loss: str, setting
     before = {name: value.clone() for name, value in model.state_dict().items()}
     wrapped, result = finetune(model, rows(), config, tmp_path)
     assert result.steps > 0
+    lora = [p for name, p in wrapped.named_parameters() if "lora_" in name]
+    assert lora
+    assert not any(p.requires_grad or p.grad is not None for p in lora)
     for name, value in wrapped.merge_and_unload().state_dict().items():
         assert torch.equal(value, before[name]) != (".lolcats." in name), name
 

@@ -85,7 +85,7 @@ def finetune(
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
     """Add LoRA to ``config.targets``, and freeze all parameters that are not trained: with a learning rate of 0 LoRA,
-    too, which then stays zero."""
+    too, which then stays zero and is not computed."""
     targets = trained_layers(model, config)
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none",
@@ -102,7 +102,10 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
             "finetune.learning_rate=0 leaves nothing to train, since this model has no feature maps. Set it, or skip "
             "stage 2 with finetune.max_steps=0."
         )
-    _compute_in_input_dtype(wrapped)
+    if lora_too:
+        _compute_in_input_dtype(wrapped)
+    else:  # switching them off and on, as for the teacher, would make them trainable
+        wrapped.base_model.disable_adapter_layers()
     return wrapped
 
 
