@@ -188,44 +188,6 @@ def test_steps_that_are_launched_ahead_change_no_token(sampling: dict[str, Any],
         torch.testing.assert_close(a.tensors(), b.tensors())
 
 
-def test_prompts_of_one_length_can_be_prefilled_together(tokenizer: Any) -> None:
-    engine = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=0, prefill_rows=3)
-    single = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=0)
-    many = [[5 + i, 6, 7 + i] for i in range(5)] + [[9, 8], *prompts(8)[6:]]
-    asked = [ask(engine, prompt, max_tokens=20) for prompt in many]
-    engine.step()
-    assert len(engine.running) == 4  # the shortest, then three of one length together
-    engine.run()
-    for prompt, deltas in zip(many, asked, strict=True):
-        assert tokens(deltas) == alone(single, prompt, max_tokens=20)
-
-
-def test_slots_can_be_refilled_several_at_a_time(tokenizer: Any) -> None:
-    """Prompts of one length after one state, in as few passes as slots and lengths allow; the last ones end, too."""
-    engine = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=0, prefill_rows=4, refill=3)
-    single = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=0)
-    first = ask(engine, prompts(8)[5], max_tokens=0)
-    engine.run()
-    rows: list[int] = []
-    forward = engine._forward_new
-    engine._forward_new = lambda tokens, *more: rows.append(len(tokens)) or forward(tokens, *more)  # type: ignore
-    asked = [ask(engine, [5 + i, 6, 7], first[-1].snapshot, max_tokens=3 + i) for i in range(9)]
-    engine.run()
-    assert rows == [4, 3, 2]
-    for i, deltas in enumerate(asked):
-        assert tokens(deltas) == alone(single, [*prompts(8)[5], 5 + i, 6, 7], max_tokens=3 + i)
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_a_request_for_no_tokens_is_not_prefilled_with_others(first: bool, tokenizer: Any) -> None:
-    engine = tiny_engine(tokenizer, slots=4, stop_tokens=(), prefix_bytes=0, prefill_rows=3)
-    wanted = [0, 6, 6] if first else [6, 0, 6]
-    asked = [ask(engine, [5 + i, 6, 7], max_tokens=count) for i, count in enumerate(wanted)]
-    engine.run()
-    assert [len(tokens(deltas)) for deltas in asked] == wanted
-    assert all(deltas[-1].finish_reason == "length" for deltas in asked)
-
-
 def test_a_short_prompt_does_not_wait_for_a_long_one(tokenizer: Any) -> None:
     engine = tiny_engine(tokenizer, slots=8, stop_tokens=(), prefix_bytes=0)
     plain = tiny_engine(tokenizer, slots=8, stop_tokens=(), prefix_bytes=0)

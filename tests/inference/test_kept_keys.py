@@ -105,42 +105,6 @@ def test_a_request_does_not_depend_on_its_batch_mates(name: str, sampling: dict[
         assert tokens(deltas) == alone(engine, prompt, max_tokens=20, **sampling)
 
 
-def test_prompts_of_one_length_can_be_prefilled_together(tokenizer: Any) -> None:
-    engine = engine_for(tokenizer, prefill_rows=3)
-    many = [[5 + i, 6, 7 + i] for i in range(5)] + prompts(8)[6:]
-    asked = [ask(engine, prompt, max_tokens=20) for prompt in many]
-    engine.step()
-    assert len(engine.running) == 3
-    engine.run()
-    for prompt, deltas in zip(many, asked, strict=True):
-        assert tokens(deltas) == generated(engine.model, prompt, 20)
-
-
-@pytest.mark.parametrize("name", ["a layer and a head", "all heads", "local layers and a head"])
-def test_prompts_after_one_state_can_be_prefilled_together(name: str, tokenizer: Any) -> None:
-    """The state ends within a block of kept keys, which each of them must copy."""
-    engine, begun = engine_for(tokenizer, name, prefill_rows=3), prompts(8)[5][:27]
-    first = ask(engine, begun, max_tokens=0)
-    engine.run()
-    start = first[-1].snapshot
-    assert start is not None
-    many = [[5 + i, 6, 7 + i] for i in range(3)] + [[9, 8]]
-    asked = [ask(engine, prompt, start, max_tokens=20) for prompt in many[:3]]
-    asked.append(ask(engine, many[3], max_tokens=20))
-    engine.step()
-    engine.step()
-    assert len(engine.running) == 4
-    engine.run()
-    for prompt, deltas in zip(many[:3], asked, strict=False):
-        assert tokens(deltas) == generated(engine.model, begun + prompt, 20)
-    assert tokens(asked[3]) == generated(engine.model, many[3], 20)
-    again = ask(engine, many[0], start, max_tokens=20)
-    engine.run()
-    assert tokens(again) == tokens(asked[0]), "the state is as it was"
-    del first, start, again, asked, deltas
-    assert_all_free(engine)
-
-
 def test_log_probabilities_of_prompts_are_those_without_a_cache(tokenizer: Any) -> None:
     engine, prompt = engine_for(tokenizer), prompts(8)[7]
     request = Request(prompt, SamplingParams(max_tokens=0, prompt_logprobs=0), lambda _: None)
