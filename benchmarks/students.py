@@ -233,7 +233,8 @@ def _seconds(result: dict[str, Any]) -> str:
 
 
 def _origin(results: Iterable[dict[str, Any]]) -> str:
-    facts = {key: sorted({str(r[key]) for r in results if r.get(key)}) for key in ("hardware", "commit", "date")}
+    kinds = ("command", "hardware", "commit", "date")
+    facts = {key: sorted({str(r[key]) for r in results if r.get(key)}) for key in kinds}
     return "; ".join(f"{key} {', '.join(values)}" for key, values in facts.items() if values)
 
 
