@@ -122,7 +122,7 @@ def test_where_it_is_used() -> None:
         assert [choose_rotary_path(x, "triton") for x in on_gpu] == ["kernels", "kernels", "kernels", "chunked"]
         assert {choose_rotary_path(x, "chunked") for x in on_gpu} == {"chunked"}
     with use_backend("triton"):
-        assert choose_rotary_path(torch.empty(1)) == "kernels"
+        assert choose_rotary_path(torch.empty(1, device=DEVICE)) == "kernels"
     assert choose_rotary_path(torch.empty(1)) == choose_rotary_path(torch.empty(1).half(), "triton") == "chunked"
 
 

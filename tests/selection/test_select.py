@@ -183,7 +183,7 @@ def test_other_files_are_not_taken_for_selections(tmp_path: Path, text: str) -> 
 def test_model_without_training(selection_file: Path, model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = command("linearize", model_dir, "--out", out, "--no-train", "--selection", selection_file,
-                   "--set", WINDOW[0], "--set", WINDOW[1])  # fmt: skip
+                   "--set", WINDOW[0], "--set", WINDOW[1], "--set", "dtype=float32")  # fmt: skip
     assert done.exit_code == 0, done.output
     heads = Selection.read(selection_file).heads
     config = AttentionConfig("window", window_size=8, sinks=2, softmax_heads=heads)
@@ -398,6 +398,6 @@ def test_hidden_states_that_do_not_fit_are_a_sentence(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MODULE, "free_host_memory", lambda: 1000)
-    done = command("select", model_dir, "--out", tmp_path / "heads.yaml", "--heads", 2, "--lengths", 2048)
+    done = command("select", model_dir, "--out", tmp_path / "heads.yaml", "--heads", 2, "--lengths", 2048, "--set", "device=cpu")
     assert done.exit_code == 2
     assert "use shorter prompts (lolcats select --lengths)" in done.output.replace("\n", " ")
