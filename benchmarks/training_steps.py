@@ -81,7 +81,7 @@ def rows() -> dict[str, Row]:
         unrotated = "attention.feature_inputs=unrotated"
         found[f"{size}, stage 1, maps before RoPE"] = Row(size, "transfer", (unrotated, EAGER), (unrotated,))
         found[f"{size}, stage 2, maps before RoPE"] = of_both(size, "finetune", unrotated)
-        found[f"{size}, stage 2, KL"] = of_both(size, "finetune", "finetune.loss=kl")  # 7f1bade is the first that has it
+        found[f"{size}, stage 2, KL"] = of_both(size, "finetune", "finetune.loss=kl")  # against 7f1bade, or later
     for length in (4096, 8192):
         one, shape = "finetune.micro_batch_size=1", {"length": length, "batch": 8192 // length}
         found[f"8B, stage 2, rows of {length:,}"] = of_both("8B", "finetune", one, **shape)
@@ -278,7 +278,8 @@ def checked_out(commit: str) -> Iterator[Path | None]:
 def compare(row: Row, other: Path | None, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both builds in turns, as often as asked."""
     steps = LOSSES - WARM - 1 if arguments.losses else arguments.steps
-    found: dict[str, Any] = {"date": str(date.today()), "against": Path(arguments.against).name, "this": [], "other": []}
+    against = Path(arguments.against).name
+    found: dict[str, Any] = {"date": str(date.today()), "against": against, "this": [], "other": []}
     for _ in range(1 if arguments.losses else arguments.turns):
         if other is not None and row.then is not None:
             found["other"].append(measured(replace(row, settings=row.then), other, steps, arguments.losses))
@@ -312,8 +313,8 @@ def report(results: dict[str, Any]) -> str:
         "# Steps of training", "",
         f"`python benchmarks/training_steps.py`, {where}. Llamas with random weights, 8,192 tokens a step, the default "
         "recipe. Milliseconds between the ends of optimizer steps: medians of all steps, in brackets the least and the "
-        "greatest median of a process. Builds took turns. *Busy*: the time that kernels of one step take. *All*: seconds "
-        "of the whole run, compiling included.", "",
+        "greatest median of a process. Builds took turns. *Busy*: the time that kernels of one step take. *All*: "
+        "seconds of the whole run, compiling included.", "",
         "| row | this build | other build | its commit | ratio | tokens/s | busy ms | peak GiB, this / other | all s |",
         "|---|---:|---:|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
@@ -343,8 +344,8 @@ def _line(title: str, row: dict[str, Any]) -> str:
     peaks = " / ".join(f"{max(x['peak_gib'] or 0 for x in some):.1f}" for some in (this, other) if some)
     busy = this[-1]["busy_ms"]
     return (
-        f"| {title} | {_spread(ours)} | {_spread(theirs) if other else ''} | {row['against'] if other else ''} | {ratio} | "
-        f"{this[0]['tokens'] / ours[0] * 1e3:,.0f} | {'' if busy is None else f'{busy:.0f}'} | {peaks} | "
+        f"| {title} | {_spread(ours)} | {_spread(theirs) if other else ''} | {row['against'] if other else ''} | "
+        f"{ratio} | {this[0]['tokens'] / ours[0] * 1e3:,.0f} | {'' if busy is None else f'{busy:.0f}'} | {peaks} | "
         f"{max(x['total_seconds'] for x in this):.0f} |"
     )
 

@@ -419,7 +419,8 @@ def test_training_steps_of_two_builds(tmp_path: Path) -> None:
         }  # fmt: skip
 
     found = {"rows": {
-        "a": {"against": "abc", "this": [process(10, 12), process(11, 11)], "other": [process(33, 33), process(30, 36)]},
+        "a": {"against": "abc", "this": [process(10, 12), process(11, 11)],
+              "other": [process(33, 33), process(30, 36)]},
         "b": {"against": "abc", "this": [{"missing": "out of memory"}], "other": []},
         "c": {"against": "", "this": [{**process(20), "losses": [1.5, 1.25], "warnings": ["no graph"]}], "other": []},
     }}  # fmt: skip

@@ -30,6 +30,9 @@ from lolcats.modeling.layer import Geometry, LinearizedAttention
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import find_head, language_model_loss
 from lolcats.pipeline import linearize
+from lolcats.stages import cuda_graph
+from lolcats.stages.finetune.graph import PassGraph
+from lolcats.stages.finetune.stage import finetune
 from lolcats.stages.transfer import graph
 from lolcats.stages.transfer.stage import transfer
 
@@ -321,11 +324,11 @@ def test_stage_1_replays_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "transfer.max_steps=12", "transfer.batch_size=16", "transfer.micro_batch_size=4", "transfer.log_steps=1",
         "transfer.eval_steps=6", "attention.window_size=16", "attention.feature_dim=16",
     ]  # fmt: skip
-    monkeypatch.setattr(graph, "WORTH", 2)
+    monkeypatch.setattr(cuda_graph, "WORTH", 2)
     captured: list[graph.MicroStepGraph] = []
     own = graph.MicroStepGraph.__init__
     monkeypatch.setattr(
-        graph.MicroStepGraph, "__init__", lambda self, *given: captured.append(self) or own(self, *given)
+        graph.MicroStepGraph, "__init__", lambda self, *given: own(self, *given) or captured.append(self)
     )
     found = []
     for wanted in ("false", "true", "auto"):
@@ -341,3 +344,39 @@ def test_stage_1_replays_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert after == pytest.approx(before, rel=1e-4)
         for name, tensor in maps.items():
             torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+@pytest.mark.parametrize("attention", [[], ["attention.kind=window", "attention.softmax_heads={0: [1]}"],
+                                       ["attention.feature_inputs=unrotated", "attention.softmax_heads={0: [1]}"]],
+                         ids=["linear", "window", "unrotated"])  # fmt: skip
+def test_stage_2_replays_a_graph(
+    loss: str, attention: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses and weights as kernel by kernel, with an uneven last step in each epoch."""
+    rows = torch.randint(6, 300, (45, 256), generator=torch.Generator().manual_seed(0))
+    data = Data(rows[5:], rows[:4], rows[:4], "fingerprint", {})
+    settings = [
+        "finetune.max_steps=12", "finetune.batch_size=16", "finetune.micro_batch_size=4", "finetune.log_steps=1",
+        "finetune.eval_steps=6", "attention.window_size=16", "attention.feature_dim=16", f"finetune.loss={loss}",
+        "finetune.feature_map_learning_rate=1e-3", *attention,
+    ]  # fmt: skip
+    monkeypatch.setattr(cuda_graph, "WORTH", 2)
+    captured: list[PassGraph] = []
+    own = PassGraph.__init__
+    monkeypatch.setattr(PassGraph, "__init__", lambda self, *given: own(self, *given) or captured.append(self))
+    found = []
+    for wanted in ("false", "true", "auto"):
+        config = load_config("default", [*settings, f"finetune.cuda_graph={wanted}"])
+        torch.manual_seed(0)
+        model = lolcats.convert(tiny_model(num_hidden_layers=3).to("cuda", torch.bfloat16), config.attention)
+        wrapped, result = finetune(model, data, config, tmp_path / wanted)
+        found.append((result, {name: p.detach() for name, p in wrapped.named_parameters() if p.requires_grad}))
+        assert len(captured) == len(found) - 1
+    (plain, weights), *graphs = found
+    for replayed, others in graphs:
+        for before, after in zip(plain.history, replayed.history, strict=True):
+            for key in ("loss", "eval_loss"):
+                assert after.get(key) == pytest.approx(before.get(key), rel=1e-2)
+        for name, tensor in weights.items():
+            torch.testing.assert_close(others[name], tensor, rtol=2e-2, atol=2e-3)

@@ -398,6 +398,8 @@ def test_hidden_states_that_do_not_fit_are_a_sentence(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MODULE, "free_host_memory", lambda: 1000)
-    done = command("select", model_dir, "--out", tmp_path / "heads.yaml", "--heads", 2, "--lengths", 2048, "--set", "device=cpu")
+    done = command(
+        "select", model_dir, "--out", tmp_path / "heads.yaml", "--heads", 2, "--lengths", 2048, "--set", "device=cpu"
+    )
     assert done.exit_code == 2
     assert "use shorter prompts (lolcats select --lengths)" in done.output.replace("\n", " ")

@@ -29,7 +29,7 @@ from lolcats.weights.base import Base
 IDS = torch.randint(6, 300, (2, 45), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((1, 25, 19), (30, 15))])
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
-KINDS = [Distillation(), Distillation(1.0, 2.5), Distillation(0.3), Distillation(0.7, 0.5)]
+KINDS = [Distillation(), Distillation(1.0, 2.5), Distillation(0.3), Distillation(0.7, 0.5), Distillation(0.0)]
 
 
 def with_lora(model: Any, attention: AttentionConfig = SMALL, **settings: Any) -> Any:

@@ -21,7 +21,8 @@ from lolcats.config import AttentionConfig, load_config
 from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
 from lolcats.ranks import Ranks
-from lolcats.stages.transfer import graph, orders
+from lolcats.stages import cuda_graph
+from lolcats.stages.transfer import orders
 from lolcats.stages.transfer.loop import LayerTrainer
 
 GRAPH, PLAIN, AUTO = (f"transfer.cuda_graph={x}" for x in ("true", "false", "auto"))
@@ -50,9 +51,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return replay
 
-    monkeypatch.setattr(graph, "capture", capture)
-    monkeypatch.setattr(graph, "WORTH", 2)
-    monkeypatch.setattr(graph, "has_room", lambda *_: True)
+    monkeypatch.setattr(cuda_graph, "capture", capture)
+    monkeypatch.setattr(cuda_graph, "WORTH", 2)
+    monkeypatch.setattr(cuda_graph, "has_room", lambda *_: True)
     monkeypatch.setattr(orders, "can_capture", lambda device: True)
     return seen
 
@@ -87,7 +88,7 @@ def test_rows_of_documents_go_without_a_graph(job: Job, replays: list[str], tmp_
 def test_a_run_is_continued_with_and_without_a_graph(
     asked: str, job: Job, replays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orders, "choose_path", lambda *_: "kernels")
+    monkeypatch.setattr(cuda_graph, "choose_path", lambda *_: "kernels")
     expected, _ = job.train(tmp_path / "plain", job.config(*LONG, PLAIN))
     own = LayerTrainer._end_step
 
@@ -112,7 +113,7 @@ def test_what_cannot_be_captured_goes_on_without(
         run()
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nMore lines.")
 
-    monkeypatch.setattr(graph, "capture", fails)
+    monkeypatch.setattr(cuda_graph, "capture", fails)
     maps, result = job.train(tmp_path / "run", job.config(*LONG, GRAPH))
     expected, same = job.train(tmp_path / "plain", job.config(*LONG, PLAIN))
     assert_same(expected, maps)
@@ -121,7 +122,7 @@ def test_what_cannot_be_captured_goes_on_without(
         "Stage 1 goes on without a CUDA graph: CUDA error: operation not permitted when stream is capturing."
     ]
     caplog.clear()
-    monkeypatch.setattr(orders, "choose_path", lambda *_: "kernels")
+    monkeypatch.setattr(cuda_graph, "choose_path", lambda *_: "kernels")
     others, _ = job.train(tmp_path / "auto", job.config(*LONG, AUTO))
     assert_same(expected, others)
     assert not warnings(caplog)
@@ -130,7 +131,7 @@ def test_what_cannot_be_captured_goes_on_without(
 def test_short_runs_have_no_graph(
     job: Job, replays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(graph, "WORTH", 20)
+    monkeypatch.setattr(cuda_graph, "WORTH", 20)
     job.train(tmp_path / "run", job.config(*LONG, GRAPH))
     assert not replays
 
@@ -141,10 +142,10 @@ def test_auto_records_where_it_can(
     """It is the default. A graph that leaves too little memory is given up; one that was asked for by name stays."""
     assert job.config().transfer.cuda_graph == "auto"
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(orders, "choose_path", lambda *_: "kernels")
+    monkeypatch.setattr(cuda_graph, "choose_path", lambda *_: "kernels")
     said, expected = [], job.train(tmp_path / "plain", job.config(*LONG, PLAIN))[0]
     for name, asked, room in (("graph", AUTO, True), ("full", AUTO, False), ("all", GRAPH, False)):
-        monkeypatch.setattr(graph, "has_room", lambda *_, room=room: room)
+        monkeypatch.setattr(cuda_graph, "has_room", lambda *_, room=room: room)
         replays.clear()
         caplog.clear()
         maps, _ = job.train(tmp_path / name, job.config(*LONG, asked))
@@ -166,7 +167,7 @@ def test_which_runs_get_a_graph_unasked(job: Job, monkeypatch: pytest.MonkeyPatc
         with FakeTensorMode():
             return choose_path(torch.empty(shape, dtype=q.dtype, device="cuda"), replace(spec, unrotated=False))
 
-    monkeypatch.setattr(orders, "choose_path", on_gpu)
+    monkeypatch.setattr(cuda_graph, "choose_path", on_gpu)
     monkeypatch.setattr(orders, "can_capture", lambda device: device.type == "cpu")
     model = converted()
     cases = {

@@ -68,7 +68,7 @@ def test_a_step_is_that_of_transformers(trainer: FinetuneTrainer) -> None:
 
 def test_a_step_does_not_visit_every_module(trainer: FinetuneTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, model = {"input_ids": IDS[:2], "labels": IDS[:2]}, trainer.model
-    with quick_zero_grad(model, trainer.trained):
+    with quick_zero_grad(model, trainer.forget_gradients):
         step = lambda: (trainer.training_step(model, inputs), trainer.floating_point_ops(inputs),  # noqa: E731
                         trainer._clip_grad_norm(model), model.zero_grad())  # fmt: skip
         step()

@@ -53,6 +53,7 @@ LATER: dict[tuple[str, str], list[Any]] = {
     ("data", "loss"): ["all"], ("finetune", "loss"): ["cross_entropy"], ("finetune", "kl_weight"): [0.5],
     ("finetune", "kl_temperature"): [1.0], ("finetune", "protect_kept"): [False],
     ("finetune", "compile"): [False], ("transfer", "cuda_graph"): [True, False, "auto"],
+    ("finetune", "cuda_graph"): [True, False, "auto"],
 }  # fmt: skip
 """Settings newer than committed results; keys leave them out at these values, which change nothing."""
 OF_TRANSFER = ("layer_errors_before", "layer_errors_after", TRANSFERRED.result)

@@ -28,7 +28,8 @@ LOWEST = torch.finfo(torch.float32).min / 2  # in place of −inf, whose differe
 class Distillation:
     """The loss (1 − w) · CE + w · T² · KL(teacher ‖ student) of a token (Hinton et al. 2015, arXiv 1503.02531).
 
-    CE is the next-token cross-entropy, and KL is between distributions over the vocabulary at temperature T.
+    CE is the next-token cross-entropy, and KL is between distributions over the vocabulary at temperature T. With a
+    weight of 0 there need not be a teacher.
     """
 
     weight: float = 1.0
@@ -45,8 +46,12 @@ class Distillation:
             total = total + (1 - self.weight) * cross_entropy(logits, targets, reduction="sum")
         return total
 
-    def summed_with_gradient(self, logits: Tensor, teacher: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def summed_with_gradient(
+        self, logits: Tensor, teacher: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """:meth:`summed` of fp32 logits, and its gradient by them. Overwrites both logits."""
+        if teacher is None:
+            return _cross_entropy_with_gradient(logits, targets)
         w, t, other = self.weight, self.temperature, (targets < 0)[:, None]
         place = targets.clamp_min(0)[:, None]
         hard = log_softmax(logits, -1) if w < 1 or t == 1 else None
@@ -67,6 +72,16 @@ class Distillation:
         if w < 1:
             gradient.scatter_add_(1, place, gradient.new_full(place.shape, w - 1))
         return total, gradient.masked_fill_(other, 0)
+
+
+def _cross_entropy_with_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed over tokens with a target; logits (N, V) fp32, which are overwritten, targets (N,)."""
+    place, other = targets.clamp_min(0)[:, None], (targets < 0)[:, None]
+    known = log_softmax(logits, -1)
+    total = -known.gather(1, place).masked_fill(other, 0).sum()
+    gradient = torch.exp(known, out=logits)
+    gradient.scatter_add_(1, place, gradient.new_full(place.shape, -1.0))
+    return total, gradient.masked_fill_(other, 0)
 
 
 @contextmanager
@@ -103,7 +118,8 @@ def distillation_loss(
     wrapped: PeftModel, head: Head | None, ids: Tensor, kind: Distillation, positions: Tensor | None = None,
     labels: Tensor | None = None, count: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Mean of ``kind`` over the predicted tokens of ids (B, T). The model is its own teacher (:func:`as_teacher`).
+    """Mean of ``kind`` over the predicted tokens of ids (B, T). The model is its own teacher (:func:`as_teacher`); with
+    a weight of 0, and a head that is known and frozen, it is not computed.
 
     The other arguments are those of :func:`~lolcats.modeling.loss.language_model_loss`.
     """
@@ -115,17 +131,25 @@ def distillation_loss(
         """Hidden states (N, E); logits (N, V) without a known head."""
         return (stack(**call).logits if head is None else stack(**call)[0]).flatten(0, 1)
 
-    with as_teacher(wrapped):
-        teacher = outputs()
-    student = outputs()
-    if head is None:
-        total = in_parts(kind.summed, student, teacher, targets)
-    elif head.plain and not head.module.weight.requires_grad:
+    def taught() -> Tensor:
+        with as_teacher(wrapped):
+            return outputs()
+
+    if head is not None and is_frozen(head):
+        known = taught() if kind.weight > 0 else None
+        student = outputs()
         with gathered(head.module):
-            total = _Distilled.apply(student, teacher, head.module.weight, targets, head, kind)  # type: ignore[no-untyped-call]
+            total = _Distilled.apply(student, known, head.module.weight, targets, head, kind)  # type: ignore[no-untyped-call]
     else:
-        total = in_parts(partial(_through_head, head, kind), student, teacher, targets)
+        teacher, student = taught(), outputs()
+        loss = kind.summed if head is None else partial(_through_head, head, kind)
+        total = in_parts(loss, student, teacher, targets)
     return total / counted(targets, count)
+
+
+def is_frozen(head: Head | None) -> bool:
+    """Whether it is a product with a weight that is not trained."""
+    return head is not None and head.plain and not head.module.weight.requires_grad
 
 
 def _through_head(head: Head, kind: Distillation, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
@@ -140,13 +164,19 @@ class _Distilled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, targets: Tensor, head: Head, kind: Distillation
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor | None,
+        weight: Tensor,
+        targets: Tensor,
+        head: Head,
+        kind: Distillation,
     ) -> Tensor:
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), device=student.device)
         for start in range(0, len(student), TOKENS):
             rows = slice(start, start + TOKENS)
-            known = _logits(head, teacher[rows], weight)
+            known = None if teacher is None else _logits(head, teacher[rows], weight)
             logits = _logits(head, student[rows], weight)
             bent = None if head.softcap is None else 1 - (logits / head.softcap).square_()
             loss, slope = kind.summed_with_gradient(logits, known, targets[rows])

@@ -29,8 +29,10 @@ from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import Head, find_head, language_model_loss, next_tokens
 from lolcats.modeling.skeleton import convert_empty, empty_model, light_weights
 from lolcats.ranks import ranks
+from lolcats.stages import cuda_graph
 from lolcats.stages.distributed import fill_part, is_sharded, materialize, own_device, shard
-from lolcats.stages.finetune.distillation import Distillation, distillation_loss
+from lolcats.stages.finetune.distillation import Distillation, distillation_loss, is_frozen
+from lolcats.stages.finetune.graph import PassGraphs, graph_for, zero
 from lolcats.stages.finetune.lora import LeanLora
 from lolcats.stages.finetune.protection import kept_layers, kept_rows, protected
 from lolcats.stages.finetune.trainer import StageTrainer
@@ -80,7 +82,9 @@ def finetune(
         if recomputes(config.finetune, config.data.sequence_length, working, model.device, tried):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         stage = settled(config.finetune, working, model.device, tried)
-        return wrapped, trainer(stage, config.report_to).run()
+        own = trainer(stage, config.report_to)
+        own.graphs.asked = graph_for(stage.cuda_graph, model, data, stage)
+        return wrapped, own.run()
 
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
@@ -224,6 +228,40 @@ class FinetuneTrainer(StageTrainer):
     stage_config: FinetuneConfig
 
     @cached_property
+    def graphs(self) -> PassGraphs:
+        return PassGraphs()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """By the run's CUDA graph if it has one for this micro-batch."""
+        inputs = self._prepare_inputs(inputs)
+        graph = None
+        if num_items_in_batch is not None:
+            forget = self.forget_gradients if self._may_record() else None
+            parts = self.current_gradient_accumulation_steps
+            graph = self.graphs.find(self._pass, inputs, num_items_in_batch, parts, forget)
+        if graph is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self.call = inputs_of(graph.batch["input_ids"])
+        loss = graph(inputs, num_items_in_batch)
+        self.watch.add(loss, self.where)
+        return loss
+
+    def _pass(self, inputs: dict[str, Tensor], count: Tensor) -> Tensor:
+        return super().training_step(self.model, inputs, count)
+
+    def _may_record(self) -> bool:
+        """Whether enough steps are left, and no gradients would be lost."""
+        left = self.state.max_steps - self.state.global_step
+        return left >= cuda_graph.WORTH and all(parameter.grad is None for parameter in self.trained)
+
+    def forget_gradients(self) -> None:
+        """A graph adds to gradients where they are."""
+        if self.graphs.graph is None:
+            super().forget_gradients()
+        else:
+            zero([parameter.grad for parameter in self.trained if parameter.grad is not None])
+
+    @cached_property
     def lora(self) -> LeanLora:
         return LeanLora(self.base, self.base.dtype)
 
@@ -273,14 +311,17 @@ class FinetuneTrainer(StageTrainer):
         else:  # it takes the mean over ranks and micro-batches
             shares = ranks().size * self.current_gradient_accumulation_steps
             count = num_items_in_batch.clamp_min(1) / shares
-        if self.distillation is not None:
+        distillation = self.distillation
+        if distillation is None and self.graphs.recording and is_frozen(self.head):
+            distillation = Distillation(0.0)  # liger-kernel's cross-entropy waits for the GPU
+        if distillation is not None:
             wrapped: Any = self.model
-            loss = distillation_loss(wrapped, self.head, ids, self.distillation, positions, labels, count)
+            loss = distillation_loss(wrapped, self.head, ids, distillation, positions, labels, count)
         else:
             loss = language_model_loss(
                 self.base, self.head, ids, self.stage_config.liger, positions, labels, count
             )  # fmt: skip
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self.graphs.recording:
             self.watch.add(loss, self.where)
         return loss
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -101,7 +101,7 @@ class StageTrainer(Trainer):
             self.keeper.__dict__.update(progress)
         if not state or not (self.keeper.exhausted or state["global_step"] >= state["max_steps"]):
             self.model.train()  # every module of it: steps only ask the outermost one
-            with self.keeper.stop_on_interrupt(), quick_zero_grad(self.model, self.trained):
+            with self.keeper.stop_on_interrupt(), quick_zero_grad(self.model, self.forget_gradients):
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             state = {"global_step": self.state.global_step, "log_history": self.state.log_history}
             self.accelerator.wait_for_everyone()  # rank 0 writes what all ranks read
@@ -132,6 +132,11 @@ class StageTrainer(Trainer):
                 loss = loss / self.current_gradient_accumulation_steps
             self.accelerator.backward(loss)
         return loss.detach()
+
+    def forget_gradients(self) -> None:
+        """After each optimizer step."""
+        for parameter in self.trained:
+            parameter.grad = None
 
     def passing(self) -> AbstractContextManager[None]:
         """Around each forward pass and its backward pass; subclasses may prepare the model for it."""
@@ -225,14 +230,10 @@ class UnwrappingAccelerator(Accelerator):  # type: ignore[misc]
 
 
 @contextmanager
-def quick_zero_grad(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """For the block's duration, let ``model.zero_grad()`` only look at the parameters that are trained."""
-
-    def zero_grad(set_to_none: bool = True) -> None:
-        for parameter in trained:
-            parameter.grad = None
-
-    model.zero_grad = zero_grad  # type: ignore[method-assign]
+def quick_zero_grad(model: nn.Module, forget: Callable[[], None]) -> Iterator[None]:
+    """For the block's duration, let ``model.zero_grad()`` do what ``forget`` does, which need not look for what is
+    trained."""
+    model.zero_grad = lambda set_to_none=True: forget()  # type: ignore[method-assign]
     try:
         yield
     finally:

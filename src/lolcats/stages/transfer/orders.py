@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lolcats.attention import choose_path
 from lolcats.config import Config
 from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
@@ -26,7 +25,7 @@ from lolcats.modeling.layer import LinearizedAttention
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.skeleton import Skeleton
 from lolcats.ranks import Ranks
-from lolcats.stages.transfer.graph import Asked, can_capture
+from lolcats.stages.cuda_graph import Asked, by_kernels, can_capture, in_one_place
 from lolcats.stages.transfer.hidden import (
     Boundary,
     Embeddings,
@@ -92,16 +91,9 @@ def graph_for(asked: Asked, model: PreTrainedModel, data: Data, ranks: Ranks) ->
         return False
     if asked != "auto":
         return asked
-    parameters = dict(model.named_parameters())
-    alone = ranks.size == 1 and len({p.device for p in parameters.values()}) == 1
-    plain = alone and not data.positions and all("experts." not in name for name in parameters)
-    return "auto" if plain and all(_is_measured(x, model) for x in layers_by_name(model).values()) else False
-
-
-def _is_measured(layer: LinearizedAttention, model: PreTrainedModel) -> bool:
-    shape = (0, 0, 1, layer.spec.channels(layer.geometry.head_dim))
-    q = torch.empty(shape, dtype=model.dtype, device=model.device)
-    return layer.kept is None and choose_path(q, layer.spec) == "kernels"
+    plain = in_one_place(model, ranks) and not data.positions
+    measured = (layer.kept is None and by_kernels(layer, model) for layer in layers_by_name(model).values())
+    return "auto" if plain and all(measured) else False
 
 
 class LayerByLayer:
