@@ -60,8 +60,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """The most that was allocated on the GPU since the peak was reset."""
-    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    """The most that was allocated on the GPU since the peak was reset, and what CUDA graphs hold besides."""
+    if device.type != "cuda":
+        return None
+    pools = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) != (0, 0)]
+    held = sum(part["total_size"] - part["allocated_size"] for part in pools)
+    return (torch.cuda.max_memory_allocated() + held) / 2**30
 
 
 def reset_peak(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Which heads to keep, nothing trained: the search, controls beside it, and what each choice finds in long prompts.
 
     python benchmarks/selection.py MODEL --text BOOK.txt [--heads 7,8,14] [--lengths 1024,4096,8192] [--answers 200]
-        [--tasks passkey,needle,multi-query] [--random 5] [--rows teacher,found,none,controls] [--minutes 9]
+        [--tasks passkey,needle,multi-query] [--random 5] [--rows teacher,found,none,controls,random] [--minutes 9]
         [--gsm8k 320 --data-dir DIR]
         [--set attention.window_size=256] [--selection FILE] [--name NAME] [--out results]
     python benchmarks/selection.py --shape llama3-8b --heads 32   # only the time of a search, with random weights
@@ -55,8 +55,8 @@ ROWS = {"cuda": 64, "cpu": 8}
 """Rows of 1,024 tokens in a batch of an evaluation."""
 LIMIT = 50
 """Answers in a cell of a random set."""
-PARTS = ["teacher", "found", "none", "controls"]
-"""Rows of the table: the teacher, the search's sets, no heads, and the controls."""
+PARTS = ["teacher", "found", "none", "controls", "random"]
+"""Rows of the table: the teacher, the search's sets, no heads, other ways to choose, and random sets."""
 ANSWER = 40
 """Answer tokens of a random prompt."""
 
@@ -165,7 +165,7 @@ def from_file(path: Path, counts: Sequence[int], base: Base) -> list[Row]:
     ]
 
 
-def controls(bench: Bench, count: int, sets: int) -> Iterator[Row]:
+def controls(bench: Bench, count: int) -> Iterator[Row]:
     """Other ways to choose ``count`` heads."""
     scorer, heads = bench.scorer, bench.scorer.heads
     size = len(heads) // len({layer for layer, _ in heads})
@@ -181,8 +181,11 @@ def controls(bench: Bench, count: int, sets: int) -> Iterator[Row]:
     missed = {gone: scorer.loss([head for head in heads if head != gone]) for gone in heads}
     costly = sorted(heads, key=missed.__getitem__, reverse=True)[:count]
     yield Row("single drop", sorted(costly), time.time() - began, True)
+
+
+def random_sets(bench: Bench, count: int, sets: int) -> Iterator[Row]:
     for seed in range(sets):
-        yield Row(f"random {seed}", sorted(random.Random(seed).sample(heads, count)), None, True)
+        yield Row(f"random {seed}", sorted(random.Random(seed).sample(bench.scorer.heads, count)), None, True)
 
 
 def tasks(arguments: argparse.Namespace, bench: Bench, answers: int, gsm8k: int) -> list[Any]:
@@ -300,7 +303,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print("The search has ended.", flush=True)
     parts: dict[str, Iterable[Row]] = {
         "teacher": [Row("all: the teacher", None)], "found": list(reversed(chosen)), "none": [Row("none", [])],
-        "controls": controls(bench, arguments.heads[0], arguments.random),
+        "controls": controls(bench, arguments.heads[0]),
+        "random": random_sets(bench, arguments.heads[0], arguments.random),
     }  # fmt: skip
     for row in itertools.chain.from_iterable(parts[name] for name in PARTS if name in arguments.rows):
         if time.time() > end:

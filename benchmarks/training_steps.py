@@ -341,13 +341,18 @@ def _line(title: str, row: dict[str, Any]) -> str:
         return f"| {title} | {lost[0]} | | | | | | | |"
     ours, theirs = _times(this), _times(other)
     ratio = f"{theirs[0] / ours[0]:.2f}" if other else ""
-    peaks = " / ".join(f"{max(x['peak_gib'] or 0 for x in some):.1f}" for some in (this, other) if some)
+    peaks = " / ".join(_peak(some) for some in (this, other) if some)
     busy = this[-1]["busy_ms"]
     return (
         f"| {title} | {_spread(ours)} | {_spread(theirs) if other else ''} | {row['against'] if other else ''} | "
         f"{ratio} | {this[0]['tokens'] / ours[0] * 1e3:,.0f} | {'' if busy is None else f'{busy:.0f}'} | {peaks} | "
         f"{max(x['total_seconds'] for x in this):.0f} |"
     )
+
+
+def _peak(some: list[dict[str, Any]]) -> str:
+    known = [x["peak_gib"] for x in some if x["peak_gib"] is not None]
+    return f"{max(known):.1f}" if known else "–"
 
 
 def _times(some: list[dict[str, Any]]) -> tuple[float, float, float]:

@@ -357,7 +357,7 @@ def test_selection_takes_the_sets_of_a_file(model_dirs: dict[str, Path], tmp_pat
     assert [(row["how"], row["heads"], row["seconds"]) for row in results["rows"]] == [
         ("one by one", point.heads, None)
     ]
-    results = script("selection").main([*words, "1", "--rows", "none,controls", "--random", "1"])
+    results = script("selection").main([*words, "1", "--rows", "none,controls,random", "--random", "1"])
     assert [row["how"] for row in results["rows"]] == ["none", "steepest slopes", "single drop", "random 0"]
     script("selection").main([*words, "1", "--rows", "none", "--minutes", "0"])
     assert json.loads((tmp_path / "selection-tiny.json").read_text())["missing"] == ["none"]

@@ -28,7 +28,7 @@ from lolcats.ranges import RANGES
 
 
 def test_shipped_recipes() -> None:
-    assert recipe_names() == ["default", "long", "paper", "paper-405b", "paper-70b", "small", "untrained"]
+    assert recipe_names() == ["default", "long", "paper", "paper-405b", "paper-70b", "recall", "small", "untrained"]
     for name in recipe_names():
         config = load_config(name)
         assert from_dict(Config, yaml.safe_load(to_yaml(config))) == config

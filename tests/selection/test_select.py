@@ -383,6 +383,21 @@ def test_a_run_in_4_bits_chooses_its_heads_in_4_bits(
     assert run.stage_done("finetune")
 
 
+def test_the_recipe_takes_heads_of_a_file(
+    model_dir: Path, chat_file: Path, selection_file: Path, settings: list[str], tmp_path: Path
+) -> None:
+    """Instead of a search. There is no linear attention, and queries and keys of kept heads are the base model's."""
+    steps = [f"finetune.{name}=2" for name in ("max_steps", "eval_steps", "save_steps")]
+    changes = [*settings, *WINDOW, *steps, "transfer.max_steps=2", "dtype=float32"]
+    done = command("linearize", model_dir, "--data", chat_file, "--out", tmp_path / "out", "--recipe", "recall",
+                   "--selection", selection_file, *(word for x in changes for word in ("--set", x)))  # fmt: skip
+    assert done.exit_code == 0, done.output
+    run = Run.open(tmp_path / "out")
+    assert run.config.attention.kind == "window"
+    assert sum(map(len, run.config.attention.softmax_heads.values())) == 2
+    assert (run.config.attention.softmax_budget, run.config.finetune.loss) == (0, "kl")
+
+
 def test_a_model_that_does_not_fit_is_a_sentence(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,15 +111,13 @@ def _windows(window: str, window_size: int, sinks: int) -> str:
 
 
 def with_selection(config: Config, path: Path, base: Base) -> Config:
-    """The configuration with the heads of a selection file.
+    """The configuration with the heads of a selection file, instead of those that a budget would choose.
 
     Raises:
         LolcatsError: it is of another model, or the configuration has heads of its own.
     """
-    if config.attention.softmax_heads or config.attention.softmax_budget:
-        raise LolcatsError(
-            "A selection file says which heads to keep: leave out attention.softmax_heads and attention.softmax_budget."
-        )
+    if config.attention.softmax_heads:
+        raise LolcatsError("A selection file says which heads to keep: leave out attention.softmax_heads.")
     selection = Selection.read(path)
     selection.check(base, path)
     return with_heads(config, selection)
