@@ -57,7 +57,7 @@ def run(directory: Path, settings: list[str], data: Data | None = None) -> tuple
     config = load_config("default", settings)
     torch.manual_seed(1)
     wrapped, result = finetune(lolcats.convert(tiny_model(), config), data or rows(), config, directory)
-    return {name: p.detach() for name, p in wrapped.named_parameters() if p.requires_grad}, result
+    return {name: p for name, p in wrapped.named_parameters() if p.requires_grad}, result
 
 
 def losses(result: Any) -> list[float]:
@@ -72,6 +72,7 @@ def test_replays_change_nothing(settings: list[str], replays: list[str], tmp_pat
     found, same = run(tmp_path / "graph", [*changes, GRAPH])
     assert replays.count("captured") == 1
     assert 0 < replays.count("replayed") < 3 * 9
+    assert all(p.grad is None for p in found.values())
     assert losses(same) == losses(result)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -151,7 +152,8 @@ def test_which_runs_get_a_graph_unasked(monkeypatch: pytest.MonkeyPatch) -> None
         config = AttentionConfig(window_size=8, sinks=2, feature_dim=8, **attention)
         return lolcats.convert(tiny_model().bfloat16(), config)
 
-    again, experts = model(), model()
+    again, experts, in_4_bits = model(), model(), model()
+    in_4_bits.is_quantized = True
     again.gradient_checkpointing_enable()
     experts.model.layers[0].mlp.experts = torch.nn.Linear(1, 1)
     cases: dict[str, tuple[Any, Data, FinetuneConfig]] = {
@@ -159,6 +161,7 @@ def test_which_runs_get_a_graph_unasked(monkeypatch: pytest.MonkeyPatch) -> None
         "a softmax layer": (model(layers={"0": "softmax"}), rows(), stage), "fp32": (model().float(), rows(), stage),
         "documents": (model(), packed(rows()), stage), "dropout": (model(), rows(), FinetuneConfig(dropout=0.1)),
         "checkpointing": (again, rows(), stage), "experts": (experts, rows(), stage),
+        "4 bits": (in_4_bits, rows(), stage),
         "another device": (model().to("meta"), rows(), stage),
     }  # fmt: skip
     found = {name: graph.graph_for("auto", *case) for name, case in cases.items()}

@@ -84,7 +84,11 @@ def finetune(
         stage = settled(config.finetune, working, model.device, tried)
         own = trainer(stage, config.report_to)
         own.graphs.asked = graph_for(stage.cuda_graph, model, data, stage)
-        return wrapped, own.run()
+        try:
+            return wrapped, own.run()
+        finally:  # its memory, which a trainer would keep until it is collected
+            own.graphs = PassGraphs()
+            own.forget_gradients()
 
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
