@@ -17,10 +17,12 @@ OUT/model (--minutes 0 does only this). Rows on the teacher's own answers need D
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -50,6 +52,7 @@ WINDOW = "attention.window_size="
 KINDS = {"passkey": "pass key", "needle": "needle", "multi-query": "multi-query"}
 SOURCES = {"alpaca": "alpaca.parquet", "both": "both.yaml", "own": "own.yaml"}
 OWN = "own.jsonl"
+CONTROL = "7 heads, no linear term"
 BENCHMARKS = {"piqa": 99_999, "arc_easy": 99_999, "arc_challenge": 99_999, "hellaswag": 2_000, "winogrande": 99_999,
               "mmlu_half": 2_052}  # fmt: skip
 TINY = {
@@ -169,6 +172,7 @@ def table(results: list[dict[str, Any]]) -> str:
     """A line for each model, measured as most were: the untrained ones of the sweep, then rows in the order of ROWS."""
     alike = common.alike([r for r in results if r["kind"] in (ROW, UNTRAINED)])
     newest = {(r["kind"], r["name"], r.get("seed")): r for r in alike}
+    controls = {seed: r["systems"][STUDENT.in_sweeps] for (_, name, seed), r in newest.items() if name == CONTROL}
     several = len({seed for _, _, seed in newest if seed is not None}) > 1
     metrics = list(dict.fromkeys(m for r in newest.values() for system in r["systems"].values() for m in system))
     lengths = sorted({int(m.split("@")[1].split()[0]) for m in metrics if "@" in m})
@@ -176,7 +180,8 @@ def table(results: list[dict[str, Any]]) -> str:
     at = past.removeprefix("positions nll ")
     teacher = next((r["bytes"]["8192"][0] for r in newest.values() if "bytes" in r), None)
     head = ["model", *(f"{title}, {' / '.join(f'{n:,}' for n in lengths)}" for title in KINDS.values()),
-            "GSM8K, strict / last number", f"books at {at}: nats", "KL", "zero-shot", "MMLU-half", "MiB at 8,192",
+            "GSM8K, strict / last number", f"books at {at}: nats", "KL",
+            f"nats above the control at {_before(past)} / {at}", "zero-shot", "MMLU-half", "MiB at 8,192",
             "tokens, millions", "seconds: training + measuring + rest"]  # fmt: skip
     lines = []
     order = [TEACHER.in_sweeps, WINDOW_SINKS.in_sweeps, *yaml.safe_load(ROWS.read_text())["rows"]]
@@ -188,7 +193,8 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{name}, seed {seed}" if several and seed is not None else name,
             *(" / ".join(_percent(found, f"{kind}@{n} {BEYOND}") for n in lengths) for kind in KINDS),
             f"{_percent(found, 'strict-match', True)} / {_percent(found, 'flexible-extract', True)}",
-            _nats(found, past), _nats(found, f"positions kl {at}"), _percent(found, "zero-shot average", True),
+            _nats(found, past), _nats(found, f"positions kl {at}"),
+            _difference(found, controls.get(seed, {}), past), _percent(found, "zero-shot average", True),
             _percent(found, "mmlu_half acc", True), "–" if size is None else f"{size / 2**20:.1f}",
             " + ".join(f"{count / 1e6:.2f}" for count in result.get("tokens", {}).values()) or "–", _seconds(result),
         ])  # fmt: skip
@@ -196,10 +202,31 @@ def table(results: list[dict[str, Any]]) -> str:
     return f"# Students\n\n{NOTE}\n\n{text}\n\n{_origin(list(newest.values()))}\n"
 
 
+def _before(past: str) -> str:
+    """The bucket of positions before ``past``."""
+    start = int(past.rpartition(" ")[2].split("-")[0] or 0)
+    return f"{start // 2}-{start - 1}"
+
+
+def _difference(found: dict[str, Any], control: dict[str, Any], past: str) -> str:
+    """Nats more than the control, paired by windows of text, at :func:`_before` and at the last positions."""
+    cells = []
+    for metric in (f"positions nll {_before(past)}", past):
+        items = (some.get(metric, {}).get("items", ()) for some in (found, control))
+        pairs = list(zip(*items, strict=False))
+        if len(pairs) < 2 or found is control:
+            return "–"
+        gaps = [a - b for a, b in pairs]
+        cells.append(f"{statistics.mean(gaps):+.3f} ({statistics.stdev(gaps) / math.sqrt(len(gaps)):.3f})")
+    return " / ".join(cells)
+
+
 NOTE = (
     "Recall: percent of answers beyond the window all of whose tokens are the most likely ones, by length of prompt. "
     "GSM8K with five examples. Nats and KL from the teacher (also nats): a token of books, at these positions. "
-    "In brackets: standard error. MiB: the cache of one sequence. Among the prompts of the teacher's own answers are "
+    "In brackets: standard error. *Nats above the control*: more than "
+    f'"{CONTROL}" has, paired by windows of text (those of one book are not independent). '
+    "MiB: the cache of one sequence. Among the prompts of the teacher's own answers are "
     "questions of GSM8K's train part; no other row has seen them."
 )
 

@@ -164,15 +164,20 @@ def test_table_of_students() -> None:
     found = {"passkey@1024 exact beyond the window": entry(0.95), "passkey@8192 exact beyond the window": entry(0.5),
              "gsm8k_local exact_match (strict-match)": entry(0.4, 0.04),
              "gsm8k_local exact_match (flexible-extract)": entry(0.45),
-             "positions nll 0-63": entry(5.0), "positions nll 4096-8191": entry(3.25, 0.01),
+             "positions nll 0-63": entry(5.0), "positions nll 2048-4095": {**entry(3.0), "items": [3.0, 3.0]},
+             "positions nll 4096-8191": {**entry(3.25, 0.01), "items": [3.0, 3.5]},
              "positions kl 4096-8191": entry(0.125)}  # fmt: skip
     same = {"evaluation": "e", "hardware": "a GPU", "date": "2026-11-30", "commit": "abc"}
     teacher = {"kind": "untrained", "name": "teacher", "systems": {"teacher": found}, "seconds": {"evaluation": 9.0}}
     row = {"kind": "row", "name": "a", "seed": 0, "systems": {"teacher": {}, "student": found},
            "seconds": {"transfer": 1.0, "finetune": 2.0, "evaluation": 3.0, "all": 10.0},
            "tokens": {"transfer": 3276800, "finetune": 3276800}, "bytes": {"8192": [230 << 20, 29 << 20]}}  # fmt: skip
-    lines = script("students").table([{**row, **same}, {**teacher, **same}]).splitlines()
-    scores = "95 / 50 | – / – | – / – | 40.0 (4.0) / 45.0 | 3.250 (0.010) | 0.125 | – | –"
-    assert f"| teacher | {scores} | 230.0 | – | 9 |" in lines
-    assert f"| a | {scores} | 29.0 | 3.28 + 3.28 | 3 + 3 + 4 |" in lines
+    module = script("students")
+    worse = {**found, "positions nll 4096-8191": {**entry(3.5, 0.01), "items": [3.2, 3.8]}}
+    control = {**row, "name": module.CONTROL, "systems": {"student": worse}}
+    lines = module.table([{**x, **same} for x in (row, teacher, control)]).splitlines()
+    scores = "95 / 50 | – / – | – / – | 40.0 (4.0) / 45.0 | 3.250 (0.010) | 0.125"
+    assert f"| teacher | {scores} | – | – | – | 230.0 | – | 9 |" in lines
+    assert f"| a | {scores} | +0.000 (0.000) / -0.250 (0.050) | – | – | 29.0 | 3.28 + 3.28 | 3 + 3 + 4 |" in lines
+    assert any(line.startswith(f"| {module.CONTROL} |") and "0.125 | – | – | – |" in line for line in lines)
     assert "hardware a GPU; commit abc; date 2026-11-30" in lines
