@@ -441,6 +441,15 @@ def test_command_line(model_dirs: dict[str, Path], capsys: pytest.CaptureFixture
     assert "Times were measured with attention.feature_inputs=rotated" in done.output
 
 
+def test_heads_that_are_kept_and_protected() -> None:
+    """Queries and keys of kept heads have no LoRA, and a window keeps no keys before RoPE."""
+    done = run("llama-3-8b", "--recipe", "recall")
+    assert done.exit_code == 0, done.output
+    assert "lolcats select llama-3-8b --out selection.yaml --budget 0.125" in done.output
+    window = 32 * 7 * (2 * 256 + 4) * 2 * 128 * 2 / 2**20
+    assert f"a sequence takes {window:.2f} MiB and 16 KiB a token" in " ".join(done.output.split())
+
+
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["nowhere/at-all"], "Cannot load a configuration from"),
     (["llama-3-8b", "--gpus", "3"], "3 GPUs cannot share equally. Use 1, 2, 4, 8 GPUs"),

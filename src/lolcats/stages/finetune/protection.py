@@ -37,7 +37,7 @@ def kept_rows(model: nn.Module, layers: list[dict[str, Any]], targets: Iterable[
                 continue
             module = model.get_submodule(name)
             count = _outputs(module)
-            found[name] = torch.zeros(count, dtype=torch.bool)
+            found[name] = torch.zeros(count, dtype=torch.bool, device="cpu")  # also on the meta device
             found[name][_rows(name, module, count, entry, list(heads))] = True
     return found
 
