@@ -32,7 +32,7 @@ from lolcats.modeling.loss import find_head, language_model_loss
 from lolcats.pipeline import linearize
 from lolcats.stages import cuda_graph
 from lolcats.stages.finetune.graph import PassGraph
-from lolcats.stages.finetune.stage import finetune
+from lolcats.stages.finetune.stage import add_lora, finetune
 from lolcats.stages.transfer import graph
 from lolcats.stages.transfer.stage import transfer
 
@@ -355,11 +355,14 @@ def test_stage_2_replays_a_graph(
 ) -> None:
     """The same losses and weights as kernel by kernel, with an uneven last step in each epoch."""
     rows = torch.randint(6, 300, (45, 256), generator=torch.Generator().manual_seed(0))
-    data = Data(rows[5:], rows[:4], rows[:4], "fingerprint", {})
+    labels = rows.masked_fill(torch.arange(256) < 5 * torch.arange(45)[:, None], -100)
+    labels = {"train": labels[5:], "validation": rows[:4]}
+    data = Data(rows[5:], rows[:4], rows[:4], "fingerprint", {}, labels=labels)
     settings = [
-        "finetune.max_steps=12", "finetune.batch_size=16", "finetune.micro_batch_size=4", "finetune.log_steps=1",
-        "finetune.eval_steps=6", "attention.window_size=16", "attention.feature_dim=16", f"finetune.loss={loss}",
-        "finetune.feature_map_learning_rate=1e-3", *attention,
+        "finetune.max_steps=12", "finetune.learning_rate=1e-2", "finetune.batch_size=16",
+        "finetune.micro_batch_size=4", "finetune.log_steps=1", "finetune.eval_steps=6",
+        "attention.window_size=16", "attention.feature_dim=16", f"finetune.loss={loss}",
+        "finetune.feature_map_learning_rate=1e-2", *attention,
     ]  # fmt: skip
     monkeypatch.setattr(cuda_graph, "WORTH", 2)
     captured: list[PassGraph] = []
@@ -370,13 +373,17 @@ def test_stage_2_replays_a_graph(
         config = load_config("default", [*settings, f"finetune.cuda_graph={wanted}"])
         torch.manual_seed(0)
         model = lolcats.convert(tiny_model(num_hidden_layers=3).to("cuda", torch.bfloat16), config.attention)
-        wrapped, result = finetune(model, data, config, tmp_path / wanted)
+        wrapped = add_lora(model, config.finetune)
+        start = {name: p.detach().clone() for name, p in wrapped.named_parameters() if p.requires_grad}
+        wrapped, result = finetune(wrapped, data, config, tmp_path / wanted)
         found.append((result, {name: p.detach() for name, p in wrapped.named_parameters() if p.requires_grad}))
         assert len(captured) == len(found) - 1
     (plain, weights), *graphs = found
     for replayed, others in graphs:
         for before, after in zip(plain.history, replayed.history, strict=True):
-            for key in ("loss", "eval_loss"):
-                assert after.get(key) == pytest.approx(before.get(key), rel=1e-2)
+            for key in before.keys() & {"loss", "eval_loss"}:
+                assert after[key] == pytest.approx(before[key], rel=1e-3 if loss == "cross_entropy" else 1e-2)
         for name, tensor in weights.items():
-            torch.testing.assert_close(others[name], tensor, rtol=2e-2, atol=2e-3)
+            learned = (tensor - start[name]).norm()
+            assert learned > 0, name
+            assert (others[name] - tensor).norm() < 0.1 * learned, name

@@ -23,7 +23,7 @@ from lolcats.ranges import check_ranges
 T = TypeVar("T")
 
 PLACEMENT = {"transfer": ("order", "block_size", "chunk_tokens", "cuda_graph"), "finetune": ("sharding", "cuda_graph")}
-"""Settings that decide where and in which order a stage is computed; they do not change its result."""
+"""Settings that decide where and how a stage is computed; they do not change its result, but for rounding."""
 
 UNTRIED = 4
 """Maximum rows of ``micro_batch_size: auto`` where it is not tried how many fit."""
@@ -281,9 +281,9 @@ class FinetuneConfig(StageConfig):
     sharding: Literal["auto", "always", "never"] = "auto"
     """How to place the base model on several GPUs. ``always``: shard it across them (FSDP2); ``never``: keep all of it
     on each, which is faster; ``auto``: shard it only if it does not fit on each."""
-    cuda_graph: bool | Literal["auto"] = "auto"
-    """On CUDA, replay a CUDA graph for micro-batches of one shape, without ``reset_at_documents``. ``auto``: as in
-    stage 1, also with kept heads, but not with dropout, ``gradient_checkpointing`` or ``quantize_base``."""
+    cuda_graph: bool | Literal["auto"] = False
+    """On CUDA, replay micro-batches of the usual shape as a CUDA graph, except with ``reset_at_documents``. ``auto``:
+    only where stage 1 does or heads are kept, without dropout, ``gradient_checkpointing`` and ``quantize_base``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

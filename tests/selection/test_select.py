@@ -392,6 +392,7 @@ def test_the_recipe_takes_heads_of_a_file(
     done = command("linearize", model_dir, "--data", chat_file, "--out", tmp_path / "out", "--recipe", "recall",
                    "--selection", selection_file, *(word for x in changes for word in ("--set", x)))  # fmt: skip
     assert done.exit_code == 0, done.output
+    assert "so attention.softmax_budget is not used." in done.output
     run = Run.open(tmp_path / "out")
     assert run.config.attention.kind == "window"
     assert sum(map(len, run.config.attention.softmax_heads.values())) == 2

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from support.replays import record_on_any_device
 from support.stage_one import APART, Job, assert_same, logged, packed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,24 +39,7 @@ def job(settings: list[str], tmp_path: Path) -> Job:
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happened to graphs, which are worth their while for few steps already."""
-    seen: list[str] = []
-
-    def capture(run: Callable[[], None]) -> Callable[[], None]:
-        run()
-        seen.append("captured")
-
-        def replay() -> None:
-            seen.append("replayed")
-            run()
-
-        return replay
-
-    monkeypatch.setattr(cuda_graph, "capture", capture)
-    monkeypatch.setattr(cuda_graph, "WORTH", 2)
-    monkeypatch.setattr(cuda_graph, "has_room", lambda *_: True)
-    monkeypatch.setattr(orders, "can_capture", lambda device: True)
-    return seen
+    return record_on_any_device(monkeypatch)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

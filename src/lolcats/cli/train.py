@@ -74,6 +74,9 @@ def _with_heads(config: Any, selection: Path | None, model: str) -> Any:
     from lolcats.weights.base import find_base
 
     changed = with_selection(config, selection, find_base(model, config.trust_remote_code))
+    if is_first() and config.attention.softmax_budget:
+        out.print(f"{selection} says which heads to keep, so attention.softmax_budget is not used.", soft_wrap=True,
+                  highlight=False, markup=False)  # fmt: skip
     if is_first() and (note := other_window(config, Selection.read(selection))):
         out.print(f"{selection}: {note}", soft_wrap=True, highlight=False, markup=False)
     return changed

@@ -30,7 +30,7 @@ def can_capture(device: torch.device) -> bool:
 
 
 def in_one_place(model: PreTrainedModel, ranks: Ranks) -> bool:
-    """Whether one process computes ``model`` on one device, and always in the same way, as experts are not."""
+    """Whether one process computes ``model`` on one device, without experts, whose work depends on the batch."""
     parameters = dict(model.named_parameters())
     devices = {p.device for p in parameters.values()}
     return ranks.size == 1 and len(devices) == 1 and all("experts." not in name for name in parameters)

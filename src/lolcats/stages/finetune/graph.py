@@ -26,7 +26,8 @@ def graph_for(asked: Asked, model: PreTrainedModel, data: Data, config: Finetune
         return False
     if asked != "auto":
         return asked
-    plain = cuda_graph.in_one_place(model, ranks()) and not data.positions and config.dropout == 0
+    plain = cuda_graph.in_one_place(model, ranks()) and not data.positions
+    plain = plain and config.dropout == 0 and not config.use_dora
     plain = plain and not model.is_gradient_checkpointing and not getattr(model, "is_quantized", False)
     layers = (module for module in model.modules() if isinstance(module, LinearizedAttention))
     return "auto" if plain and all(cuda_graph.by_kernels(layer, model) for layer in layers) else False
@@ -36,6 +37,7 @@ class PassGraph:
     """Replays a pass for micro-batches of one shape that are an equal part of their optimizer step.
 
     Args:
+        run: what is recorded. Everything but the tensors that it is given stays as it is now.
         batch: its tensors are the example that is recorded.
         count: () the number of predicted tokens of the optimizer step.
         parts: micro-batches of an optimizer step.
@@ -68,6 +70,7 @@ class PassGraphs:
     """The graph of a run, recorded before its first step.
 
     asked: whether there may be one; False once it could not be recorded.
+    recording: whether a pass runs only to be recorded, which must not wait for the GPU.
     """
 
     asked: Asked = False

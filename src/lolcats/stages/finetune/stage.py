@@ -240,7 +240,7 @@ class FinetuneTrainer(StageTrainer):
         inputs = self._prepare_inputs(inputs)
         graph = None
         if num_items_in_batch is not None:
-            forget = self.forget_gradients if self._may_record() else None
+            forget = self.forget_gradients if self._may_record(inputs) else None
             parts = self.current_gradient_accumulation_steps
             graph = self.graphs.find(self._pass, inputs, num_items_in_batch, parts, forget)
         if graph is None:
@@ -253,9 +253,12 @@ class FinetuneTrainer(StageTrainer):
     def _pass(self, inputs: dict[str, Tensor], count: Tensor) -> Tensor:
         return super().training_step(self.model, inputs, count)
 
-    def _may_record(self) -> bool:
-        """Whether enough steps are left, and no gradients would be lost."""
-        left = self.state.max_steps - self.state.global_step
+    def _may_record(self, inputs: dict[str, Tensor]) -> bool:
+        """Whether enough steps are left, most micro-batches are like this one, and no gradients would be lost."""
+        left, args = self.state.max_steps - self.state.global_step, self.args
+        shape = (self.current_gradient_accumulation_steps, len(inputs["input_ids"]))
+        if shape != (args.gradient_accumulation_steps, args.per_device_train_batch_size):
+            return False
         return left >= cuda_graph.WORTH and all(parameter.grad is None for parameter in self.trained)
 
     def forget_gradients(self) -> None:
