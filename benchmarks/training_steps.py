@@ -39,7 +39,7 @@ SIZES = {  # fields of training.Geometry
     "8B": {},
     "tiny": {"layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate": 96, "vocabulary": 320},
 }
-EAGER = "transfer.cuda_graph=false"  # older builds do not know it, and are eager
+EAGER, GRAPH = "transfer.cuda_graph=false", "finetune.cuda_graph=true"  # older builds do not know them, and are eager
 WARM, LOSSES = 4, 50
 MARGIN = 60
 
@@ -73,7 +73,9 @@ def rows() -> dict[str, Row]:
             f"{size}, stage 1": Row(size, "transfer", (EAGER,)),
             f"{size}, stage 1, CUDA graph": Row(size, "transfer", ("transfer.cuda_graph=true",)),
             f"{size}, stage 2": Row(size, "finetune"),
+            f"{size}, stage 2, CUDA graph": Row(size, "finetune", (GRAPH,)),
             f"{size}, stage 2, {at_once} rows at once": of_both(size, "finetune", every),
+            f"{size}, stage 2, {at_once} rows at once, CUDA graph": Row(size, "finetune", (every, GRAPH), (every,)),
             f"{size}, stage 2, softmax attention": of_both(size, "finetune", every, softmax=True),
             f"{size}, PEFT and Trainer, {at_once} rows at once": Row(size, "peft", (every,), None),
             f"{size}, PEFT and Trainer, 4 rows at once": Row(size, "peft", ("finetune.micro_batch_size=4",), None),
@@ -81,7 +83,12 @@ def rows() -> dict[str, Row]:
         unrotated = "attention.feature_inputs=unrotated"
         found[f"{size}, stage 1, maps before RoPE"] = Row(size, "transfer", (unrotated, EAGER), (unrotated,))
         found[f"{size}, stage 2, maps before RoPE"] = of_both(size, "finetune", unrotated)
-        found[f"{size}, stage 2, KL"] = of_both(size, "finetune", "finetune.loss=kl")  # against 7f1bade, or later
+        found[f"{size}, stage 2, maps before RoPE, CUDA graph"] = Row(
+            size, "finetune", (unrotated, GRAPH), (unrotated,)
+        )
+        kl = "finetune.loss=kl"  # against 7f1bade, or later
+        found[f"{size}, stage 2, KL"] = of_both(size, "finetune", kl)
+        found[f"{size}, stage 2, KL, CUDA graph"] = Row(size, "finetune", (kl, GRAPH), (kl,))
     for length in (4096, 8192):
         one, shape = "finetune.micro_batch_size=1", {"length": length, "batch": 8192 // length}
         found[f"8B, stage 2, rows of {length:,}"] = of_both("8B", "finetune", one, **shape)
@@ -275,11 +282,18 @@ def checked_out(commit: str) -> Iterator[Path | None]:
             subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(place)], check=True)
 
 
+def commit() -> str:
+    """Of this build; empty outside a repository."""
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def compare(row: Row, other: Path | None, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both builds in turns, as often as asked."""
     steps = LOSSES - WARM - 1 if arguments.losses else arguments.steps
-    against = Path(arguments.against).name
-    found: dict[str, Any] = {"date": str(date.today()), "against": against, "this": [], "other": []}
+    against = "" if row.then is None else Path(arguments.against).name
+    facts = {"date": str(date.today()), "commit": arguments.commit or commit(), "against": against}
+    found: dict[str, Any] = {**facts, "this": [], "other": []}
     for _ in range(1 if arguments.losses else arguments.turns):
         if other is not None and row.then is not None:
             found["other"].append(measured(replace(row, settings=row.then), other, steps, arguments.losses))
@@ -315,8 +329,9 @@ def report(results: dict[str, Any]) -> str:
         "recipe. Milliseconds between the ends of optimizer steps: medians of all steps, in brackets the least and the "
         "greatest median of a process. Builds took turns. *Busy*: the time that kernels of one step take. *All*: "
         "seconds of the whole run, compiling included.", "",
-        "| row | this build | other build | its commit | ratio | tokens/s | busy ms | peak GiB, this / other | all s |",
-        "|---|---:|---:|---|---:|---:|---:|---:|---:|",
+        "| row | this build | its commit | other build | its commit | ratio | tokens/s | busy ms "
+        "| peak GiB, this / other | all s |",
+        "|---|---:|---|---:|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     lines += [_line(title, row) for title, row in results["rows"].items()]
     warned = {
@@ -338,13 +353,13 @@ def report(results: dict[str, Any]) -> str:
 def _line(title: str, row: dict[str, Any]) -> str:
     this, other = row["this"], row["other"]
     if lost := [x["missing"] for x in (*this, *other) if "missing" in x]:
-        return f"| {title} | {lost[0]} | | | | | | | |"
+        return f"| {title} | {lost[0]} | {row['commit']} | | | | | | | |"
     ours, theirs = _times(this), _times(other)
     ratio = f"{theirs[0] / ours[0]:.2f}" if other else ""
     peaks = " / ".join(_peak(some) for some in (this, other) if some)
     busy = this[-1]["busy_ms"]
     return (
-        f"| {title} | {_spread(ours)} | {_spread(theirs) if other else ''} | {row['against'] if other else ''} | "
+        f"| {title} | {_spread(ours)} | {row['commit']} | {_spread(theirs) if other else ''} | {row['against']} | "
         f"{ratio} | {this[0]['tokens'] / ours[0] * 1e3:,.0f} | {'' if busy is None else f'{busy:.0f}'} | {peaks} | "
         f"{max(x['total_seconds'] for x in this):.0f} |"
     )
@@ -370,6 +385,7 @@ def _spread(times: tuple[float, float, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", default="", help="commit, or directory, of another build")
+    parser.add_argument("--commit", default="", help="of this build, where it is no repository")
     parser.add_argument("--only", default="", help="rows whose name has a match of this regular expression")
     parser.add_argument("--steps", type=int, default=30, help="steps that each process measures (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=2, help="processes of each build (default: %(default)s)")

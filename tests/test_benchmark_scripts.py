@@ -418,15 +418,18 @@ def test_training_steps_of_two_builds(tmp_path: Path) -> None:
             "total_seconds": 30.0, "losses": [], "device": "a GPU", "versions": {"torch": "2.11"},
         }  # fmt: skip
 
+    warned = {**process(20), "losses": [1.5, 1.25], "warnings": ["no graph"]}
     found = {"rows": {
-        "a": {"against": "abc", "this": [process(10, 12), process(11, 11)],
+        "a": {"commit": "def", "against": "abc", "this": [process(10, 12), process(11, 11)],
               "other": [process(33, 33), process(30, 36)]},
-        "b": {"against": "abc", "this": [{"missing": "out of memory"}], "other": []},
-        "c": {"against": "", "this": [{**process(20), "losses": [1.5, 1.25], "warnings": ["no graph"]}], "other": []},
+        "b": {"commit": "def", "against": "abc", "this": [{"missing": "out of memory"}], "other": []},
+        "c": {"commit": "def", "against": "", "this": [warned], "other": []},
     }}  # fmt: skip
     table = module.report(found)
-    assert "| a | 11.0 (11.0 to 11.0) | 33.0 (33.0 to 33.0) | abc | 3.00 | 744,727 | 7 | 10.0 / 10.0 | 30 |" in table
-    assert "| b | out of memory |" in table
+    assert (
+        "| a | 11.0 (11.0 to 11.0) | def | 33.0 (33.0 to 33.0) | abc | 3.00 | 744,727 | 7 | 10.0 / 10.0 | 30 |" in table
+    )
+    assert "| b | out of memory | def |" in table
     assert "| c | this | 1.5000, 1.2500 |" in table
     assert "c warned: no graph" in table
     for name, row in {**module.rows(), **module.tiny_rows()}.items():
