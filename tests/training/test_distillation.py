@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 import lolcats
+from lolcats.attention import use_backend
+from lolcats.attention.path import choose_loss_path
 from lolcats.config import AttentionConfig, FinetuneConfig, load_config
 from lolcats.data.rows import Data
 from lolcats.errors import Interrupted, LolcatsError
@@ -26,6 +28,7 @@ from lolcats.stages.finetune.stage import add_lora, finetune
 from lolcats.tensors import read_tensors
 from lolcats.weights.base import Base
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS = torch.randint(6, 300, (2, 45), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((1, 25, 19), (30, 15))])
 SMALL = AttentionConfig(window_size=8, sinks=2, feature_dim=8)
@@ -78,6 +81,39 @@ def test_equals_the_naive_loss(family: str, kind: Distillation, monkeypatch: pyt
     assert head is not None
     assert (head.softcap is not None) == (EXPECTED.get(family, (1, None))[1] is not None)
     assert_equal(wrapped, kind, head)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", [64, 4096])
+def test_the_kernel_equals_plain_pytorch(kind: Distillation, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in one block and in several, not predicted ones, and words that cannot come."""
+    kernel = pytest.importorskip("lolcats.stages.finetune.kernel")
+    monkeypatch.setattr(kernel, "BLOCK", block)
+    torch.manual_seed(0)
+    logits, teacher = (3 * torch.randn(9, 301, device=DEVICE) for _ in range(2))
+    logits[4, 7] = teacher[4, 7] = torch.finfo(torch.float32).min / 4
+    targets = torch.randint(8, 301, (9,), device=DEVICE)
+    targets[3], targets[5] = -100, 300
+    known = teacher if kind.weight > 0 else None
+    expected, slope = kind.summed_with_gradient(logits.clone(), None if known is None else known.clone(), targets)
+    loss = kernel.loss_and_gradient(logits, known, targets, kind.weight, kind.temperature)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, slope, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there it is the path of 16-bit models")
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_kernel_equals_the_naive_loss(kind: Distillation, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, seen = pytest.importorskip("lolcats.stages.finetune.kernel"), list[int]()
+    own = kernel.loss_and_gradient
+    monkeypatch.setattr(distillation, "PIECE", 40)
+    monkeypatch.setattr(kernel, "loss_and_gradient", lambda *given: seen.append(len(given[0])) or own(*given))
+    wrapped, labels = with_lora(tiny_model()), IDS.masked_fill(torch.arange(IDS.shape[1]) < 5, -100)
+    with use_backend("triton"):
+        assert choose_loss_path(torch.empty(2, 3)) == "kernels"
+        monkeypatch.setattr(distillation, "choose_loss_path", lambda _: "kernels")
+    assert_equal(wrapped, kind, labels=labels)
+    assert seen == [40, 40, 10]
 
 
 @pytest.mark.parametrize("kind", KINDS)

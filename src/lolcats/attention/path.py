@@ -109,6 +109,11 @@ def choose_rotary_path(q: Tensor, backend: str | None = None) -> Path:
     return _kernels_if(able and not torch.compiler.is_compiling(), q, name)
 
 
+def choose_loss_path(hidden: Tensor) -> Path:
+    """The path for the losses of stage 2 and their gradients from hidden states like ``hidden`` (N, E)."""
+    return _kernels_if(hidden.dtype in (torch.float32, *HALF), hidden, _backend.get())
+
+
 def _kernels_if(able: bool, q: Tensor, name: str) -> Path:
     """``kernels`` if they are ``able`` to compute a call with queries like ``q`` and the backend ``name`` allows it."""
     if not able or name == "chunked":

@@ -17,9 +17,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, log_softmax
 
+from lolcats.attention.path import choose_loss_path
 from lolcats.modeling.install import decoder, inputs_of
 from lolcats.modeling.layer import LinearizedAttention, override
-from lolcats.modeling.loss import TOKENS, Head, counted, gathered, in_parts, next_tokens
+from lolcats.modeling.loss import PIECE, TOKENS, Head, counted, gathered, in_parts, next_tokens
 
 LOWEST = torch.finfo(torch.float32).min / 2  # in place of −inf, whose differences are NaN
 
@@ -174,16 +175,13 @@ class _Distilled(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), device=student.device)
-        for start in range(0, len(student), TOKENS):
-            rows = slice(start, start + TOKENS)
-            known = None if teacher is None else _logits(head, teacher[rows], weight)
-            logits = _logits(head, student[rows], weight)
-            bent = None if head.softcap is None else 1 - (logits / head.softcap).square_()
-            loss, slope = kind.summed_with_gradient(logits, known, targets[rows])
+        by_kernel = head.scale == 1 and head.softcap is None and choose_loss_path(student) == "kernels"
+        for start in range(0, len(student), size := PIECE if by_kernel else TOKENS):
+            rows = slice(start, start + size)
+            seen = (student[rows], None if teacher is None else teacher[rows], targets[rows])
+            loss, slope = _by_kernel(*seen, weight, kind) if by_kernel else _by_parts(*seen, weight, head, kind)
             total += loss
             if gradient is not None:
-                slope = slope if bent is None else slope.mul_(bent)
-                slope = slope if head.scale == 1 else slope.mul_(head.scale)
                 gradient[rows] = slope.to(weight.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -193,6 +191,28 @@ class _Distilled(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * slope).to(gradient.dtype), None, None, None, None, None
+
+
+def _by_kernel(
+    student: Tensor, teacher: Tensor | None, targets: Tensor, weight: Tensor, kind: Distillation
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The summed loss of some tokens, and its gradient (n, V) by their logits."""
+    from lolcats.stages.finetune.kernel import loss_and_gradient
+
+    logits = linear(student, weight)
+    known = None if teacher is None else linear(teacher, weight)
+    return loss_and_gradient(logits, known, targets, kind.weight, kind.temperature), logits
+
+
+def _by_parts(
+    student: Tensor, teacher: Tensor | None, targets: Tensor, weight: Tensor, head: Head, kind: Distillation
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same in plain PyTorch, also for heads that scale and cap; the gradient is by what the head's product is."""
+    logits, known = _logits(head, student, weight), None if teacher is None else _logits(head, teacher, weight)
+    bent = None if head.softcap is None else 1 - (logits / head.softcap).square_()
+    loss, slope = kind.summed_with_gradient(logits, known, targets)
+    slope = slope if bent is None else slope.mul_(bent)
+    return loss, slope if head.scale == 1 else slope.mul_(head.scale)
 
 
 def _logits(head: Head, hidden: Tensor, weight: Tensor) -> Tensor:
