@@ -98,17 +98,17 @@ class Unrotated(Problem):
         return cls(**vars(rotated) | {"qkv": [*wide, rotated.qkv[2]]})
 
 
-def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend) -> Tensor:
     with sdpa_kernel(backend):
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
 
 
-flash: Attend = partial(sdpa, SDPBackend.FLASH_ATTENTION)
+flash: Attend = partial(sdpa, backend=SDPBackend.FLASH_ATTENTION)
 
 
 def softmax_attentions() -> dict[str, Attend]:
     """SDPA's fast backends, and FlashAttention 3 and 4 where they are installed, for (B, heads, T, D)."""
-    found: dict[str, Attend] = {name: partial(sdpa, backend) for name, backend in SDPA.items()}
+    found: dict[str, Attend] = {name: partial(sdpa, backend=backend) for name, backend in SDPA.items()}
     for name, package in PACKAGES.items():
         if importlib.util.find_spec(package.split(".")[0]) and importlib.util.find_spec(package):
             function = importlib.import_module(package).flash_attn_func

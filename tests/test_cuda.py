@@ -22,19 +22,12 @@ from lolcats.attention import (
     use_backend,
 )
 from lolcats.config import AttentionConfig, load_config
-from lolcats.data.rows import Data
 from lolcats.inference.engine import Engine, Request
 from lolcats.inference.engine.sampling import SamplingParams
-from lolcats.modeling.checkpoint import feature_map_state
 from lolcats.modeling.layer import Geometry, LinearizedAttention
 from lolcats.modeling.liger import fused_layers
 from lolcats.modeling.loss import find_head, language_model_loss
 from lolcats.pipeline import linearize
-from lolcats.stages import cuda_graph
-from lolcats.stages.finetune.graph import PassGraph
-from lolcats.stages.finetune.stage import add_lora, finetune
-from lolcats.stages.transfer import graph
-from lolcats.stages.transfer.stage import transfer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -314,76 +307,3 @@ def test_whole_job_finds_the_gpu_and_uses_bfloat16(model_dirs, chat_file: Path, 
     adapter, merged = (lolcats.load(tmp_path / d, device="cuda") for d in ("out", "out/merged"))
     with torch.no_grad():
         assert torch.equal(adapter(ids).logits, merged(ids).logits)
-
-
-def test_stage_1_replays_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same losses and feature maps as kernel by kernel, with an uneven last batch in each epoch."""
-    rows = torch.randint(6, 300, (45, 256), generator=torch.Generator().manual_seed(0))
-    data = Data(rows[5:], rows[:4], rows[:4], "fingerprint", {})
-    settings = [
-        "transfer.max_steps=12", "transfer.batch_size=16", "transfer.micro_batch_size=4", "transfer.log_steps=1",
-        "transfer.eval_steps=6", "attention.window_size=16", "attention.feature_dim=16",
-    ]  # fmt: skip
-    monkeypatch.setattr(cuda_graph, "WORTH", 2)
-    captured: list[graph.MicroStepGraph] = []
-    own = graph.MicroStepGraph.__init__
-    monkeypatch.setattr(
-        graph.MicroStepGraph, "__init__", lambda self, *given: own(self, *given) or captured.append(self)
-    )
-    found = []
-    for wanted in ("false", "true", "auto"):
-        assert len(captured) == len(found) // 2
-        config = load_config("default", [*settings, f"transfer.cuda_graph={wanted}"])
-        torch.manual_seed(0)
-        model = lolcats.convert(tiny_model(num_hidden_layers=3).to("cuda", torch.bfloat16), config.attention)
-        found.append((transfer(model, data, config, tmp_path / wanted), feature_map_state(model)))
-    assert len(captured) == 2
-    (plain, maps), *graphs = found
-    for replayed, others in graphs:
-        for before, after in zip(plain.history, replayed.history, strict=True):
-            assert after == pytest.approx(before, rel=1e-4)
-        for name, tensor in maps.items():
-            torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
-@pytest.mark.parametrize("attention", [[], ["attention.kind=window", "attention.softmax_heads={0: [1]}"],
-                                       ["attention.feature_inputs=unrotated", "attention.softmax_heads={0: [1]}"]],
-                         ids=["linear", "window", "unrotated"])  # fmt: skip
-def test_stage_2_replays_a_graph(
-    loss: str, attention: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same losses and weights as kernel by kernel, with an uneven last step in each epoch."""
-    rows = torch.randint(6, 300, (45, 256), generator=torch.Generator().manual_seed(0))
-    labels = rows.masked_fill(torch.arange(256) < 5 * torch.arange(45)[:, None], -100)
-    labels = {"train": labels[5:], "validation": rows[:4]}
-    data = Data(rows[5:], rows[:4], rows[:4], "fingerprint", {}, labels=labels)
-    settings = [
-        "finetune.max_steps=12", "finetune.learning_rate=1e-2", "finetune.batch_size=16",
-        "finetune.micro_batch_size=4", "finetune.log_steps=1", "finetune.eval_steps=6",
-        "attention.window_size=16", "attention.feature_dim=16", f"finetune.loss={loss}",
-        "finetune.feature_map_learning_rate=1e-2", *attention,
-    ]  # fmt: skip
-    monkeypatch.setattr(cuda_graph, "WORTH", 2)
-    captured: list[PassGraph] = []
-    own = PassGraph.__init__
-    monkeypatch.setattr(PassGraph, "__init__", lambda self, *given: own(self, *given) or captured.append(self))
-    found = []
-    for wanted in ("false", "true", "auto"):
-        config = load_config("default", [*settings, f"finetune.cuda_graph={wanted}"])
-        torch.manual_seed(0)
-        model = lolcats.convert(tiny_model(num_hidden_layers=3).to("cuda", torch.bfloat16), config.attention)
-        wrapped = add_lora(model, config.finetune)
-        start = {name: p.detach().clone() for name, p in wrapped.named_parameters() if p.requires_grad}
-        wrapped, result = finetune(wrapped, data, config, tmp_path / wanted)
-        found.append((result, {name: p.detach() for name, p in wrapped.named_parameters() if p.requires_grad}))
-        assert len(captured) == len(found) - 1
-    (plain, weights), *graphs = found
-    for replayed, others in graphs:
-        for before, after in zip(plain.history, replayed.history, strict=True):
-            for key in before.keys() & {"loss", "eval_loss"}:
-                assert after[key] == pytest.approx(before[key], rel=1e-3 if loss == "cross_entropy" else 1e-2)
-        for name, tensor in weights.items():
-            learned = (tensor - start[name]).norm()
-            assert learned > 0, name
-            assert (others[name] - tensor).norm() < 0.1 * learned, name
