@@ -71,9 +71,22 @@ def _by_device(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable
     @functools.wraps(plain)
     def function(*args: Any, **kwargs: Any) -> Any:
         tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        return (fused if tensor.is_cuda else plain)(*args, **kwargs)
+        if not tensor.is_cuda:
+            return plain(*args, **kwargs)
+        return fused(*map(one_token_rows, args), **{name: one_token_rows(x) for name, x in kwargs.items()})
 
     return function
+
+
+def one_token_rows(x: Any) -> Any:
+    """Queries or keys (B, H, 1, D) as a view whose tokens lie H · D numbers apart; anything else as it is.
+
+    Liger's RoPE takes the stride of the tokens for that of the rows. With one token PyTorch may give that dimension any
+    stride, such as D where a family (Gemma 3) normalizes heads that are transposed already.
+    """
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[2] != 1:
+        return x
+    return x.squeeze(2).unsqueeze(1).transpose(1, 2)
 
 
 def _restore(place: dict[str, Any], old: dict[str, Any], changed: list[str]) -> None:
