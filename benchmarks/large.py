@@ -186,7 +186,8 @@ def planned(model: Model, gpu_gib: float) -> dict[str, Any]:
     size = size_of(shape(model), quantized.kept_evenly(budget, plain))
     found: dict[str, Any] = {}
     rows = replace(recipe.transfer, batch_size=g.rows, micro_batch_size=g.rows, eval_steps=scale.Run().eval_steps)
-    transfers = plan_transfer(plain, replace(recipe, transfer=rows), machine, work)
+    whole = size_of(shape(replace(model, layers=g.of_layers)), recipe)
+    transfers = plan_transfer(whole, replace(recipe, transfer=rows), machine, work)
     stream = next(plan for plan in transfers if plan.schedule == "stream")
     found["stage 1"] = {"tokens_per_second": stream.tokens / stream.time, "gib": stream.peak / 2**30}
     for variant in VARIANTS:
@@ -299,6 +300,9 @@ def output(arguments: argparse.Namespace) -> str:
 
 def report(results: dict[str, Any]) -> str:
     model, plan = MODELS[results["model"]], results["plan"]
+    all_layers, planned_layers = geometry(model).of_layers, f"{model.layers} layers"
+    if all_layers != model.layers:
+        planned_layers += f" (stage 1: of all {all_layers})"
     other = f"; other build: {results['against']}" if results["against"] else ""
     lines = [
         f"# The path of a {results['model']} model on one GPU", "",
@@ -308,17 +312,19 @@ def report(results: dict[str, Any]) -> str:
         f"{model.length:,}, {model.batch} a step, {KEPT:.1%} of the key/value heads kept, LoRA of recipe paper-70b. "
         "Selection: a round of the search, extrapolated by passes through the model; streamed: from host memory, and "
         "the plan without reading files. What its layers put out is recorded on the GPU if it fits there twice. "
-        f"*Plan*: what `lolcats plan` says of {model.layers} layers, with speeds that come from the rows of 70B in "
+        f"*Plan*: what `lolcats plan` says of {planned_layers}, with speeds that come from the rows of 70B in "
         "`large.md` and from `training.md` (`plan_speeds.py`).", "",
         "| part | measured | peak GiB | plan | plan GiB | target |", "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
-    lines += [_row(name, part, plan) for name, part in results["parts"].items()]
-    for line in filter(None, (_ratio(results["parts"]), _recipe(results["parts"], plan, results["model"] != "405B"))):
+    own = results["model"] != "405B"  # the targets are those of a 70B model
+    lines += [_row(name, part, plan, own) for name, part in results["parts"].items()]
+    for line in filter(None, (_ratio(results["parts"]), _recipe(results["parts"], plan, own))):
         lines += ["", line]
     return "\n".join(lines) + "\n"
 
 
-def _row(name: str, part: dict[str, Any], plan: dict[str, Any]) -> str:
+def _row(name: str, part: dict[str, Any], plan: dict[str, Any], own: bool) -> str:
+    """own: the targets are those of this model."""
     said = plan.get(name, plan.get(name.partition(",")[0], {}))
     peak = part.get("peak_gib", part.get("peak_gpu_gib"))
     gib = "" if peak is None else f"{peak:.1f}"
@@ -328,13 +334,15 @@ def _row(name: str, part: dict[str, Any], plan: dict[str, Any]) -> str:
     if "whole_run" in part:
         whole = part["whole_run"]
         value = f"{whole['tokens_per_second']:,.0f} tokens/s, {whole['hours']:.2f} h"
-        return f"| {name} | {value} | {gib} | {said['tokens_per_second']:,.0f} tokens/s | {plan_gib} | 26 GiB |"
+        target = "26 GiB" * own
+        return f"| {name} | {value} | {gib} | {said['tokens_per_second']:,.0f} tokens/s | {plan_gib} | {target} |"
     if "tokens_per_second" in part:
-        value, target = f"{part['tokens_per_second']:,.0f} tokens/s", f"{TARGETS[part['loss']]:,.0f} tokens/s, 120 GiB"
+        value = f"{part['tokens_per_second']:,.0f} tokens/s"
+        target = f"{TARGETS[part['loss']]:,.0f} tokens/s, 120 GiB" * own
         return f"| {name} | {value} | {gib} | {said['tokens_per_second']:,.0f} tokens/s | {plan_gib} | {target} |"
     if "passes" in part:
         value = f"{part['seconds'] / 60:.1f} min for {part['heads']} heads, {part['passes']:.0f} passes"
-        return f"| {name} | {value} | {gib} | {said['seconds'] / 60:.1f} min | {plan_gib} | 45 min |"
+        return f"| {name} | {value} | {gib} | {said['seconds'] / 60:.1f} min | {plan_gib} | {'45 min' * own} |"
     held = "" if part["gpu_gib"] is None else f"{part['gpu_gib']:.1f}"
     return f"| {name} | {part['seconds']:.1f} s | {held} | | | |"
 

@@ -23,7 +23,7 @@ def collect(found: Results, order: list[str], other: Results) -> dict[str, dict[
         then = before.get((count, SHARDED if name.startswith(SHARDED) and "larger" not in name else name), {})
         if "tokens_per_second" in then and "tokens_per_second" in result:
             result["other"] = {
-                key: then[key] for key in ("tokens_per_second", "seconds", "losses", "peak_gib", "build")
+                key: then[key] for key in ("tokens_per_second", "seconds", "losses", "peak_gib")
             }
             one = before.get((1, base), {})
             if count > 1 and "tokens_per_second" in one:

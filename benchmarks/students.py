@@ -17,6 +17,7 @@ OUT/model (--minutes 0 does only this). Rows on the teacher's own answers need D
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
@@ -122,12 +123,16 @@ def checked_selections(a: argparse.Namespace, model: Path) -> list[Selection]:
     return selections
 
 
+def own_command(a: argparse.Namespace) -> str:
+    """This script's, without the places of files."""
+    return shlex.join(["students.py", *(Path(word).name for word in a.words)])
+
+
 def in_this_process(a: argparse.Namespace, file: Path, model: Path, end: float) -> bool:
     """Train and measure what is missing; whether nothing failed."""
-    command = shlex.join(["students.py", *(Path(word).name for word in a.words)])
     sweep = read_sweep(file, [f"base.model={model}", *filter(of_sweep, a.set)])
     try:
-        run_sweeps([sweep], a.out, command, lambda line: print(line, flush=True), max(0.0, end - time.time()))
+        run_sweeps([sweep], a.out, own_command(a), lambda line: print(line, flush=True), max(0.0, end - time.time()))
     except LolcatsError as error:
         print(error, flush=True)
         return False
@@ -159,7 +164,19 @@ def in_processes(a: argparse.Namespace, file: Path, model: Path, end: float, pla
     finally:
         for process in begun.values():
             process.terminate()
-    return not any(process.wait() for process in begun.values())
+        failed = [process.wait() for process in begun.values()]
+        say_own_command(a.out / RESULTS, own_command(a))
+    return not any(failed)
+
+
+def say_own_command(path: Path, command: str) -> None:
+    """Put ``command`` in the place of those of the processes that it began."""
+    if path.is_file():
+        results = common.read_lines(path)
+        for result in results:
+            if result["command"].startswith("lolcats sweep"):
+                result["command"] = command
+        write_text(path, "".join(json.dumps(result) + "\n" for result in results))
 
 
 def write_table(path: Path) -> None:

@@ -263,7 +263,8 @@ def measured(row: Row, source: Path, steps: int, losses: bool) -> dict[str, Any]
         wrong = done.stderr.strip().splitlines()[-1:] or ["no message"]
         return {"missing": "out of memory" if "OutOfMemory" in done.stderr else wrong[0][:200]}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    assert Path(found["build"]) == source.resolve(), f"{found['build']} was measured instead of {source}"
+    build = found.pop("build")
+    assert Path(build) == source.resolve(), f"{build} was measured instead of {source}"
     return found
 
 

@@ -181,3 +181,17 @@ def test_table_of_students() -> None:
     assert f"| a | {scores} | +0.000 (0.000) / -0.250 (0.050) | – | – | 29.0 | 3.28 + 3.28 | 3 + 3 + 4 |" in lines
     assert any(line.startswith(f"| {module.CONTROL} |") and "0.125 | – | – | – |" in line for line in lines)
     assert "hardware a GPU; commit abc; date 2026-11-30" in lines
+
+
+def test_results_of_processes_say_the_script_s_command(tmp_path: Path) -> None:
+    module, path = script("students"), tmp_path / "results.jsonl"
+    module.say_own_command(path, "nothing is there yet")
+    commands = ["lolcats sweep /some/place/students.yaml", "students.py an earlier one"]
+    path.write_text("".join(json.dumps({"command": command, "seed": 1}) + "\n" for command in commands))
+    own = module.own_command(module.arguments_of(["/some/model", "/some/data", "--out", "/some/out", "--jobs", "2"]))
+    module.say_own_command(path, own)
+    results = [json.loads(line) for line in path.read_text().splitlines()]
+    assert results == [
+        {"command": "students.py model data --out out --jobs 2", "seed": 1},
+        {"command": "students.py an earlier one", "seed": 1},
+    ]
