@@ -58,7 +58,7 @@ def measure(shape: str, layers: int, rows: int, length: int, turns: int, until: 
     models = {}
     for kept in ("none", "eighth"):
         chosen = attention(kept, layers, sizes["num_key_value_heads"])
-        config = load_config("default", ["attention.sinks=4"])
+        config = load_config("paper-sinks", ["attention.sinks=4"])
         config = replace(config, attention=replace(config.attention, softmax_heads=chosen.softmax_heads))
         models[kept] = bench.random_model("cut", config.attention, device, dtype), config
     found: dict[str, list[float]] = {}

@@ -68,7 +68,7 @@ class Bench:
         self.sizes, self.ranks, self.most = sizes, ranks().size, most
         self.device = own_device(device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.config = load_config("default", sizes.settings)
+        self.config = load_config("paper-sinks", sizes.settings)
         # now: counting runs a small model on the CPU, which layers fused for the GPU would break
         models = sizes.models if "large stage 2" in parts else sizes.models[:1]
         self.counted = {name: size_of(model_config(name), self.config) for name in models}

@@ -22,9 +22,7 @@ def collect(found: Results, order: list[str], other: Results) -> dict[str, dict[
             compare(result, single, count)
         then = before.get((count, SHARDED if name.startswith(SHARDED) and "larger" not in name else name), {})
         if "tokens_per_second" in then and "tokens_per_second" in result:
-            result["other"] = {
-                key: then[key] for key in ("tokens_per_second", "seconds", "losses", "peak_gib")
-            }
+            result["other"] = {key: then[key] for key in ("tokens_per_second", "seconds", "losses", "peak_gib")}
             one = before.get((1, base), {})
             if count > 1 and "tokens_per_second" in one:
                 result["other"]["efficiency"] = then["tokens_per_second"] / count / one["tokens_per_second"]

@@ -51,7 +51,7 @@ def kept_and_taught(sizes: Sizes) -> Config:
     """KL from the teacher; one of eight key/value heads of every layer stays softmax attention (one of two if tiny)."""
     shape = model_config(sizes.models[0])
     heads = {i: [i % shape.num_key_value_heads] for i in range(shape.num_hidden_layers)}
-    return load_config("default", [*sizes.settings, "finetune.loss=kl", f"attention.softmax_heads={heads}"])
+    return load_config("paper-sinks", [*sizes.settings, "finetune.loss=kl", f"attention.softmax_heads={heads}"])
 
 
 def lean_lora(model: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -23,7 +23,7 @@ def speeds(training: dict[str, Any], large: dict[str, Any]) -> dict[str, float]:
     seconds = {
         name: statistics.median(part["seconds"]) for name, part in training["parts"].items() if "seconds" in part
     }
-    size = size_of(read_config("llama-3-8b"), load_config("default"))
+    size = size_of(read_config("llama-3-8b"), load_config("paper-sinks"))
     products, attention = forward_operations(size, geometry["length"])
     tokens = geometry["transfer_rows"] * geometry["length"]
     units = 1e-9 * tokens * size.layers * size.heads

@@ -98,7 +98,7 @@ class Bench:
 
 
 def start(arguments: argparse.Namespace) -> tuple[Bench, dict[str, float]]:
-    config = load_config("default", ["attention.sinks=4", *arguments.set])
+    config = load_config("paper-sinks", ["attention.sinks=4", *arguments.set])
     device, dtype = device_and_dtype(config)
     began = time.time()
     inputs = Inputs(arguments.model, keep=True)
@@ -117,7 +117,7 @@ def start(arguments: argparse.Namespace) -> tuple[Bench, dict[str, float]]:
 def timed(shape: str, count: int, lengths: Sequence[int]) -> dict[str, Any]:
     """How long it takes to choose ``count`` heads with random weights and random prompts of the usual sizes. Under
     torchrun, the ranks share the work."""
-    config = load_config("default", ["attention.sinks=4"])
+    config = load_config("paper-sinks", ["attention.sinks=4"])
     device, dtype = device_and_dtype(config)
     device = own_device(device)
     model = random_model(shape, trial_attention(config.attention), device, dtype)

@@ -132,7 +132,7 @@ class Bench:
             return decoder(self.model)(input_ids=rows, use_cache=False)[0]
 
         with tempfile.TemporaryDirectory() as directory, fused_layers(self.model.eval(), stage.liger):
-            config = replace(load_config("default"), transfer=stage)
+            config = replace(load_config("paper-sinks"), transfer=stage)
             trainer = LayerTrainer(layers, data, config, Path(directory), Ranks(), self.device)
             group = Group(list(layers.values()), run, trainer.units)
 

@@ -48,7 +48,7 @@ MARGIN = 60
 class Row:
     """What a process trains. stage: ``transfer``, ``finetune`` or ``peft`` (PEFT and transformers' Trainer without us).
 
-    settings: of this build; ``then``: of the other one, None if it has no such row. The default recipe has the rest.
+    settings: of this build; ``then``: of the other one, None if it has no such row. The rest is of paper-sinks.
     """
 
     size: str
@@ -199,7 +199,7 @@ def train_lolcats(
     from lolcats.stages.transfer.stage import transfer
 
     never, name, steps = 10**6, row.stage, len(data) // row.batch
-    config = load_config("default", [
+    config = load_config("paper-sinks", [
         f"data.sequence_length={row.length}", f"{name}.batch_size={row.batch}", f"{name}.max_steps={steps}",
         f"{name}.eval_steps={never}", f"{name}.save_steps={never}", f"{name}.log_steps={1 if losses else never}",
         *row.settings,
@@ -326,10 +326,10 @@ def report(results: dict[str, Any]) -> str:
     where = f"{first['device']}, bf16; {common.listed(first['versions'])}" if first else "nothing measured"
     lines = [
         "# Steps of training", "",
-        f"`python benchmarks/training_steps.py`, {where}. Llamas with random weights, 8,192 tokens a step, the default "
-        "recipe. Milliseconds between the ends of optimizer steps: medians of all steps, in brackets the least and the "
-        "greatest median of a process. Builds took turns. *Busy*: the time that kernels of one step take. *All*: "
-        "seconds of the whole run, compiling included.", "",
+        f"`python benchmarks/training_steps.py`, {where}. Llamas with random weights, 8,192 tokens a step, recipe "
+        "paper-sinks. Milliseconds between the ends of optimizer steps: medians of all steps, in brackets the least "
+        "and the greatest median of a process. Builds took turns. *Busy*: the time that kernels of one step take. "
+        "*All*: seconds of the whole run, compiling included.", "",
         "| row | this build | its commit | other build | its commit | ratio | tokens/s | busy ms "
         "| peak GiB, this / other | all s |",
         "|---|---:|---|---:|---|---:|---:|---:|---:|---:|",

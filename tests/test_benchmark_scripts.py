@@ -435,7 +435,8 @@ def test_training_steps_of_two_builds(tmp_path: Path) -> None:
     for name, row in {**module.rows(), **module.tiny_rows()}.items():
         assert row.size in module.SIZES, name
         load_config(
-            "default", [f"{row.stage}.batch_size={row.batch}" for _ in range(row.stage != "peft")] + list(row.settings)
+            "paper-sinks",
+            [f"{row.stage}.batch_size={row.batch}" for _ in range(row.stage != "peft")] + list(row.settings),
         )
         assert (row.then is None) == (row.stage == "peft")
 

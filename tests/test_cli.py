@@ -25,7 +25,11 @@ from lolcats.files import LOCK, locked, only_writer
 
 
 def invoke(*arguments: object, code: int = 0, stdin: str | None = None) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
+    """Run a command. Where both stages are trained, the recipe is the paper's unless one is given."""
+    words = [str(a) for a in arguments]
+    if words[0] in ("linearize", "transfer") and not {"--recipe", "--no-train", "-h", "--help"} & set(words):
+        words += ["--recipe", "paper-sinks"]
+    result = CliRunner().invoke(app, words, input=stdin)
     if result.exit_code != code:
         raise AssertionError(f"exit code {result.exit_code}, expected {code}: {result.output}") from result.exception
     if code == 2:
@@ -320,12 +324,12 @@ class Job:
     )
 
     def __init__(self, model: Path, data: Path, out: Path, settings: list[str]) -> None:
-        arguments = ["linearize", str(model), "--data", str(data), "--out", str(out), *sets(settings)]
+        words = ["linearize", str(model), "--data", str(data), "--out", str(out), "--recipe", "paper-sinks"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.metrics, self.stderr = out / "metrics.jsonl", ""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.SLOW, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-            env=environment,
+            [sys.executable, "-c", self.SLOW, *words, *sets(settings)], stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
 
     def signal_after(self, stage: str, step: int, number: int) -> int:

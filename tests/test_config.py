@@ -28,7 +28,16 @@ from lolcats.ranges import RANGES
 
 
 def test_shipped_recipes() -> None:
-    assert recipe_names() == ["default", "long", "paper", "paper-405b", "paper-70b", "recall", "small", "untrained"]
+    assert recipe_names() == [
+        "default",
+        "long",
+        "paper",
+        "paper-405b",
+        "paper-70b",
+        "paper-sinks",
+        "small",
+        "untrained",
+    ]
     for name in recipe_names():
         config = load_config(name)
         assert from_dict(Config, yaml.safe_load(to_yaml(config))) == config
@@ -58,7 +67,7 @@ def test_paper_recipe_is_the_papers_table_8() -> None:
     assert (t.mse_weight, t.xent_weight, config.data.sequence_length) == (1000, 0, 1024)
     assert (f.learning_rate, f.rank, f.alpha, f.dropout, f.epochs) == (1e-4, 8, 16, 0, 2)
     assert f.targets == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    assert load_config("default").attention.sinks == 4
+    assert load_config("paper-sinks").attention.sinks == 4
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "nan", "inf", "1e400"])
@@ -70,7 +79,7 @@ def test_every_number_is_finite(value: str) -> None:
     assert len(numbers) > 15
     for name in numbers:
         with pytest.raises(LolcatsError, match=f"{name}: expected a finite number"):
-            load_config("default", [f"{name}={value}"])
+            load_config("paper-sinks", [f"{name}={value}"])
 
 
 def test_overrides_and_types(tmp_path: Path) -> None:
@@ -111,7 +120,7 @@ def test_overrides_and_types(tmp_path: Path) -> None:
 )
 def test_bad_overrides_name_the_key(override: str, message: str) -> None:
     with pytest.raises(LolcatsError, match=message):
-        load_config("default", [override])
+        load_config("paper-sinks", [override])
 
 
 OUT_OF_RANGE = [
@@ -143,7 +152,7 @@ OUT_OF_RANGE = [
 @pytest.mark.parametrize(("override", "message"), OUT_OF_RANGE)
 def test_numbers_out_of_range_name_the_setting_and_its_range(override: str, message: str) -> None:
     with pytest.raises(LolcatsError, match=re.escape(message)):
-        load_config("default", [override])
+        load_config("paper-sinks", [override])
 
 
 def test_every_number_has_a_range() -> None:
@@ -168,7 +177,7 @@ def test_numbers_are_finite_without_a_file(value: float) -> None:
 
 def test_a_stage_that_is_skipped_or_counted_in_steps_needs_no_epochs() -> None:
     for steps in (0, 5):
-        config = load_config("default", [f"transfer.max_steps={steps}", "transfer.epochs=0"])
+        config = load_config("paper-sinks", [f"transfer.max_steps={steps}", "transfer.epochs=0"])
         assert config.transfer.epochs == 0
 
 
@@ -177,7 +186,7 @@ def test_a_stage_that_is_skipped_or_counted_in_steps_needs_no_epochs() -> None:
     ["transfer.schedule=cosine", "transfer.plateau_factor=1"], ["attention.gate_init=-100"],
 ])  # fmt: skip
 def test_a_setting_without_effect_has_no_range(overrides: list[str]) -> None:
-    load_config("default", overrides)
+    load_config("paper-sinks", overrides)
 
 
 def test_layers_may_be_numbers() -> None:

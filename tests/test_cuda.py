@@ -300,7 +300,7 @@ def test_a_decode_step_that_fails_leaves_an_engine_that_works() -> None:
 
 
 def test_whole_job_finds_the_gpu_and_uses_bfloat16(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
-    run = linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "out", load_config("default", settings))
+    run = linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "out", load_config("paper-sinks", settings))
     assert run.results["ppl_student"] > 1
     assert json.loads((tmp_path / "out" / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
     ids = torch.randint(6, 300, (2, 40), device="cuda")

@@ -108,7 +108,7 @@ def test_an_unfinished_line_of_metrics_is_left_out(torn: bytes, tmp_path: Path, 
 
 
 def test_a_gguf_file_is_planned_and_a_damaged_one_is_refused(gguf_file: Path, tmp_path: Path) -> None:
-    config = load_config("default")
+    config = load_config("paper-sinks")
     assert size_of(read_config(str(gguf_file)), config) == size_of(tiny_model("llama").config, config)
     output = invoke("plan", gguf_file)
     assert "A GGUF file is read whole" in output

@@ -183,11 +183,13 @@ def test_the_file_is_training_data(
     sets = [word for change in settings for word in ("--set", change)]
     data = ["--data", str(out)]
     picture = ["--picture", str(tmp_path / "stats.png"), "--rows", "4"]
-    stats = CliRunner().invoke(app, ["data", "stats", str(model), *data, *picture, *sets])
+    stats = CliRunner().invoke(app, ["data", "stats", str(model), *data, *picture, *sets,
+                                      "--recipe", "paper-sinks"])  # fmt: skip
     assert stats.exit_code == 0, stats.output
     if not template:
         return
-    trained = CliRunner().invoke(app, ["linearize", str(model), *data, "--out", str(tmp_path / "run"), *sets])
+    trained = CliRunner().invoke(app, ["linearize", str(model), *data, "--out", str(tmp_path / "run"),
+                                        "--recipe", "paper-sinks", *sets])  # fmt: skip
     assert trained.exit_code == 0, trained.output
 
 

@@ -33,7 +33,7 @@ ROWS = {
 @pytest.mark.parametrize("row", ROWS)
 @torch.no_grad()
 def test_whole_job(row: str, model_dirs: dict[str, Path], chat_file: Path, settings: list[str], tmp_path: Path) -> None:
-    out, config = tmp_path / "out", load_config("default", [*settings, *ROWS[row]])
+    out, config = tmp_path / "out", load_config("paper-sinks", [*settings, *ROWS[row]])
     with torch.enable_grad():
         run = linearize(str(model_dirs["qwen2"]), str(chat_file), out, config, say=lambda _: None)
     assert all(value > 1 for key, value in run.results.items() if key.startswith("ppl_"))
@@ -62,7 +62,7 @@ def test_supra_saves_its_norm_and_trains_it(model_dirs, chat_file: Path, setting
     """In stage 1 it trains with the feature maps, in stage 2 with them or not at all."""
     saved = {}
     for name, more in (("stage 1", ["finetune.max_steps=0"]), ("both", []), ("stage 2", NO_TRANSFER)):
-        config = load_config("default", [*settings, *SUPRA, *more])
+        config = load_config("paper-sinks", [*settings, *SUPRA, *more])
         linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / name, config, merge=False, say=lambda _: None)
         saved[name] = read_tensors(tmp_path / name / "feature_maps.safetensors")
     for name in ("stage 1", "stage 2"):
@@ -86,7 +86,10 @@ def test_half_and_half_and_longest_effective_lengths(model_dirs, settings: list[
         "one": [], "half and half": ["base.data=half"],
         "longest": ["base.data=half", "data.keep_longest_effective=0.25"],
     }  # fmt: skip
-    tree = {"base": {"set": settings, "sources": {"half": str(tmp_path / "half.yaml")}}, "rows": rows}
+    tree = {
+        "base": {"recipe": "paper-sinks", "set": settings, "sources": {"half": str(tmp_path / "half.yaml")}},
+        "rows": rows,
+    }
     (tmp_path / "sweep.yaml").write_text(json.dumps(tree))
     places = [f"base.model={model_dirs['llama']}", f"base.data={tmp_path / 'a.jsonl'}"]
     run_sweep(read_sweep(tmp_path / "sweep.yaml", places), tmp_path / "out", "", lambda _: None)

@@ -36,7 +36,7 @@ RESULTS = {
 @torch.no_grad()
 def test_whole_job(family: str, model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    config = load_config("default", settings)
+    config = load_config("paper-sinks", settings)
     with torch.enable_grad():
         run = linearize(str(model_dirs[family]), str(chat_file), out, config, say=lambda _: None)
     assert set(run.results) == RESULTS
@@ -63,6 +63,8 @@ def test_whole_job(family: str, model_dirs, chat_file: Path, settings, tmp_path:
     card = (out / "README.md").read_text()
     assert f"{run.results['ppl_student']:.2f}" in card
     assert "window only, nothing trained" in card
+    assert "Memory and time per generated token are constant." in card
+    assert "tags: [lolcats, linear-attention]" in card
 
     # The same command again does nothing; a different one is refused.
     before = (out / "run.json").read_bytes(), (out / "merged" / "model.safetensors").stat().st_mtime_ns
@@ -73,7 +75,7 @@ def test_whole_job(family: str, model_dirs, chat_file: Path, settings, tmp_path:
 def test_recall_and_bytes_stand_beside_perplexity(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
     """Only rows that are long enough for the prompts have recall; the same numbers come from the saved model."""
     settings += ["data.sequence_length=512", "data.test_rows=2", "data.validation_rows=2", "transfer.max_steps=2"]
-    config, out = load_config("default", settings), tmp_path / "out"
+    config, out = load_config("paper-sinks", settings), tmp_path / "out"
     run = linearize(str(model_dirs["llama"]), str(chat_file), out, config, merge=False, say=lambda _: None)
     assert set(run.results) == RESULTS | {"recall_teacher", "recall_window_sinks", "recall_student"}
     job = resume(out, say=lambda _: None)
@@ -99,12 +101,12 @@ def test_recall_and_bytes_stand_beside_perplexity(model_dirs, chat_file: Path, s
     assert all(cell in (out / "README.md").read_text() for cell in (*header, recall_note(run)))
     run.record["results"]["recall_student"] = None  # as of a model in pieces
     assert {row[0]: row[3] for row in model_table(run)[1]}["after stage 2 (LoRA)"] == ""
-    softmax = load_config("default", [*settings, "attention.kind=softmax"])
+    softmax = load_config("paper-sinks", [*settings, "attention.kind=softmax"])
     assert recall_prompts(replace(job, config=softmax)) == []
 
 
 def test_recorded_perplexity_is_that_of_the_saved_model(model_dirs, chat_file, settings, tmp_path, tokenizer) -> None:
-    config = load_config("default", settings)
+    config = load_config("paper-sinks", settings)
     run = linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "out", config, say=lambda _: None)
     rows = lolcats.data.rows.load_data(str(chat_file), tokenizer, config.data, config.seed).test
     saved = lolcats.load(tmp_path / "out" / "merged")
@@ -114,7 +116,7 @@ def test_recorded_perplexity_is_that_of_the_saved_model(model_dirs, chat_file, s
 
 
 def test_parts_equal_the_whole(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
-    config, quiet = load_config("default", settings), lambda _: None
+    config, quiet = load_config("paper-sinks", settings), lambda _: None
     linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "whole", config, merge=False, say=quiet)
     run_transfer(start(Inputs(str(model_dirs["llama"])), str(chat_file), tmp_path / "parts", config, quiet))
     between = lolcats.load(tmp_path / "parts")  # stage 1 is loadable without stage 2
@@ -125,25 +127,25 @@ def test_parts_equal_the_whole(model_dirs, chat_file: Path, settings, tmp_path: 
 
 
 def test_a_run_from_before_a_setting_existed_continues(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
-    config, quiet = load_config("default", settings), lambda _: None
+    config, quiet = load_config("paper-sinks", settings), lambda _: None
     start(Inputs(str(model_dirs["llama"])), str(chat_file), tmp_path / "out", config, quiet)
     path = tmp_path / "out" / "run.json"
     record = json.loads(path.read_text())
     del record["config"]["transfer"]["liger"]
     path.write_text(json.dumps(record))
     start(Inputs(str(model_dirs["llama"])), str(chat_file), tmp_path / "out", config, quiet)
-    changed = load_config("default", [*settings, "transfer.liger=off"])
+    changed = load_config("paper-sinks", [*settings, "transfer.liger=off"])
     with pytest.raises(LolcatsError, match=r"transfer\.liger was True and is now False"):
         start(Inputs(str(model_dirs["llama"])), str(chat_file), tmp_path / "out", changed, quiet)
 
 
 def test_another_run_in_the_same_directory_is_refused(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
-    config, quiet = load_config("default", settings), lambda _: None
+    config, quiet = load_config("paper-sinks", settings), lambda _: None
     llama = str(model_dirs["llama"])
     start(Inputs(llama), str(chat_file), tmp_path / "out", config, quiet)
     with pytest.raises(LolcatsError, match="holds another run: its base model is"):
         start(Inputs(str(model_dirs["qwen2"])), str(chat_file), tmp_path / "out", config, quiet)
-    changed = load_config("default", [*settings, "transfer.learning_rate=0.5"])
+    changed = load_config("paper-sinks", [*settings, "transfer.learning_rate=0.5"])
     with pytest.raises(LolcatsError, match=r"transfer.learning_rate was 0.01 and is now 0.5"):
         start(Inputs(llama), str(chat_file), tmp_path / "out", changed, quiet)
     other = tmp_path / "other.jsonl"
@@ -159,7 +161,7 @@ def test_another_run_in_the_same_directory_is_refused(model_dirs, chat_file: Pat
 def test_adapter_refuses_a_changed_base(chat_file: Path, settings, tmp_path: Path, tokenizer) -> None:
     tiny_model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    config = load_config("default", settings)
+    config = load_config("paper-sinks", settings)
     linearize(str(tmp_path / "base"), str(chat_file), tmp_path / "out", config, merge=False, say=lambda _: None)
     tiny_model(seed=5).save_pretrained(tmp_path / "base")
     with pytest.raises(LolcatsError, match="adapters only fit their own base model"):
@@ -169,7 +171,7 @@ def test_adapter_refuses_a_changed_base(chat_file: Path, settings, tmp_path: Pat
 @pytest.mark.parametrize("kind", ["linear", "window", "softmax"])
 def test_controls_and_stages_skipped(kind: str, model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
     """Only linear attention; the control with LoRA but no linear term; the teacher with the same LoRA."""
-    config = load_config("default", [*settings, f"attention.kind={kind}"])
+    config = load_config("paper-sinks", [*settings, f"attention.kind={kind}"])
     run = linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "out", config, say=lambda _: None)
     assert ("skipped" in run.record["stages"]["transfer"]) == (kind != "linear")
     if kind == "softmax":
@@ -181,7 +183,7 @@ def test_controls_and_stages_skipped(kind: str, model_dirs, chat_file: Path, set
 
 def test_no_transfer_baseline(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
     changes = ["transfer.max_steps=0", "finetune.feature_map_learning_rate=0.01"]
-    config = load_config("default", [*settings, *changes])
+    config = load_config("paper-sinks", [*settings, *changes])
     run = linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "out", config, say=lambda _: None)
     assert run.record["stages"]["transfer"] == {"skipped": True}
     saved = lolcats.load(tmp_path / "out")
@@ -191,7 +193,7 @@ def test_no_transfer_baseline(model_dirs, chat_file: Path, settings, tmp_path: P
 
 
 def test_record_is_complete(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
-    config = load_config("default", settings)
+    config = load_config("paper-sinks", settings)
     linearize(str(model_dirs["qwen2"]), str(chat_file), tmp_path / "out", config, merge=False, say=lambda _: None)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert set(record) == {"base", "data", "config", "date", "versions", "stages", "results"}

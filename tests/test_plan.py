@@ -39,7 +39,7 @@ SMALL = ["attention.window_size=8", "attention.feature_dim=8", "data.sequence_le
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("maps", ["per_query_head", "per_kv_head"])
 def test_counts_are_those_of_the_model(family: str, maps: str) -> None:
-    config = load_config("default", [*SMALL, f"attention.key_maps={maps}"])
+    config = load_config("paper-sinks", [*SMALL, f"attention.key_maps={maps}"])
     size = size_of(FAMILIES[family](vocab_size=320), config)
     model = tiny_model(family)
     total, layers = sum(p.numel() for p in model.parameters()), len(decoder(model).layers)
@@ -53,8 +53,8 @@ def test_counts_are_those_of_the_model(family: str, maps: str) -> None:
 
 
 def test_a_sequence_takes_a_state_and_the_keys_of_kept_heads() -> None:
-    kept = load_config("default", [*SMALL, "attention.softmax_heads={0: [1]}"])
-    plain, size = (size_of(FAMILIES["llama"](vocab_size=320), c) for c in (load_config("default", SMALL), kept))
+    kept = load_config("paper-sinks", [*SMALL, "attention.softmax_heads={0: [1]}"])
+    plain, size = (size_of(FAMILIES["llama"](vocab_size=320), c) for c in (load_config("paper-sinks", SMALL), kept))
     assert (plain.token, size.token) == (0, 2 * 8 * 2)
     assert plain.teacher_token == size.teacher_token == 2 * 2 * 2 * 8 * 2
     assert 0 < size.state < plain.state
@@ -65,7 +65,7 @@ def test_a_sequence_takes_a_state_and_the_keys_of_kept_heads() -> None:
 
 
 def test_layers_that_slide_a_window_take_no_more_than_it() -> None:
-    config = load_config("default", [*SMALL, "attention.softmax_heads={1: [0]}"])
+    config = load_config("paper-sinks", [*SMALL, "attention.softmax_heads={1: [0]}"])
     size = size_of(FAMILIES["gemma3"](vocab_size=320), config)  # a window of 24 keys in one layer of three
     one = 2 * 16 * 2  # bytes of a head's key and value
     assert (size.token, size.window) == (one, 24 * 2 * one)
@@ -79,7 +79,7 @@ def test_experts_that_a_token_skips_cost_nothing() -> None:
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         num_local_experts=8, num_experts_per_tok=2, vocab_size=320,
     )  # fmt: skip
-    size = size_of(config, load_config("default", SMALL))
+    size = size_of(config, load_config("paper-sinks", SMALL))
     experts = 2 * 8 * 3 * 32 * 48
     assert size.decoder - size.active == experts * 6 // 8
     assert size.mlp == 2 * 2 * 48 + 8
@@ -89,7 +89,7 @@ def test_experts_that_a_token_skips_cost_nothing() -> None:
 def measured_geometry() -> tuple[Size, Config]:
     """The geometry and batches of benchmarks/training.py."""
     g = MEASURED["geometry"]
-    config = load_config("default", [
+    config = load_config("paper-sinks", [
         f"attention.feature_dim={g['feature_dim']}", f"attention.sinks={g['sinks']}",
         f"data.sequence_length={g['length']}", f"transfer.batch_size={g['transfer_rows']}",
         f"transfer.micro_batch_size={g['transfer_rows']}", f"finetune.micro_batch_size={g['finetune_rows']}",
@@ -210,8 +210,8 @@ def test_as_many_rows_as_fit() -> None:
 
 
 def test_what_the_kernels_leave_to_the_chunked_path_takes_its_time() -> None:
-    plain, kind = load_config("default", SMALL), ["attention.kind=linear", "attention.decay=retnet"]
-    decays = load_config("default", [*SMALL, *kind])
+    plain, kind = load_config("paper-sinks", SMALL), ["attention.kind=linear", "attention.decay=retnet"]
+    decays = load_config("paper-sinks", [*SMALL, *kind])
     fast, slow = (size_of(FAMILIES["llama"](vocab_size=320), config) for config in (plain, decays))
     assert (fast.kernels, slow.kernels) == (True, False)
     assert transfer_token(slow, decays, Speeds()) > transfer_token(replace(slow, kernels=True), decays, Speeds())
@@ -221,7 +221,7 @@ def test_what_the_kernels_leave_to_the_chunked_path_takes_its_time() -> None:
 def test_streamed_layers_cost_what_was_measured(name: str, part: str) -> None:
     found = json.loads((ROOT / "benchmarks/results/scale.json").read_text())["geometries"][part]
     g = found["geometry"]
-    config = load_config("default", [
+    config = load_config("paper-sinks", [
         f"attention.feature_dim={g['feature_dim']}", f"data.sequence_length={g['length']}", "data.validation_rows=32",
         f"transfer.batch_size={g['rows']}", f"transfer.micro_batch_size={g['rows']}", "transfer.eval_steps=100",
     ])  # fmt: skip
@@ -238,7 +238,7 @@ def test_the_table_of_speeds_is_what_was_measured() -> None:
         assert getattr(Speeds(), name) == pytest.approx(value, rel=0.05), name
 
 
-def llama(name: str, *settings: str, recipe: str = "default") -> tuple[Size, Config]:
+def llama(name: str, *settings: str, recipe: str = "paper-sinks") -> tuple[Size, Config]:
     config = load_config(recipe, settings)
     return size_of(read_config(name), config), config
 
@@ -314,13 +314,13 @@ def test_whole_models_where_they_fit_and_shards_where_not() -> None:
     plans = plan_finetune(large, config, Machine(gpus=8, host_memory=2**41), Work())
     assert {plan.schedule for plan in plans if not plan.problems} == {"sharded (FSDP2)", SHARDED}
     for asked, start in (("always", "sharded"), ("never", "whole")):
-        config = load_config("default", [f"finetune.sharding={asked}"])
+        config = load_config("paper-sinks", [f"finetune.sharding={asked}"])
         assert all(p.schedule.startswith(start) for p in plan_finetune(size, config, Machine(gpus=2), Work()))
 
 
 @pytest.mark.parametrize(("recipe", "gib", "whole"), [
-    ("default", 16, False), ("default", 24, True), ("default", 40, True), ("paper", 16, False), ("paper", 24, True),
-    ("paper-70b", 24, True),
+    ("paper-sinks", 16, False), ("paper-sinks", 24, True), ("paper-sinks", 40, True), ("paper", 16, False),
+    ("paper", 24, True), ("paper-70b", 24, True),
 ])  # fmt: skip
 def test_stage_2_shards_what_the_plan_says_does_not_fit(recipe: str, gib: int, whole: bool, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -376,7 +376,7 @@ def test_more_gpus_share_weights_and_time() -> None:
     assert eight.seconds["gathering"] > two.seconds["gathering"] / 4
     waiting = eight.seconds["computing, waiting for shards"] - eight.seconds["computing"]
     assert waiting == pytest.approx(eight.seconds["gathering"] / 2)
-    roomy = load_config("default", ["finetune.batch_size=16"])
+    roomy = load_config("paper-sinks", ["finetune.batch_size=16"])
     nodes = form(plan_finetune(size, roomy, Machine(gpus=16), Work()), SHARDED)
     assert nodes.limit == "gathering"  # the network between nodes
 
@@ -400,7 +400,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     assert "Stage 2 does not fit in any form" in text
     assert "It would fit on 16 such GPUs" in text
     enough = Machine(gpus=16)
-    roomy = load_config("default", ["finetune.batch_size=16", "finetune.micro_batch_size=1"])
+    roomy = load_config("paper-sinks", ["finetune.batch_size=16", "finetune.micro_batch_size=1"])
     assert not report.refusal(plan_finetune(size, roomy, enough, Work()), size, roomy, enough, Work())
     tiny = Machine(gpu_memory=GIB)
     assert "No number of such GPUs is enough" in report.refusal(
@@ -426,7 +426,7 @@ def run(*arguments: str) -> Any:
 
 
 def test_command_line(model_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    done = run("llama-3-8b", "--gpus", "2", "--set", "transfer.micro_batch_size=8")
+    done = run("llama-3-8b", "--recipe", "paper-sinks", "--gpus", "2", "--set", "transfer.micro_batch_size=8")
     assert done.exit_code == 0, done.output
     words = ("joint", "stream", "blocks of 32", "sharded (FSDP2)", "whole on each GPU", "tokens/s",
              "feature maps, gradients, Adam", "finetune.sharding=never")  # fmt: skip
@@ -441,22 +441,34 @@ def test_command_line(model_dirs: dict[str, Path], capsys: pytest.CaptureFixture
     assert "Times were measured with attention.feature_inputs=rotated" in done.output
 
 
-def test_heads_that_are_kept_and_protected() -> None:
-    """Queries and keys of kept heads have no LoRA, and a window keeps no keys before RoPE."""
-    done = run("llama-3-8b", "--recipe", "recall")
+def test_the_default_recipe() -> None:
+    """Queries and keys of kept heads have no LoRA, and a window keeps no keys before RoPE. There are no feature maps,
+    so one command does all on one GPU; a model that does not fit and several GPUs need the two of both stages."""
+    done = run("llama-3-8b")
     assert done.exit_code == 0, done.output
     assert "lolcats select llama-3-8b --out selection.yaml --budget 0.125" in done.output
+    assert (
+        "lolcats linearize llama-3-8b --data DATA --out DIR --recipe default --selection selection.yaml" in done.output
+    )
+    for absent in ("stage 1", "feature maps", "lolcats transfer", "lolcats finetune", "the paper's blocks"):
+        assert absent not in done.output
+    for arguments in (["llama-3-8b", "--gpus", "2"], ["llama-3.1-70b", "--gpu-memory", "139GiB"]):
+        other = run(*arguments)
+        assert other.exit_code == 0, other.output
+        assert "lolcats transfer" in other.output
+        assert "lolcats finetune DIR" in other.output
+        assert "| stage 1" not in other.output
     window = 32 * 7 * (2 * 256 + 4) * 2 * 128 * 2 / 2**20
     assert f"a sequence takes {window:.2f} MiB and 16 KiB a token" in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["nowhere/at-all"], "Cannot load a configuration from"),
-    (["llama-3-8b", "--gpus", "3"], "3 GPUs cannot share equally. Use 1, 2, 4, 8 GPUs"),
+    (["llama-3-8b", "--recipe", "paper-sinks", "--gpus", "3"], "3 GPUs cannot share equally. Use 1, 2, 4, 8 GPUs"),
     (["llama-3-8b", "--gpus", "0"], "gpus must be above 0"),
     (["llama-3-8b", "--tokens", "many"], "--tokens many: expected a quantity"),
     (["llama-3.1-70b", "--gpu-memory", "30GiB"], "In 4 bits, stage 2 fits on one GPU with"),
-    (["llama-3.1-405b", "--host-memory", "1TiB"], "It would fit on 16 such GPUs"),
+    (["llama-3.1-405b", "--recipe", "paper-sinks", "--host-memory", "1TiB"], "It would fit on 16 such GPUs"),
     (["llama-3-8b", "--disk", "1GB"], "disk: needs"),
 ])  # fmt: skip
 def test_bad_input_is_a_sentence(arguments: list[str], sentence: str) -> None:

@@ -95,14 +95,18 @@ def test_heads_are_searched_beside_the_windows_they_are_kept_beside(
 ])  # fmt: skip
 def test_the_schedule_is_the_one_that_was_planned(model: str, given: list[str], order: str, configured: Any) -> None:
     gpus = ["--gpus", 16, "--host-memory", "2TiB"] if "405b" in model else []
-    words = planned(model, *gpus, *sets(["finetune.rank=4", "finetune.batch_size=16", *given]))["transfer"]
+    words = planned(
+        model, "--recipe", "paper-sinks", *gpus, *sets(["finetune.rank=4", "finetune.batch_size=16", *given])
+    )["transfer"]
     config = configured(words)
     assert (config.transfer.order, config.finetune.rank) == (order, 4)
     assert (config.transfer.coupling == "per_layer") >= (order == "stream")
 
 
 def test_what_needs_all_layers_is_not_planned_layer_by_layer() -> None:
-    done = CliRunner().invoke(app, ["plan", "llama-3.1-70b", "--set", "data.keep_longest_effective=0.5"])
+    done = CliRunner().invoke(
+        app, ["plan", "llama-3.1-70b", "--recipe", "paper-sinks", "--set", "data.keep_longest_effective=0.5"]
+    )
     assert done.exit_code == 2
     assert "Stage 1 does not fit in any form" in done.output
     assert done.output.count("data.keep_longest_effective needs the whole model in memory") >= 2
@@ -117,12 +121,32 @@ def test_controls_are_not_planned_in_4_bits() -> None:
     assert "quantize_base" not in done.output
 
 
+def test_the_command_of_the_default_recipe_runs(
+    model_dirs: dict[str, Path], chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no stage 1, so one command does all after the search; so do the commands of both stages."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lolcats.plan.quantized.LENGTHS", ((2048,),))
+    asked = [*SETTINGS, "attention.softmax_budget=0.5"]
+    lines = planned(model_dirs["llama"], *sets(asked))
+    lines["transfer"] = ["transfer", *lines["linearize"][1:]]
+    lines["finetune"] = ["finetune", "both"]
+    for name, place in (("select", ""), ("linearize", "out"), ("transfer", "both"), ("finetune", "both")):
+        words = [{"DATA": str(chat_file), "DIR": place}.get(word, word) for word in lines[name]]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+    runs = [Run.open(Path(place)) for place in ("out", "both")]
+    assert all(run.stage_done("finetune") and run.config.attention.kind == "window" for run in runs)
+    assert runs[0].config.attention.softmax_heads == Selection.read(Path("selection.yaml")).heads
+    assert runs[0].results["ppl_student"] == pytest.approx(runs[1].results["ppl_student"], rel=1e-6)
+
+
 @pytest.mark.parametrize("where", ["settings", "recipe"])
 def test_commands_run(where: str, model_dirs: dict[str, Path], chat_file: Path, tmp_path: Path,
                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lolcats.plan.quantized.LENGTHS", ((2048,),))
-    recipe, asked = "default", [*SETTINGS, "attention.softmax_budget=0.5"]
+    recipe, asked = "paper-sinks", [*SETTINGS, "attention.softmax_budget=0.5"]
     if where == "recipe":
         recipe, asked = "own.yaml", list(SETTINGS)
         Path(recipe).write_text("attention: {softmax_budget: 0.5}\n")
@@ -135,5 +159,5 @@ def test_commands_run(where: str, model_dirs: dict[str, Path], chat_file: Path, 
     run, selection = Run.open(Path("out")), Selection.read(Path("selection.yaml"))
     assert selection.window == {"window": "terraced", "window_size": 8, "sinks": 2}
     assert run.config.attention.softmax_heads == selection.heads
-    wanted = load_config("default", SETTINGS)
+    wanted = load_config("paper-sinks", SETTINGS)
     assert (run.config.data, run.config.transfer.max_steps) == (wanted.data, wanted.transfer.max_steps)

@@ -175,7 +175,8 @@ def test_gradient_checkpointing_that_a_run_decides_on_is_planned_both_ways() -> 
 
 
 def test_a_budget_of_heads_is_planned_with_its_search() -> None:
-    done = run("llama-3-8b", "--set", "attention.softmax_budget=0.125", "--set", "finetune.rank=4")
+    paper = ("--recipe", "paper-sinks")
+    done = run("llama-3-8b", *paper, "--set", "attention.softmax_budget=0.125", "--set", "finetune.rank=4")
     assert done.exit_code == 0, done.output
     assert "lolcats select llama-3-8b --out selection.yaml --budget 0.125 --beyond 1 --lengths" in done.output
     (transfer,) = [line for line in done.output.splitlines() if line.startswith("lolcats transfer")]
@@ -184,5 +185,5 @@ def test_a_budget_of_heads_is_planned_with_its_search() -> None:
     assert transfer.count("softmax_budget") == transfer.count("--set attention.softmax_budget=0") == 1
     assert "The time of export is an estimate: it was never measured." in done.output
     assert "for the keys of kept heads" in done.output
-    plain = run("llama-3-8b").output
+    plain = run("llama-3-8b", *paper).output
     assert "lolcats select" not in plain

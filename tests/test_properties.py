@@ -103,14 +103,14 @@ def test_valid_configurations_round_trip(data: st.DataObject) -> None:
     [f"{section}.{field}" for section, fields in sections().items() for field in fields]), st.text(max_size=12) | values
 ), max_size=3))  # fmt: skip
 def test_any_override_is_taken_or_refused(overrides: list[str]) -> None:
-    accepted(lambda: load_config("default", overrides))
+    accepted(lambda: load_config("paper-sinks", overrides))
 
 
 @pytest.mark.parametrize("text", ["2024-13-45", "[" * 1500, "&a [*a]", "1:99:99", "!!python/object:os.system x", "\x00",
                                   "{[]: 1}", "<<: 3", "? {a: 1}", "0x", "1e999", "99999999-01-01"])  # fmt: skip
 def test_yaml_that_is_odd(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text)
-    assert accepted(lambda: load_config("default", [f"seed={text}"])) is None
+    assert accepted(lambda: load_config("paper-sinks", [f"seed={text}"])) is None
     accepted(lambda: load_config(str(tmp_path / "a.yaml")))
     assert accepted(lambda: load_data(str(tmp_path / "a.yaml"), None, SMALL)) is None
 

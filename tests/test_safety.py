@@ -55,7 +55,7 @@ def test_a_whole_run_unpickles_nothing(
 ) -> None:
     """An interrupted run that is resumed: the Trainer's checkpoints are read from the run's own folder, as tensors
     only."""
-    out, config, original = tmp_path / "out", load_config("default", settings), BestKeeper.on_step_end
+    out, config, original = tmp_path / "out", load_config("paper-sinks", settings), BestKeeper.on_step_end
 
     def stopping(self, args, state, control, **kwargs):
         self.interrupted = state.global_step == 3
@@ -118,7 +118,7 @@ def test_pickles_in_an_adapter_are_not_run(model_dirs, chat_file, tmp_path: Path
 def test_pickles_in_cached_data_are_not_run(tmp_path: Path, chat_file, tokenizer, monkeypatch, capfd) -> None:
     monkeypatch.setattr(store, "LARGE", 0)
     monkeypatch.setenv("LOLCATS_CACHE", str(tmp_path))
-    config = load_config("default", ["data.sequence_length=128"]).data
+    config = load_config("paper-sinks", ["data.sequence_length=128"]).data
     load_data(str(chat_file), tokenizer, config)
     (path,) = tmp_path.glob("*/lengths.npy")
     np.save(path, np.array([Evil()], dtype=object))

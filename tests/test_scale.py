@@ -129,7 +129,7 @@ def test_torchrun(model_dirs, chat_file: Path, settings, tmp_path: Path, finishe
     out = tmp_path / "out"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     command = [*torchrun, "lolcats.cli", "transfer", model_dirs["llama"], "--data", chat_file, "--out", out,
-               "--schedule", "stream", *sets(settings)]  # fmt: skip
+               "--recipe", "paper-sinks", "--schedule", "stream", *sets(settings)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(w) for w in command], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -151,12 +151,12 @@ def test_a_real_model_within_rounding(tmp_path: Path) -> None:
     whole.save_pretrained(tmp_path / "model", max_shard_size="60MB")
     rows = torch.randint(100, 40000, (6, 64), generator=torch.Generator().manual_seed(0))
     data, seed = Data(rows[:4], rows[4:5], rows[5:], "", {}), 0
-    config = load_config("default", changes)
+    config = load_config("paper-sinks", changes)
     torch.manual_seed(seed)
     transfer(lolcats.convert(whole, config), data, config, tmp_path / "joint")
     expected = feature_map_state(whole)
     for order, path in (("stream", tmp_path / "model"), ("blocks", tmp_path / "model"), ("stream", GGUF)):
-        config = load_config("default", [*changes, f"transfer.order={order}"])
+        config = load_config("paper-sinks", [*changes, f"transfer.order={order}"])
         skeleton = build_skeleton(find_base(str(path)), config.attention, torch.bfloat16, torch.device("cpu"), seed)
         transfer_in_turn(skeleton, data, config, tmp_path / f"{order} {Path(path).name}")
         for name, tensor in feature_map_state(skeleton.model).items():

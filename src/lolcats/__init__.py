@@ -1,7 +1,7 @@
 """Turn pretrained softmax-attention language models into linear-attention ones.
 
     import lolcats
-    model = lolcats.convert(model, lolcats.load_config("default"))
+    model = lolcats.convert(model, lolcats.load_config("paper-sinks"))
 
 Importing this package registers ``model_type: lolcats`` with transformers, so
 ``AutoModelForCausalLM.from_pretrained(DIR)`` loads linearized models. It imports neither transformers nor torch: the

@@ -22,6 +22,7 @@ from lolcats.ranges import check_ranges
 
 T = TypeVar("T")
 
+LISTED_HEADS, BUDGET = "attention.softmax_heads", "attention.softmax_budget"
 PLACEMENT = {"transfer": ("order", "block_size", "chunk_tokens", "cuda_graph"), "finetune": ("sharding", "cuda_graph")}
 """Settings that decide where and how a stage is computed; they do not change its result, but for rounding."""
 
@@ -356,8 +357,11 @@ def load_config(recipe: str | None = None, overrides: Iterable[str] = ()) -> Con
     """
     tree = _read_recipe(recipe or "default")
     tree.pop("trust_remote_code", None)
-    for item in overrides:
-        set_key(tree, *parse_setting(item))
+    changes = [parse_setting(item) for item in overrides]
+    if LISTED_HEADS in (names := {key for key, _ in changes}) and BUDGET not in names:
+        set_key(tree, BUDGET, 0.0)  # they replace those that the recipe would have chosen
+    for key, value in changes:
+        set_key(tree, key, value)
     return from_dict(Config, tree)
 
 

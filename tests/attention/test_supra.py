@@ -215,10 +215,10 @@ def test_tensor_parallel_is_refused() -> None:
 @pytest.mark.parametrize("setting", ["attention.decay=retnet", "attention.normalizer=group_norm"])
 def test_hybrid_layers_have_neither(setting: str) -> None:
     with pytest.raises(LolcatsError, match=r"only works with linear attention: set attention\.kind=linear"):
-        load_config("default", [setting])
+        load_config("paper-sinks", [setting])
     with pytest.raises(LolcatsError, match=r"only works with linear attention: set attention\.kind=linear"):
-        load_config("default", [setting, "attention.kind=linear", "attention.layers={'1': hybrid}"])
-    load_config("default", [setting, "attention.kind=linear", "attention.layers={'1': softmax}"])
+        load_config("paper-sinks", [setting, "attention.kind=linear", "attention.layers={'1': hybrid}"])
+    load_config("paper-sinks", [setting, "attention.kind=linear", "attention.layers={'1': softmax}"])
 
 
 def test_weights_are_shares() -> None:

@@ -53,7 +53,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(model_dirs, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with feature maps, LoRA and a merged model."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    linearize(str(model_dirs["llama"]), str(chat_file), out, load_config("default", SETTINGS), say=lambda _: None)
+    linearize(str(model_dirs["llama"]), str(chat_file), out, load_config("paper-sinks", SETTINGS), say=lambda _: None)
     return out
 
 

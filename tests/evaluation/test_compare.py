@@ -33,7 +33,7 @@ def write(path: Path, number: int = 120, seed: int = 0, name: str = "document") 
 
 def trained(directory: Path, source: str, tokenizer: Any, *changes: str) -> tuple[str, Config, Any]:
     """The record of a run on ``source``: its directory, configuration and data."""
-    config = load_config("default", [*SETTINGS, *changes])
+    config = load_config("paper-sinks", [*SETTINGS, *changes])
     data = load_data(source, tokenizer, config.data, config.seed)
     record = {"config": to_dict(config), "data": {**data.summary, "fingerprint": data.fingerprint}}
     Run(directory, {**record, "versions": {"transformers": "1.0"}, "stages": {}, "results": {}}).save()
@@ -68,7 +68,7 @@ def test_other_settings_measure_no_document_of_training(
     source = str(write(tmp_path / "a.jsonl"))
     run, _, data = trained(tmp_path / "run", source, tokenizer)
     assert isinstance(data.train, PackedRows) == large
-    asked = load_config("default", [*SETTINGS, *changes])
+    asked = load_config("paper-sinks", [*SETTINGS, *changes])
     rows, positions = evaluation_rows(run, source, tokenizer, asked)
     held_out = documents(tokenizer, data.test)
     learned = documents(tokenizer, data.train.whole()[0] if large else data.train)
@@ -88,7 +88,7 @@ def test_other_settings_measure_no_document_of_training(
 def test_rows_longer_than_all_test_documents_are_refused(tmp_path: Path, tokenizer: Any) -> None:
     source = str(write(tmp_path / "a.jsonl"))
     run, _, _ = trained(tmp_path / "run", source, tokenizer)
-    asked = load_config("default", [*SETTINGS, "data.sequence_length=1024"])
+    asked = load_config("paper-sinks", [*SETTINGS, "data.sequence_length=1024"])
     with pytest.raises(LolcatsError, match=r"test documents of .*a.jsonl have \d+ tokens, fewer than one row of 1,024"):
         evaluation_rows(run, source, tokenizer, asked)
 
@@ -148,6 +148,6 @@ def test_another_split_of_a_data_set_is_other_data(tmp_path: Path, tokenizer: An
     write(folder / "test.jsonl", 50, seed=1)
     run, config, data = trained(tmp_path / "run", str(folder), tokenizer)
     assert torch.equal(evaluation_rows(run, str(folder), tokenizer, config)[0], data.test)
-    asked = load_config("default", [*SETTINGS, "data.split=test"])
+    asked = load_config("paper-sinks", [*SETTINGS, "data.split=test"])
     rows, _ = evaluation_rows(run, str(folder), tokenizer, asked)
     assert torch.equal(rows, load_rows(str(folder / "test.jsonl"), tokenizer, config.data)[0])

@@ -104,7 +104,7 @@ def test_documents_are_sequences_of_their_own() -> None:
 def test_a_run_leaves_them_as_data(model_dirs, chat_file: Path, settings: list[str], tmp_path: Path) -> None:
     """Measured after stage 1 on the teacher's queries, or after stage 2 on the student's if that trains the maps."""
     for name, more in (("frozen", []), ("trained", ["finetune.feature_map_learning_rate=1e-2"])):
-        config = load_config("default", [*settings, *more])
+        config = load_config("paper-sinks", [*settings, *more])
         linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / name, config, merge=False, say=lambda _: None)
         results = json.loads((tmp_path / name / "run.json").read_text())["results"]
         found = results["layers"]
@@ -124,7 +124,7 @@ def tiny_sweep(path: Path, model: Path, data: Path) -> Sweep:
         "late": ["transfer.max_steps=0", "finetune.feature_map_learning_rate=1e-2"],
         "window": ["attention.kind=window"],
     }
-    path.write_text(json.dumps({"base": {"set": SETTINGS}, "rows": rows, "seeds": [0]}))
+    path.write_text(json.dumps({"base": {"recipe": "paper-sinks", "set": SETTINGS}, "rows": rows, "seeds": [0]}))
     return read_sweep(path, [f"base.model={model}", f"base.data={data}"])
 
 

@@ -39,7 +39,7 @@ ROWS = {
 @pytest.fixture
 def file(tmp_path: Path, chat_file: Path) -> Path:
     path = tmp_path / "sweep.yaml"
-    tree = {"title": "Tiny", "base": {"set": [*SETTINGS, *FEW]}, "rows": ROWS, "seeds": [0],
+    tree = {"title": "Tiny", "base": {"recipe": "paper-sinks", "set": [*SETTINGS, *FEW]}, "rows": ROWS, "seeds": [0],
             "evaluate": {"perplexity": {"chat": str(chat_file), "other": ""}, "tasks": ["positions"],
                          "lengths": [96], "limit": 1}}  # fmt: skip
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
@@ -404,7 +404,7 @@ def test_recall_is_measured_again_if_it_counts_something_else(
 
     def keys(*changes: str) -> list[str]:
         wanted = [Evaluate(tasks=[task], text=str(text), lengths=[600]) for task in ("recall-passkey", "positions")]
-        config = load_config("default", list(changes))
+        config = load_config("paper-sinks", list(changes))
         return [Measurement(each, inputs, config, lambda _: None).key for each in wanted]
 
     now, wider = keys(), keys("attention.window_size=128")

@@ -23,8 +23,8 @@ WINDOW = "window + sinks, nothing trained"
 
 
 def sweep_of(folder: Path, model: Path, data: Path, rows: dict[str, list[str]], **evaluate: Any) -> Sweep:
-    tree = {"base": {"model": str(model), "data": str(data), "set": [*SETTINGS, *FEW]}, "rows": rows,
-            "evaluate": evaluate}  # fmt: skip
+    tree = {"base": {"recipe": "paper-sinks", "model": str(model), "data": str(data), "set": [*SETTINGS, *FEW]},
+            "rows": rows, "evaluate": evaluate}  # fmt: skip
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return read_sweep(path)
@@ -65,7 +65,7 @@ def test_keys_of_controls_that_were_right() -> None:
     base = [*SETTINGS, "attention.window_size=8"]
 
     def teacher(*settings: str) -> Any:
-        row = Row("a", [], load_config("default", [*base, *settings]), "")
+        row = Row("a", [], load_config("paper-sinks", [*base, *settings]), "")
         return row.controls["teacher_lora"].config
 
     kept = 'attention.softmax_heads={"0": [1]}'

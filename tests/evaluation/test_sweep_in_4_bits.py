@@ -43,7 +43,8 @@ def test_a_row_trained_in_4_bits_is_measured_in_4_bits(
     few = ["transfer.max_steps=2", "finetune.max_steps=2", "transfer.eval_steps=2", "finetune.loss=kl",
            "finetune.learning_rate=1e-2", "finetune.feature_map_learning_rate=1e-2", "device=cpu"]  # fmt: skip
     rows: dict[str, list[str]] = {"own weights": [], "4 bits": ["finetune.quantize_base=nf4"]}
-    tree = {"base": {"model": str(base), "data": str(chat_file), "set": [*SETTINGS, *few]}, "rows": rows,
+    tree = {"base": {"recipe": "paper-sinks", "model": str(base), "data": str(chat_file), "set": [*SETTINGS, *few]},
+            "rows": rows,
             "evaluate": {"perplexity": {"chat": str(chat_file)}, "tasks": ["positions"], "lengths": [96], "limit": 1,
                          "kl": True, "text": str(tmp_path / "book.txt")}}  # fmt: skip
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))

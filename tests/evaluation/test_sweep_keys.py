@@ -31,12 +31,12 @@ def inputs(model_dirs) -> Inputs:
 
 
 def measurement(inputs: Inputs, wanted: Evaluate, *settings: str) -> Measurement:
-    return Measurement(wanted, inputs, load_config("default", [*SETTINGS, *settings]), lambda _: None)
+    return Measurement(wanted, inputs, load_config("paper-sinks", [*SETTINGS, *settings]), lambda _: None)
 
 
 def sweep_of(folder: Path, model: Path, data: Path, *changes: str, **evaluate: Any) -> Sweep:
-    tree = {"base": {"model": str(model), "data": str(data), "set": SETTINGS}, "rows": {"plain": UNTRAINED},
-            "evaluate": evaluate}  # fmt: skip
+    tree = {"base": {"recipe": "paper-sinks", "model": str(model), "data": str(data), "set": SETTINGS},
+            "rows": {"plain": UNTRAINED}, "evaluate": evaluate}  # fmt: skip
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(tree))
     return read_sweep(path, changes)

@@ -86,7 +86,11 @@ def test_function(family: Family) -> None:
 def test_pipeline(family: Family, settings: list[str], tmp_path: Path) -> None:
     """convert -> stage 1 -> stage 2 -> adapter and merged model -> both loaded -> the same logits and answers."""
     built(family).save_pretrained(tmp_path / "base")
-    base, out, config = find_base(str(tmp_path / "base")), tmp_path / "out", load_config("default", [*settings, *QUICK])
+    base, out, config = (
+        find_base(str(tmp_path / "base")),
+        tmp_path / "out",
+        load_config("paper-sinks", [*settings, *QUICK]),
+    )
     out.mkdir()
     model = lolcats.convert(load_model(base, torch.float32), config)
     before = layer_errors(model, [DATA.validation])

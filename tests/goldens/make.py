@@ -73,7 +73,7 @@ SERIES = ("loss", "grad_norm", "learning_rate", "eval_loss")
 
 
 def case_config(case: str) -> Config:
-    return lolcats.load_config("default", [*COMMON, *CASES[case]])
+    return lolcats.load_config("paper-sinks", [*COMMON, *CASES[case]])
 
 
 def case_data(apart: bool) -> Data:

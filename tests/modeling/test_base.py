@@ -99,7 +99,9 @@ def test_gguf_is_a_base_like_any_other(tmp_path: Path, tokenizer, chat_file: Pat
     text_file = tmp_path / "text.txt"
     text_file.write_text("\n\n".join(f"{i} " + "the cat sat on a mat and dogs like milk. " * 40 for i in range(60)))
     with torch.enable_grad():
-        run = linearize(str(path), str(text_file), tmp_path / "out", load_config("default", settings), say=lambda _: 0)
+        run = linearize(
+            str(path), str(text_file), tmp_path / "out", load_config("paper-sinks", settings), say=lambda _: 0
+        )
     assert run.base.fingerprint == base.fingerprint
     adapter, merged = lolcats.load(tmp_path / "out"), lolcats.load(tmp_path / "out" / "merged")
     assert torch.equal(adapter(IDS).logits, merged(IDS).logits)
@@ -115,7 +117,7 @@ def test_gguf_through_a_link(tmp_path: Path, tokenizer, settings) -> None:
     link.symlink_to("../blobs/3f2a")
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{i} " + "the cat sat on a mat and dogs like milk. " * 20 for i in range(60)))
-    config = load_config("default", [*settings, "transfer.max_steps=1", "finetune.max_steps=1"])
+    config = load_config("paper-sinks", [*settings, "transfer.max_steps=1", "finetune.max_steps=1"])
     for name, given, recorded in (("link", link, link), ("file", blob, blob)):
         with torch.enable_grad():
             linearize(str(given), str(text), tmp_path / name, config, merge=False, say=lambda _: None)

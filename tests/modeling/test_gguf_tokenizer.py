@@ -211,7 +211,7 @@ def test_a_run_keeps_its_tokenizer(
     """A run begun when the base's tokenizer was read otherwise continues with the tokens that it began with."""
     path, text = written(tmp_path, trained(DIGITS), pre, family), tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{n}. the cat 12{n} cafe\u0301 A\u030a the mat's" * 4 for n in range(150)))
-    config, said = load_config("default", settings), list[str]()
+    config, said = load_config("paper-sinks", settings), list[str]()
 
     def begin(name: str) -> list[int]:
         job = start(Inputs(str(path)), str(text), tmp_path / name, config, said.append)
@@ -234,7 +234,7 @@ def test_a_run_without_a_whole_tokenizer_gets_its_base_s(tmp_path: Path, setting
     """One that was killed while it wrote its first files."""
     path, text, out = written(tmp_path, trained(DIGITS), "smollm"), tmp_path / "text.txt", tmp_path / "out"
     text.write_text("\n\n".join(f"{n}. the cat sat on the mat" * 4 for n in range(400)))
-    start(Inputs(str(path)), str(text), out, load_config("default", settings), lambda _: None)
+    start(Inputs(str(path)), str(text), out, load_config("paper-sinks", settings), lambda _: None)
     whole = (out / "tokenizer.json").read_bytes()
     (out / "tokenizer.json").write_bytes(whole[:1000])
     (out / "config.json").unlink()
@@ -251,7 +251,7 @@ def test_a_run_of_a_directory_has_its_tokenizer(
     (tmp_path / "base" / "tokenizer_config.json").write_text(
         json.dumps({**known, "tokenizer_class": kind, "unk_token": "<pad>"})
     )
-    config, said, inputs = load_config("default", settings), list[str](), Inputs(str(tmp_path / "base"))
+    config, said, inputs = load_config("paper-sinks", settings), list[str](), Inputs(str(tmp_path / "base"))
     for _ in range(2):
         job = start(inputs, str(chat_file), tmp_path / "out", config, said.append)
         assert job.inputs is inputs  # with what it has read before

@@ -192,7 +192,7 @@ def test_a_run(order: str, model_dirs: dict[str, Path], chat_file: Path, setting
     source = str(model_dirs["llama"]), str(chat_file), tmp_path / "out"
 
     def run(kept: str) -> Any:
-        config = load_config("default", [*settings, f"attention.softmax_heads={kept}", *more])
+        config = load_config("paper-sinks", [*settings, f"attention.softmax_heads={kept}", *more])
         return linearize(*source, config, say=lambda _: None)
 
     results = run("{0: [1]}").results

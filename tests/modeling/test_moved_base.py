@@ -48,8 +48,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model_dirs, chat_file: Pat
     shutil.copytree(model_dirs["llama"], place / "base")
     shutil.copy(chat_file, place / "chat.jsonl")
     linearize(
-        str(place / "base"), str(place / "chat.jsonl"), place / "run", load_config("default", SETTINGS), merge=False,
-        say=lambda _: None,
+        str(place / "base"), str(place / "chat.jsonl"), place / "run", load_config("paper-sinks", SETTINGS),
+        merge=False, say=lambda _: None,
     )  # fmt: skip
     (place / "base").rename(place / "moved")
     return place
@@ -139,7 +139,8 @@ def test_hub_model(model_dirs, chat_file: Path, tmp_path: Path) -> None:
     shutil.copytree(snapshot, other)
     tiny_model("llama", seed=1).save_pretrained(other)
     sets = [word for setting in SETTINGS for word in ("--set", setting)]
-    command = ["linearize", "somebody/tiny", "--data", str(chat_file), "--out", str(tmp_path / "run"), "--no-merge"]
+    command = ["linearize", "somebody/tiny", "--data", str(chat_file), "--out", str(tmp_path / "run"), "--no-merge",
+               "--recipe", "paper-sinks"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-m", "lolcats.cli", *command, *sets], env=environment, check=True)
     config = tmp_path / "run" / "config.json"

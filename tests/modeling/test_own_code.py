@@ -187,7 +187,7 @@ def test_models_that_nothing_was_trained_for(trained: Path, tmp_path: Path) -> N
 
 def test_skeletons_of_loaded_and_sharded_models(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 1 of models whose files have other tensor names, and stage 2 over several GPUs."""
-    base, config = find_base(str(trained / "base")), load_config("default", SETTINGS)
+    base, config = find_base(str(trained / "base")), load_config("paper-sinks", SETTINGS)
     config = replace(config, trust_remote_code=True)
     place = (base, config.attention, torch.float32, torch.device("cpu"), 0, True)
     whole = skeleton.build_skeleton(*place)

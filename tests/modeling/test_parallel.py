@@ -36,7 +36,7 @@ KEPT: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 
 def student(family: str = "llama", settings: list[str] | None = None, **changes: Any) -> Any:
-    model = lolcats.convert(tiny_model(family, **changes), load_config("default", [*SETTINGS, *(settings or [])]))
+    model = lolcats.convert(tiny_model(family, **changes), load_config("paper-sinks", [*SETTINGS, *(settings or [])]))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for layer in linearized_layers(model):

@@ -37,7 +37,7 @@ COMMANDS = {
 def trained(tmp_path_factory: pytest.TempPathFactory, model_dirs, chat_file: Path) -> Path:
     """A finished run with a control."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    config = load_config("default", [*SETTINGS, "controls=[window_lora]"])
+    config = load_config("paper-sinks", [*SETTINGS, "controls=[window_lora]"])
     linearize(str(model_dirs["llama"]), str(chat_file), out, config, merge=False, say=lambda _: None)
     return out
 
@@ -92,7 +92,7 @@ def test_a_part_of_another_model_is_refused(copy: Path) -> None:
 
 
 def test_a_part_that_is_not_listed_is_refused(trained: Path, copy: Path) -> None:
-    config = load_config("default", [*SETTINGS, "finetune.max_steps=0"])
+    config = load_config("paper-sinks", [*SETTINGS, "finetune.max_steps=0"])
     base, data = json.loads((trained / "run.json").read_text())["base"]["path"], "chat.jsonl"
     linearize(base, data, Path("without"), config, merge=False, say=lambda _: None)
     lolcats.load("without")
@@ -103,7 +103,7 @@ def test_a_part_that_is_not_listed_is_refused(trained: Path, copy: Path) -> None
 
 def test_the_list_grows_with_the_run(model_dirs, chat_file: Path, tmp_path: Path) -> None:
     """Each time it is begun again, config.json is written anew."""
-    config, out = load_config("default", SETTINGS), tmp_path / "run"
+    config, out = load_config("paper-sinks", SETTINGS), tmp_path / "run"
     job = start(Inputs(str(model_dirs["llama"])), str(chat_file), out, config, lambda _: None)
     assert listed_parts(out) == {}
     train_maps(job)
@@ -143,7 +143,7 @@ def test_the_umask_decides_who_may_read(
     """safetensors itself writes files that only their owner can read."""
     before = os.umask(umask)
     try:
-        config = load_config("default", [*SETTINGS, "controls=[window_lora]", "transfer.coupling=per_layer"])
+        config = load_config("paper-sinks", [*SETTINGS, "controls=[window_lora]", "transfer.coupling=per_layer"])
         linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "run", config, say=lambda _: None)
         Snapshot((1, 2), ()).save(tmp_path / "state.safetensors")
         lolcats.load(trained).save_pretrained(tmp_path / "sharded", max_shard_size="50KB")

@@ -214,7 +214,27 @@ def test_a_layer_without_rope_may_stay_softmax() -> None:
 
 
 def test_setting() -> None:
-    assert load_config("default").attention.feature_inputs == "rotated"
-    assert load_config("default", ["attention.feature_inputs=unrotated"]).attention.feature_inputs == "unrotated"
+    assert load_config("paper-sinks").attention.feature_inputs == "rotated"
+    assert load_config("paper-sinks", ["attention.feature_inputs=unrotated"]).attention.feature_inputs == "unrotated"
     with pytest.raises(LolcatsError, match="feature_inputs: expected one of rotated, unrotated"):
-        load_config("default", ["attention.feature_inputs=plain"])
+        load_config("paper-sinks", ["attention.feature_inputs=plain"])
+
+
+@pytest.mark.parametrize("kind", ["window", "hybrid", "linear"])
+def test_keys_before_rope_are_kept_only_for_feature_maps(kind: Any) -> None:
+    """A layer without linear attention computes and remembers the same with either setting."""
+    found = []
+    for inputs in ("rotated", "unrotated"):
+        config = replace(UNROTATED, kind=kind, feature_inputs=inputs)
+        model = lolcats.convert(tiny_model(), config)
+        with torch.no_grad():
+            out = model(IDS, use_cache=True)
+        found.append((out.logits, [layer.state.nbytes for layer in out.past_key_values.layers]))
+    (logits, sizes), (unrotated, larger) = found
+    if kind == "window":
+        assert torch.equal(unrotated, logits)
+        assert larger == sizes
+    else:
+        assert not torch.equal(unrotated, logits)
+    if kind == "hybrid":
+        assert all(more > size for more, size in zip(larger, sizes, strict=True))

@@ -26,7 +26,7 @@ LONG = {"steps": 1000, "best_step": 1000}  # of 8 rows: 8M tokens
 def a_run(
     directory: Path, changes: list[str], stages: dict[str, Any], results: dict[str, float], **layer: Any
 ) -> Run:  # fmt: skip
-    config = load_config("default", changes)
+    config = load_config("paper-sinks", changes)
     kind = layer.pop("kind", config.attention.kind)
     record = {"layers": [{"layer": 0, "kind": kind, **layer}, {"layer": 1, "kind": config.attention.kind}]}
     (directory / "config.json").write_text(json.dumps({"lolcats": record}))
@@ -106,7 +106,7 @@ def test_where_it_is_said(model_dirs, chat_file: Path, tmp_path: Path, monkeypat
     monkeypatch.setenv("COLUMNS", "1000")
     said: list[str] = []
     out, changes = tmp_path / "out", [*SETTINGS, "finetune.learning_rate=10"]
-    config = load_config("default", changes)
+    config = load_config("paper-sinks", changes)
     run = linearize(str(model_dirs["llama"]), str(chat_file), out, config, merge=False, say=said.append)
     text = verdict(run)
     assert text.startswith("The student is worse than window + 2 sinks with nothing trained")

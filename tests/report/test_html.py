@@ -43,7 +43,7 @@ def reports(no_reports) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def run(model_dirs, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "run"
-    config = load_config("default", [*SETTINGS, "controls=[window_lora]"])
+    config = load_config("paper-sinks", [*SETTINGS, "controls=[window_lora]"])
     linearize(str(model_dirs["gemma3"]), str(chat_file), out, config, merge=False, say=lambda _: None)
     return out
 
@@ -102,7 +102,7 @@ def test_report_on_the_command_line(run: Path, tmp_path: Path) -> None:
 
 def test_runs_without_linear_term(model_dirs, chat_file: Path, tmp_path: Path) -> None:
     for kind, missing in (("softmax", {*SECTIONS[4:8]}), ("window", {"Error by layer", "Learned gamma"})):
-        config = load_config("default", [*SETTINGS, f"attention.kind={kind}", "finetune.max_steps=2"])
+        config = load_config("paper-sinks", [*SETTINGS, f"attention.kind={kind}", "finetune.max_steps=2"])
         linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / kind, config, merge=False, say=lambda _: None)
         page = (tmp_path / kind / "report.html").read_text()
         assert set(SECTIONS) - set(sections(page)) == missing

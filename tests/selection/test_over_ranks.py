@@ -50,7 +50,7 @@ def work(model: Path, data: Path, out: Path) -> None:
 
 
 def runs(model: Path, data: Path, out: Path, scored: list[Any]) -> None:
-    config = load_config("default", [*SETTINGS, BUDGET])
+    config = load_config("paper-sinks", [*SETTINGS, BUDGET])
     linearize(str(model), str(data), out / "run", config, merge=False)
     assert scored
     scored.clear()

@@ -137,9 +137,7 @@ def test_states_are_recorded_where_there_is_room(free: int, need: int, place: st
 
 
 def test_budget_is_rounded_down() -> None:
-    assert [heads_in_budget(0.125, n) for n in (8, 56, 63)] == [1, 7, 7]
-    with pytest.raises(LolcatsError, match=r"less than one of the 4 .* the smallest possible budget is 0\.2500"):
-        heads_in_budget(0.2, 4)
+    assert [heads_in_budget(0.125, n) for n in (3, 8, 56, 63)] == [1, 1, 7, 7]
 
 
 @pytest.mark.parametrize("unit", ["head", "layer"])
@@ -162,12 +160,12 @@ def test_search_is_the_same_again_and_nested(tokenizer: Any, unit: Any) -> None:
 def test_file_is_checked_by_the_model(selection_file: Path, model_dir: Path, model_dirs: dict[str, Path]) -> None:
     selection = Selection.read(selection_file)
     assert sum(map(len, selection.heads.values())) == 2
-    config = load_config("default", WINDOW)
+    config = load_config("paper-sinks", WINDOW)
     chosen = with_selection(config, selection_file, find_base(str(model_dir)))
     assert chosen.attention.softmax_heads == selection.heads
     with pytest.raises(LolcatsError, match=r"was made for .* is another model"):
         with_selection(config, selection_file, find_base(str(model_dirs["qwen2"])))
-    own = load_config("default", [*WINDOW, "attention.softmax_heads={0: [1]}"])
+    own = load_config("paper-sinks", [*WINDOW, "attention.softmax_heads={0: [1]}"])
     with pytest.raises(LolcatsError, match="leave out"):
         with_selection(own, selection_file, find_base(str(model_dir)))
 
@@ -262,7 +260,7 @@ def test_without_training_no_file_of_others_is_overwritten(name: str, model_dir:
 
 def test_without_training_the_window_is_longer_by_default(model_dir: Path, tmp_path: Path) -> None:
     heads = "attention.softmax_heads={0: [1]}"
-    for recipe, window in (("", 256), ("default", 64), ("untrained", 256)):
+    for recipe, window in (("", 256), ("paper-sinks", 64), ("untrained", 256)):
         out, chosen = tmp_path / (recipe or "none"), ["--recipe", recipe] if recipe else []
         done = command("linearize", model_dir, "--out", out, "--no-train", "--no-merge", "--set", heads, *chosen)
         assert done.exit_code == 0, done.output
@@ -272,7 +270,7 @@ def test_without_training_the_window_is_longer_by_default(model_dir: Path, tmp_p
 
 def test_run_keeps_its_choice(model_dir: Path, chat_file: Path, settings: list[str], tmp_path: Path,
                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    config = load_config("default", [*settings, "attention.softmax_budget=0.5"])
+    config = load_config("paper-sinks", [*settings, "attention.softmax_budget=0.5"])
     run = linearize(str(model_dir), str(chat_file), tmp_path / "run", config, merge=False)
     found = Selection.read(tmp_path / "run" / "selection.yaml")
     record = json.loads((tmp_path / "run" / "config.json").read_text())["lolcats"]
@@ -281,6 +279,7 @@ def test_run_keeps_its_choice(model_dir: Path, chat_file: Path, settings: list[s
     assert "selection.yaml" not in record.get("parts", {})
     card = (tmp_path / "run" / "README.md").read_text()
     assert "2 (chosen)" in card
+    assert "grow with the text only in the heads that keep softmax attention" in card
     monkeypatch.setattr("lolcats.pipeline.heads.found_heads", lambda *_: pytest.fail("searched again"))
     again = linearize(str(model_dir), str(chat_file), tmp_path / "run", config, merge=False)
     assert again.results == Run.open(tmp_path / "run").results
@@ -290,7 +289,6 @@ def test_run_keeps_its_choice(model_dir: Path, chat_file: Path, settings: list[s
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--heads", 9, "--lengths", 2048], "Cannot keep 9 heads: only 4 of this model could be linearized."),
-    (["--budget", 0.1, "--lengths", 2048], "less than one of the 4"),
     (["--budget", 0.5, "--heads", 2], "give one of them"),
     (["--unit", "block"], "expected head or layer"),
     (["--heads", 1, "--unit", "layer", "--lengths", 2048], "which has 2: use --unit head, or a larger budget."),
@@ -305,9 +303,9 @@ def test_mistakes_are_a_sentence(model_dir: Path, tmp_path: Path, arguments: lis
 
 def test_settings_exclude_each_other(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(LolcatsError, match="set one of the two"):
-        load_config("default", ["attention.softmax_budget=0.1", "attention.softmax_heads={0: [1]}"])
+        load_config("paper-sinks", ["attention.softmax_budget=0.1", "attention.softmax_heads={0: [1]}"])
     with pytest.raises(LolcatsError, match="between 0 and 1"):
-        load_config("default", ["attention.softmax_budget=2"])
+        load_config("paper-sinks", ["attention.softmax_budget=2"])
     with pytest.raises(LolcatsError, match="does not search for heads"):
         lolcats.convert(tiny_model(), AttentionConfig(softmax_budget=0.5))
     for arguments, message in (([], "needs --data"), (["--no-train", "--data", "x.jsonl"], "does not use --data")):
@@ -375,7 +373,7 @@ def test_a_run_in_4_bits_chooses_its_heads_in_4_bits(
     monkeypatch.setattr(
         "lolcats.pipeline.heads.Settings", lambda seed: Settings(lengths=(2048,), seed=seed, beyond=1.0)
     )
-    config = load_config("default", [*changes, "finetune.quantize_base=nf4", "device=cpu"])
+    config = load_config("paper-sinks", [*changes, "finetune.quantize_base=nf4", "device=cpu"])
     run = linearize(str(quantized_search), str(chat_file), tmp_path / "out", config, merge=False, say=said.append)
     assert any("in 4 bits to choose heads" in line for line in said)
     selection = Selection.read(tmp_path / "out" / "selection.yaml")
@@ -383,14 +381,14 @@ def test_a_run_in_4_bits_chooses_its_heads_in_4_bits(
     assert run.stage_done("finetune")
 
 
-def test_the_recipe_takes_heads_of_a_file(
+def test_the_default_recipe_takes_heads_of_a_file(
     model_dir: Path, chat_file: Path, selection_file: Path, settings: list[str], tmp_path: Path
 ) -> None:
     """Instead of a search. There is no linear attention, and queries and keys of kept heads are the base model's."""
     steps = [f"finetune.{name}=2" for name in ("max_steps", "eval_steps", "save_steps")]
     changes = [*settings, *WINDOW, *steps, "transfer.max_steps=2", "dtype=float32"]
-    done = command("linearize", model_dir, "--data", chat_file, "--out", tmp_path / "out", "--recipe", "recall",
-                   "--selection", selection_file, *(word for x in changes for word in ("--set", x)))  # fmt: skip
+    done = command("linearize", model_dir, "--data", chat_file, "--out", tmp_path / "out", "--selection",
+                   selection_file, *(word for x in changes for word in ("--set", x)))  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "so attention.softmax_budget is not used." in done.output
     run = Run.open(tmp_path / "out")
@@ -419,3 +417,16 @@ def test_hidden_states_that_do_not_fit_are_a_sentence(
     )
     assert done.exit_code == 2
     assert "use shorter prompts (lolcats select --lengths)" in done.output.replace("\n", " ")
+
+
+def test_a_long_search_on_a_cpu_is_announced(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = ["select", model_dir, "--out", tmp_path / "heads.yaml", "--heads", 1, "--lengths", 1536,
+              "--set", "device=cpu"]  # fmt: skip
+    done = command(*search)
+    assert done.exit_code == 0, done.output
+    assert "This search takes about" not in done.output
+    monkeypatch.setattr(MODULE, "LONG", 0.0)
+    done = command(*search)
+    assert done.exit_code == 0, done.output
+    assert "This search takes about 0.0 hours on this CPU" in done.output
+    assert "--selection FILE" in done.output

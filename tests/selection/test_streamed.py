@@ -135,7 +135,7 @@ def test_a_run_in_turn_chooses_its_heads_in_turn(
     monkeypatch.setattr("lolcats.pipeline.heads.Settings", lambda seed: replace(short, seed=seed))
     said, heads = list[str](), list[Any]()
     for order in (["transfer.order=joint"], ["transfer.order=stream", "transfer.coupling=per_layer"]):
-        config = load_config("default", [*settings, *order, "attention.softmax_budget=0.5", "device=cpu"])
+        config = load_config("paper-sinks", [*settings, *order, "attention.softmax_budget=0.5", "device=cpu"])
         out = tmp_path / order[0].rpartition("=")[2]
         if "order=stream" in order[0]:
             monkeypatch.setattr(Inputs, "model", lambda *_: pytest.fail("loaded as a whole"))

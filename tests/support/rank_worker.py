@@ -45,7 +45,7 @@ def train(model_path: Path, task: Task) -> dict[str, torch.Tensor]:
     """The feature maps that this process ends with."""
     here = ranks()
     changed = [task.different] if task.different and here.rank == here.size - 1 else []
-    config = load_config("default", [*task.settings, *changed])
+    config = load_config("paper-sinks", [*task.settings, *changed])
     rows = torch.randint(6, 300, (33, 32), generator=torch.Generator().manual_seed(0))
     places = torch.arange(32) % (18 + torch.arange(33)[:, None] % 14)  # longer than two windows
     positions = {"train": places[11:], "validation": places[:5], "test": places[5:8]} if task.apart else {}

@@ -40,7 +40,7 @@ class Job:
     settings: list[str]
 
     def config(self, *changes: str) -> Config:
-        return load_config("default", [*self.settings, *HARD, *changes])
+        return load_config("paper-sinks", [*self.settings, *HARD, *changes])
 
     def train(
         self, out: Path, config: Config, only: int | None = None

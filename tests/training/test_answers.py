@@ -118,7 +118,7 @@ def test_what_has_no_prompts_is_refused(tokenizer, tmp_path: Path) -> None:
     with pytest.raises(LolcatsError, match="every record is empty"):
         load_data(written(tmp_path / "users.jsonl", users), tokenizer, config)
     with pytest.raises(LolcatsError, match="loss: expected one of all, completion"):
-        load_config("default", ["data.loss=answers"])
+        load_config("paper-sinks", ["data.loss=answers"])
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -202,7 +202,7 @@ LOSSES = {"cross_entropy": Distillation(0.0), "kl": Distillation(), "mix": Disti
 
 
 def run(directory: Path, settings: list[str], positions: bool = False) -> tuple[Any, Any]:
-    config = load_config("default", settings)
+    config = load_config("paper-sinks", settings)
     torch.manual_seed(1)
     model = lolcats.convert(tiny_model(), config)
     with torch.no_grad():
@@ -241,7 +241,7 @@ def test_continues_bit_for_bit(settings: list[str], tmp_path: Path, monkeypatch:
 
 def test_through_the_pipeline(model_dirs, chat_file: Path, settings: list[str], tmp_path: Path) -> None:
     said: list[str] = []
-    config = load_config("default", [*settings, "data.loss=completion", "finetune.loss=kl"])
+    config = load_config("paper-sinks", [*settings, "data.loss=completion", "finetune.loss=kl"])
     pipeline.linearize(str(model_dirs["llama"]), str(chat_file), tmp_path, config, say=said.append)
     assert any("of the tokens of the validation rows are answers" in line for line in said)
     assert read_tensors(tmp_path / "lora" / "adapter_model.safetensors")
@@ -251,8 +251,8 @@ def test_through_the_pipeline(model_dirs, chat_file: Path, settings: list[str], 
     words = "the KL divergence from the teacher, on completions only"
     assert any(f"Stage 2: low-rank linearizing on {words}: " in line for line in said)
     assert f"LoRA was trained on {words}." in (tmp_path / "README.md").read_text()
-    mix = load_config("default", ["finetune.loss=mix", "finetune.kl_weight=0.3", "finetune.kl_temperature=2"])
+    mix = load_config("paper-sinks", ["finetune.loss=mix", "finetune.kl_weight=0.3", "finetune.kl_temperature=2"])
     assert loss_of(mix) == (
         "0.7 × the next-token loss + 0.3 × the KL divergence from the teacher at temperature 2, times its square"
     )
-    assert loss_of(load_config("default")) == "the next-token loss"
+    assert loss_of(load_config("paper-sinks")) == "the next-token loss"

@@ -28,7 +28,7 @@ def runs(model_dirs, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The same run without controls and with them."""
     root = tmp_path_factory.mktemp("controls")
     for name, controls in (("without", "[]"), ("with", "[window_lora, teacher_lora]")):
-        config = load_config("default", [*SETTINGS, f"controls={controls}"])
+        config = load_config("paper-sinks", [*SETTINGS, f"controls={controls}"])
         linearize(str(model_dirs["llama"]), str(chat_file), root / name, config, merge=False, say=lambda _: None)
     return {name: root / name for name in ("without", "with")}
 
@@ -52,7 +52,7 @@ def test_controls_do_not_change_the_student(runs: dict[str, Path]) -> None:
 
 
 def test_controls_are_adapters_without_linear_term(runs: dict[str, Path], chat_file: Path, tokenizer) -> None:
-    config = load_config("default", SETTINGS)
+    config = load_config("paper-sinks", SETTINGS)
     rows = load_data(str(chat_file), tokenizer, config.data, config.seed).test
     expected = {"window_lora": {"window"}, "teacher_lora": set()}
     for name, kinds in expected.items():

@@ -56,7 +56,7 @@ class Run:
 
 def settings(stage: str, rows: int, graph: str, more: Sequence[str] = ()) -> Config:
     own = [*STEPS, f"micro_batch_size={rows}", f"cuda_graph={graph}"]
-    return load_config("default", [*ATTENTION, *(f"{stage}.{setting}" for setting in own), *more])
+    return load_config("paper-sinks", [*ATTENTION, *(f"{stage}.{setting}" for setting in own), *more])
 
 
 def stage_1(dtype: torch.dtype, place: Path, rows: int, graph: str, more: Sequence[str]) -> Run:

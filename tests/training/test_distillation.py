@@ -208,7 +208,7 @@ def rows() -> Data:
 
 
 def run(directory: Path, settings: list[str], data: Data | None = None) -> tuple[Any, Any]:
-    config = load_config("default", settings)
+    config = load_config("paper-sinks", settings)
     torch.manual_seed(1)
     return finetune(lolcats.convert(tiny_model(), config), data or rows(), config, directory)
 
@@ -257,7 +257,7 @@ def test_continues_bit_for_bit(settings: list[str], tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("place", ["student", "teacher"])
 def test_a_loss_of_nan_names_the_layer(place: str, settings: list[str], tmp_path: Path) -> None:
-    config = load_config("default", [*settings, "finetune.loss=kl"])
+    config = load_config("paper-sinks", [*settings, "finetune.loss=kl"])
     model = lolcats.convert(tiny_model(), config)
     with torch.no_grad():
         if place == "teacher":
@@ -271,7 +271,7 @@ def test_a_loss_of_nan_names_the_layer(place: str, settings: list[str], tmp_path
 @pytest.mark.parametrize("name", ["window_lora", "teacher_lora"])
 def test_controls(name: str, settings: list[str], tmp_path: Path) -> None:
     """The window learns from the teacher. The teacher, which has nothing to learn from itself, learns the data."""
-    config = load_config("default", [*settings, "finetune.loss=kl"])
+    config = load_config("paper-sinks", [*settings, "finetune.loss=kl"])
     model = lolcats.convert(tiny_model(), config)
     train_control(model, name, rows(), config, Base("base", "hub", ""), tmp_path)
     lora = read_tensors(tmp_path / "controls" / name / "lora" / "adapter_model.safetensors")
@@ -289,4 +289,4 @@ def test_controls(name: str, settings: list[str], tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_unsuitable_values(setting: str, message: str) -> None:
     with pytest.raises(LolcatsError, match=message):
-        load_config("default", [setting])
+        load_config("paper-sinks", [setting])

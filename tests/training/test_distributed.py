@@ -58,7 +58,7 @@ def tune(
 ) -> Any:  # fmt: skip
     """Stage 2 of a tiny model, saved as LoRA; ``stop``: interrupted on the last rank after ``STOP`` steps."""
     directory.mkdir(exist_ok=True)
-    config = load_config("default", settings)
+    config = load_config("paper-sinks", settings)
     model = tiny_model(tie_word_embeddings=tied)
     torch.manual_seed(1)
     model = lolcats.convert(model, config)
@@ -132,7 +132,7 @@ def on_two_ranks(root: Path) -> None:
         assert_units(recompute)
     assert_who_shards(root)
     with pytest.raises(LolcatsError, match="cannot be shared by 2 ranks"):
-        training_arguments(load_config("default", ["finetune.micro_batch_size=8"]).finetune, root, 0,
+        training_arguments(load_config("paper-sinks", ["finetune.micro_batch_size=8"]).finetune, root, 0,
                            torch.device("cpu"), [])  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def assert_units(recompute: bool) -> None:
     """Units of any number of layers: the outputs and gradients of a whole model, with fewer gathers for larger ones."""
     found, gathers = [], []
     for layers_per_unit in (0, 1, 2, 3):
-        config = load_config("default", PLAIN)
+        config = load_config("paper-sinks", PLAIN)
         model = tiny_model(num_hidden_layers=3)
         torch.manual_seed(1)
         wrapped = add_lora(lolcats.convert(model, config), config.finetune)
@@ -225,7 +225,7 @@ def assert_who_shards(root: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("lolcats.stages.finetune.fits.free_host_memory", lambda: memory[dist.get_rank()])
             return shards(
-                source, load_config("default", [*SETTINGS, f"finetune.sharding={sharding}"]), cpu, torch.float32
+                source, load_config("paper-sinks", [*SETTINGS, f"finetune.sharding={sharding}"]), cpu, torch.float32
             )
 
     much, little = 16 * 2**30, 2**20
@@ -241,7 +241,7 @@ def assert_who_shards(root: Path) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path], chat_file: Path) -> Path:
     """Runs of one process, and of two."""
     root = tmp_path_factory.mktemp("ranks")
-    config = load_config("default", SETTINGS)
+    config = load_config("paper-sinks", SETTINGS)
     job = start(Inputs(str(model_dirs["llama"])), str(chat_file), root / "run_one", config, lambda text: None)
     run_transfer(job)
     for form in FORMS:
@@ -311,7 +311,7 @@ def test_checkpoints_continue_on_two_ranks_in_either_form(name: str, root: Path)
 
 
 def test_dora_is_not_sharded() -> None:
-    config = load_config("default", ["finetune.use_dora=true", SHARDED])
+    config = load_config("paper-sinks", ["finetune.use_dora=true", SHARDED])
     with pytest.raises(LolcatsError, match="does not work with a sharded base model"):
         load_over_ranks(Base("base", "directory", ""), config, torch.float32, torch.device("cpu"))
 
@@ -324,4 +324,4 @@ def test_one_process_needs_no_process_group(tmp_path: Path) -> None:
     before = layer.weight.grad.clone()
     all_reduce_gradients(layer.parameters())
     torch.testing.assert_close(layer.weight.grad, before)
-    assert isinstance(load_config("default"), Config)
+    assert isinstance(load_config("paper-sinks"), Config)

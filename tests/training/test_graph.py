@@ -183,7 +183,7 @@ def converted(**attention: Any) -> Any:
 
 
 def test_values_of_the_setting() -> None:
-    values = [load_config("default", [x]).transfer.cuda_graph for x in (GRAPH, PLAIN, AUTO)]
+    values = [load_config("paper-sinks", [x]).transfer.cuda_graph for x in (GRAPH, PLAIN, AUTO)]
     assert values == [True, False, "auto"]
     with pytest.raises(LolcatsError, match=r"transfer\.cuda_graph"):
-        load_config("default", ["transfer.cuda_graph=never"])
+        load_config("paper-sinks", ["transfer.cuda_graph=never"])

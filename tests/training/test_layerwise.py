@@ -131,7 +131,7 @@ def test_coupling_does_not_matter_for_one_layer(job: Job, tmp_path: Path) -> Non
 
 
 def test_visits_cover_each_epoch_once() -> None:
-    config = load_config("default", ["transfer.batch_size=8", "transfer.epochs=2.5"]).transfer
+    config = load_config("paper-sinks", ["transfer.batch_size=8", "transfer.epochs=2.5"]).transfer
     visits = Visits.draw(22, config, seed=3)
     assert [len(step) for step in visits.steps] == [8, 8, 6, 8, 8, 6, 8, 8]
     assert sorted(visits.rows[:22].tolist()) == sorted(visits.rows[22:44].tolist()) == list(range(22))
@@ -427,9 +427,9 @@ def test_a_loss_that_is_nan(job: Job, tmp_path: Path) -> None:
 def test_stream_and_blocks_need_per_layer_coupling(settings: list[str]) -> None:
     for order in ("stream", "blocks"):
         with pytest.raises(LolcatsError, match=r"needs transfer\.coupling=per_layer"):
-            load_config("default", [*settings, f"transfer.order={order}"])
+            load_config("paper-sinks", [*settings, f"transfer.order={order}"])
     with pytest.raises(LolcatsError, match=r"transfer\.block_size must be at least 1"):
-        load_config("default", [*settings, "transfer.block_size=0"])
+        load_config("paper-sinks", [*settings, "transfer.block_size=0"])
 
 
 def test_metrics_keep_other_stages(job: Job, tmp_path: Path) -> None:

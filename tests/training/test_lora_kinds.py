@@ -74,7 +74,7 @@ def test_merging_changes_nothing_beyond_rounding_in_bf16(kind: dict[str, bool]) 
 @pytest.mark.parametrize("kind", [KINDS["rslora"], KINDS["dora"]], ids=["rslora", "dora"])
 def test_through_the_recipe(kind: dict[str, bool], model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
     """Trained, saved, and the same as adapter, merged model, and in memory."""
-    config = load_config("default", [*settings, *(f"finetune.{name}=true" for name in kind)])
+    config = load_config("paper-sinks", [*settings, *(f"finetune.{name}=true" for name in kind)])
     pipeline.linearize(str(model_dirs["llama"]), str(chat_file), tmp_path, config, say=lambda _: None)
     saved = (tmp_path / "lora" / "adapter_config.json").read_text()
     assert all(f'"{name}": true' in saved for name in kind)
@@ -99,7 +99,7 @@ def test_rank_and_projections(rank: int, targets: str) -> None:
     """The paper's Tables 11 and 12: what trains, its shapes, and that all of it learns."""
     names = [f"{name}_proj" for name in targets.split()]
     chosen = ", ".join(names)
-    config = load_config("default", [f"finetune.rank={rank}", "finetune.alpha=16", f"finetune.targets=[{chosen}]"])
+    config = load_config("paper-sinks", [f"finetune.rank={rank}", "finetune.alpha=16", f"finetune.targets=[{chosen}]"])
     wrapped = add_lora(lolcats.convert(tiny_model("qwen2"), SMALL), config.finetune)
     trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     place = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.default.weight"
@@ -113,7 +113,7 @@ def test_rank_and_projections(rank: int, targets: str) -> None:
 
 def test_rank_and_projections_through_the_recipe(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:
     changes = ["finetune.rank=16", "finetune.alpha=32", "finetune.targets=[q_proj, o_proj]"]
-    config = load_config("default", [*settings, *changes])
+    config = load_config("paper-sinks", [*settings, *changes])
     pipeline.linearize(str(model_dirs["llama"]), str(chat_file), tmp_path, config, say=lambda _: None)
     lora = read_tensors(tmp_path / "lora" / "adapter_model.safetensors")
     assert len(lora) == 8
@@ -125,7 +125,7 @@ def test_rank_and_projections_through_the_recipe(model_dirs, chat_file: Path, se
 def test_quantized_base_needs_cuda_and_bitsandbytes(
     model_dirs, chat_file: Path, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load_config("default", [*settings, "finetune.quantize_base=nf4", "device=cpu"])
+    config = load_config("paper-sinks", [*settings, "finetune.quantize_base=nf4", "device=cpu"])
     with pytest.raises(LolcatsError, match="need a CUDA GPU"):
         pipeline.linearize(str(model_dirs["llama"]), str(chat_file), tmp_path, config, say=lambda _: None)
     assert not list(tmp_path.iterdir())
@@ -133,7 +133,7 @@ def test_quantized_base_needs_cuda_and_bitsandbytes(
     with pytest.raises(LolcatsError, match=r"pip install 'lolcats\[quantize\]'"):
         bases.check_quantized(bases.find_base(str(model_dirs["llama"])), torch.device("cuda"))
     with pytest.raises(LolcatsError, match="cannot be compared"):
-        load_config("default", ["finetune.quantize_base=nf4", "controls=[window_lora]"])
+        load_config("paper-sinks", ["finetune.quantize_base=nf4", "controls=[window_lora]"])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -169,7 +169,7 @@ def test_quantized_base(
         return wrapped, result
 
     monkeypatch.setattr(pipeline.stages, "finetune", watched)
-    config = load_config("default", [*settings, "finetune.quantize_base=nf4", f"device={device}"])
+    config = load_config("paper-sinks", [*settings, "finetune.quantize_base=nf4", f"device={device}"])
     run = pipeline.linearize(str(tmp_path / "base"), str(chat_file), out, config, say=lambda _: None)
     assert seen[0]["model.layers.0.self_attn.q_proj"] is Linear4bit
     if device == "cuda":
@@ -196,11 +196,11 @@ def test_a_base_model_that_does_not_fit_is_only_in_4_bits(
     tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     base, out, said = str(tmp_path / "base"), tmp_path / "out", list[str]()
-    config = load_config("default", [*settings, "finetune.quantize_base=nf4", "device=cpu"])
+    config = load_config("paper-sinks", [*settings, "finetune.quantize_base=nf4", "device=cpu"])
     with pytest.raises(LolcatsError, match=r"set transfer\.order=stream and transfer\.coupling=per_layer"):
         pipeline.linearize(base, str(chat_file), out, config, say=said.append)
     streamed = ["transfer.order=stream", "transfer.coupling=per_layer"]
-    config = load_config("default", [*settings, *streamed, "finetune.quantize_base=nf4", "device=cpu"])
+    config = load_config("paper-sinks", [*settings, *streamed, "finetune.quantize_base=nf4", "device=cpu"])
     run = pipeline.linearize(base, str(chat_file), tmp_path / "stream", config, say=said.append)
     assert any("in 4 bits" in line for line in said)
     assert run.results["ppl_teacher"] > 0
@@ -230,7 +230,7 @@ def test_stage_2_in_4_bits_with_all_that_stage_2_has(
                "attention.softmax_heads={\"0\": [1]}"]  # fmt: skip
 
     def run(name: str, *others: str) -> Any:
-        asked = load_config("default", [*settings, *changes, *others])
+        asked = load_config("paper-sinks", [*settings, *changes, *others])
         return pipeline.linearize(str(tmp_path / "base"), str(chat_file), tmp_path / name, asked, merge=False,
                                   say=lambda _: None)  # fmt: skip
 

@@ -132,21 +132,21 @@ def test_without_a_trial(batch: int, rows: int, tmp_path: Path) -> None:
 
 
 def test_values() -> None:
-    auto = load_config("default", ["finetune.gradient_checkpointing=auto"]).finetune
+    auto = load_config("paper-sinks", ["finetune.gradient_checkpointing=auto"]).finetune
     assert auto.gradient_checkpointing == "auto"
     with pytest.raises(LolcatsError, match="expected bool or auto, got 'never'"):
-        load_config("default", ["finetune.gradient_checkpointing=never"])
-    assert load_config("default").finetune.micro_batch_size == "auto"
-    assert load_config("default", ["transfer.micro_batch_size=2"]).transfer.micro_batch_size == 2
+        load_config("paper-sinks", ["finetune.gradient_checkpointing=never"])
+    assert load_config("paper-sinks").finetune.micro_batch_size == "auto"
+    assert load_config("paper-sinks", ["transfer.micro_batch_size=2"]).transfer.micro_batch_size == 2
     for value, message in (("most", "expected int or auto, got 'most'"), ("0", "at least 1"), ("3", "multiple of")):
         with pytest.raises(LolcatsError, match=message):
-            load_config("default", [f"finetune.micro_batch_size={value}"])
+            load_config("paper-sinks", [f"finetune.micro_batch_size={value}"])
 
 
 def config(gradient_checkpointing: Any = False, **changes: Any) -> Config:
     few = {"batch_size": 4, "max_steps": 3, "log_steps": 1, "eval_steps": 3, "save_steps": 3, **changes}
     attention = ["attention.window_size=8", "attention.feature_dim=8", "data.sequence_length=32"]
-    base = load_config("default", attention)
+    base = load_config("paper-sinks", attention)
     return replace(
         base,
         transfer=TransferConfig(**few),
@@ -194,9 +194,9 @@ def test_a_run_keeps_and_records_its_number(model_dirs, chat_file: Path, setting
     quiet: Any = {"say": lambda _: None}
     numbers = ["transfer.micro_batch_size=2", "finetune.micro_batch_size=1"]
     pipeline.linearize(
-        str(model_dirs["llama"]), str(chat_file), tmp_path / "old", load_config("default", settings), **quiet
+        str(model_dirs["llama"]), str(chat_file), tmp_path / "old", load_config("paper-sinks", settings), **quiet
     )
-    again = load_config("default", started)
+    again = load_config("paper-sinks", started)
     assert again.transfer.micro_batch_size == "auto"
     pipeline.linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "old", again, **quiet)
     assert Run.open(tmp_path / "old").config.transfer.micro_batch_size == 2
@@ -205,7 +205,7 @@ def test_a_run_keeps_and_records_its_number(model_dirs, chat_file: Path, setting
             str(model_dirs["llama"]),
             str(chat_file),
             tmp_path / "old",
-            load_config("default", [*started, *numbers]),
+            load_config("paper-sinks", [*started, *numbers]),
             **quiet,
         )
     pipeline.linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "auto", again, **quiet)

@@ -62,7 +62,7 @@ def rows() -> Data:
 
 
 def run(directory: Path, settings: list[str], data: Data | None = None) -> tuple[dict[str, Any], Any]:
-    config = load_config("default", settings)
+    config = load_config("paper-sinks", settings)
     torch.manual_seed(1)
     wrapped, result = finetune(lolcats.convert(tiny_model(), config), data or rows(), config, directory)
     return {name: p for name, p in wrapped.named_parameters() if p.requires_grad}, result

@@ -117,7 +117,7 @@ def rows() -> Data:
 def test_merged_rows_are_the_base_models(family: str, dtype: torch.dtype, settings: list[str], tmp_path: Path) -> None:
     """After training with weight decay and clipping; all other rows of the same projections have moved."""
     heads = kept(lolcats.convert(BASES[family](), AttentionConfig(window_size=8, sinks=2, feature_dim=8)))
-    config = load_config("default", [
+    config = load_config("paper-sinks", [
         *settings, "finetune.protect_kept=true", "finetune.weight_decay=0.1", "finetune.learning_rate=1e-2",
         f"attention.softmax_heads={heads}",
     ])  # fmt: skip
@@ -149,7 +149,7 @@ def test_kept_layers_get_no_lora_for_queries_and_keys(settings: list[str], tmp_p
     assert "model.layers.0.self_attn.q_proj" not in trained_layers(gemma, FinetuneConfig(protect_kept=True))
     phi3 = lolcats.convert(BASES["phi3"](), AttentionConfig(**small, layers={"1": "softmax"}))
     assert "model.layers.1.self_attn.qkv_proj" in trained_layers(phi3, FinetuneConfig(protect_kept=True))
-    config = load_config("default", [*settings, "finetune.protect_kept=true", "attention.layers={1: softmax}"])
+    config = load_config("paper-sinks", [*settings, "finetune.protect_kept=true", "attention.layers={1: softmax}"])
     wrapped, _ = finetune(lolcats.convert(tiny_model(), config), rows(), config, tmp_path)
     assert not [name for name, _ in wrapped.named_parameters() if "layers.1.self_attn.q_proj.lora" in name]
 
@@ -158,7 +158,7 @@ def test_kept_layers_get_no_lora_for_queries_and_keys(settings: list[str], tmp_p
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_a_learning_rate_only_maps_are_trained(dtype, loss: str, settings: list[str], tmp_path: Path) -> None:
     """The merged weights are the base model's, bit for bit, with decay, clipping and protection."""
-    config = load_config("default", [
+    config = load_config("paper-sinks", [
         *settings, "finetune.learning_rate=0", "finetune.feature_map_learning_rate=1e-2", "finetune.weight_decay=0.1",
         f"finetune.loss={loss}", "finetune.protect_kept=true", "attention.softmax_heads={1: [0]}",
     ])  # fmt: skip
@@ -175,7 +175,7 @@ def test_without_a_learning_rate_only_maps_are_trained(dtype, loss: str, setting
 
 def test_a_run_of_feature_maps_only(settings: list[str], model_dirs, chat_file: Path, tmp_path: Path) -> None:
     more = ["finetune.learning_rate=0", "finetune.feature_map_learning_rate=1e-2", "finetune.loss=kl"]
-    config, said = load_config("default", [*settings, *more]), list[str]()
+    config, said = load_config("paper-sinks", [*settings, *more]), list[str]()
     linearize(str(model_dirs["llama"]), str(chat_file), tmp_path / "run", config, say=said.append)
     assert any(line.startswith("Stage 2: feature maps on the KL divergence") for line in said)
     card = (tmp_path / "run" / "README.md").read_text()
@@ -194,17 +194,17 @@ def test_a_run_of_feature_maps_only(settings: list[str], model_dirs, chat_file: 
 )
 def test_what_would_train_nothing_is_refused(more: list[str], message: str) -> None:
     with pytest.raises(LolcatsError, match=message):
-        load_config("default", ["finetune.learning_rate=0", *more])
+        load_config("paper-sinks", ["finetune.learning_rate=0", *more])
 
 
 def test_a_model_without_maps_needs_a_learning_rate() -> None:
-    config = load_config("default", ["finetune.learning_rate=0", "finetune.feature_map_learning_rate=1e-3"])
+    config = load_config("paper-sinks", ["finetune.learning_rate=0", "finetune.feature_map_learning_rate=1e-3"])
     with pytest.raises(LolcatsError, match="leaves nothing to train"):
         add_lora(lolcats.convert(tiny_model(), AttentionConfig(kind="window", window_size=8)), config.finetune)
 
 
 def test_without_protection_all_rows_move(settings: list[str], tmp_path: Path) -> None:
-    config = load_config("default", [*settings, "attention.softmax_heads={1: [0]}"])
+    config = load_config("paper-sinks", [*settings, "attention.softmax_heads={1: [0]}"])
     wrapped, _ = finetune(lolcats.convert(tiny_model(), config), rows(), config, tmp_path)
     matrices = [p for name, p in wrapped.named_parameters() if "lora_B" in name]
     assert all((matrix != 0).any(1).all() for matrix in matrices)
@@ -212,7 +212,7 @@ def test_without_protection_all_rows_move(settings: list[str], tmp_path: Path) -
 
 def test_what_cannot_be_protected_is_refused() -> None:
     with pytest.raises(LolcatsError, match="protect_kept does not work with"):
-        load_config("default", ["finetune.protect_kept=true", "finetune.use_dora=true"])
+        load_config("paper-sinks", ["finetune.protect_kept=true", "finetune.use_dora=true"])
     model = lolcats.convert(
         tiny_model(), AttentionConfig(window_size=8, sinks=2, feature_dim=8, layers={"1": "softmax"})
     )

@@ -91,7 +91,7 @@ def test_sizes_that_someone_chose_are_kept_or_refused() -> None:
 def test_the_recipe_small_is_named_if_it_would_do(tokens: int, named: bool) -> None:
     documents = corpus([100] * (tokens // 100))
     with pytest.raises(LolcatsError, match="leave nothing to train on") as caught:
-        rows.split(documents, load_config("default").data, seed=0)
+        rows.split(documents, load_config("paper-sinks").data, seed=0)
     assert ("--recipe small" in str(caught.value)) is named
     if named:
         assert len(rows.split(documents, load_config("small").data, seed=0).test) == 8
@@ -104,7 +104,7 @@ def test_a_run_on_little_data_says_so(model_dirs: dict[str, Path], settings: lis
     own = [*(s for s in settings if "_rows" not in s), "data.skip_broken=true"]
     said: list[str] = []
     for directory in (tmp_path / "out", tmp_path / "again"):
-        job = start(Inputs(str(model_dirs["llama"])), source, directory, load_config("default", own), said.append)
+        job = start(Inputs(str(model_dirs["llama"])), source, directory, load_config("paper-sinks", own), said.append)
     held_out, train = len(job.data.test), len(job.data.train)
     assert 1 <= held_out < HELD_OUT
     line = f"little data: {held_out} validation and {held_out} test rows are held out instead of 32 and 32, and {train}"
@@ -139,7 +139,7 @@ def test_where_the_linear_term_begins(kind: Any, window: Any) -> None:
 )
 def test_rows_that_never_reach_the_linear_term_are_refused(length: int, changes: list[str]) -> None:
     with pytest.raises(LolcatsError, match=rf"data\.sequence_length \({length}\) is too short"):
-        check_rows(load_config("default", [f"data.sequence_length={length}", *changes]))
+        check_rows(load_config("paper-sinks", [f"data.sequence_length={length}", *changes]))
 
 
 @pytest.mark.parametrize(
@@ -154,11 +154,12 @@ def test_rows_that_never_reach_the_linear_term_are_refused(length: int, changes:
     ],
 )
 def test_rows_that_reach_the_linear_term_or_have_none(length: int, changes: list[str]) -> None:
-    check_rows(load_config("default", [f"data.sequence_length={length}", *changes]))
+    check_rows(load_config("paper-sinks", [f"data.sequence_length={length}", *changes]))
 
 
 def test_commands_refuse_rows_without_linear_term(model_dirs: dict[str, Path], chat_file: Path, tmp_path: Path) -> None:
-    short = sets(["attention.window_size=8", "attention.feature_dim=8", "data.sequence_length=16"])
+    changes = ["attention.window_size=8", "attention.feature_dim=8", "data.sequence_length=16"]
+    short = ["--recipe", "paper-sinks", *sets(changes)]
     for words in (("linearize", "--data", chat_file, "--out", tmp_path / "out"), ("plan",)):
         output = invoke(words[0], model_dirs["llama"], *words[1:], *short, code=2)
         assert "the first 16 tokens of a row" in " ".join(output.replace("│", " ").split())
@@ -170,7 +171,7 @@ def test_a_finished_run_with_such_rows_still_opens(
 ) -> None:
     """An older version trained it."""
     untrained = ["transfer.max_steps=0", "finetune.max_steps=0", "data.sequence_length=16"]
-    config, quiet = load_config("default", [*settings, *untrained]), lambda _: None
+    config, quiet = load_config("paper-sinks", [*settings, *untrained]), lambda _: None
     with monkeypatch.context() as patch:
         patch.setattr("lolcats.pipeline.job.check_rows", lambda config: None)
         job = start(Inputs(str(model_dirs["llama"])), str(chat_file), tmp_path / "out", config, quiet)
@@ -186,7 +187,7 @@ def test_share_of_an_empty_linear_term(tmp_path: Path, tokenizer: Any, monkeypat
     monkeypatch.setenv("LOLCATS_CACHE", str(tmp_path / "cache"))
     rng = random.Random(1)
     source = write(tmp_path / "a.jsonl", [rng.randint(1, 60) for _ in range(300)])
-    config = load_config("default", ["attention.window_size=8", "attention.sinks=2", "data.sequence_length=40",
+    config = load_config("paper-sinks", ["attention.window_size=8", "attention.sinks=2", "data.sequence_length=40",
                                      "data.reset_at_documents=true"])  # fmt: skip
     memory = load_data(source, tokenizer, config.data)
     monkeypatch.setattr(store, "LARGE", 0)
@@ -197,15 +198,15 @@ def test_share_of_an_empty_linear_term(tmp_path: Path, tokenizer: Any, monkeypat
     assert empty_share(stored, config) == pytest.approx(expected)
     some = torch.tensor([0, 3, 4, len(memory.train) - 1])
     assert empty_share(stored.select(some), config) == pytest.approx(empty_share(memory.select(some), config))
-    together = load_config("default", ["attention.window_size=8", "attention.sinks=2", "data.sequence_length=40"])
+    together = load_config("paper-sinks", ["attention.window_size=8", "attention.sinks=2", "data.sequence_length=40"])
     assert empty_share(load_data(source, tokenizer, together.data), together) == 0.4
-    assert empty_share(memory, load_config("default", ["attention.kind=linear"])) is None
+    assert empty_share(memory, load_config("paper-sinks", ["attention.kind=linear"])) is None
 
 
 def test_documents_without_linear_term_are_said_or_refused(
     model_dirs: dict[str, Path], settings: list[str], tmp_path: Path
 ) -> None:
-    config = load_config("default", [*settings, "data.reset_at_documents=true"])
+    config = load_config("paper-sinks", [*settings, "data.reset_at_documents=true"])
     inputs, said = Inputs(str(model_dirs["llama"])), list[str]()
     mixed = write(tmp_path / "mixed.jsonl", [4, 4, 40] * 60)
     share = start(inputs, mixed, tmp_path / "out", config, said.append).run.record["data"][EMPTY]
@@ -221,7 +222,7 @@ def test_documents_without_linear_term_are_said_or_refused(
 def test_statistics_have_the_share(model_dirs: dict[str, Path], settings: list[str], tmp_path: Path) -> None:
     source, shares = write(tmp_path / "a.jsonl", [4, 4, 40] * 60), []
     for apart in ("true", "false"):
-        config = load_config("default", [*settings, f"data.reset_at_documents={apart}"])
+        config = load_config("paper-sinks", [*settings, f"data.reset_at_documents={apart}"])
         found = data_statistics(str(model_dirs["llama"]), source, config, torch.device("cpu"), torch.float32, 4).facts
         shares.append(float(found["training tokens with an empty linear term"].removesuffix("%")))
         assert found["validation and test rows"] == "4 and 4"

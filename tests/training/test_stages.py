@@ -23,7 +23,7 @@ from lolcats.stages.transfer.stage import attention_loss, layer_errors, layer_lo
 
 @pytest.fixture
 def config(settings: list[str]) -> Config:
-    return load_config("default", settings)
+    return load_config("paper-sinks", settings)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_parameters_that_a_layers_kind_does_not_use_are_not_trained(
 ) -> None:
     """In no stage: DDP waits for the gradient of every parameter that is."""
     more = [f"transfer.coupling={coupling}", "finetune.feature_map_learning_rate=1e-3", "transfer.weight_decay=0.1"]
-    config = load_config("default", [*settings, *kind, *more])
+    config = load_config("paper-sinks", [*settings, *kind, *more])
     model = converted(config)
     names = {f"model.layers.{i}.self_attn.lolcats.{own}" for i, parts in used.items() for own in parts}
     before = {n: p.clone() for n, p in model.state_dict().items()}
@@ -189,7 +189,7 @@ def test_early_stopping_and_plateau(settings: list[str], data: Data, tmp_path: P
     changes = ["transfer.max_steps=40", "transfer.eval_steps=1", "transfer.learning_rate=5.0",
                "transfer.early_stopping_patience=3", "transfer.schedule=reduce_on_plateau",
                "transfer.plateau_patience=0"]  # fmt: skip
-    config = load_config("default", [*settings, *changes])
+    config = load_config("paper-sinks", [*settings, *changes])
     result = transfer(converted(config), data, config, tmp_path)
     assert result.steps < 40
     assert result.best_step == result.steps - 3
@@ -203,7 +203,7 @@ def test_early_stopping_and_plateau(settings: list[str], data: Data, tmp_path: P
 def test_gradient_accumulation_changes_nothing(settings: list[str], data: Data, tmp_path: Path) -> None:
     states = []
     for micro in (4, 2, 1):
-        config = load_config("default", [*settings, f"transfer.micro_batch_size={micro}"])
+        config = load_config("paper-sinks", [*settings, f"transfer.micro_batch_size={micro}"])
         model = converted(config)
         transfer(model, data, config, tmp_path / str(micro))
         states.append(feature_map_state(model))
@@ -253,7 +253,7 @@ def test_metrics_of_an_interrupted_stage_2_are_those_of_an_uninterrupted_one(
 ) -> None:
     """Wherever it stops, between logged steps too: running means and the mean of the whole training go on."""
     changes = ["finetune.max_steps=6", "finetune.log_steps=4", "finetune.save_steps=3", "finetune.eval_steps=3"]
-    config = load_config("default", [*settings, *changes])
+    config = load_config("paper-sinks", [*settings, *changes])
     finetune(converted(config), data, config, tmp_path / "a")
     with monkeypatch.context() as patch:
         interrupt_at(patch, step)
@@ -272,7 +272,7 @@ def test_metrics_after_a_kill_just_after_a_checkpoint(
     at: int, settings: list[str], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill leaves lines that the checkpoint does not have, or lacks the last one."""
-    config = load_config("default", [*settings, "finetune.max_steps=6", "finetune.log_steps=3"])
+    config = load_config("paper-sinks", [*settings, "finetune.max_steps=6", "finetune.log_steps=3"])
     finetune(converted(config), data, config, tmp_path / "a")
     original = StageTrainer._save_checkpoint
 
@@ -320,7 +320,7 @@ def test_checkpoints_of_an_older_version_are_refused(config: Config, data: Data,
 
 
 def test_nan_stops_with_the_last_good_checkpoint(settings: list[str], data: Data, tmp_path: Path) -> None:
-    config = load_config("default", [*settings, "finetune.learning_rate=1e30", "finetune.max_grad_norm=0"])
+    config = load_config("paper-sinks", [*settings, "finetune.learning_rate=1e30", "finetune.max_grad_norm=0"])
     with pytest.raises(LolcatsError, match="loss became"):
         finetune(converted(config), data, config, tmp_path)
 
@@ -337,7 +337,7 @@ def test_merging_lora_changes_nothing(config: Config, data: Data, tmp_path: Path
 
 
 def test_feature_maps_may_train_in_stage_two_at_their_own_rate(settings: list[str], data: Data, tmp_path: Path) -> None:
-    config = load_config("default", [*settings, "finetune.feature_map_learning_rate=1e-1"])
+    config = load_config("paper-sinks", [*settings, "finetune.feature_map_learning_rate=1e-1"])
     model = converted(config)
     before = {n: p.clone() for n, p in feature_map_state(model).items()}
     wrapped, _ = finetune(model, data, config, tmp_path)
@@ -348,14 +348,14 @@ def test_feature_maps_may_train_in_stage_two_at_their_own_rate(settings: list[st
 
 def test_trackers(settings: list[str], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    config = load_config("default", [*settings, "report_to=[no_such_tracker]"])
+    config = load_config("paper-sinks", [*settings, "report_to=[no_such_tracker]"])
     with pytest.raises(LolcatsError, match="report_to no_such_tracker"):
         transfer(converted(config), data, config, tmp_path)
     pytest.importorskip("tensorboard")
     for coupling in ("joint", "per_layer"):
         monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
         more = [f"transfer.coupling={coupling}", "report_to=[tensorboard]"]
-        config = load_config("default", [*settings, *more])
+        config = load_config("paper-sinks", [*settings, *more])
         transfer(converted(config), data, config, tmp_path / coupling)
         tags = scalars(tmp_path / coupling / "tensorboard")
         assert {"train/loss", "train/grad_norm", "train/learning_rate", "train/epoch", "eval/loss", "eval/runtime",
@@ -394,7 +394,7 @@ def test_micro_batches_change_no_step(
         places = {name: torch.arange(x.shape[1]) % (5 + 6 * torch.arange(len(x))[:, None]) for name, x in rows.items()}
         data = replace(data, positions=places)
     for size in (1, 2, 4):
-        config = load_config("default", [*settings, f"finetune.loss={loss}", f"finetune.micro_batch_size={size}"])
+        config = load_config("paper-sinks", [*settings, f"finetune.loss={loss}", f"finetune.micro_batch_size={size}"])
         model = converted(config)
         with torch.no_grad():
             model.lm_head.weight.mul_(20)  # logits in which student and teacher differ

@@ -309,7 +309,7 @@ def test_a_run_trains_on_a_store_as_on_memory(
     model_dirs, tmp_path: Path, settings, large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write(tmp_path / "a.jsonl")
-    config = load_config("default", [*settings, "data.reset_at_documents=true", "data.keep_longest_effective=0.5"])
+    config = load_config("paper-sinks", [*settings, "data.reset_at_documents=true", "data.keep_longest_effective=0.5"])
     runs = [linearize(str(model_dirs["llama"]), source, tmp_path / "stored", config, merge=False)]
     monkeypatch.setattr(store, "LARGE", 1 << 30)
     runs.append(linearize(str(model_dirs["llama"]), source, tmp_path / "memory", config, merge=False))

@@ -25,7 +25,9 @@ from lolcats.tensors import read_tensors
 
 @pytest.fixture
 def config(settings: list[str]) -> Config:
-    return load_config("default", [*settings, "transfer.max_steps=9", "transfer.log_steps=50", "finetune.log_steps=50"])
+    return load_config(
+        "paper-sinks", [*settings, "transfer.max_steps=9", "transfer.log_steps=50", "finetune.log_steps=50"]
+    )
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_stage_one_names_step_and_layer(config: Config, data: Data, tmp_path: Pa
 def test_stage_two_that_diverges(settings: list[str], data: Data, tmp_path: Path) -> None:
     """Every layer's LoRA has grown too large; the first one is named."""
     changes = ["finetune.learning_rate=1e30", "finetune.max_grad_norm=0", "finetune.log_steps=50"]
-    config = load_config("default", [*settings, *changes])
+    config = load_config("paper-sinks", [*settings, *changes])
     with pytest.raises(LolcatsError, match="In step 2 of finetune the loss became NaN or infinite in layer 0"):
         finetune(converted(config), data, config, tmp_path)
 

@@ -240,6 +240,10 @@ def tokenizer_of(model: str, trust: bool = False) -> Any:
     return load_tokenizer(find_base(model), trust)
 
 
+PLAIN = "paper-sinks"
+"""The recipe of commands that train nothing: device, dtype, and rows of 1,024 tokens."""
+
+
 def settings(recipe: str, changes: list[str], trust: bool) -> Any:
     """The configuration, with this command's consent to run the base model's code."""
     from lolcats.config import load_config

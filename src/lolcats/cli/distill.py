@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lolcats.cli.app import MovedBase, Sets, Trust, command, load_any, out, settings, tokenizer_of
+from lolcats.cli.app import PLAIN, MovedBase, Sets, Trust, command, load_any, out, settings, tokenizer_of
 from lolcats.errors import LolcatsError
 
 Teacher = Annotated[str, typer.Argument(help="Hub id, local model directory or .gguf file; with --server, the model's "
@@ -41,7 +41,7 @@ def distill_data(
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Let a teacher answer prompts, and write the answers as training data (--data)."""
-    config = settings("default", set_, trust)
+    config = settings(PLAIN, set_, trust)
 
     from lolcats.lab.distill.run import Task, check_out, distill_data
     from lolcats.lab.distill.teacher import Sampling

@@ -271,11 +271,11 @@ def plan(
     stages[1] += in_4_bits
     searches = [] if config.attention.softmax_heads else quantized.plan_select(size, config, machine)
     exports = quantized.plan_export(size, machine)
-    rows = report.plan_rows([*searches, *stages[0], *stages[1], *exports])
+    shown = [plan for plans in stages for plan in plans if size.maps or plan.stage != "stage 1"]
+    rows = report.plan_rows([*searches, *shown, *exports])
     print_rows(report.HEADER, rows, title=report.title(model, size, machine, work))
-    for line in filter(
-        None, (report.paper_line(size, work, stages[0]), report.generation_line(size), report.time_line(size))
-    ):
+    paper = report.paper_line(size, work, stages[0]) if size.maps else ""
+    for line in filter(None, (paper, report.generation_line(size), report.time_line(size))):
         out.print(line, soft_wrap=True)
     if Path(model).suffix == ".gguf":
         whole = f"{size.total * 2 / 2**30:.1f} GiB"
@@ -283,15 +283,16 @@ def plan(
             f"A GGUF file is read whole, with any schedule: it takes {whole} of host memory in 16 bits.", soft_wrap=True
         )
     chosen = [plan for plans in stages for plan in report.recommended(plans)]
-    for best in chosen:
+    for best in (plan for plan in chosen if plan in shown):
         print_rows(("where", "part", "amount"), report.part_rows(best), f"{best.stage}, {best.schedule}")
     search = quantized.chosen_search(searches) if budget else []
     steps = [report.search_command(plan, model, budget, recipe, set_, trust) for plan in search]
-    steps += report.commands(chosen, model, recipe, set_, machine, trust, bool(search))
+    steps += report.commands(chosen, model, recipe, set_, machine, trust, bool(search), size.maps > 0)
     for line in steps:
         out.print(f"\n{line}", soft_wrap=True, markup=False, highlight=False)
     if machine.gpus == 1 and len(chosen) == 2:
-        out.print(f"\n{quantized.path_line([*search, *chosen, *exports])}", soft_wrap=True)
+        steps_shown = [*search, *(plan for plan in chosen if plan in shown), *exports]
+        out.print(f"\n{quantized.path_line(steps_shown)}", soft_wrap=True)
     refusals = (report.refusal(plans, size, config, machine, work) for plans in stages)
     if refused := " ".join(filter(None, (*refusals, quantized.what_would_fit(in_4_bits)))):
         raise LolcatsError(refused)

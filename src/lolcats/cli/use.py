@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from lolcats.cli.app import (
+    PLAIN,
     Directory,
     Model,
     MovedBase,
@@ -72,7 +73,7 @@ def evaluate(
     """
     own = Path(model) / "config.yaml"
     changes = [f"{key}={value}" for key, value in (("device", device), ("dtype", dtype)) if value]
-    config = settings(recipe or (str(own) if own.is_file() else "default"), [*changes, *set_], trust)
+    config = settings(recipe or (str(own) if own.is_file() else PLAIN), [*changes, *set_], trust)
 
     from lolcats.evaluation.suite import Options
     from lolcats.files import check_file
@@ -102,7 +103,7 @@ def generate(
     set_: Sets = [],  # noqa: B006
 ) -> None:  # fmt: skip
     """Answer one prompt and stream the answer."""
-    config, how = settings("default", set_, trust), quantization(quantize)
+    config, how = settings(PLAIN, set_, trust), quantization(quantize)
 
     from lolcats.inference.generate import generate as run_generate
 
@@ -117,7 +118,7 @@ def chat(model: Model, max_new_tokens: NewTokens = 512, temperature: Temperature
          system: Annotated[str, typer.Option(help="System prompt.")] = "", base: MovedBase = "",
          quantize: Quantized = "", trust: Trust = False, set_: Sets = []) -> None:  # noqa: B006  # fmt: skip
     """Chat with a model in the terminal. An empty line, /exit or Ctrl-D quits; /new starts a new conversation."""
-    config, how = settings("default", set_, trust), quantization(quantize)
+    config, how = settings(PLAIN, set_, trust), quantization(quantize)
 
     from lolcats.inference.generate import encode
     from lolcats.inference.generate import generate as run_generate
@@ -191,7 +192,7 @@ def serve(
     how, listening = quantization(quantize), server.listen(host, port)
     if not access.api_key and not server.is_loopback(host):
         err.print(f"No API key: anyone who reaches {host} can use this server. Set LOLCATS_API_KEY.", soft_wrap=True)
-    model, tokenizer = load_any(str(directory), settings("default", set_, trust), base, how)
+    model, tokenizer = load_any(str(directory), settings(PLAIN, set_, trust), base, how)
     engine = Engine(
         model, tokenizer, slots, prefix_bytes=prefix_mb << 20, state_dtype=_state_dtype(state_dtype),
         context=max_context, kept_bytes=kept_mb << 20 or None,
@@ -239,7 +240,7 @@ def bench(
     from lolcats.lab.generation import write
     from lolcats.pipeline import device_and_dtype
 
-    config, unknown = settings("default", set_, trust), set(words(peers)) - set(benchmarks.PEERS)
+    config, unknown = settings(PLAIN, set_, trust), set(words(peers)) - set(benchmarks.PEERS)
     if unknown:
         raise LolcatsError(f"--peers: expected {' or '.join(benchmarks.PEERS)}, got {unknown.pop()!r}.")
     if bool(model) == bool(random):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ def data_statistics(model: str, source: str, config: Config, device: torch.devic
     """Read ``source`` as a run would, and measure ``count`` evenly spaced training rows with the base model."""
     inputs = Inputs(model, trust=config.trust_remote_code)
     data, documents = inputs.data(source, config.data, config.seed), inputs.documents(source, config.data)
-    converted = convert(inputs.model(dtype, device), config)
+    attention = replace(config.attention, softmax_budget=0.0)  # only the teacher's attention is looked at
+    converted = convert(inputs.model(dtype, device), replace(config, attention=attention))
     chosen = torch.linspace(0, len(data.train) - 1, min(count, len(data.train))).long().tolist()
     found = effective_lengths(converted, data.batches(chosen, config.transfer.rows_at_once))
     facts = {

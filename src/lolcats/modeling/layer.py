@@ -94,8 +94,9 @@ class KeptAttention(nn.Module):
 
 
 def layer_spec(config: AttentionConfig, kind: Any) -> AttentionSpec:
-    """The attention spec of a layer of kind ``kind``, which must not be ``softmax``."""
-    unrotated = config.feature_inputs == "unrotated"
+    """The attention spec of a layer of kind ``kind``, which must not be ``softmax``. Without linear attention nothing
+    sees queries and keys before RoPE."""
+    unrotated = config.feature_inputs == "unrotated" and kind != "window"
     return AttentionSpec(
         kind, config.window, config.window_size, config.sinks, config.decay, config.normalizer, unrotated
     )  # fmt: skip

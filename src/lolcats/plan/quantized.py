@@ -27,7 +27,7 @@ from lolcats.plan.costs import (
 from lolcats.plan.size import Size
 from lolcats.selection.result import by_layer
 from lolcats.selection.search import added_at
-from lolcats.selection.select import PASS, Settings, prompt_plan
+from lolcats.selection.select import PASS, Settings, heads_in_budget, passes_of_search, prompt_plan
 from lolcats.selection.streamed import SPARE
 from lolcats.weights.base import NF4_BYTES
 
@@ -200,25 +200,10 @@ def kept_evenly(config: Config, size: Size) -> Config:
     """The configuration with as many kept heads as its budget allows, over all layers, since the search has not been
     made: for counting. ``size``: with none kept."""
     budget, plain = config.attention.softmax_budget, replace(config.attention, softmax_budget=0.0)
-    count = int(budget * size.kv_heads * size.linearized) if size.linearized == size.layers else 0
-    heads = by_layer((i % size.layers, i // size.layers) for i in range(count))
-    return replace(config, attention=replace(plain, softmax_heads=heads))
-
-
-def passes_of_search(count: int, slopes: int = 3) -> float:
-    """Forward passes through all layers until ``count`` heads are chosen, and those of the curve up to there.
-
-    slopes: passes that the slopes of a set take; a streamed search has the hidden states, so it needs 2.
-    """
-    kept, passes = 0, 0.0
-    while kept < count:
-        added = min(added_at(kept, count), Settings().width)
-        kept += added
-        candidates = (Settings().width + (added > 1)) / 2
-        passes += 1 + slopes + candidates + 1  # hidden states, slopes, candidates, right answers
-        if kept > 1 and added == 1:  # each kept head, or the least steep ones, is left out once
-            passes += min(kept, Settings().width) / 2 + slopes * (Settings().width < kept == count)
-    return passes + 7  # the teacher's answers, the first slopes, a model without heads, the last hidden states
+    heads = size.kv_heads * size.linearized
+    count = heads_in_budget(budget, heads) if budget and size.linearized == size.layers else 0
+    kept = by_layer((i % size.layers, i // size.layers) for i in range(count))
+    return replace(config, attention=replace(plain, softmax_heads=kept))
 
 
 def streams_of_search(count: int) -> float:

@@ -41,9 +41,11 @@ def parse_quantity(text: str, option: str, least: float = 0.0) -> float:
 
 def title(model: str, size: Size, machine: Machine, work: Work) -> str:
     return (
-        f"{model}: {size.total / 1e9:.2f} billion parameters, {size.maps / 1e6:.1f} million in feature maps, "
-        f"{size.lora / 1e6:.1f} million in LoRA; {work.transfer_tokens / 1e6:g}M + {work.finetune_tokens / 1e6:g}M "
-        f"tokens on {machine.gpus} × {machine.gpu_memory / GIB:.0f} GiB"
+        f"{model}: {size.total / 1e9:.2f} billion parameters, "
+        + (f"{size.maps / 1e6:.1f} million in feature maps, " if size.maps else "")
+        + f"{size.lora / 1e6:.1f} million in LoRA; "
+        + (f"{work.transfer_tokens / 1e6:g}M + " if size.maps else "")
+        + f"{work.finetune_tokens / 1e6:g}M tokens on {machine.gpus} × {machine.gpu_memory / GIB:.0f} GiB"
     )
 
 
@@ -81,16 +83,19 @@ def part_rows(plan: Plan) -> list[tuple[str, ...]]:
         (place, name, f"{amount / unit:,.2f} {symbol}")
         for place, amounts, unit, symbol in parts
         for name, amount in amounts.items()
+        if amount
     ]
 
 
 def commands(
     plans: Sequence[Plan], model: str, recipe: str, sets: Sequence[str], machine: Machine, trust: bool = False,
-    selection: bool = False,
+    selection: bool = False, maps: bool = True,
 ) -> list[str]:  # fmt: skip
     """Commands that run the plans of both stages. A run has one configuration, so stage 1 gets all settings.
 
-    ``selection``: a search before stage 1 has left its heads in a file, in place of the budget in recipe or settings.
+    Args:
+        selection: a search before stage 1 has left its heads in a file, in place of the budget in recipe or settings.
+        maps: whether there are feature maps. Without, there is no stage 1, and one command does the rest on one GPU.
     """
     consent = ["--trust-remote-code"] * trust
     words = ["lolcats", "transfer", model, "--data", "DATA", "--out", "DIR", "--recipe", recipe]
@@ -99,6 +104,10 @@ def commands(
         words += ["--selection", SELECTION]
         planned.append(f"{BUDGET}=0")
     lines = []
+    if not maps and machine.gpus == 1 and not any(_layer_by_layer(plan) for plan in plans):
+        words[1] = "linearize"
+        sets = [*_without([BUDGET] * selection, sets), *planned]
+        return [shlex.join([*words, *_set(sets), *["--trust-remote-code"] * trust])] if plans else []
     for plan in plans:
         if plan.stage == "stage 1":
             chosen = ["transfer.order"] + ["transfer.coupling"] * _layer_by_layer(plan) + [BUDGET] * selection
@@ -120,7 +129,7 @@ def search_command(
 
 
 def _set(settings: Sequence[str]) -> list[str]:
-    return [word for text in settings for word in ("--set", text)]
+    return [word for text in dict.fromkeys(settings) for word in ("--set", text)]
 
 
 def _without(names: Sequence[str], settings: Sequence[str]) -> list[str]:

@@ -61,7 +61,7 @@ class Size:
     head: int
     """Parameters of the output layer; 0 if it is tied to the embedding."""
     maps: int
-    """Parameters of feature maps and gates in all layers."""
+    """Parameters of feature maps and gates in all layers; 0 if there is no linear attention and so no stage 1."""
     lora: int
     unrotated: int
     """Channels per token and layer that feature maps before RoPE add: the unrotated q and k."""
@@ -136,7 +136,7 @@ def size_of(model_config: Any, config: Config, trust: bool = False) -> Size:
     largest = max(found, key=lambda layer: layer.geometry.heads * layer.geometry.head_dim)
     whole = largest.geometry if largest.kept is None else largest.kept.geometry
     active = sum(_active(layer, share) for layer in layers)
-    maps = sum(p.numel() for layer in found for p in layer.parameters())
+    maps = sum(p.numel() for layer in found for p in layer.parameters()) if config.attention.has_linear else 0
     memory = {"state": cache_bytes(model, 0)[1]} | _growing(model)
     with torch.device("meta"):
         wrapped = add_lora(model, config.finetune)

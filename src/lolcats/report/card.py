@@ -19,7 +19,7 @@ from lolcats.weights.base import Base
 FRONT = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [lolcats, linear-attention]
+tags: [{tags}]
 base_model: {base}
 ---
 """
@@ -34,7 +34,7 @@ CARD = (
     + """# {name}, linearized
 
 `{base}` with its softmax attention replaced by {attention}. Made with lolcats
-{version} on {date}: constant memory and time per generated token.
+{version} on {date}. {growth}
 
 """
     + LOADING
@@ -75,6 +75,7 @@ def write_card(run: Run) -> None:
             trust=CONSENT if run.needs_code else "",
             name=run.base.path.rsplit("/", 1)[-1], attention=attention_of(config.attention),
             version=record["versions"]["lolcats"], date=record["date"], test_rows=data["test_rows"],
+            tags=_tags(config.attention), growth=_growth(run),
             length=config.data.sequence_length, remarks="\n\n".join(remarks(run)),
             perplexity=markdown(*model_table(run)),
             memory=markdown(("tokens", "teacher", "student"), memory_rows(run)),
@@ -87,6 +88,18 @@ def write_card(run: Run) -> None:
             stages=json.dumps(record["stages"]), versions=json.dumps(record["versions"]), config=to_yaml(config),
         ),
     )  # fmt: skip
+
+
+def _tags(attention: AttentionConfig) -> str:
+    return "lolcats, linear-attention" if attention.has_linear else "lolcats"
+
+
+def _growth(run: Run) -> str:
+    """What memory and time of a generated token depend on, by the longest texts that were counted."""
+    sizes = [student for _, student in run.results.get("cache_bytes", {}).values()]
+    if len(set(sizes[-2:])) > 1:
+        return "Memory and time per generated token grow with the text only in the heads that keep softmax attention."
+    return "Memory and time per generated token are constant."
 
 
 def _trained(run: Run) -> str:
@@ -144,7 +157,7 @@ def write_untrained_card(
         UNTRAINED.format(
             base=base.path if base.form == "hub" else name, trust=CONSENT if model.config.own_model else "",
             name=name, kept=sum(map(len, kept.values())), heads=heads,
-            attention=attention_of(attention), version=__version__, curve=curve_of(selection),
+            attention=attention_of(attention), version=__version__, curve=curve_of(selection), tags=_tags(attention),
             memory=markdown(("tokens", "teacher", "this model"), table), selected=json.dumps(kept),
             fingerprint=base.fingerprint,
         ),

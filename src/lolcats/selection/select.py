@@ -22,7 +22,7 @@ from lolcats.ranks import ranks
 from lolcats.selection.prompts import prompts
 from lolcats.selection.result import Point, Selection, by_layer
 from lolcats.selection.scorer import Scorer
-from lolcats.selection.search import Found, Head, grow, units_of
+from lolcats.selection.search import Found, Head, added_at, grow, units_of
 from lolcats.selection.streamed import StreamedScorer
 from lolcats.weights.base import Base, with_content
 
@@ -35,6 +35,8 @@ SHORTER = ("codes", "ledger", "examples", "passage", "facts")
 """Kinds at the shorter lengths, two of each length in turn."""
 SHORTEST = 512
 """Tokens of a prompt, at least."""
+LONG = 0.2
+"""Hours of a search that are worth a warning."""
 PASS = {"cuda": 16_384, "cpu": 4_096}
 """Tokens per forward pass, before memory is short. Small enough for two ranks to share a set's prompts evenly."""
 
@@ -67,8 +69,8 @@ def select(
         text: token ids to hide answers in; empty: sentences of our own.
 
     Raises:
-        LolcatsError: a budget below one head, a prompt that the model has no room for, or a model without heads to
-            choose from.
+        LolcatsError: a budget below one layer where whole layers are chosen, a prompt that the model has no room for,
+            or a model without heads to choose from.
     """
     make: Make
     device = model.device
@@ -78,13 +80,23 @@ def select(
         make = partial(Scorer, convert(model, trial_attention(attention)))
     units = sum(layer.geometry.kv_heads for layer in linearized_layers(model))
     count = heads or heads_in_budget(attention.softmax_budget, units)
+    if not heads and attention.softmax_budget * units < 1:
+        say(f"A budget of {attention.softmax_budget:g} is less than one of the {units} key/value heads that would be "
+            "linearized, so one is kept.")  # fmt: skip
     if count > units:
         raise LolcatsError(f"Cannot keep {count} heads: only {units} of this model could be linearized.")
     plan, started = prompt_plan(check_lengths(settings.lengths, model)), time.time()
     asked = [prompts(tokenizer, plan, f"{settings.seed}/{part}", text) for part in ("search", "check")]
+    written = time.time()
     scorer = fitting_scorer(make, asked[0], device)
     say(f"Choosing {count} of {units} key/value heads with {len(plan)} prompts, {scorer.tokens:,} tokens per score")
     prepared = time.time()
+    hours = passes_of_search(count) * (prepared - written) / scorer.ranks.size / 3600
+    if device.type == "cpu" and hours > LONG:
+        say(
+            f"This search takes about {hours:.1f} hours on this CPU; on a GPU it takes minutes. A file that lolcats "
+            "select has written elsewhere can be used here: --selection FILE."
+        )
     trail = search(scorer, count, settings, say)
     searched = time.time()
     checker = make(asked[1], scorer.batch_tokens)
@@ -116,17 +128,24 @@ def search(scorer: Scorer, count: int, settings: Settings, say: Say) -> list[Fou
 
 
 def heads_in_budget(budget: float, heads: int) -> int:
-    """How many of ``heads`` a share of them is, rounded down.
+    """How many of ``heads`` a share of them is, rounded down, but at least one."""
+    return max(1, int(budget * heads))
 
-    Raises:
-        LolcatsError: less than one.
+
+def passes_of_search(count: int, slopes: int = 3) -> float:
+    """Forward passes through all layers until ``count`` heads are chosen, and those of the curve up to there.
+
+    slopes: passes that the slopes of a set take; a streamed search has the hidden states, so it needs 2.
     """
-    if int(budget * heads) < 1:
-        raise LolcatsError(
-            f"A budget of {budget:g} is less than one of the {heads} key/value heads that would be linearized: the "
-            f"smallest possible budget is {1 / heads:.4f}."
-        )
-    return int(budget * heads)
+    kept, passes = 0, 0.0
+    while kept < count:
+        added = min(added_at(kept, count), Settings().width)
+        kept += added
+        candidates = (Settings().width + (added > 1)) / 2
+        passes += 1 + slopes + candidates + 1  # hidden states, slopes, candidates, right answers
+        if kept > 1 and added == 1:  # each kept head, or the least steep ones, is left out once
+            passes += min(kept, Settings().width) / 2 + slopes * (Settings().width < kept == count)
+    return passes + 7  # the teacher's answers, the first slopes, a model without heads, the last hidden states
 
 
 def trial_attention(attention: AttentionConfig) -> AttentionConfig:

@@ -123,7 +123,8 @@ def install(model: nn.Module, vllm_config: Any) -> dict[str, StateAttention]:
     placed = check_attention(attentions, layers, vllm_config)
     check_logits(attentions, placed, _base_config(vllm_config), vllm_config.model_config.trust_remote_code)
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in placed}
-    rotations = find_rotations(owners, layers[0].geometry.head_dim, vllm_config) if layers[0].unrotated else {}
+    turned = {name: owners[name] for name, layer in placed.items() if layer.unrotated}
+    rotations = find_rotations(turned, layers[0].geometry.head_dim, vllm_config) if turned else {}
     result = {}
     for name, layer in placed.items():
         attention, layout = attentions[name], layouts[layer.geometry.layer]

@@ -35,7 +35,7 @@ class Linearized:
 
     @property
     def unrotated(self) -> bool:
-        return self.config.feature_inputs == "unrotated"
+        return layer_spec(self.config, self.kind).unrotated
 
     def build(self) -> LinearizedAttention:
         of_maps = self.geometry if self.kept is None else self.kept.of_linearized
