@@ -59,6 +59,7 @@ UNROTATED: dict[str, tuple[Any, dict[str, Any]]] = {
     "glm4": (Glm4Config(**COMMON, head_dim=16), SLIDING),
     "mistral": (MistralConfig(**COMMON, sliding_window=None), {"kind": "linear"}),
     "heads": (LlamaConfig(**FOUR), {**TERRACED, "softmax_heads": {"0": [1, 3], "2": [0, 2]}}),
+    "kinds": (LlamaConfig(**COMMON), {**TERRACED, "layers": {"0": "window", "2": "linear"}}),
 }
 """Feature maps before RoPE. RoPE turns neighbours and half of the channels in Glm4; sines are scaled in YaRN."""
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -30,7 +30,7 @@ def test_a_family_generates_as_with_transformers(name: str, models: Path) -> Non
     assert any(output.num_cached_tokens for output in second)
 
 
-@pytest.mark.parametrize("name", ["sliding", "kinds", "heads and layers", "unrotated gemma3"])
+@pytest.mark.parametrize("name", ["sliding", "kinds", "heads and layers", "unrotated gemma3", "unrotated kinds"])
 def test_without_prefix_cache_and_with_whole_prompts(name: str, models: Path) -> None:
     cases = references(models / name)
     with engine(models / name, enable_prefix_caching=False, max_num_batched_tokens=1024, max_num_seqs=8) as llm:
