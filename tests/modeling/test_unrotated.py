@@ -238,3 +238,14 @@ def test_keys_before_rope_are_kept_only_for_feature_maps(kind: Any) -> None:
         assert not torch.equal(unrotated, logits)
     if kind == "hybrid":
         assert all(more > size for more, size in zip(larger, sizes, strict=True))
+
+
+def test_windows_beside_layers_with_maps_before_rope() -> None:
+    """Only layers whose feature maps see queries and keys before RoPE are checked for whether these can be had."""
+    model = lolcats.convert(tiny_model(num_hidden_layers=3), replace(UNROTATED, layers={"0": "window", "2": "linear"}))
+    assert [layer.spec.unrotated for layer in linearized_layers(model)] == [False, True, True]
+    with torch.no_grad():
+        whole = model(IDS).logits
+        first = model(IDS[:, :40], use_cache=True)
+        rest = model(IDS[:, 40:], past_key_values=first.past_key_values).logits
+    assert_close(torch.cat([first.logits, rest], 1), whole, atol=1e-4, rtol=1e-4)

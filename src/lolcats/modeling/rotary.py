@@ -197,10 +197,11 @@ def check_rotation(model: Any) -> None:
     found: list[list[Tensor]] = []
 
     def observe(layer: LinearizedAttention, call: AttentionCall) -> None:
-        found[-1].append(torch.cat([x[..., x.shape[-1] // 2 :] for x in call.queries_and_keys()], 1).float())
+        if layer.spec.unrotated:
+            found[-1].append(torch.cat([x[..., x.shape[-1] // 2 :] for x in call.queries_and_keys()], 1).float())
         call.target.zero_()
 
-    layers, training = linearized_layers(model), model.training
+    layers, training = [layer for layer in linearized_layers(model) if layer.spec.unrotated], model.training
     ids = torch.arange(1, 5, device=model.device)[None]
     try:
         with override(model, mode="transfer", observer=observe):
