@@ -212,3 +212,12 @@ def test_removed_settings_are_read_if_they_change_nothing(setting: tuple[str, st
     assert load_config(str(tmp_path / "config.yaml"), [f"{section}.{name}={neutral}"]) == config
     with pytest.raises(LolcatsError, match=rf"{section}\.{name} was removed in this version: .*be {neutral}.*not 0\.5"):
         load_config("small", [f"{section}.{name}=0.5"])
+
+
+def test_listed_heads_replace_those_that_a_recipe_would_choose() -> None:
+    for change in ("attention.softmax_heads={1: [0]}", "attention.softmax_heads.1=[0]"):
+        attention = load_config("default", [change]).attention
+        assert (attention.softmax_heads, attention.softmax_budget) == ({"1": [0]}, 0)
+    assert load_config("default").attention.softmax_budget == 0.125
+    with pytest.raises(LolcatsError, match="set one of the two"):
+        load_config("default", ["attention.softmax_heads={1: [0]}", "attention.softmax_budget=0.5"])

@@ -43,7 +43,7 @@ class AttentionConfig:
 
     kind: Kind = "hybrid"
     """``hybrid``: softmax over window and sinks, plus the linear term over older keys; ``linear``: the linear term over
-    all keys; ``window``: only window and sinks, as a control; ``softmax``: the base model's own attention."""
+    all keys; ``window``: only window and sinks; ``softmax``: the base model's own attention."""
     layers: dict[str, Kind] = field(default_factory=dict)
     """Layers of another kind, by index or range, e.g. ``{"7": "softmax", "0-3": "linear"}``."""
     softmax_heads: dict[str, list[int]] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class AttentionConfig:
     ``{"23": [0], "14": [0, 1]}``. Their keys and values are kept for every token."""
     softmax_budget: float = 0.0
     """Choose ``softmax_heads`` by measurement (``lolcats select``): this share of the key/value heads that would be
-    linearized, rounded down; 0.125 keeps an eighth (0 = none, or those of ``softmax_heads``)."""
+    linearized, rounded down but at least one; 0.125 keeps an eighth (0 = none, or those of ``softmax_heads``)."""
     feature_map: Literal["hedgehog", "t2r", "exp", "elu"] = "hedgehog"
     """Feature map φ of the linear term; docs/theory/method.md has the formulas."""
     feature_dim: int = 64
@@ -343,10 +343,8 @@ class Config:
             )
         length, window = self.data.sequence_length, self.attention.window_size
         if self.attention.kind in ("hybrid", "window") and length < 2 * window:
-            raise LolcatsError(
-                f"data.sequence_length ({length}) is below two windows (2 × attention.window_size = {2 * window}): "
-                "the linear term would have nothing to learn from. Use longer rows or a smaller window."
-            )
+            twice = f"two windows (2 × attention.window_size = {2 * window}), which would hide nothing"
+            raise LolcatsError(f"data.sequence_length ({length}) is below {twice}: use longer rows or smaller windows.")
 
 
 def load_config(recipe: str | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -358,8 +356,9 @@ def load_config(recipe: str | None = None, overrides: Iterable[str] = ()) -> Con
     tree = _read_recipe(recipe or "default")
     tree.pop("trust_remote_code", None)
     changes = [parse_setting(item) for item in overrides]
-    if LISTED_HEADS in (names := {key for key, _ in changes}) and BUDGET not in names:
-        set_key(tree, BUDGET, 0.0)  # they replace those that the recipe would have chosen
+    names = [f"{key}." for key, _ in changes]
+    if any(name.startswith(f"{LISTED_HEADS}.") for name in names) and f"{BUDGET}." not in names:
+        changes.insert(0, (BUDGET, 0.0))  # they replace those that the recipe would have chosen
     for key, value in changes:
         set_key(tree, key, value)
     return from_dict(Config, tree)

@@ -227,3 +227,11 @@ def test_statistics_have_the_share(model_dirs: dict[str, Path], settings: list[s
         shares.append(float(found["training tokens with an empty linear term"].removesuffix("%")))
         assert found["validation and test rows"] == "4 and 4"
     assert shares[1] == 50 < shares[0] < 100
+
+
+def test_rows_longer_than_the_model_s_positions(model_dirs: dict[str, Path], chat_file: Path, tmp_path: Path) -> None:
+    """Refused before anything is searched or written."""
+    out = tmp_path / "out"
+    said = invoke("linearize", model_dirs["llama"], "--data", chat_file, "--out", out, "--recipe", "default", code=2)
+    assert "this model has only 2048 positions: use --set data.sequence_length=2048" in " ".join(said.split())
+    assert not out.exists()

@@ -59,7 +59,7 @@ DataPath = Annotated[str, typer.Option("--data", help="Hub data set id, a local 
 Out = Annotated[Path, typer.Option("--out", file_okay=False,
                                     help="Output directory; an unfinished run in it is continued.")]  # fmt: skip
 Recipe = Annotated[
-    str, typer.Option(help="default, long, paper, paper-70b, paper-405b, small, untrained or a YAML file.")
+    str, typer.Option(help="default, long, paper, paper-sinks, paper-70b, paper-405b, small, untrained or a YAML file.")
 ]
 Sets = Annotated[list[str], typer.Option("--set", help="Change a setting, e.g. transfer.learning_rate=1e-3. "
                                          "Repeatable.")]  # fmt: skip

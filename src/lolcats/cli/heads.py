@@ -31,7 +31,7 @@ IN_4_BITS = 0.6  # bytes of each parameter: 4 bits, their scales, and embeddings
 def select(
     model: Model,
     out_: Annotated[Path, typer.Option("--out", dir_okay=False, help="YAML file for the chosen heads and the curve.")],
-    budget: Annotated[float, typer.Option(help="Share of the key/value heads to keep, rounded down.")] = 0.0,
+    budget: Annotated[float, typer.Option(help="Share of the key/value heads to keep, at least one.")] = 0.0,
     heads: Annotated[int, typer.Option(min=0, help="Number of key/value heads to keep, in place of --budget.")] = 0,
     unit: Annotated[str, typer.Option(help="Choose single heads (head) or whole layers (layer).")] = "head",
     data: Annotated[str, typer.Option("--data", help="Text to hide answers in: a .txt file, or data with a text "

@@ -78,9 +78,14 @@ def systems(
             yield other, load(other, dtype, device, trust, moved if same else "", quantize)
     student = load(model, dtype, device, trust, moved, quantize)
     yield STUDENT.name, student
-    for own in _asked(BRANCHES, baselines) if linearized_layers(student) else ():
+    for own in _asked(BRANCHES, baselines) if _has_branches(student) else ():
         with own.on(student):
             yield own.name, student
+
+
+def _has_branches(model: PreTrainedModel) -> bool:
+    """Whether there is linear attention beside the windows, so that either can be off."""
+    return any(layer.spec.has_linear for layer in linearized_layers(model))
 
 
 def _of_base(

@@ -24,7 +24,7 @@ from lolcats.modeling.code import needs_code
 from lolcats.modeling.parts import CONFIG, check_parts, find_parts, listed_parts
 from lolcats.pipeline.heads import choose_heads
 from lolcats.pipeline.models import Models, Say, device_and_dtype
-from lolcats.pipeline.rows import check_documents, check_rows, empty_share, notes
+from lolcats.pipeline.rows import check_documents, check_positions, check_rows, empty_share, notes
 from lolcats.ranks import is_first, ranks
 from lolcats.report.table import EMPTY
 from lolcats.run import RECORD, Run
@@ -85,6 +85,8 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     if not trained:
         check_rows(config)
     base, given = inputs.base, inputs
+    if not trained:
+        check_positions(config, base, inputs.trust)
     inputs = given.of_run(out)
     if inputs is not given:
         say(f"{out} keeps the tokenizer it was started with, because the base model's tokenizer now loads differently.")

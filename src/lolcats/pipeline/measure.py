@@ -92,7 +92,7 @@ def measure_student(job: Job) -> None:
     run, model = job.run, job.models.student
     if job.models.student_in_4_bits and not job.models.in_4_bits:
         run.measure(STUDENT_IN_4_BITS, lambda: True)
-    _perplexities(job, model, STUDENT, *(BRANCHES if job.kinds != {"softmax"} else ()))
+    _perplexities(job, model, STUDENT, *(BRANCHES if job.learns else ()))
     run.measure("gamma", lambda: [layer.over_heads(layer.gamma.tolist()) for layer in linearized_layers(model())])
     if not job.lean:
         run.measure("sample_student", lambda: _sample(job, model(), STUDENT))

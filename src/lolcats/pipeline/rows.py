@@ -9,6 +9,7 @@ from lolcats.data.rows import Data
 from lolcats.errors import LolcatsError
 from lolcats.modeling.layer import layer_spec
 from lolcats.report.table import empty_term
+from lolcats.weights.base import Base, read_config
 
 
 def linear_from(config: Config) -> int | None:
@@ -16,6 +17,16 @@ def linear_from(config: Config) -> int | None:
     attention = config.attention
     kinds = (attention.kind, *attention.layers.values())
     return layer_spec(attention, "hybrid").linear_from if "hybrid" in kinds else None
+
+
+def check_positions(config: Config, base: Base, trust: bool) -> None:
+    """Refuse rows that are longer than the positions of the base model: those beyond mean nothing to it."""
+    most = getattr(read_config(base, trust).get_text_config(), "max_position_embeddings", None)
+    if most and config.data.sequence_length > most:
+        raise LolcatsError(
+            f"data.sequence_length is {config.data.sequence_length}, and this model has only {most} positions: use "
+            f"--set data.sequence_length={most}, or less."
+        )
 
 
 def check_rows(config: Config) -> None:

@@ -102,6 +102,8 @@ def run_controls(job: Job) -> None:
         raise LolcatsError("Controls are trained in one process: run lolcats finetune --controls without torchrun.")
     if lost := lost_controls(run.directory):
         job.say(lost)
+    if config.controls and not job.learns:
+        job.say("No controls are trained: this model has no linear attention, which they would be compared with.")
     for name in wanted:
         if run.stage_done(name):
             continue

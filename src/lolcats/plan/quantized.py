@@ -119,7 +119,7 @@ def plan_select(size: Size, config: Config, machine: Machine) -> list[Plan]:
 def search(size: Size, config: Config, machine: Machine, lengths: Sequence[int], form: Form = "") -> Plan:
     """The search for an eighth of the heads, or as many as ``attention.softmax_budget`` allows."""
     speeds, longest = Speeds(), max(lengths)
-    count = max(1, int((config.attention.softmax_budget or SHARE) * size.kv_heads * size.linearized))
+    count = heads_in_budget(config.attention.softmax_budget or SHARE, size.kv_heads * size.linearized)
     tokens, passes = tokens_of_score(lengths), passes_of_search(count, 2 if form == "streamed" else 3)
     seconds = passes * tokens * sum(forward_operations(size, longest)) / speeds.search / speeds.matmul
     gpu, at_once = search_memory(size, machine, lengths, form)
@@ -200,9 +200,9 @@ def kept_evenly(config: Config, size: Size) -> Config:
     """The configuration with as many kept heads as its budget allows, over all layers, since the search has not been
     made: for counting. ``size``: with none kept."""
     budget, plain = config.attention.softmax_budget, replace(config.attention, softmax_budget=0.0)
-    heads = size.kv_heads * size.linearized
-    count = heads_in_budget(budget, heads) if budget and size.linearized == size.layers else 0
-    kept = by_layer((i % size.layers, i // size.layers) for i in range(count))
+    places = size.places
+    count = heads_in_budget(budget, size.kv_heads * len(places)) if budget else 0
+    kept = by_layer((places[i % len(places)], i // len(places)) for i in range(count))
     return replace(config, attention=replace(plain, softmax_heads=kept))
 
 

@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from lolcats.config import Config
+from lolcats.config import BUDGET, Config
 from lolcats.errors import LolcatsError
 from lolcats.evaluation.memory import readable
 from lolcats.plan.costs import GIB, Machine, Plan, Work, enough_gpus, gpu_need, paper_disk
@@ -17,7 +17,6 @@ UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2.0**10, "Mi": 
 HEADER = ("stage", "schedule", "GPU GiB", "host GiB", "disk GB", "read GB", "hours", "tokens/s", "limited by", "fits")
 PAPER_BLOCK = 9  # layers per block of the paper's 405B run: 126 layers in 14 blocks
 SELECTION = "selection.yaml"
-BUDGET = "attention.softmax_budget"
 HEADROOM = 1.1  # factor on the host memory that a plan counts
 HARDLY = 1.02  # times as long as the fastest plan that a smaller one may take
 

@@ -73,6 +73,8 @@ class Size:
     """Bytes that each token adds: its keys and values in kept heads and layers, in bf16."""
     window: int = 0
     """Bytes of the keys and values in kept layers that slide a window, once it is full, in bf16."""
+    places: tuple[int, ...] = ()
+    """The layers that are linearized."""
     teacher_token: int = 0
     teacher_window: int = 0
     """The same of the teacher."""
@@ -150,6 +152,7 @@ def size_of(model_config: Any, config: Config, trust: bool = False) -> Size:
         head=0 if head is None or head is embedding else head.numel(), maps=maps,
         lora=sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name),
         unrotated=_unrotated_channels(largest),
+        places=tuple(layer.geometry.layer for layer in found),
         kernels=all(fits_kernels(layer.geometry.head_dim, torch.bfloat16, layer.spec) for layer in found),
         **memory,
     )  # fmt: skip

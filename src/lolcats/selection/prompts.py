@@ -62,7 +62,7 @@ class Writer:
         if tokens <= 0:
             raise LolcatsError(
                 f"{self.length} tokens are too few for a recall prompt: use longer ones (lolcats select --lengths), or "
-                "list the heads to keep yourself (attention.softmax_heads)."
+                "list the heads to keep yourself (attention.softmax_heads), or keep none (attention.softmax_budget=0)."
             )
         return [next(self.text) for _ in range(tokens)]
 

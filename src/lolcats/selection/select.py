@@ -80,7 +80,7 @@ def select(
         make = partial(Scorer, convert(model, trial_attention(attention)))
     units = sum(layer.geometry.kv_heads for layer in linearized_layers(model))
     count = heads or heads_in_budget(attention.softmax_budget, units)
-    if not heads and attention.softmax_budget * units < 1:
+    if not heads and units and attention.softmax_budget * units < 1:
         say(f"A budget of {attention.softmax_budget:g} is less than one of the {units} key/value heads that would be "
             "linearized, so one is kept.")  # fmt: skip
     if count > units:
@@ -177,7 +177,8 @@ def check_lengths(lengths: Sequence[int], model: PreTrainedModel) -> tuple[int, 
     if most < SHORTEST:
         raise LolcatsError(
             f"The search for heads needs prompts of at least {SHORTEST} tokens, and this model has only {most} "
-            "positions: list the heads to keep yourself (attention.softmax_heads)."
+            "positions: list the heads to keep yourself (attention.softmax_heads), or keep none "
+            "(attention.softmax_budget=0)."
         )
     if not fitting or fitting[0] < SHORTEST:
         raise LolcatsError(f"The search for heads needs prompts of at least {SHORTEST} tokens: use longer --lengths.")

@@ -1,7 +1,7 @@
 """Read a sweep file and turn it into runs. It has a base, rows of settings or a grid, seeds, and what to evaluate.
 
     title: Heading of the table
-    base: {recipe: default, set: [transfer.max_steps=488]}
+    base: {recipe: long, set: [transfer.max_steps=488]}
     rows:
       no sinks: [attention.sinks=0]
       other text: [base.data=books]      # a name in base.sources
