@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,9 @@ def test_recall_and_bytes_stand_beside_perplexity(model_dirs, chat_file: Path, s
     assert {row[0]: row[3] for row in model_table(run)[1]}["after stage 2 (LoRA)"] == ""
     softmax = load_config("paper-sinks", [*settings, "attention.kind=softmax"])
     assert recall_prompts(replace(job, config=softmax)) == []
+    with pytest.MonkeyPatch.context() as patch:  # a model of 512 positions has room for the answers, too
+        patch.setattr(sys.modules["lolcats.pipeline.measure"], "positions_of", lambda *_: 512)
+        assert 480 < max(len(prompt.ids) + len(prompt.continuation) for prompt in recall_prompts(job)) <= 512
 
 
 def test_recorded_perplexity_is_that_of_the_saved_model(model_dirs, chat_file, settings, tmp_path, tokenizer) -> None:

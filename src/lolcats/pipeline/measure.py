@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from lolcats.evaluation.recall import measure as measure_recall
 from lolcats.inference.generate import generate
 from lolcats.modeling.layer import linearized_layers
 from lolcats.pipeline.job import Job
+from lolcats.pipeline.rows import positions_of
 from lolcats.report.table import IN_4_BITS, STUDENT_IN_4_BITS
 from lolcats.run import SAMPLE_PROMPT, SAMPLE_WINDOWS, STATE_TOKENS
 from lolcats.stages.distributed import is_sharded
@@ -40,6 +42,7 @@ LENGTHS = (1024, 8192, 65536)
 LOOKED_AT = 8  # validation rows to measure each head's attention on
 RECALL, LONGEST = "needles", 4096  # the kind of prompts, and how long they are at most
 ANSWERS = {"cuda": 200, "cpu": 20}
+SPARE = 16  # tokens by which the answers of shorter prompts may be longer
 BESIDE = (TEACHER, WINDOW_SINKS, STUDENT)  # whose recall and bytes stand beside their perplexity
 
 
@@ -163,7 +166,11 @@ def recall_prompts(job: Job) -> list[Prompt]:
         return []
     answers = ANSWERS.get(job.models.device.type, ANSWERS["cpu"])
     try:
-        return make_prompts(RECALL, tokenizer, haystack, length, answers, job.config.seed)
+        prompts = make_prompts(RECALL, tokenizer, haystack, length, answers, job.config.seed)
+        most = positions_of(job.inputs.base, job.inputs.trust) or math.inf
+        if (over := max(len(prompt.ids) + len(prompt.continuation) for prompt in prompts) - most) > 0:
+            prompts = make_prompts(RECALL, tokenizer, haystack, length - int(over) - SPARE, answers, job.config.seed)
+        return prompts
     except LolcatsError:  # too few tokens for the question
         return []
 

@@ -19,9 +19,14 @@ def linear_from(config: Config) -> int | None:
     return layer_spec(attention, "hybrid").linear_from if "hybrid" in kinds else None
 
 
+def positions_of(base: Base, trust: bool) -> int | None:
+    """How many positions the base model has, if its configuration says so."""
+    return getattr(read_config(base, trust).get_text_config(), "max_position_embeddings", None)
+
+
 def check_positions(config: Config, base: Base, trust: bool) -> None:
     """Refuse rows that are longer than the positions of the base model: those beyond mean nothing to it."""
-    most = getattr(read_config(base, trust).get_text_config(), "max_position_embeddings", None)
+    most = positions_of(base, trust)
     if most and config.data.sequence_length > most:
         raise LolcatsError(
             f"data.sequence_length is {config.data.sequence_length}, and this model has only {most} positions: use "
