@@ -182,7 +182,7 @@ def test_controls_and_stages_skipped(kind: str, model_dirs, chat_file: Path, set
         assert run.results["ppl_transfer"] == run.results["ppl_teacher"]
     if kind == "window":
         assert run.results["ppl_transfer"] == run.results["ppl_window_sinks"]
-        assert run.results["ppl_linear_off"] == run.results["ppl_student"]
+    assert ("ppl_linear_off" in run.results) == (kind == "linear"), "no other has a linear term to switch off"
 
 
 def test_no_transfer_baseline(model_dirs, chat_file: Path, settings, tmp_path: Path) -> None:

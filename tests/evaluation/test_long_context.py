@@ -274,7 +274,7 @@ def test_words_that_a_teacher_rules_out_count_nothing() -> None:
 def test_positions_take_one_pass_of_each_decoder(known: bool, with_bos, haystack, monkeypatch) -> None:
     """Not one for each part of the logits, also if the family's head has no known form."""
     monkeypatch.setattr(by_position, "TOKENS", 16)
-    base, model = tiny_model("llama"), lolcats.convert(tiny_model("llama"), TINY)
+    base, model = tiny_model("llama").double(), lolcats.convert(tiny_model("llama").double(), TINY)
     expected = positions(model, with_bos, [haystack], 130, 2, lambda: base)
     if not known:
         monkeypatch.setattr(by_position, "find_head", lambda _: None)

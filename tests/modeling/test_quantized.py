@@ -125,16 +125,23 @@ def test_controls_are_not_merged_into_4_bits(directory: Path) -> None:
 
 @pytest.mark.parametrize("used", [False, True])
 def test_the_engine_answers_as_the_model(used: bool, directory: Path, tokenizer: Any) -> None:
-    """Also after a call, in which bitsandbytes lays weights out anew for a CPU."""
+    """Also after a call, in which bitsandbytes lays weights out anew for a CPU: the engine leaves them as they are."""
     model = load(directory, torch.float32, quantize="nf4")
-    before = logits(model) if used else None
+    if used:
+        with torch.no_grad():
+            logits(model)
+    weights = {name: model.get_submodule(name).weight for name in linear4bit(model)} if used else {}
+    before = {name: (weight.data.clone(), weight.stride()) for name, weight in weights.items()}
     prompt = tokenizer("the cat sat on a mat and saw that dogs like warm milk").input_ids
     engine, found = Engine(model, tokenizer, slots=2), list[int]()
     engine.submit(Request(prompt, SamplingParams(max_tokens=8), on_delta=lambda delta: found.extend(delta.tokens)))
     engine.run()
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
     assert found == expected.tolist()
-    assert before is None or torch.equal(logits(model), before)
+    for name, (weight, strides) in before.items():
+        after = model.get_submodule(name).weight
+        assert torch.equal(after.data, weight)
+        assert after.stride() == strides
 
 
 def test_commands(directory: Path, tmp_path: Path) -> None:
