@@ -91,6 +91,8 @@ def test_transfer_then_finetune(model_dirs, chat_file: Path, settings, tmp_path:
     assert "Next: lolcats finetune" in invoke(
         "transfer", model_dirs["llama"], "--data", chat_file, "--out", out, *sets(settings)
     )
+    window = ["--out", tmp_path / "window", *sets([*settings, "attention.kind=window"])]
+    assert "Stage 1 has nothing to train" in invoke("transfer", model_dirs["llama"], "--data", chat_file, *window)
     assert "expected one of auto, always, never" in invoke("finetune", out, "--sharding", "perhaps", code=2)
     assert "after stage 2" in invoke("finetune", out, "--sharding", "always")  # by one process: nothing to shard
     for name in ("feature_maps.safetensors", "lora/adapter_model.safetensors", "merged/model.safetensors"):
@@ -112,7 +114,7 @@ def test_mistakes_end_in_a_sentence(model_dirs, chat_file: Path, settings, tmp_p
     fails("below two windows", "--set", "data.sequence_length=15")
     fails("leave nothing to train on", "--set", "data.validation_rows=100000")
     fails("does not exist", data=tmp_path / "none.jsonl")
-    fails("holds another run", "--set", "seed=3", to=finished)
+    fails("seed was 0 and is now 3. Choose another --out", "--set", "seed=3", to=finished)
     (tmp_path / "file").touch()
     fails("Cannot write", to=tmp_path / "file" / "out")
     fails("is a file", to=tmp_path / "file")

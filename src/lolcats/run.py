@@ -1,6 +1,7 @@
 """The run directory: identity, progress and results of a run. ``run.json`` is the only record of these.
 
 DIR/run.json                identity (base model, data, configuration), versions, stages done, results
+DIR/config.yaml             all settings, as a recipe
 DIR/config.json             with feature_maps.safetensors and lora/: the adapter, loaded by from_pretrained(DIR)
 DIR/merged/                 the self-contained model
 DIR/metrics.jsonl           losses of both stages
@@ -62,8 +63,10 @@ class Run:
                     identity["config"][stage]["micro_batch_size"] = known["config"][stage]["micro_batch_size"]
             identity["config"] |= asked
             if changed := _difference(known, identity):
+                own = directory / "config.yaml"
                 raise LolcatsError(
-                    f"{directory} holds another run: {changed}. Choose another --out, or repeat the original command."
+                    f"{directory} holds another run: {changed}. Choose another --out, or repeat the original command"
+                    + (f" (--recipe {own} has its settings)." if own.is_file() else ".")
                 )
             run.record["config"] = identity["config"]
             run.record["base"] |= {name: identity["base"][name] for name in ("path", "form")}  # where it is now

@@ -15,7 +15,7 @@ from lolcats.config import load_config, to_dict
 from lolcats.pipeline import linearize
 from lolcats.report import html
 from lolcats.report.advice import verdict, verdict_on
-from lolcats.report.table import remarks
+from lolcats.report.table import ADAPTATION, remarks
 from lolcats.run import Run
 
 WORSE = "The student is worse than window + 4 sinks with nothing trained (perplexity 12.50 against 10.00, +25.0 %)."
@@ -127,3 +127,12 @@ def test_a_stage_1_by_itself(model_dirs, chat_file: Path, tmp_path: Path, monkey
     assert shown.count("The model without LoRA is worse than window + 2 sinks with nothing trained") == 2, "log, table"
     for change in ("attention.kind=hybrid", "do not skip stage 1", "run stage 2 (lolcats finetune DIR)"):
         assert change in shown
+
+
+@pytest.mark.parametrize(("student", "loss", "said"), [
+    (7.5, "cross_entropy", True), (7.999, "cross_entropy", False), (7.5, "kl", False), (8.5, "mix", False)
+])  # fmt: skip
+def test_a_student_better_than_its_teacher_has_adapted(student: float, loss: str, said: bool, tmp_path: Path) -> None:
+    """Not by what rounds to nothing, nor where it only learns to predict as the teacher does."""
+    run = a_run(tmp_path, [f"finetune.loss={loss}"], {"transfer": LONG, "finetune": LONG}, {STUDENT.result: student})
+    assert (ADAPTATION in remarks(run)) == said

@@ -213,6 +213,12 @@ def test_a_base_model_that_does_not_fit_is_only_in_4_bits(
     merged = lolcats.load(tmp_path / "stream" / "merged")
     with torch.no_grad():
         assert torch.equal(logits(merged), logits(lolcats.load(tmp_path / "stream")))
+    config = load_config(
+        "paper-sinks", [*settings, "attention.kind=window", "finetune.quantize_base=nf4", "device=cpu"]
+    )
+    run = pipeline.linearize(base, str(chat_file), tmp_path / "window", config, say=said.append)
+    assert "skipped" in run.record["stages"]["transfer"], "windows have no stage 1, which would need the weights"
+    assert run.record["stages"]["finetune"]["steps"] > 0
 
 
 def test_stage_2_in_4_bits_with_all_that_stage_2_has(

@@ -137,7 +137,8 @@ def transfer(
     if is_first():
         show_run(job.run)
         if job.run.stage_done("transfer"):
-            out.print(f"\nFeature maps: {out_}. Next: lolcats finetune {out_}", soft_wrap=True)
+            made = f"Feature maps: {out_}." if job.learns else "Stage 1 has nothing to train without linear attention."
+            out.print(f"\n{made} Next: lolcats finetune {out_}", soft_wrap=True)
 
 
 @command

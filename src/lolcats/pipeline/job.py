@@ -111,7 +111,8 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     choose_heads(run, inputs, *device_and_dtype(config), say)
     models = Models(run, inputs, say, as_trained=lean)
     job = Job(run, models.config, inputs, rows, models, say, lean)
-    if models.in_4_bits and not run.stage_done("transfer") and not job.in_turn:
+    trains_maps = config.attention.has_linear and not run.stage_done("transfer")
+    if models.in_4_bits and trains_maps and not job.in_turn:
         raise LolcatsError(
             f"{base.path} does not fit into memory, and stage 1 needs its own weights, not those in 4 bits of stage 2 "
             "(finetune.quantize_base): set transfer.order=stream and transfer.coupling=per_layer, which loads one "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lolcats.compared import COMPARED, STUDENT, TEACHER, TEACHER_LORA, WINDOW_LORA, Compared
+from lolcats.compared import COMPARED, STUDENT, TEACHER, TEACHER_LORA, TRANSFERRED, WINDOW_LORA, Compared
 from lolcats.config import AttentionConfig, Config
 from lolcats.evaluation.memory import readable
 from lolcats.evaluation.recall import BEYOND
@@ -72,20 +72,26 @@ def perplexity_rows(run: Run) -> list[tuple[str, str, str]]:
     """(model, perplexity, difference to the teacher) of everything measured so far."""
     results, attention = run.results, run.config.attention
     skipped = {name for name, stage in run.record["stages"].items() if "skipped" in stage}
-    found = [(model, results[model.result]) for model in COMPARED if model.result in results]
     return [
         (
-            model.label(attention, skipped), _number(value, 2),
-            "" if model is TEACHER else _percent(value, results[TEACHER.result]),
+            model.label(attention, skipped), _number(results[model.result], 2),
+            "" if model is TEACHER else _percent(results[model.result], results[TEACHER.result]),
         )
-        for model, value in found
+        for model in _shown(run)
     ]  # fmt: skip
+
+
+def _shown(run: Run) -> list[Compared]:
+    """The models measured so far. Without a linear term nothing is trained in stage 1: the model after it is one of the
+    untrained ones."""
+    models = [model for model in COMPARED if model.result in run.results]
+    return [model for model in models if model is not TRANSFERRED or run.config.attention.has_linear]
 
 
 def model_table(run: Run) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """(header, rows): perplexity, recall and bytes of state of everything measured so far. Recall and bytes only if a
     model has them."""
-    models = [model for model in COMPARED if model.result in run.results]
+    models = _shown(run)
     columns = [(f"recall at {_recall_length(run)} tokens", [_recall(run, model) for model in models]),
                (f"state at {STATE_TOKENS:,} tokens", [_bytes(run, model) for model in models])]  # fmt: skip
     shown = [(name, cells) for name, cells in columns if any(cells)]
@@ -153,7 +159,8 @@ def _of_lora(run: Run) -> list[str]:
             texts.append(text.format(_percent(student, results[control.result])))
     if _lacks_control(run):
         texts.append(NO_CONTROLS)
-    if student < results[TEACHER.result]:
+    better = _percent(student, results[TEACHER.result]).startswith("-")  # not only by what the table does not show
+    if better and run.config.finetune.loss != "kl":  # which only learns to predict as the teacher does
         texts.append(ADAPTATION)
     return texts
 
