@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -443,7 +444,7 @@ def test_command_line(model_dirs: dict[str, Path], capsys: pytest.CaptureFixture
 
 def test_the_default_recipe() -> None:
     """Queries and keys of kept heads have no LoRA, and a window keeps no keys before RoPE. There are no feature maps,
-    so one command does all on one GPU; a model that does not fit and several GPUs need the two of both stages."""
+    so one command does all on one GPU, also of a model that only fits in 4 bits; several GPUs need those of stages."""
     done = run("llama-3-8b")
     assert done.exit_code == 0, done.output
     assert "lolcats select llama-3-8b --out selection.yaml --budget 0.125" in done.output
@@ -452,14 +453,30 @@ def test_the_default_recipe() -> None:
     )
     for absent in ("stage 1", "feature maps", "lolcats transfer", "lolcats finetune", "the paper's blocks"):
         assert absent not in done.output
-    for arguments in (["llama-3-8b", "--gpus", "2"], ["llama-3.1-70b", "--gpu-memory", "139GiB"]):
-        other = run(*arguments)
+    large, several = run("llama-3.1-70b", "--gpu-memory", "139GiB"), run("llama-3-8b", "--gpus", "2")
+    assert "lolcats linearize llama-3.1-70b" in large.output
+    assert "finetune.quantize_base=nf4" in large.output
+    assert "All of it takes about" in large.output
+    assert "lolcats transfer" in several.output
+    assert "lolcats finetune DIR" in several.output
+    for other, absent in ((large, "transfer"), (several, "| stage 1")):
         assert other.exit_code == 0, other.output
-        assert "lolcats transfer" in other.output
-        assert "lolcats finetune DIR" in other.output
-        assert "| stage 1" not in other.output
+        assert absent not in other.output
     window = 32 * 7 * (2 * 256 + 4) * 2 * 128 * 2 / 2**20
     assert f"a sequence takes {window:.2f} MiB and 16 KiB a token" in " ".join(done.output.split())
+
+
+def test_a_machine_that_is_too_small_for_a_part() -> None:
+    """No commands that need a stage or a search that does not fit, and no refusal of a stage 1 that there is not."""
+    for arguments, sentence, steps in (
+        (["llama-3.1-70b", "--gpu-memory", "24GiB"], "Stage 2 does not fit in any form", ["select"]),
+        (["llama-3-8b", "--gpu-memory", "12GiB", "--host-memory", "8GiB"], "The search for heads does not fit", []),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 2
+        assert sentence in " ".join(done.output.replace("│", " ").split())
+        assert "Stage 1" not in done.output
+        assert re.findall("^lolcats ([a-z]+)", done.output, re.M) == steps
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

@@ -267,9 +267,10 @@ def plan(
     size = size_of(read_config(model, trust), replace(config, attention=plain), trust)
     if budget:
         size = size_of(read_config(model, trust), quantized.kept_evenly(config, size), trust)
-    stages = [plans(size, config, machine, work) for plans in (plan_transfer, plan_finetune)]
+    needed = (plan_transfer, plan_finetune) if size.maps or machine.gpus > 1 else (plan_finetune,)
+    stages = [plans(size, config, machine, work) for plans in needed]
     in_4_bits = [] if Path(model).suffix == ".gguf" else quantized.plan_quantized(size, config, machine, work)
-    stages[1] += in_4_bits
+    stages[-1] += in_4_bits
     searches = [] if config.attention.softmax_heads else quantized.plan_select(size, config, machine)
     exports = quantized.plan_export(size, machine)
     shown = [plan for plans in stages for plan in plans if size.maps or plan.stage != "stage 1"]
@@ -287,15 +288,17 @@ def plan(
     for best in (plan for plan in chosen if plan in shown):
         print_rows(("where", "part", "amount"), report.part_rows(best), f"{best.stage}, {best.schedule}")
     search = quantized.chosen_search(searches) if budget else []
+    chosen = chosen if search or not budget else []
     steps = [report.search_command(plan, model, budget, recipe, set_, trust) for plan in search]
     steps += report.commands(chosen, model, recipe, set_, machine, trust, bool(search), size.maps > 0)
     for line in steps:
         out.print(f"\n{line}", soft_wrap=True, markup=False, highlight=False)
-    if machine.gpus == 1 and len(chosen) == 2:
+    if machine.gpus == 1 and len(chosen) == len(stages) and bool(search) == bool(budget):
         steps_shown = [*search, *(plan for plan in chosen if plan in shown), *exports]
         out.print(f"\n{quantized.path_line(steps_shown)}", soft_wrap=True)
-    refusals = (report.refusal(plans, size, config, machine, work) for plans in stages)
-    if refused := " ".join(filter(None, (*refusals, quantized.what_would_fit(in_4_bits)))):
+    refusals = [report.refusal(plans, size, config, machine, work) for plans in stages]
+    refusals += [quantized.what_would_fit(in_4_bits), report.no_search(searches) if budget else ""]
+    if refused := " ".join(filter(None, refusals)):
         raise LolcatsError(refused)
 
 

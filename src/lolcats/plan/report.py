@@ -103,7 +103,7 @@ def commands(
         words += ["--selection", SELECTION]
         planned.append(f"{BUDGET}=0")
     lines = []
-    if not maps and machine.gpus == 1 and not any(_layer_by_layer(plan) for plan in plans):
+    if not maps and machine.gpus == 1:
         words[1] = "linearize"
         sets = [*_without([BUDGET] * selection, sets), *planned]
         return [shlex.join([*words, *_set(sets), *["--trust-remote-code"] * trust])] if plans else []
@@ -191,6 +191,18 @@ def refusal(plans: Sequence[Plan], size: Size, config: Config, machine: Machine,
         host = f"{_host_need(found[1]):.0f} GiB of host memory in each node"
         return f"{text} It would fit on {found[0]} such GPUs ({found[1].schedule}, one row at a time) with {host}."
     return f"{text} No number of such GPUs is enough: they cannot hold even a few decoder layers."
+
+
+def no_search(plans: Sequence[Plan]) -> str:
+    """Why no search for heads fits, and what else gives a run its heads; empty if one fits."""
+    if any(not plan.problems for plan in plans):
+        return ""
+    least = plans[-1]  # the shortest prompts, one layer at a time
+    return (
+        f"The search for heads does not fit in any form. The closest, {least.schedule}: {'; '.join(least.problems)}. "
+        "Run lolcats select on a larger machine and give its file with --selection, or list heads in "
+        "attention.softmax_heads."
+    )
 
 
 def _host_need(plan: Plan) -> float:
