@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +60,19 @@ def configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         return found[-1]
 
     return run
+
+
+def test_a_machine_that_is_too_small_for_a_part() -> None:
+    """No commands that need a stage or a search that does not fit, and no refusal of a stage 1 that there is not."""
+    for arguments, sentence, steps in (
+        (["llama-3.1-70b", "--gpu-memory", "24GiB"], "Stage 2 does not fit in any form", ["select"]),
+        (["llama-3-8b", "--gpu-memory", "12GiB", "--host-memory", "8GiB"], "The search for heads does not fit", []),
+    ):
+        done = CliRunner().invoke(app, ["plan", *arguments])
+        assert done.exit_code == 2
+        assert sentence in " ".join(done.output.replace("│", " ").split())
+        assert "Stage 1" not in done.output
+        assert re.findall("^lolcats ([a-z]+)", done.output, re.M) == steps
 
 
 @pytest.mark.parametrize("where", ["settings", "recipe"])
@@ -124,7 +138,7 @@ def test_controls_are_not_planned_in_4_bits() -> None:
 def test_the_command_of_the_default_recipe_runs(
     model_dirs: dict[str, Path], chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is no stage 1, so one command does all after the search; so do the commands of both stages."""
+    """Without a stage 1, one command does everything after the search. The two stages' commands give the same."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lolcats.plan.quantized.LENGTHS", ((2048,),))
     asked = [*SETTINGS, "attention.softmax_budget=0.5"]

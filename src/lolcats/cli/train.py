@@ -285,7 +285,8 @@ def plan(
             f"A GGUF file is read whole, with any schedule: it takes {whole} of host memory in 16 bits.", soft_wrap=True
         )
     chosen = [plan for plans in stages for plan in report.recommended(plans)]
-    for best in (plan for plan in chosen if plan in shown):
+    detailed = [plan for plan in chosen if plan in shown]
+    for best in detailed:
         print_rows(("where", "part", "amount"), report.part_rows(best), f"{best.stage}, {best.schedule}")
     search = quantized.chosen_search(searches) if budget else []
     chosen = chosen if search or not budget else []
@@ -294,8 +295,7 @@ def plan(
     for line in steps:
         out.print(f"\n{line}", soft_wrap=True, markup=False, highlight=False)
     if machine.gpus == 1 and len(chosen) == len(stages) and bool(search) == bool(budget):
-        steps_shown = [*search, *(plan for plan in chosen if plan in shown), *exports]
-        out.print(f"\n{quantized.path_line(steps_shown)}", soft_wrap=True)
+        out.print(f"\n{quantized.path_line([*search, *detailed, *exports])}", soft_wrap=True)
     refusals = [report.refusal(plans, size, config, machine, work) for plans in stages]
     refusals += [quantized.what_would_fit(in_4_bits), report.no_search(searches) if budget else ""]
     if refused := " ".join(filter(None, refusals)):

@@ -82,10 +82,9 @@ def start(inputs: Inputs, data: str, out: Path, config: Config, say: Say = log, 
     """Read tokenizer and data, and begin a run in ``out`` or continue the one there. Refuses what no stage can use."""
     device, _ = device_and_dtype(config)
     trained = (out / RECORD).is_file() and Run.open(out).stage_done("finetune")
-    if not trained:
-        check_rows(config)
     base, given = inputs.base, inputs
     if not trained:
+        check_rows(config)
         check_positions(config, base, inputs.trust)
     inputs = given.of_run(out)
     if inputs is not given:

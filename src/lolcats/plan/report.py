@@ -94,7 +94,7 @@ def commands(
 
     Args:
         selection: a search before stage 1 has left its heads in a file, in place of the budget in recipe or settings.
-        maps: whether there are feature maps. Without, there is no stage 1, and one command does the rest on one GPU.
+        maps: whether the model has feature maps. If not, there is no stage 1, and on one GPU one command does it all.
     """
     consent = ["--trust-remote-code"] * trust
     words = ["lolcats", "transfer", model, "--data", "DATA", "--out", "DIR", "--recipe", recipe]
@@ -106,7 +106,7 @@ def commands(
     if not maps and machine.gpus == 1:
         words[1] = "linearize"
         sets = [*_without([BUDGET] * selection, sets), *planned]
-        return [shlex.join([*words, *_set(sets), *["--trust-remote-code"] * trust])] if plans else []
+        return [shlex.join([*words, *_set(sets), *consent])] if plans else []
     for plan in plans:
         if plan.stage == "stage 1":
             chosen = ["transfer.order"] + ["transfer.coupling"] * _layer_by_layer(plan) + [BUDGET] * selection

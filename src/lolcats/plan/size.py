@@ -61,7 +61,7 @@ class Size:
     head: int
     """Parameters of the output layer; 0 if it is tied to the embedding."""
     maps: int
-    """Parameters of feature maps and gates in all layers; 0 if there is no linear attention and so no stage 1."""
+    """Parameters of feature maps and gates in all layers; 0 without linear attention, which has no stage 1."""
     lora: int
     unrotated: int
     """Channels per token and layer that feature maps before RoPE add: the unrotated q and k."""
